@@ -1,0 +1,162 @@
+"""Random documents, a small vocabulary and a tiny model: what the tests state their properties over.
+
+Hypothesis chooses the structure (which segments, how long, with loss or not, where to cut); latents come from a seed,
+since no property hangs on particular pixel values.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transfusion.config import ModelConfig
+from transfusion.data.packing import pack
+from transfusion.model import transfusion
+from transfusion.sequence import Batch, Document, Image, Piece, Row, Text, Vocabulary, collate, cut, lay_out
+
+CHANNELS = 3
+SHAPES = ((4, 4), (2, 6), (2, 2))  # 4, 3 and 1 patches of side 2
+VOCABULARY = Vocabulary.build(text=50, shapes=SHAPES, patch_size=2)
+TINY = ModelConfig(
+    width=32, layers=2, heads=4, kv_heads=2, hidden=48, vocabulary=VOCABULARY.size, latent_channels=CHANNELS,
+    patch_size=2,
+)  # fmt: skip
+
+few = settings(max_examples=15, deadline=None)  # for what runs a model
+some = settings(max_examples=40, deadline=None)
+many = settings(max_examples=150, deadline=None)
+
+
+# Documents
+
+
+def texts(min_size: int = 0, max_size: int = 8, loss=st.booleans()):
+    """A Text of that many tokens."""
+    tokens = st.lists(st.integers(0, VOCABULARY.text - 1), min_size=min_size, max_size=max_size)
+    return st.builds(Text, tokens.map(tuple), loss)
+
+
+def images(shapes=SHAPES, loss=st.booleans(), max_time=st.sampled_from((0.0, 0.5, 1.0))):
+    """An Image of one of these shapes."""
+    return st.builds(image, st.sampled_from(shapes), st.integers(0, 2**32 - 1), loss, max_time)
+
+
+def image(shape: tuple[int, int], seed: int, loss: bool = True, max_time: float = 1.0) -> Image:
+    """An Image whose latent follows from the seed."""
+    latent = np.random.default_rng(seed).standard_normal((CHANNELS, *shape), dtype=np.float32)
+    return Image(latent, loss, max_time)
+
+
+@st.composite
+def documents(draw, min_images: int = 0, max_segments: int = 5, **of_images):
+    """Texts and images in any order: two images may touch, a text may be empty, a document too."""
+    segments = draw(st.lists(texts() | images(**of_images), max_size=max_segments))
+    segments += draw(st.lists(images(**of_images), min_size=min_images, max_size=max(min_images, 1)))
+    segments = draw(st.permutations(segments))
+    key = draw(st.integers(0, 2**62))
+    return Document(tuple(segments), draw(st.integers(0, 99)), draw(st.sampled_from("ab")), key)
+
+
+@st.composite
+def pair_documents(draw, min_pairs: int = 1, max_pairs: int = 4, caption_first=st.booleans(), min_caption: int = 0):
+    """Captions and images in turn, all in the one order or all in the other."""
+    pairs = draw(st.lists(st.tuples(texts(min_caption), images()), min_size=min_pairs, max_size=max_pairs))
+    if not draw(caption_first):
+        pairs = [pair[::-1] for pair in pairs]
+    segments = tuple(part for pair in pairs for part in pair)
+    return Document(segments, draw(st.integers(0, 99)), "pairs", draw(st.integers(0, 2**62)), pairs=True)
+
+
+# Rows and batches
+
+LENGTH = 48  # longer than any document above, after its cut
+
+
+@st.composite
+def batches(draw, min_documents: int = 1, max_documents: int = 5, length: int = LENGTH, **of_documents):
+    """Packed rows of random documents (those too long are cut), as (rows, batch)."""
+    found = draw(st.lists(documents(**of_documents), min_size=min_documents, max_size=max_documents))
+    rows = pack(found, length, VOCABULARY, seed=draw(st.integers(0, 2**31)))
+    return rows, collate(rows, length, VOCABULARY)
+
+
+def pieces_of(document: Document, length: int | None = None) -> list[Piece]:
+    """The document laid out, and cut if a length is given."""
+    whole = lay_out(document, VOCABULARY)
+    return [whole] if length is None else cut(whole, length)
+
+
+def alone(piece: Piece) -> Batch:
+    """A batch of this piece and nothing else, without padding."""
+    return collate([Row((piece,))], len(piece), VOCABULARY)
+
+
+def places(rows: list[Row]) -> list[tuple[int, int, Piece]]:
+    """(row, first position, piece) of everything in these rows."""
+    found = []
+    for b, row in enumerate(rows):
+        begin = 0
+        for piece in row.pieces:
+            found.append((b, begin, piece))
+            begin += len(piece)
+    return found
+
+
+def may_see(document: Tensor, image: Tensor, bidirectional: bool = True) -> Tensor:
+    """The rule in one line (section 3, figure 4): (L,), (L,) -> (L, L) bool, query by key."""
+    q, k = torch.arange(len(document))[:, None], torch.arange(len(document))[None]
+    same_image = (image[q] == image[k]) & (image[q] >= 0) & bidirectional
+    return (document[q] == document[k]) & ((k <= q) | same_image)
+
+
+# The model
+
+
+def build(config: ModelConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float64) -> transfusion.Transfusion:
+    """A tiny model that a test can see through: biases and the image head, which start at zero, are random too."""
+    model = transfusion.build(config, seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or name == "patches.outward.weight":
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def in_double(batch: Batch) -> Batch:
+    """The same batch with float64 latents."""
+    return replace(batch, groups=[replace(group, clean=group.clean.double()) for group in batch.groups])
+
+
+def with_all_logits(batch: Batch) -> Batch:
+    """The same batch, asking for the logits of every position: (B * L, V)."""
+    return replace(batch, text_index=torch.arange(batch.tokens.numel()))
+
+
+def times_of(batch: Batch, salt: int = 0) -> list[Tensor]:
+    """A time for every image that depends on the image alone, so that it is the same in any batch."""
+    return [
+        torch.tensor([np.random.default_rng((key, salt)).random() for key in group.keys], dtype=torch.float64)
+        for group in batch.groups
+    ]
+
+
+def same_batch(one: Batch, other: Batch) -> bool:
+    """Equal in every tensor, list and number."""
+    return _same(one, other) and all(_same(*pair) for pair in zip(one.groups, other.groups, strict=True))
+
+
+def _same(one, other) -> bool:
+    for name, value in vars(one).items():
+        if name == "groups":
+            if len(value) != len(other.groups):
+                return False
+        elif isinstance(value, Tensor):
+            if not torch.equal(value, getattr(other, name)):
+                return False
+        elif value != getattr(other, name):
+            return False
+    return True

@@ -1,0 +1,138 @@
+"""A run on disk, read: checked first, and nothing in it is ever executed."""
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_safetensors
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from transfusion.checkpoint.save import FORMAT
+from transfusion.codecs.pixels import Codec, codec_of
+from transfusion.codecs.text import Tokenizer
+from transfusion.config import Run, from_json
+from transfusion.model.transfusion import Transfusion
+from transfusion.sequence import Vocabulary
+
+
+class OpenError(ValueError):
+    """A run or checkpoint cannot be used; the message says why in one line."""
+
+
+@dataclass
+class Described:
+    """A run without its weights."""
+
+    run: Run
+    tokenizer: Tokenizer
+    codec: Codec
+    vocabulary: Vocabulary
+    notes: dict
+
+
+@dataclass
+class Opened(Described):
+    """A run ready for use."""
+
+    model: Transfusion
+    step: int
+
+
+def open_checkpoint(folder: Path, weights: str = "average", device: torch.device | str = "cpu") -> Opened:
+    """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from."""
+    described = describe(folder)
+    found = newest(folder)
+    verify(found)
+    with torch.device("meta"):
+        model = Transfusion(described.run.model)
+    model = model.to_empty(device=device).requires_grad_(False)
+    fill(found, {"average" if weights == "average" else "model": model.state_dict()})
+    state = read_json(found / "state.json")
+    return Opened(**vars(described), model=model.eval(), step=state["step"])
+
+
+def describe(folder: Path) -> Described:
+    """What run.json and the files beside it say. OpenError when they are missing, changed or of another format."""
+    if not (folder / "run.json").exists():
+        raise OpenError(f"{folder} is not a run: it has no run.json")
+    values = read_json(folder / "run.json")
+    if values.get("format") != FORMAT:
+        written = (values.get("versions") or {}).get("transfusion", "unknown")
+        raise OpenError(
+            f"{folder} was written in format {values.get('format')} by transfusion {written}; this one reads format {FORMAT}"
+        )
+    try:
+        run = from_json(Run, values["run"])
+        vocabulary = Vocabulary.from_json(values["vocabulary"])
+        text = _checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
+        tensors = from_safetensors(_checked(folder / "codec.safetensors", values["codec"]["sha256"]))
+        codec = codec_of(values["codec"]["kind"], tensors)
+        return Described(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise OpenError(f"{folder / 'run.json'} is damaged: {error!r}") from None
+    except OpenError:
+        raise
+    except ValueError as error:
+        raise OpenError(f"{folder / 'run.json'}: {error}") from None
+
+
+def newest(folder: Path) -> Path:
+    """The folder of the newest checkpoint. OpenError when there is none."""
+    place = folder / "checkpoints"
+    if (place / "latest").is_file() and (place / (place / "latest").read_text().strip()).is_dir():
+        return place / (place / "latest").read_text().strip()
+    found = sorted(place.glob("step-??????"))
+    if not found:
+        raise OpenError(f"{folder} has no checkpoint yet")
+    return found[-1]
+
+
+def verify(checkpoint: Path) -> None:
+    """Every file is there and has the SHA-256 of the day it was written. OpenError names the first that has not."""
+    manifest = read_json(checkpoint / "manifest.json")
+    for name, digest in manifest.items():
+        path = checkpoint / name
+        if ".." in Path(name).parts or not path.is_file():
+            raise OpenError(f"{checkpoint} is not whole: {name} is missing")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
+
+
+def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Read each part's tensors into these, in place. OpenError when a name or shape is not the checkpoint's."""
+    for part, values in tensors.items():
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                dcp.load(values, storage_reader=HuggingFaceStorageReader(checkpoint / part), no_dist=True)
+        except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
+            failures = getattr(error, "failures", None)
+            cause = next(iter(failures.values()))[0] if failures else error
+            raise OpenError(f"{checkpoint / part} does not fit this run: {str(cause).splitlines()[0]}") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. OpenError when it is missing or is not one."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise OpenError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise OpenError(f"{path} does not hold a JSON object")
+    return values
+
+
+def _checked(path: Path, digest: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OpenError(f"cannot read {path}: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
+    return content

@@ -1,0 +1,103 @@
+"""A run on disk, written: run.json with what it needs to be used, and checkpoints that are whole or not there."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.numpy import save as to_safetensors
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from transfusion.codecs.pixels import Codec
+from transfusion.codecs.text import Tokenizer
+from transfusion.config import Run, to_json
+from transfusion.sequence import Vocabulary
+
+FORMAT = 1  # of a run's folder; another number is refused
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, notes: dict) -> None:
+    """Write all that a run needs besides weights: run.json, tokenizer.json, codec.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = to_safetensors({name: value.copy() for name, value in codec.tensors().items()})
+    text = tokenizer.to_json()
+    values = {
+        "format": FORMAT,
+        "run": to_json(run),
+        "vocabulary": vocabulary.to_json(),
+        "codec": {"kind": codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
+        "tokenizer": {"sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "versions": {
+            "transfusion": version("transfusion"), "torch": torch.__version__, "python": platform.python_version(),
+        },
+        "notes": notes,
+    }  # fmt: skip
+    write_whole(folder / "codec.safetensors", encoded)
+    write_whole(folder / "tokenizer.json", text.encode())
+    write_whole(folder / "run.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:
+    """Write checkpoints/step-NNNNNN aside, then put it in place; delete all but the newest `keep`.
+
+    SaveError when it does not work out (a full disk, say): then nothing of it is left, and earlier ones are whole.
+    """
+    place = folder / "checkpoints"
+    final, aside = place / f"step-{step:06d}", place / f"step-{step:06d}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for part, values in tensors.items():
+            with warnings.catch_warnings(action="ignore"):  # it warns that one process is one process
+                dcp.save(values, storage_writer=HuggingFaceStorageWriter(aside / part, save_distributed=True), no_dist=True)
+        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        write_whole(place / "latest", final.name.encode())
+    except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException
+        shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole") from None
+    for old in sorted(place.glob("step-??????"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file with all of this content, or as it was before."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below, by its path; each is on the disk before its checkpoint gets its name."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

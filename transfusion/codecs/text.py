@@ -1,0 +1,58 @@
+"""Text to ids and back: byte-pair encoding through the `tokenizers` library, trained here or brought along."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+
+class Tokenizer:
+    """Text that spells a special token is plain text, always: ids with a meaning are only ever put in by `sequence`."""
+
+    def __init__(self, engine: Engine):
+        values = json.loads(engine.to_str())
+        for token in values.get("added_tokens") or ():
+            token["special"] = True  # only special tokens can be told to stay plain text
+        self._engine = Engine.from_str(json.dumps(values))
+        self._engine.encode_special_tokens = True
+        self._engine.no_truncation()
+        self._engine.no_padding()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> "Tokenizer":
+        """Byte-level BPE of at most `size` ids: any text can be written and read back to the byte."""
+        engine = Engine(models.BPE())
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        engine.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if size < len(alphabet):
+            raise ValueError(f"data.text_ids must be at least {len(alphabet)}, one per byte, not {size}")
+        engine.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        )
+        return cls(engine)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """A `tokenizer.json`, ours or anyone's. ValueError when it is not one."""
+        try:
+            return cls(Engine.from_str(text))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"not a tokenizer: {error}") from None
+
+    def to_json(self) -> str:
+        return self._engine.to_str()
+
+    @property
+    def size(self) -> int:
+        return self._engine.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._engine.encode(text, add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(found.ids) for found in self._engine.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._engine.decode(list(tokens), skip_special_tokens=True)

@@ -1,0 +1,274 @@
+"""Every number: one frozen dataclass per part, and the named runs. Imports nothing heavy, not even torch."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretch of the slow rotary frequencies, for contexts longer than the weights were trained on."""
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: a Llama decoder with one more way in and out, for patches (section 3 and Table 2)."""
+
+    width: int = 768
+    layers: int = 16
+    heads: int = 12
+    kv_heads: int | None = None  # fewer than heads: grouped keys and values; None: as many as heads
+    head_dim: int | None = None  # None: width / heads
+    hidden: int | None = None  # of the feed-forward; None: 8/3 width, rounded up to a multiple of 256
+    vocabulary: int = 32_000  # `train` replaces it by the size its tokenizer gives
+    tied: bool = False  # one matrix for tokens in and out
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # Chameleon: normalise queries and keys
+    post_norm: bool = False  # Chameleon: normalise what a layer adds, not what it reads
+    z_loss: float = 0.0  # Chameleon: 1e-5, keeps the logits' normaliser near one
+    latent_channels: int = 8
+    patch_size: int = 2  # a patch is patch_size x patch_size latent pixels; 2 -> 256 patches for 256x256 pictures
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image (Table 5)
+
+    def __post_init__(self):
+        if self.width % self.heads and self.head_dim is None:
+            raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
+        if self.size_of_head % 2:
+            raise ValueError(f"rotary positions need an even head size, not {self.size_of_head}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def size_of_hidden(self) -> int:
+        return self.hidden or -(-8 * self.width // 3 // 256) * 256
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one patch."""
+        return self.latent_channels * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How images are noised and what the image head says about it (section 2.2, 4.1)."""
+
+    path: Literal["cosine", "straight"] = "cosine"
+    prediction: Literal["noise", "velocity", "clean"] = "noise"
+    loss_on: Literal["prediction", "velocity"] = "prediction"
+    time_law: Literal["uniform", "logit_normal"] = "uniform"
+    shift: float = 1.0  # > 1: more of the time is spent at high noise (large pictures)
+
+    def __post_init__(self):
+        if self.prediction == "noise" and self.loss_on == "velocity":
+            raise ValueError("diffusion.loss_on velocity would divide a noise prediction by nearly 0 where t is near 1")
+        if self.shift <= 0:
+            raise ValueError(f"diffusion.shift must be above 0, not {self.shift}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how documents become rows."""
+
+    sources: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()  # of the positions, one number per source; none: equal
+    codec: Literal["pixels", "block_pca"] = "pixels"
+    codec_block: int = 4  # block_pca: pixels along one side of a block
+    codec_components: int = 6  # block_pca: numbers kept per block
+    codec_documents: int = 2_000  # a codec with fitted state sees this many training documents
+    text_ids: int = 512  # size of the byte-pair tokenizer trained on the run's own text
+    row_length: int = 4096  # L
+    rows: int = 8  # per forward pass
+    image_first: float = 0.2  # of captioned pairs (section 4.1)
+    image_first_max_time: float = 1.0  # 0.5: the noise limit of Table 8; 0: clean, and no image loss
+    caption_dropout: float = 0.1  # of caption-first pairs: what the unconditional branch learns from
+    interleaved: float = 0.0  # share of `digits` documents that hold 2 to 4 captioned scans
+    level: int = 1  # of `shapes`
+    block: int = 2048  # documents that are shuffled and packed together
+
+    def __post_init__(self):
+        if self.shares and len(self.shares) != len(self.sources):
+            raise ValueError(f"data.shares has {len(self.shares)} numbers for {len(self.sources)} sources")
+        for name in ("image_first", "image_first_max_time", "caption_dropout", "interleaved"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} must lie between 0 and 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How it learns (section 4.1 and appendix)."""
+
+    steps: int = 250_000
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 1.5e-5
+    warmup: int = 4_000  # steps
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest norm of the gradient
+    average: float = 0.9999  # decay of the moving average of the weights
+    accumulate: int = 1  # forward passes per step
+    image_weight: float = 5.0  # the paper's lambda; 5 belongs to noise prediction
+    seed: int = 0
+    checkpoint_every: int = 5_000  # steps
+    keep: int = 2  # checkpoints
+    validate_every: int = 1_000
+    preview_every: int = 5_000  # a grid of drawings in samples/; 0: none
+    log_every: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "checkpoint_every", "keep", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a run writes and draws when nobody says otherwise."""
+
+    sampler: Literal["ddpm", "ddim", "euler"] = "ddpm"
+    steps: int = 250  # of 1000 (section 4.1)
+    guidance_scale: float = 3.0  # section 4.3; 1: none
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    max_tokens: int = 256  # text tokens and images' markers that one request may add
+    clip_clean: bool = True  # clip the clean estimate to the codec's bound
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and up to 1, not {self.top_p}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run: what `run.json` holds and `train` takes."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+SIZES = {  # Table 2
+    "0.16b": ModelConfig(width=768, layers=16, heads=12),
+    "0.37b": ModelConfig(width=1024, layers=24, heads=16),
+    "0.76b": ModelConfig(width=1536, layers=24, heads=24),
+    "1.4b": ModelConfig(width=2048, layers=24, heads=16),
+    "7b": ModelConfig(width=4096, layers=32, heads=32),
+}
+
+
+def digits() -> Run:
+    """Real 8x8 scans with their English names, and Python's documentation: learns in five minutes on two cores."""
+    return Run(
+        name="digits",
+        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, latent_channels=1),
+        diffusion=DiffusionConfig(prediction="velocity"),
+        data=DataConfig(
+            sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, rows=13,
+            image_first_max_time=0.0, interleaved=0.15,
+        ),
+        training=TrainingConfig(
+            steps=1500, learning_rate=2e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=1.0,
+            checkpoint_every=500, validate_every=250, preview_every=500,
+        ),
+        generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
+    )  # fmt: skip
+
+
+def shapes() -> Run:
+    """A made world of captioned scenes, 32x32 in colour, that can be checked exactly."""
+    return Run(
+        name="shapes",
+        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, latent_channels=6),
+        diffusion=DiffusionConfig(prediction="velocity"),
+        data=DataConfig(
+            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.0, text_ids=320,
+        ),
+        training=TrainingConfig(
+            steps=2000, learning_rate=2e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=1.0,
+            checkpoint_every=500, validate_every=250, preview_every=500,
+        ),
+        generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
+    )  # fmt: skip
+
+
+def named_run(name: str) -> Run:
+    """The run of that name. KeyError when there is none."""
+    match name:
+        case "digits":
+            return digits()
+        case "shapes":
+            return shapes()
+        case _ if name in SIZES:
+            return Run(name=name, model=SIZES[name])
+        case _:
+            raise KeyError(name)
+
+
+NAMES = ("digits", "shapes", *SIZES)
+
+
+def to_json(config) -> dict:
+    """A config as plain JSON values."""
+    return asdict(config)
+
+
+def from_json(kind: type, values: dict, where: str = ""):
+    """The config of this kind that `to_json` wrote. ValueError names the first unknown, missing or mistyped field."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'the config'} must be an object, not {values!r}")
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown field {where}{key}")
+    return kind(**{key: _read(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _read(hint: Any, value: Any, where: str):
+    if is_dataclass(hint):
+        return from_json(hint, value, where + ".")
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, arguments))}, not {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, not {value!r}")
+        return tuple(_read(arguments[0], item, where) for item in value)
+    if arguments:  # X | None
+        return None if value is None else _read(arguments[0], value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {hint.__name__}, not {value!r}")
+    return value
+
+
+__all__ = [
+    "NAMES", "SIZES", "DataConfig", "DiffusionConfig", "GenerationConfig", "ModelConfig", "RopeScaling", "Run",
+    "TrainingConfig", "from_json", "named_run", "replace", "to_json",
+]  # fmt: skip

@@ -1,0 +1,156 @@
+"""Documents to batches: mixed, shuffled, arranged, packed, split by rank, and resumed exactly.
+
+The stream of documents is one fixed function of the seed. It is cut into blocks; each block is packed by itself, and the
+rows of all blocks, in order, are dealt out to batches and ranks. So where the loader stands is two numbers: block and row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import grain
+
+from transfusion.chance import fraction_from, seed_from
+from transfusion.codecs.pixels import Codec
+from transfusion.codecs.text import Tokenizer
+from transfusion.config import DataConfig
+from transfusion.data.packing import pack
+from transfusion.data.readers import RawDocument, RawText
+from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
+
+SAMPLE = 256  # documents of a source that are laid out to learn its mean length
+
+
+class Source(Protocol):
+    """Documents by number."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, id: int) -> RawDocument: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a loader stands: the next row to be read, of which block."""
+
+    block: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Raw documents to documents: the tokenizer, the codec, the ids, and the run's chance."""
+
+    tokenizer: Tokenizer
+    codec: Codec
+    vocabulary: Vocabulary
+    config: DataConfig
+    seed: int
+
+    def document(self, raw: RawDocument, source: str, epoch: int) -> Document:
+        """Encoded and arranged; everything random about it follows from (seed, source, epoch, id)."""
+        segments = tuple(
+            Text(self.tokenizer.encode(part.text), part.loss)
+            if isinstance(part, RawText)
+            else Image(self.codec.encode(part.pixels), part.loss)
+            for part in raw.segments
+        )
+        key = seed_from(self.seed, source, epoch, raw.id)
+        return arrange(Document(segments, raw.id, source, key, raw.pairs), self.config)
+
+
+def arrange(document: Document, config: DataConfig) -> Document:
+    """Captioned pairs: image first in some documents, the caption dropped in some others (section 4.1 and design).
+
+    Only a document of one pair loses its caption, and then nothing is learnt after its image: else the model would
+    learn to write empty captions.
+    """
+    if not document.pairs:
+        return document
+    captions, images = document.segments[::2], document.segments[1::2]
+    if fraction_from(document.key, "order") < config.image_first:
+        first = [replace(image, max_time=min(image.max_time, config.image_first_max_time)) for image in images]
+        turned = [part for pair in zip(first, captions, strict=True) for part in pair]
+        return replace(document, segments=tuple(turned))
+    if len(images) == 1 and fraction_from(document.key, "dropout") < config.caption_dropout:
+        return replace(document, segments=(*images, Text((), loss=False)))
+    return document
+
+
+class Loader:
+    """Batches without end. Iterate it; each item comes with the place from which the next one is read."""
+
+    def __init__(self, sources: Sequence[Source], encoder: Encoder, rank: int = 0, world: int = 1):
+        self.sources, self.encoder, self.config = sources, encoder, encoder.config
+        self.rank, self.world = rank, world
+        self.weights = element_weights(sources, encoder)
+        self.stream = _stream(sources, self.weights, encoder.seed)
+
+    def batches(self, start: Place = Place()) -> Iterator[tuple[Batch, Place]]:  # noqa: B008 (frozen)
+        """This rank's batches from there on. A global batch is `rows` x world rows; rank r takes rows r, r + world, ..."""
+        length, vocabulary = self.config.row_length, self.encoder.vocabulary
+        waiting: list[Row] = []
+        for row, after in self._rows(start):
+            waiting.append(row)
+            if len(waiting) == self.config.rows * self.world:
+                yield collate(waiting[self.rank :: self.world], length, vocabulary), after
+                waiting = []
+
+    def _rows(self, start: Place) -> Iterator[tuple[Row, Place]]:
+        blocks = grain.MapDataset.range(start.block, 2**62).map(lambda block: (block, self.rows_of(block)))
+        reading = blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        skip = start.row
+        for block, rows in reading:
+            for number in range(skip, len(rows)):
+                last = number + 1 == len(rows)
+                yield rows[number], Place(block + 1, 0) if last else Place(block, number + 1)
+            skip = 0
+
+    def rows_of(self, block: int) -> list[Row]:
+        """All rows of one block: a pure function of the seed and its number."""
+        first = block * self.config.block
+        entries = [self.stream[n] for n in range(first, first + self.config.block)]
+        documents = [
+            self.encoder.document(self.sources[source][id_], self.sources[source].name, epoch)
+            for source, epoch, id_ in entries
+        ]
+        seed = seed_from(self.encoder.seed, "pack", block)
+        return pack(documents, self.config.row_length, self.encoder.vocabulary, seed)
+
+
+def heldout_batches(source: Source, encoder: Encoder, documents: int) -> list[Batch]:
+    """The first documents of a held-out source, in order, always arranged the same and none without its caption."""
+    config = replace(encoder.config, caption_dropout=0.0)
+    encoder = replace(encoder, config=config)
+    found = [encoder.document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
+    rows = pack(found, config.row_length, encoder.vocabulary, seed=0)
+    return [
+        collate(rows[first : first + config.rows], config.row_length, encoder.vocabulary)
+        for first in range(0, len(rows), config.rows)
+    ]
+
+
+def element_weights(sources: Sequence[Source], encoder: Encoder) -> list[float]:
+    """How often each source is read, so that it makes up its share of the positions: share / mean length, sum 1."""
+    shares = encoder.config.shares or (1.0,) * len(sources)
+    per_document = []
+    for source, share in zip(sources, shares, strict=True):
+        n = min(SAMPLE, len(source))
+        lengths = [len(lay_out(encoder.document(source[i], source.name, 0), encoder.vocabulary)) for i in range(n)]
+        per_document.append(share * n / sum(lengths))
+    return [weight / sum(per_document) for weight in per_document]
+
+
+def _stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Document number n of the run -> (source, its epoch, document id): shuffled anew in each epoch of each source."""
+    streams = [
+        grain.MapDataset.range(len(source))
+        .seed(seed_from(seed, source.name, "order") % 2**31)
+        .shuffle()
+        .repeat(None)
+        .map_with_index(lambda n, id_, number=number, size=len(source): (number, n // size, id_))
+        for number, source in enumerate(sources)
+    ]
+    return grain.MapDataset.mix(streams, weights=list(weights)) if len(streams) > 1 else streams[0]

@@ -1,0 +1,35 @@
+"""What a source gives: documents as people have them, texts and pictures in order, before any tokenizer or codec.
+
+A source is anything with `name`, `len(source)` and `source[i] -> RawDocument`; reading document i needs no other
+document, so a loader may read in any order. `prepare` turns a `RawDocument` into a `sequence.Document`: text into ids,
+pixels into latents.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RawText:
+    """A run of text as a person would read it. `loss`: is it to be learnt?"""
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """A picture, upright and not yet resized. `loss`: is it to be learnt, or does it only condition what follows?"""
+
+    pixels: np.ndarray  # (Y, X, 3) or (Y, X, 1) uint8
+    loss: bool = True
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """Texts and pictures in order. `id` is the document's number in its source: all its chance follows from it."""
+
+    segments: tuple[RawText | RawImage, ...]
+    id: int
+    pairs: bool = False  # caption/image pairs in order, whose order and captions the loader may change

@@ -1,0 +1,312 @@
+"""Text mode, image mode, and the switch between them, for many rows at once.
+
+A row writes tokens until it writes a boi; then it draws an image, which goes into the cache clean, eoi behind it, and it
+writes on (section 3). `submit` adds rows, `step` moves all of them: one forward pass for the rows that write a token, one
+for those that read (a prompt, or their own finished image), and one per latent shape for those that draw, with and
+without their prompt together. Rows that wait compute nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as Picture
+
+from transfusion.chance import seed_from
+from transfusion.checkpoint.open import Opened, open_checkpoint
+from transfusion.codecs.pictures import to_pixels
+from transfusion.config import GenerationConfig
+from transfusion.inference import image_mode, text_mode
+from transfusion.inference.cache import Cache
+from transfusion.inference.samplers import sampler_of
+from transfusion.parallel import pick_device
+from transfusion.sequence import Document, Image, Piece, Text, lay_out
+
+EMPTY = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    parts: the prompt in order, text or pictures (PIL, or (Y, X, colours) uint8 of a size the run knows). num_images: so
+    many independent draws of one image each (boi is forced), of `size` (width, height) in pixels; without it one row runs
+    free until eos. previews: every so many denoising steps an event shows the image; 0: never.
+    """
+
+    parts: tuple[str | np.ndarray | Picture.Image, ...] = ()
+    num_images: int | None = None
+    seed: int = 0
+    generation: GenerationConfig | None = None  # the run's own
+    size: tuple[int, int] | None = None  # the run's first
+    previews: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """A row wrote a token. `text` is what it adds that can be read (parts of a letter are held back)."""
+
+    request: int
+    draw: int
+    token: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """An image on its way: as noisy as it still is, and what the model takes it to be, both (Y, X, colours) uint8."""
+
+    request: int
+    draw: int
+    step: int
+    noisy: np.ndarray
+    clean: np.ndarray
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished image, (Y, X, colours) uint8."""
+
+    request: int
+    draw: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row's end, and why: "eos", "image" (the one that was asked for), or "length"."""
+
+    request: int
+    draw: int
+    reason: str
+
+
+Event = Written | Previewed | Drawn | Finished
+
+
+@dataclass
+class Answer:
+    """What one row wrote and drew, in order."""
+
+    parts: list[str | np.ndarray] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass
+class Row:
+    """One answer on its way: its slot in the cache, what it has yet to read, the image it draws."""
+
+    number: int  # of the request
+    request: Request
+    generation: GenerationConfig
+    draw: int
+    slot: int
+    unread: Piece | None
+    forks: int  # rows that will go on from the same prompt, once it is read
+    written: int = 0  # tokens
+    segment: list[int] = field(default_factory=list)  # tokens of the text in hand
+    shown: int = 0  # letters of it that events have carried
+    images: int = 0
+    drawing: image_mode.Drawing | None = None
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(seed_from(self.request.seed, self.draw, "text"))
+
+
+class Engine:
+    """A run, ready to write and draw. `generate` is the short way; `submit`, `step` and `cancel` are the long one."""
+
+    def __init__(self, opened: Opened, device: torch.device):
+        self.opened, self.device = opened, device
+        self.model, self.run, self.vocabulary = opened.model, opened.run, opened.vocabulary
+        self.context = self.run.data.row_length  # positions: a row never grows beyond what was trained on
+        self.cache = Cache(self.run.model, device)
+        self.allowed = text_mode.allowed_tokens(self.vocabulary)
+        codec = opened.codec
+        self.bound = tuple(
+            torch.tensor(side, dtype=torch.float32, device=device).view(-1, 1, 1) for side in (codec.low, codec.high)
+        )
+        self.sizes = [(x * codec.scale, y * codec.scale) for y, x in self.vocabulary.boi]  # (width, height)
+        self.rows: list[Row] = []
+        self.requests = 0
+        self.free_slots: dict[tuple[int, int], int] = {}  # by shape: bos and boi, read once
+
+    def submit(self, request: Request) -> int:
+        """Take a request; its number comes back with every event. ValueError when it cannot be done."""
+        if request.num_images is None and not request.parts:
+            raise ValueError("nothing to go on: give a part, or ask for images")
+        if request.num_images is not None and request.num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {request.num_images}")
+        generation = request.generation or self.run.generation
+        sampler_of(generation.sampler, self.run.diffusion)
+        prompt = lay_out(Document(tuple(map(self._segment, request.parts))), self.vocabulary, ends=False)
+        needed = len(prompt)
+        if request.num_images is not None:
+            shape = self._shape(request.size)
+            prompt = prompt.followed_by(self.vocabulary.boi[shape])
+            needed = len(prompt) + self.vocabulary.patches(shape)
+        if needed > self.context:
+            raise ValueError(f"this takes {needed} positions, and the run was trained on rows of {self.context}")
+        self.requests += 1
+        forks = (request.num_images or 1) - 1
+        self.rows.append(Row(self.requests, request, generation, 0, self.cache.acquire(), prompt, forks))
+        return self.requests
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Move every row by one forward pass of its kind."""
+        events: list[Event] = []
+        for writing in (True, False):
+            rows = [row for row in self.rows if row.unread is not None and (len(row.unread) == 1) == writing]
+            if rows:
+                logits = text_mode.read(
+                    self.model, self.cache, [row.slot for row in rows], [row.unread for row in rows], self.vocabulary
+                ).cpu()  # (B, V)
+                for row, after in zip(rows, logits, strict=True):
+                    self._go_on(row, after, events)
+        drawing = [row for row in self.rows if row.drawing is not None]
+        for shape in sorted({row.drawing.shape for row in drawing}):
+            rows = [row for row in drawing if row.drawing.shape == shape]
+            image_mode.denoise(self.model, self.cache, [row.drawing for row in rows], self.run.diffusion)
+            for row in rows:
+                self._after_denoising(row, events)
+        return events
+
+    def cancel(self, number: int) -> None:
+        """Forget a request: its rows are gone before the next step."""
+        for row in [row for row in self.rows if row.number == number]:
+            self._remove(row)
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """All requests at once, to their ends: for each its answers, one per draw."""
+        answers = {
+            self.submit(request): [Answer() for _ in range(request.num_images or 1)] for request in requests
+        }
+        tokens: dict[tuple[int, int], list[int]] = {}
+        while self.rows:
+            for event in self.step():
+                place = event.request, event.draw
+                answer = answers[event.request][event.draw]
+                if isinstance(event, Written):
+                    tokens.setdefault(place, []).append(event.token)
+                elif isinstance(event, Drawn | Finished):
+                    text = self.opened.tokenizer.decode(tokens.pop(place, []))
+                    answer.parts += [text] if text else []
+                if isinstance(event, Drawn):
+                    answer.parts.append(event.pixels)
+                elif isinstance(event, Finished):
+                    answer.reason = event.reason
+        return list(answers.values())
+
+    def _segment(self, part: str | np.ndarray | Picture.Image) -> Text | Image:
+        if isinstance(part, str):
+            return Text(self.opened.tokenizer.encode(part))
+        codec = self.opened.codec
+        if isinstance(part, Picture.Image):
+            part = to_pixels(part, self.sizes, codec.colours)
+        if part.shape[1::-1] not in self.sizes or part.shape[2:] != (codec.colours,):
+            raise ValueError(f"a picture of shape {part.shape} is none of this run's sizes: {self._size_list()}")
+        return Image(codec.encode(part))
+
+    def _shape(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The latent shape (Y, X) of a picture of this (width, height)."""
+        if size is None:
+            return next(iter(self.vocabulary.boi))
+        if size not in self.sizes:
+            raise ValueError(f"the run cannot draw {size[0]}x{size[1]}; it can draw {self._size_list()}")
+        return size[1] // self.opened.codec.scale, size[0] // self.opened.codec.scale
+
+    def _size_list(self) -> str:
+        return ", ".join(f"{x}x{y}" for x, y in self.sizes)
+
+    def _go_on(self, row: Row, logits: torch.Tensor, events: list[Event]) -> None:
+        """What a row does once all is read: draw if that ended in a boi, else write the next token."""
+        shape = self.vocabulary.shape_of(int(row.unread.tokens[-1]))
+        rows = [row]
+        for draw in range(1, row.forks + 1):
+            fork = Row(row.number, row.request, row.generation, draw, self.cache.acquire(), None, 0)
+            self.cache.copy(row.slot, fork.slot)
+            self.rows.append(fork)
+            rows.append(fork)
+        row.forks = 0
+        for each in rows:
+            each.unread = None
+            if shape is not None:
+                self._begin_image(each, shape)
+            else:
+                self._write(each, logits, events)
+
+    def _write(self, row: Row, logits: torch.Tensor, events: list[Event]) -> None:
+        vocabulary = self.vocabulary
+        token = text_mode.choose(logits, self.allowed, row.generation, row.generator)
+        if token == vocabulary.eos:
+            return self._end(row, "eos", events)
+        shape = vocabulary.shape_of(token)
+        needed = self.cache.lengths[row.slot] + 1 + (0 if shape is None else vocabulary.patches(shape) + 1)
+        if row.written >= row.generation.max_tokens or needed > self.context:
+            return self._end(row, "length", events)
+        row.written += 1
+        row.unread = EMPTY.followed_by(token)
+        if shape is None:
+            row.segment.append(token)
+            text = self.opened.tokenizer.decode(row.segment)
+            fresh = "" if text.endswith("\ufffd") else text[row.shown :]
+            row.shown += len(fresh)
+            events.append(Written(row.number, row.draw, token, fresh))
+
+    def _begin_image(self, row: Row, shape: tuple[int, int]) -> None:
+        free_slot = None
+        if row.generation.guidance_scale != 1:
+            free_slot = self.cache.acquire()
+            self.cache.copy(self._without_prompt(shape), free_slot)
+        row.segment, row.shown = [], 0
+        row.drawing = image_mode.begin(
+            (self.run.model.latent_channels, *shape), row.slot, free_slot, row.generation, self.run.diffusion, self.bound,
+            seed_from(row.request.seed, row.draw, "image", row.images), self.device,
+        )  # fmt: skip
+        row.images += 1
+
+    def _without_prompt(self, shape: tuple[int, int]) -> int:
+        """The slot of what the model read in training when the caption was dropped: bos and boi."""
+        if shape not in self.free_slots:
+            self.free_slots[shape] = slot = self.cache.acquire()
+            piece = lay_out(Document(()), self.vocabulary, ends=False).followed_by(self.vocabulary.boi[shape])
+            text_mode.read(self.model, self.cache, [slot], [piece], self.vocabulary)
+        return self.free_slots[shape]
+
+    def _after_denoising(self, row: Row, events: list[Event]) -> None:
+        drawing, codec = row.drawing, self.opened.codec
+        if row.request.previews and drawing.step % row.request.previews == 0:
+            noisy = drawing.noisy if drawing.clean is None else drawing.clean
+            shown = [codec.decode(latent[0].cpu().numpy()) for latent in (noisy, drawing.estimate)]
+            events.append(Previewed(row.number, row.draw, drawing.step, *shown))
+        if drawing.clean is None:
+            return
+        if drawing.free_slot is not None:
+            self.cache.release(drawing.free_slot)
+        row.drawing = None
+        clean = drawing.clean[0].cpu().numpy()
+        events.append(Drawn(row.number, row.draw, codec.decode(clean)))
+        if row.request.num_images is not None:
+            return self._end(row, "image", events)
+        # The cache still holds nothing of the image: it is read once more, clean, as later text and images will see it.
+        whole = lay_out(Document((Image(clean),)), self.vocabulary, ends=False)  # bos boi patches eoi
+        row.unread = whole.part(2)
+
+    def _end(self, row: Row, reason: str, events: list[Event]) -> None:
+        self._remove(row)
+        events.append(Finished(row.number, row.draw, reason))
+
+    def _remove(self, row: Row) -> None:
+        self.rows.remove(row)
+        self.cache.release(row.slot)
+        if row.drawing is not None and row.drawing.free_slot is not None:
+            self.cache.release(row.drawing.free_slot)
+
+
+def open_run(path: str | Path, weights: str = "average", device: str = "auto") -> Engine:
+    """A run's folder, ready to write and draw. `weights="raw"` instead of the moving average."""
+    chosen = pick_device(device)
+    return Engine(open_checkpoint(Path(path), weights, chosen), chosen)

@@ -1,0 +1,96 @@
+"""Noise to image. A sampler is a coroutine: it yields what the model should see, is sent the prediction, returns the image.
+
+    noisy, t = next(sampler); prediction = model(noisy, t); noisy, t = sampler.send(prediction); ...
+
+so one loop can drive many at once, each at its own step. Every one recovers the clean estimate, clips it to the codec's
+bound, then steps: at t = 1 an error in a noise prediction is multiplied by 20,000 before it is clipped.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transfusion.config import DiffusionConfig
+from transfusion.diffusion import Estimate, noise_beside, read_prediction, shift_time, signal_and_scale
+
+Sampler = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (1, C, Y, X) and (1,), is sent and returns (1, C, Y, X)
+Bound = tuple[Tensor, Tensor]  # smallest and largest value of each channel, (C, 1, 1) each
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What all samplers need: how many steps over which path, the bound of a clean latent, and chance."""
+
+    steps: int
+    diffusion: DiffusionConfig
+    bound: Bound | None
+    generator: torch.Generator
+
+    def times(self) -> Tensor:
+        """(steps + 1,) from 1 down to 0. 250 steps are the paper's 1000, 996, ..., 4, 0, divided by 1000."""
+        return shift_time(torch.linspace(1, 0, self.steps + 1, dtype=torch.float64), self.diffusion.shift)
+
+    def estimate(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Estimate:
+        """The clipped clean latent, and the noise that is left when it is taken out."""
+        clean = read_prediction(noisy, prediction, t, self.diffusion).clean
+        if self.bound is not None:
+            clean = clean.clamp(*self.bound)
+        return Estimate(clean, noise_beside(noisy, clean, t, self.diffusion))
+
+    def coefficients(self) -> list[tuple[float, float]]:
+        """Signal and scale at each of the times."""
+        return list(zip(*(part.tolist() for part in signal_and_scale(self.times(), self.diffusion.path)), strict=True))
+
+
+def ddpm(noisy: Tensor, walk: Walk) -> Sampler:
+    """Ancestral sampling with the smaller posterior variance (Ho et al. 2020), over any subset of the steps."""
+    times, coefficients = walk.times(), walk.coefficients()
+    for step in range(walk.steps):
+        (signal, scale), (next_signal, next_scale) = coefficients[step], coefficients[step + 1]
+        t = times[step : step + 1].to(noisy)
+        clean = walk.estimate(noisy, (yield noisy, t), t).clean
+        ratio = signal / next_signal  # of this step's signal to the next one's
+        fresh = scale**2 - (ratio * next_scale) ** 2  # variance that this step's noise adds to the next one's
+        mean = (ratio * next_scale**2 / scale**2) * noisy + (next_signal * fresh / scale**2) * clean
+        deviation = max(0.0, fresh) ** 0.5 * next_scale / scale
+        noise = torch.randn(noisy.shape, generator=walk.generator).to(noisy) if deviation else 0.0
+        noisy = mean + deviation * noise
+    return noisy
+
+
+def ddim(noisy: Tensor, walk: Walk) -> Sampler:
+    """Deterministic: the clean estimate and the noise that is left, mixed again for the next time (Song et al. 2021)."""
+    times, coefficients = walk.times(), walk.coefficients()
+    for step in range(walk.steps):
+        t = times[step : step + 1].to(noisy)
+        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
+        signal, scale = coefficients[step + 1]
+        noisy = signal * clean + scale * noise
+    return noisy
+
+
+def euler(noisy: Tensor, walk: Walk) -> Sampler:
+    """Straight steps along the velocity, for the straight path."""
+    times = walk.times()
+    for step in range(walk.steps):
+        t = times[step : step + 1].to(noisy)
+        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
+        noisy = noisy + (times[step + 1] - times[step]).item() * (noise - clean)
+    return noisy
+
+
+def sampler_of(name: str, diffusion: DiffusionConfig) -> Callable[[Tensor, Walk], Sampler]:
+    """The sampler of that name. ValueError when it does not go with the path."""
+    match name:
+        case "ddpm":
+            return ddpm
+        case "ddim":
+            return ddim
+        case "euler" if diffusion.path == "straight":
+            return euler
+        case "euler":
+            raise ValueError("the euler sampler walks the straight path, and this run's path is cosine: use ddim or ddpm")
+        case _:
+            raise ValueError(f"there is no sampler {name!r}; there are ddpm, ddim, euler")

@@ -1,0 +1,112 @@
+"""The Llama block: RMSNorm, rotary attention, SwiGLU. Text and patches share every weight of it (section 3)."""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfusion.config import ModelConfig, RopeScaling
+from transfusion.model.mask import Mask
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions, for inference."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values (B, Hkv, Lq, h) -> those of all positions so far (B, Hkv, Lk, h)."""
+
+
+class Transformer(nn.Module):
+    """(B, L, D) -> (B, L, D), normalised at the end."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, position: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
+        rotation = rotation_of(position, self.config, x.dtype)
+        for block in self.blocks:
+            x = block(x, rotation, mask, cache)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.feed_forward_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.post_norm = config.post_norm
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+        if self.post_norm:  # Swin's order: the residual stream is never scaled, what is added to it always is
+            x = x + self.attention_norm(self.attention(x, rotation, mask, cache))
+            return x + self.feed_forward_norm(self.feed_forward(x))
+        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Attention(nn.Module):
+    """Rotary attention under a mask; fewer keys and values than queries when kv_heads says so."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.size = layer, config.size_of_head
+        self.heads, self.kv_heads = config.heads, config.num_kv_heads
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.size, bias=False)
+        self.out = nn.Linear(self.heads * self.size, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.size, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+        B, L, _ = x.shape
+        qkv = self.qkv(x).view(B, L, -1, self.size).transpose(1, 2)  # (B, H + 2 Hkv, L, h)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.out(mask.attend(q, k, v).transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.size_of_hidden, bias=False)
+        self.down = nn.Linear(config.size_of_hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)  # (B, L, hidden) each
+        return self.down(F.silu(gate) * up)
+
+
+def rotation_of(position: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of each position (B, L) -> (2, B, 1, L, h), the same for all layers and heads."""
+    half = torch.arange(0, config.size_of_head, 2, device=position.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-half / config.size_of_head)  # (h / 2,)
+    if config.rope_scaling is not None:
+        frequency = scale_frequencies(frequency, config.rope_scaling)
+    angle = position[:, None, :, None].float() * frequency  # (B, 1, L, h / 2)
+    angle = torch.cat([angle, angle], -1)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
+def scale_frequencies(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3: slow frequencies are divided by `factor`, fast ones kept, those between are blended."""
+    turns = scaling.original_length * frequency / (2 * math.pi)  # in the original context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate-half rotary positions on (B, H, L, h)."""
+    cos, sin = rotation
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin

@@ -1,0 +1,98 @@
+"""One transformer, two ways in, two ways out: tokens and patches (section 3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.chance import seed_from
+from transfusion.config import ModelConfig
+from transfusion.model.mask import Mask, packed
+from transfusion.model.patches import LinearPatches
+from transfusion.model.transformer import Cache, Transformer
+from transfusion.sequence import Batch
+
+
+@dataclass
+class Prediction:
+    """What the model says: next-token logits (T, V) at the batch's text_index, and per group of images (N, C, Y, X)."""
+
+    logits: Tensor
+    images: list[Tensor]
+
+
+class Transfusion(nn.Module):
+    """The network. It knows no schedule, codec, loss or data; build it with `build`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocabulary, config.width)
+        self.patches = LinearPatches(config)
+        self.transformer = Transformer(config)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        if config.tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(
+        self, batch: Batch, noisy: list[Tensor], t: list[Tensor], mask: Mask | None = None, cache: Cache | None = None
+    ) -> Prediction:
+        """Latents (N, C, Y, X) at times t (N,) for each of the batch's groups, into the places that the group names.
+
+        Without a mask the rows are packed documents; the engine gives its own, and a cache of earlier positions.
+        """
+        if mask is None:
+            mask = packed(batch.document, batch.image, self.config.image_attention)
+        x = self.tokens(batch.tokens)  # (B, L, D)
+        B, L, D = x.shape
+        if noisy:
+            patches = [self.patches.enter(*pair).view(-1, D) for pair in zip(noisy, t, strict=True)]
+            index = torch.cat([group.index.view(-1) for group in batch.groups])
+            x = x.view(-1, D).index_copy(0, index, torch.cat(patches).to(x.dtype)).view(B, L, D)
+        hidden = self.transformer(x, batch.position, mask, cache).view(-1, D)  # (B * L, D)
+        logits = self.head(hidden.index_select(0, batch.text_index))  # (T, V)
+        return Prediction(logits, [
+            self.patches.leave(hidden.index_select(0, g.index.view(-1)).view(*g.index.shape, D), latent.shape[2:])
+            for g, latent in zip(batch.groups, noisy, strict=True)
+        ])  # fmt: skip
+
+
+def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> Transfusion:
+    """A new model with its starting weights, the same on any device or number of ranks."""
+    with torch.device("meta"):
+        model = Transfusion(config)
+    model.to_empty(device=device)
+    init_weights(model, seed)
+    return model
+
+
+@torch.no_grad()
+def init_weights(model: Transfusion, seed: int) -> None:
+    """Fill in the starting weights, fp32 on the CPU, each parameter's chance from (seed, its name).
+
+    Layers that write to the residual stream start smaller, so that depth does not make it grow; the image head starts
+    at zero: its first guess is 0, the mean of what it learns to say.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        fresh = torch.empty(parameter.shape, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed_from(seed, name))
+        match name.split(".")[-2:]:
+            case [_, "bias"]:
+                fresh.zero_()
+            case [norm, "weight"] if norm.endswith("norm"):
+                fresh.fill_(1)
+            case ["outward", "weight"]:
+                fresh.zero_()
+            case ["tokens", "weight"]:
+                fresh.normal_(0, 1 if not config.tied else config.width**-0.5, generator=generator)
+            case ["out" | "down", "weight"]:
+                fresh.normal_(0, (2 * config.layers * parameter.shape[1]) ** -0.5, generator=generator)
+            case _:
+                fresh.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        parameter.copy_(fresh)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that are learnt, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,47 @@
+"""AdamW, warm-up and cosine, and the moving average of the weights (section 4.1)."""
+
+import math
+
+import torch
+from torch import nn
+
+from transfusion.config import TrainingConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only: norms and biases have nothing to gain from being near zero."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """For the step with this number, counted from 0: linear warm-up, then half a cosine down to the last."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    fall = (1 + math.cos(math.pi * progress)) / 2
+    return config.final_learning_rate + fall * (config.learning_rate - config.final_learning_rate)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Moves the average towards the weights; early on faster, so that it never remembers the start."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name: both moments, and the step as a 0-d tensor. Made if there is none yet."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        found |= {f"{name}.{part}": value for part, value in state.items()}
+    return found
