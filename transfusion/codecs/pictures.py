@@ -44,3 +44,18 @@ def to_pixels(picture: Picture.Image, sizes: Sequence[tuple[int, int]], colours:
         picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
     picture = ImageOps.fit(picture.convert("L" if colours == 1 else "RGB"), size, Picture.Resampling.LANCZOS)
     return np.asarray(picture, dtype=np.uint8).reshape(size[1], size[0], colours)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 64) -> Picture.Image:
+    """Pictures (Y, X, colours) uint8 side by side, each enlarged in whole pixels to about `side`."""
+    tiles = []
+    for pixels in pictures:
+        zoom = max(1, round(side / max(pixels.shape[:2])))
+        tile = np.repeat(np.repeat(pixels, zoom, 0), zoom, 1)
+        tiles.append(np.broadcast_to(tile, (*tile.shape[:2], 3)))
+    height, width = (max(tile.shape[axis] for tile in tiles) + 4 for axis in (0, 1))
+    sheet = np.full((-(-len(tiles) // columns) * height + 4, columns * width + 4, 3), 128, dtype=np.uint8)
+    for n, tile in enumerate(tiles):
+        y, x = n // columns * height + 4, n % columns * width + 4
+        sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+    return Picture.fromarray(sheet)

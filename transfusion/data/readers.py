@@ -1,8 +1,8 @@
-"""What a source gives: documents as people have them, texts and pictures in order, before any tokenizer or codec.
+"""What a source gives: documents as people have them, text and pictures in order, before tokenizer and codec.
 
-A source is anything with `name`, `len(source)` and `source[i] -> RawDocument`; reading document i needs no other
-document, so a loader may read in any order. `prepare` turns a `RawDocument` into a `sequence.Document`: text into ids,
-pixels into latents.
+A source is anything with `name`, `len(source)` and `source[i] -> RawDocument`. Reading document i needs no
+other document, so a loader may read in any order. Preparing turns a `RawDocument` into a `sequence.Document`:
+text into ids, pixels into latents.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class RawText:
 
 @dataclass(frozen=True)
 class RawImage:
-    """A picture, upright and not yet resized. `loss`: is it to be learnt, or does it only condition what follows?"""
+    """A picture, upright, of any size. `loss`: is it to be learnt, or does it only condition what follows?"""
 
     pixels: np.ndarray  # (Y, X, 3) or (Y, X, 1) uint8
     loss: bool = True
@@ -28,7 +28,7 @@ class RawImage:
 
 @dataclass(frozen=True)
 class RawDocument:
-    """Texts and pictures in order. `id` is the document's number in its source: all its chance follows from it."""
+    """Text and pictures in order. `id` is its number in its source, from which all its chance follows."""
 
     segments: tuple[RawText | RawImage, ...]
     id: int

@@ -1,14 +1,16 @@
-"""The made world `shapes`: captioned scenes of coloured things, endless, and exactly checkable from the pixels alone.
+"""The made world `shapes`: captioned scenes of coloured things, endless, and checkable from the pixels alone.
 
-A level 1 caption names one thing, or two in a relation: "a large red circle", "a small green triangle left of a large
-cyan circle". Level 2 adds counts and more things: "three small red circles", "a large red circle above two small blue
-squares", "a small red circle above a large cyan square left of a small blue circle" (each relation joins its two
-neighbours). The first named is the upper or the left one. A single group may stand anywhere.
+A level 1 caption names one thing, or two in a relation: "a large red circle", "a small green triangle left of
+a large cyan circle". Level 2 adds counts and more things: "three small red circles", "a large red circle
+above two small blue squares", "a small red circle above a large cyan square left of a small blue circle"
+(each relation joins its two neighbours). The first named is the upper or the left one. A single group may
+stand anywhere.
 
-Lengths are in units of a canvas of 32 x 32, x to the right and y down. What a scene promises: no two boxes of things come
-closer than `GAP`, none comes closer to the border than `MARGIN`; in "A above B" every box of A ends at least `GAP` before
-every box of B begins, and from the middle of A to the middle of B it is at least twice as far down as sideways ("left of"
-likewise). Groups that a relation joins differ in size, colour or shape, so one caption alone is true of a picture.
+Lengths are in units of a canvas of 32 x 32, x to the right and y down. What a scene promises: the boxes of
+any two things lie at least `GAP` apart in x or in y, and none comes closer to the border than `MARGIN`; in "A
+above B" every box of A ends at least `GAP` before every box of B begins, and the way from the middle of A to
+the middle of B leads at least twice as far down as sideways ("left of" likewise). Groups that a relation
+joins differ in size, colour or shape. So a picture has one true caption.
 """
 
 import re
@@ -23,20 +25,22 @@ from transfusion.data.readers import RawDocument, RawImage, RawText
 
 CANVAS = 32
 SIZES = ("small", "large")
-COLOURS = {"red": (235, 60, 60), "green": (45, 190, 75), "blue": (50, 85, 245),
-           "yellow": (250, 220, 60), "purple": (200, 65, 215), "cyan": (70, 225, 235)}  # fmt: skip
-BACKGROUND = (24, 26, 34)
-BOXES = {("small", "circle"): (8.0, 8.0), ("small", "square"): (8.0, 8.0), ("small", "triangle"): (9.5, 9.0),
-         ("large", "circle"): (13.0, 13.0), ("large", "square"): (13.0, 13.0), ("large", "triangle"): (13.5, 13.0),
-         }  # (width, height): areas 43 to 64 and 88 to 169 # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "left of")
 COUNTS = ("a", "two", "three", "four")
 LEVELS = (1, 2)
+MOST = 4  # things in a scene
 
+COLOURS = {"red": (235, 60, 60), "green": (45, 190, 75), "blue": (50, 85, 245),
+           "yellow": (250, 220, 60), "purple": (185, 70, 225), "cyan": (70, 225, 235)}  # fmt: skip
+BACKGROUND = (24, 26, 34)
+BOXES = {
+    ("small", "circle"): (8.0, 8.0), ("small", "square"): (8.0, 8.0), ("small", "triangle"): (9.5, 9.0),
+    ("large", "circle"): (13.0, 13.0), ("large", "square"): (13.0, 13.0), ("large", "triangle"): (13.5, 13.0),
+}  # (width, height); areas are 43 to 64 and 88 to 169, so that a size is hard to mistake  # fmt: skip
 GAP = 3.0
 MARGIN = 0.5
-STEP = 0.25  # centres lie on a grid this fine; that of odd seeds is half a step off, so no picture has both kinds
+STEP = 0.25  # centres lie on a grid this fine; that of odd seeds is half a step off: they share no picture
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: `counts[g]` things like `kinds[g]`, and `relations[g]` between groups g and g + 1."""
+    """What a caption says: `counts[g]` things like `kinds[g]`, `relations[g]` between groups g and g + 1."""
 
     kinds: tuple[Thing, ...]
     counts: tuple[int, ...]
@@ -82,8 +86,9 @@ class Scene:
 class Shapes:
     """A random-access source of scenes with their captions.
 
-    The held-out pictures are none of the training pictures, whatever the seed (see `STEP`), but their captions recur:
-    level 1 has only 2,556 captions. What is held out is the picture, not the idea.
+    No held-out picture is a training picture, whatever the seeds (see `STEP`), but captions recur: level 1
+    has only 2,556. What is held out is the picture, not the idea, and a training picture very like it may
+    well exist.
     """
 
     name = "shapes"
@@ -91,8 +96,8 @@ class Shapes:
     def __init__(self, level: int = 1, size: int = CANVAS, split: str = "train", seed: int = 0):
         lengths = {"train": 1_000_000, "heldout": 2_000}
         if level not in LEVELS or split not in lengths or seed < 0 or size < 1:
-            raise ValueError(f"no such shapes: level {level} of {LEVELS}, split {split!r} of {tuple(lengths)}, "
-                             f"size {size} >= 1, seed {seed} >= 0")  # fmt: skip
+            raise ValueError(f"no such shapes: level {level} of {LEVELS}, split {split!r} of {[*lengths]}, "
+                             f"size {size} (at least 1), seed {seed} (at least 0)")  # fmt: skip
         self.level, self.size, self.split, self.seed = level, size, split, seed
         self.length = lengths[split]
 
@@ -111,7 +116,7 @@ class Shapes:
 
 
 def draw_scene(level: int, seed: int) -> Scene:
-    """A scene of this level. All chance comes from the seed; the pictures of even and of odd seeds are never equal."""
+    """A scene of this level, all chance from the seed. Pictures of even and of odd seeds are never equal."""
     chance = np.random.default_rng(seed)
     while True:  # a description that finds no place is drawn anew
         description = _draw_description(level, chance)
@@ -125,27 +130,28 @@ def caption(scene: Scene | Description) -> str:
     description = scene.description if isinstance(scene, Scene) else scene
     words = [f"{COUNTS[count - 1]} {kind.size} {kind.colour} {kind.shape}{'s' if count > 1 else ''}"
              for kind, count in zip(description.kinds, description.counts, strict=True)]  # fmt: skip
-    return words[0] + "".join(f" {relation} {word}" for relation, word in zip(description.relations, words[1:],
-                                                                              strict=True))  # fmt: skip
+    joined = zip(description.relations, words[1:], strict=True)
+    return words[0] + "".join(f" {relation} {word}" for relation, word in joined)
 
 
 def parse(caption: str) -> Description | None:
     """What a caption says: the inverse of `caption`. None when the string is not a caption of the world.
 
-    The grammar is a little wider than what is drawn: it knows "four large red circles" (no room) and "a small red
-    circle above a small red circle" (the same kind twice).
+    The grammar is a little wider than what is drawn (of at most `MOST` things): it knows "four large red
+    circles" (for which there is hardly room) and "a small red circle above a small red circle" (the same kind
+    twice).
     """
     parts = _RELATION.split(caption)
     groups = [_GROUP.fullmatch(part) for part in parts[::2]]
-    if not all(groups) or len(groups) > 3:
+    if not all(groups):
         return None
     counts = tuple(COUNTS.index(group[1]) + 1 for group in groups)
-    if any((count > 1) != bool(group[5]) for count, group in zip(counts, groups, strict=True)):
+    if sum(counts) > MOST or any((n > 1) != bool(group[5]) for n, group in zip(counts, groups, strict=True)):
         return None
     return Description(tuple(Thing(*group.group(2, 3, 4)) for group in groups), counts, tuple(parts[1::2]))
 
 
-_GROUP = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(s?)")
+_GROUP = re.compile(" ".join(f"({'|'.join(words)})" for words in (COUNTS, SIZES, COLOURS, SHAPES)) + "(s?)")
 _RELATION = re.compile(rf" ({'|'.join(RELATIONS)}) ")
 
 
@@ -159,14 +165,16 @@ def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
     return (picture + 0.5).astype(np.uint8)  # (Y, X, 3)
 
 
-_COLOUR_STEPS = {name: np.subtract(colour, BACKGROUND).astype(np.float32) for name, colour in COLOURS.items()}
+_COLOUR_STEPS = {name: np.float32(np.subtract(colour, BACKGROUND)) for name, colour in COLOURS.items()}
 
 
-def coverage(shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS) -> np.ndarray:
+def coverage(
+    shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS
+) -> np.ndarray:
     """How much of each pixel a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units.
 
-    The distance from a pixel's middle to the outline, cut at half a pixel on either side: for a straight edge along the
-    grid that is the exact covered area, for the others within a few hundredths.
+    It is the distance from a pixel's middle to the outline, cut at half a pixel on either side: exact for an
+    edge along the grid, close for the others, and many times faster than counting finer pixels.
     """
     width, height = box
     pixel = CANVAS / size
@@ -179,7 +187,8 @@ def coverage(shape: str, box: tuple[float, float], centre: tuple[float, float], 
             outside = np.maximum(np.abs(x) - width / 2, np.abs(y) - height / 2)  # (Y, X)
         case "triangle":  # point up: two slanted sides from (0, -height / 2), and the base
             length = np.hypot(height, width / 2)
-            slanted = np.abs(x) * np.float32(height / length) - (y + height / 2) * np.float32(width / 2 / length)
+            across, down = np.float32(height / length), np.float32(width / 2 / length)
+            slanted = np.abs(x) * across - (y + height / 2) * down  # (Y, X)
             outside = np.maximum(slanted, y - height / 2)  # (Y, X)
         case _:
             raise ValueError(f"no shape {shape!r}: {SHAPES}")
@@ -192,8 +201,8 @@ def _middles(size: int) -> np.ndarray:
 
 
 def _draw_description(level: int, chance: np.random.Generator) -> Description:
-    """Level 1: a quarter of single things, the rest pairs. Level 2: level 1, one counted group, two groups, or three
-    things around a corner, a quarter each. With three things or more in a relation, one at most is large."""
+    """Level 1: a quarter single things, the rest pairs. Level 2: level 1, a counted group, two groups with counts,
+    and three things around a corner, about a quarter each."""
     form = chance.integers(4)
     if level == 1:
         return _draw_groups([1] if form == 0 else [1, 1], chance)
@@ -209,6 +218,7 @@ def _draw_description(level: int, chance: np.random.Generator) -> Description:
 
 
 def _draw_groups(counts: Sequence[int], chance: np.random.Generator) -> Description:
+    """Groups of so many things. Of three things in relations one at most is large: else there is no room."""
     colours = tuple(COLOURS)
     relations = [RELATIONS[chance.integers(2)]]
     while len(relations) < len(counts) - 1:  # around a corner: three in one line would have no room
@@ -224,23 +234,24 @@ def _draw_groups(counts: Sequence[int], chance: np.random.Generator) -> Descript
 
 
 def _draw_centres(description: Description, chance: np.random.Generator, shift: float) -> np.ndarray | None:
-    """One of all the allowed placements, each as likely as any other: (things, 2) as (x, y). None when none is found."""
+    """Any allowed placement, each as likely as any other: (things, 2), x and y. None when none is found."""
     half = np.array([BOXES[thing.size, thing.shape] for thing in description.things]) / 2  # (K, 2)
     first = np.ceil((MARGIN + half - shift) / STEP)  # (K, 2)
     choices = np.floor((CANVAS - MARGIN - half - shift) / STEP) - first + 1  # (K, 2)
     for tries in (32, 256, 2048):  # most descriptions fit at once, two large things in a row rarely
-        centres = shift + STEP * (first + np.floor(chance.random((tries, *half.shape)) * choices))  # (T, K, 2)
+        steps = first + np.floor(chance.random((tries, *half.shape)) * choices)  # (T, K, 2)
+        centres = shift + STEP * steps  # (T, K, 2)
         allowed = np.flatnonzero(_is_allowed(description, centres, half))
         if len(allowed):
             centres = centres[allowed[0]]  # (K, 2)
-            for group in description.groups:  # like things in one order, from the left: equal scenes are equal pictures
+            for group in description.groups:  # like things from the left: equal pictures are equal scenes
                 centres[group] = centres[group][np.lexsort((centres[group, 1], centres[group, 0]))]
             return centres
     return None
 
 
 def _is_allowed(description: Description, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Which of the placements (T, K, 2) keep the promises of line one's docstring: (T,) booleans."""
+    """Which of the placements (T, K, 2) keep what a scene promises: (T,) booleans."""
     allowed = np.ones(len(centres), bool)  # (T,)
     for i, j in combinations(range(len(half)), 2):
         allowed &= (np.abs(centres[:, i] - centres[:, j]) >= half[i] + half[j] + GAP).any(1)

@@ -283,7 +283,7 @@ class Engine:
             shown = [codec.decode(latent[0].cpu().numpy()) for latent in (noisy, drawing.estimate)]
             events.append(Previewed(row.number, row.draw, drawing.step, *shown))
         if drawing.clean is None:
-            return
+            return None
         if drawing.free_slot is not None:
             self.cache.release(drawing.free_slot)
         row.drawing = None

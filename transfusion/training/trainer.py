@@ -24,7 +24,7 @@ from transfusion.training.optimizer import build_optimizer, learning_rate, optim
 GRID = 10  # held-out times per walk from clean to noise
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Training cannot go on; the message says why in one line."""
 
 
