@@ -16,7 +16,9 @@ from transfusion.model.mask import BLOCK, Mask, cached, packed
 LONG = 3 * BLOCK
 
 
-def rule_of(document: torch.Tensor, image: torch.Tensor, image_attention: str = "bidirectional") -> torch.Tensor:
+def rule_of(
+    document: torch.Tensor, image: torch.Tensor, image_attention: str = "bidirectional"
+) -> torch.Tensor:
     """(B, L), (B, L) -> (B, 1, L, L) by the one-line rule."""
     both = image_attention == "bidirectional"
     return torch.stack([may_see(*row, both) for row in zip(document, image, strict=True)])[:, None]
@@ -24,7 +26,7 @@ def rule_of(document: torch.Tensor, image: torch.Tensor, image_attention: str = 
 
 @st.composite
 def runs(draw, length: int = LONG, min_rows: int = 1, max_rows: int = 3):
-    """Rows as runs of any length, cut at random: whole blocks of one document or image, and slivers. (B, L) twice."""
+    """Rows as runs of any length: whole blocks of one document or image, and slivers. (B, L) twice."""
     rows = []
     for _ in range(draw(st.integers(min_rows, max_rows))):
         document, image, number = [], [], 0
@@ -53,7 +55,8 @@ def test_the_dense_mask_is_the_rule(found, image_attention):
     mask = packed(batch.document, batch.image, image_attention)
     rule = rule_of(batch.document, batch.image, image_attention)
     assert torch.equal(mask.dense, rule)
-    assert mask.attended == int(rule.sum())
+    real = batch.document >= 0
+    assert mask.pairs(real) == int((rule[:, 0] & real[:, :, None]).sum())
 
 
 @some
@@ -136,7 +139,7 @@ def test_flex_attention_under_blocks_equals_sdpa_under_dense(found, kv_heads, im
 @few
 @given(runs(min_rows=2, max_rows=2))
 def test_a_compiled_flex_attention_skips_no_block_it_needs(found):
-    """Uncompiled, FlexAttention asks `mask_mod` about every pair; only a kernel goes by the lists of blocks."""
+    """Uncompiled, FlexAttention asks `mask_mod` about every pair; only kernels go by the lists of blocks."""
     q, k, v = heads(2, LONG, 2, seed=0)
     mask = packed(*found)
     with torch.no_grad():
@@ -224,4 +227,5 @@ def test_cached_text_sees_all_before_it(lengths, new):
 def test_an_interval_is_all_a_mask_holds():
     mask = Mask(torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[1, 4]], dtype=torch.int32), 4)
     assert mask.dense.int().tolist() == [[[[1, 0, 0, 0], [0, 0, 1, 1]]]]
-    assert mask.attended == 3
+    assert mask.pairs(torch.tensor([[True, True]])) == 3
+    assert mask.pairs(torch.tensor([[True, False]])) == 1

@@ -1,4 +1,4 @@
-"""How text and images lie in one sequence: the layout, the targets, cuts and batches, against slow obvious versions."""
+"""How text and images lie in one sequence: layout, targets, cuts and batches, against slow, obvious code."""
 
 import json
 
@@ -28,7 +28,7 @@ from transfusion.sequence import NO_IMAGE, NO_TARGET, Document, Image, Text, Voc
 
 
 def slots_of(document: Document) -> list[tuple[str, int, bool]]:
-    """The design's sentence, spelt out: (what it is, its id, is its segment to be learnt) of every position."""
+    """The rule spelt out: (what it is, its id, is its segment to be learnt) of every position."""
     slots = [("bos", VOCABULARY.bos, False)]
     for segment in document.segments:
         if isinstance(segment, Text):
@@ -96,7 +96,7 @@ def test_images_have_chances_of_their_own_that_follow_from_the_documents(documen
 
 
 def units_of(document: Document) -> list[int]:
-    """Lengths of what may not be cut: a token, an image with its markers, a pair; eos stays with the last of them."""
+    """Lengths of what may not be cut: a token, an image with its markers, a pair; eos stays with the last."""
     lengths = [
         [1] * len(segment.tokens) if isinstance(segment, Text) else [VOCABULARY.patches(segment.shape) + 2]
         for segment in document.segments
@@ -116,7 +116,8 @@ def check_cut(document: Document, length: int):
     parts = cut(whole, length)
     assert all(0 < len(part) <= length for part in parts)
     assert np.concatenate([part.tokens for part in parts]).tolist() == whole.tokens.tolist()
-    assert np.concatenate([part.targets for part in parts]).tolist() == whole.targets.tolist()  # across cuts too
+    targets = [part.targets for part in parts]  # across cuts too: the last of a part is still trained
+    assert np.concatenate(targets).tolist() == whole.targets.tolist()
     starts = np.cumsum([0] + [len(part) for part in parts])
     images = [
         (start + placed.start, placed.image, placed.key)
@@ -124,7 +125,7 @@ def check_cut(document: Document, length: int):
         for placed in part.images
     ]
     assert images == [(placed.start, placed.image, placed.key) for placed in whole.images]
-    allowed = np.cumsum([0, *units_of(document)])  # also: no cut through an image, or between it and its caption
+    allowed = np.cumsum([0, *units_of(document)])  # not through an image, not between it and its caption
     assert set(starts[:-1].tolist()) <= set(allowed[:-1].tolist())
 
 
@@ -198,9 +199,10 @@ def test_collate_groups_images_by_shape_and_says_where_their_patches_lie(found):
     assert batch.image.tolist() == image_of.tolist()
     assert [tuple(group.clean.shape[2:]) for group in batch.groups] == sorted(expected)
     for group in batch.groups:
-        index, placed = zip(*expected[tuple(group.clean.shape[2:])], strict=True)
+        shape = tuple(group.clean.shape[2:])
+        index, placed = zip(*expected[shape], strict=True)
         assert group.index.tolist() == list(index)
-        assert (batch.tokens.view(-1)[group.index[:, 0] - 1] == VOCABULARY.boi[tuple(group.clean.shape[2:])]).all()
+        assert (batch.tokens.view(-1)[group.index[:, 0] - 1] == VOCABULARY.boi[shape]).all()
         assert (batch.tokens.view(-1)[group.index[:, -1] + 1] == VOCABULARY.eoi).all()
         assert np.array_equal(group.clean.numpy(), np.stack([p.image.latent for p in placed]))
         assert group.max_time.tolist() == [p.image.max_time for p in placed]

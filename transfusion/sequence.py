@@ -144,14 +144,14 @@ def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Pi
     patch, patch to eoi, and the end. `ends=False` leaves out eos (a prompt).
     """
     tokens, learnt, breaks, images = [vocabulary.bos], [False], [False], []
-    after_caption = False  # in pairs, an image stays with the caption before it, or a caption with its image
-    for segment in document.segments:
-        may_break = not (document.pairs and after_caption)
+    may_break = True  # before the next position; in pairs, only before the first of each pair
+    for number, segment in enumerate(document.segments):
+        may_break |= not document.pairs or number % 2 == 0
         if isinstance(segment, Text):
             n = len(segment.tokens)
             tokens += segment.tokens
             learnt += [segment.loss] * n
-            breaks += ([may_break] + [False] * (n - 1))[:n] if document.pairs else [True] * n
+            found = [True] * n if not document.pairs else [may_break, *[False] * (n - 1)][:n]
         else:
             n = vocabulary.patches(segment.shape)
             images.append(
@@ -159,8 +159,9 @@ def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Pi
             )
             tokens += [vocabulary.boi[segment.shape], *[vocabulary.pad] * n, vocabulary.eoi]
             learnt += [segment.loss, *[False] * (n + 1)]
-            breaks += [may_break] + [False] * (n + 1)
-        after_caption = not after_caption
+            found = [may_break] + [False] * (n + 1)
+        breaks += found
+        may_break &= not found
     if ends:
         tokens.append(vocabulary.eos)
         learnt.append(not document.segments or document.segments[-1].loss)

@@ -17,7 +17,7 @@ from transfusion.checkpoint.save import FORMAT
 from transfusion.codecs.pixels import Codec, codec_of
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
-from transfusion.model.transfusion import Transfusion
+from transfusion.model.transfusion import Transfusion, empty
 from transfusion.sequence import Vocabulary
 
 
@@ -49,9 +49,7 @@ def open_checkpoint(folder: Path, weights: str = "average", device: torch.device
     described = describe(folder)
     found = newest(folder)
     verify(found)
-    with torch.device("meta"):
-        model = Transfusion(described.run.model)
-    model = model.to_empty(device=device).requires_grad_(False)
+    model = empty(described.run.model, device).requires_grad_(False)
     fill(found, {"average" if weights == "average" else "model": model.state_dict()})
     state = read_json(found / "state.json")
     return Opened(**vars(described), model=model.eval(), step=state["step"])

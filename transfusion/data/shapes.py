@@ -9,8 +9,8 @@ stand anywhere.
 Lengths are in units of a canvas of 32 x 32, x to the right and y down. What a scene promises: the boxes of
 any two things lie at least `GAP` apart in x or in y, and none comes closer to the border than `MARGIN`; in "A
 above B" every box of A ends at least `GAP` before every box of B begins, and the way from the middle of A to
-the middle of B leads at least twice as far down as sideways ("left of" likewise). Groups that a relation
-joins differ in size, colour or shape. So a picture has one true caption.
+the middle of B leads at least twice as far down as sideways ("left of" likewise). The groups of a scene
+differ in size, colour or shape. So of all captions that are drawn one alone is true of a picture.
 """
 
 import re
@@ -116,7 +116,12 @@ class Shapes:
 
 
 def draw_scene(level: int, seed: int) -> Scene:
-    """A scene of this level, all chance from the seed. Pictures of even and of odd seeds are never equal."""
+    """A scene of this level, all chance from the seed, which is at least 0.
+
+    From 32 pixels up, no picture of an even seed, of whichever level, equals one of an odd seed.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"no level {level}: {LEVELS}")
     chance = np.random.default_rng(seed)
     while True:  # a description that finds no place is drawn anew
         description = _draw_description(level, chance)
@@ -201,8 +206,8 @@ def _middles(size: int) -> np.ndarray:
 
 
 def _draw_description(level: int, chance: np.random.Generator) -> Description:
-    """Level 1: a quarter single things, the rest pairs. Level 2: level 1, a counted group, two groups with counts,
-    and three things around a corner, about a quarter each."""
+    """Level 1: a quarter single things, the rest pairs. Level 2: a quarter each of level 1, a counted group,
+    two groups with counts, three things around a corner (but what finds no place drops out)."""
     form = chance.integers(4)
     if level == 1:
         return _draw_groups([1] if form == 0 else [1, 1], chance)
@@ -229,7 +234,7 @@ def _draw_groups(counts: Sequence[int], chance: np.random.Generator) -> Descript
         description = Description(tuple(kinds), tuple(counts), tuple(relations[: len(counts) - 1]))
         large = sum(thing.size == "large" for thing in description.things)
         room = large <= 1 if sum(counts) > 2 and len(counts) > 1 else large <= 3
-        if room and all(one != other for one, other in zip(kinds, kinds[1:], strict=False)):
+        if room and len(set(kinds)) == len(kinds):
             return description
 
 

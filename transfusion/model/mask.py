@@ -60,10 +60,9 @@ class Mask:
             *_list(some & ~full), *_list(full), BLOCK_SIZE=BLOCK, mask_mod=may_see, seq_lengths=(L, L)
         )
 
-    @property
-    def attended(self) -> int:
-        """How many query-key pairs there are: what attention really costs."""
-        return int((self.hi - self.lo).sum())
+    def pairs(self, real: Tensor) -> int:
+        """How many query-key pairs there are among real queries (B, Lq) bool: what attention costs, padding aside."""
+        return int(((self.hi - self.lo) * real).sum())
 
 
 def packed(document: Tensor, image: Tensor, image_attention: str = "bidirectional") -> Mask:

@@ -31,7 +31,11 @@ class Transfusion(nn.Module):
         self.patches = LinearPatches(config)
         self.transformer = Transformer(config)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        if config.tied:
+        self.tie()
+
+    def tie(self) -> None:
+        """One matrix for tokens in and out, if that is asked for."""
+        if self.config.tied:
             self.head.weight = self.tokens.weight
 
     def forward(
@@ -59,10 +63,17 @@ class Transfusion(nn.Module):
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> Transfusion:
     """A new model with its starting weights, the same on any device or number of ranks."""
+    model = empty(config, device)
+    init_weights(model, seed)
+    return model
+
+
+def empty(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusion:
+    """A model whose weights are yet to be filled in."""
     with torch.device("meta"):
         model = Transfusion(config)
     model.to_empty(device=device)
-    init_weights(model, seed)
+    model.tie()  # memory of their own is what `to_empty` gives even to shared weights
     return model
 
 

@@ -1,0 +1,38 @@
+# make demo: from nothing to a report.  make test: everything CI runs.
+# TORCH_INDEX: another package index for torch alone, e.g. the one with CPU wheels that PyTorch's install page names.
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+
+.PHONY: demo test proof bench clean
+
+demo: .venv/installed
+	$(BIN)/transfusion demo --out runs/digits
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+# The longer runs behind the README's figures, each five minutes on two cores.
+proof: demo
+	$(BIN)/transfusion train shapes --out runs/shapes
+	$(BIN)/transfusion evaluate runs/shapes
+	$(BIN)/transfusion report runs/shapes
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/drawing.py
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs out

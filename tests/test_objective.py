@@ -1,0 +1,269 @@
+"""What is learnt: both losses against slow sums, the same in any batch; and chance that follows the image."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.documents import (
+    CHANNELS,
+    LENGTH,
+    TINY,
+    VOCABULARY,
+    alone,
+    batches,
+    build,
+    documents,
+    few,
+    image,
+    in_double,
+    places,
+    some,
+    with_all_logits,
+)
+from transfusion import diffusion, objective
+from transfusion.config import DiffusionConfig
+from transfusion.data.packing import pack
+from transfusion.model.transfusion import Prediction
+from transfusion.objective import Losses, draw, draw_on_grid, losses, next_token_loss, total
+from transfusion.sequence import NO_TARGET, Batch, Document, Row, Text, collate, lay_out
+
+MODEL = build(TINY, seed=2)
+configs = st.builds(
+    DiffusionConfig,
+    path=st.sampled_from(("cosine", "straight")),
+    prediction=st.sampled_from(("noise", "velocity", "clean")),
+)
+
+
+def losses_of(batch: Batch, config: DiffusionConfig, z_loss: float = 0.0) -> Losses:
+    batch = in_double(batch)
+    return losses(MODEL, batch, draw(batch, config), config, z_loss)
+
+
+# Against slow sums
+
+
+@few
+@given(batches(min_images=1), configs, st.sampled_from((0.0, 0.1)))
+@torch.no_grad()
+def test_losses_are_the_sums_that_the_paper_describes(found, config, z_loss):
+    rows, batch = found
+    batch, drawn = in_double(batch), draw(batch, config)
+    pairs = list(zip(batch.groups, drawn, strict=True))
+    noisy = [diffusion.add_noise(group.clean, d.noise, d.t, config) for group, d in pairs]
+    said = MODEL(with_all_logits(batch), noisy, [d.t for d in drawn])
+    text_sum, tokens = 0.0, 0
+    for b, begin, piece in places(rows):
+        for i, target in enumerate(piece.targets.tolist()):
+            if target != NO_TARGET:
+                scores = [math.exp(x) for x in said.logits[b * LENGTH + begin + i].tolist()]
+                text_sum += -math.log(scores[target] / sum(scores)) + z_loss * math.log(sum(scores)) ** 2
+                tokens += 1
+    image_sum, images = 0.0, 0
+    for g, (group, d) in enumerate(pairs):
+        truth = diffusion.target(group.clean, d.noise, d.t, config)
+        for n in range(len(group.keys)):
+            if group.loss[n]:
+                wrong = (said.images[g][n] - truth[n]).flatten().tolist()
+                image_sum += sum(x**2 for x in wrong) / len(wrong)
+                images += 1
+    found = losses(MODEL, batch, drawn, config, z_loss)
+    assert (found.text_count, found.image_count) == (tokens, images)
+    assert math.isclose(float(found.text_sum), text_sum, rel_tol=1e-5, abs_tol=1e-6)
+    assert math.isclose(float(found.image_sum), image_sum, rel_tol=1e-5, abs_tol=1e-6)
+
+
+@some
+@given(st.integers(1, 6), st.floats(0, 2), st.integers(0, 2**31))
+def test_z_loss_pulls_on_the_normaliser(tokens, weight, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(tokens, 11, generator=generator)
+    target = torch.randint(11, (tokens,), generator=generator)
+    by_hand = 0.0
+    for scores, right in zip(logits.tolist(), target.tolist(), strict=True):
+        normaliser = math.log(sum(map(math.exp, scores)))
+        by_hand += normaliser - scores[right] + weight * normaliser**2
+    assert math.isclose(float(next_token_loss(logits, target, weight)), by_hand, rel_tol=1e-5)
+
+
+def test_a_total_is_mean_text_and_weighted_mean_image():
+    parts = Losses(torch.tensor(6.0), torch.tensor(10.0), text_count=3, image_count=2)
+    assert total(parts, 3, 2, image_weight=5.0) == 6 / 3 + 5 * 10 / 2
+    assert total(parts, 12, 40, image_weight=1.0) == 6 / 12 + 10 / 40  # a part of a larger step
+    nothing = Losses(torch.tensor(0.0), torch.tensor(0.0), 0, 0)
+    assert total(nothing, 0, 0, image_weight=5.0) == 0
+
+
+# Which images, and how much each weighs
+
+
+@dataclass
+class Oracle:
+    """A model that knows the truth of every image, and is wrong by as much as it is told."""
+
+    drawn: list[objective.Draw]
+    wrong: list[Tensor]  # (N,) each
+    config: DiffusionConfig
+
+    def __call__(self, batch: Batch, noisy: list[Tensor], t: list[Tensor]) -> Prediction:
+        said = [
+            diffusion.target(group.clean, d.noise, d.t, self.config) + wrong.view(-1, 1, 1, 1)
+            for group, d, wrong in zip(batch.groups, self.drawn, self.wrong, strict=True)
+        ]
+        return Prediction(torch.zeros(batch.text_count, VOCABULARY.size), said)
+
+
+@some
+@given(batches(min_images=2), configs, st.integers(0, 2**31))
+def test_every_image_weighs_the_same_whatever_its_size_and_clean_ones_nothing(found, config, seed):
+    batch = in_double(found[1])
+    drawn, generator = draw(batch, config), torch.Generator().manual_seed(seed)
+    wrong = [torch.rand(len(group.keys), generator=generator) for group in batch.groups]
+    found = losses(Oracle(drawn, wrong, config), batch, drawn, config)
+    expected = sum(
+        float(error) ** 2
+        for group, errors in zip(batch.groups, wrong, strict=True)
+        for error, counts, max_time in zip(errors, group.loss, group.max_time, strict=True)
+        if counts and max_time > 0
+    )
+    assert math.isclose(float(found.image_sum), expected, rel_tol=1e-5, abs_tol=1e-9)
+    perfect = losses(Oracle(drawn, [0 * x for x in wrong], config), batch, drawn, config)
+    assert float(perfect.image_sum) < 1e-10
+
+
+@pytest.mark.parametrize(("loss", "max_time"), [(True, 0.0), (False, 1.0), (False, 0.0)])
+def test_an_image_that_only_conditions_has_no_loss_and_no_gradient_of_one(loss, max_time):
+    document = Document((image((4, 4), 0, loss, max_time), Text((1, 2, 3))))
+    batch = in_double(alone(lay_out(document, VOCABULARY)))
+    model = build(TINY, seed=0)
+    found = losses(model, batch, draw(batch, DiffusionConfig()), DiffusionConfig())
+    assert (float(found.image_sum.detach()), found.image_count) == (0, 0)
+    total(found, found.text_count, found.image_count, 5.0).backward()
+    assert not model.patches.outward.weight.grad.any()
+    assert model.patches.inward.weight.grad.any()  # but what it shows is learnt from
+
+
+def test_batches_without_images_or_without_text_have_a_loss():
+    no_loss = image((4, 4), 0, loss=False), Text((), loss=False)
+    for segments in ((Text((1, 2, 3)),), (image((4, 4), 0),), no_loss):
+        found = losses_of(alone(lay_out(Document(segments), VOCABULARY)), DiffusionConfig())
+        loss = total(found, found.text_count, found.image_count, 5.0)
+        loss.backward()
+        assert loss.isfinite()
+
+
+# Batches are only a way to compute
+
+several_documents = st.lists(documents(min_images=1), min_size=2, max_size=5, unique_by=lambda d: d.key)
+
+
+def gradients(parts: list[Batch], config: DiffusionConfig, z_loss: float) -> tuple[float, dict[str, Tensor]]:
+    """One step's loss and gradients, over these micro-batches."""
+    MODEL.zero_grad()
+    counts = [sum(part.text_count for part in parts), sum(part.image_count for part in parts)]
+    value = 0.0
+    for part in parts:
+        loss = total(losses_of(part, config, z_loss), *counts, image_weight=5.0)
+        loss.backward()
+        value += float(loss.detach())
+    found = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in MODEL.named_parameters()
+    }
+    MODEL.zero_grad()
+    return value, found
+
+
+@few
+@given(several_documents, st.integers(0, 99), configs, st.sampled_from((0, 0.01)))
+def test_a_step_is_the_same_however_its_documents_are_batched(found, seed, config, z_loss):
+    rows = pack(found, LENGTH, VOCABULARY, seed)
+    whole = [collate(rows, LENGTH, VOCABULARY)]
+    by_row = [collate([row], LENGTH, VOCABULARY) for row in rows]
+    one_by_one = [alone(piece) for row in rows for piece in row.pieces]
+    longer = [collate([Row(row.pieces) for row in rows[::-1]], LENGTH + 16, VOCABULARY)]
+    value, expected = gradients(whole, config, z_loss)
+    for parts in (by_row, one_by_one, longer):
+        same, gradient = gradients(parts, config, z_loss)
+        assert math.isclose(same, value, rel_tol=1e-5)
+        for name in expected:
+            scale = max(1.0, float(expected[name].abs().max()))
+            torch.testing.assert_close(gradient[name], expected[name], rtol=0, atol=1e-9 * scale, msg=name)
+
+
+# Chance
+
+
+def chances(batch: Batch, drawn: list[objective.Draw]) -> dict[tuple, tuple[float, list]]:
+    """(image's key, max_time) -> its time and noise."""
+    return {
+        (key, float(max_time)): (float(t), noise.flatten().tolist())
+        for group, d in zip(batch.groups, drawn, strict=True)
+        for key, max_time, t, noise in zip(group.keys, group.max_time, d.t, d.noise, strict=True)
+    }
+
+
+@some
+@given(several_documents, configs, st.integers(0, 99))
+def test_chance_follows_the_image_into_any_batch(found, config, seed):
+    batch = collate(pack(found, LENGTH, VOCABULARY, seed), LENGTH, VOCABULARY)
+    torch.manual_seed(seed)
+    expected = chances(batch, draw(batch, config))
+    assert len(expected) == sum(len(group.keys) for group in batch.groups)
+    times = [t for (_, max_time), (t, _) in expected.items() if max_time > 0]
+    assert len(set(times)) == len(times)
+    alone_again = {}
+    for document in found[::-1]:
+        single = alone(lay_out(document, VOCABULARY))
+        alone_again |= chances(single, draw(single, config))
+    assert alone_again == expected
+
+
+@some
+@given(
+    batches(min_images=1), configs, st.sampled_from(("uniform", "logit_normal")), st.sampled_from((1.0, 3.0))
+)
+def test_times_obey_max_time_and_clean_images_stay_clean(found, config, law, shift):
+    batch, config = found[1], replace(config, time_law=law, shift=shift)
+    for group, d in zip(batch.groups, draw(batch, config), strict=True):
+        assert d.t.dtype == d.noise.dtype == torch.float32
+        assert d.noise.shape == group.clean.shape
+        assert (d.t <= group.max_time).all()
+        assert ((d.t > 0) == (group.max_time > 0)).all()
+        noisy = diffusion.add_noise(group.clean, d.noise, d.t, config)
+        clean = group.max_time == 0
+        torch.testing.assert_close(noisy[clean], group.clean[clean], rtol=0, atol=1e-6)
+
+
+@some
+@given(batches(min_images=1), st.integers(1, 7), st.integers(0, 99))
+def test_a_grid_draw_is_fixed_and_walks_through_all_times(found, steps, seed):
+    batch = found[1]
+    one = draw_on_grid(batch, steps)
+    torch.manual_seed(seed)
+    other = draw_on_grid(batch, steps)
+    for group, d, again in zip(batch.groups, one, other, strict=True):
+        assert torch.equal(d.t, again.t)
+        assert torch.equal(d.noise, again.noise)
+        expected = [(n % steps + 0.5) / steps * float(limit) for n, limit in enumerate(group.max_time)]
+        torch.testing.assert_close(d.t, torch.tensor(expected))
+        for key, latent, noise in zip(group.keys, group.clean, d.noise, strict=True):
+            single = alone(lay_out(Document((replace(image((4, 4), 0), latent=latent.numpy()),)), VOCABULARY))
+            single.groups[0].keys[0] = key
+            assert torch.equal(draw_on_grid(single, steps)[0].noise[0], noise)
+
+
+def test_noise_is_noise():
+    found = [Document(tuple(image((4, 4), n) for n in range(50)), key=1)]
+    batch = collate(pack(found, 512, VOCABULARY, 0), 512, VOCABULARY)
+    for drawn in (draw(batch, DiffusionConfig()), draw_on_grid(batch, 5)):
+        noise = drawn[0].noise
+        assert noise.shape == (50, CHANNELS, 4, 4)
+        assert abs(float(noise.mean())) < 0.1
+        assert abs(float(noise.std()) - 1) < 0.05
+        assert noise.flatten(1).corrcoef().fill_diagonal_(0).abs().max() < 0.7  # no two images share theirs

@@ -1,0 +1,255 @@
+"""The page: it shows what it is given and nothing else runs or loads. The report: one page of a whole run."""
+
+import json
+import math
+import shlex
+from base64 import b64decode
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Picture
+
+from transfusion import cli
+from transfusion.checkpoint.save import begin, save
+from transfusion.config import DataConfig, DiffusionConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.data.digits import NAMES, scans
+from transfusion.data.prepare import fit
+from transfusion.inference.engine import Request, open_run
+from transfusion.model.transfusion import build
+from transfusion.page import Axis, Cell, Line, Page
+from transfusion.report import write_report
+
+HOSTILE = "<script>alert(1)</script> \"a\" 'b' &amp; <img src=x onerror=alert(2)> </pre></style> `code<b>`"
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+
+
+class Read(HTMLParser):
+    """What a browser would find: tags with their attributes, text, and pictures by their alt text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = self.style = ""
+        self.feed(html)
+        self.close()
+        images = [attributes for tag, attributes in self.tags if tag == "img"]
+        self.pictures = [(image["alt"], pixels_of(image["src"])) for image in images]
+        self.addresses = [found[key] for _, found in self.tags for key in ("src", "href") if key in found]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "style" and not self.style:
+            self.style = data
+        else:
+            self.text += data
+
+
+def pixels_of(address: str) -> np.ndarray:
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/png;base64"
+    return np.array(Picture.open(BytesIO(b64decode(data))))
+
+
+def test_hostile_text_is_shown_and_never_read_as_html():
+    page = Page(HOSTILE, above=HOSTILE)
+    page.say(HOSTILE)
+    page.heading(HOSTILE)
+    page.say(HOSTILE, quiet=True)
+    page.figures([(HOSTILE, HOSTILE, HOSTILE)])
+    page.bars(HOSTILE, [(HOSTILE, 1.0, "text")], HOSTILE)
+    page.table([(HOSTILE, HOSTILE)], (HOSTILE, HOSTILE))
+    page.picture(GREY, HOSTILE, HOSTILE)
+    page.pictures([(HOSTILE, GREY, mark) for mark in (True, False, None)])
+    page.strip([(HOSTILE, [GREY])], over=(HOSTILE, HOSTILE))
+    page.sequence([Cell(HOSTILE, HOSTILE), Cell([GREY], HOSTILE, "image", "image")])
+    page.passage([(HOSTILE, HOSTILE), (GREY, HOSTILE)])
+    page.code(HOSTILE, given=HOSTILE)
+    page.fold(HOSTILE, HOSTILE)
+    page.plot(HOSTILE, {HOSTILE: Line([0, 1], [1, 2])}, across=HOSTILE)
+    read = Read(page.html())
+    assert {tag for tag, _ in read.tags}.isdisjoint({"script", "iframe", "object", "embed", "form", "base"})
+    assert not [key for _, found in read.tags for key in found if key.startswith("on")]
+    assert len(read.pictures) == 7
+    assert read.text.count("<script>alert(1)</script>") >= 25
+    assert_self_contained(page.html())
+
+
+def assert_self_contained(html: str) -> None:
+    """Nothing is fetched and nothing runs."""
+    read = Read(html)
+    assert read.addresses
+    assert all(address.startswith(("data:", "#")) for address in read.addresses)
+    assert "url(" not in read.style
+    assert "@import" not in read.style
+    assert "<script" not in html.lower()
+    links = {address[1:] for address in read.addresses if address.startswith("#")}
+    assert links <= {found.get("id") for _, found in read.tags}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (5, 9, 3), (4, 4, 4)])
+def test_pictures_decode_back_to_their_pixels(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    page = Page("pictures")
+    page.pictures([("caption", pixels, None)])
+    page.strip([("row", [pixels, pixels])])
+    for alt, found in Read(page.html()).pictures:
+        assert alt in ("caption", "row, number 1", "row, number 2")
+        assert np.array_equal(found, pixels.squeeze())
+
+
+def test_a_mark_is_more_than_a_colour():
+    page = Page("marks")
+    page.pictures([("good", GREY, True), ("bad", GREY, False), ("neither", GREY, None)])
+    assert all(shown in Read(page.html()).text for shown in ("✓ good", "✗ bad", "neither"))
+
+
+def test_a_colour_that_the_page_lacks_is_refused():
+    with pytest.raises(ValueError, match="no colour 'pink'; there are text"):
+        Page("colours").bars("title", [("name", 1.0, "pink")])
+
+
+def test_a_plot_leaves_out_what_no_axis_has():
+    page = Page("plot")
+    page.plot("nothing", {"line": Line([0, 1], [math.nan, -1.0])}, log=True)
+    assert "<svg" not in page.html()
+    lines = {"line": Line([0, 1, 2], [math.nan, 4.0, 2.0]), "other": Line([5], [3.0])}
+    page.plot("something", lines, log=True)
+    labels = [found["aria-label"] for _, found in Read(page.html()).tags if "aria-label" in found]
+    assert labels == ["something: line: from 4 to 2; other: from 3 to 3"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-6, 1e6), st.floats(1.001, 1e6), st.booleans())
+def test_axes_show_round_numbers_that_lie_on_them(low, factor, log):
+    axis = Axis.over([low, low * factor], log)
+    places = [axis.at(tick) for tick in axis.ticks]
+    assert 2 <= len(places) <= 24
+    assert places == sorted(places)
+    assert all(-1e-3 <= place <= 100 + 1e-3 for place in places)
+    assert 0 <= axis.at(low) < axis.at(low * factor) <= 100 + 1e-9
+
+
+def test_a_page_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = Page("first").write(tmp_path / "page.html")
+    monkeypatch.setattr(Page, "html", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Page("second").write(path)
+    assert "first" in path.read_text()
+
+
+def make_run(folder: Path, name: str, **data) -> Run:
+    """A run's folder with a checkpoint of weights as they begin."""
+    run = Run(
+        name,
+        ModelConfig(width=32, layers=2, heads=2, hidden=48),
+        DiffusionConfig(prediction="velocity"),
+        DataConfig(text_ids=260, codec_documents=30, image_first_max_time=0.0, **data),
+        TrainingConfig(image_weight=1.0),
+        GenerationConfig(sampler="ddim", steps=2, guidance_scale=2.0, max_tokens=4),
+    )
+    encoder = fit(run.data, run.model.patch_size, seed=0)
+    fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
+    run = replace(run, model=replace(run.model, **fitted))
+    begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {})
+    save(folder, 7, {"average": build(run.model, 0).state_dict()}, {"step": 7}, keep=1)
+    return run
+
+
+def digits_run(folder: Path) -> Run:
+    """Of digits and topics, with measurements as training and evaluation write them."""
+    run = make_run(folder, "digits", sources=("digits", "topics"), row_length=128, interleaved=0.15)
+    heldout = {"digits": {"text_loss": 6.0, "image_loss": 1.0}, "topics": {"text_loss": 6.0}}
+    lines = [{"step": 0, "heldout": heldout}]
+    for n in range(1, 8):
+        speed = {"positions_per_second": 9, "seconds": 61.0 * n}
+        lines.append({"step": n, "text_loss": 6 / n, "image_loss": 1 / n, **speed})
+    lines.append({"step": 7, "heldout": heldout})
+    written = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(written + '{"step": 8, "text_lo')  # a crash cut it short
+    answers = [{"document": n, "is": "six", "said": "six" if n % 3 else HOSTILE} for n in range(60)]
+    results = {
+        "digits": {
+            "captions": {"exact": 2 / 3, "count": 60, "answers": answers},
+            "drawings": {"recognised": 1.0, "count": 200, "classifier_on_heldout_scans": 0.9865,
+                         "nearest_training_scan": 1.1187, "nearest_training_scan_of_heldout": 1.0351},
+        },
+        "topics": {"text": {"bits_per_byte": 2.4516, "bytes": 18025,
+                            "xz_alone": 2.9523, "xz_after_training_text": 1.747}},
+        "manifest": {"machine": "x86_64, 2 cores", "device": "cpu"},
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def headings(html: str) -> list[str]:
+    return [part.partition("</h2>")[0] for part in html.split("<h2>")[1:]]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> tuple[Path, Run, str]:
+    folder = tmp_path_factory.mktemp("digits")
+    run = digits_run(folder)
+    return folder, run, write_report(folder, open_run(folder, device="cpu")).read_text()
+
+
+def test_a_report_of_digits_has_all_its_sections(digits):
+    folder, _, html = digits
+    assert (folder / "report.html").read_text() == html
+    assert headings(html) == [
+        "What this is", "How good it is", "How it learnt", "Drawn from a word", "From noise to a picture",
+        "Captions of scans it has never seen", "Words and images in turn", "Text alone", "How it was made",
+    ]  # fmt: skip
+    assert_self_contained(html)
+    text = Read(html).text
+    figures = ("66.7%", "100%", "98.7%", "2.45", "2.95", "1.75", "1.12", "1.04", "7\u00a0min\u00a07\u00a0s")
+    assert [figure for figure in figures if figure not in text] == []
+    assert "40 right, 20 wrong. Here are 20 wrong ones, then 20 right ones" in text
+
+
+def test_a_report_shows_the_drawings_and_the_scans_themselves(digits):
+    folder, _, html = digits
+    pictures = Read(html).pictures
+    drawn = [pixels for alt, pixels in pictures if alt == "nine, number 10"]
+    _, *captioned = [pixels for alt, pixels in pictures if alt == "six"]  # the first is a drawing
+    engine = open_run(folder, device="cpu")
+    answers = engine.generate([Request(parts=(name,), num_images=10) for name in NAMES])
+    assert np.array_equal(drawn, [answers[9][9].parts[0][..., 0]])
+    right = [n for n in range(60) if n % 3][:20]
+    assert np.array_equal(captioned, scans("heldout")[0][right, :, :, 0])
+
+
+def test_the_same_run_gives_the_same_report(digits):
+    folder, _, html = digits
+    assert write_report(folder, open_run(folder, device="cpu")).read_text() == html
+
+
+def test_the_command_of_a_report_makes_such_a_run_again(digits, monkeypatch):
+    _, run, html = digits
+    command = shlex.split(html.partition("<pre>transfusion ")[2].partition("</pre>")[0])
+    asked = []
+    monkeypatch.setattr(cli, "train", lambda run, folder, device: asked.append(run))
+    cli.main(command)
+    assert replace(asked[0].model, vocabulary=run.model.vocabulary) == run.model
+    assert (asked[0].data, asked[0].training, asked[0].generation) == (run.data, run.training, run.generation)
+
+
+def test_a_report_of_shapes_without_measurements(tmp_path):
+    make_run(tmp_path, "shapes <b>", sources=("shapes",), codec="block_pca", row_length=128)
+    html = write_report(tmp_path, open_run(tmp_path, device="cpu")).read_text()
+    assert headings(html) == [
+        "What this is", "How good it is", "Drawn from a caption", "From noise to a picture",
+        "Captions of scenes it has never seen", "How it was made",
+    ]  # fmt: skip
+    assert_self_contained(html)
+    read = Read(html)
+    assert "not measured yet" in read.text
+    assert "<h1>shapes &lt;b&gt;</h1>" in html
+    assert sum(pixels.shape == (32, 32, 3) for _, pixels in read.pictures) == 8 + 64 + 2 * 2 + 32

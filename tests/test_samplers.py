@@ -1,0 +1,312 @@
+"""Noise to image: every sampler against diffusers' scheduler of that name, and against a model that is never wrong."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import scheduling_ddpm
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transfusion.config import DiffusionConfig
+from transfusion.diffusion import add_noise, noise_beside, read_prediction, target
+from transfusion.inference.samplers import Walk, sampler_of
+
+torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
+
+few = settings(max_examples=12, deadline=None)
+some = settings(max_examples=40, deadline=None)
+
+SHAPE = (1, 3, 2, 2)
+COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; diffusers walks whole steps of 1000, so these divide 1000
+THEIR_NAMES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
+SAMPLERS = [("cosine", "ddpm"), ("cosine", "ddim"), ("straight", "ddpm"), ("straight", "ddim"), ("straight", "euler")]
+
+predictions = st.sampled_from(("noise", "velocity", "clean"))
+counts = st.sampled_from(COUNTS)
+seeds = st.integers(0, 2**32 - 1)
+bounds = st.none() | st.just(1.0)
+
+
+def walk(
+    steps: int, diffusion: DiffusionConfig, bound: float | None = None, seed: int = 0, dtype=torch.float64
+) -> Walk:
+    """A walk whose bound is the same on both sides of 0 and for every channel."""
+    sides = None if bound is None else tuple(torch.full((3, 1, 1), s * bound, dtype=dtype) for s in (-1, 1))
+    return Walk(steps, diffusion, sides, torch.Generator().manual_seed(seed))
+
+
+def drive(sampler, answer) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Run a sampler to its end with answer(noisy, t): the image, and all that it wanted to be told about."""
+    asked = []
+    noisy, t = next(sampler)
+    while True:
+        asked.append((noisy, t))
+        try:
+            noisy, t = sampler.send(answer(noisy, t))
+        except StopIteration as finished:
+            return finished.value, asked
+
+
+def random(seed: int, number: int, dtype=torch.float64) -> Tensor:
+    """Noise number so and so of a seed."""
+    return torch.randn((number + 1, *SHAPE), generator=torch.Generator().manual_seed(seed), dtype=dtype)[number]
+
+
+def in_double(scheduler) -> None:
+    """Give a scheduler its own table again, at full precision: in float32 its last abar is off by 5e-5 of itself."""
+    steps = torch.arange(1001, dtype=torch.float64) / 1000
+    cosine = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
+    betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
+    exact = (1 - betas).cumprod(0)
+    torch.testing.assert_close(exact.float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)  # it is the same table
+    scheduler.alphas_cumprod = exact
+
+
+def scheduler_of(kind, steps: int, prediction: str, bound: float | None, **more):
+    """diffusers' scheduler on the path, steps and prediction of the paper (section 4.1)."""
+    scheduler = kind(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=THEIR_NAMES[prediction],
+        clip_sample=bound is not None, clip_sample_range=bound or 1.0, **more,
+    )  # fmt: skip
+    in_double(scheduler)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def their_ddpm(scheduler, noisy: Tensor, seed: int, asked_for: list[Tensor]) -> Tensor:
+    """Their loop, with our chance: float32 noise from one generator, a fresh one per step."""
+    generator = torch.Generator().manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.randn(shape, generator=generator).double()
+        )
+        for t, prediction in zip(scheduler.timesteps, asked_for, strict=True):
+            noisy = scheduler.step(prediction, t, noisy).prev_sample
+    return noisy
+
+
+def agree(ours: Tensor, theirs: Tensor, within: float = 1e-4) -> None:
+    """Within 1e-4 of the largest number there is: unclipped, an error at t = 1 is multiplied by 20,000."""
+    assert (ours - theirs).abs().max() <= within * max(1, theirs.abs().max())
+
+
+# Against diffusers
+
+
+@some
+@given(counts, predictions, bounds, seeds)
+def test_ddpm_is_the_schedulers(steps, prediction, bound, seed):
+    assume(bound is not None or prediction != "noise")  # see the test below
+    diffusion = DiffusionConfig(prediction=prediction)
+    said = [random(seed, 2 + n % 8) for n in range(steps)]
+    answers = iter(said)
+    sampler = sampler_of("ddpm", diffusion)(random(seed, 0), walk(steps, diffusion, bound, seed))
+    ours, asked = drive(sampler, lambda noisy, t: next(answers))
+    scheduler = scheduler_of(DDPMScheduler, steps, prediction, bound, variance_type="fixed_small")
+    assert [round(1000 * t.item()) - 1 for _, t in asked] == scheduler.timesteps.tolist()
+    agree(ours, their_ddpm(scheduler, random(seed, 0), seed, said), 1e-5)
+
+
+@some
+@given(counts, predictions, bounds, seeds)
+def test_ddim_is_the_schedulers(steps, prediction, bound, seed):
+    assume(bound is not None or prediction != "noise")
+    diffusion = DiffusionConfig(prediction=prediction)
+    said = [random(seed, 2 + n % 8) for n in range(steps)]
+    answers = iter(said)
+    sampler = sampler_of("ddim", diffusion)(random(seed, 0), walk(steps, diffusion, bound))
+    ours, asked = drive(sampler, lambda noisy, t: next(answers))
+    scheduler = scheduler_of(DDIMScheduler, steps, prediction, bound)
+    assert [round(1000 * t.item()) - 1 for _, t in asked] == scheduler.timesteps.tolist()
+    theirs = random(seed, 0)
+    for t, prediction in zip(scheduler.timesteps, said, strict=True):
+        theirs = scheduler.step(prediction, t, theirs, eta=0.0, use_clipped_model_output=True).prev_sample
+    agree(ours, theirs, 1e-5)
+
+
+@few
+@given(counts, st.sampled_from(("ddpm", "ddim")), seeds)
+def test_unclipped_noise_predictions_are_the_schedulers(steps, name, seed):
+    """The one case in which what they know of t = 1, an abar of 2.4288e-9, is not clipped away: 1 / sqrt of it is 20,291."""
+    diffusion = DiffusionConfig()
+    said = [random(seed, 2 + n % 8) for n in range(steps)]
+    answers = iter(said)
+    ours, _ = drive(
+        sampler_of(name, diffusion)(random(seed, 0), walk(steps, diffusion, None, seed)), lambda *_: next(answers)
+    )
+    theirs = random(seed, 0)
+    if name == "ddpm":
+        scheduler = scheduler_of(DDPMScheduler, steps, "noise", None, variance_type="fixed_small")
+        theirs = their_ddpm(scheduler, theirs, seed, said)
+    else:
+        scheduler = scheduler_of(DDIMScheduler, steps, "noise", None)
+        for t, prediction in zip(scheduler.timesteps, said, strict=True):
+            theirs = scheduler.step(prediction, t, theirs).prev_sample
+    agree(ours, theirs)
+
+
+@some
+@given(st.integers(1, 60), st.sampled_from((1.0, 0.5, 3.0)), seeds)
+def test_euler_is_the_schedulers(steps, shift, seed):
+    diffusion = DiffusionConfig(path="straight", prediction="velocity", shift=shift)
+    said = [random(seed, 2 + n % 8, torch.float32) for n in range(steps)]
+    answers = iter(said)
+    start = random(seed, 0, torch.float32)
+    ours, asked = drive(sampler_of("euler", diffusion)(start, walk(steps, diffusion)), lambda *_: next(answers))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - n / steps for n in range(steps)])
+    torch.testing.assert_close(torch.cat([t for _, t in asked]), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    theirs = start
+    for t, prediction in zip(scheduler.timesteps, said, strict=True):
+        theirs = scheduler.step(prediction, t, theirs).prev_sample
+    agree(ours, theirs)
+
+
+# Against a model that is never wrong
+
+
+@pytest.mark.parametrize(("path", "name"), SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@few
+@given(st.integers(2, 40), predictions, st.booleans(), st.sampled_from((1.0, 2.0)), seeds)
+def test_a_perfect_predictor_gives_the_clean_latent_back(path, name, dtype, steps, prediction, clipped, shift, seed):
+    """It knows the clean latent, and says what of the noisy one it is shown is noise."""
+    diffusion = DiffusionConfig(path=path, prediction=prediction, shift=shift)
+    clean = random(seed, 1, dtype).clamp(-2, 2)
+
+    def perfect(noisy: Tensor, t: Tensor) -> Tensor:
+        return target(clean, noise_beside(noisy, clean, t, diffusion), t, diffusion)
+
+    bounded = walk(steps, diffusion, 2.0 if clipped else None, seed, dtype)
+    image, asked = drive(sampler_of(name, diffusion)(random(seed, 0, dtype), bounded), perfect)
+    assert len(asked) == steps
+    assert image.dtype == dtype
+    # What t = 1 multiplies float32's own error by is gone after the last step; what is left is that of t = 1 / steps.
+    torch.testing.assert_close(image, clean, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@few
+@given(st.integers(1, 40), predictions, seeds)
+def test_without_chance_the_way_back_is_the_way_there(steps, prediction, seed):
+    """ddim and euler pass through the very noisy latents that training makes of this image and this noise."""
+    for path, name in SAMPLERS:
+        if name == "ddpm" or (path == "straight" and prediction == "noise"):  # at t = 1 it says nothing of the image
+            continue
+        diffusion = DiffusionConfig(path=path, prediction=prediction)
+        clean, noise = random(seed, 1), random(seed, 0)
+        start = add_noise(clean, noise, torch.ones(1, dtype=torch.float64), diffusion)
+        _, asked = drive(
+            sampler_of(name, diffusion)(start, walk(steps, diffusion)),
+            lambda noisy, t, c=clean, n=noise, d=diffusion: target(c, n, t, d),
+        )
+        for noisy, t in asked:
+            torch.testing.assert_close(noisy, add_noise(clean, noise, t, diffusion), rtol=0, atol=1e-9)
+
+
+@few
+@given(st.integers(5, 60), seeds)
+def test_ddpm_keeps_the_noise_as_large_as_the_path_says(steps, seed):
+    """Around a known clean latent, what is not signal is normal with the path's own scale, at every step."""
+    for path in ("cosine", "straight"):
+        diffusion = DiffusionConfig(path=path, prediction="clean")
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(1, 1, 100, 100, generator=generator)
+        clean = torch.full_like(start, 0.5)
+        _, asked = drive(sampler_of("ddpm", diffusion)(start, walk(steps, diffusion, None, seed)), lambda *_: clean)
+        for noisy, t in asked:
+            left = noise_beside(noisy, clean, t, diffusion)
+            assert abs(left.mean()) < 0.06  # 10,000 numbers: six deviations of their mean
+            assert abs(left.std() - 1) < 0.05
+
+
+# The walk
+
+
+def test_250_steps_are_those_of_the_paper():
+    times = walk(250, DiffusionConfig()).times()
+    assert len(times) == 251
+    torch.testing.assert_close(times * 1000, torch.arange(1000, -1, -4, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@some
+@given(st.integers(1, 1000), st.floats(0.1, 10))
+def test_every_walk_goes_down_from_1_to_0(steps, shift):
+    times = walk(steps, DiffusionConfig(path="straight", shift=shift)).times()
+    assert (len(times), times[-1]) == (steps + 1, 0)
+    assert abs(times[0] - 1) < 1e-12
+    assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize(("path", "name"), SAMPLERS)
+@few
+@given(st.integers(1, 20), predictions, st.floats(0.1, 3), seeds)
+def test_clipping_keeps_the_clean_estimate_inside_the_bound(path, name, steps, prediction, bound, seed):
+    """Channel by channel, whatever the model says; the last step gives the last estimate itself."""
+    diffusion = DiffusionConfig(path=path, prediction=prediction)
+    low = -bound * torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64).view(3, 1, 1)
+    high = bound * torch.tensor([0.2, 1.0, 2.0], dtype=torch.float64).view(3, 1, 1)
+    bounded = Walk(steps, diffusion, (low, high), torch.Generator().manual_seed(seed))
+    said = iter(10 * random(seed, 1 + n % 8) for n in range(steps))
+    seen = []
+
+    def answer(noisy: Tensor, t: Tensor) -> Tensor:
+        prediction = next(said)
+        seen.append((bounded.estimate(noisy, prediction, t), noisy, t))
+        return prediction
+
+    image, _ = drive(sampler_of(name, diffusion)(random(seed, 0), bounded), answer)
+    for (clean, noise), noisy, t in seen:
+        assert ((low <= clean) & (clean <= high)).all()
+        mixed = add_noise(clean, noise, t, diffusion)  # and the noise is what then is left
+        torch.testing.assert_close(mixed, noisy, rtol=0, atol=1e-6)
+    torch.testing.assert_close(image, seen[-1][0].clean, rtol=0, atol=1e-9)
+
+
+@few
+@given(st.integers(1, 20), seeds)
+def test_a_wide_bound_changes_nothing(steps, seed):
+    for path, name in SAMPLERS:
+        diffusion = DiffusionConfig(path=path, prediction="velocity")
+        images = []
+        for bound in (None, 1e6):
+            said = iter(random(seed, 1 + n % 8) for n in range(steps))
+            sampler = sampler_of(name, diffusion)(random(seed, 0), walk(steps, diffusion, bound, seed))
+            images.append(drive(sampler, lambda *_, said=said: next(said))[0])
+        torch.testing.assert_close(*images, rtol=0, atol=1e-9)
+
+
+@few
+@given(st.integers(2, 20), seeds, seeds)
+def test_only_ddpm_draws_and_the_same_seed_draws_the_same(steps, seed, other):
+    assume(seed != other)
+    for path, name in SAMPLERS:
+        diffusion = DiffusionConfig(path=path, prediction="velocity")
+        images = [
+            drive(sampler_of(name, diffusion)(random(0, 0), walk(steps, diffusion, 1.0, s)), lambda x, t: 0 * x)[0]
+            for s in (seed, seed, other)
+        ]
+        assert torch.equal(images[0], images[1])
+        assert torch.equal(images[0], images[2]) == (name != "ddpm")
+
+
+def test_a_sampler_that_is_not_there_or_not_for_this_path_is_refused():
+    with pytest.raises(ValueError, match="no sampler 'heun'.*ddpm, ddim, euler"):
+        sampler_of("heun", DiffusionConfig())
+    with pytest.raises(ValueError, match="euler.*straight.*cosine"):
+        sampler_of("euler", DiffusionConfig())
+    for path, name in SAMPLERS:
+        assert callable(sampler_of(name, DiffusionConfig(path=path)))
+
+
+@few
+@given(predictions, st.floats(0.01, 0.99), seeds)
+def test_an_estimate_without_bound_is_what_the_prediction_says(prediction, t, seed):
+    for path in ("cosine", "straight"):
+        diffusion = DiffusionConfig(path=path, prediction=prediction)
+        time = torch.tensor([t], dtype=torch.float64)
+        noisy, said = random(seed, 0), random(seed, 1)
+        found = walk(1, diffusion).estimate(noisy, said, time)
+        expected = read_prediction(noisy, said, time, diffusion)
+        torch.testing.assert_close(found.clean, expected.clean)
+        torch.testing.assert_close(found.noise, expected.noise, rtol=1e-6, atol=1e-6)

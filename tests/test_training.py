@@ -1,0 +1,471 @@
+"""Training: what is interrupted goes on as if nothing had been, looking on changes nothing, and a small run learns."""
+
+import hashlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.documents import in_double
+from tests.tiny import begin_run, prepared, small_run
+from transfusion.checkpoint.open import Opened, fill, newest, open_checkpoint, read_json, verify
+from transfusion.checkpoint.save import SaveError
+from transfusion.config import Run, TrainingConfig
+from transfusion.data.loader import Loader, heldout_batches
+from transfusion.data.prepare import open_sources
+from transfusion.inference.engine import Engine, Request
+from transfusion.training import trainer as trainer_file
+from transfusion.training.metrics import Metrics, read_metrics
+from transfusion.training.optimizer import learning_rate, update_average
+from transfusion.training.trainer import Trainer, TrainingError
+
+some = settings(max_examples=60, deadline=None)
+
+STEPS = 6
+SLOW_STEPS = 400
+CLOCK = ("seconds", "positions_per_second")  # the only values that depend on when
+ROOT = Path(__file__).parent.parent
+
+
+class Noted:
+    """A loader that notes what it hands out; `change` may alter a batch, given how many came before it."""
+
+    def __init__(self, loader: Loader, change=None):
+        self.loader, self.change, self.read = loader, change, []
+
+    def batches(self, start):
+        for number, (batch, place) in enumerate(self.loader.batches(start)):
+            batch = self.change(batch, number) if self.change else batch
+            content = [batch.tokens, batch.position, *(group.clean for group in batch.groups)]
+            self.read.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in content)).hexdigest())
+            yield batch, place
+
+
+def new_trainer(folder: Path, run: Run, preview=None, change=None) -> Trainer:
+    """A trainer as the command makes it, in a folder with a run.json."""
+    run, encoder = prepared(run)
+    if not (folder / "run.json").exists():
+        begin_run(folder, run)
+    heldout = {s.name: heldout_batches(s, encoder, 6) for s in open_sources(run.data, "heldout")}
+    loader = Noted(Loader(open_sources(run.data, "train"), encoder), change)
+    return Trainer(run, folder, loader, heldout, torch.device("cpu"), preview)
+
+
+def resumed(folder: Path, run: Run, preview=None) -> Trainer:
+    """A trainer that goes on from the newest checkpoint of a folder."""
+    trainer = new_trainer(folder, run, preview)
+    found = newest(folder)
+    verify(found)
+    fill(found, trainer.tensors())
+    trainer.resume(read_json(found / "state.json"))
+    return trainer
+
+
+def stopping(trainer: Trainer, step: int) -> Trainer:
+    """It is asked to stop at this step, as a signal asks it."""
+
+    def look(model, now):
+        trainer.stop_asked |= now >= step
+
+    trainer.preview = look
+    return trainer
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """What metrics.jsonl says, without the clock."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def copied(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All its tensors as they are now: weights, average, moments."""
+    parts = trainer.tensors().items()
+    return {f"{part} {name}": value.clone() for part, values in parts for name, value in values.items()}
+
+
+def same_tensors(one: dict, other: dict) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@cache
+def uninterrupted(accumulate: int = 1):
+    """Tensors, metrics, what was read and where it ended, of a run that nobody stopped."""
+    with TemporaryDirectory() as folder:
+        trainer = new_trainer(Path(folder), small_run(STEPS, accumulate=accumulate))
+        assert trainer.train()
+        return copied(trainer), rows_of(Path(folder)), trainer.loader.read[: STEPS * accumulate], trainer.progress
+
+
+# Interrupted and resumed equals uninterrupted
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=3), st.sampled_from((1, 2)))
+def test_stopped_and_resumed_is_as_if_nothing_had_been(stops, accumulate):
+    run, read = small_run(STEPS, accumulate=accumulate), []
+    with TemporaryDirectory() as folder:
+        folder, done = Path(folder), 0
+        for step in (*sorted(stops), STEPS):
+            trainer = resumed(folder, run) if done else new_trainer(folder, run)
+            assert trainer.progress.step == done
+            finished = stopping(trainer, step).train()
+            assert (finished, trainer.progress.step) == (step == STEPS, step)
+            read += trainer.loader.read[: (step - done) * accumulate]
+            done = step
+        tensors, rows, batches, progress = uninterrupted(accumulate)
+        same_tensors(copied(trainer), tensors)
+        assert rows_of(folder) == rows
+        assert read == batches
+        assert (trainer.progress.place, trainer.progress.positions) == (progress.place, progress.positions)
+
+
+@pytest.mark.parametrize(("every", "crash", "begins_again"), [(2, 3, 2), (2, 4, 2), (1, 5, 4), (3, 5, 3)])
+def test_crashed_and_resumed_is_as_if_nothing_had_been(tmp_path, every, crash, begins_again):
+    """Steps after the newest checkpoint are done again, and their lines in metrics.jsonl written once."""
+
+    def lights_out(model, step):
+        if step == crash:
+            raise RuntimeError("the lights went out")
+
+    run = small_run(STEPS, checkpoint_every=every)
+    with pytest.raises(RuntimeError, match="the lights"):
+        new_trainer(tmp_path, run, lights_out).train()
+    assert rows_of(tmp_path)[-1]["step"] == crash
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "text_lo')  # the line it was writing
+    trainer = resumed(tmp_path, run)
+    assert trainer.progress.step == begins_again
+    assert trainer.train()
+    tensors, rows, batches, _ = uninterrupted()
+    same_tensors(copied(trainer), tensors)
+    assert rows_of(tmp_path) == rows
+    assert trainer.loader.read[: STEPS - begins_again] == batches[begins_again:]
+
+
+def test_a_run_stopped_before_its_first_step_is_as_if_nothing_had_been(tmp_path):
+    trainer = new_trainer(tmp_path, small_run(STEPS))
+    trainer.stop_asked = True
+    assert not trainer.train()
+    trainer = resumed(tmp_path, small_run(STEPS))
+    assert trainer.train()
+    same_tensors(copied(trainer), uninterrupted()[0])
+    assert rows_of(tmp_path) == uninterrupted()[1]
+
+
+def test_a_finished_run_that_is_begun_again_changes_nothing(tmp_path):
+    assert new_trainer(tmp_path, small_run(STEPS)).train()
+    again = resumed(tmp_path, small_run(STEPS))
+    assert again.train()
+    same_tensors(copied(again), uninterrupted()[0])
+    assert rows_of(tmp_path) == uninterrupted()[1]
+
+
+LONG = small_run(100_000, validate_every=5)  # its rate falls as over 100,000 steps, wherever it is stopped
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.test_training import LONG, new_trainer
+trainer = new_trainer(Path(sys.argv[1]), LONG)
+sys.exit(40 + trainer.train())
+"""
+
+
+def test_a_real_signal_stops_it_after_its_step_and_it_goes_on_from_there(tmp_path):
+    """SIGTERM and SIGINT to processes of their own; each is compared with a run that nobody stopped."""
+    signals, processes = (signal.SIGTERM, signal.SIGINT), []
+    for number in signals:
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / number.name)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        until, waiting = time.monotonic() + 90, dict(zip(signals, processes, strict=True))
+        while waiting:
+            for number, process in list(waiting.items()):
+                if len(read_metrics(tmp_path / number.name / "metrics.jsonl")) > 3:
+                    process.send_signal(number)
+                    del waiting[number]
+                assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    reached = []
+    for number, process, words in zip(signals, processes, said, strict=True):
+        assert process.returncode == 40, words  # train() said False
+        trainer = resumed(tmp_path / number.name, LONG)
+        assert f"stopped at step {trainer.progress.step} and saved" in words
+        assert rows_of(tmp_path / number.name)[-1]["step"] == trainer.progress.step
+        stopping(trainer, trainer.progress.step + 2).train()
+        reached.append((trainer.progress.step, copied(trainer), rows_of(tmp_path / number.name)))
+    check_along_the_way(tmp_path / "whole", reached)
+
+
+def check_along_the_way(folder: Path, reached: list) -> None:
+    """One run that nobody stopped passes through all these (step, tensors, metrics)."""
+    trainer, passed = new_trainer(folder, LONG), {}
+
+    def look(model, step):
+        if step in [s for s, _, _ in reached]:
+            passed[step] = copied(trainer), rows_of(folder)
+        trainer.stop_asked |= step >= max(s for s, _, _ in reached)
+
+    trainer.preview = look
+    trainer.train()
+    for step, tensors, rows in reached:
+        same_tensors(tensors, passed[step][0])
+        assert rows == passed[step][1]
+
+
+def test_a_signal_asks_once_and_insists_the_second_time(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    trainer = new_trainer(tmp_path / "once", small_run(STEPS))
+    trainer.preview = lambda model, step: signal.raise_signal(signal.SIGTERM) if step == 2 else None
+    assert not trainer.train()
+    assert newest(tmp_path / "once").name == "step-000002"
+
+    def twice(model, step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(tmp_path / "twice", small_run(STEPS), twice).train()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_checkpoints_come_when_they_should_and_the_newest_are_kept(tmp_path):
+    new_trainer(tmp_path, small_run(7, checkpoint_every=2, keep=3, validate_every=100)).train()
+    found = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert found == ["step-000004", "step-000006", "step-000007"]
+    assert open_checkpoint(tmp_path).step == 7
+
+
+def test_lines_after_the_checkpoint_are_cut_when_the_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    for step in range(6):
+        metrics.write(step, text_loss=step / 2)
+    path.write_text(path.read_text() + '{"step": 6, "te')
+    again = Metrics(path, 3)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3]
+    again.write(4, text_loss=9.0)
+    assert read_metrics(path)[-1] == {"step": 4, "text_loss": 9.0}
+    assert len(path.read_text().splitlines()) == 5
+
+
+# What must not matter
+
+
+def test_looking_on_does_not_change_what_is_learnt(tmp_path):
+    """A preview that draws and captions with the engine: same weights, same metrics, same batches."""
+    run, encoder = prepared(small_run(STEPS))
+    drawn = []
+
+    def draw(model, step):
+        about = run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
+        engine = Engine(Opened(*about, model, step), torch.device("cpu"))
+        torch.manual_seed(step)  # a preview may do as it likes with the common chance
+        answers = engine.generate([Request(("three",), 2, seed=step), Request(("a",), seed=step)])
+        drawn.append(answers[0][0].parts[0])
+
+    trainer = new_trainer(tmp_path, run, draw)
+    assert trainer.train()
+    assert len(drawn) == STEPS + 1
+    tensors, rows, batches, _ = uninterrupted()
+    same_tensors(copied(trainer), tensors)
+    assert rows_of(tmp_path) == rows
+    assert trainer.loader.read[:STEPS] == batches
+
+
+def learnt(folder: Path, run: Run) -> tuple[dict, list[dict]]:
+    """How far each weight of a float64 model has moved, and the metrics."""
+    trainer = new_trainer(folder, run, change=lambda batch, _: in_double(batch))
+    trainer.model.double(), trainer.average.double()
+    trainer.heldout = {}
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    return {name: value - start[name] for name, value in trainer.model.state_dict().items()}, rows_of(folder)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize("sources", [("digits",), ("topics", "digits")])
+def test_two_small_forward_passes_are_one_large(tmp_path, rows, parts, sources):
+    """Counted over the whole step. Rows of `topics` hold no image, so some passes have none to learn.
+
+    A large eps makes Adam's update smooth: else numbers near 0 would be turned into steps of one size.
+    """
+    run = small_run(4, eps=1.0, learning_rate=1.0, weight_decay=0.0, clip=1e9)
+    run = replace(run, data=replace(run.data, sources=sources))
+    small = replace(run, data=replace(run.data, rows=rows), training=replace(run.training, accumulate=parts))
+    large = replace(run, data=replace(run.data, rows=rows * parts))
+    moved, metrics = learnt(tmp_path / "small", small)
+    expected, expected_metrics = learnt(tmp_path / "large", large)
+    for name, value in expected.items():
+        assert (moved[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+        assert value.abs().max() > 1e-4  # all of it learns
+    for row, other in zip(metrics, expected_metrics, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_held_out_losses_are_those_of_the_average_and_do_not_change_it(tmp_path):
+    trainer = new_trainer(tmp_path, small_run(3))
+    trainer.train()
+    before = copied(trainer)
+    (batches,) = trainer.heldout.values()
+    found = trainer.hold_out(batches)
+    assert found == trainer.hold_out(batches)
+    same_tensors(copied(trainer), before)
+    assert rows_of(tmp_path)[-1]["heldout"]["digits"] == found
+    trainer.average.load_state_dict(trainer.model.state_dict())
+    assert trainer.hold_out(batches) != found
+
+
+# One step
+
+
+@some
+@given(st.integers(0, 300), st.integers(0, 50), st.integers(1, 250))
+def test_the_rate_rises_in_a_line_and_falls_along_half_a_cosine(step, warmup, more):
+    config = TrainingConfig(steps=warmup + more, warmup=warmup, learning_rate=3e-4, final_learning_rate=1.5e-5)
+    found = learning_rate(step, config)
+    if step < warmup:
+        assert found == pytest.approx(3e-4 * (step + 1) / warmup)
+    elif step >= config.steps:
+        assert found == pytest.approx(1.5e-5)
+    else:
+        angle = math.pi * (step - warmup) / more
+        assert found == pytest.approx(1.5e-5 + (3e-4 - 1.5e-5) * math.cos(angle / 2) ** 2)
+        assert learning_rate(step + 1, config) < found
+
+
+def test_the_paper_runs_rates():
+    """Section 4.1: 4,000 steps up to 3e-4, then down to 1.5e-5 at step 250,000."""
+    config = TrainingConfig()
+    places = (0, 1_999, 3_999, 4_000, 127_000, 250_000)
+    expected = (7.5e-8, 1.5e-4, 3e-4, 3e-4, 1.575e-4, 1.5e-5)
+    assert [learning_rate(step, config) for step in places] == pytest.approx(expected)
+
+
+def test_every_step_uses_and_reports_its_rate(tmp_path):
+    run = small_run(5)
+    trainer = new_trainer(tmp_path, run)
+    used = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (used.append([g["lr"] for g in trainer.optimizer.param_groups]), step())
+    trainer.train()
+    expected = [learning_rate(n, run.training) for n in range(5)]
+    assert used == [[rate, rate] for rate in expected]
+    assert [row["learning_rate"] for row in rows_of(tmp_path) if "learning_rate" in row] == expected
+
+
+@some
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(0, 0.9999))
+def test_the_average_is_a_moving_average_that_forgets_the_start(values, decay):
+    model, average = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(average.weight, 1e3)
+    expected = 1e3
+    for step, value in enumerate(values):
+        nn.init.constant_(model.weight, value)
+        update_average(average, model, step, decay)
+        kept = min(decay, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * value
+        assert average.weight.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert model.weight.item() == value
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(tmp_path, poison, step):
+    def change(batch, number):
+        if number == step - 1:
+            batch.groups[0].clean[0, 0, 0, 0] = poison
+        return batch
+
+    trainer = new_trainer(tmp_path, small_run(5, checkpoint_every=2), change=change)
+    taken = {}
+    trainer.preview = lambda model, now: taken.update({now: copied(trainer)})
+    with pytest.raises(TrainingError, match=rf"step {step}: the gradient is not finite") as raised:
+        trainer.train()
+    assert len(str(raised.value).splitlines()) == 1
+    assert trainer.progress.step == step - 1
+    same_tensors(copied(trainer), taken[step - 1])
+    assert max(row["step"] for row in rows_of(tmp_path)) == step - 1
+    if step > 2:
+        assert open_checkpoint(tmp_path).step == 2
+
+
+def test_a_large_gradient_is_cut_to_the_norm_that_is_allowed(tmp_path):
+    """The norm is reported as it was; the update is as if it had been 1e-3."""
+    trainer = new_trainer(tmp_path, small_run(1, clip=1e-3))
+    seen = []
+    step = trainer.optimizer.step
+
+    def note():
+        seen.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item())
+        step()
+
+    trainer.optimizer.step = note
+    trainer.train()
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+    assert rows_of(tmp_path)[1]["gradient_norm"] > 0.1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_what_is_there_stays(tmp_path, monkeypatch):
+    run = small_run(4, checkpoint_every=2)
+
+    def full(folder, step, *rest):
+        if step == 4:
+            raise SaveError("could not save step 4: No space left on device")
+        return save(folder, step, *rest)
+
+    save = trainer_file.save
+    monkeypatch.setattr(trainer_file, "save", full)
+    with pytest.raises(SaveError, match="No space left"):
+        new_trainer(tmp_path, run).train()
+    monkeypatch.undo()
+    trainer = resumed(tmp_path, run)
+    assert trainer.progress.step == 2
+    assert trainer.train()
+
+
+# It learns
+
+
+@pytest.mark.slow
+def test_a_small_run_learns_to_read_digits_and_to_draw_them(tmp_path):
+    """MEASURED."""
+    run = small_run(
+        SLOW_STEPS, rows=8, warmup=40, learning_rate=4e-3, average=0.98, validate_every=10_000, log_every=100
+    )
+    data = replace(run.data, codec_documents=400, row_length=128, block=512, image_first=0.35)
+    model = replace(run.model, width=64, layers=3, heads=4, hidden=176)
+    run, encoder = prepared(replace(run, data=data, model=model))
+    (source,) = open_sources(run.data, "heldout")
+    captions = replace(encoder, config=replace(run.data, image_first=1.0))
+    drawings = replace(encoder, config=replace(run.data, image_first=0.0))
+    begin_run(tmp_path, run)
+    trainer = Trainer(
+        run, tmp_path, Loader(open_sources(run.data, "train"), encoder),
+        {"captions": heldout_batches(source, captions, 297), "drawings": heldout_batches(source, drawings, 297)},
+        torch.device("cpu"),
+    )  # fmt: skip
+    trainer.train()
+    first, last = (row["heldout"] for row in rows_of(tmp_path) if "heldout" in row)
+    print(first, last, trainer.progress)
+    assert last["captions"]["text_loss"] < 0.35 < 4 < first["captions"]["text_loss"]
+    assert last["drawings"]["image_loss"] < 0.55 < 0.95 < first["drawings"]["image_loss"]

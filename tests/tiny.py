@@ -1,0 +1,203 @@
+"""Runs made without training: an engine in memory that tells what its model was asked, and a run's folder on disk."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.documents import CHANNELS, SHAPES, build, with_all_logits
+from transfusion.checkpoint.open import Opened
+from transfusion.checkpoint.save import begin, save
+from transfusion.codecs.pixels import Pixels
+from transfusion.codecs.text import Tokenizer
+from transfusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    GenerationConfig,
+    ModelConfig,
+    Run,
+    TrainingConfig,
+)
+from transfusion.data.prepare import fit
+from transfusion.inference.engine import Engine
+from transfusion.model.transfusion import Prediction, Transfusion
+from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.training.optimizer import build_optimizer, optimizer_tensors
+
+torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # several lines per tensor that is saved
+
+SIZES = tuple((x, y) for y, x in SHAPES)  # (width, height) of what an engine here draws
+
+
+class Latents(Pixels):
+    """Pictures that are latents, never rounded: what is drawn can be looked at to the last bit."""
+
+    def __init__(self, bound: float = 3.0):
+        side = np.full(CHANNELS, bound)
+        super().__init__(0 * side, 1 + 0 * side, -side, side)
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels.transpose(2, 0, 1).astype(np.float32)
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        return latent.transpose(1, 2, 0)
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """All bytes, and a few longer ids."""
+    return Tokenizer.train(["a small drawing of a small house", "zwei kleine Häuser"] * 3, 268)
+
+
+def picture(shape: tuple[int, int], seed: int) -> np.ndarray:
+    """(Y, X, channels) numbers that follow from the seed."""
+    return np.random.default_rng(seed).standard_normal((*shape, CHANNELS), dtype=np.float32).clip(-3, 3)
+
+
+@dataclass
+class Call:
+    """One forward pass: whose slots, what was asked, and what the model said of it."""
+
+    slots: list[int]
+    tokens: Tensor  # (B, L)
+    position: Tensor  # (B, L)
+    noisy: list[Tensor]
+    t: list[Tensor]
+    said: Prediction
+    mask_keys: int
+
+    @property
+    def kind(self) -> str:
+        """Images are drawn without asking for logits; a row that writes reads one token."""
+        if not len(self.said.logits):
+            return f"draw {tuple(self.noisy[0].shape[2:])}"
+        return "write" if self.tokens.shape[1] == 1 else "read"
+
+
+@dataclass
+class Watched:
+    """A model that notes what it is asked. `bias` (V,) is added to the logits it hands on, not to those it notes."""
+
+    model: Transfusion
+    bias: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def __call__(self, batch, noisy, t, mask=None, cache=None) -> Prediction:
+        said = self.model(batch, noisy, t, mask, cache)
+        slots = cache.slot[:, 0].tolist()
+        self.calls.append(Call(slots, batch.tokens, batch.position, noisy, t, said, mask.keys))
+        return said if self.bias is None else replace(said, logits=said.logits + self.bias)
+
+
+def engine(
+    bias: dict[int, float] | Callable[[Vocabulary], dict[int, float]] | None = None, context: int = 200,
+    diffusion: DiffusionConfig = DiffusionConfig(prediction="velocity"),  # noqa: B008 (frozen)
+    shapes: Sequence[tuple[int, int]] = SHAPES, text: Tokenizer | None = None, seed: int = 0, **model,
+) -> Engine:  # fmt: skip
+    """A new engine with random weights; `bias` on logits by id, or a function of the vocabulary that gives it."""
+    text = text or tokenizer()
+    vocabulary = Vocabulary.build(text.size, shapes, patch_size=2)
+    sizes = {"width": 32, "layers": 2, "heads": 4, "hidden": 48} | model
+    config = ModelConfig(vocabulary=vocabulary.size, latent_channels=CHANNELS, **sizes)
+    run = Run(
+        "tiny", config, diffusion, DataConfig(row_length=context),
+        generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
+    )  # fmt: skip
+    model = build(config, seed, torch.float32).eval().requires_grad_(False)
+    found = Engine(Opened(run, text, Latents(), vocabulary, {}, model, 0), torch.device("cpu"))
+    added = torch.zeros(vocabulary.size)
+    for token, value in (bias(vocabulary) if callable(bias) else bias or {}).items():
+        added[token] = value
+    found.model = Watched(model, added)
+    return found
+
+
+def prompt_segments(parts: Sequence, text: Tokenizer | None = None) -> tuple[Text | Image, ...]:
+    """A request's parts as the segments they are."""
+    text = text or tokenizer()
+    return tuple(
+        Text(text.encode(p)) if isinstance(p, str) else Image(p.transpose(2, 0, 1).copy()) for p in parts
+    )
+
+
+@torch.no_grad()
+def uncached(engine: Engine, segments: Sequence[Text | Image], t: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """One forward pass over the whole sequence: all its logits (L, V), and what is said of its last image (C, Y, X).
+
+    Every image is clean, t = 0; with `t`, the last one is noisy and the sequence ends with its patches.
+    """
+    vocabulary, model = engine.vocabulary, engine.model.model
+    piece = lay_out(Document(tuple(segments)), vocabulary, ends=False)
+    if t is not None:
+        piece = piece.part(0, len(piece) - 1)
+    batch = with_all_logits(collate([Row((piece,))], len(piece), vocabulary))
+    times = [torch.zeros(len(group.clean)) for group in batch.groups]
+    if t is None:
+        return model(batch, [group.clean for group in batch.groups], times).logits, None
+    last = max(range(len(times)), key=lambda g: batch.groups[g].index.max())
+    times[last][-1] = t
+    said = model(batch, [group.clean for group in batch.groups], times)
+    return said.logits, said.images[last][-1]
+
+
+def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
+    """A run on digits that takes a hundredth of a second per step; its vocabulary is set by `prepared`."""
+    return Run(
+        "tiny",
+        ModelConfig(width=32, layers=2, heads=2, hidden=48, latent_channels=1),
+        DiffusionConfig(prediction="velocity"),
+        DataConfig(
+            sources=("digits",), text_ids=260, codec_documents=40, row_length=64, rows=rows, block=24,
+            image_first_max_time=0.0, interleaved=0.3,
+        ),
+        TrainingConfig(**{
+            "steps": steps, "learning_rate": 3e-3, "final_learning_rate": 1e-4, "warmup": 2, "average": 0.9,
+            "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1, "log_every": 1,
+        } | training),
+        GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=8),
+    )  # fmt: skip
+
+
+@cache
+def _fitted(data: DataConfig, patch_size: int, seed: int):
+    return fit(data, patch_size, seed)
+
+
+def prepared(run: Run):
+    """The run with its vocabulary, and the encoder of its data."""
+    encoder = replace(_fitted(replace(run.data, rows=1), run.model.patch_size, run.training.seed), config=run.data)
+    return replace(run, model=replace(run.model, vocabulary=encoder.vocabulary.size)), encoder
+
+
+def run_tensors(run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint of this run holds, filled with chance."""
+    model, average = (build(run.model, seed + n, torch.float32) for n in range(2))
+    optimizer = optimizer_tensors(model, build_optimizer(model, run.training))
+    for name, value in optimizer.items():
+        value.normal_(generator=torch.Generator().manual_seed(len(name) + seed))
+    return {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer}
+
+
+def begin_run(folder: Path, run: Run | None = None) -> Run:
+    """A folder with all that a run needs besides weights."""
+    run, encoder = prepared(run or small_run())
+    begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
+    return run
+
+
+def write_run(folder: Path, steps: Sequence[int] = (1,)) -> Run:
+    """A run's folder with a checkpoint at each of these steps, every one with weights of its own."""
+    run = begin_run(folder)
+    for step in steps:
+        save(folder, step, run_tensors(run, step), {"step": step}, keep=len(steps))
+    return run
