@@ -278,7 +278,7 @@ def test_looking_on_does_not_change_what_is_learnt(tmp_path):
 
     def draw(model, step):
         about = run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
-        engine = Engine(Opened(*about, model, step), torch.device("cpu"))
+        engine = Engine(Opened(*about, model, step, torch.device("cpu")))
         torch.manual_seed(step)  # a preview may do as it likes with the common chance
         answers = engine.generate([Request(("three",), 2, seed=step), Request(("a",), seed=step)])
         drawn.append(answers[0][0].parts[0])

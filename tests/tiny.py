@@ -114,7 +114,7 @@ def engine(
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
     )  # fmt: skip
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    found = Engine(Opened(run, text, Latents(), vocabulary, {}, model, 0), torch.device("cpu"))
+    found = Engine(Opened(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
     added = torch.zeros(vocabulary.size)
     for token, value in (bias(vocabulary) if callable(bias) else bias or {}).items():
         added[token] = value

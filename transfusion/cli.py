@@ -258,7 +258,7 @@ def _previewer(folder: Path, heldout: list, device):
     known = describe(folder)
 
     def preview(model, step: int) -> None:
-        engine = Engine(Opened(**vars(known), model=model, step=step), device)
+        engine = Engine(Opened(**vars(known), model=model, step=step, device=device))
         answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
         pictures = [draws[n].parts[0] for n in range(2) for draws in answers]
         (folder / "samples").mkdir(exist_ok=True)

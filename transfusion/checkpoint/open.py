@@ -18,6 +18,7 @@ from transfusion.codecs.pixels import Codec, codec_of
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.model.transfusion import Transfusion, empty
+from transfusion.parallel import pick_device
 from transfusion.sequence import Vocabulary
 
 
@@ -42,17 +43,19 @@ class Opened(Described):
 
     model: Transfusion
     step: int
+    device: torch.device
 
 
-def open_checkpoint(folder: Path, weights: str = "average", device: torch.device | str = "cpu") -> Opened:
+def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto") -> Opened:
     """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from."""
+    chosen = pick_device(device)
     described = describe(folder)
     found = newest(folder)
     verify(found)
-    model = empty(described.run.model, device).requires_grad_(False)
+    model = empty(described.run.model, chosen).requires_grad_(False)
     fill(found, {"average" if weights == "average" else "model": model.state_dict()})
     state = read_json(found / "state.json")
-    return Opened(**vars(described), model=model.eval(), step=state["step"])
+    return Opened(**vars(described), model=model.eval(), step=state["step"], device=chosen)
 
 
 def describe(folder: Path) -> Described:

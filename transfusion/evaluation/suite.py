@@ -17,14 +17,13 @@ from transfusion.evaluation.digits import draw_digits
 from transfusion.evaluation.perplexity import heldout_topics
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.inference.engine import Engine
-from transfusion.model.transfusion import count_parameters
 
 SCENES = 200  # drawn and captioned
 
 
 def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -> dict:
     """Measure what the run supports, write `results.json` into its folder, and return it."""
-    results = {"run": engine.run.name, "step": engine.opened.step, "parameters": count_parameters(engine.model)}
+    results = {"run": engine.run.name, "step": engine.opened.step, "parameters": sum(p.numel() for p in engine.model.parameters())}
     sources = {source.name: source for source in open_sources(engine.run.data, "heldout")}
     tasks: dict[str, Callable[[], dict]] = {}
     if "digits" in sources:

@@ -21,7 +21,6 @@ from transfusion.config import GenerationConfig
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
 from transfusion.inference.samplers import sampler_of
-from transfusion.parallel import pick_device
 from transfusion.sequence import Document, Image, Piece, Text, lay_out
 
 EMPTY = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
@@ -118,15 +117,15 @@ class Row:
 class Engine:
     """A run, ready to write and draw. `generate` is the short way; `submit`, `step` and `cancel` are the long one."""
 
-    def __init__(self, opened: Opened, device: torch.device):
-        self.opened, self.device = opened, device
+    def __init__(self, opened: Opened):
+        self.opened, self.device = opened, opened.device
         self.model, self.run, self.vocabulary = opened.model, opened.run, opened.vocabulary
         self.context = self.run.data.row_length  # positions: a row never grows beyond what was trained on
-        self.cache = Cache(self.run.model, device)
+        self.cache = Cache(self.run.model, self.device)
         self.allowed = text_mode.allowed_tokens(self.vocabulary)
         codec = opened.codec
         self.bound = tuple(
-            torch.tensor(side, dtype=torch.float32, device=device).view(-1, 1, 1) for side in (codec.low, codec.high)
+            torch.tensor(side, dtype=torch.float32, device=self.device).view(-1, 1, 1) for side in (codec.low, codec.high)
         )
         self.sizes = [(x * codec.scale, y * codec.scale) for y, x in self.vocabulary.boi]  # (width, height)
         self.rows: list[Row] = []
@@ -180,7 +179,9 @@ class Engine:
             self._remove(row)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        """All requests at once, to their ends: for each its answers, one per draw."""
+        """All requests at once, to their ends: for each its answers, one per draw. ValueError while others are under way."""
+        if self.rows:
+            raise ValueError("other requests are under way: finish them with step, or cancel them")
         answers = {
             self.submit(request): [Answer() for _ in range(request.num_images or 1)] for request in requests
         }
@@ -308,5 +309,4 @@ class Engine:
 
 def open_run(path: str | Path, weights: str = "average", device: str = "auto") -> Engine:
     """A run's folder, ready to write and draw. `weights="raw"` instead of the moving average."""
-    chosen = pick_device(device)
-    return Engine(open_checkpoint(Path(path), weights, chosen), chosen)
+    return Engine(open_checkpoint(Path(path), weights, device))
