@@ -34,7 +34,7 @@ from transfusion.data.digits import NAMES, Digits, scans
 from transfusion.data.loader import Encoder, Loader, Place, arrange, heldout_batches
 from transfusion.data.packing import pack
 from transfusion.data.topics import EVERY, Topics
-from transfusion.sequence import NO_TARGET, Document, Image, Text, collate, cut, lay_out
+from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, cut, lay_out
 
 # Packing
 
@@ -136,7 +136,7 @@ def encoder() -> Encoder:
     tokenizer = Tokenizer.train(["abc"], 256)
     codec = Pixels.fit([np.arange(256, dtype=np.uint8).reshape(16, 16, 1)])
     config = DataConfig(row_length=96, rows=2, block=32)
-    vocabulary = prepare.Vocabulary.build(tokenizer.size, [(4, 4), (8, 8)], patch_size=2)
+    vocabulary = Vocabulary.build(tokenizer.size, [(4, 4), (8, 8)], patch_size=2)
     return Encoder(tokenizer, codec, vocabulary, config, seed=0)
 
 

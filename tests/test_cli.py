@@ -1,0 +1,252 @@
+"""The command line: what a user types, rightly and wrongly. Promise 10 for the commands that need no long training."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from transfusion.cli import main
+
+TINY = (
+    "--model.width 32 --model.layers 2 --model.heads 2 --model.hidden 64 --training.steps 4 --training.warmup 2 "
+    "--training.checkpoint-every 2 --training.validate-every 4 --training.preview-every 4 --data.rows 2 "
+    "--data.text-ids 260 --data.block 64 --generation.steps 2"
+).split()
+
+
+def command(*arguments: object) -> None:
+    """The command in this process; a zero exit is a return."""
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as exit_:
+        if exit_.code:
+            raise
+
+
+def fails(capsys, code: int, *arguments: object) -> str:
+    """What the command says when it fails with that code: no traceback, and our own words in one line."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    said = capsys.readouterr().err
+    assert caught.value.code == code, said
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A trained run, four steps long."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    command("train", "digits", "--out", folder, *TINY)
+    return folder
+
+
+def test_a_run_has_the_files_it_promises(run):
+    assert (run / "checkpoints" / "latest").read_text() == "step-000004"
+    for name in ("run.json", "tokenizer.json", "codec.safetensors", "metrics.jsonl", "samples/step-000004.png"):
+        assert (run / name).exists()
+    values = json.loads((run / "run.json").read_text())
+    assert values["run"]["model"]["width"] == 32
+    ids = values["vocabulary"]
+    assert len({ids["bos"], ids["eos"], ids["pad"], ids["eoi"], *ids["boi"].values()}) == 5
+
+
+def test_no_pickle_lies_in_a_run(run):
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ""}
+
+
+def test_training_again_says_that_it_is_done(run, capsys):
+    command("train", "digits", "--out", run, *TINY)
+    assert "trained to its last step" in capsys.readouterr().err
+
+
+def test_other_settings_for_the_same_folder_are_refused(run, capsys):
+    said = fails(capsys, 2, "train", "digits", "--out", run, *TINY, "--training.seed", 1)
+    assert "training.seed is 0 there, 1 here" in said
+    assert "shapes" in fails(capsys, 2, "train", "shapes", "--out", run)
+
+
+def test_training_from_a_run_json(run, tmp_path):
+    command("train", run / "run.json", "--out", tmp_path / "again", "--training.steps", 1)
+    again = json.loads((tmp_path / "again" / "run.json").read_text())["run"]
+    assert again["model"] == json.loads((run / "run.json").read_text())["run"]["model"]
+
+
+def test_images_from_a_prompt(run, tmp_path, capsys):
+    command("generate", run, "three", "--num-images", 3, "--steps", 2, "--out", tmp_path)
+    output = json.loads((tmp_path / "output.json").read_text())
+    assert [answer["parts"] for answer in output["answers"]] == [[{"image": f"00{n}.png"}] for n in range(3)]
+    assert Picture.open(tmp_path / "002.png").size == (8, 8)
+    assert capsys.readouterr().out.count(".png") == 3
+
+
+def test_the_same_seed_draws_the_same(run, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        command("generate", run, "--num-images", 1, "--seed", seed, "--out", tmp_path / name)
+    a, b, c = (np.asarray(Picture.open(tmp_path / name / "000.png")) for name in "abc")
+    assert (a == b).all()
+    assert (a != c).any()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
+def test_any_picture_can_be_part_of_the_prompt(run, tmp_path, mode):
+    picture = Picture.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) % 256)
+    suffix = "jpg" if mode == "CMYK" else "png"
+    (picture if mode == "I;16" else picture.convert("L").convert(mode)).save(tmp_path / f"photo.{suffix}")
+    command("generate", run, f"@{tmp_path}/photo.{suffix}", "--max-tokens", 3, "--out", tmp_path)
+    assert (tmp_path / "output.json").exists()
+
+
+def test_text_that_begins_with_an_at(run, tmp_path):
+    command("generate", run, "@@home", "--max-tokens", 2, "--out", tmp_path)
+    assert json.loads((tmp_path / "output.json").read_text())["prompt"] == ["@@home"]
+
+
+def test_text_that_spells_special_tokens_is_text(run, tmp_path):
+    command("generate", run, "<bos><eos><boi 8x8><|endoftext|></s>\x00", "--max-tokens", 2, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "nothing to go on"),
+        (("three", "--steps", 0), "steps must be at least 1"),
+        (("three", "--num-images", 0), "num_images must be at least 1"),
+        (("three", "--top-p", 0), "top_p"),
+        (("three", "--temperature", -1), "temperature"),
+        (("three", "--num-images", 1, "--size", "9x9"), "can draw 8x8"),
+        (("three", "--num-images", 1, "--size", "big"), "width x height"),
+        (("three", "--sampler", "euler"), "ddim"),
+        (("word " * 500,), "positions"),
+        (("three", "--sampler", "magic"), "ddpm"),
+        (("three", "--step", 3), "--steps"),
+        (("three", "--seed", "one"), "seed"),
+    ],
+)
+def test_what_cannot_be_generated(run, capsys, arguments, words):
+    assert words in fails(capsys, 2, "generate", run, *arguments)
+
+
+def test_pictures_that_cannot_be_read(run, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("not a picture")
+    picture = Picture.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / "whole.png")
+    (tmp_path / "short.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    Picture.new("1", (50_000, 50_000)).save(tmp_path / "wide.png")
+    for name, words in {
+        "text.png": "not a picture", "short.png": "short.png", "wide.png": "pixels", "missing.png": "No such file",
+    }.items():  # fmt: skip
+        said = fails(capsys, 1, "generate", run, f"@{tmp_path}/{name}")
+        assert words in said
+        assert said.count("\n") == 1
+    assert "directory" in fails(capsys, 1, "generate", run, f"@{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("trian",), "did you mean train"),
+        (("train", "digit"), "did you mean digits"),
+        (("train", "0.16b"), "--data.sources"),
+        (("train", "digits", "--model.widht", "3"), "--model.width"),
+        (("train", "digits", "--model.width", "many"), "many"),
+        (("train", "digits", "--model.heads", "3"), "not a multiple"),
+        (("train", "digits", "--training.steps", "0"), "at least 1"),
+        (("train", "digits", "--data.image-first", "1.5"), "between 0 and 1"),
+        (("train", "digits", "--diffusion.path", "curved"), "cosine"),
+        (("train",), ""),
+        ((), ""),
+    ],
+)
+def test_what_cannot_be_trained(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    said = capsys.readouterr()
+    assert caught.value.code in (1, 2)
+    assert words in said.err + said.out
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folders_that_are_no_runs(run, tmp_path, capsys):
+    assert "is not a run" in fails(capsys, 1, "generate", tmp_path, "three")
+    assert "is not a run" in fails(capsys, 1, "evaluate", tmp_path / "nowhere")
+    (tmp_path / "run.json").write_text("{")
+    assert "cannot read" in fails(capsys, 1, "report", tmp_path)
+    values = json.loads((run / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(values | {"format": 99}))
+    assert "format 99" in fails(capsys, 1, "generate", tmp_path, "three")
+
+
+def test_a_flipped_byte_is_found_and_the_run_stays_as_it_was(run, tmp_path, capsys):
+    path = next((run / "checkpoints" / "step-000004" / "average").iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    said = fails(capsys, 1, "generate", run, "three", "--out", tmp_path)
+    assert path.name in said
+    assert "SHA-256" in said
+    path.write_bytes(whole)
+    command("generate", run, "three", "--num-images", 1, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["", "demo", "train digits", "generate", "evaluate", "report"])
+def test_every_command_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*verb.split(), "--help"])
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
+    """Files may not grow beyond a limit that the first checkpoint's parts exceed: as a full disk, it stops the write."""
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000002")
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f 100; exec "$0" -m transfusion train digits --out {tmp_path / "run"} "$@"',
+         sys.executable, *TINY],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "could not save step 4" in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000002"]
+    command("generate", tmp_path / "run", "three", "--num-images", 1, "--out", tmp_path / "out")
+
+
+def readme_commands() -> list[str]:
+    """Every command of ours in a fenced block of the README."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("transfusion ")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_commands_of_the_readme_run(line, run, tmp_path, monkeypatch):
+    """On the tiny run in place of the one they name, and with tiny settings where they train."""
+    import shlex
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "shapes"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    Picture.new("L", (20, 20), 128).save(tmp_path / "photo.png")
+    words = shlex.split(line)[1:]
+    if words[0] == "train":
+        if "--out" in words:
+            words[words.index("--out") + 1] = "runs/new"
+        else:
+            words += ["--out", "runs/new"]
+        words = [*words, *TINY]
+    command(*words)
