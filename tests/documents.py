@@ -67,9 +67,9 @@ def documents(draw, min_images: int = 0, max_segments: int = 5, **of_images):
 
 
 @st.composite
-def pair_documents(draw, min_pairs: int = 1, max_pairs: int = 4, caption_first=either, min_caption: int = 0):
+def pair_documents(draw, max_pairs: int = 4, caption_first=either):
     """Captions and images in turn, all in the one order or all in the other."""
-    pairs = draw(st.lists(st.tuples(texts(min_caption), images()), min_size=min_pairs, max_size=max_pairs))
+    pairs = draw(st.lists(st.tuples(texts(), images()), min_size=1, max_size=max_pairs))
     if not draw(caption_first):
         pairs = [pair[::-1] for pair in pairs]
     segments = tuple(part for pair in pairs for part in pair)

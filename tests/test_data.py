@@ -33,16 +33,14 @@ from transfusion.data import prepare
 from transfusion.data.digits import NAMES, Digits, scans
 from transfusion.data.loader import Encoder, Loader, Place, arrange, heldout_batches
 from transfusion.data.packing import pack
-from transfusion.data.topics import EVERY, Topics
+from transfusion.data.topics import EVERY, Topics, split_text
 from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, cut, lay_out
 
 # Packing
 
 
 @many
-@given(
-    st.lists(documents() | pair_documents(min_caption=1), max_size=8), st.integers(20, 60), st.integers(0, 99)
-)
+@given(st.lists(documents() | pair_documents(), max_size=8), st.integers(20, 60), st.integers(0, 99))
 def test_every_position_is_packed_exactly_once_into_rows_that_fit(found, length, seed):
     rows = pack(found, length, VOCABULARY, seed)
     pieces = [contents(piece) for document in found for piece in cut(lay_out(document, VOCABULARY), length)]
@@ -92,6 +90,22 @@ def test_orders_and_dropped_captions_are_as_frequent_as_asked():
         assert image.max_time == (0.5 if first else 1.0)
 
 
+def test_images_behind_captions_are_clean_as_often_as_asked():
+    config = DataConfig(image_first=0.3, caption_dropout=0.2, image_first_max_time=0.5, clean_images=0.1)
+    clean = []
+    for key in range(2000):
+        document, single, plain = pair(key, pairs=2), pair(key), replace(config, clean_images=0.0)
+        arranged, before = arrange(document, config), arrange(document, plain)
+        if isinstance(arranged.segments[0], Text):
+            clean += [image.max_time == 0 for image in arranged.segments[1::2]]
+        else:  # nothing else is touched, and nothing else's chance
+            assert arranged == before
+        assert [type(part) for part in arranged.segments] == [type(part) for part in before.segments]
+        if arrange(single, plain).segments[1] == Text((), loss=False):
+            assert arrange(single, config) == arrange(single, plain)
+    assert abs(np.mean(clean) - 0.1) < 0.02
+
+
 @many
 @given(pair_documents(caption_first=st.just(True)), st.sampled_from((0.0, 0.5, 1.0)))
 def test_image_first_turns_every_pair_and_limits_its_noise(document, limit):
@@ -123,7 +137,7 @@ def test_a_dropped_caption_leaves_bos_boi_and_nothing_to_learn_after_the_image(d
 @some
 @given(documents(), pair_documents(caption_first=st.just(True)))
 def test_only_pairs_are_arranged_and_only_when_asked(document, of_pairs):
-    assert arrange(document, DataConfig(image_first=1.0, caption_dropout=1.0)) == document
+    assert arrange(document, DataConfig(image_first=1.0, caption_dropout=1.0, clean_images=1.0)) == document
     assert arrange(of_pairs, DataConfig(image_first=0.0, caption_dropout=0.0)) == of_pairs
 
 
@@ -261,19 +275,14 @@ def small_run() -> tuple[DataConfig, Encoder]:
     return config, prepare.fit(config, patch_size=2, seed=0)
 
 
-def test_digits_and_topics_get_their_shares():
+def test_digits_and_topics_get_their_shares_within_a_few_blocks():
     config, fitted = small_run()
     found = Loader(prepare.open_sources(config, "train"), fitted)
-    topics = {}  # a whole epoch of them, since the longest is ten times the mean; of digits every 20th
-    positions, n = [0, 0], 0
-    while len(topics) < len(found.sources[1]):
+    positions = [0, 0]
+    for n in range(3 * config.block):
         source, epoch, id_ = found.stream[n]
-        n += 1
-        if source == 1 or n % 20 == 0:
-            document = fitted.document(found.sources[source][id_], found.sources[source].name, epoch)
-            length = len(lay_out(document, fitted.vocabulary))
-            positions[source] += length if source == 1 else 20 * length
-            topics |= {id_: length} if source == 1 else {}
+        document = fitted.document(found.sources[source][id_], found.sources[source].name, epoch)
+        positions[source] += len(lay_out(document, fitted.vocabulary))
     assert abs(positions[1] / sum(positions) - 0.15) < 0.02
 
 
@@ -348,8 +357,22 @@ def test_topics_are_split_without_overlap():
     assert sorted(train.texts + heldout.texts) == sorted(topics.values())
     assert not set(train.texts) & set(heldout.texts)
     assert heldout.texts == [topics[name] for name in sorted(topics)[::EVERY]]
-    assert [train[n].segments[0].text for n in range(len(train))] == train.texts
     assert train.describe()["sha256"] != heldout.describe()["sha256"]
+    for source in (train, heldout):  # passages are all of the text, in order
+        passages = [source[n].segments[0].text for n in range(len(source))]
+        assert "".join(passages) == "".join(source.texts)
+        assert all(source[n].id == n for n in range(len(source)))
+
+
+@many
+@given(st.lists(st.text("ab\n", max_size=12)).map("\n\n".join), st.integers(1, 30))
+def test_a_text_is_split_between_paragraphs_only(text, longest):
+    passages = split_text(text, longest)
+    assert "".join(passages) == text
+    for passage, following in zip(passages, passages[1:], strict=False):
+        assert passage.endswith("\n\n")
+        assert len(passage) <= longest or "\n\n" not in passage[:-2].rstrip("\n")
+        assert len(passage) + len(following.split("\n\n")[0]) > longest - 2  # it would not have fitted
 
 
 def test_fit_sees_only_training_documents_and_numbers_what_it_finds():

@@ -29,6 +29,7 @@ from tests.documents import (
 from transfusion.config import SIZES, ModelConfig, RopeScaling
 from transfusion.model import transfusion as network
 from transfusion.model.patches import describe_time, patchify, unpatchify
+from transfusion.model.transformer import Norm
 from transfusion.sequence import Batch, Document, Row, Text, collate, lay_out
 
 VARIANTS = {
@@ -304,7 +305,7 @@ def test_a_deeper_model_starts_with_the_same_first_tables():
         "tokens.weight",
         "head.weight",
         "patches.time.2.weight",
-        "transformer.blocks.1.attention.qkv.weight",
+        "transformer.blocks.1.attention.query.weight",
     ):
         assert torch.equal(one[name], deeper[name])
 
@@ -323,6 +324,59 @@ def test_starting_weights_are_the_same_on_a_gpu():
 
 
 # Gradients
+
+
+@some
+@given(
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(1, 9),
+    st.floats(1e-6, 1),
+    st.floats(0, 5),
+    st.integers(0, 99),
+)
+def test_norms_are_torchs_forward_and_backward(shape, width, eps, size, seed):
+    """Ours writes its gradient out; it is used only where there is one to compute."""
+    generator = torch.Generator().manual_seed(seed)
+    x, gradient = torch.randn(2, *shape, width, generator=generator, dtype=torch.float64)
+    ours, plain = Norm(width, eps).double(), torch.nn.RMSNorm(width, eps).double()
+    with torch.no_grad():
+        for norm in (ours, plain):
+            norm.weight.copy_(torch.linspace(0.5, 2, width))
+    found = []
+    for norm in (ours, plain):
+        inward = (size * x).requires_grad_()
+        out = norm(inward)
+        out.backward(gradient)
+        found.append((out.detach(), inward.grad, norm.weight.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(size * x), found[0][0], rtol=1e-12, atol=1e-12)
+
+
+@few
+@given(variants, batches(min_images=1))
+def test_training_sees_the_outputs_that_generating_sees(variant, found):
+    batch = with_all_logits(in_double(found[1]))
+    inputs = batch, latents_of(batch), times_of(batch)
+    plain, with_gradient = run(MODELS[variant], *inputs), MODELS[variant](*inputs)
+    torch.testing.assert_close(with_gradient.logits.detach(), plain.logits, rtol=0, atol=1e-10)
+    for one, other in zip(with_gradient.images, plain.images, strict=True):
+        torch.testing.assert_close(one.detach(), other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_lower_precision_gives_nearly_the_same(variant):
+    document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4, 5))))
+    batch, model = alone(lay_out(document, VOCABULARY)), build(VARIANTS[variant], seed=1, dtype=torch.float32)
+    inputs = batch, latents_of(batch), [torch.tensor([0.5])]
+    exact = run(model, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(*inputs)
+    (rough.logits.float().sum() + rough.images[0].float().sum()).backward()
+    for one, other in ((rough.logits, exact.logits), (rough.images[0], exact.images[0])):
+        assert (one.detach().float() - other).std() < 0.05 * other.std()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def unused(batch: Batch, variant: str) -> tuple[set[str], set[str]]:
@@ -379,24 +433,25 @@ def _names(weights: dict, layers: int) -> Iterator[tuple[str, Tensor]]:
     yield "transformer.norm.weight", weights["model.norm.weight"]
     yield "head.weight", weights["lm_head.weight"]
     renamed = {
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
         "self_attn.o_proj": "attention.out",
         "self_attn.q_norm": "attention.q_norm",
         "self_attn.k_norm": "attention.k_norm",
+        "mlp.gate_proj": "feed_forward.gate",
+        "mlp.up_proj": "feed_forward.up",
         "mlp.down_proj": "feed_forward.down",
     }
     norms = ("input_layernorm", "post_attention_layernorm")
     if "model.layers.0.post_feedforward_layernorm.weight" in weights:
         norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     renamed |= dict(zip(norms, ("attention_norm", "feed_forward_norm"), strict=True))
-    joined = {"attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-              "feed_forward.gate_up": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
     for n in range(layers):
         layer = {k.removeprefix(f"model.layers.{n}."): v for k, v in weights.items() if f".layers.{n}." in k}
         for theirs, ours in renamed.items():
             if f"{theirs}.weight" in layer:
                 yield f"transformer.blocks.{n}.{ours}.weight", layer[f"{theirs}.weight"]
-        for ours, parts in joined.items():
-            yield f"transformer.blocks.{n}.{ours}.weight", torch.cat([layer[f"{p}.weight"] for p in parts])
 
 
 def sizes_of(config: ModelConfig) -> dict:

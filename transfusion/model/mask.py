@@ -32,13 +32,20 @@ class Mask:
                 q, k, v, block_mask=self.blocks, enable_gqa=k.shape[1] != q.shape[1],
                 kernel_options={"ROWS_GUARANTEED_SAFE": True},  # every row sees itself
             )  # fmt: skip
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense, enable_gqa=k.shape[1] != q.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.added.to(q.dtype), enable_gqa=k.shape[1] != q.shape[1]
+        )
 
     @cached_property
     def dense(self) -> Tensor:
         """(B, 1, Lq, Lk) bool."""
         k = torch.arange(self.keys, device=self.lo.device)
         return ((k >= self.lo[..., None]) & (k < self.hi[..., None]))[:, None]
+
+    @cached_property
+    def added(self) -> Tensor:
+        """(B, 1, Lq, Lk) float32, 0 or minus infinity: what SDPA would make of `dense` in every layer anew."""
+        return torch.zeros(self.dense.shape, device=self.lo.device).masked_fill_(~self.dense, -torch.inf)
 
     @cached_property
     def blocks(self):

@@ -59,7 +59,7 @@ class _NormWithGradient(torch.autograd.Function):
         normal, shrink, weight = ctx.saved_tensors
         product = gradient * normal
         along = (product @ weight)[..., None] / normal.shape[-1]  # what only stretches x is lost
-        return torch.addcmul(gradient * weight, normal, along, value=-1) * shrink, product.flatten(0, -2).sum(0), None
+        return torch.addcmul(gradient * weight, normal, along, value=-1) * shrink, product.reshape(-1, product.shape[-1]).sum(0), None
 
 
 class Block(nn.Module):
@@ -86,16 +86,18 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.size = layer, config.size_of_head
         self.heads, self.kv_heads = config.heads, config.num_kv_heads
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.size, bias=False)
+        self.query = nn.Linear(config.width, self.heads * self.size, bias=False)
+        self.key = nn.Linear(config.width, self.kv_heads * self.size, bias=False)
+        self.value = nn.Linear(config.width, self.kv_heads * self.size, bias=False)
         self.out = nn.Linear(self.heads * self.size, config.width, bias=False)
         self.q_norm = Norm(self.size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(self.size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
         B, L, _ = x.shape
-        qkv = self.qkv(x).view(B, L, -1, self.size).transpose(1, 2)  # (B, H + 2 Hkv, L, h)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        q = rotate(self.q_norm(self.query(x).view(B, L, self.heads, self.size)), rotation).transpose(1, 2)
+        k = rotate(self.k_norm(self.key(x).view(B, L, self.kv_heads, self.size)), rotation).transpose(1, 2)
+        v = self.value(x).view(B, L, self.kv_heads, self.size).transpose(1, 2)  # (B, Hkv, L, h)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return self.out(mask.attend(q, k, v).transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
@@ -106,21 +108,21 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.size_of_hidden, bias=False)
+        self.gate = nn.Linear(config.width, config.size_of_hidden, bias=False)
+        self.up = nn.Linear(config.width, config.size_of_hidden, bias=False)
         self.down = nn.Linear(config.size_of_hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)  # (B, L, hidden) each
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def rotation_of(position: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """What `rotate` multiplies by at each position (B, L) -> (2, B, 1, L, h), the same for all layers and heads."""
+    """What `rotate` multiplies by at each position (B, L) -> (2, B, L, 1, h), the same for all layers and heads."""
     half = torch.arange(0, config.size_of_head, 2, device=position.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-half / config.size_of_head)  # (h / 2,)
     if config.rope_scaling is not None:
         frequency = scale_frequencies(frequency, config.rope_scaling)
-    angle = position[:, None, :, None].float() * frequency  # (B, 1, L, h / 2)
+    angle = position[:, :, None, None].float() * frequency  # (B, L, 1, h / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
 
@@ -134,6 +136,6 @@ def scale_frequencies(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate-half rotary positions on (B, H, L, h): each number turns with the one half a head away."""
+    """Rotate-half rotary positions on (B, L, H, h): each number turns with the one half a head away."""
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
