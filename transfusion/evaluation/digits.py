@@ -39,5 +39,5 @@ def nearest(pictures: np.ndarray, among: np.ndarray) -> float:
 
 
 def _features(pixels: np.ndarray) -> np.ndarray:
-    """(n, 64) in [-1, 1], as the scans' own 0 to 16 divided by 8, less 1."""
-    return pixels.reshape(len(pixels), 64) / 127.5 - 1
+    """(n, 64) in [-1, 1]: the scans' own scale of whole numbers from 0 to 16, divided by 8, less 1."""
+    return (pixels.reshape(len(pixels), 64) * (16 / 255)).round() / 8 - 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from transfusion.checkpoint.open import newest, read_json
 from transfusion.checkpoint.save import write_whole
 from transfusion.data.prepare import open_sources
 from transfusion.evaluation.captions import caption_heldout
@@ -24,6 +25,8 @@ SCENES = 200  # drawn and captioned
 def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -> dict:
     """Measure what the run supports, write `results.json` into its folder, and return it."""
     results = {"run": engine.run.name, "step": engine.opened.step, "parameters": sum(p.numel() for p in engine.model.parameters())}
+    state = read_json(newest(folder) / "state.json")
+    results |= {"training_seconds": round(state["seconds"]), "training_positions": state["positions"]}
     sources = {source.name: source for source in open_sources(engine.run.data, "heldout")}
     tasks: dict[str, Callable[[], dict]] = {}
     if "digits" in sources:

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,7 @@ class Trainer:
             coming = ahead.submit(next, reading)
             if progress.step == 0:
                 self._look(metrics, screen)
+            shown = replace(progress)
             while progress.step < config.steps and not self.stop_asked:
                 begun = time.monotonic()
                 parts, place = coming.result()
@@ -79,8 +80,9 @@ class Trainer:
                 progress.place = place
                 progress.positions += sum(batch.positions for batch, _ in parts)
                 progress.seconds += time.monotonic() - begun
-                speed = sum(batch.positions for batch, _ in parts) / (time.monotonic() - begun)
                 if progress.step % config.log_every == 0 or progress.step == config.steps:
+                    speed = (progress.positions - shown.positions) / (progress.seconds - shown.seconds)
+                    shown = replace(progress)
                     metrics.write(progress.step, **values, positions_per_second=round(speed), seconds=progress.seconds)
                     screen.show(progress.step, values["text_loss"], values["image_loss"], speed)
                 self._look(metrics, screen)
