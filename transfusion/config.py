@@ -1,6 +1,6 @@
 """Every number: one frozen dataclass per part, and the named runs. Imports nothing heavy, not even torch."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -205,7 +205,8 @@ def shapes() -> Run:
         model=ModelConfig(width=128, layers=4, heads=4, hidden=344, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.0, clean_images=0.05, text_ids=320,
+            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.0, clean_images=0.05,
+            text_ids=320,
         ),
         training=TrainingConfig(
             steps=2000, learning_rate=2e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=1.0,
@@ -267,9 +268,3 @@ def _read(hint: Any, value: Any, where: str):
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where} must be {hint.__name__}, not {value!r}")
     return value
-
-
-__all__ = [
-    "NAMES", "SIZES", "DataConfig", "DiffusionConfig", "GenerationConfig", "ModelConfig", "RopeScaling", "Run",
-    "TrainingConfig", "from_json", "named_run", "replace", "to_json",
-]  # fmt: skip

@@ -39,6 +39,9 @@ class Place:
     row: int = 0
 
 
+BEGINNING = Place()
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Raw documents to documents: the tokenizer, the codec, the ids, and the run's chance."""
@@ -93,7 +96,7 @@ class Loader:
         self.weights = element_weights(sources, encoder)
         self.stream = _stream(sources, self.weights, encoder.seed)
 
-    def batches(self, start: Place = Place()) -> Iterator[tuple[Batch, Place]]:  # noqa: B008 (frozen)
+    def batches(self, start: Place = BEGINNING) -> Iterator[tuple[Batch, Place]]:
         """This rank's batches from there on. A global batch is `rows` x world rows; rank r takes rows r, r + world, ..."""
         length, vocabulary = self.config.row_length, self.encoder.vocabulary
         waiting: list[Row] = []
@@ -150,12 +153,9 @@ def element_weights(sources: Sequence[Source], encoder: Encoder) -> list[float]:
 
 def _stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
     """Document number n of the run -> (source, its epoch, document id): shuffled anew in each epoch of each source."""
-    streams = [
-        grain.MapDataset.range(len(source))
-        .seed(seed_from(seed, source.name, "order") % 2**31)
-        .shuffle()
-        .repeat(None)
-        .map_with_index(lambda n, id_, number=number, size=len(source): (number, n // size, id_))
-        for number, source in enumerate(sources)
-    ]
+    streams = []
+    for number, source in enumerate(sources):
+        size = len(source)
+        order = grain.MapDataset.range(size).seed(seed_from(seed, source.name, "order") % 2**31).shuffle().repeat(None)
+        streams.append(order.map_with_index(lambda n, id_, number=number, size=size: (number, n // size, id_)))
     return grain.MapDataset.mix(streams, weights=list(weights)) if len(streams) > 1 else streams[0]

@@ -24,9 +24,12 @@ SCENES = 200  # drawn and captioned
 
 def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -> dict:
     """Measure what the run supports, write `results.json` into its folder, and return it."""
-    results = {"run": engine.run.name, "step": engine.opened.step, "parameters": sum(p.numel() for p in engine.model.parameters())}
     state = read_json(newest(folder) / "state.json")
-    results |= {"training_seconds": round(state["seconds"]), "training_positions": state["positions"]}
+    results = {
+        "run": engine.run.name, "step": engine.opened.step,
+        "parameters": sum(parameter.numel() for parameter in engine.model.parameters()),
+        "training_seconds": round(state["seconds"]), "training_positions": state["positions"],
+    }  # fmt: skip
     sources = {source.name: source for source in open_sources(engine.run.data, "heldout")}
     tasks: dict[str, Callable[[], dict]] = {}
     if "digits" in sources:

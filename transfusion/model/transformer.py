@@ -59,7 +59,8 @@ class _NormWithGradient(torch.autograd.Function):
         normal, shrink, weight = ctx.saved_tensors
         product = gradient * normal
         along = (product @ weight)[..., None] / normal.shape[-1]  # what only stretches x is lost
-        return torch.addcmul(gradient * weight, normal, along, value=-1) * shrink, product.reshape(-1, product.shape[-1]).sum(0), None
+        inward = torch.addcmul(gradient * weight, normal, along, value=-1) * shrink
+        return inward, product.reshape(-1, product.shape[-1]).sum(0), None
 
 
 class Block(nn.Module):
