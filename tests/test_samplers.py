@@ -213,7 +213,8 @@ def test_ddpm_keeps_the_noise_as_large_as_the_path_says(steps, seed):
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(1, 1, 100, 100, generator=generator)
         clean = torch.full_like(start, 0.5)
-        _, asked = drive(sampler_of("ddpm", diffusion)(start, walk(steps, diffusion, None, seed)), lambda *_, clean=clean: clean)
+        sampler = sampler_of("ddpm", diffusion)(start, walk(steps, diffusion, None, seed))
+        _, asked = drive(sampler, lambda *_, clean=clean: clean)
         for noisy, t in asked:
             left = noise_beside(noisy, clean, t, diffusion)
             assert abs(left.mean()) < 0.06  # 10,000 numbers: six deviations of their mean

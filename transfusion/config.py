@@ -94,7 +94,6 @@ class DataConfig:
     rows: int = 8  # per forward pass
     image_first: float = 0.2  # of captioned pairs (section 4.1)
     image_first_max_time: float = 1.0  # 0.5: the noise limit of Table 8; 0: clean, and no image loss
-    clean_images: float = 0.0  # of images behind their captions: shown clean, as later text sees them when generating
     caption_dropout: float = 0.1  # of caption-first pairs: what the unconditional branch learns from
     interleaved: float = 0.0  # share of `digits` documents that hold 2 to 4 captioned scans
     level: int = 1  # of `shapes`
@@ -103,7 +102,7 @@ class DataConfig:
     def __post_init__(self):
         if self.shares and len(self.shares) != len(self.sources):
             raise ValueError(f"data.shares has {len(self.shares)} numbers for {len(self.sources)} sources")
-        for name in ("image_first", "image_first_max_time", "clean_images", "caption_dropout", "interleaved"):
+        for name in ("image_first", "image_first_max_time", "caption_dropout", "interleaved"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must lie between 0 and 1, not {getattr(self, name)}")
 
@@ -184,14 +183,14 @@ def digits() -> Run:
     """Real 8x8 scans with their English names, and Python's documentation: learns in five minutes on two cores."""
     return Run(
         name="digits",
-        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, latent_channels=1),
+        model=ModelConfig(width=192, layers=4, heads=3, hidden=512, qk_norm=True, latent_channels=1),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
             sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, rows=13,
-            image_first_max_time=0.0, clean_images=0.1, interleaved=0.15,
+            image_first_max_time=0.3, interleaved=0.15,
         ),
         training=TrainingConfig(
-            steps=1500, learning_rate=2e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=1.0,
+            steps=1500, learning_rate=3e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=2.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
@@ -205,8 +204,7 @@ def shapes() -> Run:
         model=ModelConfig(width=128, layers=4, heads=4, hidden=344, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.0, clean_images=0.05,
-            text_ids=320,
+            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.3, text_ids=320,
         ),
         training=TrainingConfig(
             steps=2000, learning_rate=2e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=1.0,

@@ -76,10 +76,6 @@ class Material:
         """A drawing for each of the first held-out captions: caption, pixels, and is it right?"""
         return draw_scenes(self.engine, SCENES)[1]
 
-    @cached_property
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.engine.model.parameters())
-
     @property
     def trained(self) -> list[dict]:
         """The metrics of training steps."""
@@ -110,7 +106,7 @@ def introduce(page: Page, material: Material) -> None:
     learnt_from = " and ".join(LEARNT_FROM.get(name, name) for name in run.data.sources)
     took = f", {_duration(material.trained[-1]['seconds'])}" if material.trained else ""
     page.say(
-        f"A transformer of {material.parameters / 1e6:.1f} million parameters that reads and writes text and "
+        f"A transformer of {material.engine.opened.parameters / 1e6:.1f} million parameters that reads and writes text and "
         f"images. It learnt from {learnt_from} ({material.engine.opened.step:,} steps{took})."
     )
     drawn = []
@@ -273,7 +269,7 @@ def _figures(material: Material) -> Iterator[tuple[str, str, str]]:
 
 def _costs(material: Material) -> list[tuple[str, str]]:
     run, manifest = material.engine.run, material.results.get("manifest")
-    size = f"{material.parameters:,}: {run.model.layers} layers, {run.model.width} wide"
+    size = f"{material.engine.opened.parameters:,}: {run.model.layers} layers, {run.model.width} wide"
     read = f"{material.engine.opened.step:,} steps of {run.data.rows} × {run.data.row_length} positions"
     rows = [("Parameters", size), ("Training", read)]
     if material.trained:
@@ -437,7 +433,7 @@ def tell_text(page: Page, material: Material) -> None:
     page.say(
         "The first words of held-out pages of Python's documentation (marked), and how the model went on at "
         f"temperature {TEMPERATURE:g}, seed 0, for as long as a row of {engine.context} positions."
-        + (senseless if material.parameters < SMALL else "")
+        + (senseless if material.engine.opened.parameters < SMALL else "")
     )
     for opening, [answer] in zip(openings, answers, strict=True):
         page.code("".join(p if isinstance(p, str) else " (an image) " for p in answer.parts), given=opening)

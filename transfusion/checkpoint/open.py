@@ -17,7 +17,7 @@ from transfusion.checkpoint.save import FORMAT
 from transfusion.codecs.pixels import Codec, codec_of
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
-from transfusion.model.transfusion import Transfusion, empty
+from transfusion.model.transfusion import Transfusion, count_parameters, empty
 from transfusion.parallel import pick_device
 from transfusion.sequence import Vocabulary
 
@@ -44,6 +44,10 @@ class Opened(Described):
     model: Transfusion
     step: int
     device: torch.device
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
 
 
 def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto") -> Opened:

@@ -51,8 +51,5 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._engine.encode(text, add_special_tokens=False).ids)
 
-    def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        return [tuple(found.ids) for found in self._engine.encode_batch(list(texts), add_special_tokens=False)]
-
     def decode(self, tokens: Sequence[int]) -> str:
         return self._engine.decode(list(tokens), skip_special_tokens=True)

@@ -68,8 +68,7 @@ def arrange(document: Document, config: DataConfig) -> Document:
     """Captioned pairs: image first in some documents, the caption dropped in some others (section 4.1 and design).
 
     Only a document of one pair loses its caption, and then nothing is learnt after its image: else the model would
-    learn to write empty captions. A share of the images behind captions is clean: without them, t = 0 would tell the
-    model that a caption follows, and what it draws itself it reads at t = 0.
+    learn to write empty captions.
     """
     if not document.pairs:
         return document
@@ -80,11 +79,7 @@ def arrange(document: Document, config: DataConfig) -> Document:
         return replace(document, segments=tuple(turned))
     if len(images) == 1 and fraction_from(document.key, "dropout") < config.caption_dropout:
         return replace(document, segments=(*images, Text((), loss=False)))
-    shown = [
-        replace(image, max_time=0.0) if fraction_from(document.key, "clean", n) < config.clean_images else image
-        for n, image in enumerate(images)
-    ]
-    return replace(document, segments=tuple(part for pair in zip(captions, shown, strict=True) for part in pair))
+    return document
 
 
 class Loader:

@@ -27,7 +27,7 @@ def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -
     state = read_json(newest(folder) / "state.json")
     results = {
         "run": engine.run.name, "step": engine.opened.step,
-        "parameters": sum(parameter.numel() for parameter in engine.model.parameters()),
+        "parameters": engine.opened.parameters,
         "training_seconds": round(state["seconds"]), "training_positions": state["positions"],
     }  # fmt: skip
     sources = {source.name: source for source in open_sources(engine.run.data, "heldout")}

@@ -23,7 +23,7 @@ from transfusion.inference.cache import Cache
 from transfusion.inference.samplers import sampler_of
 from transfusion.sequence import Document, Image, Piece, Text, lay_out
 
-EMPTY = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+NOTHING = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Engine:
         if row.written >= row.generation.max_tokens or needed > self.context:
             return self._end(row, "length", events)
         row.written += 1
-        row.unread = EMPTY.followed_by(token)
+        row.unread = NOTHING.followed_by(token)
         if shape is None:
             row.segment.append(token)
             text = self.opened.tokenizer.decode(row.segment)
