@@ -201,13 +201,13 @@ def shapes() -> Run:
     """A made world of captioned scenes, 32x32 in colour, that can be checked exactly."""
     return Run(
         name="shapes",
-        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, latent_channels=6),
+        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, qk_norm=True, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
             sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.3, text_ids=320,
         ),
         training=TrainingConfig(
-            steps=2000, learning_rate=2e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=1.0,
+            steps=2700, learning_rate=4e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=4.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
