@@ -31,7 +31,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data import prepare
 from transfusion.data.digits import NAMES, Digits, scans
-from transfusion.data.loader import Encoder, Loader, Place, arrange, heldout_batches
+from transfusion.data.loader import BEGINNING, Encoder, Loader, Place, arrange, heldout_batches
 from transfusion.data.packing import pack
 from transfusion.data.topics import EVERY, Topics, split_text
 from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, cut, lay_out
@@ -39,7 +39,7 @@ from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, c
 # Packing
 
 
-@many
+@some
 @given(st.lists(documents() | pair_documents(), max_size=8), st.integers(20, 60), st.integers(0, 99))
 def test_every_position_is_packed_exactly_once_into_rows_that_fit(found, length, seed):
     rows = pack(found, length, VOCABULARY, seed)
@@ -90,22 +90,6 @@ def test_orders_and_dropped_captions_are_as_frequent_as_asked():
         assert image.max_time == (0.5 if first else 1.0)
 
 
-def test_images_behind_captions_are_clean_as_often_as_asked():
-    config = DataConfig(image_first=0.3, caption_dropout=0.2, image_first_max_time=0.5, clean_images=0.1)
-    clean = []
-    for key in range(2000):
-        document, single, plain = pair(key, pairs=2), pair(key), replace(config, clean_images=0.0)
-        arranged, before = arrange(document, config), arrange(document, plain)
-        if isinstance(arranged.segments[0], Text):
-            clean += [image.max_time == 0 for image in arranged.segments[1::2]]
-        else:  # nothing else is touched, and nothing else's chance
-            assert arranged == before
-        assert [type(part) for part in arranged.segments] == [type(part) for part in before.segments]
-        if arrange(single, plain).segments[1] == Text((), loss=False):
-            assert arrange(single, config) == arrange(single, plain)
-    assert abs(np.mean(clean) - 0.1) < 0.02
-
-
 @many
 @given(pair_documents(caption_first=st.just(True)), st.sampled_from((0.0, 0.5, 1.0)))
 def test_image_first_turns_every_pair_and_limits_its_noise(document, limit):
@@ -137,7 +121,7 @@ def test_a_dropped_caption_leaves_bos_boi_and_nothing_to_learn_after_the_image(d
 @some
 @given(documents(), pair_documents(caption_first=st.just(True)))
 def test_only_pairs_are_arranged_and_only_when_asked(document, of_pairs):
-    assert arrange(document, DataConfig(image_first=1.0, caption_dropout=1.0, clean_images=1.0)) == document
+    assert arrange(document, DataConfig(image_first=1.0, caption_dropout=1.0)) == document
     assert arrange(of_pairs, DataConfig(image_first=0.0, caption_dropout=0.0)) == of_pairs
 
 
@@ -159,7 +143,7 @@ def loader(rank: int = 0, world: int = 1, seed: int = 0, **config) -> Loader:
     return Loader([Notes("one", 5000), Notes("two", 1000, 40)], changed, rank, world)
 
 
-def take(number: int, loader: Loader, start: Place = Place()) -> list:  # noqa: B008 (frozen)
+def take(number: int, loader: Loader, start: Place = BEGINNING) -> list:
     return list(islice(loader.batches(start), number))
 
 
@@ -325,7 +309,7 @@ def test_no_training_document_holds_a_heldout_scan_and_captions_are_true(interle
         for scan, label in zip(*scans(split), strict=True)
     }
     heldout = {scan.tobytes() for scan in scans("heldout")[0]}
-    source, counts, seen = Digits("train", interleaved), [], set()
+    source, counts, company = Digits("train", interleaved), [], set()
     for id_ in range(0, len(source), 16):
         document = source[id_]
         captions, pictures = document.segments[::2], document.segments[1::2]
@@ -335,10 +319,10 @@ def test_no_training_document_holds_a_heldout_scan_and_captions_are_true(interle
         assert not heldout & set(held)
         assert [caption.text for caption in captions] == [name_of[pixels] for pixels in held]
         counts.append(len(pictures))
-        seen |= set(held)
+        company |= set(held[1:])
     assert abs(np.mean([n > 1 for n in counts]) - interleaved) < 0.03
     assert set(counts) == {0.0: {1}, 0.3: {1, 2, 3, 4}, 1.0: {2, 3, 4}}[interleaved]
-    assert len(seen) > 300
+    assert len(company) > 1200 or not interleaved  # of 1,500: anyone may be anyone's
 
 
 def test_heldout_digits_are_read_once_each_and_by_themselves():

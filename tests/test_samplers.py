@@ -1,4 +1,4 @@
-"""Noise to image: every sampler against diffusers' scheduler of that name, and against a model that is never wrong."""
+"""Noise to image: the samplers against diffusers' schedulers, and driven by a model that is never wrong."""
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ few = settings(max_examples=12, deadline=None)
 some = settings(max_examples=40, deadline=None)
 
 SHAPE = (1, 3, 2, 2)
-COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; diffusers walks whole steps of 1000, so these divide 1000
+COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; they divide 1000, for diffusers walks whole ones
 THEIR_NAMES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
-SAMPLERS = [("cosine", "ddpm"), ("cosine", "ddim"), ("straight", "ddpm"), ("straight", "ddim"), ("straight", "euler")]
+STRAIGHT = [("straight", "ddpm"), ("straight", "ddim"), ("straight", "euler")]
+SAMPLERS = [("cosine", "ddpm"), ("cosine", "ddim"), *STRAIGHT]
 
 predictions = st.sampled_from(("noise", "velocity", "clean"))
 counts = st.sampled_from(COUNTS)
@@ -50,24 +51,25 @@ def drive(sampler, answer) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
 
 def random(seed: int, number: int, dtype=torch.float64) -> Tensor:
     """Noise number so and so of a seed."""
-    return torch.randn((number + 1, *SHAPE), generator=torch.Generator().manual_seed(seed), dtype=dtype)[number]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((number + 1, *SHAPE), generator=generator, dtype=dtype)[number]
 
 
 def in_double(scheduler) -> None:
-    """Give a scheduler its own table again, at full precision: in float32 its last abar is off by 5e-5 of itself."""
+    """Give a scheduler its own table at full precision: in float32 its last abar is off by 5e-5 of itself."""
     steps = torch.arange(1001, dtype=torch.float64) / 1000
     cosine = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
     betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
     exact = (1 - betas).cumprod(0)
-    torch.testing.assert_close(exact.float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)  # it is the same table
+    torch.testing.assert_close(exact.float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
     scheduler.alphas_cumprod = exact
 
 
 def scheduler_of(kind, steps: int, prediction: str, bound: float | None, **more):
     """diffusers' scheduler on the path, steps and prediction of the paper (section 4.1)."""
     scheduler = kind(
-        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=THEIR_NAMES[prediction],
-        clip_sample=bound is not None, clip_sample_range=bound or 1.0, **more,
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample=bound is not None,
+        prediction_type=THEIR_NAMES[prediction], clip_sample_range=bound or 1.0, **more,
     )  # fmt: skip
     in_double(scheduler)
     scheduler.set_timesteps(steps)
@@ -77,10 +79,13 @@ def scheduler_of(kind, steps: int, prediction: str, bound: float | None, **more)
 def their_ddpm(scheduler, noisy: Tensor, seed: int, asked_for: list[Tensor]) -> Tensor:
     """Their loop, with our chance: float32 noise from one generator, a fresh one per step."""
     generator = torch.Generator().manual_seed(seed)
+
+
+    def draw(shape, **_):
+        return torch.randn(shape, generator=generator).double()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.randn(shape, generator=generator).double()
-        )
+        patch.setattr(scheduling_ddpm, "randn_tensor", draw)
         for t, prediction in zip(scheduler.timesteps, asked_for, strict=True):
             noisy = scheduler.step(prediction, t, noisy).prev_sample
     return noisy
@@ -128,13 +133,12 @@ def test_ddim_is_the_schedulers(steps, prediction, bound, seed):
 @few
 @given(counts, st.sampled_from(("ddpm", "ddim")), seeds)
 def test_unclipped_noise_predictions_are_the_schedulers(steps, name, seed):
-    """The one case in which what they know of t = 1, an abar of 2.4288e-9, is not clipped away: 1 / sqrt of it is 20,291."""
+    """The one case in which their abar at t = 1, 2.4288e-9, counts: predictions are divided by its root."""
     diffusion = DiffusionConfig()
     said = [random(seed, 2 + n % 8) for n in range(steps)]
     answers = iter(said)
-    ours, _ = drive(
-        sampler_of(name, diffusion)(random(seed, 0), walk(steps, diffusion, None, seed)), lambda *_: next(answers)
-    )
+    sampler = sampler_of(name, diffusion)(random(seed, 0), walk(steps, diffusion, None, seed))
+    ours, _ = drive(sampler, lambda *_: next(answers))
     theirs = random(seed, 0)
     if name == "ddpm":
         scheduler = scheduler_of(DDPMScheduler, steps, "noise", None, variance_type="fixed_small")
@@ -153,7 +157,8 @@ def test_euler_is_the_schedulers(steps, shift, seed):
     said = [random(seed, 2 + n % 8, torch.float32) for n in range(steps)]
     answers = iter(said)
     start = random(seed, 0, torch.float32)
-    ours, asked = drive(sampler_of("euler", diffusion)(start, walk(steps, diffusion)), lambda *_: next(answers))
+    sampler = sampler_of("euler", diffusion)(start, walk(steps, diffusion))
+    ours, asked = drive(sampler, lambda *_: next(answers))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1 - n / steps for n in range(steps)])
     torch.testing.assert_close(torch.cat([t for _, t in asked]), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
@@ -170,7 +175,9 @@ def test_euler_is_the_schedulers(steps, shift, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @few
 @given(st.integers(2, 40), predictions, st.booleans(), st.sampled_from((1.0, 2.0)), seeds)
-def test_a_perfect_predictor_gives_the_clean_latent_back(path, name, dtype, steps, prediction, clipped, shift, seed):
+def test_a_perfect_predictor_gives_the_clean_latent(
+    path, name, dtype, steps, prediction, clipped, shift, seed
+):
     """It knows the clean latent, and says what of the noisy one it is shown is noise."""
     diffusion = DiffusionConfig(path=path, prediction=prediction, shift=shift)
     clean = random(seed, 1, dtype).clamp(-2, 2)
@@ -182,7 +189,7 @@ def test_a_perfect_predictor_gives_the_clean_latent_back(path, name, dtype, step
     image, asked = drive(sampler_of(name, diffusion)(random(seed, 0, dtype), bounded), perfect)
     assert len(asked) == steps
     assert image.dtype == dtype
-    # What t = 1 multiplies float32's own error by is gone after the last step; what is left is that of t = 1 / steps.
+    # At t = 1 float32's own error is multiplied by 20,000, but only that of t = 1 / steps is left at the end.
     torch.testing.assert_close(image, clean, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
 
 
@@ -191,8 +198,8 @@ def test_a_perfect_predictor_gives_the_clean_latent_back(path, name, dtype, step
 def test_without_chance_the_way_back_is_the_way_there(steps, prediction, seed):
     """ddim and euler pass through the very noisy latents that training makes of this image and this noise."""
     for path, name in SAMPLERS:
-        if name == "ddpm" or (path == "straight" and prediction == "noise"):  # at t = 1 it says nothing of the image
-            continue
+        if name == "ddpm" or (path, prediction) == ("straight", "noise"):
+            continue  # at t = 1 of the straight path a noise prediction says nothing of the image
         diffusion = DiffusionConfig(path=path, prediction=prediction)
         clean, noise = random(seed, 1), random(seed, 0)
         start = add_noise(clean, noise, torch.ones(1, dtype=torch.float64), diffusion)
@@ -227,7 +234,8 @@ def test_ddpm_keeps_the_noise_as_large_as_the_path_says(steps, seed):
 def test_250_steps_are_those_of_the_paper():
     times = walk(250, DiffusionConfig()).times()
     assert len(times) == 251
-    torch.testing.assert_close(times * 1000, torch.arange(1000, -1, -4, dtype=torch.float64), rtol=0, atol=1e-9)
+    expected = torch.arange(1000, -1, -4, dtype=torch.float64)
+    torch.testing.assert_close(times * 1000, expected, rtol=0, atol=1e-9)
 
 
 @some
@@ -283,10 +291,8 @@ def test_only_ddpm_draws_and_the_same_seed_draws_the_same(steps, seed, other):
     assume(seed != other)
     for path, name in SAMPLERS:
         diffusion = DiffusionConfig(path=path, prediction="velocity")
-        images = [
-            drive(sampler_of(name, diffusion)(random(0, 0), walk(steps, diffusion, 1.0, s)), lambda x, t: 0 * x)[0]
-            for s in (seed, seed, other)
-        ]
+        walks = [walk(steps, diffusion, 1.0, s) for s in (seed, seed, other)]
+        images = [drive(sampler_of(name, diffusion)(random(0, 0), w), lambda x, t: 0 * x)[0] for w in walks]
         assert torch.equal(images[0], images[1])
         assert torch.equal(images[0], images[2]) == (name != "ddpm")
 

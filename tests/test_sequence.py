@@ -22,6 +22,7 @@ from tests.documents import (
     places,
     some,
 )
+from transfusion.chance import fraction_from, seed_from
 from transfusion.sequence import NO_IMAGE, NO_TARGET, Document, Image, Text, Vocabulary, cut, lay_out
 
 # The layout
@@ -274,3 +275,27 @@ def test_a_boi_names_its_shape(found):
 
 def test_patches_of_a_shape():
     assert [VOCABULARY.patches(shape) for shape in SHAPES] == [4, 3, 1]
+
+
+# Chance
+
+
+@many
+@given(st.lists(st.integers() | st.text(max_size=3), min_size=1, max_size=4), st.data())
+def test_seeds_tell_words_and_numbers_apart(what, data):
+    seed = seed_from(*what)
+    assert 0 <= seed < 2**63
+    assert seed_from(*what) == seed
+    assert 0 <= fraction_from(*what) < 1
+    other = data.draw(
+        st.lists(st.integers() | st.text(max_size=3), min_size=1, max_size=4) | st.permutations(what)
+    )
+    assert (seed_from(*other) == seed) == (list(other) == list(what))
+    if isinstance(what[0], int):
+        assert seed_from(str(what[0]), *what[1:]) != seed
+
+
+def test_seeds_never_change():
+    """Else a run of an earlier version could not be resumed."""
+    assert seed_from(0, "digits", 3) == 8000709125305087585
+    assert fraction_from("digits", 7) == 0.5243992522753965

@@ -1,4 +1,4 @@
-"""Training: what is interrupted goes on as if nothing had been, looking on changes nothing, and a small run learns."""
+"""Training: interrupted and resumed is uninterrupted, looking on changes nothing, and a small run learns."""
 
 import hashlib
 import math
@@ -34,7 +34,6 @@ from transfusion.training.trainer import Trainer, TrainingError
 some = settings(max_examples=60, deadline=None)
 
 STEPS = 6
-SLOW_STEPS = 400
 CLOCK = ("seconds", "positions_per_second")  # the only values that depend on when
 ROOT = Path(__file__).parent.parent
 
@@ -85,7 +84,8 @@ def stopping(trainer: Trainer, step: int) -> Trainer:
 
 def rows_of(folder: Path) -> list[dict]:
     """What metrics.jsonl says, without the clock."""
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(folder / "metrics.jsonl")]
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
 def copied(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -107,7 +107,8 @@ def uninterrupted(accumulate: int = 1):
     with TemporaryDirectory() as folder:
         trainer = new_trainer(Path(folder), small_run(STEPS, accumulate=accumulate))
         assert trainer.train()
-        return copied(trainer), rows_of(Path(folder)), trainer.loader.read[: STEPS * accumulate], trainer.progress
+        read = trainer.loader.read[: STEPS * accumulate]
+        return copied(trainer), rows_of(Path(folder)), read, trainer.progress
 
 
 # Interrupted and resumed equals uninterrupted
@@ -342,7 +343,7 @@ def test_held_out_losses_are_those_of_the_average_and_do_not_change_it(tmp_path)
 @some
 @given(st.integers(0, 300), st.integers(0, 50), st.integers(1, 250))
 def test_the_rate_rises_in_a_line_and_falls_along_half_a_cosine(step, warmup, more):
-    config = TrainingConfig(steps=warmup + more, warmup=warmup, learning_rate=3e-4, final_learning_rate=1.5e-5)
+    config = TrainingConfig(steps=warmup + more, warmup=warmup)
     found = learning_rate(step, config)
     if step < warmup:
         assert found == pytest.approx(3e-4 * (step + 1) / warmup)
@@ -449,24 +450,24 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_what_is_there_stays(tmp
 
 @pytest.mark.slow
 def test_a_small_run_learns_to_read_digits_and_to_draw_them(tmp_path):
-    """MEASURED."""
-    run = small_run(
-        SLOW_STEPS, rows=8, warmup=40, learning_rate=4e-3, average=0.98, validate_every=10_000, log_every=100
-    )
-    data = replace(run.data, codec_documents=400, row_length=128, block=512, image_first=0.35)
-    model = replace(run.model, width=64, layers=3, heads=4, hidden=176)
+    """217 thousand parameters, 700 steps of 8 rows; 25 seconds on one core.
+
+    Measured on held-out scans: captions behind their image 0.53 nats per token (without it 1.06, all that can
+    be had), images behind their captions 0.374; at the start 6.4 and 0.995. Room: 20 % and 12 %.
+    """
+    run = small_run(700, rows=8, warmup=30, learning_rate=5e-3, average=0.98, validate_every=10_000)
+    data = replace(run.data, text_ids=300, codec_documents=400, row_length=128, block=512, image_first=0.35)
+    model = replace(run.model, width=64, layers=3, heads=4, hidden=168, qk_norm=True)
     run, encoder = prepared(replace(run, data=data, model=model))
     (source,) = open_sources(run.data, "heldout")
-    captions = replace(encoder, config=replace(run.data, image_first=1.0))
-    drawings = replace(encoder, config=replace(run.data, image_first=0.0))
+    heldout = {
+        name: heldout_batches(source, replace(encoder, config=replace(run.data, image_first=share)), 297)
+        for name, share in (("captions", 1.0), ("drawings", 0.0))
+    }
     begin_run(tmp_path, run)
-    trainer = Trainer(
-        run, tmp_path, Loader(open_sources(run.data, "train"), encoder),
-        {"captions": heldout_batches(source, captions, 297), "drawings": heldout_batches(source, drawings, 297)},
-        torch.device("cpu"),
-    )  # fmt: skip
-    trainer.train()
+    loader = Loader(open_sources(run.data, "train"), encoder)
+    Trainer(run, tmp_path, loader, heldout, torch.device("cpu")).train()
     first, last = (row["heldout"] for row in rows_of(tmp_path) if "heldout" in row)
-    print(first, last, trainer.progress)
-    assert last["captions"]["text_loss"] < 0.35 < 4 < first["captions"]["text_loss"]
-    assert last["drawings"]["image_loss"] < 0.55 < 0.95 < first["drawings"]["image_loss"]
+    assert last["captions"]["text_loss"] < 0.65 < 4 < first["captions"]["text_loss"]
+    assert last["captions"]["text_loss"] < 0.7 * last["drawings"]["text_loss"]  # it is read from the image
+    assert last["drawings"]["image_loss"] < 0.42 < 0.95 < first["drawings"]["image_loss"]

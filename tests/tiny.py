@@ -1,4 +1,4 @@
-"""Runs made without training: an engine in memory that tells what its model was asked, and a run's folder on disk."""
+"""Runs made without training: an engine in memory whose model notes what it is asked, a folder on disk."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
 torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # several lines per tensor that is saved
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel("WARNING")  # it logs every tensor that is saved
 
 SIZES = tuple((x, y) for y, x in SHAPES)  # (width, height) of what an engine here draws
 
@@ -82,7 +82,7 @@ class Call:
 
 @dataclass
 class Watched:
-    """A model that notes what it is asked. `bias` (V,) is added to the logits it hands on, not to those it notes."""
+    """A model that notes what it is asked. `bias` (V,) is added to the logits it hands on, not to its own."""
 
     model: Transfusion
     bias: Tensor | None = None
@@ -104,7 +104,7 @@ def engine(
     diffusion: DiffusionConfig = DiffusionConfig(prediction="velocity"),  # noqa: B008 (frozen)
     shapes: Sequence[tuple[int, int]] = SHAPES, text: Tokenizer | None = None, seed: int = 0, **model,
 ) -> Engine:  # fmt: skip
-    """A new engine with random weights; `bias` on logits by id, or a function of the vocabulary that gives it."""
+    """A new engine with random weights; `bias` on logits by id, or a function from the vocabulary to it."""
     text = text or tokenizer()
     vocabulary = Vocabulary.build(text.size, shapes, patch_size=2)
     sizes = {"width": 32, "layers": 2, "heads": 4, "hidden": 48} | model
@@ -131,8 +131,8 @@ def prompt_segments(parts: Sequence, text: Tokenizer | None = None) -> tuple[Tex
 
 
 @torch.no_grad()
-def uncached(engine: Engine, segments: Sequence[Text | Image], t: float | None = None) -> tuple[Tensor, Tensor | None]:
-    """One forward pass over the whole sequence: all its logits (L, V), and what is said of its last image (C, Y, X).
+def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """One forward pass over a whole sequence: its logits (L, V), what is said of its last image (C, Y, X).
 
     Every image is clean, t = 0; with `t`, the last one is noisy and the sequence ends with its patches.
     """
@@ -162,7 +162,8 @@ def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
         ),
         TrainingConfig(**{
             "steps": steps, "learning_rate": 3e-3, "final_learning_rate": 1e-4, "warmup": 2, "average": 0.9,
-            "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1, "log_every": 1,
+            "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1,
+            "log_every": 1,
         } | training),
         GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=8),
     )  # fmt: skip
@@ -175,7 +176,8 @@ def _fitted(data: DataConfig, patch_size: int, seed: int):
 
 def prepared(run: Run):
     """The run with its vocabulary, and the encoder of its data."""
-    encoder = replace(_fitted(replace(run.data, rows=1), run.model.patch_size, run.training.seed), config=run.data)
+    fitted = _fitted(replace(run.data, rows=1), run.model.patch_size, run.training.seed)
+    encoder = replace(fitted, config=run.data)
     return replace(run, model=replace(run.model, vocabulary=encoder.vocabulary.size)), encoder
 
 

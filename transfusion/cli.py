@@ -146,6 +146,7 @@ def demo(asked: Demo) -> None:
 def train(run: Run, folder: Path, device: str) -> bool:
     """Begin a run, or go on with it. False when a signal stopped it."""
     from transfusion.checkpoint.open import fill, newest, read_json, verify
+    from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.prepare import open_sources
     from transfusion.parallel import pick_device
@@ -157,7 +158,7 @@ def train(run: Run, folder: Path, device: str) -> bool:
     loader = Loader(sources, encoder)
     batches = {source.name: heldout_batches(source, encoder, HELDOUT) for source in heldout}
     trainer = Trainer(run, folder, loader, batches, chosen, _previewer(folder, heldout, chosen))
-    if any((folder / "checkpoints").glob("step-??????")):
+    if list_checkpoints(folder):
         found = newest(folder)
         verify(found)
         fill(found, trainer.tensors())

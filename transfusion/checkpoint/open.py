@@ -13,7 +13,7 @@ from safetensors.numpy import load as from_safetensors
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from transfusion.checkpoint.save import FORMAT
+from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning
 from transfusion.codecs.pixels import Codec, codec_of
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
@@ -58,8 +58,10 @@ def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto"
     verify(found)
     model = empty(described.run.model, chosen).requires_grad_(False)
     fill(found, {"average" if weights == "average" else "model": model.state_dict()})
-    state = read_json(found / "state.json")
-    return Opened(**vars(described), model=model.eval(), step=state["step"], device=chosen)
+    step = read_json(found / "state.json").get("step")
+    if not isinstance(step, int):
+        raise OpenError(f"{found / 'state.json'} does not say which step it is")
+    return Opened(**vars(described), model=model.eval(), step=step, device=chosen)
 
 
 def describe(folder: Path) -> Described:
@@ -75,11 +77,13 @@ def describe(folder: Path) -> Described:
     try:
         run = from_json(Run, values["run"])
         vocabulary = Vocabulary.from_json(values["vocabulary"])
+        if values["meaning"] != meaning(run, vocabulary):
+            raise OpenError(f"{folder / 'run.json'}: model, diffusion or vocabulary are no longer those of its weights")
         text = _checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
         tensors = from_safetensors(_checked(folder / "codec.safetensors", values["codec"]["sha256"]))
         codec = codec_of(values["codec"]["kind"], tensors)
         return Described(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
-    except (KeyError, TypeError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise OpenError(f"{folder / 'run.json'} is damaged: {error!r}") from None
     except OpenError:
         raise
@@ -89,21 +93,26 @@ def describe(folder: Path) -> Described:
 
 def newest(folder: Path) -> Path:
     """The folder of the newest checkpoint. OpenError when there is none."""
-    place = folder / "checkpoints"
-    if (place / "latest").is_file() and (place / (place / "latest").read_text().strip()).is_dir():
-        return place / (place / "latest").read_text().strip()
-    found = sorted(place.glob("step-??????"))
+    found = list_checkpoints(folder)
     if not found:
         raise OpenError(f"{folder} has no checkpoint yet")
-    return found[-1]
+    latest = folder / "checkpoints" / "latest"
+    named = latest.read_bytes().strip() if latest.is_file() else b""
+    return next((path for path in found if path.name.encode() == named), found[-1])
 
 
 def verify(checkpoint: Path) -> None:
     """Every file is there and has the SHA-256 of the day it was written. OpenError names the first that has not."""
     manifest = read_json(checkpoint / "manifest.json")
+    read = [path.relative_to(checkpoint).as_posix() for path in sorted(checkpoint.rglob("*.safetensors"))]
+    for name in ("state.json", *read):
+        if name not in manifest:
+            raise OpenError(f"{checkpoint} holds {name}, which its manifest does not name")
     for name, digest in manifest.items():
         path = checkpoint / name
-        if ".." in Path(name).parts or not path.is_file():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise OpenError(f"{checkpoint}: its manifest names {name}, which lies outside")
+        if not path.is_file():
             raise OpenError(f"{checkpoint} is not whole: {name} is missing")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
@@ -126,8 +135,8 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. OpenError when it is missing or is not one."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise OpenError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or JSON made to be too much
+        raise OpenError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise OpenError(f"{path} does not hold a JSON object")
     return values

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import warnings
 from importlib.metadata import version
@@ -36,6 +37,7 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
         "format": FORMAT,
         "run": to_json(run),
         "vocabulary": vocabulary.to_json(),
+        "meaning": meaning(run, vocabulary),
         "codec": {"kind": codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(text.encode()).hexdigest()},
         "versions": {
@@ -48,13 +50,21 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
     write_whole(folder / "run.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
+def meaning(run: Run, vocabulary: Vocabulary) -> str:
+    """The SHA-256 of all that the weights mean nothing without; what may be edited by hand (generation, say) is left out."""
+    parts = [to_json(run.model), to_json(run.diffusion), vocabulary.to_json()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:
     """Write checkpoints/step-NNNNNN aside, then put it in place; delete all but the newest `keep`.
 
     SaveError when it does not work out (a full disk, say): then nothing of it is left, and earlier ones are whole.
     """
     place = folder / "checkpoints"
-    final, aside = place / f"step-{step:06d}", place / f"step-{step:06d}.tmp"
+    final = place / f"step-{step:06d}"
+    aside, before = final.with_suffix(".tmp"), final.with_suffix(".old")  # `before`: this step, saved once already
+    swapped = False
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -63,25 +73,45 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
                 dcp.save(values, storage_writer=HuggingFaceStorageWriter(aside / part, save_distributed=True), no_dist=True)
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            final.rename(before)
         aside.rename(final)
+        swapped = True
         write_whole(place / "latest", final.name.encode())
     except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(final if swapped else aside, ignore_errors=True)
+        if before.exists() and not final.exists():
+            before.rename(final)
         raise SaveError(f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole") from None
-    for old in sorted(place.glob("step-??????"))[:-keep]:
+    others = [path for path in list_checkpoints(folder) if path != final]
+    for old in (*others[: max(0, len(others) + 1 - keep)], *place.glob("step-*.old")):
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints by step. One that was being replaced when its process died counts under its old name."""
+    found = {}
+    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):  # step-000001.old before step-000001
+        match = re.fullmatch(r"step-(\d{6,})(\.old)?", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """The file with all of this content, or as it was before."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _manifest(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.chance import seed_from
@@ -30,13 +31,8 @@ class Transfusion(nn.Module):
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.patches = LinearPatches(config)
         self.transformer = Transformer(config)
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        self.tie()
-
-    def tie(self) -> None:
-        """One matrix for tokens in and out, if that is asked for."""
-        if self.config.tied:
-            self.head.weight = self.tokens.weight
+        # Tied, the embedding is the head: one tensor under one name, so nothing can untie it or save it twice.
+        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
 
     def forward(
         self, batch: Batch, noisy: list[Tensor], t: list[Tensor], mask: Mask | None = None, cache: Cache | None = None
@@ -54,7 +50,8 @@ class Transfusion(nn.Module):
             index = torch.cat([group.index.view(-1) for group in batch.groups])
             x = x.view(-1, D).index_copy(0, index, torch.cat(patches).to(x.dtype)).view(B, L, D)
         hidden = self.transformer(x, batch.position, mask, cache).view(-1, D)  # (B * L, D)
-        logits = self.head(hidden.index_select(0, batch.text_index))  # (T, V)
+        outward = self.tokens.weight if self.head is None else self.head.weight  # (V, D)
+        logits = F.linear(hidden.index_select(0, batch.text_index), outward)  # (T, V)
         return Prediction(logits, [
             self.patches.leave(hidden.index_select(0, g.index.view(-1)).view(*g.index.shape, D), latent.shape[2:])
             for g, latent in zip(batch.groups, noisy, strict=True)
@@ -72,9 +69,7 @@ def empty(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusio
     """A model whose weights are yet to be filled in."""
     with torch.device("meta"):
         model = Transfusion(config)
-    model.to_empty(device=device)
-    model.tie()  # memory of their own is what `to_empty` gives even to shared weights
-    return model
+    return model.to_empty(device=device)
 
 
 @torch.no_grad()
@@ -105,5 +100,5 @@ def init_weights(model: Transfusion, seed: int) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that are learnt, tied ones once."""
+    """Numbers that are learnt."""
     return sum(parameter.numel() for parameter in model.parameters())
