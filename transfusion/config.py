@@ -37,6 +37,9 @@ class ModelConfig:
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image (Table 5)
 
     def __post_init__(self):
+        for name in ("width", "layers", "heads", "vocabulary", "latent_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads and self.head_dim is None:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
         if self.heads % self.num_kv_heads:

@@ -16,6 +16,7 @@ class Tokenizer:
             token["special"] = True  # only special tokens can be told to stay plain text
         self._engine = Engine.from_str(json.dumps(values))
         self._engine.encode_special_tokens = True
+        self._special = {token["id"] for token in values.get("added_tokens") or ()}
         self._engine.no_truncation()
         self._engine.no_padding()
 
@@ -46,10 +47,21 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        return self._engine.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id."""
+        return max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._engine.encode(text, add_special_tokens=False).ids)
+        found = self._engine.encode(text, add_special_tokens=False)
+        if not self._special.intersection(found.ids):
+            return tuple(found.ids)
+        ids: list[int] = []  # some models look up whole words, special ones too: spell those letter by letter
+        for id_, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            ids += self._spell(text[begin:end]) if id_ in self._special else [id_]
+        return tuple(ids)
+
+    def _spell(self, word: str) -> list[int]:
+        spelt = (id_ for letter in word for id_ in self._engine.encode(letter, add_special_tokens=False).ids)
+        return [id_ for id_ in spelt if id_ not in self._special]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._engine.decode(list(tokens), skip_special_tokens=True)

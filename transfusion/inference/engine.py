@@ -165,9 +165,11 @@ class Engine:
                 ).cpu()  # (B, V)
                 for row, after in zip(rows, logits, strict=True):
                     self._go_on(row, after, events)
-        drawing = [row for row in self.rows if row.drawing is not None]
-        for shape in sorted({row.drawing.shape for row in drawing}):
-            rows = [row for row in drawing if row.drawing.shape == shape]
+        drawing: dict[tuple[int, int], list[Row]] = {}
+        for row in self.rows:
+            if row.drawing is not None:
+                drawing.setdefault(row.drawing.shape, []).append(row)
+        for rows in drawing.values():
             image_mode.denoise(self.model, self.cache, [row.drawing for row in rows], self.run.diffusion)
             for row in rows:
                 self._after_denoising(row, events)

@@ -14,6 +14,9 @@ from transfusion.sequence import Piece, Vocabulary, collate
 from transfusion.sequence import Row as PackedRow
 
 
+COLDEST = 1e-4  # below this temperature nothing but the likeliest token has a chance that float32 could hold
+
+
 def read(model: Transfusion, cache: Cache, slots: list[int], pieces: Sequence[Piece], vocabulary: Vocabulary) -> Tensor:
     """Put each piece behind what its slot holds, images clean (t = 0); the logits after its last position, (B, V)."""
     new = max(map(len, pieces))
@@ -32,7 +35,7 @@ def read(model: Transfusion, cache: Cache, slots: list[int], pieces: Sequence[Pi
 def choose(logits: Tensor, allowed: Tensor, generation: GenerationConfig, generator: torch.Generator) -> int:
     """One token id from logits (V,) on the CPU, among those allowed (V,): greedy at temperature 0."""
     logits = logits.masked_fill(~allowed, -torch.inf)
-    if generation.temperature == 0:
+    if generation.temperature < COLDEST:
         return int(logits.argmax())
     probabilities = (logits / generation.temperature).softmax(-1)
     if generation.top_p < 1:

@@ -14,7 +14,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **values) -> None:
