@@ -13,7 +13,6 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import Piece, Vocabulary, collate
 from transfusion.sequence import Row as PackedRow
 
-
 COLDEST = 1e-4  # below this temperature nothing but the likeliest token has a chance that float32 could hold
 
 
