@@ -166,7 +166,7 @@ def test_pictures_that_cannot_be_read(run, tmp_path, capsys):
         (("train", "0.16b"), "--data.sources"),
         (("train", "digits", "--model.widht", "3"), "--model.width"),
         (("train", "digits", "--model.width", "many"), "many"),
-        (("train", "digits", "--model.heads", "3"), "not a multiple"),
+        (("train", "digits", "--model.heads", "5"), "not a multiple"),
         (("train", "digits", "--training.steps", "0"), "at least 1"),
         (("train", "digits", "--data.image-first", "1.5"), "between 0 and 1"),
         (("train", "digits", "--diffusion.path", "curved"), "cosine"),
