@@ -210,7 +210,7 @@ def shapes() -> Run:
             sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.3, text_ids=320,
         ),
         training=TrainingConfig(
-            steps=2500, learning_rate=4e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=4.0,
+            steps=2000, learning_rate=4e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=4.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
