@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Engine
 
 from tests.documents import (
@@ -380,7 +380,7 @@ def test_data_that_cannot_be_used_is_refused_in_words(config, patch_size, word):
 
 # The tokenizer
 
-SPELT = ("<s>", "</s>", "<image>", "<|endoftext|>", "<pad>", "Ġ", "\x00")
+SPELT = ("<s>", "</s>", "<image>", "<|endoftext|>", " and the ", "Ġ", "\x00")
 any_text = st.lists(st.text() | st.sampled_from(SPELT)).map("".join)
 
 
@@ -431,6 +431,26 @@ def test_text_that_spells_a_token_with_a_meaning_stays_text(model, text):
         assert not meant & set(tokenizer.encode(text))
         if model == "bpe":
             assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text
+
+
+@many
+@given(any_text)
+def test_added_tokens_change_nothing_about_text(text):
+    engine = Engine.from_str(trained().to_json())
+    engine.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    engine.add_tokens([AddedToken("nd th", special=False), AddedToken("</s", special=False)])
+    assert Tokenizer(engine).encode(text) == trained().encode(text)
+
+
+@some
+@given(st.text("ab\n\t"))
+def test_added_tokens_that_are_the_only_way_to_write_a_letter_are_kept(text):
+    """Gemma's newline is such a token: no text may lose its lines."""
+    engine = Engine(models.BPE(vocab={"a": 0, "b": 1, "\n": 2, "\t": 3}, merges=[]))
+    engine.decoder = decoders.Fuse()
+    engine.add_tokens([AddedToken("\n", special=False, normalized=False), AddedToken("\t", special=False)])
+    tokenizer = Tokenizer(engine)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_size_counts_up_to_the_largest_id():

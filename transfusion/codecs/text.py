@@ -11,12 +11,16 @@ class Tokenizer:
     """Text that spells a special token is plain text, always: ids with a meaning are only ever put in by `sequence`."""
 
     def __init__(self, engine: Engine):
-        values = json.loads(engine.to_str())
-        for token in values.get("added_tokens") or ():
+        values, known = json.loads(engine.to_str()), engine.get_vocab(with_added_tokens=False)
+        values["added_tokens"] = [  # a single letter that the model itself can write is text: Gemma lists its newline here
+            token for token in values.get("added_tokens") or ()
+            if token["special"] or len(token["content"]) > 1 or token["content"] not in known
+        ]  # fmt: skip
+        for token in values["added_tokens"]:
             token["special"] = True  # only special tokens can be told to stay plain text
         self._engine = Engine.from_str(json.dumps(values))
         self._engine.encode_special_tokens = True
-        self._special = {token["id"] for token in values.get("added_tokens") or ()}
+        self._special = {token["id"] for token in values["added_tokens"]}
         self._engine.no_truncation()
         self._engine.no_padding()
 
