@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 
 import transfusion
 from tests.tiny import begin_run, prepared, run_tensors, small_run, write_run
-from transfusion.checkpoint.open import OpenError, describe, fill, newest, open_checkpoint, read_json, verify
+from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, verify
 from transfusion.checkpoint.save import SaveError, save
+from transfusion.disk import OpenError, read_json
 from transfusion.model.transfusion import build
 
 few = settings(max_examples=12, deadline=None)

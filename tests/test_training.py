@@ -20,11 +20,12 @@ from torch import nn
 
 from tests.documents import in_double
 from tests.tiny import begin_run, prepared, small_run
-from transfusion.checkpoint.open import Opened, fill, newest, open_checkpoint, read_json, verify
+from transfusion.checkpoint.open import Opened, fill, newest, open_checkpoint, verify
 from transfusion.checkpoint.save import SaveError
 from transfusion.config import Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.prepare import open_sources
+from transfusion.disk import read_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.training import trainer as trainer_file
 from transfusion.training.metrics import Metrics, read_metrics

@@ -145,10 +145,11 @@ def demo(asked: Demo) -> None:
 
 def train(run: Run, folder: Path, device: str) -> bool:
     """Begin a run, or go on with it. False when a signal stopped it."""
-    from transfusion.checkpoint.open import fill, newest, read_json, verify
+    from transfusion.checkpoint.open import fill, newest, verify
     from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.prepare import open_sources
+    from transfusion.disk import read_json
     from transfusion.parallel import pick_device
     from transfusion.training.trainer import Trainer
 
@@ -317,7 +318,7 @@ def _named(arguments: list[str]) -> tuple[Run, list[str]]:
     path = Path(name) / "run.json" if Path(name).is_dir() else Path(name)
     if path.suffix != ".json":
         raise UsageError(f"there is no run {name!r}{_nearest(name, NAMES)}; there are {', '.join(NAMES)}")
-    from transfusion.checkpoint.open import read_json
+    from transfusion.disk import read_json
 
     values = read_json(path)
     return from_json(Run, values.get("run", values)), rest

@@ -1,7 +1,5 @@
 """A run on disk, read: checked first, and nothing in it is ever executed."""
 
-import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,10 @@ from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning
 from transfusion.codecs.pixels import Codec, codec_of
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
+from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.model.transfusion import Transfusion, count_parameters, empty
 from transfusion.parallel import pick_device
 from transfusion.sequence import Vocabulary
-
-
-class OpenError(ValueError):
-    """A run or checkpoint cannot be used; the message says why in one line."""
 
 
 @dataclass
@@ -79,8 +74,8 @@ def describe(folder: Path) -> Described:
         vocabulary = Vocabulary.from_json(values["vocabulary"])
         if values["meaning"] != meaning(run, vocabulary):
             raise OpenError(f"{folder / 'run.json'}: model, diffusion or vocabulary are no longer those of its weights")
-        text = _checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
-        tensors = from_safetensors(_checked(folder / "codec.safetensors", values["codec"]["sha256"]))
+        text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
+        tensors = from_safetensors(read_checked(folder / "codec.safetensors", values["codec"]["sha256"]))
         codec = codec_of(values["codec"]["kind"], tensors)
         return Described(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -114,9 +109,8 @@ def verify(checkpoint: Path) -> None:
             raise OpenError(f"{checkpoint}: its manifest names {name}, which lies outside")
         if not path.is_file():
             raise OpenError(f"{checkpoint} is not whole: {name} is missing")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
+        if sha256_of(path) != digest:
+            raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
 
 
 def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -129,24 +123,3 @@ def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
             failures = getattr(error, "failures", None)
             cause = next(iter(failures.values()))[0] if failures else error
             raise OpenError(f"{checkpoint / part} does not fit this run: {str(cause).splitlines()[0]}") from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. OpenError when it is missing or is not one."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or JSON made to be too much
-        raise OpenError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise OpenError(f"{path} does not hold a JSON object")
-    return values
-
-
-def _checked(path: Path, digest: str) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise OpenError(f"cannot read {path}: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
-    return content

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transfusion.codecs.pixels import Codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
+from transfusion.disk import sha256_of, write_json, write_whole
 from transfusion.sequence import Vocabulary
 
 FORMAT = 1  # of a run's folder; another number is refused
@@ -47,7 +48,7 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
     }  # fmt: skip
     write_whole(folder / "codec.safetensors", encoded)
     write_whole(folder / "tokenizer.json", text.encode())
-    write_whole(folder / "run.json", (json.dumps(values, indent=2) + "\n").encode())
+    write_json(folder / "run.json", values)
 
 
 def meaning(run: Run, vocabulary: Vocabulary) -> str:
@@ -100,27 +101,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """The file with all of this content, or as it was before."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def _manifest(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below, by its path; each is on the disk before its checkpoint gets its name."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = sha256_of(path)
     return found
 
 

@@ -1,6 +1,8 @@
 """Picture files to pixels of a size that a run knows: checked before they are decoded."""
 
+import struct
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +17,53 @@ class PictureError(ValueError):
     """A file is no picture that can be read; the message says why in one line."""
 
 
-def read_picture(path: Path) -> Picture.Image:
-    """The picture in a file. PictureError when it is missing, no picture, cut short or too large."""
+def read_picture(source: Path | bytes, name: str = "") -> Picture.Image:
+    """The picture in a file (or in its bytes, with a name for messages), upright.
+
+    PictureError when it is missing, no picture, cut short or too large. Of a film the first frame is read.
+    """
+    name = name or str(source)
     try:
-        with Picture.open(path, formats=FORMATS) as picture:
+        with Picture.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > MOST_PIXELS:
-                raise PictureError(f"{path} is {width}x{height} pixels; at most {MOST_PIXELS:,} are read")
+                raise PictureError(f"{name} is {width}x{height} pixels; at most {MOST_PIXELS:,} are read")
             picture.load()
             return ImageOps.exif_transpose(picture)
     except PictureError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"{path} is not a picture ({', '.join(FORMATS)})") from None
+        raise PictureError(f"{name} is not a picture ({', '.join(FORMATS)})") from None
     except Picture.DecompressionBombError:
-        raise PictureError(f"{path} holds too many pixels; at most {MOST_PIXELS:,} are read") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise PictureError(f"{name} holds too many pixels; at most {MOST_PIXELS:,} are read") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or "it is damaged"
-        raise PictureError(f"cannot read the picture {path}: {reason}") from None
+        raise PictureError(f"cannot read the picture {name}: {reason}") from None
 
 
-def to_pixels(picture: Picture.Image, sizes: Sequence[tuple[int, int]], colours: int) -> np.ndarray:
-    """(Y, X, colours) uint8 of the (width, height) nearest in shape: short side resized, the middle cut out."""
-    width, height = picture.size
-    size = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1]) - np.log(width / height)), -s[0] * s[1]))
-    picture = picture.convert("RGBA" if "transparency" in picture.info or "A" in picture.mode else "RGB")
-    if picture.mode == "RGBA":
+def pixels_of(picture: Picture.Image) -> np.ndarray:
+    """(Y, X, 3) uint8, or (Y, X, 1) of a grey picture; what is transparent lies on white, 16 bits become 8."""
+    if picture.mode.startswith("I;16"):
+        return (np.asarray(picture, dtype=np.uint16) >> 8).astype(np.uint8)[..., None]  # convert() would saturate
+    if "transparency" in picture.info or "A" in picture.mode or "a" in picture.mode:
+        picture = picture.convert("RGBA")
         picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
-    picture = ImageOps.fit(picture.convert("L" if colours == 1 else "RGB"), size, Picture.Resampling.LANCZOS)
+    mode = "L" if picture.mode in ("1", "L") else "RGB"
+    width, height = picture.size
+    return np.asarray(picture.convert(mode), dtype=np.uint8).reshape(height, width, len(mode))
+
+
+def to_pixels(
+    picture: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]], colours: int
+) -> np.ndarray:
+    """(Y, X, colours) uint8 of the (width, height) nearest in shape: short side resized, the middle cut out."""
+    pixels = picture if isinstance(picture, np.ndarray) else pixels_of(picture)
+    height, width, found = pixels.shape
+    size = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1]) - np.log(width / height)), -s[0] * s[1]))
+    if (width, height) == size and found == colours:
+        return pixels
+    picture = Picture.fromarray(pixels[..., 0] if found == 1 else pixels).convert("L" if colours == 1 else "RGB")
+    picture = ImageOps.fit(picture, size, Picture.Resampling.LANCZOS)
     return np.asarray(picture, dtype=np.uint8).reshape(size[1], size[0], colours)
 
 

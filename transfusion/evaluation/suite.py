@@ -1,6 +1,5 @@
 """All that a run can be asked, by the data it was trained on; the answers go to results.json."""
 
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from transfusion.checkpoint.open import newest, read_json
-from transfusion.checkpoint.save import write_whole
+from transfusion.checkpoint.open import newest
 from transfusion.data.prepare import open_sources
+from transfusion.disk import read_json, write_json
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.digits import draw_digits
 from transfusion.evaluation.perplexity import heldout_topics
@@ -45,7 +44,7 @@ def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -
         results.setdefault(source, {})[what] = values = task()
         say(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)))
     results["manifest"] = _manifest(engine)
-    write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_json(folder / "results.json", results)
     return results
 
 
