@@ -14,7 +14,7 @@ import tyro
 from transfusion import objective
 from transfusion.config import named_run
 from transfusion.data.loader import Loader
-from transfusion.data.prepare import fit, open_sources
+from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import training_flops
 from transfusion.model.transfusion import build
 from transfusion.parallel import lower_precision, pick_device

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transfusion.config import ModelConfig
 from transfusion.data.packing import pack
-from transfusion.data.readers import RawDocument, RawImage, RawText
+from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.model import transfusion
 from transfusion.sequence import Batch, Document, Image, Piece, Row, Text, Vocabulary, collate, cut, lay_out
 

@@ -139,7 +139,7 @@ def test_no_file_imports_itself_around_a_corner():
     ("report", "cli", False), ("cli", "training.trainer", True), ("model.mask", "sequence", True),
     ("codecs.vq", "model.conv", True), ("codecs.vq", "model.mask", False), ("sequence", "chance", True),
     ("data.loader", "data.packing", True), ("inference.engine", "checkpoint.open", True),
-    ("data.prepare", "cli", False),
+    ("data.prepare", "cli", False), ("cli.data", "data.prepare", True), ("data.store", "cli.screen", False),
 ])  # fmt: skip
 def test_the_plan_says_what_the_design_says(importer, imported, allowed):
     assert is_allowed(importer, imported) == allowed

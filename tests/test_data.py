@@ -29,7 +29,7 @@ from tests.documents import (
 from transfusion.codecs.pixels import BlockPCA, Pixels, codec_of
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
-from transfusion.data import prepare
+from transfusion.data import sources as run_sources
 from transfusion.data.digits import NAMES, Digits, scans
 from transfusion.data.loader import BEGINNING, Encoder, Loader, Place, arrange, heldout_batches
 from transfusion.data.packing import pack
@@ -256,12 +256,12 @@ def test_sources_get_their_shares_of_the_positions(shares, means):
 @cache
 def small_run() -> tuple[DataConfig, Encoder]:
     config = DataConfig(sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, interleaved=0.15)
-    return config, prepare.fit(config, patch_size=2, seed=0)
+    return config, run_sources.fit(config, patch_size=2, seed=0)
 
 
 def test_digits_and_topics_get_their_shares_within_a_few_blocks():
     config, fitted = small_run()
-    found = Loader(prepare.open_sources(config, "train"), fitted)
+    found = Loader(run_sources.open_sources(config, "train"), fitted)
     positions = [0, 0]
     for n in range(3 * config.block):
         source, epoch, id_ = found.stream[n]
@@ -272,7 +272,7 @@ def test_digits_and_topics_get_their_shares_within_a_few_blocks():
 
 def test_heldout_batches_are_fixed_and_keep_their_captions():
     config, fitted = small_run()
-    source = prepare.open_sources(config, "heldout")[0]
+    source = run_sources.open_sources(config, "heldout")[0]
     always = replace(fitted, config=replace(config, caption_dropout=1.0))
     batches = heldout_batches(source, always, 40)
     assert all(same_batch(*both) for both in zip(batches, heldout_batches(source, always, 40), strict=True))
@@ -375,7 +375,7 @@ def test_fit_sees_only_training_documents_and_numbers_what_it_finds():
 ])  # fmt: skip
 def test_data_that_cannot_be_used_is_refused_in_words(config, patch_size, word):
     with pytest.raises(ValueError, match=word):
-        prepare.fit(config, patch_size, seed=0)
+        run_sources.fit(config, patch_size, seed=0)
 
 
 # The tokenizer

@@ -19,7 +19,7 @@ from transfusion import cli
 from transfusion.checkpoint.save import begin, save
 from transfusion.config import DataConfig, DiffusionConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.digits import NAMES, scans
-from transfusion.data.prepare import fit
+from transfusion.data.sources import fit
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import build
 from transfusion.page import Axis, Cell, Line, Page
@@ -235,7 +235,7 @@ def test_the_command_of_a_report_makes_such_a_run_again(digits, monkeypatch):
     _, run, html = digits
     command = shlex.split(html.partition("<pre>transfusion ")[2].partition("</pre>")[0])
     asked = []
-    monkeypatch.setattr(cli, "train", lambda run, folder, device: asked.append(run))
+    monkeypatch.setattr(cli.runs, "_train", lambda run, folder, device: asked.append(run))
     cli.main(command)
     assert replace(asked[0].model, vocabulary=run.model.vocabulary) == run.model
     assert (asked[0].data, asked[0].training, asked[0].generation) == (run.data, run.training, run.generation)

@@ -24,7 +24,7 @@ from transfusion.checkpoint.open import Opened, fill, newest, open_checkpoint, v
 from transfusion.checkpoint.save import SaveError
 from transfusion.config import Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
-from transfusion.data.prepare import open_sources
+from transfusion.data.sources import open_sources
 from transfusion.disk import read_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.training import trainer as trainer_file

@@ -23,7 +23,7 @@ from transfusion.config import (
     Run,
     TrainingConfig,
 )
-from transfusion.data.prepare import fit
+from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import Prediction, Transfusion
 from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out

@@ -1,6 +1,6 @@
 """Every number: one frozen dataclass per part, and the named runs. Imports nothing heavy, not even torch."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -86,7 +86,8 @@ class DiffusionConfig:
 class DataConfig:
     """What is read, and how documents become rows."""
 
-    sources: tuple[str, ...] = ()
+    prepared: str | None = None  # --data DIR: what `transfusion data prepare` made; None: sources that need no files
+    sources: tuple[str, ...] = ()  # with `prepared`, none: all that it holds
     shares: tuple[float, ...] = ()  # of the positions, one number per source; none: equal
     codec: Literal["pixels", "block_pca"] = "pixels"
     codec_block: int = 4  # block_pca: pixels along one side of a block
@@ -101,6 +102,7 @@ class DataConfig:
     interleaved: float = 0.0  # share of `digits` documents that hold 2 to 4 captioned scans
     level: int = 1  # of `shapes`
     block: int = 2048  # documents that are shuffled and packed together
+    workers: int = 1  # threads that read ahead; what is read does not depend on them
 
     def __post_init__(self):
         if self.shares and len(self.shares) != len(self.sources):
@@ -108,6 +110,46 @@ class DataConfig:
         for name in ("image_first", "image_first_max_time", "caption_dropout", "interleaved"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must lie between 0 and 1, not {getattr(self, name)}")
+        for name in ("row_length", "rows", "block", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if any(share <= 0 for share in self.shares):
+            raise ValueError(f"data.shares must be above 0, not {' '.join(map(str, self.shares))}")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How files become a prepared data set: the same files and numbers always give the same one."""
+
+    tokenizer: str | None = None  # a tokenizer.json to be used; None: one is trained on the first documents
+    text_ids: int = 8192  # size of one that is trained, at most
+    sizes: tuple[str, ...] = ()  # width x height of pictures; none: as they are, if all are alike and small, else 256x256
+    codec: Literal["auto", "pixels", "block_pca"] = "auto"  # auto: pixels for sides below 16, else block_pca
+    codec_block: int | None = None  # block_pca: pixels along one side of a block; None: 4 for sides below 64, else 8
+    codec_components: int | None = None  # block_pca: numbers kept per block; None: 6 for blocks of 4, else 8
+    fit_documents: int = 2_000  # of each source, from which tokenizer and codec are fitted
+    heldout: int = 1_000  # documents of each source, about, and at most one in twenty
+    max_faults: float = 0.02  # share of the records of a source that may be left out
+    shard: int = 2048  # documents in one file
+
+    def __post_init__(self):
+        for name in ("text_ids", "fit_documents", "shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.max_faults <= 1:
+            raise ValueError(f"max_faults must lie between 0 and 1, not {self.max_faults}")
+        if self.heldout < 0:
+            raise ValueError(f"heldout must not be negative, not {self.heldout}")
+        for size in self.sizes:
+            parse_size(size)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """"64x48" -> (64, 48), width and height. ValueError when it is none."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"a size is width x height in pixels, for example 64x48, not {text!r}")
+    return int(width), int(height)
 
 
 @dataclass(frozen=True)
@@ -217,6 +259,16 @@ def shapes() -> Run:
     )  # fmt: skip
 
 
+def small() -> Run:
+    """For data of one's own on two cores: pictures of 16 to 64 patches with short captions, minutes to an hour."""
+    run = shapes()
+    return replace(
+        run, name="small", model=replace(run.model, width=192, heads=3, hidden=512),
+        data=replace(run.data, sources=(), row_length=256, rows=8),
+        training=replace(run.training, learning_rate=3e-3, image_weight=2.0),
+    )  # fmt: skip
+
+
 def named_run(name: str) -> Run:
     """The run of that name. KeyError when there is none."""
     match name:
@@ -224,13 +276,15 @@ def named_run(name: str) -> Run:
             return digits()
         case "shapes":
             return shapes()
+        case "small":
+            return small()
         case _ if name in SIZES:
             return Run(name=name, model=SIZES[name])
         case _:
             raise KeyError(name)
 
 
-NAMES = ("digits", "shapes", *SIZES)
+NAMES = ("digits", "shapes", "small", *SIZES)
 
 
 def to_json(config) -> dict:

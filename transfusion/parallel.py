@@ -1,8 +1,12 @@
-"""Where a run computes: the device, and the numbers it computes with."""
+"""Where work is done: the device, the numbers it computes with, and the processes that share it."""
 
 import contextlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -25,3 +29,30 @@ def lower_precision(device: torch.device):
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that do one piece of work together: which of them this is, and a way to wait for the others."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_torchrun(cls):
+        """Those that torchrun started, while it is open; this process alone, where it did not."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            yield cls()
+            return
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        try:
+            yield cls(dist.get_rank(), world)
+        finally:
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Until all of them have come here."""
+        if self.world > 1:
+            dist.barrier()

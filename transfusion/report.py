@@ -11,7 +11,7 @@ import numpy as np
 from transfusion.config import named_run
 from transfusion.data.digits import NAMES
 from transfusion.data.loader import Encoder, Source
-from transfusion.data.prepare import open_sources
+from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.scenes import ATTRIBUTES, draw_scenes
 from transfusion.inference.engine import Engine, Previewed, Request
@@ -91,7 +91,7 @@ def write_report(folder: Path, engine: Engine) -> Path:
     material = Material(
         engine, json.loads((folder / "run.json").read_text()), _read_lines(folder / "metrics.jsonl"),
         json.loads(results.read_text()) if results.exists() else {},
-        {source.name: source for source in open_sources(engine.run.data, "heldout")},
+        {source.name: source for source in open_raw(engine.run.data, "heldout")},
     )  # fmt: skip
     page = Page(engine.run.name, above="A Transfusion run")
     for tell in (introduce, tell_what_it_is, tell_results, tell_curves, tell_drawn_digits, tell_drawn_scenes,

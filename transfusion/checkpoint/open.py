@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.numpy import load as from_safetensors
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning
-from transfusion.codecs.pixels import Codec, codec_of
+from transfusion.codecs.pixels import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
@@ -75,10 +74,10 @@ def describe(folder: Path) -> Described:
         if values["meaning"] != meaning(run, vocabulary):
             raise OpenError(f"{folder / 'run.json'}: model, diffusion or vocabulary are no longer those of its weights")
         text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
-        tensors = from_safetensors(read_checked(folder / "codec.safetensors", values["codec"]["sha256"]))
-        codec = codec_of(values["codec"]["kind"], tensors)
+        encoded = read_checked(folder / "codec.safetensors", values["codec"]["sha256"])
+        codec = codec_from_bytes(values["codec"]["kind"], encoded)
         return Described(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{folder / 'run.json'} is damaged: {error!r}") from None
     except OpenError:
         raise

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.numpy import save as to_safetensors
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from transfusion.codecs.pixels import Codec
+from transfusion.codecs.pixels import Codec, codec_to_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
 from transfusion.disk import sha256_of, write_json, write_whole
@@ -32,7 +31,7 @@ class SaveError(OSError):
 def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, notes: dict) -> None:
     """Write all that a run needs besides weights: run.json, tokenizer.json, codec.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoded = to_safetensors({name: value.copy() for name, value in codec.tensors().items()})
+    encoded = codec_to_bytes(codec)
     text = tokenizer.to_json()
     values = {
         "format": FORMAT,

@@ -7,6 +7,9 @@ value each channel took there: the bound that samplers clip to.
 from collections.abc import Sequence
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_safetensors
+from safetensors.numpy import save as to_safetensors
 
 ROOM = 1e-6  # keeps a channel that never changes from dividing by zero
 
@@ -24,8 +27,8 @@ class Pixels:
 
     @classmethod
     def fit(cls, pictures: Sequence[np.ndarray]) -> "Pixels":
-        """Statistics of these pictures, all (Y, X, C) uint8."""
-        return cls(*_statistics(np.stack(pictures).astype(np.float64).reshape(-1, pictures[0].shape[2])))
+        """Statistics of these pictures, all (Y, X, C) uint8 of one C."""
+        return cls(*_statistics(np.concatenate([p.reshape(-1, p.shape[2]) for p in pictures]).astype(np.float64)))
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """(Y, X, C) uint8 -> latent (C, Y, X) float32."""
@@ -85,12 +88,36 @@ class BlockPCA:
 Codec = Pixels | BlockPCA
 
 
+def fit_codec(kind: str, pictures: Sequence[np.ndarray], block: int, components: int) -> Codec:
+    """A codec of this kind with the statistics of these pictures. ValueError when they do not suit it."""
+    match kind:
+        case Pixels.kind:
+            return Pixels.fit(pictures)
+        case BlockPCA.kind:
+            return BlockPCA.fit(pictures, block, components)
+        case _:
+            raise ValueError(f"there is no codec {kind!r}; there are {Pixels.kind} and {BlockPCA.kind}")
+
+
 def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec:
     """The codec that `kind` and `tensors()` describe. ValueError when they do not."""
     kinds = {Pixels.kind: Pixels, BlockPCA.kind: BlockPCA}
     try:
         return kinds[kind](**tensors)
     except (KeyError, TypeError) as error:
+        raise ValueError(f"not a codec of kind {kind}: {error}") from None
+
+
+def codec_to_bytes(codec: Codec) -> bytes:
+    """`tensors()` as the content of a safetensors file."""
+    return to_safetensors({name: value.copy() for name, value in codec.tensors().items()})
+
+
+def codec_from_bytes(kind: str, content: bytes) -> Codec:
+    """The inverse of `codec_to_bytes`. ValueError when it is not a codec of this kind."""
+    try:
+        return codec_of(kind, from_safetensors(content))
+    except SafetensorError as error:
         raise ValueError(f"not a codec of kind {kind}: {error}") from None
 
 

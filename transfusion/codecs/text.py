@@ -6,6 +6,12 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+MARKERS = {  # what the special tokens are called that `sequence` can reuse
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+}
+
 
 class Tokenizer:
     """Text that spells a special token is plain text, always: ids with a meaning are only ever put in by `sequence`."""
@@ -48,6 +54,16 @@ class Tokenizer:
 
     def to_json(self) -> str:
         return self._engine.to_str()
+
+    @property
+    def markers(self) -> dict[str, int]:
+        """The ids of its own bos, eos and pad, as far as it has them, each with one meaning only."""
+        found: dict[str, int] = {}
+        for marker, names in MARKERS.items():
+            ids = (self._engine.token_to_id(name) for name in names)
+            own = next((id_ for id_ in ids if id_ in self._special and id_ not in found.values()), None)
+            found |= {} if own is None else {marker: own}
+        return found
 
     @property
     def size(self) -> int:

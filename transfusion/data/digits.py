@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from transfusion.chance import fraction_from, seed_from
-from transfusion.data.readers import RawDocument, RawImage, RawText
+from transfusion.data.raw import RawDocument, RawImage, RawText
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROUNDS = 64  # times each scan stands in the training split, every time in other company when interleaved

@@ -15,20 +15,21 @@ from transfusion.codecs.pixels import Codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data.packing import pack
-from transfusion.data.readers import RawDocument, RawText
+from transfusion.data.raw import RawDocument, RawImage, RawText
+from transfusion.data.store import Stored
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
 
 SAMPLE = 256  # documents of a source that are laid out to learn its mean length
 
 
 class Source(Protocol):
-    """Documents by number."""
+    """Documents by number: raw ones, which are encoded when they are read, or prepared ones."""
 
     name: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, id: int) -> RawDocument: ...
+    def __getitem__(self, id: int) -> RawDocument | Document: ...
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,16 @@ class Encoder:
     config: DataConfig
     seed: int
 
-    def document(self, raw: RawDocument, source: str, epoch: int) -> Document:
+    def document(self, found: RawDocument | Document, source: str, epoch: int) -> Document:
         """Encoded and arranged; everything random about it follows from (seed, source, epoch, id)."""
         segments = tuple(
-            Text(self.tokenizer.encode(part.text), part.loss)
-            if isinstance(part, RawText)
-            else Image(self.codec.encode(part.pixels), part.loss)
-            for part in raw.segments
-        )
-        key = seed_from(self.seed, source, epoch, raw.id)
-        return arrange(Document(segments, raw.id, source, key, raw.pairs), self.config)
+            Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
+            else Image(self.codec.encode(part.pixels), part.loss, part.max_time) if isinstance(part, RawImage)
+            else part
+            for part in found.segments
+        )  # fmt: skip
+        key = seed_from(self.seed, source, epoch, found.id)
+        return arrange(Document(segments, found.id, source, key, found.pairs), self.config)
 
 
 def arrange(document: Document, config: DataConfig) -> Document:
@@ -103,7 +104,8 @@ class Loader:
 
     def _rows(self, start: Place) -> Iterator[tuple[Row, Place]]:
         blocks = grain.MapDataset.range(start.block, 2**62).map(lambda block: (block, self.rows_of(block)))
-        reading = blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        threads = self.config.workers
+        reading = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         skip = start.row
         for block, rows in reading:
             for number in range(skip, len(rows)):
@@ -138,12 +140,21 @@ def heldout_batches(source: Source, encoder: Encoder, documents: int) -> list[Ba
 def element_weights(sources: Sequence[Source], encoder: Encoder) -> list[float]:
     """How often each source is read, so that it makes up its share of the positions: share / mean length, sum 1."""
     shares = encoder.config.shares or (1.0,) * len(sources)
-    per_document = []
-    for source, share in zip(sources, shares, strict=True):
-        n = min(SAMPLE, len(source))
-        lengths = [len(lay_out(encoder.document(source[i], source.name, 0), encoder.vocabulary)) for i in range(n)]
-        per_document.append(share * n / sum(lengths))
-    return [weight / sum(per_document) for weight in per_document]
+    if len(shares) != len(sources):
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(f"data.shares has {len(shares)} numbers for {len(sources)} sources ({names})")
+    weights = [share / mean_positions(source, encoder) for source, share in zip(sources, shares, strict=True)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def mean_positions(source: Source, encoder: Encoder) -> float:
+    """Positions of a document: exact for what is prepared, else the mean of some that lie evenly spread."""
+    config = encoder.config
+    if isinstance(source, Stored):
+        return source.mean_positions(encoder.vocabulary, (1 - config.image_first) * config.caption_dropout)
+    n = min(SAMPLE, len(source))
+    found = (source[i * len(source) // n] for i in range(n))
+    return sum(len(lay_out(encoder.document(one, source.name, 0), encoder.vocabulary)) for one in found) / n
 
 
 def _stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:

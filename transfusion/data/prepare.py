@@ -1,61 +1,376 @@
-"""What must be known of the data before training: its sources, and the tokenizer, codec and ids fitted to them."""
+"""Sources to a prepared data set: fit the tokenizer and the codec, encode everything once, note what was left out.
 
+The work is cut into units that follow from the files alone. A unit becomes one shard, whichever process writes it, and is
+finished when its `00000.json` is there: so a killed run goes on where it stopped, and the result does not depend on how
+many processes there were.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 
-from transfusion.codecs.pixels import BlockPCA, Codec, Pixels
+import numpy as np
+import pyarrow as pa
+
+from transfusion.chance import fraction_from
+from transfusion.codecs.pictures import to_pixels
+from transfusion.codecs.pixels import BlockPCA, Codec, Pixels, codec_from_bytes, codec_to_bytes, fit_codec
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import DataConfig
-from transfusion.data.digits import Digits
-from transfusion.data.loader import Encoder, Source
-from transfusion.data.readers import RawImage, RawText
-from transfusion.data.shapes import Shapes
-from transfusion.data.topics import Topics
-from transfusion.sequence import Vocabulary
+from transfusion.config import PrepareConfig, parse_size
+from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.readers import Reader, Unit
+from transfusion.data.store import FORMAT, SPLITS, ShardWriter
+from transfusion.disk import read_json, write_json, write_whole
+from transfusion.sequence import Document, Image, Text
 
-SOURCES = ("digits", "shapes", "topics")
-
-
-def open_sources(config: DataConfig, split: str) -> list[Source]:
-    """The run's sources, "train" or "heldout". ValueError when it names none, or an unknown one."""
-    if not config.sources:
-        raise ValueError(f"this run has no data of its own: name some, for example --data.sources {SOURCES[1]}")
-    return [_open(name, config, split) for name in config.sources]
+FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
+FIT_LETTERS = 20_000_000  # of text that the tokenizer is trained on
+LOOK = 16  # pictures of a source that tell its size and colours
+SHOWN = 10  # faults that are named where the work stops
 
 
-def _open(name: str, config: DataConfig, split: str) -> Source:
-    match name:
-        case "digits":
-            return Digits(split, config.interleaved)
-        case "shapes":
-            return Shapes(level=config.level, split=split)
-        case "topics":
-            return Topics(split)
-        case _:
-            raise ValueError(f"there is no source {name!r}; there are {', '.join(SOURCES)}")
+class PrepareError(ValueError):
+    """The data set cannot be made; the message says why. What is finished stays, and the same command goes on from it."""
 
 
-def fit(config: DataConfig, patch_size: int, seed: int) -> Encoder:
-    """Train the tokenizer and fit the codec on the first training documents of each source; number the ids."""
-    texts, pictures = [], []
-    for source in open_sources(config, "train"):
-        for raw in islice((source[n] for n in range(len(source))), config.codec_documents):
-            texts += [part.text for part in raw.segments if isinstance(part, RawText)]
-            pictures += [part.pixels for part in raw.segments if isinstance(part, RawImage)]
-    if not pictures:
-        raise ValueError(f"the sources {', '.join(config.sources)} hold no image: add one that does")
-    tokenizer = Tokenizer.train(texts, config.text_ids)
-    codec = fit_codec(config, pictures)
-    shapes = sorted({codec.encode(picture).shape[1:] for picture in pictures})
-    for shape in shapes:
-        if shape[0] % patch_size or shape[1] % patch_size:
-            raise ValueError(f"a latent of {shape[0]}x{shape[1]} cannot be cut into patches of side {patch_size}")
-    return Encoder(tokenizer, codec, Vocabulary.build(tokenizer.size, shapes, patch_size), config, seed)
+@dataclass(frozen=True)
+class Job:
+    """One unit of a source, and the number of the shard that it becomes."""
+
+    reader: Reader
+    number: int
+    unit: Unit
+    heldout: float  # share of the documents of its source
 
 
-def fit_codec(config: DataConfig, pictures: list) -> Codec:
-    """The codec that the run asks for, with the statistics of these pictures."""
-    match config.codec:
-        case "pixels":
-            return Pixels.fit(pictures)
-        case "block_pca":
-            return BlockPCA.fit(pictures, config.codec_block, config.codec_components)
+@dataclass(frozen=True)
+class Tools:
+    """What documents are encoded with."""
+
+    tokenizer: Tokenizer
+    codec: Codec
+    sizes: tuple[tuple[int, int], ...]  # (width, height)
+
+    def encode(self, raw: RawDocument) -> Document:
+        """Text to ids, pictures cut to size and to latents."""
+        segments = tuple(
+            Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
+            else Image(self.codec.encode(to_pixels(part.pixels, self.sizes, self.codec.colours)), part.loss, part.max_time)
+            for part in raw.segments
+        )  # fmt: skip
+        return Document(segments, pairs=raw.pairs)
+
+
+def prepare(
+    readers: Sequence[Reader], config: PrepareConfig, folder: Path, rank: int = 0, world: int = 1,
+    wait: Callable[[], None] = lambda: None, tick: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict:  # fmt: skip
+    """Make a prepared data set, or go on with one; returns its dataset.json.
+
+    Each of `world` processes calls this with its rank; `wait` returns when all have called it. `tick` hears how many
+    records are done. PrepareError and OSError say what stopped it.
+    """
+    jobs = _jobs(readers, config)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_recipe(folder, _recipe(readers, config, jobs))
+        if not (folder / "fitted.json").exists():
+            say("fitting the tokenizer and the codec on the first documents")
+            _fit(readers, config, jobs, folder)
+    wait()
+    if not (folder / "dataset.json").exists():
+        tools = _open_tools(folder)
+        _write_shards(jobs, config, tools, folder, rank, world, tick)
+        wait()
+        if rank == 0:
+            _finish(readers, config, jobs, folder)
+        wait()
+    return read_json(folder / "dataset.json")
+
+
+def _jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[Job]:
+    names = Counter(reader.name for reader in readers)
+    for name, count in names.items():
+        if count > 1:
+            raise PrepareError(f"{count} sources are called {name}: give each a name of its own, NAME=PATH")
+    jobs = []
+    for reader in readers:
+        units = reader.units(config.shard)
+        heldout = min(0.05, config.heldout / sum(unit.rows for unit in units))
+        jobs += [Job(reader, number, unit, heldout) for number, unit in enumerate(units)]
+    return jobs
+
+
+def _split(job: Job, document: RawDocument) -> str:
+    """Chance decides, from the name of a document's kin: nothing else of the data set matters."""
+    if document.split:
+        return document.split
+    return SPLITS[fraction_from("heldout", job.reader.name, document.kin) < job.heldout]
+
+
+# The recipe
+
+
+def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job]) -> dict:
+    """All that the data set follows from."""
+    sources = {}
+    for reader in readers:
+        digest = hashlib.sha256()
+        units = [job.unit for job in jobs if job.reader is reader]
+        for span in (span for unit in units for span in unit.spans):
+            shown = reader.files.shown(span.path) if reader.files else ""
+            digest.update(repr((shown, span.first, span.rows, span.offset)).encode())
+        sources[reader.name] = {
+            "address": reader.address, "form": reader.form, "records": sum(unit.rows for unit in units),
+            "options": asdict(reader.options), "files": digest.hexdigest(),
+        }  # fmt: skip
+    settings = asdict(config)
+    if config.tokenizer is not None:
+        settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
+    return {"format": FORMAT, "settings": settings, "sources": sources}
+
+
+def _check_recipe(folder: Path, recipe: dict) -> None:
+    """Write the recipe, or see that the folder follows the same one."""
+    path = folder / "recipe.json"
+    recipe = json.loads(json.dumps(recipe))
+    if not path.exists():
+        write_json(path, recipe)
+        return
+    known = read_json(path)
+    if known == recipe:
+        return
+    before, now = (list(found.get("sources", {})) for found in (known, recipe))
+    changed = [f"its sources are {', '.join(before)}"] if before != now else [
+        f"{name}: {what} is {known['sources'][name].get(what)} there, {value} here"
+        for name, source in recipe["sources"].items() for what, value in source.items()
+        if known["sources"][name].get(what) != value
+    ]  # fmt: skip
+    changed += [
+        f"{name} is {known.get('settings', {}).get(name)} there, {value} here"
+        for name, value in recipe["settings"].items() if known.get("settings", {}).get(name) != value
+    ]  # fmt: skip
+    raise PrepareError(f"{folder} was begun from other files or settings ({'; '.join(changed)}): give another --out")
+
+
+# Tokenizer and codec
+
+
+def _fit(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job], folder: Path) -> None:
+    """Train or take the tokenizer, fit the codec, both on training documents only; write both, and what was decided."""
+    sizes, colours = _geometry(readers, config, jobs)
+    texts: list[str] = []
+    pictures: list[np.ndarray] = []
+    for reader in readers:
+        letters = pixels = 0
+        for raw in _first_documents(reader, config, jobs):
+            for part in raw.segments:
+                if isinstance(part, RawText) and letters < FIT_LETTERS // len(readers):
+                    texts.append(part.text)
+                    letters += len(part.text)
+                elif isinstance(part, RawImage) and pixels < FIT_PIXELS // len(readers):
+                    pictures.append(to_pixels(part.pixels, sizes, colours))
+                    pixels += pictures[-1].shape[0] * pictures[-1].shape[1]
+    if config.tokenizer is None:
+        tokenizer = Tokenizer.train(texts, config.text_ids)
+    else:
+        tokenizer = Tokenizer.from_json(Path(config.tokenizer).read_text(encoding="utf-8"))
+    side = min(min(size) for size in sizes)
+    kind = config.codec if config.codec != "auto" else Pixels.kind if side < 16 else BlockPCA.kind
+    block = config.codec_block or (4 if side < 64 else 8)
+    codec = fit_codec(kind, pictures, block, config.codec_components or (6 if block <= 4 else 8))
+    text, encoded = tokenizer.to_json().encode(), codec_to_bytes(codec)
+    write_whole(folder / "tokenizer.json", text)
+    write_whole(folder / "codec.safetensors", encoded)
+    write_json(folder / "fitted.json", {
+        "tokenizer": {"size": tokenizer.size, "sha256": hashlib.sha256(text).hexdigest()},
+        "codec": {"kind": codec.kind, "channels": codec.channels, "sha256": hashlib.sha256(encoded).hexdigest()},
+        "sizes": sizes, "colours": colours,
+    })  # fmt: skip
+
+
+def _geometry(
+    readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job]
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """(width, height) of the pictures, as asked or as the first of them are, and their colours: 1 if all are grey."""
+    found: list[tuple[int, ...]] = []
+    for reader in readers:
+        parts = (part for raw in _first_documents(reader, config, jobs) for part in raw.segments)
+        found += [part.pixels.shape for part in islice((p for p in parts if isinstance(p, RawImage)), LOOK)]
+    if not found:
+        raise PrepareError("none of the first documents holds a picture: a data set needs a source that does")
+    colours = 1 if all(shape[2] == 1 for shape in found) else 3
+    height, width = found[0][:2]
+    alike = all(shape[:2] == (height, width) for shape in found)
+    natural = (width, height) if alike and max(height, width) <= 256 else (256, 256)
+    return tuple(map(parse_size, config.sizes)) or (natural,), colours
+
+
+def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[Job]) -> Iterator[RawDocument]:
+    """The first training documents of a source."""
+    mine = [job for job in jobs if job.reader is reader]
+    found = (one for job in mine for one in reader.read(job.unit)
+             if not isinstance(one, Fault) and _split(job, one) == "train")  # fmt: skip
+    return islice(found, config.fit_documents)
+
+
+def _open_tools(folder: Path) -> Tools:
+    about = read_json(folder / "fitted.json")
+    tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    codec = codec_from_bytes(about["codec"]["kind"], (folder / "codec.safetensors").read_bytes())
+    return Tools(tokenizer, codec, tuple(map(tuple, about["sizes"])))
+
+
+# Shards
+
+
+def _write_shards(
+    jobs: Sequence[Job], config: PrepareConfig, tools: Tools, folder: Path, rank: int, world: int,
+    tick: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """This process's shards, as far as they are not finished."""
+    mine = jobs[rank::world]
+    total, done = sum(job.unit.rows for job in mine), 0
+    records, faults = Counter(), Counter()
+    for job in jobs:
+        records[job.reader.name] += job.unit.rows
+    named: dict[str, list[dict]] = {}
+    for job in mine:
+        path = folder / job.reader.name / f"{job.number:05d}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            _write_shard(job, tools, path, lambda rows, before=done: tick(before + rows, total))
+        found = read_json(path)["faults"]
+        name = job.reader.name
+        faults[name] += len(found)
+        named.setdefault(name, []).extend(found[: SHOWN - len(named.get(name, ()))])
+        _check_faults(name, faults[name], records[name], named[name], config)
+        done += job.unit.rows
+        tick(done, total)
+
+
+def _write_shard(job: Job, tools: Tools, path: Path, tick: Callable[[int], None]) -> None:
+    """One unit, encoded and written: the Arrow files, then what is in them. Nothing half done stays."""
+    writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow")) for split in SPLITS}
+    about = Contents()
+    try:
+        for row, raw in enumerate(job.reader.read(job.unit), 1):
+            tick(min(row, job.unit.rows))
+            try:
+                if isinstance(raw, Fault):
+                    raise raw
+                document = tools.encode(raw)
+            except Fault as fault:
+                about.faults.append({"kind": fault.kind, "where": fault.where, "message": fault.message})
+                continue
+            except ValueError as error:  # of a tokenizer or a codec that someone brought
+                about.faults.append({"kind": "cannot be encoded", "where": raw.where, "message": str(error)})
+                continue
+            split = _split(job, raw)
+            writers[split].add(document, raw.where, raw.name)
+            about.add(document, split, bool(raw.name))
+        digests = {writer.path.name: writer.close() for writer in writers.values()}
+        write_json(path, {**asdict(about), "sha256": digests})
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+
+
+@dataclass
+class Contents:
+    """What is in a shard, by split: what a run must know before it reads any of it."""
+
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    caption_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of single pairs
+    images: dict[str, dict[str, int]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    unbreakable: dict[str, int] = field(default_factory=dict)  # most positions that stay with an image, by its shape
+    named: bool = False  # has any document an id of its own?
+    faults: list[dict] = field(default_factory=list)
+
+    def add(self, document: Document, split: str, named: bool) -> None:
+        segments = document.segments
+        texts = sum(len(part.tokens) for part in segments if isinstance(part, Text))
+        self.documents[split] += 1
+        self.tokens[split] += texts
+        self.caption_tokens[split] += texts if document.pairs and len(segments) == 2 else 0
+        self.named |= named
+        for number, part in enumerate(segments):
+            if isinstance(part, Image):
+                name = "{}x{}".format(*part.shape)
+                self.images[split][name] = self.images[split].get(name, 0) + 1
+                caption = len(segments[number - 1].tokens) if document.pairs else 0
+                last = number + 1 == len(segments)  # eos stays with it
+                self.unbreakable[name] = max(self.unbreakable.get(name, 0), caption + 2 + last)
+
+
+# The end
+
+
+def _finish(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job], folder: Path) -> None:
+    """All shards are written: find ids that stand twice, write quarantine.jsonl and dataset.json."""
+    sources, quarantine = {}, []
+    for reader in readers:
+        shards = [read_json(folder / reader.name / f"{job.number:05d}.json") for job in jobs if job.reader is reader]
+        _skip_duplicates(shards, folder / reader.name)
+        faults = [fault for shard in shards for fault in shard.pop("faults")]
+        records = sum(job.unit.rows for job in jobs if job.reader is reader)
+        _check_faults(reader.name, len(faults), records, faults, config)
+        quarantine += [{"source": reader.name, **fault} for fault in faults]
+        totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
+        if not totals["train"]:
+            raise PrepareError(f"nothing of {reader.name} is left to train on ({records} records, {len(faults)} faults)")
+        sources[reader.name] = {
+            "address": reader.address, "form": reader.form, "records": records, "documents": totals,
+            "faults": dict(Counter(fault["kind"] for fault in faults).most_common()), "shards": shards,
+        }  # fmt: skip
+    fitted, recipe = read_json(folder / "fitted.json"), read_json(folder / "recipe.json")
+    lines = "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in quarantine)
+    write_whole(folder / "quarantine.jsonl", lines.encode(errors="replace"))
+    write_json(folder / "dataset.json", {
+        "format": FORMAT, **fitted, "settings": recipe["settings"], "sources": sources,
+        "versions": {"transfusion": version("transfusion"), "pyarrow": pa.__version__},
+    })  # fmt: skip
+
+
+def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
+    """Of documents with one id the first stays; the others become faults, and are skipped where they lie.
+
+    Documents of one id are kin and so of one split; within it shards and rows stand in the order of the source.
+    """
+    seen: set[int] = set()  # hashes: a set of the names themselves would be several times as large
+    for number, shard in enumerate(shards):
+        shard["skipped"] = {split: [] for split in SPLITS}
+        for split in SPLITS if shard.pop("named") else ():
+            row = 0
+            for batch in pa.ipc.open_stream(pa.memory_map(str(folder / f"{split}-{number:05d}.arrow"))):
+                for name, where in zip(batch.column("name").to_pylist(), batch.column("where").to_pylist(), strict=True):
+                    if name is not None and hash(name) in seen:
+                        shard["skipped"][split].append(row)
+                        shard["faults"].append(duplicate_id(name, where))
+                    elif name is not None:
+                        seen.add(hash(name))
+                    row += 1
+            shard["documents"][split] -= len(shard["skipped"][split])
+
+
+def duplicate_id(name: str, where: str) -> dict:
+    """The fault of a document whose id another has already."""
+    return {"kind": "duplicate id", "where": where, "message": f"another document before it has the id {name!r}"}
+
+
+def _check_faults(name: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:
+    """PrepareError with the first faults when there are more than may be left out."""
+    if count > config.max_faults * records:
+        first = "".join(f"\n  {fault['where']}: {fault['message']}" for fault in faults[:SHOWN])
+        raise PrepareError(
+            f"{count:,} of {records:,} records of {name} cannot be used, and max_faults {config.max_faults:g} lets "
+            f"{int(config.max_faults * records):,} pass; the first:{first}"
+        )

@@ -1,35 +1,296 @@
-"""What a source gives: documents as people have them, text and pictures in order, before tokenizer and codec.
+"""What people have, read: a path, an address or a name -> a reader that gives documents and faults, unit by unit.
 
-A source is anything with `name`, `len(source)` and `source[i] -> RawDocument`. Reading document i needs no
-other document, so a loader may read in any order. Preparing turns a `RawDocument` into a `sequence.Document`:
-text into ids, pixels into latents.
+A unit is some records that are prepared together, by any process, into one shard. Units follow from the files alone.
 """
 
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
 
-import numpy as np
+from transfusion.data.containers import (
+    PICTURES,
+    Archives,
+    Coco,
+    Container,
+    JsonLines,
+    JsonList,
+    PictureFolder,
+    PlainText,
+    Span,
+    Tables,
+)  # fmt: skip
+from transfusion.data.digits import Digits
+from transfusion.data.files import COMPRESSED, Files
+from transfusion.data.raw import Fault, RawDocument
+from transfusion.data.records import FORMS, Form, form_of, rename, to_document
+from transfusion.data.shapes import Shapes
+from transfusion.data.topics import Topics
+
+MADE = ("digits", "shapes", "topics")  # sources that need no files
+SUFFIXES = {  # in this order: what a folder holds is the first that is found there
+    "parquet": ("parquet",), "arrow": ("arrow",), "tar": ("tar", "tgz"), "jsonl": ("jsonl", "ndjson"), "json": ("json",),
+    "pictures": PICTURES, "text": ("txt", "text", "md", "rst"),
+}  # fmt: skip
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")  # words that name a split in a path
+MADE_HELDOUT = 500  # held-out documents of a source that needs no files
+LOOK = 100  # records that are looked at to learn their form
 
 
 @dataclass(frozen=True)
-class RawText:
-    """A run of text as a person would read it. `loss`: is it to be learnt?"""
+class Options:
+    """How a source is read; what is left out is found out."""
 
-    text: str
-    loss: bool = True
-
-
-@dataclass(frozen=True)
-class RawImage:
-    """A picture, upright, of any size. `loss`: is it to be learnt, or does it only condition what follows?"""
-
-    pixels: np.ndarray  # (Y, X, 3) or (Y, X, 1) uint8
-    loss: bool = True
+    form: Form | None = None  # of its records
+    columns: Mapping[str, str] = field(default_factory=dict)  # our word -> its column; to nothing: not read
+    pictures: str | None = None  # the folder from which the paths of pictures are counted
+    split: str = "train"  # where files or folders are named after splits
+    limit: int | None = None  # only so many records
 
 
 @dataclass(frozen=True)
-class RawDocument:
-    """Text and pictures in order. `id` is its number in its source, from which all its chance follows."""
+class Unit:
+    """Records that are read together."""
 
-    segments: tuple[RawText | RawImage, ...]
-    id: int
-    pairs: bool = False  # caption/image pairs in order, whose order and captions the loader may change
+    spans: tuple[Span, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(span.rows for span in self.spans)
+
+
+class Reader:
+    """A source of documents. `name` is what it is called in a data set and in the settings of a run."""
+
+    def __init__(self, name: str, address: str, container: Container, files: Files | None, options: Options):
+        self.name, self.address, self.container, self.files, self.options = name, address, container, files, options
+        self.form = options.form if files is None else options.form or self._find_form()
+
+    def units(self, most: int) -> list[Unit]:
+        """All records in order, at most about so many a unit. ValueError when there are none."""
+        units: list[Unit] = []
+        waiting: list[Span] = []
+        left = self.options.limit
+        for span in self.container.spans(most):
+            if left is not None:
+                span = replace(span, rows=min(span.rows, left))
+                left -= span.rows
+            if waiting and sum(one.rows for one in waiting) + span.rows > most:
+                units.append(Unit(tuple(waiting)))
+                waiting = []
+            waiting += [span] if span.rows else []
+            if left == 0:
+                break
+        units += [Unit(tuple(waiting))] if waiting else []
+        if not units:
+            raise ValueError(f"{self.address} holds no records")
+        return units
+
+    def read(self, unit: Unit) -> Iterator[RawDocument | Fault]:
+        """Its documents in order, and a fault in place of each that cannot be read."""
+        for span in unit.spans:
+            for where, found in self.container.records(span):
+                yield self._document(where, found, span)
+
+    def _document(self, where: str, found: Any, span: Span) -> RawDocument | Fault:
+        if isinstance(found, RawDocument):
+            return replace(found, where=where, kin=where)
+        if isinstance(found, Fault):
+            return found.at(where)
+        try:
+            record = rename(found, self.options.columns)
+            document = to_document(self.form, record, self.files.beside(span.path or self.files.root + "/."))
+        except Fault as fault:
+            return fault.at(where)
+        except RecursionError:
+            return Fault("bad JSON", "it is nested too deeply", where)
+        kin = found.get("kin") if isinstance(self.container, Coco) else None
+        return replace(document, where=where, kin=kin or document.name or where)
+
+    def _find_form(self) -> Form:
+        """The form that most of the first records have. ValueError when none of them has any."""
+        seen: Counter[Form] = Counter()
+        faults: list[Fault] = []
+        records = (found for span in self.container.spans(LOOK) for found in self.container.records(span))
+        for where, found in islice(records, LOOK):
+            try:
+                if isinstance(found, Fault):
+                    raise found
+                seen[form_of(rename(found, self.options.columns))] += 1
+            except Fault as fault:
+                faults.append(fault.at(where))
+        if not seen:
+            if faults:
+                raise ValueError(f"{self.address}: nothing in it can be read; first {faults[0]}")
+            raise ValueError(f"{self.address} holds no records")
+        return seen.most_common(1)[0][0]
+
+
+def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B008 (frozen)
+    """A source by `[name=]what`: a path, an address of fsspec, `owner/name` on the hub, or digits, shapes, topics.
+
+    ValueError or OSError says in one line what is not there or not understood.
+    """
+    name, equals, address = source.partition("=")
+    if not equals or "/" in name or "." in name:
+        name, address = "", source
+    if name and not all(letter.isalnum() or letter in "-_" for letter in name):
+        raise ValueError(f"{name!r} cannot name a source: letters, digits, - and _ can")
+    if name in MADE and address != name:
+        raise ValueError(f"{name} is the name of a source that needs no files: choose another for {address}")
+    if options.form is not None and options.form not in FORMS:
+        raise ValueError(f"there is no form {options.form!r}; there are {', '.join(FORMS)}")
+    if address in MADE:
+        return Reader(name or address, address, Made(address, options.limit), None, options)
+    files = Files.at(address, options.pictures)
+    container = _container_of(files, address, options)
+    return Reader(name or _name_of(address), address, container, files, options)
+
+
+class Made:
+    """The sources that need no files: their documents are their records, the first of them held out."""
+
+    def __init__(self, name: str, limit: int | None):
+        self.train, heldout = made(name, "train"), made(name, "heldout")
+        total = len(self.train) if limit is None else limit
+        self.heldout = [heldout[n] for n in range(min(len(heldout), total // 20, MADE_HELDOUT))]
+
+    def spans(self, most: int) -> Iterator[Span]:
+        rows = len(self.heldout) + len(self.train)
+        for first in range(0, rows, most):
+            yield Span("", first, min(most, rows - first))
+
+    def records(self, span: Span) -> Iterator[tuple[str, RawDocument]]:
+        for row in range(span.first, span.first + span.rows):
+            inside = row < len(self.heldout)
+            found = self.heldout[row] if inside else self.train[row - len(self.heldout)]
+            split = "heldout" if inside else "train"
+            yield f"{split}:{found.id}", replace(found, split=split)
+
+
+def made(name: str, split: str, interleaved: float = 0.0, level: int = 1) -> Any:
+    """A source that needs no files, by its name. ValueError when there is none."""
+    match name:
+        case "digits":
+            return Digits(split, interleaved)
+        case "shapes":
+            return Shapes(level=level, split=split)
+        case "topics":
+            return Topics(split)
+        case _:
+            raise ValueError(f"there is no source {name!r}; there are {', '.join(MADE)}")
+
+
+def _name_of(address: str) -> str:
+    """A short name for a source, that can be a folder's."""
+    last = address.rstrip("/").partition("*")[0].rstrip("/").rpartition("/")[2]
+    kept = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in last.split(".")[0])
+    kept = kept.strip("_") or "data"
+    return f"my_{kept}" if kept in MADE else kept
+
+
+def _container_of(files: Files, address: str, options: Options) -> Container:
+    """What kind of files these are: by their suffixes, and for JSON by what stands in them."""
+    if files.local and files.exists(f"{files.root}/dataset_dict.json"):  # several splits, as `save_to_disk` writes them
+        files = Files.at(f"{files.root}/{options.split}", options.pictures)
+    paths = files.list()
+    kinds: dict[str, list[str]] = {kind: [] for kind in SUFFIXES}
+    for path in paths:
+        for kind, suffixes in SUFFIXES.items():
+            if _suffix(path) in suffixes:
+                kinds[kind].append(path)
+    kinds = {kind: _of_split(files, found, options.split) for kind, found in kinds.items() if found}
+    if "arrow" in kinds:
+        _check_saved(files)
+        kinds.pop("json", None)  # the state that lies beside
+    if "pictures" in kinds and not any("metadata" in path for path in kinds.get("jsonl", ())):
+        # pictures with .txt beside them; a lone list of records names its pictures itself
+        if not kinds.keys() & {"parquet", "arrow", "tar", "jsonl", "json"}:
+            return PictureFolder(files, kinds["pictures"], _captions(files, kinds))
+    if not kinds:
+        shown = ", ".join(sorted({f".{_suffix(path)}" for path in paths})[:8])
+        raise ValueError(
+            f"{address} holds nothing that can be read (only {shown})" if paths else f"{address} holds no files"
+        )
+    match next(iter(kinds)):
+        case "parquet" | "arrow" as kind:
+            return Tables(files, kinds[kind])
+        case "tar":
+            return Archives(files, kinds["tar"])
+        case "jsonl":
+            return JsonLines(files, kinds["jsonl"])
+        case "json":
+            return _json(files, kinds["json"], options)
+        case _:
+            return PlainText(files, kinds["text"])
+
+
+def _json(files: Files, paths: Sequence[str], options: Options) -> Container:
+    """A list of records, COCO's annotations, or one object a line, whatever the name says."""
+    beginning = b""
+    with files.open(paths[0]) as file:
+        while not beginning.strip(b" \n\r\t\xef\xbb\xbf") and (more := file.read(2**16)):
+            beginning = more
+        beginning = beginning.lstrip(b" \n\r\t\xef\xbb\xbf") + file.read(2**16)
+    if beginning.startswith(b"["):
+        return JsonList(files, paths)
+    first_line = beginning.partition(b"\n")[0]
+    try:
+        if isinstance(found := json.loads(first_line), dict) and "annotations" not in found:
+            return JsonLines(files, paths)
+    except ValueError:
+        pass
+    folder = files.pictures or _coco_folder(files, paths[0])
+    try:
+        about = json.loads(files.read(paths[0]).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{files.shown(paths[0])} is no JSON: {error}") from None
+    lists = isinstance(about, dict) and [about.get("annotations"), about.get("images")]
+    if not lists or not all(isinstance(found, list) for found in lists):
+        raise ValueError(f"{files.shown(paths[0])} is neither a list of records nor annotations in COCO's manner")
+    return Coco(files, paths, folder)
+
+
+def _coco_folder(files: Files, path: str) -> str:
+    """Where COCO's own layout has the pictures: annotations/captions_train2017.json -> ../train2017, else beside."""
+    folder = path.rpartition("/")[0]
+    split = path.rpartition("/")[2].removesuffix(".json").rpartition("_")[2]
+    beside = f"{folder.rpartition('/')[0]}/{split}"
+    return beside if files.exists(beside) else folder
+
+
+def _suffix(path: str) -> str:
+    name = path.rpartition("/")[2].lower()
+    for packed in COMPRESSED:
+        if packed != ".tgz":
+            name = name.removesuffix(packed)
+    return name.rpartition(".")[2] if "." in name else ""
+
+
+def _of_split(files: Files, paths: list[str], split: str) -> list[str]:
+    """The files whose path names the split; all of them where no path names any."""
+
+    def words(path: str) -> set[str]:
+        return set("".join(c if c.isalnum() else " " for c in files.shown(path).lower()).split()) & {*SPLITS, split}
+
+    if files.fs.isfile(files.root) or not any(split in words(path) for path in paths):
+        return paths
+    return [path for path in paths if split in words(path)]
+
+
+def _captions(files: Files, kinds: Mapping[str, list[str]]) -> str:
+    """Where the captions of a folder of pictures stand (see `PictureFolder`)."""
+    stems = {path.rpartition(".")[0] for path in kinds.get("text", ()) if path.endswith(".txt")}
+    if any(path.rpartition(".")[0] in stems for path in kinds["pictures"]):
+        return "text"
+    folders = {files.shown(path).rpartition("/")[0].rpartition("/")[2] for path in kinds["pictures"]}
+    return "" if folders & {"", *SPLITS} else "folder"
+
+
+def _check_saved(files: Files) -> None:
+    """A saved data set whose order is a list beside it would be read in another order, or with rows it left out."""
+    state = f"{files.root}/state.json"
+    if files.exists(state) and json.loads(files.read(state)).get("_indices_data_files"):
+        raise ValueError(f"{files.root} was saved with a list of rows beside it: call flatten_indices() before save_to_disk")

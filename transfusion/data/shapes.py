@@ -21,7 +21,7 @@ from itertools import combinations
 
 import numpy as np
 
-from transfusion.data.readers import RawDocument, RawImage, RawText
+from transfusion.data.raw import RawDocument, RawImage, RawText
 
 CANVAS = 32
 SIZES = ("small", "large")

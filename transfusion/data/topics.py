@@ -3,7 +3,7 @@
 import hashlib
 import platform
 
-from transfusion.data.readers import RawDocument, RawText
+from transfusion.data.raw import RawDocument, RawText
 
 LONGEST = 1_500  # letters of a passage
 EVERY = 20  # of the topics in sorted order, each 20th is held out

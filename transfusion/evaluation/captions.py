@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from transfusion.data.loader import Source
-from transfusion.data.readers import RawImage, RawText
+from transfusion.data.raw import RawImage, RawText
 from transfusion.inference.engine import Engine, Request
 
 

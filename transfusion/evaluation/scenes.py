@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from transfusion.data.readers import RawText
+from transfusion.data.raw import RawText
 from transfusion.data.shapes import Shapes
 from transfusion.evaluation.shapes import judge
 from transfusion.inference.engine import Engine, Request

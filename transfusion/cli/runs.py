@@ -1,15 +1,14 @@
-"""The command line: transfusion demo | train | generate | evaluate | report."""
+"""transfusion demo | train | generate | evaluate | report: runs, begun and used."""
 
-import difflib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from transfusion.cli.screen import UsageError, nearest, parse, say
 from transfusion.config import (
     NAMES,
     DataConfig,
@@ -23,19 +22,8 @@ from transfusion.config import (
     to_json,
 )  # fmt: skip
 
-VERBS = {
-    "demo": "train on real handwritten digits, measure, and write a report: five minutes on a laptop",
-    "train": "train a named run or a run.json; the same command again goes on where it stopped",
-    "generate": "write and draw from a prompt of text and pictures",
-    "evaluate": "measure a run and write results.json",
-    "report": "show a run as one page, report.html",
-}
 HELDOUT = 256  # documents of each source for the held-out losses
 Device = Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")]
-
-
-class UsageError(ValueError):
-    """What was typed cannot be done; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -100,83 +88,60 @@ class OnRun:
     device: Device = "auto"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what was typed and exit: 0 done, 1 failed, 2 not understood."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        _print_help()
-        sys.exit(0 if arguments else 2)
-    try:
-        _dispatch(arguments[0], arguments[1:])
-    except UsageError as error:
-        _fail(error, 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:  # what our own files raise says what is wrong in one line
-        _fail(error, 1)
-
-
-def _dispatch(verb: str, rest: list[str]) -> None:
-    match verb:
-        case "demo":
-            demo(_parse(Demo, verb, rest))
-        case "train":
-            run, rest = _named(rest)
-            parts = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "name"}
-            asked = _parse(Train, f"train {run.name}", rest, Train(**parts, out=Path("runs") / run.name))
-            run = replace(run, **{name: getattr(asked, name) for name in parts})
-            train(run, asked.out, asked.device)
-        case "generate":
-            generate(_parse(Generate, verb, rest))
-        case "evaluate":
-            evaluate(_parse(OnRun, verb, rest))
-        case "report":
-            report(_parse(OnRun, verb, rest))
-        case _:
-            raise UsageError(f"there is no command {verb!r}{_nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
-
-
-def demo(asked: Demo) -> None:
+def demo(arguments: list[str]) -> None:
     """From nothing to a report."""
-    if train(named_run("digits"), asked.out, asked.device):
-        evaluate(OnRun(asked.out, asked.device))
-        report(OnRun(asked.out, asked.device))
+    asked = parse(Demo, "demo", arguments)
+    if _train(named_run("digits"), asked.out, asked.device):
+        _evaluate(asked.out, asked.device)
+        _report(asked.out, asked.device)
 
 
-def train(run: Run, folder: Path, device: str) -> bool:
-    """Begin a run, or go on with it. False when a signal stopped it."""
+def train(arguments: list[str]) -> None:
+    """Begin a run, or go on with it."""
+    run, rest = _named(arguments)
+    rest = ["--data.prepared" if word == "--data" else word for word in rest]
+    if "--data.prepared" in rest:  # whatever the named run reads
+        run = replace(run, data=replace(run.data, sources=(), shares=()))
+    parts = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "name"}
+    asked = parse(Train, f"train {run.name}", rest, Train(**parts, out=Path("runs") / run.name))
+    _train(replace(run, **{name: getattr(asked, name) for name in parts}), asked.out, asked.device)
+
+
+def _train(run: Run, folder: Path, device: str) -> bool:
+    """False when a signal stopped it."""
     from transfusion.checkpoint.open import fill, newest, verify
     from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.loader import Loader, heldout_batches
-    from transfusion.data.prepare import open_sources
+    from transfusion.data.sources import name_sources, open_raw, open_sources
     from transfusion.disk import read_json
     from transfusion.parallel import pick_device
     from transfusion.training.trainer import Trainer
 
     chosen = pick_device(device)
-    sources, heldout = (open_sources(run.data, split) for split in ("train", "heldout"))
-    run, encoder = _begin(run, folder, sources)
-    loader = Loader(sources, encoder)
-    batches = {source.name: heldout_batches(source, encoder, HELDOUT) for source in heldout}
-    trainer = Trainer(run, folder, loader, batches, chosen, _previewer(folder, heldout, chosen))
+    run = replace(run, data=name_sources(run.data))
+    run, encoder = _begin(run, folder)
+    loader = Loader(open_sources(run.data, "train"), encoder)
+    heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
+    trainer = Trainer(run, folder, loader, heldout, chosen, _previewer(folder, open_raw(run.data, "heldout"), chosen))
     if list_checkpoints(folder):
         found = newest(folder)
         verify(found)
         fill(found, trainer.tensors())
         trainer.resume(read_json(found / "state.json"))
-        _say(f"going on from {found}")
+        say(f"going on from {found}")
     if trainer.progress.step >= run.training.steps:
-        _say(f"{folder} is trained to its last step, {run.training.steps}")
+        say(f"{folder} is trained to its last step, {run.training.steps}")
         return True
-    _say(f"training {run.name} on {chosen}, into {folder}")
+    say(f"training {run.name} on {chosen}, into {folder}")
     return trainer.train()
 
 
-def generate(asked: Generate) -> None:
+def generate(arguments: list[str]) -> None:
     """Write and draw; parts go to the screen and to the folder as they come."""
     from transfusion.codecs.pictures import read_picture
     from transfusion.inference.engine import Request, open_run
 
+    asked = parse(Generate, "generate", arguments)
     if not asked.parts and asked.num_images is None:
         raise UsageError("nothing to go on: give a part (text or @picture.png), or --num-images N")
     parts = tuple(
@@ -193,48 +158,69 @@ def generate(asked: Generate) -> None:
     _follow(engine, number, asked)
 
 
-def evaluate(asked: OnRun) -> None:
+def evaluate(arguments: list[str]) -> None:
     """Measure a run; the figures go to the screen and to results.json."""
+    asked = parse(OnRun, "evaluate", arguments)
+    _evaluate(asked.run, asked.device)
+
+
+def _evaluate(folder: Path, device: str) -> None:
     from transfusion.evaluation.suite import evaluate
     from transfusion.inference.engine import open_run
 
-    evaluate(open_run(asked.run, device=asked.device), asked.run, _say)
-    _say(f"wrote {asked.run / 'results.json'}")
+    evaluate(open_run(folder, device=device), folder, say)
+    say(f"wrote {folder / 'results.json'}")
 
 
-def report(asked: OnRun) -> None:
+def report(arguments: list[str]) -> None:
     """Show a run as one page."""
+    asked = parse(OnRun, "report", arguments)
+    _report(asked.run, asked.device)
+
+
+def _report(folder: Path, device: str) -> None:
     from transfusion.inference.engine import open_run
     from transfusion.report import write_report
 
-    _say(f"wrote {write_report(asked.run, open_run(asked.run, device=asked.device))}")
+    say(f"wrote {write_report(folder, open_run(folder, device=device))}")
 
 
-def _begin(run: Run, folder: Path, sources: list):
+def _begin(run: Run, folder: Path):
     """The run and its encoder: those of the folder if it holds the same run already, else new ones, written there."""
     from transfusion.checkpoint.open import describe
     from transfusion.checkpoint.save import begin
-    from transfusion.data.loader import Encoder
-    from transfusion.data.prepare import fit
+    from transfusion.data.loader import Encoder, element_weights
+    from transfusion.data.sources import fingerprint, fit, open_sources
 
     if (folder / "run.json").exists():
         known = describe(folder)
         _refuse_changes(known.run, run, folder)
-        seed = known.run.training.seed
-        return known.run, Encoder(known.tokenizer, known.codec, known.vocabulary, known.run.data, seed)
-    _say(f"fitting the tokenizer and the codec of {run.name}")
+        if known.notes.get("prepared") != fingerprint(run.data):
+            raise UsageError(f"{run.data.prepared} does not hold the data that {folder} began with: give another --out")
+        run = replace(known.run, data=run.data)
+        return run, Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
+    if run.data.prepared is None:
+        say(f"fitting the tokenizer and the codec of {run.name}")
     encoder = fit(run.data, run.model.patch_size, run.training.seed)
     fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     run = replace(run, model=replace(run.model, **fitted))
+    sources = open_sources(run.data, "train")
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
+    weights = element_weights(sources, encoder)
+    notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
+    notes |= {} if run.data.prepared is None else {"prepared": fingerprint(run.data)}
     begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
     return run, encoder
 
 
 def _refuse_changes(known: Run, asked: Run, folder: Path) -> None:
-    """A run goes on as it began, or not at all; what its data decided (vocabulary, channels) is no change."""
+    """A run goes on as it began, or not at all. What its data decided (vocabulary, channels) is no change, nor where
+    prepared data lie: they are told by their content."""
     fitted = {"vocabulary": known.model.vocabulary, "latent_channels": known.model.latent_channels}
-    before, after = to_json(known), to_json(replace(asked, model=replace(asked.model, **fitted)))
+    asked = replace(asked, model=replace(asked.model, **fitted))
+    if known.data.prepared and asked.data.prepared:
+        known = replace(known, data=replace(known.data, prepared=asked.data.prepared))
+    before, after = to_json(known), to_json(asked)
     if before["name"] != after["name"]:
         raise UsageError(f"{folder} holds the run {before['name']}, not {after['name']}: give another --out")
     changed = [
@@ -302,10 +288,6 @@ def _follow(engine, number: int, asked: Generate) -> None:
         print("" if alone else f"{answer['draw']}: ", *shown, sep="")
 
 
-def _parse(kind: type, name: str, arguments: list[str], default=tyro.MISSING_NONPROP):
-    return tyro.cli(kind, default=default, args=arguments, prog=f"transfusion {name}")
-
-
 def _named(arguments: list[str]) -> tuple[Run, list[str]]:
     """The run that `train` begins with, by name or from a run.json, and the options that follow."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -317,7 +299,7 @@ def _named(arguments: list[str]) -> tuple[Run, list[str]]:
         return named_run(name), rest
     path = Path(name) / "run.json" if Path(name).is_dir() else Path(name)
     if path.suffix != ".json":
-        raise UsageError(f"there is no run {name!r}{_nearest(name, NAMES)}; there are {', '.join(NAMES)}")
+        raise UsageError(f"there is no run {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
     from transfusion.disk import read_json
 
     values = read_json(path)
@@ -331,24 +313,3 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not (width.isdecimal() and height.isdecimal()):
         raise UsageError(f"--size takes width x height, for example 32x32, not {text!r}")
     return int(width), int(height)
-
-
-def _nearest(word: str, known) -> str:
-    found = difflib.get_close_matches(word, known, n=2)
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
-
-
-def _print_help() -> None:
-    print("usage: transfusion COMMAND ...\n\nOne transformer that reads, writes and draws.\n")
-    for verb, what in VERBS.items():
-        print(f"  {verb:10}{what}")
-    print("\ntransfusion COMMAND --help says more.")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _fail(error: Exception, code: int) -> None:
-    _say(f"transfusion: {error}")
-    sys.exit(code)

@@ -1,0 +1,237 @@
+"""transfusion data validate | inspect | stats | prepare: what people have, looked at and made ready."""
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from transfusion.cli.screen import UsageError, fail, nearest, parse, progress, say
+from transfusion.config import PrepareConfig
+
+VERBS = {
+    "validate": "read everything once and list what cannot be used, by file and row",
+    "inspect": "show documents as a page with thumbnails",
+    "stats": "count texts, tokens, images, lengths and sizes, per source",
+    "prepare": "encode everything once, for training",
+}
+SOURCES = """\
+SOURCE is a file or folder (pictures, .parquet, .tar, .jsonl, .json, .arrow, .txt; * stands for any letters), an address
+(s3://, https://, hf://...), owner/name on Hugging Face's hub, or digits, shapes, topics; NAME=SOURCE names it. docs/data.md
+shows what the files may look like. inspect, stats and validate also take a folder that `prepare` made."""
+SHOWN = 10  # faults that are named on the screen
+TOKENIZER = PrepareConfig()  # its sizes count where `stats` has to train one
+
+Sources = tyro.conf.Positional[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    form: str | None = None
+    """What a record is: document, pair, text, image, conversation, messages, interleaved, mmc4, editing; else found out."""
+    columns: tuple[str, ...] = ()
+    """Whose columns are called otherwise: caption=blip_caption image=jpg ...; id= alone: do not read it."""
+    pictures: str | None = None
+    """The folder from which the paths of pictures are counted, if not that of the file that names them."""
+    split: str = "train"
+    """Which of several splits to read, where files or folders are named after them."""
+    limit: int | None = None
+    """Read only so many records of each source."""
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Read everything once and list what cannot be used, by file and row. Exit code 1 when there is any fault."""
+
+    sources: Sources = ()
+    """What to read; see transfusion data --help."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+    faults: Path | None = None
+    """A file for all faults, one JSON object a line; on the screen are the first ten of each source."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show the first documents of a source (or some of a prepared folder) as a page with thumbnails."""
+
+    sources: Sources = ()
+    """What to read; see transfusion data --help."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+    count: int = 24
+    """Documents of each source."""
+    out: Path = Path("inspect.html")
+    """The page."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Count texts, tokens, images, lengths and sizes, per source."""
+
+    sources: Sources = ()
+    """What to read; see transfusion data --help."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+    tokenizer: Path | None = None
+    """A tokenizer.json to count tokens with; without it one is trained on the first documents, as prepare does."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Encode everything once: text into ids, pictures into latents. The same command again goes on where it stopped.
+
+    Under torchrun the work is spread over its processes; the result is the same.
+    """
+
+    out: Path
+    """The folder to make."""
+    sources: Sources = ()
+    """What to read; see transfusion data --help."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+    config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+
+
+def main(arguments: list[str]) -> None:
+    """Do one of the four."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: transfusion data COMMAND SOURCE... [options]\n")
+        print(*(f"  {verb:10}{what}" for verb, what in VERBS.items()), sep="\n")
+        print(f"\n{SOURCES}\ntransfusion data COMMAND --help lists every option.")
+        sys.exit(0 if arguments else 2)
+    verb, rest = arguments[0], arguments[1:]
+    match verb:
+        case "validate":
+            validate(parse(Validate, "data validate", rest))
+        case "inspect":
+            inspect(parse(Inspect, "data inspect", rest))
+        case "stats":
+            stats(parse(Stats, "data stats", rest))
+        case "prepare":
+            prepare(parse(Prepare, "data prepare", rest))
+        case _:
+            raise UsageError(f"there is no command data {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
+
+
+def validate(asked: Validate) -> None:
+    """Faults to the screen and, if asked for, to a file."""
+    import json
+
+    from transfusion.data.survey import survey
+
+    prepared, readers = _open(asked)
+    for folder in prepared:
+        folder.verify()
+        print(f"{folder.folder}: every shard is as it was written")
+    lines, total = [], 0
+    for reader in readers:
+        first = []
+
+        def hear(fault, first=first, reader=reader) -> None:
+            lines.append({"source": reader.name, "kind": fault.kind, "where": fault.where, "message": fault.message})
+            first.extend([f"    {fault}"] if len(first) < SHOWN else ())
+
+        with progress(f"reading {reader.name}") as tick:
+            found = survey(reader, None, hear, tick)
+        total += found.faults.total()
+        documents, faults = found.documents.total(), found.faults.total()
+        print(f"{found.name}: {found.records:,} records, {documents:,} documents, {faults:,} faults")
+        for line in (*(f"  {count:,} {kind}" for kind, count in found.faults.most_common()), *first):
+            print(line)
+    if asked.faults:
+        asked.faults.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if total:
+        fail(ValueError(f"{total:,} faults{f', all in {asked.faults}' if asked.faults else ''}"), 1)
+
+
+def inspect(asked: Inspect) -> None:
+    """The page."""
+    from transfusion.data.inspect import show_prepared, show_source
+    from transfusion.page import Page
+
+    if asked.count < 1:
+        raise UsageError(f"--count must be at least 1, not {asked.count}")
+    prepared, readers = _open(asked)
+    page = Page(", ".join([*(folder.folder.name for folder in prepared), *(reader.name for reader in readers)]), "Documents")
+    for folder in prepared:
+        show_prepared(page, folder, asked.count)
+    for reader in readers:
+        show_source(page, reader, asked.count)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    say(f"wrote {page.write(asked.out)}")
+
+
+def stats(asked: Stats) -> None:
+    """One table a source."""
+    from transfusion.codecs.text import Tokenizer
+    from transfusion.data.survey import survey, survey_prepared, train_tokenizer
+
+    prepared, readers = _open(asked)
+    if asked.tokenizer is not None:
+        tokenizer = Tokenizer.from_json(asked.tokenizer.read_text(encoding="utf-8"))
+    elif readers:
+        say("training a tokenizer on the first documents, to count tokens with")
+        tokenizer = train_tokenizer(readers, TOKENIZER.fit_documents, TOKENIZER.text_ids)
+    found = [one for folder in prepared for one in survey_prepared(folder)]
+    for reader in readers:
+        with progress(f"reading {reader.name}") as tick:
+            found.append(survey(reader, tokenizer, tick=tick))
+    for one in found:
+        print(one.name)
+        print(*(f"  {what:14}{how_much}" for what, how_much in one.rows()), sep="\n")
+
+
+def prepare(asked: Prepare) -> None:
+    """A prepared folder, made or gone on with; under torchrun by all its processes."""
+    from transfusion.data import prepare as preparing
+    from transfusion.parallel import Ranks
+
+    with Ranks.of_torchrun() as ranks:
+        first = ranks.rank == 0
+        readers = _readers(asked)
+        existed = (asked.out / "dataset.json").exists()
+        with progress("preparing", quiet=not first) as tick:
+            about = preparing.prepare(
+                readers, asked.config, asked.out, ranks.rank, ranks.world, ranks.wait, tick, say if first else _nothing
+            )
+    if first:
+        sizes = ", ".join("{}x{}".format(*size) for size in about["sizes"])
+        say(f"{asked.out} {'was prepared already' if existed else 'is prepared'}: tokenizer of "
+            f"{about['tokenizer']['size']:,} ids, codec {about['codec']['kind']}, pictures of {sizes}")  # fmt: skip
+        for name, source in about["sources"].items():
+            documents, faults = source["documents"], Counter(source["faults"])
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
+            left_out = f"; {faults.total():,} left out ({kinds}): see {asked.out / 'quarantine.jsonl'}" if faults else ""
+            say(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
+
+
+def _nothing(line: str) -> None:
+    """What the other processes say."""
+
+
+def _open(asked: Validate | Inspect | Stats) -> tuple[list, list]:
+    """The prepared folders among the sources, and readers of the others."""
+    from transfusion.data.store import open_prepared
+
+    prepared = [source for source in asked.sources if os.path.exists(os.path.join(source, "recipe.json"))]
+    others = [source for source in asked.sources if source not in prepared]
+    return [open_prepared(Path(folder)) for folder in prepared], _readers(asked, others, needed=not prepared)
+
+
+def _readers(asked, sources: list[str] | None = None, needed: bool = True) -> list:
+    """Readers of all sources, as the options say. UsageError or ValueError in one line."""
+    from transfusion.data.readers import Options, open_reader
+
+    sources = list(asked.sources) if sources is None else sources
+    if needed and not sources:
+        raise UsageError(f"name a source.\n{SOURCES}")
+    reading, columns = asked.reading, {}
+    for pair in reading.columns:
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not ours:
+            raise UsageError(f"--columns takes ours=theirs, for example caption=alt_text, not {pair!r}")
+        columns[ours] = theirs
+    if reading.limit is not None and reading.limit < 1:
+        raise UsageError(f"--limit must be at least 1, not {reading.limit}")
+    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit)
+    return [open_reader(source, options) for source in sources]

@@ -1,0 +1,74 @@
+"""Documents as a person sees them: a page with their texts, thumbnails, and what of them is learnt."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+from PIL import Image as Picture
+
+from transfusion.data.raw import Fault, RawDocument, RawText
+from transfusion.data.readers import Reader
+from transfusion.data.store import Decoded, Prepared
+from transfusion.page import Page
+
+SIDE = 192  # pixels of a thumbnail, at most; small pictures are enlarged in whole pixels
+LETTERS = 1_200  # of a text that are shown
+UNIT = 256  # records read at a time
+
+
+def show_source(page: Page, reader: Reader, count: int) -> None:
+    """The first records of a source: documents and faults."""
+    page.heading(reader.name)
+    first = list(islice((one for unit in reader.units(UNIT) for one in reader.read(unit)), count))
+    form = f" Each record is read as `{reader.form}`." if reader.form else ""
+    page.say(f"The first {len(first)} records of `{reader.address}`.{form}")
+    _show(page, first)
+
+
+def show_prepared(page: Page, prepared: Prepared, count: int) -> None:
+    """Documents of a prepared folder, evenly spread, as the model gets them: text from its ids, pictures from latents."""
+    for name in prepared.names:
+        about = prepared.about["sources"][name]
+        stored = Decoded(prepared.source(name, "train"))
+        chosen = [n * len(stored) // min(count, len(stored)) for n in range(min(count, len(stored)))]
+        page.heading(name)
+        left_out = sum(about["faults"].values())
+        page.say(
+            f"{len(chosen)} of {len(stored):,} training documents, evenly spread. {about['documents']['heldout']:,} more "
+            f"are held out, {left_out:,} of {about['records']:,} records were left out. Pictures went through the codec."
+        )
+        _show(page, [stored[n] for n in chosen])
+
+
+def _show(page: Page, found: Iterable[RawDocument | Fault]) -> None:
+    for one in found:
+        if isinstance(one, Fault):
+            page.say(f"`{one.where}` cannot be used, {one.kind}: {one.message}")
+            continue
+        pairs = "; caption and picture may change places, and the caption may be dropped" if one.pairs else ""
+        page.say(f"`{one.where}`{pairs}", quiet=True)
+        parts: list[tuple[str | np.ndarray, str]] = []
+        for part in one.segments:
+            learnt = "learnt" if part.loss else "not learnt"
+            if isinstance(part, RawText):
+                rest = len(part.text) - LETTERS
+                text = part.text[:LETTERS] + (f" ... and {rest:,} letters more" if rest > 0 else "")
+                parts.append((text, f"text, {learnt}"))
+            else:
+                height, width = part.pixels.shape[:2]
+                clean = ", always clean" if part.max_time == 0 else ""
+                parts.append((thumbnail(part.pixels), f"{width} x {height}, {learnt}{clean}"))
+        page.passage(parts)
+
+
+def thumbnail(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """The picture (Y, X, 1 | 3) uint8 with its longer side at most `side`; much smaller ones enlarged."""
+    longest = max(pixels.shape[:2])
+    if longest * 2 <= side:
+        zoom = side // longest
+        return np.repeat(np.repeat(pixels, zoom, 0), zoom, 1)
+    if longest <= side:
+        return pixels
+    picture = Picture.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture.thumbnail((side, side))
+    return np.asarray(picture).reshape(picture.height, picture.width, -1)
