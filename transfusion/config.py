@@ -99,15 +99,18 @@ class DataConfig:
     image_first: float = 0.2  # of captioned pairs (section 4.1)
     image_first_max_time: float = 1.0  # 0.5: the noise limit of Table 8; 0: clean, and no image loss
     caption_dropout: float = 0.1  # of caption-first pairs: what the unconditional branch learns from
+    condition_text_dropout: float = 0.05  # of documents that draw from an image that is given: they lose their text
+    condition_dropout: float = 0.05  # ... or everything before the image that is drawn
     interleaved: float = 0.0  # share of `digits` documents that hold 2 to 4 captioned scans
     level: int = 1  # of `shapes`
     block: int = 2048  # documents that are shuffled and packed together
     workers: int = 1  # threads that read ahead; what is read does not depend on them
 
     def __post_init__(self):
-        if self.shares and len(self.shares) != len(self.sources):
+        if self.shares and self.sources and len(self.shares) != len(self.sources):
             raise ValueError(f"data.shares has {len(self.shares)} numbers for {len(self.sources)} sources")
-        for name in ("image_first", "image_first_max_time", "caption_dropout", "interleaved"):
+        for name in ("image_first", "image_first_max_time", "caption_dropout", "interleaved", "condition_text_dropout",
+                     "condition_dropout"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must lie between 0 and 1, not {getattr(self, name)}")
         for name in ("row_length", "rows", "block", "workers"):

@@ -15,7 +15,10 @@ class UsageError(ValueError):
 
 def parse(kind: type, name: str, arguments: list[str], default=tyro.MISSING_NONPROP):
     """The dataclass that was typed; its own words for --help and mistakes, exit code 2."""
-    return tyro.cli(kind, default=default, args=arguments, prog=f"transfusion {name}")
+    try:
+        return tyro.cli(kind, default=default, args=arguments, prog=f"transfusion {name}")
+    except ValueError as error:  # what a config says of numbers that do not go together
+        raise UsageError(str(error)) from None
 
 
 def nearest(word: str, known) -> str:

@@ -1,7 +1,7 @@
 """Pixels to latents without training: as they are, or as the principal components of their blocks.
 
-Both give every channel mean 0 and deviation 1 over the documents they were fitted on, and know the smallest and largest
-value each channel took there: the bound that samplers clip to.
+Both give every channel mean 0 and deviation 1 over the documents they were fitted on (less if it hardly changes), and
+know the smallest and largest value each channel took there: the bound that samplers clip to.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
-ROOM = 1e-6  # keeps a channel that never changes from dividing by zero
+FLOOR = 1.0  # grey levels: a channel that hardly changed where it was fitted is not blown up where it does
 
 
 class Pixels:
@@ -123,7 +123,7 @@ def codec_from_bytes(kind: str, content: bytes) -> Codec:
 
 def _statistics(values: np.ndarray) -> tuple[np.ndarray, ...]:
     """(n, C) -> mean, deviation, and the bound in units of both, (C,) each."""
-    mean, deviation = values.mean(0), values.std(0) + ROOM
+    mean, deviation = values.mean(0), np.maximum(values.std(0), FLOOR)
     return mean, deviation, (values.min(0) - mean) / deviation, (values.max(0) - mean) / deviation
 
 

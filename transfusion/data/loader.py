@@ -69,10 +69,10 @@ def arrange(document: Document, config: DataConfig) -> Document:
     """Captioned pairs: image first in some documents, the caption dropped in some others (section 4.1 and design).
 
     Only a document of one pair loses its caption, and then nothing is learnt after its image: else the model would
-    learn to write empty captions.
+    learn to write empty captions. A document that draws from a given image loses its text, or all that is given.
     """
     if not document.pairs:
-        return document
+        return _drop_conditions(document, config)
     captions, images = document.segments[::2], document.segments[1::2]
     if fraction_from(document.key, "order") < config.image_first:
         first = [replace(image, max_time=min(image.max_time, config.image_first_max_time)) for image in images]
@@ -81,6 +81,18 @@ def arrange(document: Document, config: DataConfig) -> Document:
     if len(images) == 1 and fraction_from(document.key, "dropout") < config.caption_dropout:
         return replace(document, segments=(*images, Text((), loss=False)))
     return document
+
+
+def _drop_conditions(document: Document, config: DataConfig) -> Document:
+    """For guidance by text and by image: what the drawn image follows from is left out in some documents."""
+    *given, drawn = document.segments or (None,)
+    if not (isinstance(drawn, Image) and drawn.loss and any(isinstance(p, Image) and not p.loss for p in given)):
+        return document
+    chance = fraction_from(document.key, "condition")
+    if chance >= config.condition_text_dropout + config.condition_dropout:
+        return document
+    kept = [part for part in given if isinstance(part, Image)] if chance < config.condition_text_dropout else []
+    return replace(document, segments=(*kept, drawn, Text((), loss=False)))
 
 
 class Loader:

@@ -13,7 +13,7 @@ def pack(documents: Iterable[Document], length: int, vocabulary: Vocabulary, see
 
     Longest first, each piece goes where it leaves the least room; then rows, and pieces within rows, are shuffled.
     """
-    pieces = [piece for document in documents for piece in cut(lay_out(document, vocabulary), length)]
+    pieces = [piece for document in documents for piece in _pieces(document, length, vocabulary)]
     bins: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (positions left, bin), sorted
     for piece in sorted(pieces, key=len, reverse=True):
@@ -28,3 +28,10 @@ def pack(documents: Iterable[Document], length: int, vocabulary: Vocabulary, see
     chance = np.random.default_rng(seed)
     rows = [Row(tuple(members[n] for n in chance.permutation(len(members)))) for members in bins]
     return [rows[n] for n in chance.permutation(len(rows))]
+
+
+def _pieces(document: Document, length: int, vocabulary: Vocabulary) -> list[Piece]:
+    try:
+        return cut(lay_out(document, vocabulary), length)
+    except ValueError as error:
+        raise ValueError(f"document {document.id} of {document.source}: {error}") from None

@@ -244,8 +244,14 @@ def _write_shards(
     for job in mine:
         path = folder / job.reader.name / f"{job.number:05d}.json"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            _write_shard(job, tools, path, lambda rows, before=done: tick(before + rows, total))
+            try:
+                path.parent.mkdir(exist_ok=True)
+                _write_shard(job, tools, path, lambda rows, before=done: tick(before + rows, total))
+            except OSError as error:  # a full disk, or a network that failed
+                raise PrepareError(
+                    f"shard {job.number} of {job.reader.name} could not be made: {error.strerror or error}; "
+                    "those before it are whole, and the same command goes on from them"
+                ) from None
         found = read_json(path)["faults"]
         name = job.reader.name
         faults[name] += len(found)

@@ -182,7 +182,10 @@ class Stored:
         if not 0 <= id < len(self):
             raise IndexError(f"{self.name} ({self.split}) has documents 0 to {len(self) - 1}, not {id}")
         batch, row = self._find(id)
-        return batch.document(row, id, self.name, self.channels)
+        try:
+            return batch.document(row, id, self.name, self.channels)
+        except (ValueError, IndexError) as error:
+            raise OpenError(f"document {id} of {self.name} ({self.split}) is damaged: {error}") from None
 
     def where(self, id: int) -> str:
         """File and row from which the document came."""
@@ -226,7 +229,7 @@ class Stored:
         path = self._path(number)
         try:
             return [_Batch(batch) for batch in pa.ipc.open_stream(pa.memory_map(str(path)))]
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise OpenError(
                 f"cannot read {path}: {reason}; transfusion data validate {self.prepared.folder} checks all shards"
@@ -243,6 +246,9 @@ class _Batch:
     """Some documents of a shard, their columns as arrays that lie in the mapped file."""
 
     def __init__(self, batch: pa.RecordBatch):
+        if not batch.schema.equals(SCHEMA):
+            raise ValueError("its columns are not those of a shard")
+        batch.validate(full=True)  # offsets that point nowhere would be read all the same
         self.rows = len(batch)
         self.where = batch.column("where")
         self.pairs = batch.column("pairs").to_numpy(zero_copy_only=False)
