@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         begun = time.perf_counter()
         about = prepare(readers, PrepareConfig(), folder / "prepared")
         preparing = time.perf_counter() - begun
-        config = DataConfig(prepared=str(folder / "prepared"), row_length=4096, rows=options.rows)
+        config = DataConfig(prepared=(str(folder / "prepared"),), row_length=4096, rows=options.rows)
         encoder = fit(config, patch_size=2, seed=0)
         sources = open_sources(config, "train")
         batches = Loader(sources, encoder).batches()

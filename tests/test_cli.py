@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
+from tests.sources import write_photos, write_texts
 from transfusion.cli import main
 
 TINY = (
@@ -234,11 +235,12 @@ def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
 
 
 def readme_commands() -> list[str]:
-    """Every command of ours in a fenced block of the README."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    """Every command of ours in a fenced block of the README, and of the page on data up to its first heading."""
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text() + (root / "docs" / "data.md").read_text().partition("\n## ")[0]
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("transfusion ")]
+    return list(dict.fromkeys(line for line in lines if line.startswith("transfusion ")))
 
 
 @pytest.mark.parametrize("line", readme_commands())
@@ -251,7 +253,11 @@ def test_commands_of_the_readme_run(line, run, tmp_path, monkeypatch):
     for name in ("digits", "shapes"):
         shutil.copytree(run, tmp_path / "runs" / name)
     Picture.new("L", (20, 20), 128).save(tmp_path / "photo.png")
+    write_photos(tmp_path / "photos", 40)
+    write_texts(tmp_path / "texts.jsonl", 40)
     words = shlex.split(line)[1:]
+    if "--data" in words:
+        command("data", "prepare", "photos", "--out", words[words.index("--data") + 1])
     if words[0] == "train":
         if "--out" in words:
             words[words.index("--out") + 1] = "runs/new"

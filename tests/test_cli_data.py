@@ -111,6 +111,8 @@ def test_stats_counts_what_is_there(place, capsys):
     (("data", "prepare", "PLACE/photos"), 2, "--out"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--sizes", "big"), 2, "width x height"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--max-faults", "2"), 2, "between 0 and 1"),
+    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--like", "PLACE/prepared", "--codec", "pixels"), 2, "like"),
+    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--like", "PLACE/photos"), 1, "no prepared data"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--sizes", "18x18"), 1, "blocks of 4x4"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--tokenizer", "PLACE/photos/0000.png"), 1, "tokenizer"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/texts.jsonl/x"), 1, "Not a directory"),
@@ -139,7 +141,7 @@ def test_too_many_faults_name_the_first_ten(tmp_path, capsys):
     (tmp_path / "0.png").write_bytes(png(picture(0)[1]))
     write_lines(tmp_path / "lost.jsonl", records)
     said = fails(capsys, 1, "data", "prepare", tmp_path / "lost.jsonl", "--out", tmp_path / "out", "--codec", "pixels")
-    assert "39 of 40 records of lost cannot be used" in said
+    assert "39 of 40 records of lost, so far, cannot be used" in said
     assert said.count("lost.jsonl:") == 10
 
 

@@ -195,13 +195,44 @@ def test_a_tokenizer_that_is_brought_along_keeps_its_markers(tmp_path):
     lines = [{"image": inline(picture(n)[1]), "caption": "</s> red <s><x>"} for n in range(30)]
     prepare([open_reader(str(write_lines(tmp_path / "a.jsonl", lines)))], config, tmp_path / "out")
     prepared = open_prepared(tmp_path / "out")
-    vocabulary = prepared.vocabulary(patch_size=2)
+    vocabulary = fit(DataConfig(prepared=(str(tmp_path / "out"),), row_length=64), patch_size=2, seed=0).vocabulary
     assert (vocabulary.bos, vocabulary.eos) == (engine.token_to_id("<s>"), engine.token_to_id("</s>"))
     assert len({vocabulary.bos, vocabulary.eos, vocabulary.pad, vocabulary.eoi, *vocabulary.boi.values()}) == 5
     special = {engine.token_to_id(name) for name in ("<s>", "</s>", "<x>")}
     for document in documents_of(prepared, "a").values():
         assert not special & set(document.segments[0].tokens)
         assert prepared.tokenizer.decode(document.segments[0].tokens) == "</s> red <s><x>"
+
+
+def test_a_folder_may_be_made_like_another(tmp_path):
+    """With its tokenizer, codec and sizes: then it may hold text alone."""
+    config = replace(CONFIG, like=str(whole()), text_ids=None)
+    prepare(readers()[1:], config, tmp_path / "texts")
+    one, other = open_prepared(whole()), open_prepared(tmp_path / "texts")
+    for name in ("tokenizer.json", "codec.safetensors"):
+        assert (whole() / name).read_bytes() == (tmp_path / "texts" / name).read_bytes()
+    assert one.about["sizes"] == other.about["sizes"]
+    (before, now) = (documents_of(prepared, "texts") for prepared in (one, other))
+    assert {where: d.segments for where, d in before.items()} == {where: d.segments for where, d in now.items()}
+    with pytest.raises(OpenError, match="no prepared data"):
+        prepare(readers(), replace(CONFIG, like=str(tmp_path), text_ids=None), tmp_path / "out")
+
+
+def test_one_run_reads_several_folders_that_go_together(tmp_path):
+    alike = replace(CONFIG, like=str(whole()), text_ids=None)
+    prepare([open_reader(f"more={place()}/texts.jsonl")], alike, tmp_path / "more")
+    both = encoder(prepared=(str(whole()), str(tmp_path / "more")))
+    sources = open_sources(both.config, "train")
+    assert [source.name for source in sources] == ["photos", "texts", "more"]
+    texts = [{source.where(n): source[n].segments for n in range(len(source))} for source in sources[1:]]
+    assert all(texts[0][where] == texts[1][where] for where in texts[0].keys() & texts[1].keys())
+    assert both.vocabulary == encoder().vocabulary
+    assert Loader(sources, both).rows_of(0)
+    with pytest.raises(ValueError, match="called photos"):
+        encoder(prepared=(str(whole()), str(whole())))
+    prepare(readers(), replace(CONFIG, text_ids=280), tmp_path / "other")
+    with pytest.raises(ValueError, match="--like"):
+        encoder(prepared=(str(whole()), str(tmp_path / "other")))
 
 
 def test_datasets_reads_the_shards():
@@ -361,7 +392,7 @@ def test_too_many_faults_stop_it_with_the_first_ten(tmp_path, world):
         for rank in reversed(range(world)):
             prepare([open_reader(str(path))], CONFIG, tmp_path / "out", rank, world) if rank == 0 else None
     message = str(error.value)
-    assert "of 400 records of faulty cannot be used" in message
+    assert "of 400 records of faulty, so far, cannot be used" in message
     assert message.count("\n") <= 10
     assert f"faulty.jsonl:{wrong[0] + 1}:" in message
     assert not (tmp_path / "out" / "dataset.json").exists()
@@ -451,7 +482,7 @@ def test_a_shard_without_documents_is_no_hindrance(tmp_path):
     assert len(prepared.source("a", "train")) == 15
     assert len(prepared.source("a", "heldout")) == 0
     assert pa.ipc.open_stream(str(tmp_path / "out" / "a" / "train-00001.arrow")).read_all().num_rows == 0
-    assert open_sources(DataConfig(prepared=str(tmp_path / "out")), "heldout") == []
+    assert open_sources(DataConfig(prepared=(str(tmp_path / "out"),)), "heldout") == []
 
 
 # Read by a run
@@ -459,7 +490,7 @@ def test_a_shard_without_documents_is_no_hindrance(tmp_path):
 
 @cache
 def encoder(**config) -> Encoder:
-    usual = {"prepared": str(whole()), "row_length": 64, "rows": 2, "block": 24}
+    usual = {"prepared": (str(whole()),), "row_length": 64, "rows": 2, "block": 24}
     return fit(DataConfig(**usual | config), patch_size=2, seed=0)
 
 
@@ -554,7 +585,7 @@ def test_random_corpora_lose_and_repeat_nothing(corpus, shard):
         path = write_lines(Path(temporary) / "some.jsonl", records)
         config = PrepareConfig(text_ids=260, shard=shard, heldout=0)
         prepare([open_reader(str(path))], config, Path(temporary) / "out")
-        data = DataConfig(prepared=f"{temporary}/out", row_length=40, rows=1, block=7)
+        data = DataConfig(prepared=(f"{temporary}/out",), row_length=40, rows=1, block=7)
         fitted = fit(data, 2, seed=3)
         found = Loader(open_sources(data, "train"), fitted)
         epoch = len(found.sources[0])

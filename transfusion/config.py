@@ -86,7 +86,7 @@ class DiffusionConfig:
 class DataConfig:
     """What is read, and how documents become rows."""
 
-    prepared: str | None = None  # --data DIR: what `transfusion data prepare` made; None: sources that need no files
+    prepared: tuple[str, ...] = ()  # --data DIR...: what `transfusion data prepare` made; none: sources that need no files
     sources: tuple[str, ...] = ()  # with `prepared`, none: all that it holds
     shares: tuple[float, ...] = ()  # of the positions, one number per source; none: equal
     codec: Literal["pixels", "block_pca"] = "pixels"
@@ -124,8 +124,9 @@ class DataConfig:
 class PrepareConfig:
     """How files become a prepared data set: the same files and numbers always give the same one."""
 
+    like: str | None = None  # a prepared folder whose tokenizer, codec and sizes are used, so that one run can read both
     tokenizer: str | None = None  # a tokenizer.json to be used; None: one is trained on the first documents
-    text_ids: int = 8192  # size of one that is trained, at most
+    text_ids: int | None = None  # size of one that is trained, at most; None: 8192, less where there is little text
     sizes: tuple[str, ...] = ()  # width x height of pictures; none: as they are, if all are alike and small, else 256x256
     codec: Literal["auto", "pixels", "block_pca"] = "auto"  # auto: pixels for sides below 16, else block_pca
     codec_block: int | None = None  # block_pca: pixels along one side of a block; None: 4 for sides below 64, else 8
@@ -137,8 +138,11 @@ class PrepareConfig:
 
     def __post_init__(self):
         for name in ("text_ids", "fit_documents", "shard"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        brought = (self.tokenizer, self.text_ids, self.codec_block, self.codec_components)
+        if self.like is not None and (self.sizes or self.codec != "auto" or any(one is not None for one in brought)):
+            raise ValueError("like brings a tokenizer, a codec and sizes along: say nothing else about them")
         if not 0 <= self.max_faults <= 1:
             raise ValueError(f"max_faults must lie between 0 and 1, not {self.max_faults}")
         if self.heldout < 0:

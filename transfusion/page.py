@@ -119,14 +119,14 @@ class Page:
         """Places of a sequence side by side: above what is read, below what is to be said."""
         self._add(f'<div class="sequence">{"".join(map(_cell, cells))}</div>')
 
-    def passage(self, parts: Iterable[tuple[str | np.ndarray, str]]) -> None:
-        """Text and pictures in the order in which they stand, each with a word on where it comes from."""
+    def passage(self, parts: Iterable[tuple[str | np.ndarray, str]], width: int = 72) -> None:
+        """Text and pictures, `width` wide, in the order in which they stand, each with a word on where it comes from."""
         shown = ""
         for part, origin in parts:
             is_text = isinstance(part, str)
             inside = f"<q>{escape(part)}</q>" if is_text else _img(part, f"picture, {origin}")
             shown += f"<figure>{inside}<figcaption>{escape(origin)}</figcaption></figure>"
-        self._add(f'<div class="passage">{shown}</div>')
+        self._add(f'<div class="passage" style="--width:{int(width)}px">{shown}</div>')
 
     def code(self, text: str, given: str = "") -> None:
         """Text to the letter; `given` stands before it, set off."""
@@ -413,7 +413,7 @@ td { font-variant-numeric: tabular-nums; }
 .cell.many > b { flex-wrap: wrap; padding: 5px; }
 .cell.many img { width: 30px; border-radius: 1px; }
 .passage { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-end; }
-.passage img { width: 72px; }
+.passage img { width: var(--width); max-width: 100%; }
 .passage q { display: inline-block; padding: 8px 14px; border: 1.5px solid var(--text); border-radius: 6px;
   background: var(--text-soft); color: var(--text); font-weight: 600; quotes: none; white-space: pre-wrap; }
 .passage figcaption { margin-top: 4px; color: var(--quiet); font-size: 13px; }

@@ -53,6 +53,9 @@ class Ranks:
             dist.destroy_process_group()
 
     def wait(self) -> None:
-        """Until all of them have come here."""
+        """Until all of them have come here. ConnectionError when one of them has stopped instead."""
         if self.world > 1:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError:
+                raise ConnectionError("another process of this work has stopped; what it said tells why") from None

@@ -1,5 +1,6 @@
 """The command line: transfusion demo | data | train | generate | evaluate | report."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,5 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads on (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:  # what our own files raise says what is wrong in one line
         fail(error, 1)

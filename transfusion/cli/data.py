@@ -23,7 +23,6 @@ SOURCE is a file or folder (pictures, .parquet, .tar, .jsonl, .json, .arrow, .tx
 (s3://, https://, hf://...), owner/name on Hugging Face's hub, or digits, shapes, topics; NAME=SOURCE names it. docs/data.md
 shows what the files may look like. inspect, stats and validate also take a folder that `prepare` made."""
 SHOWN = 10  # faults that are named on the screen
-TOKENIZER = PrepareConfig()  # its sizes count where `stats` has to train one
 
 Sources = tyro.conf.Positional[tuple[str, ...]]
 
@@ -164,14 +163,15 @@ def inspect(asked: Inspect) -> None:
 def stats(asked: Stats) -> None:
     """One table a source."""
     from transfusion.codecs.text import Tokenizer
-    from transfusion.data.survey import survey, survey_prepared, train_tokenizer
+    from transfusion.data.prepare import train_tokenizer
+    from transfusion.data.survey import first_texts, survey, survey_prepared
 
     prepared, readers = _open(asked)
     if asked.tokenizer is not None:
         tokenizer = Tokenizer.from_json(asked.tokenizer.read_text(encoding="utf-8"))
     elif readers:
         say("training a tokenizer on the first documents, to count tokens with")
-        tokenizer = train_tokenizer(readers, TOKENIZER.fit_documents, TOKENIZER.text_ids)
+        tokenizer = train_tokenizer(first_texts(readers, PrepareConfig().fit_documents), None)
     found = [one for folder in prepared for one in survey_prepared(folder)]
     for reader in readers:
         with progress(f"reading {reader.name}") as tick:

@@ -196,10 +196,11 @@ def _begin(run: Run, folder: Path):
         known = describe(folder)
         _refuse_changes(known.run, run, folder)
         if known.notes.get("prepared") != fingerprint(run.data):
-            raise UsageError(f"{run.data.prepared} does not hold the data that {folder} began with: give another --out")
+            places = " and ".join(run.data.prepared)
+            raise UsageError(f"{places} does not hold the data that {folder} began with: give another --out")
         run = replace(known.run, data=run.data)
         return run, Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
-    if run.data.prepared is None:
+    if not run.data.prepared:
         say(f"fitting the tokenizer and the codec of {run.name}")
     encoder = fit(run.data, run.model.patch_size, run.training.seed)
     fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
@@ -208,7 +209,7 @@ def _begin(run: Run, folder: Path):
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
     weights = element_weights(sources, encoder)
     notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
-    notes |= {} if run.data.prepared is None else {"prepared": fingerprint(run.data)}
+    notes |= {"prepared": fingerprint(run.data)} if run.data.prepared else {}
     begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
     return run, encoder
 

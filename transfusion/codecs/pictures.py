@@ -1,6 +1,5 @@
 """Picture files to pixels of a size that a run knows: checked before they are decoded."""
 
-import struct
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +25,8 @@ def read_picture(source: Path | bytes, name: str = "") -> Picture.Image:
     try:
         with Picture.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
             width, height = picture.size
+            if not width * height:
+                raise PictureError(f"{name} has no pixels")
             if width * height > MOST_PIXELS:
                 raise PictureError(f"{name} is {width}x{height} pixels; at most {MOST_PIXELS:,} are read")
             picture.load()
@@ -36,8 +37,8 @@ def read_picture(source: Path | bytes, name: str = "") -> Picture.Image:
         raise PictureError(f"{name} is not a picture ({', '.join(FORMATS)})") from None
     except Picture.DecompressionBombError:
         raise PictureError(f"{name} holds too many pixels; at most {MOST_PIXELS:,} are read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "it is damaged"
+    except Exception as error:  # what is damaged makes decoders raise whatever
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or "it is damaged"
         raise PictureError(f"cannot read the picture {name}: {reason}") from None
 
 

@@ -1,29 +1,29 @@
-"""Files to records: JSON lines, a JSON list, parquet and Arrow tables, tar archives, folders of pictures, plain text, COCO.
+"""Files to records: JSON lines, a JSON list, tar archives, folders of pictures, plain text, COCO; tables are in `tables.py`.
 
 A container cuts its files into spans, which can be read in any order and by any process, and gives the records of a span
 one by one. Nothing is unpacked to the disk and nothing is ever executed: of an archive only pictures, text and JSON are
 read. A file that is damaged gives a `Fault` in place of a record.
 """
 
-import io
+import codecs
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from transfusion.data.files import Files
+from transfusion.data.files import Files, Found, reason_of
 from transfusion.data.raw import Fault
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
 MOST_MEMBER = 256 * 2**20  # bytes of one file in an archive, letters of one element of a list
 PASSAGE = 20_000  # bytes of plain text after which the next blank line ends a document
 LONGEST_PASSAGE = 80_000  # ... and after which the next line does
-CHUNK = 2**20  # bytes or letters read at a time
-ROWS = 16  # of a table that are turned into records at a time: each may hold a picture
+CHUNK = 2**20  # bytes read at a time
+BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,26 @@ class JsonLines:
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         lines = self._lines(span.path, span.first, span.offset)
         for _, (row, _, line) in zip(range(span.rows), lines, strict=False):
-            yield self.files.row(span.path, row), _object(line)
+            yield self.files.row(span.path, row), line if isinstance(line, Fault) else _object(line)
 
-    def _lines(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes]]:
-        with self.files.open(path, offset) as file:
-            for line in file:
-                if line.strip():
-                    yield row, offset, line
-                row, offset = row + 1, offset + len(line)
+    def _lines(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes | Fault]]:
+        """(row, byte offset, line). What cannot be unpacked is a Fault, and the last."""
+        try:
+            with self.files.open(path, offset) as file:
+                for line in file:
+                    if line.strip() not in (b"", BOM):
+                        yield row, offset, line
+                    row, offset = row + 1, offset + len(line)
+        except OSError as error:
+            yield row, offset, damage(error)
+
+
+def damage(error: Exception, kind: str = "cut short") -> Fault:
+    """What is wrong with a file. A disk or a network that fails is no fault of the data, and is raised again."""
+    if isinstance(error, OSError) and not isinstance(error, pa.ArrowException | FileNotFoundError):
+        if type(error) is not OSError or error.errno is not None:  # see `Files.open`
+            raise error
+    return Fault(kind, f"it cannot be read from here on: {reason_of(error)}")
 
 
 def _object(content: bytes | str) -> dict | Fault:
@@ -94,7 +106,12 @@ def _object(content: bytes | str) -> dict | Fault:
         return Fault("wrong encoding", f"it is not UTF-8 at byte {error.start}")
     except (ValueError, RecursionError) as error:
         return Fault("bad JSON", f"it is no JSON: {error}")
-    return value if isinstance(value, dict) else Fault("bad JSON", f"it must be a JSON object, not {str(value)[:40]}")
+    return value if isinstance(value, dict) else _no_object(value)
+
+
+def _no_object(value: Any) -> Fault:
+    kinds = {list: "a list", str: "text", type(None): "null"}  # the value itself may be of any length and depth
+    return Fault("bad JSON", f"it must be a JSON object, not {kinds.get(type(value), value)}")
 
 
 @dataclass(frozen=True)
@@ -112,142 +129,103 @@ class JsonList:
         elements = self._elements(span.path, span.first, span.offset)
         for _, (row, _, value) in zip(range(span.rows), elements, strict=False):
             if not isinstance(value, dict | Fault):
-                value = Fault("bad JSON", f"it must be a JSON object, not {str(value)[:40]}")
+                value = _no_object(value)
             yield self.files.row(span.path, row), value
 
     def _elements(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, Any]]:
-        """(row, byte offset, element). The first that cannot be read is a Fault, and the last."""
-        with self.files.open(path, offset) as raw:
-            text = io.TextIOWrapper(raw, encoding="utf-8", newline="")
-            if not offset:
-                head = text.read(CHUNK)
-                opening = head.index("[") + 1  # whoever chose this container has seen it
-                buffer, offset = head[opening:], len(head[:opening].encode())
-            else:
-                buffer = ""
-            whole = False
+        """(row, byte offset, element). One behind which nothing can be read is a Fault, and the last."""
+        with self.files.open(path, offset) as file:
+            text = _Letters(file, offset)
+            if not offset:  # else some element stands there
+                text.pass_over(_SPACE)
+                if not text.begins_with("["):
+                    yield row, 0, text.end if text.damaged else Fault("bad JSON", "the file holds no list")
+                    return
+                text.skip(text.at + 1)
             while True:
-                rest = buffer.lstrip(" ,\n\r\t")
-                offset, buffer = offset + len(buffer) - len(rest), rest  # all of these are one byte each
-                if buffer.startswith("]"):
+                text.pass_over(_BETWEEN)
+                if text.begins_with("]"):
                     return
-                try:
-                    value, end = _DECODER.raw_decode(buffer)
-                    enough = end < len(buffer)  # else it may be a number that goes on
-                except (ValueError, RecursionError) as error:
-                    value, end, enough = Fault("bad JSON", f"it is no JSON, nor read further: {error}"), len(buffer), False
-                if not enough and not whole and len(buffer) < MOST_MEMBER:
-                    try:
-                        more = text.read(max(CHUNK, len(buffer)))
-                    except UnicodeDecodeError as error:
-                        yield row, offset, Fault("wrong encoding", f"it is not UTF-8, nor read further: {error.reason}")
-                        return
-                    buffer, whole = buffer + more, not more
-                    continue
-                if not buffer:
-                    value = Fault("cut short", "the list has no end: the file is cut short")
-                yield row, offset, value
-                if isinstance(value, Fault):
+                value, end = text.element()
+                yield row, text.offset, value
+                if end == text.at:
                     return
-                row, offset, buffer = row + 1, offset + len(buffer[:end].encode("utf-8", "surrogatepass")), buffer[end:]
+                text.skip(end)
+                row += 1
 
 
 _DECODER = json.JSONDecoder()
+_SPACE, _BETWEEN = re.compile("[ \n\r\t\ufeff]*"), re.compile("[ \n\r\t,]*")
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Parquet, and Arrow as Hugging Face's `save_to_disk` writes it. A class label becomes its name."""
+class _Letters:
+    """The text of a file from some byte on. Bytes that are no UTF-8 stay in it as halves of surrogates."""
 
-    files: Files
-    paths: Sequence[str]
+    def __init__(self, file: BinaryIO, offset: int):
+        self.file, self.text, self.at = file, "", 0  # what is held of it, and the letter that comes next
+        self.offset = offset  # of that letter, in bytes of the file
+        self.end: Fault | None = None  # why there is no more
+        self.damaged = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
-    def spans(self, most: int) -> Iterator[Span]:
-        for path in self.paths:
+    def more(self) -> bool:
+        """Read on, further each time; False at the end."""
+        if self.end:
+            return False
+        try:
+            content = self.file.read1(max(CHUNK, len(self.text) - self.at))
+            if not content:
+                self.end = Fault("cut short", "the list has no end: the file is cut short")
+        except OSError as error:
+            content, self.end, self.damaged = b"", damage(error), True
+        self.text, self.at = self.text[self.at :] + self._decoder.decode(content, final=not content), 0
+        return True
+
+    def skip(self, to: int) -> None:
+        self.offset += len(self.text[self.at : to].encode(errors="surrogateescape"))
+        self.at = to
+
+    def pass_over(self, letters: re.Pattern) -> None:
+        """Skip all of these, and see that something is held behind them if anything is there."""
+        while True:
+            self.skip(letters.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self.more():
+                return
+
+    def begins_with(self, letter: str) -> bool:
+        return self.text.startswith(letter, self.at)
+
+    def element(self) -> tuple[Any, int]:
+        """The JSON value that stands here and the letter behind it; a Fault, if there is none that is whole."""
+        while True:
             try:
-                sizes = self._sizes(path)
-            except (pa.ArrowException, OSError) as error:
-                _pass_on(error)
-                yield Span(path, 0, 1, -1)  # reading it says why
-                continue
-            row = begun = first = 0
-            for group, size in enumerate(sizes):
-                if row > begun and row + size - begun > most:
-                    yield Span(path, begun, row - begun, first)
-                    begun, first = row, group
-                row += size
-            if row > begun:
-                yield Span(path, begun, row - begun, first)
-
-    def records(self, span: Span) -> Iterator[tuple[str, Any]]:
-        row = span.first
-        try:
-            for batch in self._batches(span):
-                names = _label_names(batch.schema)
-                for record in batch.to_pylist():
-                    for column, labels in names.items():
-                        label = record.get(column)
-                        record[column] = labels[label] if isinstance(label, int) and 0 <= label < len(labels) else label
-                    yield self.files.row(span.path, row), record
-                    row += 1
-        except (pa.ArrowException, OSError) as error:
-            _pass_on(error)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            yield self.files.row(span.path, row), Fault("damaged table", f"it cannot be read from here on: {reason}")
-
-    def _sizes(self, path: str) -> list[int]:
-        """Rows of each part that can be read by itself."""
-        if path.endswith(".parquet"):
-            with self.files.open(path) as file:
-                about = pq.ParquetFile(file).metadata
-                return [about.row_group(n).num_rows for n in range(about.num_row_groups)]
-        return [len(batch) for batch in self._arrow(path)]
-
-    def _batches(self, span: Span) -> Iterator[pa.RecordBatch]:
-        if span.path.endswith(".parquet"):
-            with self.files.open(span.path) as file:
-                table, groups, rows = pq.ParquetFile(file), [], 0
-                while rows < span.rows:
-                    groups.append(max(0, span.offset) + len(groups))
-                    rows += table.metadata.row_group(groups[-1]).num_rows
-                yield from table.iter_batches(batch_size=ROWS, row_groups=groups)
-            return
-        rows = 0
-        for number, batch in enumerate(self._arrow(span.path)):
-            if number >= span.offset and rows < span.rows:
-                yield from (batch.slice(n, ROWS) for n in range(0, len(batch), ROWS))
-                rows += len(batch)
-
-    def _arrow(self, path: str) -> Iterator[pa.RecordBatch]:
-        source = self.files.map(path)
-        try:
-            yield from pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            found = pa.ipc.open_file(source)
-            yield from (found.get_batch(n) for n in range(found.num_record_batches))
-
-
-def _pass_on(error: Exception) -> None:
-    """A disk or a network that fails is no fault of the data."""
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _label_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of class labels by column, as Hugging Face notes them in a schema."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: f["names"] for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
-    except (KeyError, TypeError, ValueError):
-        return {}
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text):  # else it may be a number that goes on
+                    break
+            except json.JSONDecodeError as error:
+                value, end = Fault("bad JSON", f"it is no JSON, nor read further: {error.msg}"), self.at
+                if error.pos < len(self.text) - 16 and not error.msg.startswith("Unterminated"):
+                    return value, end  # whatever else comes
+            except (ValueError, RecursionError) as error:
+                return Fault("bad JSON", f"it cannot be read, nor what follows: {reason_of(error)}"), self.at
+            if len(self.text) - self.at > MOST_MEMBER or not self.more():
+                break
+        if end - self.at > MOST_MEMBER or (end == self.at and len(self.text) - self.at > MOST_MEMBER):
+            return Fault("too large", f"it has more than {MOST_MEMBER:,} letters, and is not read further"), self.at
+        if end == self.at and (self.at == len(self.text) or self.damaged):
+            return self.end, self.at
+        content = self.text[self.at : end]
+        if not content.isascii() and any("\udc80" <= letter <= "\udcff" for letter in content):
+            value = Fault("wrong encoding", "it is not UTF-8")
+        return value, end
 
 
 @dataclass(frozen=True)
 class Archives:
     """WebDataset: a tar whose members of one key (their name up to the first dot) are one record.
 
-    Only pictures, .txt, .caption, .cls and .json are read; whatever else lies there (pickles, say) is passed over.
+    Only pictures, .txt, .caption, .cls and .json are read; whatever else lies there (pickles, say) is passed over. Of an
+    archive that breaks off the last group may lack members: it is not read.
     """
 
     files: Files
@@ -261,31 +239,31 @@ class Archives:
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         groups = self._groups(span.path, span.offset, reading=True)
         for _, (_, key, found) in zip(range(span.rows), groups, strict=False):
-            yield f"{self.files.shown(span.path)}:{key}", found
+            yield f"{self.files.shown(span.path)}:{key}".rstrip(":"), found
 
     def _groups(self, path: str, offset: int, reading: bool) -> Iterator[tuple[int, str, Any]]:
         """(offset, key, record or Fault) in order, without contents unless `reading`. Damage is a Fault, and the last."""
         key, contents = "", {}
-        with self.files.open(path, offset) as file:
-            try:  # whoever opened the file has undone its compression
-                with tarfile.open(fileobj=file, mode="r:") as archive:
-                    while (member := archive.next()) is not None:
-                        archive.members = []  # it would remember all of them
-                        own, suffix = _key_and_suffix(member.name)
-                        if not member.isreg() or not own or suffix not in _READ:
-                            continue
-                        if own != key:
-                            if contents:
-                                yield offset, key, _record(key, contents) if reading else None
-                            key, contents, offset = own, {}, member.offset
-                        contents[suffix] = self._content(archive, member) if reading else b""
-                    file.seek(archive.offset)
-                    if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                        raise tarfile.ReadError("it has no end mark")
-            except (tarfile.TarError, EOFError, OSError) as error:
-                _pass_on(error)
-                yield offset, key, Fault("cut short", f"the archive is cut short here, or damaged: {error}")
-                return
+        try:
+            with self.files.open(path, offset) as file, _open_tar(file) as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # it would remember all of them
+                    if archive.offset <= member.offset:
+                        raise tarfile.ReadError("a member has no size")
+                    own, suffix = _key_and_suffix(member.name)
+                    if not member.isreg() or not own or suffix not in _READ:
+                        continue
+                    if own != key:
+                        if contents:
+                            yield offset, key, _record(key, contents) if reading else None
+                        key, contents, offset = own, {}, member.offset
+                    contents[suffix] = self._content(archive, member) if reading else b""
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it has no end mark")
+        except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
+            yield offset, key, damage(error)
+            return
         if contents:
             yield offset, key, _record(key, contents) if reading else None
 
@@ -296,7 +274,12 @@ class Archives:
         return archive.extractfile(member).read()
 
 
-_TEXTS = ("txt", "caption", "cls")
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    # whoever opened the file has undone its compression
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace")
+
+
+_TEXTS = ("cls", "caption", "txt")  # the last that is there counts
 _READ = (*PICTURES, *_TEXTS, "json")
 
 
@@ -315,12 +298,17 @@ def _record(key: str, contents: dict[str, Any]) -> dict | Fault:
     if isinstance(about, Fault):
         return Fault(about.kind, f"{key}.json: {about.message}")
     record: dict[str, Any] = dict(about)
-    for suffix, content in contents.items():
+    for suffix in (suffix for suffix in _READ if suffix in contents):
         if suffix in PICTURES:
-            record["image"] = content
+            record["image"] = contents[suffix]
         elif suffix in _TEXTS:
-            record["caption"] = content.removesuffix(b"\n")
+            record["caption"] = _caption(contents[suffix])
     return record
+
+
+def _caption(content: bytes) -> bytes:
+    """What a text file says, without what editors put around it."""
+    return content.removeprefix(BOM).strip()
 
 
 @dataclass(frozen=True)
@@ -337,11 +325,10 @@ class PictureFolder:
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         for path in self.paths[span.first : span.first + span.rows]:
-            record: dict[str, Any] = {"image": path}
+            record: dict[str, Any] = {"image": Found(path)}
             if self.captions == "text":
                 beside = path.rpartition(".")[0] + ".txt"
-                content = self.files.read(beside) if self.files.exists(beside) else None
-                record["caption"] = content and content.removeprefix(b"\xef\xbb\xbf").strip()
+                record["caption"] = _caption(self.files.read(beside)) if self.files.exists(beside) else None
             elif self.captions == "folder":
                 record["caption"] = path.rpartition("/")[0].rpartition("/")[2].replace("_", " ")
             yield self.files.shown(path), record
@@ -361,32 +348,43 @@ class PlainText:
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         passages = self._passages(span.path, span.first, span.offset)
         for _, (row, _, content) in zip(range(span.rows), passages, strict=False):
-            content = content.removeprefix(b"\xef\xbb\xbf") if row == 0 else content
-            yield f"{self.files.shown(span.path)}:passage {row + 1}", {"text": content}
+            where = f"{self.files.shown(span.path)}:passage {row + 1}"
+            yield where, content if isinstance(content, Fault) else {"text": content if row else content.removeprefix(BOM)}
 
-    def _passages(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes]]:
-        """(row, byte offset, content). From the offset of any passage on, the same ones follow."""
-        found, size, ended, tail = [], 0, False, b""
-        with self.files.open(path, offset) as file:
-            while line := tail + file.readline(LONGEST_PASSAGE - len(tail)):
-                tail = b""
-                if len(line) == LONGEST_PASSAGE and not line.endswith(b"\n"):  # cut before its last letter
-                    letter = next((n for n in range(1, 5) if line[-n] & 0xC0 != 0x80), 1)
-                    line, tail = line[:-letter], line[-letter:]
-                if size >= LONGEST_PASSAGE - 4 or (size >= PASSAGE and ended and line.strip()):
-                    yield row, offset, b"".join(found)
-                    found, row, offset, size = [], row + 1, offset + size, 0
-                found.append(line)
-                size, ended = size + len(line), not line.strip()
-        if b"".join(found).strip():
-            yield row, offset, b"".join(found)
+    def _passages(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes | Fault]]:
+        """(row, byte offset, content). From the offset of any passage on, the same ones follow; none is blank."""
+        found, size, says, ended = [], 0, False, False
+        try:
+            with self.files.open(path, offset) as file:
+                for line in _short_lines(file):
+                    blank = not line.strip()
+                    if says and not blank and (size >= LONGEST_PASSAGE - 4 or (size >= PASSAGE and ended)):
+                        yield row, offset, b"".join(found)
+                        found, row, offset, size, says = [], row + 1, offset + size, 0, False
+                    found.append(line)
+                    size, says, ended = size + len(line), says or not blank, blank
+            if says:
+                yield row, offset, b"".join(found)
+        except OSError as error:
+            yield row, offset, damage(error)
+
+
+def _short_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; one that is too long comes in pieces, cut between two letters."""
+    tail = b""
+    while line := tail + file.readline(LONGEST_PASSAGE - len(tail)):
+        tail = b""
+        if len(line) == LONGEST_PASSAGE and not line.endswith(b"\n"):  # cut before its last letter
+            letter = next((n for n in range(1, 5) if line[-n] & 0xC0 != 0x80), 1)
+            line, tail = line[:-letter], line[-letter:]
+        yield line
 
 
 class Coco:
     """COCO captions: one document per caption; those of one picture are kin."""
 
-    def __init__(self, files: Files, paths: Sequence[str], folder: str):
-        self.files, self.paths, self.folder = files, paths, folder  # the folder is that of the pictures
+    def __init__(self, files: Files, paths: Sequence[str]):
+        self.files, self.paths = files, paths
         self._held: tuple[str, list[Any]] = ("", [])  # the file read last: every span of it needs the whole
 
     def spans(self, most: int) -> Iterator[Span]:
@@ -401,20 +399,38 @@ class Coco:
 
     def _rows(self, path: str) -> list[Any]:
         if self._held[0] != path:
-            self._held = (path, _read_coco(self.files, path, self.folder))
+            self._held = (path, _read_coco(self.files, path))
         return self._held[1]
 
 
-def _read_coco(files: Files, path: str, folder: str) -> list[Any]:
-    about = _object(files.read(path))
+def _read_coco(files: Files, path: str) -> list[Any]:
+    try:
+        about = _object(files.read(path))
+    except OSError as error:
+        about = damage(error)
     if isinstance(about, Fault):
         return [about]
-    names = {one.get("id"): one.get("file_name") for one in about.get("images", ()) if isinstance(one, dict)}
-    rows: list[Any] = []
-    for number, one in enumerate(about.get("annotations", ())):
-        name = names.get(one.get("image_id")) if isinstance(one, dict) else None
-        if not isinstance(name, str):
-            rows.append(Fault("missing picture", f"annotation {number + 1} names no picture of the list"))
+    images, annotations = about.get("images"), about.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        return [Fault("bad JSON", "it holds no lists of images and annotations")]
+    folder, rows = files.pictures or _coco_folder(files, path), []
+    names = {_coco_id(one, "id"): one.get("file_name") for one in images if isinstance(one, dict)}
+    for number, one in enumerate(annotations, 1):
+        key = _coco_id(one, "image_id")
+        if key is None or not isinstance(name := names.get(key), str):
+            rows.append(Fault("missing picture", f"annotation {number} names no picture of the list"))
         else:
-            rows.append({"image": f"{folder}/{name}", "caption": one.get("caption"), "kin": f"{one['image_id']}"})
+            rows.append({"image": Found(f"{folder}/{name}"), "caption": one.get("caption"), "kin": json.dumps(key)})
     return rows
+
+
+def _coco_id(one: Any, name: str) -> int | str | None:
+    value = one.get(name) if isinstance(one, dict) else None
+    return value if isinstance(value, int | str) else None
+
+
+def _coco_folder(files: Files, path: str) -> str:
+    """Where COCO's own layout has the pictures: annotations/captions_train2017.json -> ../train2017, else beside."""
+    folder, _, name = path.rpartition("/")
+    beside = f"{folder.rpartition('/')[0]}/{name.partition('.')[0].rpartition('_')[2]}"
+    return beside if files.exists(beside) else folder

@@ -1,6 +1,6 @@
 """Documents as a person sees them: a page with their texts, thumbnails, and what of them is learnt."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -11,7 +11,8 @@ from transfusion.data.readers import Reader
 from transfusion.data.store import Decoded, Prepared
 from transfusion.page import Page
 
-SIDE = 192  # pixels of a thumbnail, at most; small pictures are enlarged in whole pixels
+SIDE = 256  # pixels of a thumbnail, at most; small pictures are enlarged in whole pixels
+WIDTH = 128  # of a thumbnail on the page
 LETTERS = 1_200  # of a text that are shown
 UNIT = 256  # records read at a time
 
@@ -40,13 +41,14 @@ def show_prepared(page: Page, prepared: Prepared, count: int) -> None:
         _show(page, [stored[n] for n in chosen])
 
 
-def _show(page: Page, found: Iterable[RawDocument | Fault]) -> None:
+def _show(page: Page, found: Sequence[RawDocument | Fault]) -> None:
+    if any(isinstance(one, RawDocument) and one.pairs for one in found):
+        page.say("In a pair, caption and picture change places in some epochs; in some the caption is left out.", quiet=True)
     for one in found:
         if isinstance(one, Fault):
             page.say(f"`{one.where}` cannot be used, {one.kind}: {one.message}")
             continue
-        pairs = "; caption and picture may change places, and the caption may be dropped" if one.pairs else ""
-        page.say(f"`{one.where}`{pairs}", quiet=True)
+        page.say(f"`{one.where}`{', a pair' if one.pairs else ''}", quiet=True)
         parts: list[tuple[str | np.ndarray, str]] = []
         for part in one.segments:
             learnt = "learnt" if part.loss else "not learnt"
@@ -58,7 +60,7 @@ def _show(page: Page, found: Iterable[RawDocument | Fault]) -> None:
                 height, width = part.pixels.shape[:2]
                 clean = ", always clean" if part.max_time == 0 else ""
                 parts.append((thumbnail(part.pixels), f"{width} x {height}, {learnt}{clean}"))
-        page.passage(parts)
+        page.passage(parts, WIDTH)
 
 
 def thumbnail(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:

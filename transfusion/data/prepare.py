@@ -24,12 +24,13 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import PrepareConfig, parse_size
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.readers import Reader, Unit
-from transfusion.data.store import FORMAT, SPLITS, ShardWriter
+from transfusion.data.store import FORMAT, SPLITS, Prepared, ShardWriter, open_prepared
 from transfusion.disk import read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
 FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
 FIT_LETTERS = 20_000_000  # of text that the tokenizer is trained on
+MOST_IDS, LETTERS_PER_ID = 8192, 64  # of a tokenizer whose size nobody asked for
 LOOK = 16  # pictures of a source that tell its size and colours
 SHOWN = 10  # faults that are named where the work stops
 
@@ -80,7 +81,9 @@ def prepare(
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _check_recipe(folder, _recipe(readers, config, jobs))
-        if not (folder / "fitted.json").exists():
+        if not (folder / "fitted.json").exists() and config.like is not None:
+            _take(open_prepared(Path(config.like)), folder)
+        elif not (folder / "fitted.json").exists():
             say("fitting the tokenizer and the codec on the first documents")
             _fit(readers, config, jobs, folder)
     wait()
@@ -131,6 +134,8 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
             "options": asdict(reader.options), "files": digest.hexdigest(),
         }  # fmt: skip
     settings = asdict(config)
+    if config.like is not None:
+        settings["like"] = open_prepared(Path(config.like)).about["codec"]["sha256"]
     if config.tokenizer is not None:
         settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     return {"format": FORMAT, "settings": settings, "sources": sources}
@@ -178,7 +183,7 @@ def _fit(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job], 
                     pictures.append(to_pixels(part.pixels, sizes, colours))
                     pixels += pictures[-1].shape[0] * pictures[-1].shape[1]
     if config.tokenizer is None:
-        tokenizer = Tokenizer.train(texts, config.text_ids)
+        tokenizer = train_tokenizer(texts, config.text_ids)
     else:
         tokenizer = Tokenizer.from_json(Path(config.tokenizer).read_text(encoding="utf-8"))
     side = min(min(size) for size in sizes)
@@ -193,6 +198,19 @@ def _fit(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job], 
         "codec": {"kind": codec.kind, "channels": codec.channels, "sha256": hashlib.sha256(encoded).hexdigest()},
         "sizes": sizes, "colours": colours,
     })  # fmt: skip
+
+
+def _take(other: Prepared, folder: Path) -> None:
+    """What another prepared folder was made with."""
+    for name in ("tokenizer.json", "codec.safetensors"):
+        write_whole(folder / name, (other.folder / name).read_bytes())
+    write_json(folder / "fitted.json", {name: other.about[name] for name in ("tokenizer", "codec", "sizes", "colours")})
+
+
+def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:
+    """On these texts. Without a size as large as there is text for: else whole captions would become one token each."""
+    room = 256 + sum(map(len, texts)) // LETTERS_PER_ID
+    return Tokenizer.train(texts, min(MOST_IDS, room) if size is None else size)
 
 
 def _geometry(
@@ -256,7 +274,7 @@ def _write_shards(
         name = job.reader.name
         faults[name] += len(found)
         named.setdefault(name, []).extend(found[: SHOWN - len(named.get(name, ()))])
-        _check_faults(name, faults[name], records[name], named[name], config)
+        _check_faults(f"{name}, so far,", faults[name], records[name], named[name], config)
         done += job.unit.rows
         tick(done, total)
 
@@ -372,11 +390,11 @@ def duplicate_id(name: str, where: str) -> dict:
     return {"kind": "duplicate id", "where": where, "message": f"another document before it has the id {name!r}"}
 
 
-def _check_faults(name: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:
+def _check_faults(source: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:
     """PrepareError with the first faults when there are more than may be left out."""
     if count > config.max_faults * records:
         first = "".join(f"\n  {fault['where']}: {fault['message']}" for fault in faults[:SHOWN])
         raise PrepareError(
-            f"{count:,} of {records:,} records of {name} cannot be used, and max_faults {config.max_faults:g} lets "
+            f"{count:,} of {records:,} records of {source} cannot be used, and max_faults {config.max_faults:g} lets "
             f"{int(config.max_faults * records):,} pass; the first:{first}"
         )

@@ -4,6 +4,7 @@ A unit is some records that are prepared together, by any process, into one shar
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,13 +21,13 @@ from transfusion.data.containers import (
     PictureFolder,
     PlainText,
     Span,
-    Tables,
 )  # fmt: skip
 from transfusion.data.digits import Digits
 from transfusion.data.files import COMPRESSED, Files
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.records import FORMS, Form, form_of, rename, to_document
 from transfusion.data.shapes import Shapes
+from transfusion.data.tables import Tables
 from transfusion.data.topics import Topics
 
 MADE = ("digits", "shapes", "topics")  # sources that need no files
@@ -35,6 +36,7 @@ SUFFIXES = {  # in this order: what a folder holds is the first that is found th
     "pictures": PICTURES, "text": ("txt", "text", "md", "rst"),
 }  # fmt: skip
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")  # words that name a split in a path
+ALSO = {"train": ("training",), "validation": ("valid", "val", "dev")}  # what else a split is called
 MADE_HELDOUT = 500  # held-out documents of a source that needs no files
 LOOK = 100  # records that are looked at to learn their form
 
@@ -113,19 +115,25 @@ class Reader:
         """The form that most of the first records have. ValueError when none of them has any."""
         seen: Counter[Form] = Counter()
         faults: list[Fault] = []
+        columns: set[str] = set()
         records = (found for span in self.container.spans(LOOK) for found in self.container.records(span))
         for where, found in islice(records, LOOK):
             try:
                 if isinstance(found, Fault):
                     raise found
+                columns |= found.keys()
                 seen[form_of(rename(found, self.options.columns))] += 1
             except Fault as fault:
                 faults.append(fault.at(where))
+        missing = [theirs for theirs in self.options.columns.values() if theirs and theirs not in columns]
+        if columns and missing:
+            raise ValueError(f"{self.address} has no column {missing[0]!r}, only {', '.join(sorted(columns))}")
         if not seen:
             if faults:
                 raise ValueError(f"{self.address}: nothing in it can be read; first {faults[0]}")
             raise ValueError(f"{self.address} holds no records")
-        return seen.most_common(1)[0][0]
+        form = seen.most_common(1)[0][0]
+        return "pair" if form == "image" and seen["pair"] else form  # some captions are missing: that is a fault
 
 
 def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B008 (frozen)
@@ -193,17 +201,19 @@ def _name_of(address: str) -> str:
 
 def _container_of(files: Files, address: str, options: Options) -> Container:
     """What kind of files these are: by their suffixes, and for JSON by what stands in them."""
-    if files.local and files.exists(f"{files.root}/dataset_dict.json"):  # several splits, as `save_to_disk` writes them
-        files = Files.at(f"{files.root}/{options.split}", options.pictures)
+    if files.exists(f"{files.root}/dataset_dict.json"):  # several splits, as `save_to_disk` writes them
+        files = replace(files, root=f"{files.root}/{options.split}")
+        if not files.exists(files.root):
+            raise FileNotFoundError(f"there is no split {options.split} in {address}")
     paths = files.list()
     kinds: dict[str, list[str]] = {kind: [] for kind in SUFFIXES}
     for path in paths:
         for kind, suffixes in SUFFIXES.items():
             if _suffix(path) in suffixes:
                 kinds[kind].append(path)
-    kinds = {kind: _of_split(files, found, options.split) for kind, found in kinds.items() if found}
+    kinds = {kind: _of_split(files, found, kind, options.split) for kind, found in kinds.items() if found}
     if "arrow" in kinds:
-        _check_saved(files)
+        kinds["arrow"] = _saved(files, kinds["arrow"])
         kinds.pop("json", None)  # the state that lies beside
     if "pictures" in kinds and not any("metadata" in path for path in kinds.get("jsonl", ())):
         # pictures with .txt beside them; a lone list of records names its pictures itself
@@ -229,36 +239,35 @@ def _container_of(files: Files, address: str, options: Options) -> Container:
 
 def _json(files: Files, paths: Sequence[str], options: Options) -> Container:
     """A list of records, COCO's annotations, or one object a line, whatever the name says."""
-    beginning = b""
-    with files.open(paths[0]) as file:
-        while not beginning.strip(b" \n\r\t\xef\xbb\xbf") and (more := file.read(2**16)):
-            beginning = more
-        beginning = beginning.lstrip(b" \n\r\t\xef\xbb\xbf") + file.read(2**16)
+    beginnings = ((path, _beginning(files, path)) for path in paths)
+    path, beginning = next((found for found in beginnings if found[1]), (paths[0], b""))
     if beginning.startswith(b"["):
         return JsonList(files, paths)
-    first_line = beginning.partition(b"\n")[0]
     try:
-        if isinstance(found := json.loads(first_line), dict) and "annotations" not in found:
+        if isinstance(found := json.loads(beginning), dict) and "annotations" not in found:
             return JsonLines(files, paths)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
-    folder = files.pictures or _coco_folder(files, paths[0])
     try:
-        about = json.loads(files.read(paths[0]).decode("utf-8-sig"))
+        about = json.loads(files.read(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{files.shown(paths[0])} is no JSON: {error}") from None
+        raise ValueError(f"{files.shown(path)} is no JSON: {error}") from None
     lists = isinstance(about, dict) and [about.get("annotations"), about.get("images")]
     if not lists or not all(isinstance(found, list) for found in lists):
-        raise ValueError(f"{files.shown(paths[0])} is neither a list of records nor annotations in COCO's manner")
-    return Coco(files, paths, folder)
+        raise ValueError(f"{files.shown(path)} is neither a list of records nor annotations in COCO's manner")
+    captions = [path for path in paths if path.rpartition("/")[2].startswith("captions")]  # boxes may lie beside
+    return Coco(files, captions or paths)
 
 
-def _coco_folder(files: Files, path: str) -> str:
-    """Where COCO's own layout has the pictures: annotations/captions_train2017.json -> ../train2017, else beside."""
-    folder = path.rpartition("/")[0]
-    split = path.rpartition("/")[2].removesuffix(".json").rpartition("_")[2]
-    beside = f"{folder.rpartition('/')[0]}/{split}"
-    return beside if files.exists(beside) else folder
+def _beginning(files: Files, path: str) -> bytes:
+    """The first line of a file that is not blank; of a list less."""
+    found = b""
+    with files.open(path) as file:
+        while not found and (more := file.read(2**16)):
+            found = more.lstrip(b" \n\r\t\xef\xbb\xbf")
+        if not found.startswith(b"[") and b"\n" not in found:
+            found += file.readline()
+    return found.partition(b"\n")[0]
 
 
 def _suffix(path: str) -> str:
@@ -269,15 +278,21 @@ def _suffix(path: str) -> str:
     return name.rpartition(".")[2] if "." in name else ""
 
 
-def _of_split(files: Files, paths: list[str], split: str) -> list[str]:
-    """The files whose path names the split; all of them where no path names any."""
+def _of_split(files: Files, paths: list[str], kind: str, split: str) -> list[str]:
+    """The files whose path names the split; all of them where no path names any.
 
-    def words(path: str) -> set[str]:
-        return set("".join(c if c.isalnum() else " " for c in files.shown(path).lower()).split()) & {*SPLITS, split}
+    Of pictures and texts, whose names may hold any word, only where every path names some split.
+    """
 
-    if files.fs.isfile(files.root) or not any(split in words(path) for path in paths):
-        return paths
-    return [path for path in paths if split in words(path)]
+    def names(path: str, words: Sequence[str]) -> bool:
+        shown = files.shown(path).lower()
+        return any(re.search(f"(?<![a-z]){re.escape(word.lower())}(?![a-z])", shown) for word in words)
+
+    whole = files.fs.isfile(files.root) or (
+        kind in ("pictures", "text") and not all(names(path, (*SPLITS, split)) for path in paths)
+    )
+    found = [path for path in paths if names(path, (split, *ALSO.get(split, ())))]
+    return paths if whole or not found else found
 
 
 def _captions(files: Files, kinds: Mapping[str, list[str]]) -> str:
@@ -286,11 +301,22 @@ def _captions(files: Files, kinds: Mapping[str, list[str]]) -> str:
     if any(path.rpartition(".")[0] in stems for path in kinds["pictures"]):
         return "text"
     folders = {files.shown(path).rpartition("/")[0].rpartition("/")[2] for path in kinds["pictures"]}
-    return "" if folders & {"", *SPLITS} else "folder"
+    return "" if "" in folders or folders <= {*SPLITS} else "folder"
 
 
-def _check_saved(files: Files) -> None:
-    """A saved data set whose order is a list beside it would be read in another order, or with rows it left out."""
+def _saved(files: Files, paths: list[str]) -> list[str]:
+    """The tables of a saved data set: caches that were left beside them are none of it.
+
+    ValueError when its order is a list beside it: it would be read in another, or with rows that it left out.
+    """
     state = f"{files.root}/state.json"
-    if files.exists(state) and json.loads(files.read(state)).get("_indices_data_files"):
+    if not files.exists(state):
+        return paths
+    try:
+        about = json.loads(files.read(state))
+        names = {f"{files.root}/{one['filename']}" for one in about["_data_files"]}
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{files.root}/state.json is damaged: save the data set once more") from None
+    if about.get("_indices_data_files"):
         raise ValueError(f"{files.root} was saved with a list of rows beside it: call flatten_indices() before save_to_disk")
+    return [path for path in paths if path in names]

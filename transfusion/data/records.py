@@ -65,7 +65,9 @@ def to_document(form: Form, record: dict, pictures: Pictures) -> RawDocument:
     pairs = False
     match form:
         case "document":
-            segments, pairs = _segments(record, pictures), bool(record.get("pairs", False))
+            segments, pairs = _segments(record, pictures), record.get("pairs") or False
+            if not isinstance(pairs, bool):
+                raise Fault("bad segment", f"pairs must be true or false, not {_shown(pairs)}")
         case "pair":
             segments, pairs = _pair(record, pictures), True
         case "text":
@@ -82,24 +84,20 @@ def to_document(form: Form, record: dict, pictures: Pictures) -> RawDocument:
             segments = _mmc4(record, pictures)
         case "editing":
             segments = _editing(record, pictures)
-    if not segments:
+    if not any(isinstance(part, RawImage) or part.text.strip() for part in segments):
         raise Fault("empty document", "it holds neither text nor picture")
     if pairs:
         _check_pairs(segments)
     # LLaVA's ids name the picture, not the conversation: there they may recur
     name = None if form == "conversation" else _first(record, NAMES["id"])
-    return RawDocument(tuple(segments), pairs=pairs, name="" if name is None else str(name))
+    return RawDocument(tuple(segments), pairs=pairs, name="" if name is None else _string(str(name), "id"))
 
 
 def rename(record: dict, columns: dict[str, str]) -> dict:
     """The record with the columns that a person named under our words; an empty name takes a column away."""
-    for ours, theirs in columns.items():
-        if not theirs:
-            record = {key: value for key, value in record.items() if key not in NAMES.get(ours, (ours,))}
-        elif theirs in record:
-            others = {key: value for key, value in record.items() if key not in NAMES.get(ours, (ours,))}
-            record = {**others, ours: record[theirs]}
-    return record
+    replaced = {name for ours in columns for name in NAMES.get(ours, (ours,))}
+    others = {key: value for key, value in record.items() if key not in replaced}
+    return {**others, **{ours: record[theirs] for ours, theirs in columns.items() if theirs in record}}
 
 
 # The forms
@@ -109,6 +107,8 @@ def _segments(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     """Our own form: {"segments": [{"text": ...}, {"image": ..., "loss": false, "max_time": 0.5}], "pairs": false}."""
     found = []
     for number, part in enumerate(_list(record, "segments"), 1):
+        if isinstance(part, dict):
+            part = {key: value for key, value in part.items() if value is not None}  # tables have all columns everywhere
         if not isinstance(part, dict) or ("text" in part) == ("image" in part):
             raise Fault("bad segment", f"segment {number} must be an object with either text or image, not {_shown(part)}")
         loss, max_time = part.get("loss", True), part.get("max_time", 1.0)
@@ -133,15 +133,16 @@ def _conversation(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     given = _first(record, (*NAMES["image"], "images"))
     waiting = [] if given is None else list(given) if isinstance(given, list) else [given]
     turns = _list(record, "conversations")
-    marks = sum(str(_get(turn, "value")).count(PLACE) for turn in turns)
+    said = [_string(_get(turn, "value"), "text") for turn in turns]
+    marks = sum(text.count(PLACE) for text in said)
     segments: list[RawText | RawImage] = []
     if waiting and not marks:  # no mark: the picture stands first
         segments += [RawImage(pictures.read(value), loss=False, max_time=0.0) for value in waiting]
     elif marks != len(waiting):
         raise Fault("lists of different lengths", f"{marks} times {PLACE} for {len(waiting)} pictures")
     coming = iter(waiting)
-    for turn in turns:
-        parts = str(_get(turn, "value")).split(PLACE)
+    for turn, text in zip(turns, said, strict=True):
+        parts = text.split(PLACE)
         learnt = str(_get(turn, "from")).lower() in ("gpt", "assistant", "model")
         for number, part in enumerate(parts):
             if number:
@@ -157,7 +158,9 @@ def _messages(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     segments: list[RawText | RawImage] = []
     for message in _list(record, "messages"):
         learnt, content = _get(message, "role") == "assistant", _get(message, "content")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+        if not isinstance(content, str | list):
+            raise Fault("bad segment", f"the content of a message must be text or a list, not {_shown(content)}")
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = _get(part, "type")
             if kind == "text":
                 segments.append(RawText(_string(_get(part, "text"), "text"), learnt))
@@ -185,7 +188,7 @@ def _interleaved(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
 
 def _mmc4(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     """MMC4: sentences, and pictures that each stand before the sentence they match."""
-    texts, infos = _list(record, "text_list"), record.get("image_info") or []
+    texts, infos = _list(record, "text_list"), [] if record.get("image_info") is None else _list(record, "image_info")
     at: dict[int, list[Any]] = {}
     for info in infos:
         index = _get(info, "matched_text_index")
@@ -223,8 +226,6 @@ def _joined(segments: Sequence[RawText | RawImage]) -> list[RawText | RawImage]:
     if found and isinstance(found[-1], RawText):
         text = found[-1].text.removesuffix("\n")
         found = [*found[:-1], RawText(text, found[-1].loss)] if text else found[:-1]
-    if not any(isinstance(part, RawImage) or part.text.strip() for part in found):
-        return []
     return found
 
 

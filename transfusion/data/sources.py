@@ -1,6 +1,7 @@
 """What a run reads: its sources by name, and the tokenizer, codec and ids that belong to them."""
 
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from transfusion.sequence import Vocabulary
 
 def open_sources(config: DataConfig, split: str) -> list[Source]:
     """The run's sources as the loader reads them, "train" or "heldout". ValueError when it names none, or an unknown one."""
-    if config.prepared is not None:
-        prepared = open_prepared(Path(config.prepared))
-        sources = [prepared.source(name, split) for name in config.sources or prepared.names]
+    if config.prepared:
+        folders = _open_folders(config)
+        sources = [_folder_of(name, folders).source(name, split) for name in config.sources or _names(folders)]
         return [source for source in sources if split == "train" or len(source)]
     if not config.sources:
         raise ValueError(
@@ -31,32 +32,35 @@ def open_sources(config: DataConfig, split: str) -> list[Source]:
 
 def open_raw(config: DataConfig, split: str) -> list[Source]:
     """The same sources as a person reads them: `RawDocument`s, with texts and pixels."""
-    if config.prepared is None:
-        return open_sources(config, split)
-    return [Decoded(source) for source in open_sources(config, split)]
+    sources = open_sources(config, split)
+    return [Decoded(source) for source in sources] if config.prepared else sources
 
 
 def name_sources(config: DataConfig) -> DataConfig:
-    """The same data with the folder of what is prepared in full, and every source that is read by name."""
-    if config.prepared is None:
+    """The same data with the folders of what is prepared in full, and every source that is read by name."""
+    if not config.prepared:
         return config
-    folder = Path(config.prepared).resolve()
-    return replace(config, prepared=str(folder), sources=config.sources or open_prepared(folder).names)
+    folders = tuple(str(Path(folder).resolve()) for folder in config.prepared)
+    config = replace(config, prepared=folders)
+    return replace(config, sources=config.sources or _names(_open_folders(config)))
 
 
 def fingerprint(config: DataConfig) -> str | None:
-    """The SHA-256 of what is prepared, wherever it lies; None for sources that need no files."""
-    return None if config.prepared is None else sha256_of(Path(config.prepared) / "dataset.json")
+    """One hash of all that is prepared, wherever it lies; None for sources that need no files."""
+    hashes = [sha256_of(Path(folder) / "dataset.json") for folder in config.prepared]
+    return sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
 
 
 def fit(config: DataConfig, patch_size: int, seed: int) -> Encoder:
     """What a new run encodes with: what its prepared data were made with, or else a tokenizer and a codec fitted now."""
-    if config.prepared is not None:
-        prepared = open_prepared(Path(config.prepared))
-        encoder = Encoder(prepared.tokenizer, prepared.codec, prepared.vocabulary(patch_size), config, seed)
-        _check_patches(prepared.shapes, patch_size)
-        _check_rows(prepared, config, encoder.vocabulary)
-        return encoder
+    if config.prepared:
+        folders = _open_folders(config)
+        tokenizer, codec = folders[0].tokenizer, folders[0].codec
+        shapes = sorted({shape for folder in folders for shape in folder.shapes})
+        _check_patches(shapes, patch_size)
+        vocabulary = Vocabulary.build(tokenizer.size, shapes, patch_size, **tokenizer.markers)
+        _check_rows(folders, config, vocabulary)
+        return Encoder(tokenizer, codec, vocabulary, config, seed)
     texts, pictures = [], []
     for source in open_sources(config, "train"):
         for raw in islice((source[n] for n in range(len(source))), config.codec_documents):
@@ -77,12 +81,40 @@ def _check_patches(shapes: list[tuple[int, int]], patch_size: int) -> None:
             raise ValueError(f"a latent of {shape[0]}x{shape[1]} cannot be cut into patches of side {patch_size}")
 
 
-def _check_rows(prepared: Prepared, config: DataConfig, vocabulary: Vocabulary) -> None:
+def _check_rows(folders: list[Prepared], config: DataConfig, vocabulary: Vocabulary) -> None:
     """Better now than when the loader comes to the first image that does not fit."""
-    for name in config.sources or prepared.names:
-        needed = max(prepared.source(name, split).shortest_row(vocabulary) for split in ("train", "heldout"))
+    for name in config.sources or _names(folders):
+        needed = _folder_of(name, folders).source(name, "train").shortest_row(vocabulary)
         if needed > config.row_length:
             raise ValueError(
                 f"an image of {name} takes {needed} positions with its caption, a row has {config.row_length}: "
                 "raise data.row_length"
             )
+
+
+def _open_folders(config: DataConfig) -> list[Prepared]:
+    """All prepared folders. OpenError when one cannot be used, ValueError when they do not go together."""
+    folders = [open_prepared(Path(folder)) for folder in config.prepared]
+    first, names = folders[0], _names(folders)
+    for other in folders[1:]:
+        if any(first.about[what]["sha256"] != other.about[what]["sha256"] for what in ("tokenizer", "codec")):
+            raise ValueError(
+                f"{other.folder} was made with another tokenizer or codec than {first.folder}: prepare it with "
+                f"--like {first.folder}"
+            )
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two prepared sources are called {name}: prepare one of them under another name, NAME=SOURCE")
+    return folders
+
+
+def _names(folders: list[Prepared]) -> tuple[str, ...]:
+    return tuple(name for folder in folders for name in folder.names)
+
+
+def _folder_of(name: str, folders: list[Prepared]) -> Prepared:
+    for folder in folders:
+        if name in folder.names:
+            return folder
+    places = " and ".join(str(folder.folder) for folder in folders)
+    raise ValueError(f"{places} holds no source {name!r}; there are {', '.join(_names(folders))}")

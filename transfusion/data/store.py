@@ -123,14 +123,8 @@ class Prepared:
         shards = (shard for source in self.about["sources"].values() for shard in source["shards"])
         return sorted({_shape(name) for shard in shards for name in shard["unbreakable"]})
 
-    def vocabulary(self, patch_size: int) -> Vocabulary:
-        """The ids of a model that learns from it."""
-        return Vocabulary.build(self.tokenizer.size, self.shapes, patch_size, **self.tokenizer.markers)
-
     def source(self, name: str, split: str) -> "Stored":
-        """One source's training or held-out documents. ValueError when there is none of that name."""
-        if name not in self.about["sources"]:
-            raise ValueError(f"{self.folder} holds no source {name!r}; it holds {', '.join(self.names)}")
+        """The training or held-out documents of one of its sources."""
         return Stored(self, name, split)
 
     def verify(self) -> None:

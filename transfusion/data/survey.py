@@ -120,9 +120,9 @@ def survey_prepared(prepared: Prepared) -> list[Survey]:
     return found
 
 
-def train_tokenizer(readers: Sequence[Reader], documents: int, size: int) -> Tokenizer:
-    """A tokenizer as preparing would train it: on the first documents of each source."""
-    texts = [
+def first_texts(readers: Sequence[Reader], documents: int) -> list[str]:
+    """The texts of the first documents of each source."""
+    return [
         part.text
         for reader in readers
         for raw in islice((one for unit in reader.units(UNIT) for one in reader.read(unit)), documents)
@@ -130,7 +130,6 @@ def train_tokenizer(readers: Sequence[Reader], documents: int, size: int) -> Tok
         for part in raw.segments
         if isinstance(part, RawText)
     ]
-    return Tokenizer.train(texts, size)
 
 
 def _listed(counts: Counter[str], most: int = 8) -> str:
