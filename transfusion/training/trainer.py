@@ -1,7 +1,6 @@
 """The loop: read, noise, predict, step; hold out, save, and go on exactly where it stopped."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from transfusion.parallel import lower_precision
 from transfusion.sequence import Batch
 from transfusion.training.metrics import Metrics, Screen
 from transfusion.training.optimizer import build_optimizer, learning_rate, optimizer_tensors, update_average
+from transfusion.training.signals import listening
 
 GRID = 10  # held-out times per walk from clean to noise
 
@@ -65,7 +65,7 @@ class Trainer:
         """Up to the last step. False when a signal stopped it before; it is saved either way."""
         config, progress = self.run.training, self.progress
         metrics = Metrics(self.folder / "metrics.jsonl", progress.step)
-        with _signals(self), Screen(config.steps, progress.step) as screen, ThreadPoolExecutor(1) as ahead:
+        with listening(self), Screen(config.steps, progress.step) as screen, ThreadPoolExecutor(1) as ahead:
             reading = self._read()
             coming = ahead.submit(next, reading)
             if progress.step == 0:
@@ -169,27 +169,3 @@ class Trainer:
         text_count, image_count = sum(b.text_count for b in batches), sum(b.image_count for b in batches)
         values = {"text_loss": text / max(1, text_count)}
         return values | ({"image_loss": image / image_count} if image_count else {})
-
-
-class _signals:
-    """While it is open, Ctrl-C and SIGTERM only ask the trainer to stop after the step it is in; a second one insists."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self):
-        def ask(number, frame):
-            if self.trainer.stop_asked:
-                raise KeyboardInterrupt
-            self.trainer.stop_asked = True
-
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, ask)
-            except ValueError:  # not in the main thread: whoever owns it decides
-                break
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
