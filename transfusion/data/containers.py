@@ -214,8 +214,9 @@ class _Letters:
             return Fault("too large", f"it has more than {MOST_MEMBER:,} letters, and is not read further"), self.at
         if end == self.at and (self.at == len(self.text) or self.damaged):
             return self.end, self.at
-        content = self.text[self.at : end]
-        if not content.isascii() and any("\udc80" <= letter <= "\udcff" for letter in content):
+        try:
+            self.text[self.at : end].encode()
+        except UnicodeEncodeError:  # these letters stand for bytes: see the decoder
             value = Fault("wrong encoding", "it is not UTF-8")
         return value, end
 
@@ -357,7 +358,7 @@ class PlainText:
         try:
             with self.files.open(path, offset) as file:
                 for line in _short_lines(file):
-                    blank = not line.strip()
+                    blank = line.strip() in (b"", BOM)
                     if says and not blank and (size >= LONGEST_PASSAGE - 4 or (size >= PASSAGE and ended)):
                         yield row, offset, b"".join(found)
                         found, row, offset, size, says = [], row + 1, offset + size, 0, False

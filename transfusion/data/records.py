@@ -88,9 +88,11 @@ def to_document(form: Form, record: dict, pictures: Pictures) -> RawDocument:
         raise Fault("empty document", "it holds neither text nor picture")
     if pairs:
         _check_pairs(segments)
-    # LLaVA's ids name the picture, not the conversation: there they may recur
-    name = None if form == "conversation" else _first(record, NAMES["id"])
-    return RawDocument(tuple(segments), pairs=pairs, name="" if name is None else _string(str(name), "id"))
+    name = _first(record, NAMES["id"])
+    name = "" if name is None else _string(str(name), "id")
+    if form == "conversation":  # LLaVA's ids name the picture: there they may recur
+        return RawDocument(tuple(segments), kin=name)
+    return RawDocument(tuple(segments), pairs=pairs, name=name)
 
 
 def rename(record: dict, columns: dict[str, str]) -> dict:
@@ -206,6 +208,8 @@ def _editing(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     """Source pictures (clean, not learnt), what to change (not learnt), and the picture that comes of it (learnt)."""
     given = _field(record, "source")
     sources = given if isinstance(given, list) else [given]
+    if not sources:
+        raise Fault("missing picture", "it has no source")
     segments: list[RawText | RawImage] = [RawImage(pictures.read(value), loss=False, max_time=0.0) for value in sources]
     segments.append(RawText(_text(_field(record, "instruction"), "instruction"), loss=False))
     return [*segments, RawImage(pictures.read(_field(record, "target")))]
@@ -282,8 +286,10 @@ def _string(value: Any, what: str) -> str:
             raise Fault("wrong encoding", f"its {what} is not UTF-8 at byte {error.start}") from None
     if not isinstance(value, str):
         raise Fault("bad segment", f"its {what} must be text, not {_shown(value)}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise Fault("wrong encoding", f"its {what} holds half of a surrogate pair")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Fault("wrong encoding", f"its {what} holds half of a surrogate pair") from None
     return value
 
 

@@ -13,6 +13,7 @@ from transfusion.data.containers import Span, damage
 from transfusion.data.files import Files, reason_of
 from transfusion.data.raw import Fault
 
+DAMAGE = (pa.ArrowException, UnicodeDecodeError, OSError)  # what Arrow raises of it; names are decoded too
 ROWS = 16  # that are turned into records at a time: each may hold a picture
 
 
@@ -33,7 +34,7 @@ class Tables:
                         yield Span(path, begun, row - begun, first)
                         begun, first = row, group
                     row, group = row + size, group + 1
-            except (pa.ArrowException, OSError) as error:
+            except DAMAGE as error:
                 damaged = damage(error) is not None
             if row > begun:
                 yield Span(path, begun, row - begun, first)
@@ -46,7 +47,7 @@ class Tables:
             for row, found in islice(self._parquet(span) if _is_parquet(span.path) else self._arrow(span), span.rows):
                 yield self.files.row(span.path, row), found
                 row += 1
-        except (pa.ArrowException, OSError) as error:
+        except DAMAGE as error:
             yield self.files.row(span.path, row), damage(error, "damaged table")
 
     def _sizes(self, path: str) -> Iterator[int]:
@@ -69,7 +70,7 @@ class Tables:
                         for found in _rows(batch, sound=True):
                             yield row, found
                             row += 1
-                except (pa.ArrowException, OSError) as error:
+                except DAMAGE as error:
                     yield row, damage(error, "damaged table")
                 begun += table.metadata.row_group(group).num_rows
                 if begun >= span.first + span.rows:

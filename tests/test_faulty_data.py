@@ -1,0 +1,776 @@
+"""Bad data, read: a fault by kind, file and row for each record that cannot be used, and every other document as ever."""
+
+import base64
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.documents import some
+from tests.fixtures.make import encoded, noise, png, write_tar
+from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
+from transfusion.codecs import pictures
+from transfusion.data import containers
+from transfusion.data.raw import Fault, RawDocument, RawImage
+from transfusion.data.readers import Options, open_reader
+from transfusion.data.records import FORMS, to_document
+
+GOOD = png(1)
+PAIR = {"image": "good.png", "caption": "a bird"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one good picture."""
+    (tmp_path / "good.png").write_bytes(GOOD)
+    return tmp_path
+
+
+@pytest.fixture
+def disks():
+    with other_disks():
+        yield
+
+
+def outcomes(found: list) -> list[tuple[str, str]]:
+    """(where, kind of fault or "") of everything read, whose messages are lines that can be written."""
+    for one in found:
+        assert isinstance(one, RawDocument | Fault)
+        assert str(getattr(one, "message", "")).isprintable()
+        assert one.where.isprintable()
+    return [(one.where, getattr(one, "kind", "")) for one in found]
+
+
+def kinds(found: list) -> list[str]:
+    return [kind for _, kind in outcomes(found)]
+
+
+def check_between(folder: Path, records: list[dict], kind: str, **options) -> list[Fault]:
+    """Each of these records, between good ones, is a fault of this kind; the good ones come."""
+    good = PAIR if options.get("form", "pair") == "pair" else GOODS[options["form"]]
+    path = write_lines(folder / "mixed.jsonl", good, *(one for record in records for one in (record, good)))
+    expected = [(f"mixed.jsonl:{n}", kind if n % 2 == 0 else "") for n in range(1, 2 * len(records) + 2)]
+    for most in (1, 1000):
+        found = read_at(path, most, **options)
+        assert outcomes(found) == expected
+    return found[1::2]
+
+
+# Pictures
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG whose header promises so much, and which holds nothing."""
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    start = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", start) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "cut.png": (encoded(noise(2, 12, 8))[:-60], "truncated"),
+    "cut.jpg": (encoded(noise(2, 12, 8), "JPEG")[:-60], "truncated"),
+    "text.png": (b"this is no picture", "is not a picture"),
+    "zero.png": (b"", "is not a picture"),
+    "huge.png": (header(20000, 10000), "too many pixels"),
+    "large.png": (header(9000, 8000), "9000x8000 pixels"),
+    "flat.png": (header(0, 5), "cannot read|not a picture|no pixels"),
+    "page.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a picture"),
+    "film.png": (b"RIFF\x24\x00\x00\x00AVI LIST", "is not a picture"),
+    "tiff.png": (encoded(noise(2), "TIFF"), "is not a picture"),  # a format that is not read
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_picture_is_a_fault_wherever_it_lies_and_its_neighbours_are_read(name, tmp_path):
+    content, words = BROKEN[name]
+    sources = {what: tmp_path / what for what in ("alone", "lines")}
+    for path in sources.values():
+        path.mkdir()
+        for file, inside in (("a.png", GOOD), ("b-" + name, content), ("c.png", GOOD)):
+            (path / file).write_bytes(inside)
+    images = ["a.png", "b-" + name, "c.png"]
+    write_lines(sources["lines"] / "metadata.jsonl", *({"file_name": image, "text": "a bird"} for image in images))
+    write_tar(tmp_path / "a.tar", [member for n, inside in enumerate((GOOD, content, GOOD))
+                                   for member in ((f"{n}.png", inside), (f"{n}.txt", b"a bird"))])  # fmt: skip
+    pq.write_table(pa.table({"image": [GOOD, content, GOOD], "text": ["a bird"] * 3}), tmp_path / "a.parquet")
+    table = pa.table({"image": [{"bytes": GOOD}, {"bytes": content}]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as out:
+        out.write_table(table)
+    places = {
+        sources["alone"]: images, sources["lines"]: [f"metadata.jsonl:{n}" for n in (1, 2, 3)],
+        tmp_path / "a.tar": [f"a.tar:{n}" for n in range(3)], tmp_path / "a.parquet": [f"a.parquet:{n}" for n in (1, 2, 3)],
+        tmp_path / "a.arrow": ["a.arrow:1", "a.arrow:2"],
+    }  # fmt: skip
+    for source, where in places.items():
+        found = read_at(source)
+        assert outcomes(found) == list(zip(where, ["", "unreadable picture", ""], strict=False))
+        with pytest.raises(Fault, match=words):
+            raise found[1]
+
+
+def test_what_is_read_of_a_broken_picture_is_never_decoded_before_its_size_is_known(monkeypatch, folder):
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 15)
+    assert kinds(read_at(folder)) == ["unreadable picture"]
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 16)
+    assert kinds(read_at(folder)) == [""]
+
+
+MISSING = {
+    "a name": "none.png", "a folder": ".", "a file's inside": "good.png/more.png", "a device": "/dev/zero", "nothing": "",
+    "a number": 5, "truth": True, "a list": ["good.png"], "an empty object": {},
+    "an object of nothing": {"bytes": None, "path": None}, "an object's number": {"path": 7},
+    "a picture as text": base64.b64encode(bytes(5000)).decode(),
+    "a zero byte": "good\x00.png", "half a letter": "good\ud800.png", "a byte of a name": "good\udcff.png",
+    "an address of nobody's": "nosuch://good.png", "an address that is none": "http://[bad",
+    "a chain": "simplecache::good.png",
+    "another chain": "zip://a.png::file:///tmp/a.zip", "an archive": "zip://a.zip", "a line": "no\nsuch.png",
+    "data that is not base64": "data:image/png,abc", "a pipe": "pipe:cat good.png",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_picture_that_is_not_there_is_a_fault_whatever_stands_in_its_place(what, folder):
+    check_between(folder, [{"image": MISSING[what], "caption": "a bird"}], "missing picture")
+
+
+def test_a_damaged_picture_inside_an_address_is_a_fault(folder):
+    inline = "data:image/png;base64," + base64.b64encode(GOOD).decode()
+    damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=",
+               "data:image/png;base64,", inline[:-24] + "A" * 24 + "===="]  # fmt: skip
+    check_between(folder, [{"image": one, "caption": "a bird"} for one in damaged], "unreadable picture")
+
+
+def test_a_file_that_is_too_large_for_a_picture_is_not_read(folder):
+    with open(folder / "large.png", "wb") as file:
+        file.truncate(300 * 2**20)  # a hole: nothing is written
+    check_between(folder, [{"image": "large.png", "caption": "a bird"}], "too large")
+
+
+@pytest.mark.parametrize("address", [
+    "file:///etc/hostname", "local:///etc/hostname", "/etc/hostname", "../../../etc/hostname", "file::memory://data/good.png",
+    "filecache::file:///etc/hostname",
+])  # fmt: skip
+@pytest.mark.parametrize("root", ["memory://data", "bucket://data"])
+def test_data_from_elsewhere_cannot_name_files_of_this_disk(root, address, disks):
+    put(f"{root}/good.png", GOOD)
+    records = [PAIR, {"image": address, "caption": "a secret"}, PAIR]
+    put(f"{root}/a.jsonl", "\n".join(map(json.dumps, records)))
+    assert outcomes(read_at(root)) == [("a.jsonl:1", ""), ("a.jsonl:2", "missing picture"), ("a.jsonl:3", "")]
+
+
+# Captions and texts
+
+
+@pytest.mark.parametrize(("caption", "kind"), [
+    ("", "empty caption"), (" \n\t ", "empty caption"), (None, "empty caption"), (5, "bad segment"), (True, "bad segment"),
+    ([], "bad segment"), (["a bird"], "bad segment"), ({}, "bad segment"), ("half \ud800", "wrong encoding"),
+])  # fmt: skip
+def test_a_caption_that_says_nothing_is_a_fault(caption, kind, folder):
+    check_between(folder, [{"image": "good.png", "caption": caption}], kind)
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b"", "empty caption"), (b"\xef\xbb\xbf \r\n", "empty caption"), ("größe".encode("latin-1"), "wrong encoding"),
+    (None, "empty caption"),
+])  # fmt: skip
+def test_a_file_beside_a_picture_that_says_nothing_is_a_fault(content, kind, folder):
+    (folder / "good.txt").write_text("a bird")
+    (folder / "lone.png").write_bytes(GOOD)
+    if content is not None:
+        (folder / "lone.txt").write_bytes(content)
+    assert outcomes(read_at(folder)) == [("good.png", ""), ("lone.png", kind)]
+
+
+def test_bytes_of_a_table_that_are_no_text_are_a_fault_of_their_row(tmp_path):
+    raw = [b"one", "größe".encode("latin-1"), b"three"]
+    listed = pa.array([[one, b"more"] for one in raw])
+    as_text = pa.array(raw).view(pa.string())  # what a careless writer leaves
+    in_lists = pa.ListArray.from_arrays(listed.offsets, listed.values.view(pa.string()))
+    for name, table in {
+        "bytes": {"text": raw}, "text": {"text": as_text}, "beside": {"text": ["one", "two", "three"], "id": as_text},
+        "lists": {"texts": in_lists, "images": [[None, None]] * 3},
+    }.items():  # fmt: skip
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+        found = read_at(tmp_path / f"{name}.parquet")
+        assert outcomes(found) == [(f"{name}.parquet:{n}", "wrong encoding" if n == 2 else "") for n in (1, 2, 3)]
+        assert texts(found)[::2] == ["one", "three"]
+    for kind, table in (("stream", {"text": as_text}), ("file", {"text": as_text})):
+        with getattr(pa.ipc, f"new_{kind}")(tmp_path / "a.arrow", pa.table(table).schema) as out:
+            out.write_table(pa.table(table))
+        assert kinds(read_at(tmp_path / "a.arrow")) == ["", "wrong encoding", ""]
+
+
+def test_an_id_that_cannot_be_written_down_is_a_fault(folder):
+    check_between(folder, [{**PAIR, "id": "half \ud800"}], "wrong encoding")
+
+
+def test_passages_that_are_not_utf8_are_faults_and_those_around_them_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "PASSAGE", 4)
+    (tmp_path / "a.txt").write_bytes("one.\n\ngröße\n\nthree".encode("latin-1"))
+    (tmp_path / "b.txt").write_text("four")
+    found = read_at(tmp_path)
+    assert kinds(found) == ["", "wrong encoding", "", ""]
+    assert texts(found)[::2] == ["one.\n\n", "three"]
+
+
+# JSON
+
+DEEP = "[" * 100_000
+BAD_LINES = {
+    "no JSON": (b'{"text": ', "bad JSON"), "words": (b"two words", "bad JSON"), "a list": (b'["text"]', "bad JSON"),
+    "text": (b'"text"', "bad JSON"), "a number": (b"5", "bad JSON"), "null": (b"null", "bad JSON"),
+    "not UTF-8": ('{"text": "größe"}'.encode("latin-1"), "wrong encoding"),
+    "two records": (b'{"text": "a"} {"text": "b"}', "bad JSON"), "brackets": (DEEP.encode(), "bad JSON"),
+    "brackets inside": (b'{"text": "a", "more": ' + DEEP.encode() + b"}", "bad JSON"),
+    "a long number": (b'{"text": ' + b"9" * 5000 + b"}", "bad JSON"), "zeros": (bytes(20), "bad JSON"),
+    "a list as deep as can be read": (b"[" * 900 + b"]" * 900, "bad JSON"),
+    "no column": (b'{"this": 1, "that\\n": 2}', "missing column"), "an empty object": (b"{}", "missing column"),
+    "a text as deep as can be read": (b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_LINES)
+def test_a_line_that_holds_no_record_is_a_fault_and_its_neighbours_are_read(what, tmp_path):
+    line, kind = BAD_LINES[what]
+    path = tmp_path / "a.jsonl"
+    for end in (b"\n", b"\r\n"):
+        path.write_bytes(end.join([b'{"text": "one"}', line, b'{"text": "three"}', line]))
+        found = read_at(path)
+        assert [where for where, _ in outcomes(found)] == [f"a.jsonl:{n}" for n in (1, 2, 3, 4)]
+        assert kinds(found)[1] == kinds(found)[3] != ""
+        assert kind is None or kinds(found) == ["", kind, "", kind]  # how deep can be read depends on Python
+        assert texts(found)[::2] == ["one", "three"]
+
+
+RECORDS = [{"text": f"Größe {n} 中", "more": [1, {"a": "]"}]} for n in range(6)]
+
+
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_a_list_that_is_cut_short_gives_all_that_is_whole_and_one_fault(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "CHUNK", chunk)
+    content = json.dumps(RECORDS, ensure_ascii=False).encode()
+    path = tmp_path / "a.json"
+    for cut in range(60, len(content), 3 if chunk > 7 else 11):
+        path.write_bytes(content[:cut])
+        found = read_at(path, most=2)
+        whole = len(found) - 1
+        assert texts(found[:-1]) == [record["text"] for record in RECORDS[:whole]]
+        assert found[-1].kind in ("cut short", "bad JSON")
+        assert found[-1].where == f"a.json:{whole + 1}"
+        assert len(json.dumps(RECORDS[: whole + 1], ensure_ascii=False).encode()) > cut  # no whole one is missing
+
+
+@pytest.mark.parametrize(("element", "kind", "goes_on"), [
+    ('{"text": "größe"}'.encode("latin-1"), "wrong encoding", True), (b"5", "bad JSON", True), (b"[[]]", "bad JSON", True),
+    (b'"text"', "bad JSON", True), (b'{"text": nothing}', "bad JSON", False), (DEEP.encode(), "bad JSON", False),
+    (b'{"a": ' + b"9" * 5000 + b"}", "bad JSON", False), (b"[" * 900 + b"]" * 900, "bad JSON", None),
+    (b'{"this": 1}', "missing column", True),
+])  # fmt: skip
+def test_a_bad_element_of_a_list_is_a_fault_and_the_list_goes_on_where_it_can(element, kind, goes_on, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "one"}, ' + element + b', {"text": "three"}]')
+    for most in (1, 1000):
+        found = read_at(path, most)
+        assert texts(found)[0] == "one"
+        assert kinds(found)[1] == kind
+        assert goes_on is None or texts(found)[2:] == ["three"] * goes_on
+
+
+def test_an_element_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "MOST_MEMBER", 300)
+    monkeypatch.setattr(containers, "CHUNK", 50)
+    monkeypatch.setattr(containers._Letters, "more", counted := counting(containers._Letters.more))
+    path = tmp_path / "a.json"
+    for bomb in ('{"text": "' + "x" * 10_000_000, '{"text": "' + "x" * 320 + '"}]', '{"a": [' + "0, " * 1_000_000):
+        path.write_text('[{"text": "one"}, ' + bomb)
+        assert kinds(read_at(path)) == ["", "too large"]
+    assert counted.calls < 100
+    path.write_text('[{"text": "one"}, {"text": "' + "x" * 280 + '"}, {"text": "three"}]')
+    assert kinds(read_at(path)) == ["", "", ""]
+
+
+def counting(function):
+    def counted(*given):
+        counted.calls += 1
+        return function(*given)
+
+    counted.calls = 0
+    return counted
+
+
+def test_a_file_among_others_that_holds_nothing_of_the_kind_is_a_fault(tmp_path):
+    for name, content in (("a.json", ""), ("b.json", '[{"text": "one"}]'), ("c.json", '{"a": [{"text": "two"}]}'),
+                          ("d.json", "\ufeff \n [ ]"), ("e.json", "x"), ("f.json", '[{"text": "three"}]')):  # fmt: skip
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert outcomes(read_at(tmp_path)) == [("a.json:1", "bad JSON"), ("b.json:1", ""), ("c.json:1", "bad JSON"),
+                                           ("e.json:1", "bad JSON"), ("f.json:1", "")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("", "is no JSON"), ("two words", "is no JSON"), ('{"a": ' + DEEP, "is no JSON"),
+    ('{"annotations": []}', "neither a list"), ('{\n"text": "spread over lines"}', "neither a list"),
+    ("[]", "holds no records"), ("[5]", "nothing in it can be read"),
+    ("\xff", "is no JSON"), ("{", "is no JSON"),
+])  # fmt: skip
+def test_a_json_file_that_holds_no_records_is_refused_in_one_line(content, words, tmp_path):
+    (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=words) as raised:
+        read_at(tmp_path / "a.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_lines_in_a_json_file_are_read_however_long_the_first_is(tmp_path):
+    write_lines(tmp_path / "a.json", {"text": "x" * 300_000}, {"text": "two"})
+    assert [len(text) for text in texts(read_at(tmp_path))] == [300_000, 3]
+
+
+# The forms
+
+TURN = [{"from": "human", "value": "Which <image>?"}, {"from": "gpt", "value": "A robin."}]
+GOODS = {
+    "document": {"segments": [{"text": "a bird"}, {"image": "good.png"}]},
+    "conversation": {"image": "good.png", "conversations": TURN},
+    "messages": {"messages": [{"role": "user", "content": "Hello!"}]}, "interleaved": {"texts": ["a"], "images": [None]},
+    "mmc4": {"text_list": ["a"], "image_info": []},
+    "editing": {"source": "good.png", "instruction": "turn it", "target": "good.png"},
+}  # fmt: skip
+LENGTHS = "lists of different lengths"
+TWO_MARKS = [{"from": "human", "value": "<image> <image>"}]
+
+
+def matched(*infos: dict) -> dict:
+    return {"text_list": ["a"], "image_info": list(infos)}
+
+
+BAD_FORMS = {
+    "interleaved": [
+        (LENGTHS, {"texts": ["a", "b"], "images": [None]}), (LENGTHS, {"texts": [], "images": [None]}),
+        ("bad segment", {"texts": ["a"], "images": ["good.png"]}), ("bad segment", {"texts": [None], "images": [None]}),
+        ("bad segment", {"texts": [""], "images": [""]}), ("bad segment", {"texts": [5], "images": [None]}),
+        ("empty document", {"texts": [], "images": []}), ("empty document", {"texts": [" "], "images": [None]}),
+        ("missing column", {"texts": "a", "images": [None]}), ("missing picture", {"texts": [None], "images": [3]}),
+    ],
+    "mmc4": [
+        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": 1})),
+        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": -1})),
+        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": "0"})),
+        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": True})),
+        ("bad segment", matched({"image_name": "good.png"})), ("bad segment", matched({"matched_text_index": 0})),
+        ("missing column", {"text_list": ["a"], "image_info": 5}), ("bad segment", {"text_list": [None], "image_info": []}),
+        ("empty document", {"text_list": [" "], "image_info": []}),
+    ],
+    "conversation": [
+        (LENGTHS, {"image": "good.png", "conversations": TWO_MARKS}),
+        (LENGTHS, {"image": ["good.png"] * 3, "conversations": TWO_MARKS}), (LENGTHS, {"conversations": TURN}),
+        ("bad segment", {"conversations": [{"from": "human", "value": 5}]}), ("bad segment", {"conversations": ["Hello!"]}),
+        ("bad segment", {"conversations": [{"from": "human"}]}), ("bad segment", {"conversations": [{"value": "Hello!"}]}),
+        ("empty document", {"conversations": []}),
+        ("wrong encoding", {"conversations": [{"from": "human", "value": "\ud800"}]}),
+    ],
+    "messages": [
+        ("bad segment", {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": "a.mp4"}]}]}),
+        ("bad segment", {"messages": [{"role": "user", "content": 5}]}),
+        ("bad segment", {"messages": [{"role": "user", "content": {"type": "text"}}]}),
+        ("bad segment", {"messages": [{"role": "user", "content": ["Hello!"]}]}),
+        ("bad segment", {"messages": [{"content": "Hello!"}]}), ("empty document", {"messages": []}),
+        ("empty document", {"messages": [{"role": "user", "content": " "}]}),
+    ],
+    "document": [
+        ("bad segment", {"segments": [{"text": "a", "image": "good.png"}]}), ("bad segment", {"segments": [{}]}),
+        *(("bad segment", {"segments": [{"image": "good.png", "max_time": time}]})
+          for time in (1.5, -0.1, "1", True, float("nan"), [])),
+        *(("bad segment", {"segments": [{"text": "a", "loss": loss}]}) for loss in (1, "false", [])),
+        ("bad segment", {"segments": ["a"]}), ("empty document", {"segments": []}),
+        ("empty text", {"segments": [{"text": " "}]}),
+        ("bad segment", {"segments": [{"image": "good.png"}, {"text": "a bird"}], "pairs": True}),
+        ("bad segment", {"segments": [{"text": "a bird"}, {"text": "a nest"}], "pairs": True}),
+        ("bad segment", {"segments": [{"text": "a bird"}], "pairs": True}),
+        ("bad segment", {"segments": [{"text": "a bird"}, {"image": "good.png"}], "pairs": "no"}),
+    ],
+    "editing": [
+        ("missing column", {"source": "good.png", "target": "good.png"}),
+        ("empty instruction", {"source": "good.png", "instruction": " ", "target": "good.png"}),
+        ("missing picture", {"source": "good.png", "instruction": "turn it", "target": "none.png"}),
+        ("missing picture", {"source": ["good.png", "none.png"], "instruction": "turn it", "target": "good.png"}),
+        ("missing picture", {"source": [], "instruction": "turn it", "target": "good.png"}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", GOODS)
+def test_what_breaks_the_rules_of_a_form_is_a_fault(form, folder):
+    for kind, record in BAD_FORMS[form]:
+        check_between(folder, [record], kind, form=form)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.binary(max_size=4)
+    | st.sampled_from(("", " ", "good.png", "<image>", "text", "\ud800")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from((
+        "text", "image", "loss", "max_time", "from", "value", "role", "content", "type", "image_url", "url", "bytes", "path",
+        "matched_text_index", "image_name")), inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+columns = st.sampled_from((
+    "segments", "pairs", "conversations", "messages", "texts", "images", "text_list", "image_info", "image", "caption",
+    "text", "id", "source", "instruction", "target",
+))  # fmt: skip
+
+
+class Any:
+    """Pictures of which every second is missing."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def read(self, value):
+        self.asked += 1
+        if self.asked % 2:
+            return np.zeros((2, 2, 3), np.uint8)
+        raise Fault("missing picture", "there is none")
+
+
+@settings(some, max_examples=400)
+@given(st.sampled_from(FORMS), st.dictionaries(columns, anything, max_size=5))
+def test_any_record_of_any_form_is_a_document_or_a_fault(form, record):
+    try:
+        found = to_document(form, record, Any())
+    except Fault as fault:
+        assert fault.kind
+        return
+    assert found.segments
+    for part in found.segments:
+        assert isinstance(part, RawImage) or part.text.encode() is not None
+    assert found.name.encode() is not None
+
+
+# Archives
+
+
+class Evil:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+GROUPS = [(f"{n}.{suffix}", content) for n in range(4) for suffix, content in (("png", png(n)), ("txt", b"bird %d" % n))]
+
+
+def test_pickles_in_an_archive_are_never_opened(tmp_path):
+    evil = pickle.dumps(Evil(tmp_path / "written"))
+    pickle.loads(evil).close()  # noqa: S301 (it would)
+    (tmp_path / "written").unlink()
+    suffixes = ("pickle", "pkl", "pyd", "pth", "pt", "npy", "npz", "pyc")
+    evils = [(f"0.{suffix}", evil) for suffix in suffixes]
+    write_tar(tmp_path / "a.tar", [*GROUPS[:2], *evils, *GROUPS[2:4], ("1.json", evil)])
+    assert outcomes(read_at(tmp_path / "a.tar")) == [("a.tar:0", ""), ("a.tar:1", "wrong encoding")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
+
+
+def test_nothing_of_an_archive_is_ever_unpacked_and_links_and_devices_are_passed_over(tmp_path):
+    inner = tmp_path / "deep/inside"
+    inner.mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("a secret")
+    with tarfile.open(inner / "a.tar", "w") as archive:
+        for name, content in (("../../evil.png", GOOD), ("../../evil.txt", b"a bird"), ("/abs.png", GOOD),
+                              ("/abs.txt", b"a nest")):  # fmt: skip
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+        links = ("b.png", tarfile.SYMTYPE), ("b.txt", tarfile.LNKTYPE)
+        others = (("c.txt", tarfile.CHRTYPE), ("c.png", tarfile.BLKTYPE), ("d.txt", tarfile.FIFOTYPE),
+                  ("e.txt", tarfile.DIRTYPE))  # fmt: skip
+        for name, kind in (*links, *others):
+            about = tarfile.TarInfo(name)
+            about.type, about.linkname = kind, "../../secret.txt" if (name, kind) in links else ""
+            archive.addfile(about)
+    before = sorted(tmp_path.rglob("*"))
+    found = read_at(inner)
+    assert outcomes(found) == [("a.tar:../../evil", ""), ("a.tar:abs", "")]
+    assert texts(found) == ["a bird", "a nest"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_archive_that_is_cut_gives_the_groups_before_the_cut_and_one_fault(tmp_path):
+    """A group is known to be whole when the next one, or the end mark, can be read behind it."""
+    path = tmp_path / "a.tar"
+    write_tar(path, GROUPS)
+    content, group, block = path.read_bytes(), 2048, tarfile.BLOCKSIZE  # two headers and two contents of a block each
+    ends = [group * n + block * k + j for n in range(5) for k in range(4) for j in (-1, 0, 1)]
+    for cut in (cut for cut in ends if 0 <= cut <= len(content)):
+        path.write_bytes(content[:cut])
+        whole = max(0, (cut - block) // group)
+        if whole == 0:
+            with pytest.raises(ValueError, match="nothing in it can be read; first a.tar"):
+                open_reader(str(path))
+            continue
+        for most in (1, 1000):
+            found = read_at(path, most)
+            assert outcomes(found[:whole]) == [(f"a.tar:{n}", "") for n in range(whole)]
+            assert texts(found[:whole]) == [f"bird {n}" for n in range(whole)]
+            assert outcomes(found[whole:]) == ([(f"a.tar:{whole}", "cut short")] if whole < 4 else [])
+
+
+def test_a_compressed_archive_that_is_cut_gives_the_groups_before_the_cut_and_one_fault(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    write_tar(path, GROUPS)
+    content, lengths = path.read_bytes(), set()
+    for cut in range(len(content) // 2, len(content), 7):
+        path.write_bytes(content[:cut])
+        found = read_at(path)
+        whole = kinds(found).count("")
+        lengths.add(whole)
+        assert texts(found[:whole]) == [f"bird {n}" for n in range(whole)]
+        assert outcomes(found[whole:]) == ([(f"a.tar.gz:{whole}", "cut short")] if whole < 4 else [])
+    assert lengths == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"garbage!"])
+def test_a_header_that_is_damaged_ends_an_archive_with_a_fault(damage, tmp_path):
+    write_tar(tmp_path / "a.tar", GROUPS)
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[4 * 1024 + 148 : 4 * 1024 + 156] = damage  # the checksum of 2.png
+    (tmp_path / "a.tar").write_bytes(content)
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:4096] + bytes(1024))
+    assert outcomes(read_at(tmp_path)) == [("a.tar:0", ""), ("a.tar:1", "cut short"), ("b.tar:0", ""), ("b.tar:1", "")]
+
+
+def test_a_member_of_negative_size_ends_an_archive_with_a_fault(tmp_path):
+    with open(tmp_path / "a.tar", "wb") as out:
+        for name, size in (("0.txt", 3), ("1.txt", -1024)):
+            about = tarfile.TarInfo(name)
+            about.size = abs(size)
+            header = bytearray(about.tobuf(tarfile.GNU_FORMAT))
+            if size < 0:
+                header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+                header[148:156] = b"%06o\x00 " % tarfile.calc_chksums(bytes(header))[0]
+            out.write(header + b"abc".ljust(512, b"\x00"))
+        out.write(bytes(1024))
+    with pytest.raises(ValueError, match="cannot be read from here on"):
+        read_at(tmp_path / "a.tar")
+    (tmp_path / "b.tar").write_bytes(b"")
+    write_tar(tmp_path / "c.tar", GROUPS[:2])
+    assert kinds(read_at(tmp_path)) == ["cut short", "cut short", ""]
+
+
+def test_an_archive_of_nothing_but_long_names_is_a_fault(tmp_path):
+    about = tarfile.TarInfo("././@LongLink")
+    about.type, about.size = tarfile.GNUTYPE_LONGNAME, 512
+    (tmp_path / "a.tar").write_bytes((about.tobuf(tarfile.GNU_FORMAT) + b"x" * 512) * 3000 + bytes(1024))
+    write_tar(tmp_path / "b.tar", GROUPS[:2])
+    assert kinds(read_at(tmp_path)) == ["cut short", ""]
+
+
+def test_members_that_say_nothing_usable_are_faults_of_their_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "MOST_MEMBER", 1000)
+    groups = [("a.png", GOOD), ("a.txt", b"a bird"), ("b.png", GOOD), ("b.txt", b" \n"), ("c.png", GOOD), ("c.json", b"{"),
+              ("d.png", GOOD), ("d.json", b"[1]"), ("e.png", GOOD), ("f.txt", b"no picture"), ("g.png", GOOD),
+              ("g.txt", b"x" * 1001), ("h.png", GOOD), ("h.txt", b"a nest")]  # fmt: skip
+    write_tar(tmp_path / "a.tar", groups)
+    assert dict(outcomes(read_at(tmp_path / "a.tar"))) == {
+        "a.tar:a": "", "a.tar:b": "empty caption", "a.tar:c": "bad JSON", "a.tar:d": "bad JSON", "a.tar:e": "missing column",
+        "a.tar:f": "missing column", "a.tar:g": "too large", "a.tar:h": "",
+    }  # fmt: skip
+
+
+# Tables
+
+
+def test_a_table_whose_end_is_missing_is_a_fault_and_others_beside_it_are_read(tmp_path):
+    table = pa.table({"text": ["one", "two"]})
+    for name in ("a", "b", "c"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    for content in ((tmp_path / "b.parquet").read_bytes()[:-10], b"", b"no parquet"):
+        (tmp_path / "b.parquet").write_bytes(content)
+        for most in (1, 1000):
+            assert outcomes(read_at(tmp_path, most)) == [
+                ("a.parquet:1", ""), ("a.parquet:2", ""), ("b.parquet:1", "damaged table"),
+                ("c.parquet:1", ""), ("c.parquet:2", ""),
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [1, 1000])
+def test_a_group_of_rows_that_is_damaged_is_a_fault_and_those_around_it_are_read(most, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {n}" * 20 for n in range(9)]}), path, row_group_size=3, use_dictionary=False,
+                   compression="none")  # fmt: skip
+    about = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[about.data_page_offset : about.data_page_offset + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    found = read_at(path, most)
+    assert outcomes(found) == [(f"a.parquet:{n}", "damaged table" if n == 4 else "") for n in (1, 2, 3, 4, 7, 8, 9)]
+
+
+@pytest.mark.parametrize("most", [1, 1000])
+def test_a_stream_that_is_cut_gives_the_batches_before_the_cut_and_one_fault(most, tmp_path):
+    table, buffer, ends = pa.table({"text": [f"text {n}" * 20 for n in range(9)]}), io.BytesIO(), []
+    with pa.ipc.new_stream(buffer, table.schema) as out:
+        for batch in table.to_batches(max_chunksize=3):
+            out.write_batch(batch)
+            ends.append(buffer.tell())
+    (tmp_path / "b.arrow").write_bytes(buffer.getvalue())
+    for begun, end in enumerate(ends[:-1], 1):
+        for beyond in (3, 50, 500):  # bytes of the batch that are there
+            (tmp_path / "a.arrow").write_bytes(buffer.getvalue()[: end + beyond])
+            whole = [(f"a.arrow:{n}", "") for n in range(1, 3 * begun + 1)]
+            others = [(f"b.arrow:{n}", "") for n in range(1, 10)]
+            found = outcomes(read_at(tmp_path, most))
+            assert found == [*whole, (f"a.arrow:{3 * begun + 1}", "damaged table"), *others]
+
+
+def test_a_table_without_captions_holds_pictures_or_faults_as_one_says(tmp_path):
+    pq.write_table(pa.table({"image": [GOOD, GOOD]}), tmp_path / "a.parquet")
+    assert kinds(read_at(tmp_path)) == ["", ""]
+    assert open_reader(str(tmp_path)).form == "image"
+    found = read_at(tmp_path, form="pair")
+    assert kinds(found) == ["missing column", "missing column"]
+    assert "among its columns: image" in str(found[0])
+
+
+def test_a_label_without_a_name_is_a_fault(tmp_path):
+    def named(names) -> dict:
+        return {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}}}
+
+    for about, expected in ((named(["nest"]), ["", "bad segment", "empty caption"]), ({"info": {"features": [1]}}, None),
+                            ({}, None), (named(5), None)):  # fmt: skip
+        schema = pa.schema({"image": pa.binary(), "label": pa.int64()}, {"huggingface": json.dumps(about)})
+        pq.write_table(pa.table({"image": [GOOD] * 3, "label": [0, 7, None]}, schema), tmp_path / "a.parquet")
+        assert kinds(read_at(tmp_path)) == (expected or ["bad segment", "bad segment", "empty caption"])
+
+
+# Compressed files
+
+
+@pytest.mark.parametrize(("name", "content", "kind"), [
+    ("a.jsonl.gz", "\n".join(map(json.dumps, RECORDS * 300)), "cut short"),
+    ("a.json.gz", json.dumps(RECORDS * 300), "cut short"),
+])  # fmt: skip
+def test_a_compressed_file_that_is_cut_gives_the_records_before_the_cut(name, content, kind, tmp_path):
+    packed = gzip.compress(content.encode(), 1)
+    (tmp_path / name).write_bytes(packed)
+    expected = [record["text"] for record in RECORDS * 300]
+    assert texts(read_at(tmp_path)) == expected
+    for damaged in (packed[: len(packed) // 2], packed[: len(packed) * 9 // 10]):
+        (tmp_path / name).write_bytes(damaged)
+        for most in (100, 1000):
+            found = read_at(tmp_path, most)
+            assert kinds(found[-1:]) == [kind]
+            assert texts(found[:-1]) == expected[: len(found) - 1]
+        assert len(found) > 300
+
+
+def test_a_checksum_that_is_wrong_is_a_fault_behind_all_that_was_unpacked(tmp_path):
+    packed = bytearray(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    packed[-6] ^= 1
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert outcomes(read_at(tmp_path)) == [("a.jsonl.gz:1", ""), ("a.jsonl.gz:2", ""), ("a.jsonl.gz:3", "cut short")]
+
+
+# COCO
+
+
+def test_annotations_that_name_no_picture_are_faults(folder):
+    images = [{"id": 1, "file_name": "good.png"}, {"id": 2, "file_name": "none.png"}, {"id": [3]}, {"id": 4}, 5,
+              {"id": 6, "file_name": "../" * 20 + "dev/zero"}]  # fmt: skip
+    annotations = [{"image_id": 1, "caption": "a bird"}, {"image_id": 2, "caption": "no file"},
+                   {"image_id": 9, "caption": "none"},
+                   {"image_id": [3], "caption": "none"}, {"caption": "none"}, 7, {"image_id": 4, "caption": "no name"},
+                   {"image_id": 1}, {"image_id": 1, "caption": 5}, {"image_id": 6, "caption": "zeros"},
+                   {"image_id": 1, "caption": "a bird again"}]  # fmt: skip
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    found = read_at(folder / "captions.json")
+    assert kinds(found) == ["", *["missing picture"] * 6, "empty caption", "bad segment", "missing picture", ""]
+    assert [one.where for one in found] == [f"captions.json:annotation {n}" for n in range(1, 12)]
+    for second in ("{", '{"images": null, "annotations": null}', '{"images": [], "annotations": {}}'):
+        (folder / "captions_z.json").write_text(second)
+        assert kinds(read_at(folder))[-1] == "bad JSON"
+
+
+# Names of files
+
+
+def test_names_of_files_that_are_not_utf8_can_still_be_said(tmp_path):
+    for n, name in enumerate((b"b\xffird.png", b"line\nbreak.png")):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(png(n))
+    assert outcomes(read_at(tmp_path)) == [("b?ird.png", ""), ("line?break.png", "")]
+
+
+def test_a_name_in_an_archive_that_is_not_utf8_can_still_be_said(tmp_path):
+    write_tar(tmp_path / "a.tar", [("bXrd.png", GOOD), ("bXrd.txt", b"a bird")])
+    content = (tmp_path / "a.tar").read_bytes()
+    for start in (0, 1024):
+        head = bytearray(content[start : start + 512])
+        head[1:2] = b"\xff"
+        head[148:156] = b"%06o\x00 " % tarfile.calc_chksums(bytes(head))[0]
+        content = content[:start] + head + content[start + 512 :]
+    (tmp_path / "a.tar").write_bytes(content)
+    assert outcomes(read_at(tmp_path)) == [("a.tar:b\ufffdrd", "")]
+
+
+# Files that are hardly files
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl", b""), ("a.jsonl", b"\n\n \n"), ("a.jsonl", b"{\n["), ("a.tar", b""), ("a.parquet", b""), ("a.arrow", b""),
+    ("a.txt", b""), ("a.txt", b" \n\n"), ("a.tar", b"no archive" * 100), ("a.jsonl.gz", b"no gzip"),
+    ("a.json.gz", b"no gzip"), ("a.json", b""), ("a.tgz", gzip.compress(b"")),
+])  # fmt: skip
+def test_a_file_of_which_nothing_can_be_read_is_refused_in_one_line(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises((ValueError, OSError)) as raised:
+            open_reader(str(source)).units(10)
+        assert str(raised.value).isprintable()
+        assert name in str(raised.value) or str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [
+    "archives/shard-000000.tar", "archives/shard-000001.tar.gz", "parquet/rows.parquet", "structs/rows.parquet",
+    "saved/data-00000-of-00001.arrow", "feather/rows.arrow", "text_lines/a.jsonl", "segments/documents.jsonl",
+    "llava/llava.json", "paths/prompts.json", "coco/annotations/captions_val2017.json", "texts/z.txt.gz",
+    "alone/turned.jpg", "alone/clear.png",
+    "alone/gif.gif", "alone/webp.webp", "alone/bmp.bmp",
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(("cut", "byte", "bits")), st.booleans())
+def test_damage_of_any_kind_ends_in_faults_or_is_refused_in_one_line(name, seed, damage, far):
+    chance, content = random.Random(seed), bytearray((FIXTURES / name).read_bytes())
+    if damage == "cut":
+        content = content[: chance.randrange(len(content))]
+    for _ in range(20 if far else 1):
+        if damage != "cut":
+            place = chance.randrange(len(content))
+            content[place] = chance.randrange(256) if damage == "byte" else content[place] ^ 1 << chance.randrange(8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(name).name
+        path.write_bytes(content)
+        try:
+            reader = open_reader(str(path), Options())
+            units = reader.units(2)
+        except (ValueError, OSError) as error:
+            assert str(error).isprintable()
+            return
+        outcomes([one for unit in units for one in reader.read(unit)])
