@@ -21,29 +21,33 @@ class LinearPatches(nn.Module):
         self.patch_size = config.patch_size
         self.inward = nn.Linear(config.patch_width, config.width)
         self.outward = nn.Linear(config.width, config.patch_width)
-        self.time = nn.Sequential(
-            nn.Linear(FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
-        )
+        self.time = time_mlp(config.width)
 
-    def enter(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """Noisy latents (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D)."""
-        return self.inward(patchify(noisy, self.patch_size)) + self.time(describe_time(t).to(noisy.dtype))[:, None]
+    def enter(self, noisy: Tensor, t: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Noisy latents (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D), and what `leave` needs: their (Y, X)."""
+        patches = self.inward(patchify(noisy, self.patch_size))  # (N, P, D)
+        return patches + self.time(describe_time(t).to(noisy.dtype))[:, None], noisy.shape[2:]
 
-    def leave(self, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
-        """What the transformer made of the patches (N, P, D) -> a prediction (N, C, Y, X) of this latent shape (Y, X)."""
-        return unpatchify(self.outward(hidden), shape, self.patch_size)
+    def leave(self, hidden: Tensor, carried: tuple[int, int]) -> Tensor:
+        """What the transformer made of the patches (N, P, D) -> a prediction (N, C, Y, X)."""
+        return unpatchify(self.outward(hidden), carried, self.patch_size)
 
 
 def patchify(latent: Tensor, p: int) -> Tensor:
     """(N, C, Y, X) -> (N, P, C * p * p), left to right, top to bottom."""
     N, C, Y, X = latent.shape
-    return latent.view(N, C, Y // p, p, X // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * p * p)
+    return latent.view(N, C, Y // p, p, X // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, shape: tuple[int, int], p: int) -> Tensor:
     """The inverse of `patchify` for a latent of shape (Y, X)."""
-    N, (Y, X) = len(patches), shape
-    return patches.view(N, Y // p, X // p, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(N, -1, Y, X)
+    N, (Y, X), C = len(patches), shape, patches.shape[2] // p**2
+    return patches.view(N, Y // p, X // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(N, C, Y, X)
+
+
+def time_mlp(width: int) -> nn.Sequential:
+    """What makes of a described time (N, 256) what is added to numbers of this width."""
+    return nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def describe_time(t: Tensor) -> Tensor:

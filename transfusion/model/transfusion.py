@@ -11,6 +11,7 @@ from transfusion.config import ModelConfig
 from transfusion.model.mask import Mask, packed
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
+from transfusion.model.unet import UNetPatches
 from transfusion.sequence import Batch
 
 
@@ -29,7 +30,7 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.patches = LinearPatches(config)
+        self.patches = UNetPatches(config) if config.patches == "unet" else LinearPatches(config)
         self.transformer = Transformer(config)
         # Tied, the embedding is the head: one tensor under one name, so nothing can untie it or save it twice.
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
@@ -45,16 +46,17 @@ class Transfusion(nn.Module):
             mask = packed(batch.document, batch.image, self.config.image_attention)
         x = self.tokens(batch.tokens)  # (B, L, D)
         B, L, D = x.shape
-        if noisy:
-            patches = [self.patches.enter(*pair).view(-1, D) for pair in zip(noisy, t, strict=True)]
+        entered = [self.patches.enter(*pair) for pair in zip(noisy, t, strict=True)]  # (N, P, D), and for the way out
+        if entered:
+            patches = torch.cat([vectors.reshape(-1, D) for vectors, _ in entered])  # (all patches, D)
             index = torch.cat([group.index.view(-1) for group in batch.groups])
-            x = x.view(-1, D).index_copy(0, index, torch.cat(patches).to(x.dtype)).view(B, L, D)
+            x = x.view(-1, D).index_copy(0, index, patches.to(x.dtype)).view(B, L, D)
         hidden = self.transformer(x, batch.position, mask, cache).view(-1, D)  # (B * L, D)
         outward = self.tokens.weight if self.head is None else self.head.weight  # (V, D)
         logits = F.linear(hidden.index_select(0, batch.text_index), outward)  # (T, V)
         return Prediction(logits, [
-            self.patches.leave(hidden.index_select(0, g.index.view(-1)).view(*g.index.shape, D), latent.shape[2:])
-            for g, latent in zip(batch.groups, noisy, strict=True)
+            self.patches.leave(hidden.index_select(0, g.index.view(-1)).view(*g.index.shape, D), carried)
+            for g, (_, carried) in zip(batch.groups, entered, strict=True)
         ])  # fmt: skip
 
 
@@ -76,12 +78,13 @@ def empty(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusio
 def init_weights(model: Transfusion, seed: int) -> None:
     """Fill in the starting weights, fp32 on the CPU, each parameter's chance from (seed, its name).
 
-    Layers that write to the residual stream start smaller, so that depth does not make it grow; the image head starts
-    at zero: its first guess is 0, the mean of what it learns to say.
+    Matrices and kernels start as large as keeps a signal's size. Layers that write to a residual stream start smaller, so
+    that depth does not make it grow; the image head starts at zero: its first guess is 0, the mean of what it learns to say.
     """
     config = model.config
     for name, parameter in model.named_parameters():
         fresh = torch.empty(parameter.shape, dtype=torch.float32)
+        fan_in = parameter[0].numel()
         generator = torch.Generator().manual_seed(seed_from(seed, name))
         match name.split(".")[-2:]:
             case [_, "bias"]:
@@ -93,9 +96,9 @@ def init_weights(model: Transfusion, seed: int) -> None:
             case ["tokens", "weight"]:
                 fresh.normal_(0, 1 if not config.tied else config.width**-0.5, generator=generator)
             case ["out" | "down", "weight"]:
-                fresh.normal_(0, (2 * config.layers * parameter.shape[1]) ** -0.5, generator=generator)
+                fresh.normal_(0, (2 * config.layers * fan_in) ** -0.5, generator=generator)
             case _:
-                fresh.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+                fresh.normal_(0, fan_in**-0.5, generator=generator)
         parameter.copy_(fresh)
 
 
