@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import transfusion
 from tests.tiny import begin_run, prepared, run_tensors, small_run, write_run
 from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, verify
-from transfusion.checkpoint.save import SaveError, save
+from transfusion.checkpoint.save import SaveError, meaning, save
 from transfusion.disk import OpenError, read_json
 from transfusion.model.transfusion import build
 
@@ -723,3 +723,16 @@ def test_a_process_that_is_really_killed_while_it_saves_leaves_the_checkpoint_be
     assert holds_step(tmp_path, step)
     save_step(tmp_path, step + 1)
     assert holds_step(tmp_path, step + 1)
+
+
+def test_a_field_that_a_later_version_adds_changes_no_earlier_run(tmp_path):
+    write_run(tmp_path)
+    values = json.loads((tmp_path / "run.json").read_text())
+    del values["run"]["model"]["patches"]  # as if it were written before there was a choice
+    values["meaning"] = meaning(values["run"], values["vocabulary"])
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert open_checkpoint(tmp_path).run.model.patches == "linear"
+    values["run"]["model"]["heads"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(OpenError, match="no longer those of its weights"):
+        open_checkpoint(tmp_path)

@@ -26,7 +26,8 @@ from tests.documents import (
     same_batch,
     some,
 )
-from transfusion.codecs.pixels import BlockPCA, Pixels, codec_of
+from transfusion.codecs.codec import codec_of
+from transfusion.codecs.pixels import BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data import sources as run_sources

@@ -24,7 +24,7 @@ from tests.documents import contents, contents_of, same_batch
 from tests.sources import inline, picture, png, write_lines, write_photos, write_texts
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
-from transfusion.data import prepare as preparing
+from transfusion.data import fitting
 from transfusion.data.loader import BEGINNING, Encoder, Loader, arrange, element_weights, heldout_batches
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument
@@ -277,12 +277,12 @@ def test_however_many_processes_the_result_is_the_same(tmp_path, world):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=4))
 def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
     with TemporaryDirectory() as temporary:
-        folder, made, real = Path(temporary) / "out", [], preparing.Tools.encode
+        folder, made, real = Path(temporary) / "out", [], fitting.Tools.cut
         written = {}
         for moment in [*moments, None]:
             left = [moment]
 
-            def encode(self, raw, left=left):
+            def cut_once(self, raw, left=left):
                 if left[0] is not None:
                     if left[0] == 0:
                         raise Killed
@@ -291,7 +291,7 @@ def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
                 return real(self, raw)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(preparing.Tools, "encode", encode)
+                patch.setattr(fitting.Tools, "cut", cut_once)
                 patch.setattr(ShardWriter, "abandon", lambda self: None)  # who is killed cleans nothing up
                 try:
                     prepare(readers(), CONFIG, folder)
@@ -330,7 +330,7 @@ def test_a_full_disk_stops_it_in_words_and_costs_nothing(tmp_path, monkeypatch, 
 
 def test_prepared_again_it_only_says_so(monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in whole().rglob("*")}
-    monkeypatch.setattr(preparing.Tools, "encode", None)
+    monkeypatch.setattr(fitting.Tools, "cut", None)
     assert prepare(readers(), CONFIG, whole()) == read_json(whole() / "dataset.json")
     assert {path: path.stat().st_mtime_ns for path in whole().rglob("*")} == before
 

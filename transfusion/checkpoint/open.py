@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning
-from transfusion.codecs.pixels import Codec, codec_from_bytes
+from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
@@ -71,7 +71,7 @@ def describe(folder: Path) -> Described:
     try:
         run = from_json(Run, values["run"])
         vocabulary = Vocabulary.from_json(values["vocabulary"])
-        if values["meaning"] != meaning(run, vocabulary):
+        if values["meaning"] != meaning(values["run"], values["vocabulary"]):
             raise OpenError(f"{folder / 'run.json'}: model, diffusion or vocabulary are no longer those of its weights")
         text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
         encoded = read_checked(folder / "codec.safetensors", values["codec"]["sha256"])

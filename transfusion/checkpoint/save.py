@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from transfusion.codecs.pixels import Codec, codec_to_bytes
+from transfusion.codecs.codec import Codec, codec_to_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
 from transfusion.disk import sha256_of, write_json, write_whole
@@ -37,7 +37,7 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
         "format": FORMAT,
         "run": to_json(run),
         "vocabulary": vocabulary.to_json(),
-        "meaning": meaning(run, vocabulary),
+        "meaning": meaning(to_json(run), vocabulary.to_json()),
         "codec": {"kind": codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(text.encode()).hexdigest()},
         "versions": {
@@ -50,9 +50,12 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
     write_json(folder / "run.json", values)
 
 
-def meaning(run: Run, vocabulary: Vocabulary) -> str:
-    """The SHA-256 of all that the weights mean nothing without; what may be edited by hand (generation, say) is left out."""
-    parts = [to_json(run.model), to_json(run.diffusion), vocabulary.to_json()]
+def meaning(run: dict, vocabulary: dict) -> str:
+    """The SHA-256 of all that the weights mean nothing without; what may be edited by hand (generation, say) is left out.
+
+    Of what run.json says, not of what is made of it: a field that a later version adds changes no earlier run.
+    """
+    parts = [run.get("model"), run.get("diffusion"), vocabulary]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from transfusion.cli.codec import fit_codec
 from transfusion.cli.screen import UsageError, fail, nearest, parse, progress, say
+from transfusion.cli.sources import SOURCES, Reading, Sources, open_readers
 from transfusion.config import PrepareConfig
 
 VERBS = {
@@ -17,29 +19,9 @@ VERBS = {
     "inspect": "show documents as a page with thumbnails",
     "stats": "count texts, tokens, images, lengths and sizes, per source",
     "prepare": "encode everything once, for training",
+    "fit-codec": "train an autoencoder on pictures, for prepare --codec",
 }
-SOURCES = """\
-SOURCE is a file or folder (pictures, .parquet, .tar, .jsonl, .json, .arrow, .txt; * stands for any letters), an address
-(s3://, https://, hf://...), owner/name on Hugging Face's hub, or digits, shapes, topics; NAME=SOURCE names it. docs/data.md
-shows what the files may look like. inspect, stats and validate also take a folder that `prepare` made."""
 SHOWN = 10  # faults that are named on the screen
-
-Sources = tyro.conf.Positional[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Reading:
-    form: str | None = None
-    """What a record is: document, pair, text, image, conversation, messages, interleaved, mmc4, editing; else found out."""
-    columns: tuple[str, ...] = ()
-    """Whose columns are called otherwise: caption=blip_caption image=jpg ...; id= alone: do not read it."""
-    pictures: str | None = None
-    """The folder from which the paths of pictures are counted, if not that of the file that names them."""
-    split: str = "train"
-    """Which of several splits to read, where files or folders are named after them."""
-    limit: int | None = None
-    """Read only so many records of each source."""
-
 
 @dataclass(frozen=True)
 class Validate:
@@ -95,7 +77,7 @@ def main(arguments: list[str]) -> None:
     """Do one of the four."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: transfusion data COMMAND SOURCE... [options]\n")
-        print(*(f"  {verb:10}{what}" for verb, what in VERBS.items()), sep="\n")
+        print(*(f"  {verb:11}{what}" for verb, what in VERBS.items()), sep="\n")
         print(f"\n{SOURCES}\ntransfusion data COMMAND --help lists every option.")
         sys.exit(0 if arguments else 2)
     verb, rest = arguments[0], arguments[1:]
@@ -108,6 +90,8 @@ def main(arguments: list[str]) -> None:
             stats(parse(Stats, "data stats", rest))
         case "prepare":
             prepare(parse(Prepare, "data prepare", rest))
+        case "fit-codec":
+            fit_codec(rest)
         case _:
             raise UsageError(f"there is no command data {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
 
@@ -163,7 +147,7 @@ def inspect(asked: Inspect) -> None:
 def stats(asked: Stats) -> None:
     """One table a source."""
     from transfusion.codecs.text import Tokenizer
-    from transfusion.data.prepare import train_tokenizer
+    from transfusion.data.fitting import train_tokenizer
     from transfusion.data.survey import first_texts, survey, survey_prepared
 
     prepared, readers = _open(asked)
@@ -188,7 +172,7 @@ def prepare(asked: Prepare) -> None:
 
     with Ranks.of_torchrun() as ranks:
         first = ranks.rank == 0
-        readers = _readers(asked)
+        readers = open_readers(asked.sources, asked.reading)
         existed = (asked.out / "dataset.json").exists()
         with progress("preparing", quiet=not first) as tick:
             about = preparing.prepare(
@@ -215,23 +199,4 @@ def _open(asked: Validate | Inspect | Stats) -> tuple[list, list]:
 
     prepared = [source for source in asked.sources if os.path.exists(os.path.join(source, "recipe.json"))]
     others = [source for source in asked.sources if source not in prepared]
-    return [open_prepared(Path(folder)) for folder in prepared], _readers(asked, others, needed=not prepared)
-
-
-def _readers(asked, sources: list[str] | None = None, needed: bool = True) -> list:
-    """Readers of all sources, as the options say. UsageError or ValueError in one line."""
-    from transfusion.data.readers import Options, open_reader
-
-    sources = list(asked.sources) if sources is None else sources
-    if needed and not sources:
-        raise UsageError(f"name a source.\n{SOURCES}")
-    reading, columns = asked.reading, {}
-    for pair in reading.columns:
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not ours:
-            raise UsageError(f"--columns takes ours=theirs, for example caption=alt_text, not {pair!r}")
-        columns[ours] = theirs
-    if reading.limit is not None and reading.limit < 1:
-        raise UsageError(f"--limit must be at least 1, not {reading.limit}")
-    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit)
-    return [open_reader(source, options) for source in sources]
+    return [open_prepared(Path(folder)) for folder in prepared], open_readers(others, asked.reading, needed=not prepared)

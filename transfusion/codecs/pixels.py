@@ -7,9 +7,6 @@ know the smallest and largest value each channel took there: the bound that samp
 from collections.abc import Sequence
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as from_safetensors
-from safetensors.numpy import save as to_safetensors
 
 FLOOR = 1.0  # grey levels: a channel that hardly changed where it was fitted is not blown up where it does
 
@@ -83,42 +80,6 @@ class BlockPCA:
         """All that `__init__` needs."""
         return {"centre": self.centre, "components": self.components, "mean": self.mean, "deviation": self.deviation,
                 "low": self.low, "high": self.high, "block": np.array(self.scale)}  # fmt: skip
-
-
-Codec = Pixels | BlockPCA
-
-
-def fit_codec(kind: str, pictures: Sequence[np.ndarray], block: int, components: int) -> Codec:
-    """A codec of this kind with the statistics of these pictures. ValueError when they do not suit it."""
-    match kind:
-        case Pixels.kind:
-            return Pixels.fit(pictures)
-        case BlockPCA.kind:
-            return BlockPCA.fit(pictures, block, components)
-        case _:
-            raise ValueError(f"there is no codec {kind!r}; there are {Pixels.kind} and {BlockPCA.kind}")
-
-
-def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec:
-    """The codec that `kind` and `tensors()` describe. ValueError when they do not."""
-    kinds = {Pixels.kind: Pixels, BlockPCA.kind: BlockPCA}
-    try:
-        return kinds[kind](**tensors)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a codec of kind {kind}: {error}") from None
-
-
-def codec_to_bytes(codec: Codec) -> bytes:
-    """`tensors()` as the content of a safetensors file."""
-    return to_safetensors({name: value.copy() for name, value in codec.tensors().items()})
-
-
-def codec_from_bytes(kind: str, content: bytes) -> Codec:
-    """The inverse of `codec_to_bytes`. ValueError when it is not a codec of this kind."""
-    try:
-        return codec_of(kind, from_safetensors(content))
-    except SafetensorError as error:
-        raise ValueError(f"not a codec of kind {kind}: {error}") from None
 
 
 def _statistics(values: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -11,7 +11,7 @@ from typing import Protocol
 import grain
 
 from transfusion.chance import fraction_from, seed_from
-from transfusion.codecs.pixels import Codec
+from transfusion.codecs.codec import Codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data.packing import pack

@@ -10,33 +10,24 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from transfusion.chance import fraction_from
-from transfusion.codecs.pictures import to_pixels
-from transfusion.codecs.pixels import BlockPCA, Codec, Pixels, codec_from_bytes, codec_to_bytes, fit_codec
-from transfusion.codecs.text import Tokenizer
-from transfusion.config import PrepareConfig, parse_size
-from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.config import PrepareConfig
+from transfusion.data.fitting import PrepareError, Tools, about_codec, fit, is_brought, open_tools
+from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.readers import Reader, Unit
-from transfusion.data.store import FORMAT, SPLITS, Prepared, ShardWriter, open_prepared
+from transfusion.data.store import FORMAT, SPLITS, ShardWriter, open_prepared
 from transfusion.disk import read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
-FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
-FIT_LETTERS = 20_000_000  # of text that the tokenizer is trained on
-MOST_IDS, LETTERS_PER_ID = 8192, 64  # of a tokenizer whose size nobody asked for
-LOOK = 16  # pictures of a source that tell its size and colours
+TOGETHER = 32  # documents that are encoded at a time
 SHOWN = 10  # faults that are named where the work stops
-
-
-class PrepareError(ValueError):
-    """The data set cannot be made; the message says why. What is finished stays, and the same command goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +38,6 @@ class Job:
     number: int
     unit: Unit
     heldout: float  # share of the documents of its source
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What documents are encoded with."""
-
-    tokenizer: Tokenizer
-    codec: Codec
-    sizes: tuple[tuple[int, int], ...]  # (width, height)
-
-    def encode(self, raw: RawDocument) -> Document:
-        """Text to ids, pictures cut to size and to latents."""
-        segments = tuple(
-            Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
-            else Image(self.codec.encode(to_pixels(part.pixels, self.sizes, self.codec.colours)), part.loss, part.max_time)
-            for part in raw.segments
-        )  # fmt: skip
-        return Document(segments, pairs=raw.pairs)
 
 
 def prepare(
@@ -81,14 +54,12 @@ def prepare(
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _check_recipe(folder, _recipe(readers, config, jobs))
-        if not (folder / "fitted.json").exists() and config.like is not None:
-            _take(open_prepared(Path(config.like)), folder)
-        elif not (folder / "fitted.json").exists():
+        if not (folder / "fitted.json").exists():
             say("fitting the tokenizer and the codec on the first documents")
-            _fit(readers, config, jobs, folder)
+            fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
     wait()
     if not (folder / "dataset.json").exists():
-        tools = _open_tools(folder)
+        tools = open_tools(folder)
         _write_shards(jobs, config, tools, folder, rank, world, tick)
         wait()
         if rank == 0:
@@ -117,6 +88,14 @@ def _split(job: Job, document: RawDocument) -> str:
     return SPLITS[fraction_from("heldout", job.reader.name, document.kin) < job.heldout]
 
 
+def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[Job]) -> Iterator[RawDocument]:
+    """The first training documents of a source."""
+    mine = [job for job in jobs if job.reader is reader]
+    found = (one for job in mine for one in reader.read(job.unit)
+             if not isinstance(one, Fault) and _split(job, one) == "train")  # fmt: skip
+    return islice(found, config.fit_documents)
+
+
 # The recipe
 
 
@@ -136,6 +115,8 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
     settings = asdict(config)
     if config.like is not None:
         settings["like"] = open_prepared(Path(config.like)).about["codec"]["sha256"]
+    if is_brought(config.codec):
+        settings["codec"] = about_codec(Path(config.codec)).get("sha256")
     if config.tokenizer is not None:
         settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     return {"format": FORMAT, "settings": settings, "sources": sources}
@@ -162,87 +143,6 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
         for name, value in recipe["settings"].items() if known.get("settings", {}).get(name) != value
     ]  # fmt: skip
     raise PrepareError(f"{folder} was begun from other files or settings ({'; '.join(changed)}): give another --out")
-
-
-# Tokenizer and codec
-
-
-def _fit(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job], folder: Path) -> None:
-    """Train or take the tokenizer, fit the codec, both on training documents only; write both, and what was decided."""
-    sizes, colours = _geometry(readers, config, jobs)
-    texts: list[str] = []
-    pictures: list[np.ndarray] = []
-    for reader in readers:
-        letters = pixels = 0
-        for raw in _first_documents(reader, config, jobs):
-            for part in raw.segments:
-                if isinstance(part, RawText) and letters < FIT_LETTERS // len(readers):
-                    texts.append(part.text)
-                    letters += len(part.text)
-                elif isinstance(part, RawImage) and pixels < FIT_PIXELS // len(readers):
-                    pictures.append(to_pixels(part.pixels, sizes, colours))
-                    pixels += pictures[-1].shape[0] * pictures[-1].shape[1]
-    if config.tokenizer is None:
-        tokenizer = train_tokenizer(texts, config.text_ids)
-    else:
-        tokenizer = Tokenizer.from_json(Path(config.tokenizer).read_text(encoding="utf-8"))
-    side = min(min(size) for size in sizes)
-    kind = config.codec if config.codec != "auto" else Pixels.kind if side < 16 else BlockPCA.kind
-    block = config.codec_block or (4 if side < 64 else 8)
-    codec = fit_codec(kind, pictures, block, config.codec_components or (6 if block <= 4 else 8))
-    text, encoded = tokenizer.to_json().encode(), codec_to_bytes(codec)
-    write_whole(folder / "tokenizer.json", text)
-    write_whole(folder / "codec.safetensors", encoded)
-    write_json(folder / "fitted.json", {
-        "tokenizer": {"size": tokenizer.size, "sha256": hashlib.sha256(text).hexdigest()},
-        "codec": {"kind": codec.kind, "channels": codec.channels, "sha256": hashlib.sha256(encoded).hexdigest()},
-        "sizes": sizes, "colours": colours,
-    })  # fmt: skip
-
-
-def _take(other: Prepared, folder: Path) -> None:
-    """What another prepared folder was made with."""
-    for name in ("tokenizer.json", "codec.safetensors"):
-        write_whole(folder / name, (other.folder / name).read_bytes())
-    write_json(folder / "fitted.json", {name: other.about[name] for name in ("tokenizer", "codec", "sizes", "colours")})
-
-
-def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:
-    """On these texts. Without a size as large as there is text for: else whole captions would become one token each."""
-    room = 256 + sum(map(len, texts)) // LETTERS_PER_ID
-    return Tokenizer.train(texts, min(MOST_IDS, room) if size is None else size)
-
-
-def _geometry(
-    readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job]
-) -> tuple[tuple[tuple[int, int], ...], int]:
-    """(width, height) of the pictures, as asked or as the first of them are, and their colours: 1 if all are grey."""
-    found: list[tuple[int, ...]] = []
-    for reader in readers:
-        parts = (part for raw in _first_documents(reader, config, jobs) for part in raw.segments)
-        found += [part.pixels.shape for part in islice((p for p in parts if isinstance(p, RawImage)), LOOK)]
-    if not found:
-        raise PrepareError("none of the first documents holds a picture: a data set needs a source that does")
-    colours = 1 if all(shape[2] == 1 for shape in found) else 3
-    height, width = found[0][:2]
-    alike = all(shape[:2] == (height, width) for shape in found)
-    natural = (width, height) if alike and max(height, width) <= 256 else (256, 256)
-    return tuple(map(parse_size, config.sizes)) or (natural,), colours
-
-
-def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[Job]) -> Iterator[RawDocument]:
-    """The first training documents of a source."""
-    mine = [job for job in jobs if job.reader is reader]
-    found = (one for job in mine for one in reader.read(job.unit)
-             if not isinstance(one, Fault) and _split(job, one) == "train")  # fmt: skip
-    return islice(found, config.fit_documents)
-
-
-def _open_tools(folder: Path) -> Tools:
-    about = read_json(folder / "fitted.json")
-    tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    codec = codec_from_bytes(about["codec"]["kind"], (folder / "codec.safetensors").read_bytes())
-    return Tools(tokenizer, codec, tuple(map(tuple, about["sizes"])))
 
 
 # Shards
@@ -284,21 +184,17 @@ def _write_shard(job: Job, tools: Tools, path: Path, tick: Callable[[int], None]
     writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow")) for split in SPLITS}
     about = Contents()
     try:
-        for row, raw in enumerate(job.reader.read(job.unit), 1):
-            tick(min(row, job.unit.rows))
-            try:
-                if isinstance(raw, Fault):
-                    raise raw
-                document = tools.encode(raw)
-            except Fault as fault:
-                about.faults.append({"kind": fault.kind, "where": fault.where, "message": fault.message})
-                continue
-            except ValueError as error:  # of a tokenizer or a codec that someone brought
-                about.faults.append({"kind": "cannot be encoded", "where": raw.where, "message": str(error)})
-                continue
-            split = _split(job, raw)
-            writers[split].add(document, raw.where, raw.name)
-            about.add(document, split, bool(raw.name))
+        reading, done = job.reader.read(job.unit), 0
+        while found := list(islice(reading, TOGETHER)):
+            faults = [one for one in found if isinstance(one, Fault)]
+            about.faults += [{"kind": one.kind, "where": one.where, "message": one.message} for one in faults]
+            raws = [tools.cut(one) for one in found if not isinstance(one, Fault)]
+            for raw, document in zip(raws, tools.encode(raws), strict=True):
+                split = _split(job, raw)
+                writers[split].add(document, raw.where, raw.name)
+                about.add(document, split, bool(raw.name))
+            done += len(found)
+            tick(min(done, job.unit.rows))
         digests = {writer.path.name: writer.close() for writer in writers.values()}
         write_json(path, {**asdict(about), "sha256": digests})
     except BaseException:

@@ -50,6 +50,7 @@ class Options:
     pictures: str | None = None  # the folder from which the paths of pictures are counted
     split: str = "train"  # where files or folders are named after splits
     limit: int | None = None  # only so many records
+    shapes_size: int = 32  # pixels along one side of the pictures of `shapes`
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,20 @@ class Reader:
                 yield self._document(where, found, span)
 
     def _document(self, where: str, found: Any, span: Span) -> RawDocument | Fault:
+        where = _in_one_line(where)
         if isinstance(found, RawDocument):
             return replace(found, where=where, kin=where)
         if isinstance(found, Fault):
-            return found.at(where)
+            return _at(found, where)
         try:
             record = rename(found, self.options.columns)
             document = to_document(self.form, record, self.files.beside(span.path or self.files.root + "/."))
         except Fault as fault:
-            return fault.at(where)
+            return _at(fault, where)
         except RecursionError:
             return Fault("bad JSON", "it is nested too deeply", where)
         kin = found.get("kin") if isinstance(self.container, Coco) else None
-        return replace(document, where=where, kin=kin or document.name or where)
+        return replace(document, where=where, kin=kin or document.kin or document.name or where)
 
     def _find_form(self) -> Form:
         """The form that most of the first records have. ValueError when none of them has any."""
@@ -124,16 +126,25 @@ class Reader:
                 columns |= found.keys()
                 seen[form_of(rename(found, self.options.columns))] += 1
             except Fault as fault:
-                faults.append(fault.at(where))
+                faults.append(_at(fault, _in_one_line(where)))
         missing = [theirs for theirs in self.options.columns.values() if theirs and theirs not in columns]
         if columns and missing:
-            raise ValueError(f"{self.address} has no column {missing[0]!r}, only {', '.join(sorted(columns))}")
+            raise ValueError(f"{self.address} has no column {missing[0]!r}, only {_in_one_line(', '.join(sorted(columns)))}")
         if not seen:
             if faults:
                 raise ValueError(f"{self.address}: nothing in it can be read; first {faults[0]}")
             raise ValueError(f"{self.address} holds no records")
         form = seen.most_common(1)[0][0]
         return "pair" if form == "image" and seen["pair"] else form  # some captions are missing: that is a fault
+
+
+def _at(fault: Fault, where: str) -> Fault:
+    return Fault(fault.kind, _in_one_line(fault.message), where)
+
+
+def _in_one_line(text: str) -> str:
+    """What files and columns are called may hold anything."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B008 (frozen)
@@ -151,7 +162,7 @@ def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B
     if options.form is not None and options.form not in FORMS:
         raise ValueError(f"there is no form {options.form!r}; there are {', '.join(FORMS)}")
     if address in MADE:
-        return Reader(name or address, address, Made(address, options.limit), None, options)
+        return Reader(name or address, address, Made(address, options), None, options)
     files = Files.at(address, options.pictures)
     container = _container_of(files, address, options)
     return Reader(name or _name_of(address), address, container, files, options)
@@ -160,9 +171,9 @@ def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B
 class Made:
     """The sources that need no files: their documents are their records, the first of them held out."""
 
-    def __init__(self, name: str, limit: int | None):
-        self.train, heldout = made(name, "train"), made(name, "heldout")
-        total = len(self.train) if limit is None else limit
+    def __init__(self, name: str, options: Options):
+        self.train, heldout = (made(name, split, size=options.shapes_size) for split in ("train", "heldout"))
+        total = len(self.train) if options.limit is None else options.limit
         self.heldout = [heldout[n] for n in range(min(len(heldout), total // 20, MADE_HELDOUT))]
 
     def spans(self, most: int) -> Iterator[Span]:
@@ -178,13 +189,13 @@ class Made:
             yield f"{split}:{found.id}", replace(found, split=split)
 
 
-def made(name: str, split: str, interleaved: float = 0.0, level: int = 1) -> Any:
+def made(name: str, split: str, interleaved: float = 0.0, level: int = 1, size: int = 32) -> Any:
     """A source that needs no files, by its name. ValueError when there is none."""
     match name:
         case "digits":
             return Digits(split, interleaved)
         case "shapes":
-            return Shapes(level=level, split=split)
+            return Shapes(level=level, size=size, split=split)
         case "topics":
             return Topics(split)
         case _:
@@ -263,7 +274,7 @@ def _beginning(files: Files, path: str) -> bytes:
     """The first line of a file that is not blank; of a list less."""
     found = b""
     with files.open(path) as file:
-        while not found and (more := file.read(2**16)):
+        while not found and (more := file.read1(2**16)):
             found = more.lstrip(b" \n\r\t\xef\xbb\xbf")
         if not found.startswith(b"[") and b"\n" not in found:
             found += file.readline()

@@ -5,7 +5,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-from transfusion.codecs.pixels import fit_codec
+from transfusion.codecs.codec import fit_codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data.loader import Encoder, Source

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from transfusion.codecs.pixels import Codec, codec_from_bytes
+from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of

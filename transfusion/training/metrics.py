@@ -62,8 +62,8 @@ class Screen:
         if self.bar:
             self.bar.stop()
 
-    def show(self, step: int, text: float, image: float, speed: float) -> None:
-        line = f"text {text:.3f}  image {image:.3f}  {speed:,.0f} positions/s"
+    def show(self, step: int, line: str) -> None:
+        """How far it is and what there is to say of it."""
         if self.bar:
             self.bar.update(self.task, completed=step, description=line)
         elif time.monotonic() - self.last_line >= self.EVERY or step == self.steps:

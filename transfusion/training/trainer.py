@@ -84,7 +84,8 @@ class Trainer:
                     speed = (progress.positions - shown.positions) / (progress.seconds - shown.seconds)
                     shown = replace(progress)
                     metrics.write(progress.step, **values, positions_per_second=round(speed), seconds=progress.seconds)
-                    screen.show(progress.step, values["text_loss"], values["image_loss"], speed)
+                    losses = f"text {values['text_loss']:.3f}  image {values['image_loss']:.3f}"
+                    screen.show(progress.step, f"{losses}  {speed:,.0f} positions/s")
                 self._look(metrics, screen)
                 if progress.step % config.checkpoint_every == 0 and progress.step < config.steps:
                     self.save()

@@ -1,0 +1,360 @@
+"""The autoencoder: its size, its losses, its training, and its use as a codec."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from skimage import metrics
+
+from tests.sources import picture, write_photos
+from tests.test_cli import TINY, command, fails
+from transfusion.checkpoint.open import fill, newest, verify
+from transfusion.codecs.autoencoder import (
+    Autoencoder,
+    Network,
+    PatchDiscriminator,
+    build_network,
+    discriminator_loss,
+    kl_divergence,
+    to_bytes,
+    to_unit,
+    with_statistics,
+)  # fmt: skip
+from transfusion.codecs.codec import codec_from_bytes, codec_to_bytes, encode_many
+from transfusion.codecs.perceptual import Identity, Perceptual
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.data.store import open_prepared
+from transfusion.disk import read_json
+from transfusion.training.codec import CodecTrainer, peak_signal_to_noise, structural_similarity
+from transfusion.training.trainer import TrainingError
+
+SMALL = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1)
+QUICK = CodecTrainingConfig(
+    steps=6, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=3, validate_every=3, log_every=3, heldout=4
+)
+torch.set_num_threads(1)
+
+
+@cache
+def pictures(count: int = 40, width: int = 16, height: int = 16) -> np.ndarray:
+    return np.stack([picture(n, width, height)[1] for n in range(count)])
+
+
+@cache
+def codec(seed: int = 0) -> Autoencoder:
+    return with_statistics(build_network(SMALL, seed), list(pictures()))
+
+
+# The network
+
+
+def test_the_papers_network_has_86_million_parameters():
+    with torch.device("meta"):
+        network = Network(AutoencoderConfig())
+    assert abs(sum(p.numel() for p in network.parameters()) / 86e6 - 1) < 0.05
+    assert network.config.scale == 8
+
+
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_latent_is_f_times_smaller_and_comes_back_whole(multipliers, attention):
+    config = AutoencoderConfig(channels=5, width=8, multipliers=multipliers, blocks=1, attention=attention, colours=1)
+    network, f = build_network(config, 0), 2 ** (len(multipliers) - 1)
+    made, mean, logvar = network(torch.zeros(2, 1, 16, 32), torch.zeros(2, 5, 16 // f, 32 // f))
+    assert mean.shape == logvar.shape == (2, 5, 16 // f, 32 // f)
+    assert made.shape == (2, 1, 16, 32)
+
+
+def test_starting_weights_follow_from_the_seed_and_the_name():
+    one, same, other = (build_network(SMALL, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    kernels = [name for name, value in one.items() if value.dim() > 1]
+    assert not any(torch.equal(one[name], other[name]) for name in kernels)
+    assert len({one[name].flatten()[0].item() for name in kernels}) == len(kernels)
+
+
+def test_bytes_are_units_and_back():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    assert torch.equal(to_bytes(to_unit(every)), every)
+    assert (to_unit(every).min(), to_unit(every).max()) == (-1, 1)
+    assert to_bytes(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+# Losses and measures
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_divergence_is_torchs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    mean, logvar = torch.randn((2, 3, 4, 2, 2), generator=generator, dtype=torch.float64)
+    latent = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    expected = torch.distributions.kl_divergence(latent, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(kl_divergence(mean, logvar), expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from((1, 3)), st.floats(0, 0.5))
+def test_psnr_and_ssim_are_scikit_images(seed, colours, error):
+    chance = np.random.default_rng(seed)
+    one = chance.random((colours, 24, 20))
+    other = (one + error * chance.standard_normal(one.shape)).clip(0, 1)
+    a, b = (torch.from_numpy(2 * x - 1)[None] for x in (one, other))
+    if error > 1e-3:
+        expected = metrics.peak_signal_noise_ratio(one, other, data_range=1)
+        assert abs(peak_signal_to_noise(a, b).item() - expected) < 1e-6
+    _, full = metrics.structural_similarity(
+        one, other, channel_axis=0, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+    )
+    assert abs(structural_similarity(a, b).item() - full[:, 5:-5, 5:-5].mean()) < 1e-6
+
+
+def test_the_discriminator_learns_what_is_real_and_the_network_to_pass_for_it():
+    one, other = torch.full((4, 1, 1, 1), 2.0), torch.full((4, 1, 1, 1), -2.0)
+    assert discriminator_loss(one, other) == 0
+    assert discriminator_loss(other, one) == 3
+    said = PatchDiscriminator(3)(torch.zeros(2, 3, 64, 64))
+    assert said.shape[:2] == (2, 1)
+    assert said.shape[2] > 1  # of patches, not of pictures
+
+
+def lpips_file(folder: Path) -> Path:
+    """Random weights under the names of lpips.LPIPS(net="vgg")."""
+    generator, tensors, before, number = torch.Generator().manual_seed(0), {}, 3, 0
+    for part, widths in enumerate(((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3), 1):
+        number += part > 1  # the pooling
+        for width in widths:
+            scale = (2 / (9 * before)) ** 0.5
+            kernel = torch.randn((width, before, 3, 3), generator=generator) * scale
+            tensors |= {f"net.slice{part}.{number}.weight": kernel, f"net.slice{part}.{number}.bias": torch.zeros(width)}
+            before, number = width, number + 2
+        tensors[f"lin{part - 1}.model.1.weight"] = torch.rand((1, width, 1, 1), generator=generator)
+    assert number == 30  # torchvision's VGG-16 has layers 0 to 30, the last a pooling
+    save_file(tensors, folder / "lpips.safetensors")
+    return folder / "lpips.safetensors"
+
+
+def test_lpips_is_zero_for_a_picture_itself_and_grows_with_the_difference(tmp_path):
+    network = Perceptual.from_file(lpips_file(tmp_path))
+    real = to_unit(torch.from_numpy(pictures(4, 32, 32)))
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    distances = [network(real, (real + scale * noise).clamp(-1, 1)) for scale in (0, 0.05, 0.2, 0.8)]
+    assert (distances[0] == 0).all()
+    assert all((one < other).all() for one, other in zip(distances, distances[1:], strict=False))
+    assert not any(p.requires_grad for p in network.parameters())
+    swapped = network(noise, real), network(real, noise)
+    torch.testing.assert_close(*swapped)
+
+
+def identity_file(folder: Path, prefix: str) -> Path:
+    """Random weights under the names of a MoCo checkpoint."""
+    state = Identity().state_dict()
+    save_file({prefix + name: value.clone() for name, value in state.items()}, folder / "moco.safetensors")
+    return folder / "moco.safetensors"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+def test_identity_features_are_torchvisions_resnet_50(tmp_path, prefix):
+    """Its 25.6 million parameters without the classifier's, under the names that checkpoints have."""
+    torch.manual_seed(0)
+    network = Identity.from_file(identity_file(tmp_path, prefix))
+    assert sum(p.numel() for p in network.parameters()) == 25_557_032 - 2048 * 1000 - 1000
+    real = to_unit(torch.from_numpy(pictures(2, 64, 64)))
+    assert (network(real, real) == 0).all()
+    assert (network(real, real.flip(3)) > 0).all()
+
+
+@pytest.mark.parametrize("kind", [Perceptual, Identity])
+def test_files_that_hold_no_such_weights_are_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match="nothing.safetensors"):
+        kind.from_file(tmp_path / "nothing.safetensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no"):
+        kind.from_file(tmp_path / "other.safetensors")
+    (tmp_path / "pickle.pth").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="pickle.pth"):
+        kind.from_file(tmp_path / "pickle.pth")
+
+
+# As a codec
+
+
+def test_latents_have_mean_0_and_deviation_1_over_what_they_were_fitted_on():
+    latents = np.stack([codec().encode(one) for one in pictures()])
+    assert np.abs(latents.mean((0, 2, 3))).max() < 1e-4
+    assert np.abs(latents.var((0, 2, 3)) - 1).max() < 1e-3
+    sides = latents.min((0, 2, 3)), latents.max((0, 2, 3))
+    assert all(np.allclose(found, bound, atol=1e-3) for found, bound in zip(sides, (codec().low, codec().high), strict=True))
+
+
+def test_a_picture_has_one_latent_whatever_stands_beside_it():
+    mixed = [picture(n, *size)[1] for n, size in enumerate(((16, 16), (32, 16), (16, 16), (16, 8)))]
+    for one, latent in zip(mixed, encode_many(codec(), mixed), strict=True):
+        assert latent.shape == (4, one.shape[0] // 2, one.shape[1] // 2)
+        np.testing.assert_allclose(latent, codec().encode(one), atol=1e-5)
+        assert codec().decode(latent).shape == one.shape
+
+
+def test_a_codec_on_the_disk_is_the_same():
+    again = codec_from_bytes("autoencoder", codec_to_bytes(codec()))
+    one = pictures()[3]
+    assert np.array_equal(again.encode(one), codec().encode(one))
+    assert np.array_equal(again.decode(again.encode(one)), codec().decode(codec().encode(one)))
+    assert (again.channels, again.scale, again.colours) == (4, 2, 3)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda t: t.pop("mean"), lambda t: t.pop("config"), lambda t: t.pop("decoder.0.weight"),
+    lambda t: t.update(more=np.zeros(1)), lambda t: t.update({"encoder.0.bias": np.zeros(3, np.float32)}),
+    lambda t: t.update(config=np.frombuffer(b'{"width": "wide"}', np.uint8)),
+    lambda t: t.update(config=np.frombuffer(b"{", np.uint8)),
+])  # fmt: skip
+def test_a_damaged_codec_is_refused_in_words(damage):
+    from transfusion.codecs.codec import codec_of
+
+    tensors = codec().tensors()
+    damage(tensors)
+    with pytest.raises(ValueError):
+        codec_of("autoencoder", tensors)
+
+
+def test_a_size_that_f_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="15x16"):
+        codec().encode(pictures()[0][:, :15])
+
+
+# Training
+
+
+def train(folder: Path, config: CodecTrainingConfig = QUICK, stop_at: int | None = None) -> CodecTrainer:
+    folder.mkdir(exist_ok=True)
+    side = 16 if config.gan_from is None else 32
+    trainer = CodecTrainer(SMALL, config, folder, pictures(40, side, side), torch.device("cpu"))
+    if (folder / "checkpoints").exists():
+        found = newest(folder)
+        verify(found)
+        fill(found, trainer.tensors())
+        trainer.resume(read_json(found / "state.json"))
+    if stop_at is not None:
+        real = trainer._step
+
+        def step(batch):
+            values = real(batch)
+            trainer.stop_asked = trainer.progress.step + 1 == stop_at
+            return values
+
+        trainer._step = step
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("gan_from", [None, 2])
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, gan_from, stop_at):
+    config = replace(QUICK, gan_from=gan_from)
+    whole = train(tmp_path / "whole", config)
+    train(tmp_path / "half", config, stop_at)
+    half = train(tmp_path / "half", config)
+    assert half.progress.step == whole.progress.step == 6
+    for part, tensors in whole.tensors().items():
+        assert all(torch.equal(value, half.tensors()[part][name]) for name, value in tensors.items())
+
+
+def test_it_learns(tmp_path):
+    before = CodecTrainer(SMALL, QUICK, tmp_path, pictures(), torch.device("cpu")).hold_out()
+    after = train(tmp_path / "run", replace(QUICK, steps=60, warmup=5, checkpoint_every=100)).hold_out()
+    assert after["psnr"] > before["psnr"] + 3
+    assert after["ssim"] > before["ssim"]
+
+
+def test_every_loss_can_join_in(tmp_path):
+    config = replace(QUICK, steps=2, rows=2, gan_from=1, perceptual=str(lpips_file(tmp_path)),
+                     identity=str(identity_file(tmp_path, "")))  # fmt: skip
+    trainer = train(tmp_path / "run", config)
+    assert trainer.losses == ["L1", "LPIPS", "identity", "GAN", "KL"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"l1", "kl", "lpips", "identity", "fooled", "discriminator"} <= lines[0].keys()
+
+
+def test_pictures_too_small_for_the_discriminator_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match="32 pixels"):
+        CodecTrainer(SMALL, replace(QUICK, gan_from=1), tmp_path, pictures(), torch.device("cpu"))
+    with pytest.raises(TrainingError, match="too few"):
+        CodecTrainer(SMALL, QUICK, tmp_path, pictures()[:1], torch.device("cpu"))
+
+
+def test_epochs_see_each_picture_once_and_heldout_ones_never(tmp_path):
+    trainer = CodecTrainer(SMALL, QUICK, tmp_path, pictures(), torch.device("cpu"))
+    seen = [tuple(one.flatten().tolist()) for step in range(9) for one in trainer._batch(step)]  # 36 pictures: an epoch
+    held = {tuple(pictures()[n].flatten().tolist()) for n in trainer.heldout}
+    assert len(set(seen)) == 36
+    assert not held & set(seen)
+    assert [tuple(one.flatten().tolist()) for step in range(9, 18) for one in trainer._batch(step)] != seen
+
+
+# As commands
+
+FIT = ("--size", "16x16", "--network.width", 8, "--network.channels", 4, "--training.steps", 4, "--training.rows", 4,
+       "--training.checkpoint-every", 2, "--training.validate-every", 4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A folder of pictures, and a codec of theirs."""
+    with TemporaryDirectory() as folder:
+        write_photos(Path(folder) / "photos", 60)
+        command("data", "fit-codec", "small", f"{folder}/photos", "--out", f"{folder}/codec", *FIT)
+        yield Path(folder)
+
+
+def test_fit_codec_makes_a_codec_and_a_page(fitted, capsys):
+    about = read_json(fitted / "codec" / "codec.json")
+    assert (about["kind"], about["channels"], about["scale"]) == ("autoencoder", 4, 4)
+    assert about["losses"] == ["L1", "KL"]
+    assert about["heldout"]["count"] == 6
+    assert (fitted / "codec" / "reconstructions.html").read_text().count("data:image/png;base64,") == 12
+    command("data", "fit-codec", "small", fitted / "photos", "--out", fitted / "codec", *FIT)
+    assert "PSNR" in capsys.readouterr().err
+    said = fails(capsys, 2, "data", "fit-codec", "small", fitted / "photos", "--out", fitted / "codec", *FIT[:-1], 3)
+    assert "training.validate_every 4, not 3" in said
+
+
+def test_a_run_learns_through_its_own_autoencoder(fitted, tmp_path, capsys):
+    prepared = ("data", "prepare", fitted / "photos", "--out", tmp_path / "data")
+    command(*prepared, "--codec", fitted / "codec")
+    found = open_prepared(tmp_path / "data")
+    assert found.codec.kind == "autoencoder"
+    assert found.shapes == [(4, 4)]
+    command("train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    command("generate", tmp_path / "run", "red above blue", "--num-images", 1, "--steps", 2, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "000.png").exists()
+    shutil.copytree(fitted / "codec", tmp_path / "other")
+    about = read_json(tmp_path / "other" / "codec.json")
+    (tmp_path / "other" / "codec.json").write_text(json.dumps({**about, "sha256": "0"}))
+    assert "SHA-256" in fails(capsys, 1, *prepared[:-1], tmp_path / "new", "--codec", tmp_path / "other")
+    assert "codec is" in fails(capsys, 1, *prepared)
+    assert "holds no codec" in fails(capsys, 1, *prepared[:-1], tmp_path / "more", "--codec", tmp_path)
+    said = fails(capsys, 1, *prepared[:-1], tmp_path / "odd", "--codec", fitted / "codec", "--sizes", "18x16")
+    assert "18x16 pixels cannot be cut into squares of 4" in said
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    (("medium", "PHOTOS"), 2, "small"), (("small",), 2, "name a source"), (("small", "nowhere/x/y"), 1, "nothing at"),
+    (("small", "PHOTOS", "--size", "18x18"), 2, "squares of 4"), (("small", "PHOTOS", "--size", "big"), 1, "width x height"),
+    (("small", "PHOTOS", "--network.multipliers", "0"), 2, "multipliers"),
+    (("small", "PHOTOS", "--training.steps", "0"), 2, "at least 1"),
+    (("small", "topics"), 1, "no picture"), (("small", "PHOTOS", "--training.perceptual", "nowhere"), 1, "nowhere"),
+])  # fmt: skip
+def test_bad_input_is_one_line(fitted, tmp_path, capsys, arguments, code, words):
+    typed = [str(fitted / "photos") if word == "PHOTOS" else word for word in arguments]
+    size = () if "--size" in arguments else ("--size", "16x16")
+    assert words in fails(capsys, code, "data", "fit-codec", *typed, *size, "--most", 50, "--out", tmp_path / "codec")

@@ -1,0 +1,153 @@
+"""transfusion data fit-codec: an autoencoder of one's own, from one's own pictures."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from transfusion.cli.screen import UsageError, nearest, parse, progress, say
+from transfusion.cli.sources import Reading, Sources, open_readers
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig, parse_size
+
+SHOWN = 16  # held-out pictures on the page
+
+
+@dataclass(frozen=True)
+class Named:
+    """What is trained; --network.* and --training.* change any number of it."""
+
+    network: AutoencoderConfig
+    training: CodecTrainingConfig
+
+
+NAMED = {
+    "paper": Named(AutoencoderConfig(), CodecTrainingConfig(gan_from=50_000)),
+    "small": Named(
+        AutoencoderConfig(width=16, multipliers=(1, 2, 4), blocks=1, attention=False),
+        CodecTrainingConfig(
+            steps=1_800, rows=16, learning_rate=3e-3, final_learning_rate=1e-4, warmup=50, average=0.99,
+            checkpoint_every=250, validate_every=250,
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitCodec:
+    """Train an autoencoder on the pictures of some sources; the same command again goes on where it stopped.
+
+    It writes a folder that `transfusion data prepare --codec FOLDER` takes, with a page of originals beside reconstructions.
+    """
+
+    out: Path
+    """The folder to make."""
+    network: AutoencoderConfig
+    training: CodecTrainingConfig
+    sources: Sources = ()
+    """What to read; see transfusion data --help."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+    size: str = "256x256"
+    """Width x height to which pictures are cut for training."""
+    most: int = 50_000
+    """At most so many pictures are used."""
+    device: Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")] = "auto"
+
+
+def fit_codec(arguments: list[str]) -> None:
+    """Gather, train, take statistics, show."""
+    from transfusion.checkpoint.open import fill, newest, verify
+    from transfusion.checkpoint.save import list_checkpoints
+    from transfusion.data.crops import gather_pictures
+    from transfusion.disk import read_json
+    from transfusion.parallel import pick_device
+    from transfusion.training.codec import CodecTrainer
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: transfusion data fit-codec NAME SOURCE... --out FOLDER [options]\n\n"
+              f"NAME is one of {', '.join(NAMED)}. "
+              "transfusion data fit-codec NAME --help lists every option with its own defaults.")  # fmt: skip
+        sys.exit(0 if arguments else 2)
+    name, *rest = arguments
+    if name not in NAMED:
+        raise UsageError(f"there is no codec {name!r}{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
+    default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training)
+    asked = parse(FitCodec, f"data fit-codec {name}", rest, default)
+    readers = open_readers(asked.sources, asked.reading)
+    size = parse_size(asked.size)
+    if any(side % asked.network.scale for side in size):
+        raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.scale} pixels (f)")
+    device = pick_device(asked.device)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    with progress("reading pictures") as tick:
+        pictures, faults = gather_pictures(readers, size, asked.network.colours, asked.most, asked.out, tick)
+    say(f"{len(pictures):,} pictures of {asked.size}" + (f"; {faults:,} records could not be read" if faults else ""))
+    _check_same(asked)
+    trainer = CodecTrainer(asked.network, asked.training, asked.out, pictures, device)
+    if list_checkpoints(asked.out):
+        found = newest(asked.out)
+        verify(found)
+        fill(found, trainer.tensors())
+        trainer.resume(read_json(found / "state.json"))
+        say(f"going on from {found}")
+    say(f"training on {device} with {', '.join(trainer.losses)}, into {asked.out}")
+    if trainer.progress.step >= asked.training.steps or trainer.train():
+        _finish(trainer, asked)
+
+
+def _check_same(asked: FitCodec) -> None:
+    """A codec goes on as it began, or not at all."""
+    from transfusion.disk import read_json, write_json
+
+    path, values = asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)}
+    if not path.exists():
+        write_json(path, values)
+    known = read_json(path)
+    for part, numbers in values.items():
+        for name, value in numbers.items():
+            before = known.get(part, {}).get(name)
+            if before != (list(value) if isinstance(value, tuple) else value):
+                raise UsageError(f"{asked.out} began with {part}.{name} {before}, not {value}: give another --out")
+
+
+def _finish(trainer, asked: FitCodec) -> None:
+    """Statistics of the latents, the codec's own files, and the page."""
+    from hashlib import sha256
+
+    from transfusion.codecs.autoencoder import with_statistics
+    from transfusion.codecs.codec import codec_to_bytes
+    from transfusion.disk import write_json, write_whole
+
+    codec = with_statistics(trainer.average, trainer.sample_pictures())
+    content, quality = codec_to_bytes(codec), trainer.hold_out()
+    write_whole(asked.out / "codec.safetensors", content)
+    write_json(asked.out / "codec.json", {
+        "kind": codec.kind, "channels": codec.channels, "scale": codec.scale, "sha256": sha256(content).hexdigest(),
+        "heldout": quality, "losses": trainer.losses, "steps": trainer.progress.step,
+        "seconds": round(trainer.progress.seconds),
+    })  # fmt: skip
+    page = _page(trainer, codec, quality, asked)
+    say(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}")
+    say(f"wrote {asked.out / 'codec.safetensors'} and {page}")
+
+
+def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
+    from transfusion.page import Page
+
+    page = Page(asked.out.name, "An autoencoder")
+    page.say(
+        f"Pictures of {asked.size} pixels become latents of {codec.channels} numbers for each {codec.scale} x {codec.scale} "
+        f"pixels, and come back. Trained {trainer.progress.step:,} steps with {', '.join(trainer.losses)}."
+    )
+    page.figures([
+        (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} held-out pictures; higher is better"),
+        (f"{quality['ssim']:.4f}", "SSIM", "of the same; 1 is the picture itself"),
+    ])  # fmt: skip
+    shown = [trainer.pictures[n] for n in trainer.heldout[:SHOWN]]
+    page.heading("Held-out pictures, above, and what comes back of them")
+    half = len(shown) // 2 or 1
+    for first in range(0, len(shown), half):
+        group = shown[first : first + half]
+        page.strip([("picture", group), ("returns", [codec.decode(codec.encode(picture)) for picture in group])], width=110)
+    return page.write(asked.out / "reconstructions.html")
