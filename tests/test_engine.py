@@ -231,7 +231,7 @@ WAYS = [
     dict(zip("steps sampler guidance_scale max_tokens temperature top_p".split(), values, strict=True))
     for values in (
         (1, "ddim", 1.0, 9, 1.0, 1.0), (2, "ddpm", 2.0, 4, 0.0, 1.0), (3, "ddim", 2.0, 9, 1.0, 0.8),
-        (4, "ddpm", 1.0, 1, 0.7, 0.5), (3, "ddpm", 3.0, 9, 1.0, 1.0),
+        (4, "ddpm", 1.0, 1, 0.7, 0.5), (3, "dpm", 3.0, 9, 1.0, 1.0),
     )
 ]  # fmt: skip
 requests_ = st.tuples(
@@ -606,18 +606,26 @@ def test_what_events_show_is_what_the_answer_says(parts, seed):
     ]
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
 @few
 @given(st.integers(1, 6), st.integers(0, 4))
-def test_previews_come_every_so_many_steps_and_change_nothing(steps, every):
-    ours = engine()
-    asked = generation(ours, steps=steps)
+def test_previews_come_every_so_many_steps_and_change_nothing(sampler, steps, every):
+    """Of whole steps: heun, which asks twice in each, shows nothing of what it only tries."""
+    straight = DiffusionConfig(path="straight", prediction="velocity")
+    ours = engine(diffusion=straight)
+    asked = generation(ours, steps=steps, sampler=sampler)
     ours.submit(Request(("a",), 1, seed=1, generation=asked, previews=every))
     events = to_the_end(ours)
     shown = [event for event in events if isinstance(event, Previewed)]
     assert [event.step for event in shown] == [n for n in range(1, steps + 1) if every and n % every == 0]
     (drawn,) = [event for event in events if isinstance(event, Drawn)]
-    (answer,) = engine().generate([Request(("a",), 1, seed=1, generation=asked)])[0]
+    (answer,) = engine(diffusion=straight).generate([Request(("a",), 1, seed=1, generation=asked)])[0]
     assert np.array_equal(drawn.pixels, answer.parts[0])
+    draws = [call for call in ours.model.calls if call.kind.startswith("draw")]
+    firsts = draws[:: 2 if sampler == "heun" else 1]  # of each step
+    assert len(firsts) == steps
+    for event in shown[: -1 if shown and shown[-1].step == steps else None]:  # what the next step begins with
+        np.testing.assert_array_equal(event.noisy.transpose(2, 0, 1), firsts[event.step].noisy[0][0])
     if shown and shown[-1].step == steps:
         np.testing.assert_array_equal(shown[-1].noisy, drawn.pixels)
         np.testing.assert_allclose(shown[-1].clean.clip(-3, 3), drawn.pixels, rtol=0, atol=1e-5)
@@ -675,6 +683,7 @@ def test_a_picture_of_any_size_and_mode_goes_in_at_a_size_of_the_run(width, heig
         (Request(("a" * 195,), 1), "201 positions.*200"),
         (Request((picture((4, 4), 0),) * 34), "205 positions.*200"),
         (Request(("a",), generation=GenerationConfig(sampler="euler")), "euler"),
+        (Request(("a",), generation=GenerationConfig(sampler="heun")), "heun"),
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(request_, message):
@@ -688,10 +697,10 @@ def test_what_cannot_be_done_is_refused_at_once(request_, message):
 
 
 @few
-@given(prompts, st.integers(1, 2))
-def test_the_straight_path_and_its_sampler_draw_too(parts, num):
+@given(prompts, st.integers(1, 2), st.sampled_from(("euler", "heun", "dpm")))
+def test_the_straight_path_and_its_samplers_draw_too(parts, num, sampler):
     ours = engine(diffusion=DiffusionConfig(path="straight", prediction="velocity"))
-    asked = generation(ours, sampler="euler")
+    asked = generation(ours, sampler=sampler)
     (answers,) = ours.generate([Request(tuple(parts), num, generation=asked)])
     assert all(np.isfinite(answer.parts[0]).all() for answer in answers)
     assert len(answers) == num

@@ -1,15 +1,22 @@
 """Noise to image: the samplers against diffusers' schedulers, and driven by a model that is never wrong."""
 
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from diffusers.schedulers import scheduling_ddpm
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from transfusion.config import DiffusionConfig
-from transfusion.diffusion import add_noise, noise_beside, read_prediction, target
+from transfusion.diffusion import add_noise, noise_beside, read_prediction, signal_and_scale, target
 from transfusion.inference.samplers import Walk, sampler_of
 
 torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
@@ -20,8 +27,8 @@ some = settings(max_examples=40, deadline=None)
 SHAPE = (1, 3, 2, 2)
 COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; they divide 1000, for diffusers walks whole ones
 THEIR_NAMES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
-STRAIGHT = [("straight", "ddpm"), ("straight", "ddim"), ("straight", "euler")]
-SAMPLERS = [("cosine", "ddpm"), ("cosine", "ddim"), *STRAIGHT]
+STRAIGHT = [("straight", name) for name in ("ddpm", "ddim", "dpm", "euler", "heun")]
+SAMPLERS = [("cosine", name) for name in ("ddpm", "ddim", "dpm")] + STRAIGHT
 
 predictions = st.sampled_from(("noise", "velocity", "clean"))
 counts = st.sampled_from(COUNTS)
@@ -47,6 +54,11 @@ def drive(sampler, answer) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             noisy, t = sampler.send(answer(noisy, t))
         except StopIteration as finished:
             return finished.value, asked
+
+
+def calls(name: str, steps: int) -> int:
+    """How often a sampler asks the model."""
+    return 2 * steps - 1 if name == "heun" else steps
 
 
 def random(seed: int, number: int, dtype=torch.float64) -> Tensor:
@@ -80,7 +92,6 @@ def their_ddpm(scheduler, noisy: Tensor, seed: int, asked_for: list[Tensor]) -> 
     """Their loop, with our chance: float32 noise from one generator, a fresh one per step."""
     generator = torch.Generator().manual_seed(seed)
 
-
     def draw(shape, **_):
         return torch.randn(shape, generator=generator).double()
 
@@ -89,6 +100,21 @@ def their_ddpm(scheduler, noisy: Tensor, seed: int, asked_for: list[Tensor]) -> 
         for t, prediction in zip(scheduler.timesteps, asked_for, strict=True):
             noisy = scheduler.step(prediction, t, noisy).prev_sample
     return noisy
+
+
+def their_way(scheduler, noisy: Tensor, said: list[Tensor]) -> list[Tensor]:
+    """All that their loop passes through: where it begins, and what each of these predictions makes of it."""
+    way = [noisy]
+    for t, prediction in zip(scheduler.timesteps, said, strict=True):
+        way.append(scheduler.step(prediction, t, way[-1]).prev_sample)
+    return way
+
+
+def our_way(name: str, walk: Walk, noisy: Tensor, said: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of ours, and the times (1,) at which it asked."""
+    answers = iter(said)
+    image, asked = drive(sampler_of(name, walk.diffusion)(noisy, walk), lambda *_: next(answers))
+    return [*(noisy for noisy, _ in asked), image], [t for _, t in asked]
 
 
 def agree(ours: Tensor, theirs: Tensor, within: float = 1e-4) -> None:
@@ -168,6 +194,79 @@ def test_euler_is_the_schedulers(steps, shift, seed):
     agree(ours, theirs)
 
 
+@some
+@given(counts, predictions, bounds, seeds)
+def test_dpm_is_the_schedulers(steps, prediction, bound, seed):
+    """All along the way, not only at its end, where the last step is first-order and gives the last estimate."""
+    diffusion = DiffusionConfig(prediction=prediction)
+    said = [random(seed, 2 + n % 8) for n in range(steps)]
+    ours, times = our_way("dpm", walk(steps, diffusion, bound), random(seed, 0), said)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=THEIR_NAMES[prediction],
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+        thresholding=bound is not None, sample_max_value=bound or 1.0,  # at 1, dynamic thresholds do not move: they clip
+    )  # fmt: skip
+    in_double(scheduler)
+    scheduler.set_timesteps(steps)
+    assert [round(1000 * t.item()) - 1 for t in times] == scheduler.timesteps.tolist()
+    abar = scheduler.alphas_cumprod[scheduler.timesteps]  # (steps,)
+    exact = torch.cat([(1 / abar - 1).sqrt(), torch.zeros(1)])  # (steps + 1,)
+    torch.testing.assert_close(exact.float(), scheduler.sigmas, rtol=1e-5, atol=1e-6)
+    scheduler.sigmas = exact
+    for one, other in zip(ours, their_way(scheduler, random(seed, 0), said), strict=True):
+        agree(one, other, 3e-5)  # they round to float32 in each of up to 1,000 steps
+
+
+class ShortWalk(Walk):
+    """The times of diffusers' flow matching, which begin at 0.999 and not at 1: sigmas of 1 would be infinitely far."""
+
+    def times(self) -> Tensor:
+        times = 0.999 * torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)  # (steps + 1,)
+        shift = self.diffusion.shift
+        return shift * times / (1 + (shift - 1) * times)
+
+
+@some
+@given(st.integers(1, 60), st.sampled_from((1.0, 0.5, 3.0)), st.booleans(), bounds, seeds)
+def test_dpm_on_the_straight_path_is_the_schedulers(steps, shift, short, bound, seed):
+    """On their own times, and on ours, which begin at t = 1: no signal, and a first step of endless length."""
+    diffusion = DiffusionConfig(path="straight", prediction="velocity", shift=shift)
+    said = [random(seed, 2 + n % 8) for n in range(steps)]
+    full = walk(steps, diffusion, bound)
+    bounded = ShortWalk(steps, diffusion, full.bound, full.generator) if short else full
+    ours, times = our_way("dpm", bounded, random(seed, 0), said)
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", solver_order=2,
+        thresholding=bound is not None, sample_max_value=bound or 1.0,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    if short:
+        torch.testing.assert_close(torch.cat(times).float(), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    scheduler.sigmas = bounded.times()
+    for one, other in zip(ours, their_way(scheduler, random(seed, 0), said), strict=True):
+        agree(one, other, 1e-5)
+
+
+@some
+@given(st.integers(1, 60), st.sampled_from((1.0, 0.5, 3.0)), seeds)
+def test_heun_is_the_schedulers(steps, shift, seed):
+    """On our times: theirs end with one of 0.001, whatever the number of steps, and are shifted twice."""
+    diffusion = DiffusionConfig(path="straight", prediction="velocity", shift=shift)
+    said = [random(seed, 2 + n % 8, torch.float32) for n in range(calls("heun", steps))]
+    start = random(seed, 0, torch.float32)
+    ours, times = our_way("heun", walk(steps, diffusion), start, said)
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    assert len(scheduler.timesteps) == len(times)
+    first, *others = walk(steps, diffusion).times().float()
+    scheduler.sigmas = torch.stack([first, *(t for t in others[:-1] for _ in range(2)), others[-1]])
+    torch.testing.assert_close(torch.cat(times), scheduler.sigmas[:-1], rtol=0, atol=0)
+    for one, other in zip(ours, their_way(scheduler, start, said), strict=True):
+        agree(one, other, 1e-5)
+
+
 # Against a model that is never wrong
 
 
@@ -187,7 +286,7 @@ def test_a_perfect_predictor_gives_the_clean_latent(
 
     bounded = walk(steps, diffusion, 2.0 if clipped else None, seed, dtype)
     image, asked = drive(sampler_of(name, diffusion)(random(seed, 0, dtype), bounded), perfect)
-    assert len(asked) == steps
+    assert len(asked) == calls(name, steps)
     assert image.dtype == dtype
     # At t = 1 float32's own error is multiplied by 20,000, but only that of t = 1 / steps is left at the end.
     torch.testing.assert_close(image, clean, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
@@ -196,7 +295,7 @@ def test_a_perfect_predictor_gives_the_clean_latent(
 @few
 @given(st.integers(1, 40), predictions, seeds)
 def test_without_chance_the_way_back_is_the_way_there(steps, prediction, seed):
-    """ddim and euler pass through the very noisy latents that training makes of this image and this noise."""
+    """All but ddpm pass through the very noisy latents that training makes of this image and this noise."""
     for path, name in SAMPLERS:
         if name == "ddpm" or (path, prediction) == ("straight", "noise"):
             continue  # at t = 1 of the straight path a noise prediction says nothing of the image
@@ -228,6 +327,38 @@ def test_ddpm_keeps_the_noise_as_large_as_the_path_says(steps, seed):
             assert abs(left.std() - 1) < 0.05
 
 
+# Against a world whose images are known
+
+
+def known(noisy: Tensor, t: Tensor, path: str) -> Tensor:
+    """The mean of all clean latents that this noisy one may come from: each number lies about one of three centres."""
+    centres = torch.tensor([-1.2, 0.3, 1.0], dtype=torch.float64)  # (3,)
+    spread, shares = 0.3, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)  # (3,)
+    signal, scale = signal_and_scale(t, path)
+    variance = (signal * spread) ** 2 + scale**2
+    off = noisy[..., None] - signal * centres  # (1, C, Y, X, 3)
+    chance = (shares.log() - off**2 / (2 * variance)).softmax(-1)  # (1, C, Y, X, 3)
+    return (chance * (centres + signal * spread**2 / variance * off)).sum(-1)
+
+
+def walked(name: str, path: str, steps: int, start: Tensor) -> Tensor:
+    """What becomes of pure noise in that world."""
+    diffusion = DiffusionConfig(path=path, prediction="clean")
+    sampler = sampler_of(name, diffusion)(start, walk(steps, diffusion))
+    return drive(sampler, lambda noisy, t: known(noisy, t, path))[0]
+
+
+@pytest.mark.parametrize(("path", "name", "steps", "rival", "times_closer"), [
+    ("cosine", "dpm", 20, "ddim", 3), ("straight", "dpm", 20, "ddim", 3), ("straight", "heun", 10, "euler", 3),
+])  # fmt: skip
+def test_second_order_comes_closer_to_the_end_of_the_way_with_as_many_questions(path, name, steps, rival, times_closer):
+    """The end is where ddim comes in 1,000 steps; first order has 20 of them, as many as second order's questions."""
+    start = torch.randn(1, 1, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    end = walked("ddim", path, 1000, start)
+    ours, theirs = ((walked(*way, start) - end).abs().mean() for way in ((name, path, steps), (rival, path, 20)))
+    assert ours * times_closer < theirs
+
+
 # The walk
 
 
@@ -256,7 +387,7 @@ def test_clipping_keeps_the_clean_estimate_inside_the_bound(path, name, steps, p
     low = -bound * torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64).view(3, 1, 1)
     high = bound * torch.tensor([0.2, 1.0, 2.0], dtype=torch.float64).view(3, 1, 1)
     bounded = Walk(steps, diffusion, (low, high), torch.Generator().manual_seed(seed))
-    said = iter(10 * random(seed, 1 + n % 8) for n in range(steps))
+    said = iter(10 * random(seed, 1 + n % 8) for n in range(calls(name, steps)))
     seen = []
 
     def answer(noisy: Tensor, t: Tensor) -> Tensor:
@@ -272,6 +403,47 @@ def test_clipping_keeps_the_clean_estimate_inside_the_bound(path, name, steps, p
     torch.testing.assert_close(image, seen[-1][0].clean, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("path", "name"), SAMPLERS)
+@few
+@given(st.integers(1, 20))
+def test_a_walk_counts_its_steps_and_not_how_often_the_model_is_asked(path, name, steps):
+    diffusion = DiffusionConfig(path=path, prediction="velocity")
+    counting, behind = walk(steps, diffusion), []
+
+    def answer(noisy: Tensor, t: Tensor) -> Tensor:
+        behind.append(counting.step)
+        return 0 * noisy
+
+    drive(sampler_of(name, diffusion)(random(0, 0), counting), answer)
+    twice = 2 if name == "heun" else 1
+    assert behind == [n for n in range(steps) for _ in range(twice)][: calls(name, steps)]
+    assert counting.step == steps
+
+
+@few
+@given(st.sampled_from(("cosine", "straight")), st.integers(1, 3), seeds)
+def test_where_it_has_nothing_to_go_by_dpm_is_ddim(path, steps, seed):
+    """In the first step, in the last, and behind an endless one, which the straight path begins with."""
+    assume(path == "straight" or steps < 3)
+    diffusion = DiffusionConfig(path=path, prediction="velocity")
+    said = [random(seed, n) for n in range(1, steps + 1)]
+    one, other = (our_way(name, walk(steps, diffusion, 1.0), random(seed, 0), said)[0] for name in ("dpm", "ddim"))
+    for ours, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["cosine", "straight"])
+def test_steps_too_short_to_change_anything_do_not_stop_dpm(path):
+    """Shifted that far, the cosine path's signal is the smallest there is at more than one of the times."""
+    diffusion = DiffusionConfig(path=path, prediction="velocity", shift=1000.0)
+    wandering = walk(100, diffusion, 1.0)
+    signals = [signal for signal, _ in wandering.coefficients()]
+    assert path == "straight" or signals[0] == signals[1]
+    image, asked = drive(sampler_of("dpm", diffusion)(random(0, 0), wandering), lambda x, t: random(0, 1))
+    assert all(noisy.isfinite().all() and noisy.abs().max() < 10 for noisy, _ in asked)
+    assert image.abs().max() <= 1
+
+
 @few
 @given(st.integers(1, 20), seeds)
 def test_a_wide_bound_changes_nothing(steps, seed):
@@ -279,7 +451,7 @@ def test_a_wide_bound_changes_nothing(steps, seed):
         diffusion = DiffusionConfig(path=path, prediction="velocity")
         images = []
         for bound in (None, 1e6):
-            said = iter(random(seed, 1 + n % 8) for n in range(steps))
+            said = iter(random(seed, 1 + n % 8) for n in range(calls(name, steps)))
             sampler = sampler_of(name, diffusion)(random(seed, 0), walk(steps, diffusion, bound, seed))
             images.append(drive(sampler, lambda *_, said=said: next(said))[0])
         torch.testing.assert_close(*images, rtol=0, atol=1e-9)
@@ -298,10 +470,11 @@ def test_only_ddpm_draws_and_the_same_seed_draws_the_same(steps, seed, other):
 
 
 def test_a_sampler_that_is_not_there_or_not_for_this_path_is_refused():
-    with pytest.raises(ValueError, match="no sampler 'heun'.*ddpm, ddim, euler"):
-        sampler_of("heun", DiffusionConfig())
-    with pytest.raises(ValueError, match="euler.*straight.*cosine"):
-        sampler_of("euler", DiffusionConfig())
+    with pytest.raises(ValueError, match="no sampler 'magic'.*ddpm, ddim, dpm, euler, heun"):
+        sampler_of("magic", DiffusionConfig())
+    for name in ("euler", "heun"):
+        with pytest.raises(ValueError, match=f"{name}.*straight.*cosine.*dpm"):
+            sampler_of(name, DiffusionConfig())
     for path, name in SAMPLERS:
         assert callable(sampler_of(name, DiffusionConfig(path=path)))
 

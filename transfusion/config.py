@@ -1,5 +1,6 @@
 """Every number: one frozen dataclass per part, and the named runs. Imports nothing heavy, not even torch."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,6 +13,9 @@ class RopeScaling:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_length: int = 8192
+
+
+UNET_CHANNELS = 8  # the widths of a U-Net are multiples of it: the smallest group that is normalised together
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class ModelConfig:
     z_loss: float = 0.0  # Chameleon: 1e-5, keeps the logits' normaliser near one
     latent_channels: int = 8
     patch_size: int = 2  # a patch is patch_size x patch_size latent pixels; 2 -> 256 patches for 256x256 pictures
+    patches: Literal["linear", "unet"] = "linear"  # how they come in and out: one layer each, or the halves of a U-Net
+    unet_width: int | None = None  # channels at the U-Net's lowest resolution; None: 5/4 width, 1184 at most, as in Table 7
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image (Table 5)
 
     def __post_init__(self):
@@ -46,6 +52,16 @@ class ModelConfig:
             raise ValueError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.size_of_head % 2:
             raise ValueError(f"rotary positions need an even head size, not {self.size_of_head}")
+        if self.patches == "unet":
+            self._check_unet()
+
+    def _check_unet(self):
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"with model.patches unet, model.patch_size must be 1, 2, 4, 8 ..., not {self.patch_size}")
+        unit = UNET_CHANNELS * self.patch_size
+        if self.unet_width is not None and (self.unet_width < 1 or self.unet_width % unit):
+            raise ValueError(f"model.unet_width must be a multiple of {unit} with patches of side {self.patch_size}, "
+                             f"not {self.unet_width}")  # fmt: skip
 
     @property
     def num_kv_heads(self) -> int:
@@ -63,6 +79,17 @@ class ModelConfig:
     def patch_width(self) -> int:
         """Numbers in one patch."""
         return self.latent_channels * self.patch_size**2
+
+    @property
+    def unet_widths(self) -> tuple[int, ...]:
+        """Channels of the U-Net at each resolution, from the latent's own down to the patches': each twice the one before.
+
+        The paper gives no widths, only how many parameters the U-Net adds (Table 7): 172M to 0.16b, about 0.27B to the
+        others. 960 = 5/4 of 768 gives the first, 1184 the others.
+        """
+        unit = UNET_CHANNELS * self.patch_size
+        lowest = self.unet_width or max(1, min(5 * self.width // 4, 1184) // unit) * unit
+        return tuple(lowest >> n for n in reversed(range(self.patch_size.bit_length())))
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,7 @@ class PrepareConfig:
     tokenizer: str | None = None  # a tokenizer.json to be used; None: one is trained on the first documents
     text_ids: int | None = None  # size of one that is trained, at most; None: 8192, less where there is little text
     sizes: tuple[str, ...] = ()  # width x height of pictures; none: as they are, if all are alike and small, else 256x256
-    codec: Literal["auto", "pixels", "block_pca"] = "auto"  # auto: pixels for sides below 16, else block_pca
+    codec: str = "auto"  # pixels (auto below 16 a side), block_pca (auto above), what fit-codec made, or an AutoencoderKL
     codec_block: int | None = None  # block_pca: pixels along one side of a block; None: 4 for sides below 64, else 8
     codec_components: int | None = None  # block_pca: numbers kept per block; None: 6 for blocks of 4, else 8
     fit_documents: int = 2_000  # of each source, from which tokenizer and codec are fitted
@@ -149,6 +176,65 @@ class PrepareConfig:
             raise ValueError(f"heldout must not be negative, not {self.heldout}")
         for size in self.sizes:
             parse_size(size)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The convolutional network between pixels and latents (section 4.1). These numbers are the paper's 86M parameters."""
+
+    channels: int = 8  # of a latent
+    width: int = 128  # channels at full size
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the width at each size; f = 2 ** (how many - 1)
+    blocks: int = 2  # residual blocks at each size, one more on the way back
+    attention: bool = True  # over all positions, at the smallest size
+    colours: int = 3
+
+    def __post_init__(self):
+        for name in ("channels", "width", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"network.{name} must be at least 1, not {getattr(self, name)}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError("network.multipliers must be whole numbers from 1 up, one for each size")
+        if self.colours not in (1, 3):
+            raise ValueError(f"network.colours must be 1 or 3, not {self.colours}")
+
+    @property
+    def scale(self) -> int:
+        """f: pixels along one side of a latent pixel."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class CodecTrainingConfig:
+    """How an autoencoder learns (section 4.1: L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL). Rates: VQGAN's."""
+
+    steps: int = 1_000_000
+    rows: int = 32  # pictures in a step
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup: int = 1_000
+    betas: tuple[float, float] = (0.5, 0.9)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    average: float = 0.999
+    kl_weight: float = 1e-6
+    perceptual: str | None = None  # a .safetensors file with LPIPS' VGG-16; None: without this loss
+    identity: str | None = None  # a .safetensors file with MoCo v2's ResNet-50; None: without this loss
+    identity_weight: float = 0.2
+    gan_weight: float = 0.5
+    gan_from: int | None = None  # the step from which the patch discriminator joins in; None: never
+    seed: int = 0
+    heldout: int = 256  # pictures, at most a tenth
+    checkpoint_every: int = 1_000
+    keep: int = 2
+    validate_every: int = 1_000
+    log_every: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "rows", "checkpoint_every", "keep", "validate_every", "log_every", "heldout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -191,9 +277,13 @@ class TrainingConfig:
 class GenerationConfig:
     """How a run writes and draws when nobody says otherwise."""
 
-    sampler: Literal["ddpm", "ddim", "euler"] = "ddpm"
-    steps: int = 250  # of 1000 (section 4.1)
+    sampler: Literal["ddpm", "ddim", "dpm", "euler", "heun"] = "ddpm"
+    steps: int = 250  # of 1000 (section 4.1); heun asks the model twice in each
+    shift: float | None = None  # > 1: more of the steps are spent at high noise; None: as the run was trained
     guidance_scale: float = 3.0  # section 4.3; 1: none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t; outside there is no guidance, and its branches cost nothing
+    guidance_rescale: float = 0.0  # 1: a guided prediction deviates as little as one without guidance (2305.08891)
+    image_guidance_scale: float | None = None  # towards a prompt's images alone (2211.09800); None: as guidance_scale
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     max_tokens: int = 256  # text tokens and images' markers that one request may add
@@ -202,6 +292,16 @@ class GenerationConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be a number above 0, not {self.shift}")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            found = " ".join(map(str, self.guidance_interval))
+            raise ValueError(f"guidance_interval must be two numbers between 0 and 1, the smaller one first, not {found}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must lie between 0 and 1, not {self.guidance_rescale}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -235,7 +335,7 @@ def digits() -> Run:
     """Real 8x8 scans with their English names, and Python's documentation: learns in five minutes on two cores."""
     return Run(
         name="digits",
-        model=ModelConfig(width=192, layers=4, heads=3, hidden=512, qk_norm=True, latent_channels=1),
+        model=ModelConfig(width=192, layers=4, heads=3, hidden=512, qk_norm=True, unet_width=64, latent_channels=1),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
             sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, rows=13,
@@ -253,7 +353,7 @@ def shapes() -> Run:
     """A made world of captioned scenes, 32x32 in colour, that can be checked exactly."""
     return Run(
         name="shapes",
-        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, qk_norm=True, latent_channels=6),
+        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, qk_norm=True, unet_width=64, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
             sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.3, text_ids=320,

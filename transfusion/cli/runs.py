@@ -61,12 +61,22 @@ class Generate:
     """Draw this many images, each from the prompt alone; without it the model writes and draws until it is done."""
     size: str | None = None
     """Width x height of the images in pixels, for example 32x32; one that the run knows."""
-    sampler: Literal["ddpm", "ddim", "euler"] | None = None
-    """How noise becomes an image; the run has a default for this and all that follows."""
+    sampler: Literal["ddpm", "ddim", "dpm", "euler", "heun"] | None = None
+    """How noise becomes an image; the run has a default for this and all that follows. dpm needs the fewest steps; euler and
+    heun are for runs on the straight path."""
     steps: int | None = None
-    """Denoising steps per image."""
+    """Denoising steps per image. heun takes twice the time for each."""
+    shift: float | None = None
+    """Above 1: more of the steps are spent where there is much noise."""
     guidance_scale: float | None = None
     """How hard images are pushed towards the prompt; 1: not at all."""
+    guidance_interval: tuple[float, float] | None = None
+    """From which to which t (0: clean, 1: noise) they are pushed, for example 0.1 0.8; elsewhere a step costs half."""
+    guidance_rescale: float | None = None
+    """0 to 1: how far the contrast that pushing exaggerates is taken back."""
+    image_guidance_scale: float | None = None
+    """For prompts that hold a picture: how hard the images are pushed towards it, while guidance-scale pushes them towards
+    the text. Without it guidance-scale pushes them towards both at once."""
     temperature: float | None = None
     """Of the text; 0: always the likeliest token."""
     top_p: float | None = None

@@ -39,7 +39,7 @@ class Cache:
         self.free.append(slot)
 
     def advance(self, slot: int, positions: int) -> None:
-        """The first `positions` of what was last written to this slot now count."""
+        """The first `positions` of what was last written to this slot now count; below 0: so many of its last no more."""
         self.lengths[slot] += positions
 
     def copy(self, source: int, target: int) -> None:

@@ -4,6 +4,9 @@ A row writes tokens until it writes a boi; then it draws an image, which goes in
 writes on (section 3). `submit` adds rows, `step` moves all of them: one forward pass for the rows that write a token, one
 for those that read (a prompt, or their own finished image), and one per latent shape for those that draw, with and
 without their prompt together. Rows that wait compute nothing.
+
+Where text and images of a prompt guide apart (`image_guidance_scale`), a row has a second slot for what training showed when
+the text was dropped: bos, the prompt's images, boi. It is read in the same forward passes.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from transfusion.codecs.pictures import to_pixels
 from transfusion.config import GenerationConfig
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
+from transfusion.inference.image_mode import Branch
 from transfusion.inference.samplers import sampler_of
 from transfusion.sequence import Document, Image, Piece, Text, lay_out
 
@@ -95,7 +99,7 @@ class Answer:
 
 @dataclass
 class Row:
-    """One answer on its way: its slot in the cache, what it has yet to read, the image it draws."""
+    """One answer on its way: its slots in the cache, what they have yet to read, the image it draws."""
 
     number: int  # of the request
     request: Request
@@ -104,6 +108,9 @@ class Row:
     slot: int
     unread: Piece | None
     forks: int  # rows that will go on from the same prompt, once it is read
+    images_slot: int | None = None  # only bos and the prompt's images, where these guide apart from its text
+    images_unread: Piece | None = None
+    free_slot: int | None = None  # only bos and boi, while an image is drawn with guidance
     written: int = 0  # tokens
     segment: list[int] = field(default_factory=list)  # tokens of the text in hand
     shown: int = 0  # letters of it that events have carried
@@ -112,6 +119,11 @@ class Row:
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(seed_from(self.request.seed, self.draw, "text"))
+
+    @property
+    def slots(self) -> list[int]:
+        """All that it holds of the cache."""
+        return [slot for slot in (self.slot, self.images_slot, self.free_slot) if slot is not None]
 
 
 class Engine:
@@ -140,17 +152,22 @@ class Engine:
             raise ValueError(f"num_images must be at least 1, not {request.num_images}")
         generation = request.generation or self.run.generation
         sampler_of(generation.sampler, self.run.diffusion)
-        prompt = lay_out(Document(tuple(map(self._segment, request.parts))), self.vocabulary, ends=False)
+        segments = tuple(map(self._segment, request.parts))
+        images = tuple(segment for segment in segments if isinstance(segment, Image))
+        prompt, without_text = (lay_out(Document(given), self.vocabulary, ends=False) for given in (segments, images))
         needed = len(prompt)
         if request.num_images is not None:
             shape = self._shape(request.size)
-            prompt = prompt.followed_by(self.vocabulary.boi[shape])
+            prompt, without_text = (piece.followed_by(self.vocabulary.boi[shape]) for piece in (prompt, without_text))
             needed = len(prompt) + self.vocabulary.patches(shape)
         if needed > self.context:
             raise ValueError(f"this takes {needed} positions, and the run was trained on rows of {self.context}")
         self.requests += 1
-        forks = (request.num_images or 1) - 1
-        self.rows.append(Row(self.requests, request, generation, 0, self.cache.acquire(), prompt, forks))
+        row = Row(self.requests, request, generation, 0, self.cache.acquire(), prompt, (request.num_images or 1) - 1)
+        # With equal scales, what the images alone would say cancels out.
+        if images and generation.image_guidance_scale not in (None, generation.guidance_scale):
+            row.images_slot, row.images_unread = self.cache.acquire(), without_text
+        self.rows.append(row)
         return self.requests
 
     @torch.inference_mode()
@@ -160,19 +177,21 @@ class Engine:
         for writing in (True, False):
             rows = [row for row in self.rows if row.unread is not None and (len(row.unread) == 1) == writing]
             if rows:
-                logits = text_mode.read(
-                    self.model, self.cache, [row.slot for row in rows], [row.unread for row in rows], self.vocabulary
-                ).cpu()  # (B, V)
-                for row, after in zip(rows, logits, strict=True):
+                apart = [row for row in rows if row.images_unread is not None]
+                slots = [row.slot for row in rows] + [row.images_slot for row in apart]
+                pieces = [row.unread for row in rows] + [row.images_unread for row in apart]
+                logits = text_mode.read(self.model, self.cache, slots, pieces, self.vocabulary).cpu()  # (B, V)
+                for row, after in zip(rows, logits, strict=False):
                     self._go_on(row, after, events)
         drawing: dict[tuple[int, int], list[Row]] = {}
         for row in self.rows:
             if row.drawing is not None:
                 drawing.setdefault(row.drawing.shape, []).append(row)
         for rows in drawing.values():
+            steps = [row.drawing.step for row in rows]
             image_mode.denoise(self.model, self.cache, [row.drawing for row in rows], self.run.diffusion)
-            for row in rows:
-                self._after_denoising(row, events)
+            for row, step in zip(rows, steps, strict=True):
+                self._after_denoising(row, row.drawing.step > step, events)
         return events
 
     def cancel(self, number: int) -> None:
@@ -231,11 +250,14 @@ class Engine:
         for draw in range(1, row.forks + 1):
             fork = Row(row.number, row.request, row.generation, draw, self.cache.acquire(), None, 0)
             self.cache.copy(row.slot, fork.slot)
+            if row.images_slot is not None:
+                fork.images_slot = self.cache.acquire()
+                self.cache.copy(row.images_slot, fork.images_slot)
             self.rows.append(fork)
             rows.append(fork)
         row.forks = 0
         for each in rows:
-            each.unread = None
+            each.unread = each.images_unread = None
             if shape is not None:
                 self._begin_image(each, shape)
             else:
@@ -252,6 +274,8 @@ class Engine:
             return self._end(row, "length", events)
         row.written += 1
         row.unread = NOTHING.followed_by(token)
+        if shape is not None and row.images_slot is not None:
+            row.images_unread = row.unread
         if shape is None:
             row.segment.append(token)
             text = self.opened.tokenizer.decode(row.segment)
@@ -260,13 +284,17 @@ class Engine:
             events.append(Written(row.number, row.draw, token, fresh))
 
     def _begin_image(self, row: Row, shape: tuple[int, int]) -> None:
-        free_slot = None
-        if row.generation.guidance_scale != 1:
-            free_slot = self.cache.acquire()
-            self.cache.copy(self._without_prompt(shape), free_slot)
+        generation = row.generation
+        branches = [Branch(row.slot, generation.guidance_scale)]
+        if row.images_slot is not None:
+            branches.append(Branch(row.images_slot, generation.image_guidance_scale))
+        if row.images_slot is not None or generation.guidance_scale != 1:
+            row.free_slot = self.cache.acquire()
+            self.cache.copy(self._without_prompt(shape), row.free_slot)
+            branches.append(Branch(row.free_slot))
         row.segment, row.shown = [], 0
         row.drawing = image_mode.begin(
-            (self.run.model.latent_channels, *shape), row.slot, free_slot, row.generation, self.run.diffusion, self.bound,
+            (self.run.model.latent_channels, *shape), branches, generation, self.run.diffusion, self.bound,
             seed_from(row.request.seed, row.draw, "image", row.images), self.device,
         )  # fmt: skip
         row.images += 1
@@ -279,17 +307,20 @@ class Engine:
             text_mode.read(self.model, self.cache, [slot], [piece], self.vocabulary)
         return self.free_slots[shape]
 
-    def _after_denoising(self, row: Row, events: list[Event]) -> None:
+    def _after_denoising(self, row: Row, moved: bool, events: list[Event]) -> None:
+        """moved: the drawing has a whole step behind it since it was last here."""
         drawing, codec = row.drawing, self.opened.codec
-        if row.request.previews and drawing.step % row.request.previews == 0:
+        if moved and row.request.previews and drawing.step % row.request.previews == 0:
             noisy = drawing.noisy if drawing.clean is None else drawing.clean
             shown = [codec.decode(latent[0].cpu().numpy()) for latent in (noisy, drawing.estimate)]
             events.append(Previewed(row.number, row.draw, drawing.step, *shown))
         if drawing.clean is None:
             return None
-        if drawing.free_slot is not None:
-            self.cache.release(drawing.free_slot)
-        row.drawing = None
+        if row.free_slot is not None:
+            self.cache.release(row.free_slot)
+        if row.images_slot is not None:
+            self.cache.advance(row.images_slot, -1)  # its boi: images that the row draws itself are no part of its prompt
+        row.drawing = row.free_slot = None
         clean = drawing.clean[0].cpu().numpy()
         events.append(Drawn(row.number, row.draw, codec.decode(clean)))
         if row.request.num_images is not None:
@@ -304,9 +335,8 @@ class Engine:
 
     def _remove(self, row: Row) -> None:
         self.rows.remove(row)
-        self.cache.release(row.slot)
-        if row.drawing is not None and row.drawing.free_slot is not None:
-            self.cache.release(row.drawing.free_slot)
+        for slot in row.slots:
+            self.cache.release(slot)
 
 
 def open_run(path: str | Path, weights: str = "average", device: str = "auto") -> Engine:

@@ -1,7 +1,14 @@
-"""Drawing: one denoising step for all images of one latent shape, each behind its own cached prefix."""
+"""Drawing: one denoising step for all images of one latent shape, each behind its own cached prefixes.
+
+Guidance sees an image in several branches: behind all that its row has read, behind less, behind nothing but bos and boi.
+What a branch says beyond the next one, which knows less, counts `scale` times:
+
+    nothing + image_scale (images - nothing) + scale (everything - images)        InstructPix2Pix (2211.09800), section 3.2.1
+    nothing + scale (everything - nothing)                                        classifier-free guidance (2207.12598)
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,57 +21,95 @@ from transfusion.model.mask import cached
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import Batch, ImageGroup
 
+EDGE = 1e-6  # t is float32: 0.8 of a walk must lie in an interval that ends at 0.8
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one slot of the cache has read, and how often that counts which it knows beyond the next branch."""
+
+    slot: int
+    scale: float = 1.0
+
 
 @dataclass
 class Drawing:
-    """An image on its way from noise to clean, and the two branches that guide it."""
+    """An image on its way from noise to clean, and the branches that guide it."""
 
     shape: tuple[int, int]
-    slot: int  # the branch that has read the prompt
-    free_slot: int | None  # the branch that has read only bos and boi; None without guidance
-    guidance_scale: float
+    branches: tuple[Branch, ...]  # what has read everything comes first, then ever less
+    generation: GenerationConfig
+    walk: Walk
     sampler: Sampler
     noisy: Tensor  # (1, C, Y, X)
     t: Tensor  # (1,)
-    step: int = 0
     estimate: Tensor | None = None  # what the last prediction says the clean latent is
     clean: Tensor | None = None  # (1, C, Y, X), when it is finished
 
+    @property
+    def step(self) -> int:
+        """Denoising steps that are done. A sampler may ask more than once in a step: between, `noisy` is only a trial."""
+        return self.walk.step
+
+    def heard(self) -> tuple[Branch, ...]:
+        """The branches that count at this t: outside the interval of guidance, only the one that has read everything."""
+        low, high = self.generation.guidance_interval
+        if (low, high) == (0, 1) or low - EDGE <= self.t.item() <= high + EDGE:  # asking for t would wait for the device
+            return self.branches
+        return self.branches[:1]
+
 
 def begin(
-    latent: tuple[int, int, int], slot: int, free_slot: int | None, generation: GenerationConfig,
-    diffusion: DiffusionConfig, bound: Bound, seed: int, device: torch.device,
+    latent: tuple[int, int, int], branches: Sequence[Branch], generation: GenerationConfig, diffusion: DiffusionConfig,
+    bound: Bound, seed: int, device: torch.device,
 ) -> Drawing:  # fmt: skip
     """An image of pure noise, (C, Y, X), drawn on the CPU from its own seed."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, *latent), generator=generator).to(device)
+    noise = torch.randn((1, *latent), generator=generator).to(device)  # (1, C, Y, X)
+    if generation.shift is not None:
+        diffusion = replace(diffusion, shift=generation.shift)
     walk = Walk(generation.steps, diffusion, bound if generation.clip_clean else None, generator)
     sampler = sampler_of(generation.sampler, diffusion)(noise, walk)
     noisy, t = next(sampler)
-    return Drawing(latent[1:], slot, free_slot, generation.guidance_scale, sampler, noisy, t)
+    return Drawing(latent[1:], tuple(branches), generation, walk, sampler, noisy, t)
 
 
 def denoise(model: Transfusion, cache: Cache, drawings: Sequence[Drawing], diffusion: DiffusionConfig) -> None:
-    """One step of every drawing, all of one shape: both branches of all of them in one forward pass.
+    """Ask once for every drawing, all of one shape: all branches of all of them in one forward pass.
 
     Only the images' own positions are computed; the cache holds the rest and keeps nothing of the step.
     """
-    guided = [drawing for drawing in drawings if drawing.free_slot is not None]
-    noisy = torch.cat([drawing.noisy for drawing in (*drawings, *guided)])  # (B, C, Y, X)
-    t = torch.cat([drawing.t for drawing in (*drawings, *guided)])  # (B,)
-    slots = [drawing.slot for drawing in drawings] + [drawing.free_slot for drawing in guided]
-    said = predict(model, cache, slots, noisy, t)
-    free = dict(zip(map(id, guided), said[len(drawings) :], strict=True))
-    for drawing, prediction in zip(drawings, said, strict=False):
-        if id(drawing) in free:
-            without = free[id(drawing)]
-            prediction = without + drawing.guidance_scale * (prediction - without)
-        drawing.step += 1
-        drawing.estimate = read_prediction(drawing.noisy, prediction[None], drawing.t, diffusion).clean
+    heard = [drawing.heard() for drawing in drawings]
+    # First branches first, then all second ones: slots that were taken together lie together.
+    order = [(n, k) for k in range(max(map(len, heard))) for n, branches in enumerate(heard) if k < len(branches)]
+    noisy = torch.cat([drawings[n].noisy for n, _ in order])  # (B, C, Y, X)
+    t = torch.cat([drawings[n].t for n, _ in order])  # (B,)
+    said = predict(model, cache, [heard[n][k].slot for n, k in order], noisy, t)  # (B, C, Y, X)
+    by_branch = dict(zip(order, said, strict=True))
+    for n, (drawing, branches) in enumerate(zip(drawings, heard, strict=True)):
+        predictions = [by_branch[n, k] for k in range(len(branches))]
+        prediction = guide(predictions, [branch.scale for branch in branches], drawing.generation.guidance_rescale)[None]
+        drawing.estimate = read_prediction(drawing.noisy, prediction, drawing.t, diffusion).clean
         try:
-            drawing.noisy, drawing.t = drawing.sampler.send(prediction[None])
+            drawing.noisy, drawing.t = drawing.sampler.send(prediction)
         except StopIteration as finished:
             drawing.clean = finished.value
+
+
+def guide(predictions: Sequence[Tensor], scales: Sequence[float], rescale: float = 0.0) -> Tensor:
+    """What the branches say together, (C, Y, X) each: see the head of this file.
+
+    rescale: as far (0 to 1) the deviation of the guided prediction is brought back to that of the first branch, which
+    guidance exaggerates (Lin et al. 2023, 2305.08891, section 3.4).
+    """
+    guided = predictions[-1]  # (C, Y, X)
+    for n in reversed(range(len(predictions) - 1)):
+        guided = guided + scales[n] * (predictions[n] - predictions[n + 1])
+    if rescale and len(predictions) > 1:
+        own, found = (said.std(correction=0) for said in (predictions[0], guided))
+        ratio = torch.where(found > 0, own / found, 1.0)  # () a new model says 0 everywhere
+        guided = guided * (1 + rescale * (ratio - 1))
+    return guided
 
 
 def predict(model: Transfusion, cache: Cache, slots: list[int], noisy: Tensor, t: Tensor) -> Tensor:

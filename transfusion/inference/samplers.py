@@ -4,9 +4,12 @@
 
 so one loop can drive many at once, each at its own step. Every one recovers the clean estimate, clips it to the codec's
 bound, then steps: at t = 1 an error in a noise prediction is multiplied by 20,000 before it is clipped.
+
+ddpm, ddim, euler and dpm ask once per step, heun twice in every step but the last.
 """
 
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +22,21 @@ Sampler = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (1, C, Y, X
 Bound = tuple[Tensor, Tensor]  # smallest and largest value of each channel, (C, 1, 1) each
 
 
-@dataclass(frozen=True)
+@dataclass
 class Walk:
-    """What all samplers need: how many steps over which path, the bound of a clean latent, and chance."""
+    """What all samplers need: how many steps over which path, the bound of a clean latent, and chance. For one image."""
 
     steps: int
     diffusion: DiffusionConfig
     bound: Bound | None
     generator: torch.Generator
+    step: int = 0  # how many are behind, however often the model was asked in each
+
+    def each_step(self) -> Iterator[int]:
+        """0, 1, ..., steps - 1; `step` counts those that are done."""
+        for step in range(self.steps):
+            yield step
+            self.step = step + 1
 
     def times(self) -> Tensor:
         """(steps + 1,) from 1 down to 0. 250 steps are the paper's 1000, 996, ..., 4, 0, divided by 1000."""
@@ -43,11 +53,18 @@ class Walk:
         """Signal and scale at each of the times."""
         return list(zip(*(part.tolist() for part in signal_and_scale(self.times(), self.diffusion.path)), strict=True))
 
+    def half_log_snr(self) -> list[float]:
+        """log(signal / scale) at each of the times: from -9.9 (cosine) or -inf (straight) up to inf."""
+        return [
+            math.inf if scale == 0 else -math.inf if signal == 0 else math.log(signal / scale)
+            for signal, scale in self.coefficients()
+        ]
+
 
 def ddpm(noisy: Tensor, walk: Walk) -> Sampler:
     """Ancestral sampling with the smaller posterior variance (Ho et al. 2020), over any subset of the steps."""
     times, coefficients = walk.times(), walk.coefficients()
-    for step in range(walk.steps):
+    for step in walk.each_step():
         (signal, scale), (next_signal, next_scale) = coefficients[step], coefficients[step + 1]
         t = times[step : step + 1].to(noisy)
         clean = walk.estimate(noisy, (yield noisy, t), t).clean
@@ -63,7 +80,7 @@ def ddpm(noisy: Tensor, walk: Walk) -> Sampler:
 def ddim(noisy: Tensor, walk: Walk) -> Sampler:
     """Deterministic: the clean estimate and the noise that is left, mixed again for the next time (Song et al. 2021)."""
     times, coefficients = walk.times(), walk.coefficients()
-    for step in range(walk.steps):
+    for step in walk.each_step():
         t = times[step : step + 1].to(noisy)
         clean, noise = walk.estimate(noisy, (yield noisy, t), t)
         signal, scale = coefficients[step + 1]
@@ -71,13 +88,56 @@ def ddim(noisy: Tensor, walk: Walk) -> Sampler:
     return noisy
 
 
+def dpm(noisy: Tensor, walk: Walk) -> Sampler:
+    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095): ddim, from a clean estimate led on the way that it last went.
+
+    How far is measured in half the log of the signal-to-noise ratio, so the midpoint of a step is half of it ahead. The
+    first step has nothing to go by; the last would lead on without end, and gives the clean estimate itself. From t = 1
+    of the straight path the way is endless, and the second step is led by nothing. All as diffusers does with a final
+    sigma of zero. What is clipped are the estimates; where they lead may lie beyond the bound for a step.
+    """
+    times, coefficients, place = walk.times(), walk.coefficients(), walk.half_log_snr()
+    clean = None
+    for step in walk.each_step():
+        t = times[step : step + 1].to(noisy)  # (1,)
+        before = clean
+        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
+        ahead = clean
+        if 0 < step < walk.steps - 1 and place[step] > place[step - 1]:  # close to t = 1 the cosine path stands still
+            share = (place[step + 1] - place[step]) / (place[step] - place[step - 1]) / 2
+            ahead = clean + share * (clean - before)  # (1, C, Y, X)
+            noise = noise_beside(noisy, ahead, t, walk.diffusion)  # (1, C, Y, X)
+        signal, scale = coefficients[step + 1]
+        noisy = signal * ahead + scale * noise
+    return noisy
+
+
 def euler(noisy: Tensor, walk: Walk) -> Sampler:
     """Straight steps along the velocity, for the straight path."""
     times = walk.times()
-    for step in range(walk.steps):
+    for step in walk.each_step():
         t = times[step : step + 1].to(noisy)
         clean, noise = walk.estimate(noisy, (yield noisy, t), t)
         noisy = noisy + (times[step + 1] - times[step]).item() * (noise - clean)
+    return noisy
+
+
+def heun(noisy: Tensor, walk: Walk) -> Sampler:
+    """Steps along the mean of the velocities at both their ends, for the straight path: euler, tried and corrected.
+
+    The last step is euler's: at t = 0 nothing is left from which a velocity could be read.
+    """
+    times = walk.times()
+    for step in walk.each_step():
+        t, later = (times[n : n + 1].to(noisy) for n in (step, step + 1))  # (1,) each
+        length = (times[step + 1] - times[step]).item()
+        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
+        velocity = noise - clean  # (1, C, Y, X)
+        if step + 1 < walk.steps:
+            tried = noisy + length * velocity  # (1, C, Y, X)
+            clean, noise = walk.estimate(tried, (yield tried, later), later)
+            velocity = (velocity + noise - clean) / 2
+        noisy = noisy + length * velocity
     return noisy
 
 
@@ -88,9 +148,13 @@ def sampler_of(name: str, diffusion: DiffusionConfig) -> Callable[[Tensor, Walk]
             return ddpm
         case "ddim":
             return ddim
+        case "dpm":
+            return dpm
         case "euler" if diffusion.path == "straight":
             return euler
-        case "euler":
-            raise ValueError("the euler sampler walks the straight path, and this run's path is cosine: use ddim or ddpm")
+        case "heun" if diffusion.path == "straight":
+            return heun
+        case "euler" | "heun":
+            raise ValueError(f"the {name} sampler walks the straight path; this run's path is cosine: use dpm, ddim or ddpm")
         case _:
-            raise ValueError(f"there is no sampler {name!r}; there are ddpm, ddim, euler")
+            raise ValueError(f"there is no sampler {name!r}; there are ddpm, ddim, dpm, euler, heun")
