@@ -22,6 +22,8 @@ proof: demo
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/drawing.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/codec.py
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -187,6 +187,29 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     assert "does not hold the data" in fails(capsys, 2, *words[:3], other, *words[4:])
 
 
+def test_one_run_draws_pictures_of_several_sizes(tmp_path, capsys):
+    """Each picture goes to the nearest shape; each size has its own boi, chosen by the model or by who asks."""
+    for name, (width, height) in {"square": (24, 24), "wide": (50, 24), "tall": (20, 41)}.items():
+        write_photos(tmp_path / "photos" / name, 20, width, height)
+        lines = (tmp_path / "photos" / name / "metadata.jsonl").read_text().replace('"00', f'"{name}/00')
+        (tmp_path / "photos" / name / "metadata.jsonl").unlink()
+        with (tmp_path / "photos" / "metadata.jsonl").open("a") as file:
+            file.write(lines)
+    sizes = ("16x16", "32x16", "16x32")
+    command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "data", "--sizes", *sizes, *PREPARE)
+    run = tmp_path / "run"
+    command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY, "--model.patches", "unet")
+    assert len(json.loads((run / "run.json").read_text())["vocabulary"]["boi"]) == 3
+    for size in sizes:
+        words = ("--num-images", 2, "--size", size, "--steps", 2, "--out", tmp_path / size)
+        command("generate", run, "red above blue", *words, "--sampler", "dpm")
+        assert "{}x{}".format(*Picture.open(tmp_path / size / "001.png").size) == size
+    said = fails(capsys, 2, "generate", run, "red", "--num-images", 1, "--size", "32x32")
+    assert all(size in said for size in sizes)
+    Picture.new("RGB", (90, 50), "red").save(tmp_path / "wide.png")
+    command("generate", run, f"@{tmp_path / 'wide.png'}", "--max-tokens", 4, "--out", tmp_path / "said")
+
+
 def test_a_run_that_is_interrupted_ends_as_one_that_is_not(place, tmp_path):
     words = ("train", "small", "--data", place / "prepared", *TINY)
     command(*words, "--out", tmp_path / "whole")
