@@ -260,6 +260,8 @@ def test_killed_for_good_it_goes_on(place, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL  # else it was done before
+    assert not (tmp_path / "out" / "dataset.json").exists()
     command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
     assert files_of(tmp_path / "out") == files_of(place / "prepared")
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -25,6 +26,7 @@ from tests.sources import inline, picture, png, write_lines, write_photos, write
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
+from transfusion.data import prepare as preparing
 from transfusion.data.loader import BEGINNING, Encoder, Loader, arrange, element_weights, heldout_batches
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument
@@ -337,15 +339,72 @@ def test_prepared_again_it_only_says_so(monkeypatch):
 
 def test_other_files_or_settings_for_the_same_folder_are_refused(tmp_path):
     shutil.copytree(whole(), tmp_path / "out")
-    with pytest.raises(PrepareError, match="max_faults is 0.02 there, 0.5 here"):
-        prepare(readers(), replace(CONFIG, max_faults=0.5), tmp_path / "out")
+    with pytest.raises(PrepareError, match="heldout is 1000 there, 5 here"):
+        prepare(readers(), replace(CONFIG, heldout=5), tmp_path / "out")
     with pytest.raises(PrepareError, match="its sources are photos, texts"):
         prepare(readers()[:1], CONFIG, tmp_path / "out")
     shutil.copytree(place() / "photos", tmp_path / "photos")
     write_texts(tmp_path / "texts.jsonl", 91)
     with pytest.raises(PrepareError, match="texts: records is 90 there, 91 here"):
         prepare(readers(tmp_path), CONFIG, tmp_path / "out")
+    shutil.copy2(place() / "texts.jsonl", tmp_path / "texts.jsonl")
+    prepare(readers(tmp_path), replace(CONFIG, max_faults=0.5), tmp_path / "out")  # nothing of it decides what is in it
+    (tmp_path / "photos" / "0003.png").rename(tmp_path / "photos" / "0003b.png")
+    with pytest.raises(PrepareError, match="photos: files is"):  # the same number of files, and of bytes
+        prepare(readers(tmp_path), CONFIG, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(whole())
+
+
+def test_a_start_that_failed_ties_nobody_to_its_settings(tmp_path):
+    with pytest.raises(ValueError, match="18x18"):
+        prepare(readers(), replace(CONFIG, sizes=("18x18",), codec="block_pca"), tmp_path / "out")
+    prepare(readers(), CONFIG, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(whole())
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/prepared", "."])
+def test_what_is_made_may_not_lie_among_its_sources(tmp_path, out):
+    write_photos(tmp_path / "photos", 5)
+    with pytest.raises(PrepareError, match="lie in one another"):
+        prepare([open_reader(f"{tmp_path}/photos")], CONFIG, tmp_path / out)
+    assert not list(tmp_path.rglob("recipe.json"))
+
+
+@pytest.mark.parametrize("moment", [1, 3, 5, 7])
+def test_a_disk_that_is_full_while_fitting_or_at_the_end_is_said_in_words(tmp_path, monkeypatch, moment):
+    """recipe, tokenizer, codec, fitted, ..., quarantine, dataset: each is written whole or not at all."""
+    from transfusion import disk
+
+    written = []
+
+    def full(path, content, real=disk.write_whole):
+        written.append(path)
+        if len(written) == moment and path.suffix != ".arrow":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        for module in (disk, fitting, preparing):
+            patch.setattr(module, "write_whole", full)
+        with pytest.raises(PrepareError, match="No space left on device.*goes on"):
+            prepare(readers(), CONFIG, tmp_path / "out")
+    prepare(readers(), CONFIG, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(whole())
+
+
+def test_photographs_are_cut_as_they_are_read(tmp_path, monkeypatch):
+    """However many documents are encoded together, hardly more than one is held as it was read."""
+    alive, most, real = [], [], fitting.Tools.cut
+
+    def cut(self, raw):
+        alive.append(weakref.ref(raw))
+        most.append(sum(one() is not None for one in alive))
+        return real(self, raw)
+
+    monkeypatch.setattr(fitting.Tools, "cut", cut)
+    prepare(readers(), CONFIG, tmp_path / "out")
+    assert len(most) == 160
+    assert max(most) <= 2
 
 
 def test_two_sources_of_one_name_are_refused(tmp_path):

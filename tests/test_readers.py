@@ -479,3 +479,83 @@ def test_a_folder_of_nothing_that_can_be_read_is_refused_in_one_line(tmp_path):
     (tmp_path / "table.xlsx").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"holds nothing that can be read \(only \.pt, \.xlsx\)"):
         open_reader(str(tmp_path))
+
+
+# What lies beside
+
+
+@pytest.mark.parametrize("record", [
+    {"id": "7", "url": "https://example.org/page", "title": "A page", "text": "What it says."},
+    {"content": "print()", "path": "src/main.py"}, {"text": "a", "filename": "notes"},
+])  # fmt: skip
+def test_text_with_an_address_stays_text(tmp_path, record):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    reader = open_reader(str(tmp_path / "a.jsonl"))
+    assert reader.form == "text"
+    (found,) = read(reader)
+    assert found.segments == (RawText(record.get("text") or record["content"]),)
+
+
+def test_img2datasets_own_folder_is_read_from_its_archives(tmp_path):
+    """The tables beside them hold the addresses that the pictures once had."""
+    (tmp_path / "00000.tar").write_bytes((FIXTURES / "archives").joinpath(
+        sorted(path.name for path in (FIXTURES / "archives").glob("*.tar"))[0]).read_bytes())  # fmt: skip
+    pq.write_table(pa.table({"url": ["http://127.0.0.1:9/a.jpg"], "caption": ["gone"]}), tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text('{"count": 1}')
+    reader = open_reader(str(tmp_path))
+    assert all(isinstance(one, RawDocument) for one in read(reader))
+    assert "files not read: 1 .parquet, 1 .json" in reader.describe()
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "lang": "en", "score": 3}\n')
+    (tmp_path / "b.csv").write_text("text\ntwo\n")
+    said = open_reader(f"mine={tmp_path}").describe()
+    assert said == "mine: each record is read as text (text); columns not read: lang, score; files not read: 1 .csv"
+    assert "not read" not in open_reader(str(FIXTURES / "captions")).describe()  # pictures, and the texts beside them
+
+
+def test_a_word_inside_a_name_is_no_split(tmp_path):
+    for name in ("wiki-a", "wiki-b", "hogwarts-train-rides"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert sorted(texts(read_at(tmp_path))) == ["hogwarts-train-rides", "wiki-a", "wiki-b"]
+    (tmp_path / "train-00000-of-00001.jsonl").write_text('{"text": "this"}\n')
+    assert texts(read_at(tmp_path)) == ["this"]
+
+
+def test_an_image_folder_may_have_a_csv(tmp_path):
+    """As Hugging Face's image folders may; a comma, a line break and a quote in a caption are part of it."""
+    captions = ["a red, small bird", 'two\nlines, "quoted"', "three"]
+    content = next((FIXTURES / "metadata").rglob("*.png")).read_bytes()
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    quoted = [caption.replace('"', '""') for caption in captions]
+    lines = "".join(f'{n}.png,"{caption}"\n' for n, caption in enumerate(quoted))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + lines)
+    for most in (1, 2, 1000):
+        found = read_at(tmp_path, most)
+        assert texts(found) == captions
+        assert [one.where for one in found] == ["metadata.csv:2", "metadata.csv:3", "metadata.csv:4"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a,b\n1.png\n2.png,three\n")
+    assert [getattr(one, "kind", "") for one in read_at(tmp_path)] == ["damaged table", "damaged table", ""]
+
+
+def test_settings_that_lie_among_pictures_hide_none(tmp_path):
+    for path in (FIXTURES / "captions").rglob("*"):
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = read_at(tmp_path)
+    for number, content in enumerate(('{"editor": "x"}', '{\n  "a": [1, 2]\n}\n', "5")):
+        (tmp_path / f"config{number}.json").write_text(content)
+    after = read_at(tmp_path)
+    assert [(one.where, len(one.segments)) for one in after] == [(one.where, len(one.segments)) for one in before]
+
+
+def test_a_dead_address_is_one_fault_and_no_more(tmp_path):
+    """Nobody listens there; the records around it come all the same."""
+    good = next((FIXTURES / "metadata").rglob("*.png"))
+    records = [{"image": image, "caption": "red"} for image in (str(good), "http://127.0.0.1:9/a.png", str(good))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = read_at(tmp_path)
+    assert [isinstance(one, RawDocument) for one in found] == [True, False, True]
+    assert (found[1].kind, found[1].where) == ("missing picture", "a.jsonl:2")

@@ -103,6 +103,8 @@ def validate(asked: Validate) -> None:
     from transfusion.data.survey import survey
 
     prepared, readers = _open(asked)
+    if asked.faults:
+        asked.faults.parent.mkdir(parents=True, exist_ok=True)
     for folder in prepared:
         folder.verify()
         print(f"{folder.folder}: every shard is as it was written")
@@ -152,7 +154,7 @@ def stats(asked: Stats) -> None:
 
     prepared, readers = _open(asked)
     if asked.tokenizer is not None:
-        tokenizer = Tokenizer.from_json(asked.tokenizer.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(asked.tokenizer)
     elif readers:
         say("training a tokenizer on the first documents, to count tokens with")
         tokenizer = train_tokenizer(first_texts(readers, PrepareConfig().fit_documents), None)
@@ -173,6 +175,8 @@ def prepare(asked: Prepare) -> None:
     with Ranks.of_torchrun() as ranks:
         first = ranks.rank == 0
         readers = open_readers(asked.sources, asked.reading)
+        for reader in readers if first else ():
+            say(reader.describe())
         existed = (asked.out / "dataset.json").exists()
         with progress("preparing", quiet=not first) as tick:
             about = preparing.prepare(
@@ -199,4 +203,7 @@ def _open(asked: Validate | Inspect | Stats) -> tuple[list, list]:
 
     prepared = [source for source in asked.sources if os.path.exists(os.path.join(source, "recipe.json"))]
     others = [source for source in asked.sources if source not in prepared]
-    return [open_prepared(Path(folder)) for folder in prepared], open_readers(others, asked.reading, needed=not prepared)
+    readers = open_readers(others, asked.reading, needed=not prepared)
+    for reader in readers:
+        say(reader.describe())
+    return [open_prepared(Path(folder)) for folder in prepared], readers

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -51,6 +52,14 @@ class Tokenizer:
             return cls(Engine.from_str(text))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"not a tokenizer: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        """The same from a file. ValueError names it when it is none."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}") from None
 
     def to_json(self) -> str:
         return self._engine.to_str()

@@ -83,6 +83,14 @@ class Files:
         found = self.fs.find(self.root)
         return sorted(path for path in found if not _is_hidden(self.shown(path)))
 
+    def marks(self) -> Iterator[tuple[str, Any, Any]]:
+        """Path, size and time of every file: what tells whether they are still the same."""
+        about = {} if "*" in self.root else self.fs.find(self.root, detail=True)
+        for path in self.list():
+            found = about.get(path) or self.fs.info(path)
+            changed = next((found[name] for name in ("mtime", "ETag", "LastModified", "last_commit") if name in found), "")
+            yield self.shown(path), found.get("size"), str(changed)
+
     def shown(self, path: str) -> str:
         """A path as it stands in messages: from the source's folder on."""
         folder = posixpath.dirname(self.root.partition("*")[0]) if "*" in self.root else self.root
@@ -206,15 +214,15 @@ class Beside:
         except Fault:
             raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-            raise Fault("missing picture", f"{_short(address)}: {error.strerror or 'it is not there'}") from None
-        except OSError as error:
-            if error.errno not in IMPOSSIBLE:
-                raise
-            raise Fault("missing picture", f"{_short(address)} can be no path: {error.strerror}") from None
-        except ValueError as error:  # neither path nor address
-            raise Fault("missing picture", f"{_short(address)}: {reason_of(error)}") from None
+            hint = "" if self.files.pictures or "://" in address else " (--pictures names the folder that paths count from)"
+            raise Fault("missing picture", f"{_short(address)}: {error.strerror or 'it is not there'}{hint}") from None
         except Exception as error:  # each protocol has its own
-            raise OSError(f"cannot fetch {_short(address)}: {reason_of(error)}") from None
+            if "://" not in address and isinstance(error, OSError) and error.errno not in IMPOSSIBLE:
+                raise  # the source's own disk fails
+            if "://" not in address and not isinstance(error, OSError | ValueError):
+                raise OSError(f"cannot fetch {_short(address)}: {reason_of(error)}") from None
+            # addresses die one by one: that is the data's fault, and max_faults says how many may be dead
+            raise Fault("missing picture", f"{_short(address)}: {reason_of(error)}") from None
 
     def _locate(self, address: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """The file system and the path that a record means. Fault when it may not, or means nothing."""

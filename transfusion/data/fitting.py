@@ -13,6 +13,7 @@ from transfusion.codecs.pictures import to_pixels
 from transfusion.codecs.pixels import BlockPCA, Pixels
 from transfusion.codecs.pretrained import Pretrained, is_pretrained
 from transfusion.codecs.text import Tokenizer
+from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig, parse_size
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import Prepared, open_prepared
@@ -86,7 +87,7 @@ def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
     if config.tokenizer is None:
         tokenizer = train_tokenizer(texts, config.text_ids)
     else:
-        tokenizer = Tokenizer.from_json(Path(config.tokenizer).read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(Path(config.tokenizer))
     codec = codec if brought else _fit_codec(config, sizes, pictures)
     for width, height in sizes:
         if width % codec.scale or height % codec.scale:
@@ -116,10 +117,14 @@ def is_brought(codec: str) -> bool:
 
 
 def about_codec(folder: Path) -> dict:
-    """Its codec.json. OpenError when there is none."""
+    """Its codec.json. OpenError when there is none, PrepareError when it makes codes and not latents."""
     if not (folder / "codec.json").exists():
         raise OpenError(f"{folder} holds no codec: it has no codec.json (transfusion data fit-codec makes one)")
-    return read_json(folder / "codec.json")
+    about = read_json(folder / "codec.json")
+    if about.get("kind") == VQ.kind:
+        raise PrepareError(f"{folder} holds a vq codec, and a data set takes latents, no codes, so far: give a codec that "
+                           "fit-codec made without --network.codes")  # fmt: skip
+    return about
 
 
 def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], pictures: Sequence[np.ndarray]) -> Codec:
@@ -152,7 +157,10 @@ def _geometry(firsts: Sequence[Firsts], config: PrepareConfig) -> tuple[tuple[tu
         parts = (part for raw in first() for part in raw.segments)
         found += [part.pixels.shape for part in islice((p for p in parts if isinstance(p, RawImage)), LOOK)]
     if not found:
-        raise PrepareError("none of the first documents holds a picture: a data set needs a source that does")
+        raise PrepareError(
+            "none of the first documents holds a picture: name a source that does beside this one, or --like a prepared "
+            "folder whose codec and tokenizer are to be used"
+        )
     colours = 1 if all(shape[2] == 1 for shape in found) else 3
     height, width = found[0][:2]
     alike = all(shape[:2] == (height, width) for shape in found)
@@ -163,6 +171,6 @@ def _geometry(firsts: Sequence[Firsts], config: PrepareConfig) -> tuple[tuple[tu
 def open_tools(folder: Path) -> Tools:
     """What `fit` has written."""
     about = read_json(folder / "fitted.json")
-    tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     codec = codec_from_bytes(about["codec"]["kind"], (folder / "codec.safetensors").read_bytes())
     return Tools(tokenizer, codec, tuple(map(tuple, about["sizes"])))

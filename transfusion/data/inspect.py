@@ -1,6 +1,7 @@
 """Documents as a person sees them: a page with their texts, thumbnails, and what of them is learnt."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -20,9 +21,9 @@ UNIT = 256  # records read at a time
 def show_source(page: Page, reader: Reader, count: int) -> None:
     """The first records of a source: documents and faults."""
     page.heading(reader.name)
-    first = list(islice((one for unit in reader.units(UNIT) for one in reader.read(unit)), count))
-    form = f" Each record is read as `{reader.form}`." if reader.form else ""
-    page.say(f"The first {len(first)} records of `{reader.address}`.{form}")
+    reading = (one for unit in reader.units(UNIT) for one in reader.read(unit))
+    first = [one if isinstance(one, Fault) else _small(one) for one in islice(reading, count)]
+    page.say(f"The first {len(first)} records of `{reader.address}`. {reader.describe()}.")
     _show(page, first)
 
 
@@ -38,7 +39,26 @@ def show_prepared(page: Page, prepared: Prepared, count: int) -> None:
             f"{len(chosen)} of {len(stored):,} training documents, evenly spread. {about['documents']['heldout']:,} more "
             f"are held out, {left_out:,} of {about['records']:,} records were left out. Pictures went through the codec."
         )
-        _show(page, [stored[n] for n in chosen])
+        _show(page, [_small(stored[n]) for n in chosen])
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as it is shown, and the size that it has."""
+
+    pixels: np.ndarray
+    size: str
+    loss: bool
+    max_time: float
+
+
+def _small(document: RawDocument) -> RawDocument:
+    """The document with thumbnails in place of pictures: many photographs at once would not fit into memory."""
+    return replace(document, segments=tuple(
+        part if isinstance(part, RawText)
+        else Thumbnail(thumbnail(part.pixels), "{1} x {0}".format(*part.pixels.shape), part.loss, part.max_time)
+        for part in document.segments
+    ))  # fmt: skip
 
 
 def _show(page: Page, found: Sequence[RawDocument | Fault]) -> None:
@@ -57,9 +77,8 @@ def _show(page: Page, found: Sequence[RawDocument | Fault]) -> None:
                 text = part.text[:LETTERS] + (f" ... and {rest:,} letters more" if rest > 0 else "")
                 parts.append((text, f"text, {learnt}"))
             else:
-                height, width = part.pixels.shape[:2]
                 clean = ", always clean" if part.max_time == 0 else ""
-                parts.append((thumbnail(part.pixels), f"{width} x {height}, {learnt}{clean}"))
+                parts.append((part.pixels, f"{part.size}, {learnt}{clean}"))
         page.passage(parts, WIDTH)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -50,22 +51,44 @@ def prepare(
     Each of `world` processes calls this with its rank; `wait` returns when all have called it. `tick` hears how many
     records are done. PrepareError and OSError say what stopped it.
     """
+    _check_places(readers, folder)
     jobs = _jobs(readers, config)
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_recipe(folder, _recipe(readers, config, jobs))
-        if not (folder / "fitted.json").exists():
-            say("fitting the tokenizer and the codec on the first documents")
-            fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
+        with _goes_on("the tokenizer and the codec could not be fitted"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_recipe(folder, _recipe(readers, config, jobs))
+            if not (folder / "fitted.json").exists():
+                say("fitting the tokenizer and the codec on the first documents")
+                fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
     wait()
     if not (folder / "dataset.json").exists():
         tools = open_tools(folder)
         _write_shards(jobs, config, tools, folder, rank, world, tick)
         wait()
         if rank == 0:
-            _finish(readers, config, jobs, folder)
+            with _goes_on("dataset.json could not be written"):
+                _finish(readers, config, jobs, folder)
         wait()
     return read_json(folder / "dataset.json")
+
+
+@contextmanager
+def _goes_on(what: str) -> Iterator[None]:
+    """A full disk, or a network that failed, ends the work in words."""
+    try:
+        yield
+    except OSError as error:
+        raise PrepareError(f"{what}: {error.strerror or error}; the same command goes on from what is finished") from None
+
+
+def _check_places(readers: Sequence[Reader], folder: Path) -> None:
+    """What is made may not lie among what it is made from, nor the other way round: it would be read the next time."""
+    out = folder.resolve()
+    for reader in readers:
+        if reader.files is not None and reader.files.local:
+            root = Path(reader.files.root.partition("*")[0]).resolve()
+            if out == root or out in root.parents or (root.is_dir() and root in out.parents):
+                raise PrepareError(f"{folder} and the source {reader.address} lie in one another: give an --out elsewhere")
 
 
 def _jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[Job]:
@@ -104,15 +127,14 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
     sources = {}
     for reader in readers:
         digest = hashlib.sha256()
-        units = [job.unit for job in jobs if job.reader is reader]
-        for span in (span for unit in units for span in unit.spans):
-            shown = reader.files.shown(span.path) if reader.files else ""
-            digest.update(repr((shown, span.first, span.rows, span.offset)).encode())
+        for mark in reader.files.marks() if reader.files else ():
+            digest.update(repr(mark).encode())
         sources[reader.name] = {
-            "address": reader.address, "form": reader.form, "records": sum(unit.rows for unit in units),
+            "form": reader.form, "records": sum(job.unit.rows for job in jobs if job.reader is reader),
             "options": asdict(reader.options), "files": digest.hexdigest(),
         }  # fmt: skip
     settings = asdict(config)
+    del settings["max_faults"]  # what is finished stays as it is, however many of the rest may be left out
     if config.like is not None:
         settings["like"] = open_prepared(Path(config.like)).about["codec"]["sha256"]
     if is_brought(config.codec):
@@ -123,10 +145,10 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
 
 
 def _check_recipe(folder: Path, recipe: dict) -> None:
-    """Write the recipe, or see that the folder follows the same one."""
+    """Write the recipe, or see that what the folder holds already follows the same one."""
     path = folder / "recipe.json"
     recipe = json.loads(json.dumps(recipe))
-    if not path.exists():
+    if not path.exists() or not (folder / "fitted.json").exists():
         write_json(path, recipe)
         return
     known = read_json(path)
@@ -162,14 +184,9 @@ def _write_shards(
     for job in mine:
         path = folder / job.reader.name / f"{job.number:05d}.json"
         if not path.exists():
-            try:
+            with _goes_on(f"shard {job.number} of {job.reader.name} could not be made"):
                 path.parent.mkdir(exist_ok=True)
                 _write_shard(job, tools, path, lambda rows, before=done: tick(before + rows, total))
-            except OSError as error:  # a full disk, or a network that failed
-                raise PrepareError(
-                    f"shard {job.number} of {job.reader.name} could not be made: {error.strerror or error}; "
-                    "those before it are whole, and the same command goes on from them"
-                ) from None
         found = read_json(path)["faults"]
         name = job.reader.name
         faults[name] += len(found)
@@ -184,11 +201,13 @@ def _write_shard(job: Job, tools: Tools, path: Path, tick: Callable[[int], None]
     writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow")) for split in SPLITS}
     about = Contents()
     try:
-        reading, done = job.reader.read(job.unit), 0
+        done = 0
+        # each is cut as it is read: a photograph as it was taken may have a hundred times the pixels
+        reading = (one if isinstance(one, Fault) else tools.cut(one) for one in job.reader.read(job.unit))
         while found := list(islice(reading, TOGETHER)):
             faults = [one for one in found if isinstance(one, Fault)]
             about.faults += [{"kind": one.kind, "where": one.where, "message": one.message} for one in faults]
-            raws = [tools.cut(one) for one in found if not isinstance(one, Fault)]
+            raws = [one for one in found if not isinstance(one, Fault)]
             for raw, document in zip(raws, tools.encode(raws), strict=True):
                 split = _split(job, raw)
                 writers[split].add(document, raw.where, raw.name)

@@ -25,15 +25,15 @@ from transfusion.data.containers import (
 from transfusion.data.digits import Digits
 from transfusion.data.files import COMPRESSED, Files
 from transfusion.data.raw import Fault, RawDocument
-from transfusion.data.records import FORMS, Form, form_of, rename, to_document
+from transfusion.data.records import FORMS, Form, columns_of, form_of, rename, to_document
 from transfusion.data.shapes import Shapes
-from transfusion.data.tables import Tables
+from transfusion.data.tables import CsvTables, Tables
 from transfusion.data.topics import Topics
 
 MADE = ("digits", "shapes", "topics")  # sources that need no files
 SUFFIXES = {  # in this order: what a folder holds is the first that is found there
-    "parquet": ("parquet",), "arrow": ("arrow",), "tar": ("tar", "tgz"), "jsonl": ("jsonl", "ndjson"), "json": ("json",),
-    "pictures": PICTURES, "text": ("txt", "text", "md", "rst"),
+    "tar": ("tar", "tgz"), "parquet": ("parquet",), "arrow": ("arrow",), "jsonl": ("jsonl", "ndjson"),
+    "csv": ("csv", "tsv"), "json": ("json",), "pictures": PICTURES, "text": ("txt", "text", "md", "rst"),
 }  # fmt: skip
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")  # words that name a split in a path
 ALSO = {"train": ("training",), "validation": ("valid", "val", "dev")}  # what else a split is called
@@ -69,7 +69,8 @@ class Reader:
 
     def __init__(self, name: str, address: str, container: Container, files: Files | None, options: Options):
         self.name, self.address, self.container, self.files, self.options = name, address, container, files, options
-        self.form = options.form if files is None else options.form or self._find_form()
+        self.columns: set[str] = set()  # of the first records
+        self.form = options.form if files is None else self._find_form()
 
     def units(self, most: int) -> list[Unit]:
         """All records in order, at most about so many a unit. ValueError when there are none."""
@@ -113,21 +114,45 @@ class Reader:
         kin = found.get("kin") if isinstance(self.container, Coco) else None
         return replace(document, where=where, kin=kin or document.kin or document.name or where)
 
+    def describe(self) -> str:
+        """How it is read, and what of it is not, in one line."""
+        if self.files is None:
+            return f"{self.name}: made here"
+        used = columns_of(self.form, self.columns)
+        rest = sorted(self.columns - {*used, "kin"})
+        line = f"{self.name}: each record is read as {self.form}" + (f" ({', '.join(used)})" if used else "")
+        line += f"; columns not read: {', '.join(rest[:8])}{', ...' if len(rest) > 8 else ''}" if rest else ""
+        unread = self._unread()
+        kinds = ", ".join(f"{count:,} .{suffix}" for suffix, count in unread.most_common(6))
+        return _in_one_line(line + (f"; files not read: {kinds}" if unread else ""))
+
+    def _unread(self) -> Counter[str]:
+        """Files that could have been read and are not, by suffix. Pictures that records name are none of them."""
+        used = set(getattr(self.container, "paths", ()))
+        passed_over = set() if isinstance(self.container, PictureFolder) else set(PICTURES)
+        if isinstance(self.container, PictureFolder) and self.container.captions == "text":
+            passed_over.add("txt")
+        suffixes = (_suffix(path) for path in self.files.list() if path not in used)
+        known = {suffix for kind in SUFFIXES.values() for suffix in kind} - passed_over
+        return Counter(suffix for suffix in suffixes if suffix in known)
+
     def _find_form(self) -> Form:
-        """The form that most of the first records have. ValueError when none of them has any."""
+        """The form asked for, or that most of the first records have. ValueError when none of them has any."""
         seen: Counter[Form] = Counter()
         faults: list[Fault] = []
-        columns: set[str] = set()
+        columns = self.columns
         records = (found for span in self.container.spans(LOOK) for found in self.container.records(span))
         for where, found in islice(records, LOOK):
             try:
                 if isinstance(found, Fault):
                     raise found
-                columns |= found.keys()
-                seen[form_of(rename(found, self.options.columns))] += 1
+                columns.update(found)
+                seen[self.options.form or form_of(rename(found, self.options.columns))] += 1
             except Fault as fault:
                 faults.append(_at(fault, _in_one_line(where)))
         missing = [theirs for theirs in self.options.columns.values() if theirs and theirs not in columns]
+        if self.options.form is not None and not missing:
+            return self.options.form
         if columns and missing:
             raise ValueError(f"{self.address} has no column {missing[0]!r}, only {_in_one_line(', '.join(sorted(columns)))}")
         if not seen:
@@ -226,10 +251,10 @@ def _container_of(files: Files, address: str, options: Options) -> Container:
     if "arrow" in kinds:
         kinds["arrow"] = _saved(files, kinds["arrow"])
         kinds.pop("json", None)  # the state that lies beside
-    if "pictures" in kinds and not any("metadata" in path for path in kinds.get("jsonl", ())):
-        # pictures with .txt beside them; a lone list of records names its pictures itself
-        if not kinds.keys() & {"parquet", "arrow", "tar", "jsonl", "json"}:
-            return PictureFolder(files, kinds["pictures"], _captions(files, kinds))
+    if "pictures" in kinds and "json" in kinds and not any(_holds_records(files, path) for path in kinds["json"]):
+        kinds.pop("json")  # settings of some program
+    if "pictures" in kinds and not kinds.keys() - {"pictures", "text"}:
+        return PictureFolder(files, kinds["pictures"], _captions(files, kinds))
     if not kinds:
         shown = ", ".join(sorted({f".{_suffix(path)}" for path in paths})[:8])
         raise ValueError(
@@ -242,6 +267,8 @@ def _container_of(files: Files, address: str, options: Options) -> Container:
             return Archives(files, kinds["tar"])
         case "jsonl":
             return JsonLines(files, kinds["jsonl"])
+        case "csv":
+            return CsvTables(files, kinds["csv"])
         case "json":
             return _json(files, kinds["json"], options)
         case _:
@@ -270,6 +297,18 @@ def _json(files: Files, paths: Sequence[str], options: Options) -> Container:
     return Coco(files, captions or paths)
 
 
+def _holds_records(files: Files, path: str) -> bool:
+    """Is there a list in it, or a record of some form, or COCO's annotations?"""
+    beginning = _beginning(files, path)
+    try:
+        form_of(json.loads(beginning))
+    except (Fault, AttributeError):
+        return beginning.startswith(b"[") or b'"annotations"' in beginning
+    except (ValueError, RecursionError):
+        return beginning.startswith(b"[") or b'"annotations"' in files.read(path)
+    return True
+
+
 def _beginning(files: Files, path: str) -> bytes:
     """The first line of a file that is not blank; of a list less."""
     found = b""
@@ -296,8 +335,10 @@ def _of_split(files: Files, paths: list[str], kind: str, split: str) -> list[str
     """
 
     def names(path: str, words: Sequence[str]) -> bool:
+        """Does a part of the path begin with the word, or end with it (and a year)? In between it means something else."""
         shown = files.shown(path).lower()
-        return any(re.search(f"(?<![a-z]){re.escape(word.lower())}(?![a-z])", shown) for word in words)
+        found = (rf"(^|/){word}(?![a-z])|(?<![a-z]){word}\d*(?=\.|/|$)" for word in map(re.escape, map(str.lower, words)))
+        return any(re.search(pattern, shown) for pattern in found)
 
     whole = files.fs.isfile(files.root) or (
         kind in ("pictures", "text") and not all(names(path, (*SPLITS, split)) for path in paths)

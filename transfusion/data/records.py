@@ -3,7 +3,7 @@
 A record is a dict, whatever file it came from. `form_of` names its form from its fields, `to_document` reads it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -24,6 +24,8 @@ NAMES = {  # our word -> what people call it, the first found counts
     "instruction": ("instruction", "edit_prompt", "edit", "prompt", "caption"),
     "target": ("target", "target_image", "target_img", "output_image", "edited_image", "out_image"),
 }  # fmt: skip
+LOOSE = ("path", "url", "file_name", "filename")  # any file's: they name a picture only where its suffix says so
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 PLACE = "<image>"  # where a picture stands in a conversation
 
 
@@ -93,6 +95,24 @@ def to_document(form: Form, record: dict, pictures: Pictures) -> RawDocument:
     if form == "conversation":  # LLaVA's ids name the picture: there they may recur
         return RawDocument(tuple(segments), kin=name)
     return RawDocument(tuple(segments), pairs=pairs, name=name)
+
+
+def columns_of(form: Form, columns: Collection[str]) -> list[str]:
+    """Which of these columns a form reads."""
+    match form:
+        case "pair":
+            words = ("image", "caption", "id")
+        case "text" | "image":
+            words = (form, "id")
+        case "editing":
+            words = ("source", "instruction", "target", "id")
+        case "conversation":
+            return [name for name in ("conversations", *NAMES["image"], "images") if name in columns]
+        case _:
+            own = ("segments", "pairs", "messages", "texts", "images", "text_list", "image_info", "id")
+            return [name for name in own if name in columns]
+    firsts = (next((name for name in NAMES[word] if name in columns), None) for word in words)
+    return [name for name in firsts if name is not None]
 
 
 def rename(record: dict, columns: dict[str, str]) -> dict:
@@ -251,7 +271,12 @@ def _field(record: dict, ours: str) -> Any:
 
 
 def _first(record: dict, names: Sequence[str]) -> Any:
-    return next((record[name] for name in names if record.get(name) is not None), None)
+    return next((record[name] for name in names if record.get(name) is not None and _may_be(name, record[name])), None)
+
+
+def _may_be(name: str, value: Any) -> bool:
+    """A web page has a url and a program a path, too: these are pictures only where they end like one."""
+    return name not in LOOSE or not isinstance(value, str) or value.partition("?")[0].lower().endswith(SUFFIXES)
 
 
 def _list(record: dict, name: str) -> list:

@@ -1,5 +1,7 @@
-"""Tables to records: parquet and Arrow, as the hub and Hugging Face's `save_to_disk` have them."""
+"""Tables to records: parquet and Arrow, as the hub and Hugging Face's `save_to_disk` have them, and comma-separated text."""
 
+import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,6 +97,39 @@ class Tables:
             file = pa.ipc.open_file(source)
             found = map(file.get_batch, range(file.num_record_batches))
         yield from found
+
+
+@dataclass(frozen=True)
+class CsvTables:
+    """Comma- or tab-separated text with a line of names, such as an image folder's `metadata.csv`; read whole."""
+
+    files: Files
+    paths: Sequence[str]
+
+    def spans(self, most: int) -> Iterator[Span]:
+        for path in self.paths:
+            rows = sum(1 for _ in self._rows(path))
+            for first in range(0, rows, most):
+                yield Span(path, first, min(most, rows - first))
+
+    def records(self, span: Span) -> Iterator[tuple[str, Any]]:
+        for row, found in enumerate(islice(self._rows(span.path), span.first, span.first + span.rows), span.first):
+            yield self.files.row(span.path, row + 1), found  # the first line holds the names
+
+    def _rows(self, path: str) -> Iterator[dict | Fault]:
+        """Its records; damage is a Fault, and the last."""
+        separator = "\t" if ".tsv" in path.lower() else ","
+        try:
+            with self.files.open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+                for found in csv.DictReader(text, delimiter=separator, strict=True):
+                    if None in found or None in found.values():
+                        yield Fault("damaged table", "it has more or fewer columns than the first line names")
+                    else:
+                        yield found
+        except UnicodeDecodeError as error:
+            yield Fault("wrong encoding", f"it is not UTF-8, nor read further: {error.reason}")
+        except (csv.Error, OSError) as error:
+            yield damage(error, "damaged table")
 
 
 def _is_parquet(path: str) -> bool:
