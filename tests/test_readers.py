@@ -559,3 +559,21 @@ def test_a_dead_address_is_one_fault_and_no_more(tmp_path):
     found = read_at(tmp_path)
     assert [isinstance(one, RawDocument) for one in found] == [True, False, True]
     assert (found[1].kind, found[1].where) == ("missing picture", "a.jsonl:2")
+
+
+def test_the_documents_that_the_page_shows_are_read_as_it_says(tmp_path):
+    """docs/data.md: a pair, text, a picture, interleaved, a question, an edit."""
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    lines = page.partition("```jsonl\n")[2].partition("```")[0]
+    content = next((FIXTURES / "metadata").rglob("*.png")).read_bytes()
+    for name in ("bird", "nest", "blue"):
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    (tmp_path / "a.jsonl").write_text(lines)
+    found = read_at(tmp_path / "a.jsonl")
+    assert all(isinstance(one, RawDocument) for one in found), found
+    shown = ["".join("ti"[isinstance(part, RawImage)].upper() if part.loss else "ti"[isinstance(part, RawImage)]
+                     for part in one.segments) for one in found]  # fmt: skip
+    assert shown == ["TI", "T", "I", "TITI", "itT", "itI"]
+    assert [one.pairs for one in found] == [True, *[False] * 5]
+    clean = [[part.max_time for part in one.segments if isinstance(part, RawImage)] for one in found[4:]]
+    assert clean == [[0.0], [0.0, 1.0]]
