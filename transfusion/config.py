@@ -180,7 +180,10 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The convolutional network between pixels and latents (section 4.1). These numbers are the paper's 86M parameters."""
+    """The convolutional network between pixels and latents (section 4.1). These numbers are the paper's 86M parameters.
+
+    With `codes` it has a codebook instead of a distribution: the VQ twin for the paper's Chameleon baseline, 16,384 there.
+    """
 
     channels: int = 8  # of a latent
     width: int = 128  # channels at full size
@@ -188,6 +191,7 @@ class AutoencoderConfig:
     blocks: int = 2  # residual blocks at each size, one more on the way back
     attention: bool = True  # over all positions, at the smallest size
     colours: int = 3
+    codes: int | None = None  # in the codebook, each of `channels` numbers; None: none, latents are continuous
 
     def __post_init__(self):
         for name in ("channels", "width", "blocks"):
@@ -197,6 +201,8 @@ class AutoencoderConfig:
             raise ValueError("network.multipliers must be whole numbers from 1 up, one for each size")
         if self.colours not in (1, 3):
             raise ValueError(f"network.colours must be 1 or 3, not {self.colours}")
+        if self.codes is not None and self.codes < 2:
+            raise ValueError(f"network.codes must be at least 2, not {self.codes}")
 
     @property
     def scale(self) -> int:
@@ -206,7 +212,10 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class CodecTrainingConfig:
-    """How an autoencoder learns (section 4.1: L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL). Rates: VQGAN's."""
+    """How an autoencoder learns (section 4.1: L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL). Rates: VQGAN's.
+
+    With a codebook, codebook loss + 0.25 commitment stand in the place of KL (appendix A).
+    """
 
     steps: int = 1_000_000
     rows: int = 32  # pictures in a step
@@ -219,6 +228,9 @@ class CodecTrainingConfig:
     clip: float = 1.0
     average: float = 0.999
     kl_weight: float = 1e-6
+    codebook_weight: float = 1.0  # draws codes to what the encoder makes
+    commitment: float = 0.25  # draws what the encoder makes to its codes
+    revive_after: int = 100  # steps without use after which a code starts anew from what the encoder makes
     perceptual: str | None = None  # a .safetensors file with LPIPS' VGG-16; None: without this loss
     identity: str | None = None  # a .safetensors file with MoCo v2's ResNet-50; None: without this loss
     identity_weight: float = 0.2
@@ -232,7 +244,7 @@ class CodecTrainingConfig:
     log_every: int = 10
 
     def __post_init__(self):
-        for name in ("steps", "rows", "checkpoint_every", "keep", "validate_every", "log_every", "heldout"):
+        for name in ("steps", "rows", "revive_after", "checkpoint_every", "keep", "validate_every", "log_every", "heldout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
 

@@ -1,4 +1,4 @@
-"""transfusion data fit-codec: an autoencoder of one's own, from one's own pictures."""
+"""transfusion data fit-codec: an autoencoder (or VQ codec) of one's own, from one's own pictures."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ import tyro
 
 from transfusion.cli.screen import UsageError, nearest, parse, progress, say
 from transfusion.cli.sources import Reading, Sources, open_readers
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig, parse_size
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig, from_json, parse_size
 
 SHOWN = 16  # held-out pictures on the page
 
@@ -39,6 +39,7 @@ class FitCodec:
     """Train an autoencoder on the pictures of some sources; the same command again goes on where it stopped.
 
     It writes a folder that `transfusion data prepare --codec FOLDER` takes, with a page of originals beside reconstructions.
+    With --network.codes N it has a codebook of N codes (VQ), which `data prepare` doesn't take yet.
     """
 
     out: Path
@@ -100,15 +101,16 @@ def _check_same(asked: FitCodec) -> None:
     """A codec goes on as it began, or not at all."""
     from transfusion.disk import read_json, write_json
 
-    path, values = asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)}
+    path, parts = asked.out / "fit.json", {"network": asked.network, "training": asked.training}
     if not path.exists():
-        write_json(path, values)
+        write_json(path, {part: asdict(config) for part, config in parts.items()})
     known = read_json(path)
-    for part, numbers in values.items():
-        for name, value in numbers.items():
-            before = known.get(part, {}).get(name)
-            if before != (list(value) if isinstance(value, tuple) else value):
-                raise UsageError(f"{asked.out} began with {part}.{name} {before}, not {value}: give another --out")
+    for part, config in parts.items():
+        # A field that a later version added is taken for its default, which is what was done before there was one.
+        began = asdict(from_json(type(config), known.get(part, {}), f"{path}: {part}."))
+        for name, value in asdict(config).items():
+            if began[name] != value:
+                raise UsageError(f"{asked.out} began with {part}.{name} {began[name]}, not {value}: give another --out")
 
 
 def _finish(trainer, asked: FitCodec) -> None:
@@ -117,33 +119,44 @@ def _finish(trainer, asked: FitCodec) -> None:
 
     from transfusion.codecs.autoencoder import with_statistics
     from transfusion.codecs.codec import codec_to_bytes
+    from transfusion.codecs.vq import VQ
     from transfusion.disk import write_json, write_whole
 
-    codec = with_statistics(trainer.average, trainer.sample_pictures())
+    quantised = asked.network.codes is not None
+    codec = VQ(trainer.average) if quantised else with_statistics(trainer.average, trainer.sample_pictures())
     content, quality = codec_to_bytes(codec), trainer.hold_out()
     write_whole(asked.out / "codec.safetensors", content)
     write_json(asked.out / "codec.json", {
         "kind": codec.kind, "channels": codec.channels, "scale": codec.scale, "sha256": sha256(content).hexdigest(),
         "heldout": quality, "losses": trainer.losses, "steps": trainer.progress.step,
-        "seconds": round(trainer.progress.seconds),
+        "seconds": round(trainer.progress.seconds), **({"codes": codec.codes} if quantised else {}),
     })  # fmt: skip
     page = _page(trainer, codec, quality, asked)
-    say(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}")
+    use = f", {quality['codes_used']:.1%} of the codes, perplexity {quality['perplexity']:,.0f}" if quantised else ""
+    say(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}{use}")
     say(f"wrote {asked.out / 'codec.safetensors'} and {page}")
 
 
 def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
     from transfusion.page import Page
 
-    page = Page(asked.out.name, "An autoencoder")
+    quantised = asked.network.codes is not None
+    page = Page(asked.out.name, "A VQ codec" if quantised else "An autoencoder")
+    become = f"one of {codec.codes:,} codes" if quantised else f"latents of {codec.channels} numbers"
     page.say(
-        f"Pictures of {asked.size} pixels become latents of {codec.channels} numbers for each {codec.scale} x {codec.scale} "
+        f"Pictures of {asked.size} pixels become {become} for each {codec.scale} x {codec.scale} "
         f"pixels, and come back. Trained {trainer.progress.step:,} steps with {', '.join(trainer.losses)}."
     )
-    page.figures([
+    figures = [
         (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} held-out pictures; higher is better"),
         (f"{quality['ssim']:.4f}", "SSIM", "of the same; 1 is the picture itself"),
-    ])  # fmt: skip
+    ]
+    if quantised:
+        figures += [
+            (f"{quality['codes_used']:.1%}", "codes used", f"of {codec.codes:,}, by the same pictures"),
+            (f"{quality['perplexity']:,.0f}", "perplexity", "of the codes; their number if all are used alike"),
+        ]
+    page.figures(figures)
     shown = [trainer.pictures[n] for n in trainer.heldout[:SHOWN]]
     page.heading("Held-out pictures, above, and what comes back of them")
     half = len(shown) // 2 or 1

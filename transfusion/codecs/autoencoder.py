@@ -8,6 +8,7 @@ pictures that its statistics were taken on.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,30 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.chance import seed_from
-from transfusion.config import AutoencoderConfig, from_json
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig, from_json
 from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm
 
 AT_ONCE = 2**22  # pixels in one forward pass of a codec, about: 64 pictures of 256x256
 LOGVAR = (-30.0, 20.0)  # bounds of the logarithm of a latent's variance
 
 
+class Learnt(NamedTuple):
+    """One pass of a network in training."""
+
+    made: Tensor  # (N, colours, Y, X) what came back
+    terms: dict[str, tuple[float, Tensor]]  # what else it learns from than the pictures: weight and value by name
+    latents: Tensor | None = None  # (N * Y / f * X / f, C) before a codebook, if it has one
+    codes: Tensor | None = None  # (N * Y / f * X / f,) int64, the code of each
+
+
 class Network(nn.Module):
     """Encoder and decoder. Pictures are (N, colours, Y, X) between -1 and 1, moments (N, 2 C, Y / f, X / f)."""
+
+    loss_names = ("KL",)  # of its own, beside those of pictures
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        widths = [config.width * m for m in config.multipliers]
-        moments = 2 * config.channels
-        self.encoder = nn.Sequential(
-            nn.Conv2d(config.colours, widths[0], 3, padding=1), *_down(config, widths), *_middle(config, widths[-1]),
-            group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], moments, 3, padding=1), nn.Conv2d(moments, moments, 1),
-        )  # fmt: skip
-        self.decoder = nn.Sequential(
-            nn.Conv2d(config.channels, config.channels, 1), nn.Conv2d(config.channels, widths[-1], 3, padding=1),
-            *_middle(config, widths[-1]), *_up(config, widths),
-            group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], config.colours, 3, padding=1),
-        )  # fmt: skip
+        self.encoder, self.decoder = encoder_of(config, 2 * config.channels), decoder_of(config)
 
     def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of each picture's latent, (N, C, Y / f, X / f) each."""
@@ -49,6 +51,42 @@ class Network(nn.Module):
         """What comes back of a sample of each picture's latent, and its moments. noise (N, C, Y / f, X / f)."""
         mean, logvar = self.moments(pictures)
         return self.decoder(mean + (0.5 * logvar).exp() * noise), mean, logvar
+
+    def losses(self, pictures: Tensor, chance: torch.Generator, training: CodecTrainingConfig) -> Learnt:
+        """Through a sample of each picture's latent, which `chance` (on the CPU) draws, and KL."""
+        N, _, Y, X = pictures.shape
+        f = self.config.scale
+        noise = torch.randn((N, self.config.channels, Y // f, X // f), generator=chance).to(pictures.device)
+        made, mean, logvar = self(pictures, noise)  # (N, colours, Y, X), (N, C, Y / f, X / f) twice
+        # KL is summed over a latent's numbers and set against L1 summed over the picture's, as in latent diffusion.
+        return Learnt(made, {"kl": (training.kl_weight / pictures[0].numel(), kl_divergence(mean, logvar).mean())})
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """The mode of each picture's latent, (N, C, Y / f, X / f)."""
+        return self.moments(pictures)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode`, nearly: (N, colours, Y, X), not cut to black and white."""
+        return self.decoder(latents)
+
+
+def encoder_of(config: AutoencoderConfig, channels: int) -> nn.Sequential:
+    """(N, colours, Y, X) -> (N, channels, Y / f, X / f)."""
+    widths = [config.width * m for m in config.multipliers]
+    return nn.Sequential(
+        nn.Conv2d(config.colours, widths[0], 3, padding=1), *_down(config, widths), *_middle(config, widths[-1]),
+        group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], channels, 3, padding=1), nn.Conv2d(channels, channels, 1),
+    )  # fmt: skip
+
+
+def decoder_of(config: AutoencoderConfig) -> nn.Sequential:
+    """(N, C, Y / f, X / f) -> (N, colours, Y, X)."""
+    widths = [config.width * m for m in config.multipliers]
+    return nn.Sequential(
+        nn.Conv2d(config.channels, config.channels, 1), nn.Conv2d(config.channels, widths[-1], 3, padding=1),
+        *_middle(config, widths[-1]), *_up(config, widths),
+        group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], config.colours, 3, padding=1),
+    )  # fmt: skip
 
 
 def _down(config: AutoencoderConfig, widths: Sequence[int]) -> list[nn.Module]:
@@ -80,10 +118,10 @@ def _middle(config: AutoencoderConfig, width: int) -> list[nn.Module]:
     return [ResidualBlock(width, width), *attention, ResidualBlock(width, width)]
 
 
-def build_network(config: AutoencoderConfig, seed: int) -> Network:
-    """A new network with its starting weights; each parameter's chance follows from (seed, its name)."""
+def build_network(config: AutoencoderConfig, seed: int, kind: type[nn.Module] = Network) -> nn.Module:
+    """A new network of this kind with its starting weights; each parameter's chance follows from (seed, its name)."""
     with torch.device("meta"):
-        network = Network(config)
+        network = kind(config)
     network = network.to_empty(device="cpu")
     init_convolutions(network, seed)
     return network
@@ -134,21 +172,12 @@ class Autoencoder:
         """The inverse of `tensors`. ValueError or KeyError when they do not make one."""
         tensors = dict(tensors)
         statistics = [tensors.pop(name) for name in ("mean", "deviation", "low", "high")]
-        config = from_json(AutoencoderConfig, json.loads(tensors.pop("config").tobytes().decode()))
-        with torch.device("meta"):
-            network = Network(config)
-        state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
-        try:
-            network.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"its weights do not fit its network: {str(error).splitlines()[-1].strip()}") from None
-        return cls(network, *statistics)
+        return cls(network_from(tensors, Network), *statistics)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All that `from_tensors` needs."""
-        about = np.frombuffer(json.dumps(asdict(self.network.config)).encode(), np.uint8)
-        state = {name: value.cpu().numpy() for name, value in self.network.state_dict().items()}
-        return {"config": about, "mean": self.mean, "deviation": self.deviation, "low": self.low, "high": self.high, **state}
+        statistics = {"mean": self.mean, "deviation": self.deviation, "low": self.low, "high": self.high}
+        return statistics | network_tensors(self.network)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """(Y, X, colours) uint8 -> latent (C, Y / f, X / f) float32."""
@@ -163,22 +192,49 @@ class Autoencoder:
 
     def encode_many(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one size, several in a forward pass. ValueError when f does not divide their sides."""
-        Y, X = pictures[0].shape[:2]
-        if Y % self.scale or X % self.scale:
-            raise ValueError(f"a picture of {X}x{Y} pixels cannot be cut into squares of {self.scale}x{self.scale}")
+        check_size(pictures[0], self.scale)
         mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.deviation))
         return list((encode_raw(self.network, pictures) - mean) / deviation)  # (C, Y / f, X / f) each
 
 
+def network_tensors(network: nn.Module) -> dict[str, np.ndarray]:
+    """Its weights by name, and its config, as JSON."""
+    state = {name: value.cpu().numpy() for name, value in network.state_dict().items()}
+    return {"config": np.frombuffer(json.dumps(asdict(network.config)).encode(), np.uint8), **state}
+
+
+def network_from(tensors: dict[str, np.ndarray], kind: type[nn.Module]) -> nn.Module:
+    """The inverse of `network_tensors`. ValueError or KeyError when they do not make a network of this kind."""
+    config = from_json(AutoencoderConfig, json.loads(tensors["config"].tobytes().decode()))
+    with torch.device("meta"):
+        network = kind(config)
+    state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items() if name != "config"}
+    try:
+        network.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"its weights do not fit its network: {str(error).splitlines()[-1].strip()}") from None
+    return network
+
+
+def check_size(picture: np.ndarray, scale: int) -> None:
+    """ValueError when `scale` does not divide the sides of a picture (Y, X, colours)."""
+    Y, X = picture.shape[:2]
+    if Y % scale or X % scale:
+        raise ValueError(f"a picture of {X}x{Y} pixels cannot be cut into squares of {scale}x{scale}")
+
+
 @torch.inference_mode()
-def encode_raw(network: Network, pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Modes of pictures (Y, X, colours) uint8 of one size, not normalised: (N, C, Y / f, X / f) float32."""
+def encode_raw(network: nn.Module, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """What `network.encode` makes of pictures (Y, X, colours) uint8 of one size: its codes, or latents not yet normalised.
+
+    (N, C, Y / f, X / f) float32, or (N, Y / f, X / f) int64 from a network with a codebook.
+    """
     device = next(network.parameters()).device
     n = max(1, AT_ONCE // (pictures[0].shape[0] * pictures[0].shape[1]))
     found = []
     for first in range(0, len(pictures), n):
         batch = torch.from_numpy(np.stack(pictures[first : first + n])).to(device)
-        found.append(network.encoder(to_unit(batch))[:, : network.config.channels].float().cpu().numpy())
+        found.append(network.encode(to_unit(batch)).cpu().numpy())
     return np.concatenate(found)
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save as to_safetensors
 from transfusion.codecs.autoencoder import Autoencoder
 from transfusion.codecs.pixels import BlockPCA, Pixels
 from transfusion.codecs.pretrained import Pretrained
+from transfusion.codecs.vq import VQ
 
 
 class Codec(Protocol):
@@ -36,9 +37,9 @@ class Codec(Protocol):
         ...
 
 
-def encode_many(codec: Codec, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The latent of each picture, whatever their sizes; a network sees all of one size together."""
-    if not isinstance(codec, Autoencoder | Pretrained):
+def encode_many(codec: Codec | VQ, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The latent (or, of VQ, the codes) of each picture, whatever their sizes; a network sees all of one size together."""
+    if not isinstance(codec, Autoencoder | Pretrained | VQ):
         return [codec.encode(picture) for picture in pictures]
     of_size: dict[tuple[int, ...], list[int]] = {}
     for number, picture in enumerate(pictures):
@@ -61,7 +62,7 @@ def fit_codec(kind: str, pictures: Sequence[np.ndarray], block: int, components:
             raise ValueError(f"there is no codec {kind!r}; there are {Pixels.kind} and {BlockPCA.kind}")
 
 
-def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec:
+def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
     """The codec that `kind` and `tensors()` describe. ValueError when they do not."""
     try:
         match kind:
@@ -71,6 +72,8 @@ def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec:
                 return BlockPCA(**tensors)
             case Autoencoder.kind:
                 return Autoencoder.from_tensors(tensors)
+            case VQ.kind:
+                return VQ.from_tensors(tensors)
             case Pretrained.kind:
                 return Pretrained.from_tensors(tensors)
             case _:
@@ -79,12 +82,12 @@ def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec:
         raise ValueError(f"not a codec of kind {kind}: {error}") from None
 
 
-def codec_to_bytes(codec: Codec) -> bytes:
+def codec_to_bytes(codec: Codec | VQ) -> bytes:
     """`tensors()` as the content of a safetensors file."""
     return to_safetensors({name: value.copy() for name, value in codec.tensors().items()})
 
 
-def codec_from_bytes(kind: str, content: bytes) -> Codec:
+def codec_from_bytes(kind: str, content: bytes) -> Codec | VQ:
     """The inverse of `codec_to_bytes`. ValueError when it is not a codec of this kind."""
     try:
         return codec_of(kind, from_safetensors(content))

@@ -1,4 +1,4 @@
-"""Trains an autoencoder on pictures: the same optimizer, checkpoints and resume as the model (section 4.1)."""
+"""Trains an autoencoder or its VQ twin on pictures: optimizer, checkpoints and resume are the model's (section 4.1)."""
 
 import math
 import time
@@ -20,11 +20,12 @@ from transfusion.codecs.autoencoder import (
     build_network,
     discriminator_loss,
     init_convolutions,
-    kl_divergence,
     to_unit,
 )  # fmt: skip
 from transfusion.codecs.perceptual import Identity, Perceptual
+from transfusion.codecs.vq import QuantisedNetwork
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.training.codebook import Keeper, use_of
 from transfusion.training.metrics import Metrics, Screen
 from transfusion.training.optimizer import build_optimizer, learning_rate, optimizer_tensors, update_average
 from transfusion.training.signals import listening
@@ -44,7 +45,10 @@ class CodecProgress:
 
 
 class CodecTrainer:
-    """One autoencoder. `pictures` are (n, Y, X, colours) uint8, which may lie on the disk; chance holds some of them out."""
+    """One autoencoder, with a codebook or without.
+
+    `pictures` are (n, Y, X, colours) uint8, which may lie on the disk; chance holds some of them out.
+    """
 
     def __init__(
         self, network: AutoencoderConfig, config: CodecTrainingConfig, folder: Path, pictures: np.ndarray,
@@ -56,9 +60,11 @@ class CodecTrainer:
         self.seen, self.heldout = mixed[held:], np.sort(mixed[:held])  # numbers of pictures
         if not len(self.seen):
             raise TrainingError(f"{len(pictures)} pictures are too few to train on")
-        self.network = build_network(network, config.seed).to(device)
-        self.average = build_network(network, config.seed).to(device).requires_grad_(False)
+        kind = Network if network.codes is None else QuantisedNetwork
+        self.network = build_network(network, config.seed, kind).to(device)
+        self.average = build_network(network, config.seed, kind).to(device).requires_grad_(False)
         self.optimizer = build_optimizer(self.network, config)
+        self.keeper = None if network.codes is None else Keeper(self.network, self.average, self.optimizer, config)
         self.perceptual = Perceptual.from_file(Path(config.perceptual)).to(device) if config.perceptual else None
         self.identity = Identity.from_file(Path(config.identity)).to(device) if config.identity else None
         self.discriminator = None
@@ -76,7 +82,7 @@ class CodecTrainer:
     def losses(self) -> list[str]:
         """What it learns from, by name."""
         extra = {"LPIPS": self.perceptual, "identity": self.identity, "GAN": self.discriminator}
-        return ["L1", *(name for name, part in extra.items() if part is not None), "KL"]
+        return ["L1", *(name for name, part in extra.items() if part is not None), *self.network.loss_names]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint stores or fills in, by part and name."""
@@ -84,6 +90,8 @@ class CodecTrainer:
             "model": self.network.state_dict(), "average": self.average.state_dict(),
             "optimizer": optimizer_tensors(self.network, self.optimizer),
         }  # fmt: skip
+        if self.keeper is not None:
+            parts["codebook"] = self.keeper.tensors()
         if self.discriminator is not None:
             parts["discriminator"] = self.discriminator.state_dict()
             parts["discriminator_optimizer"] = optimizer_tensors(self.discriminator, self.discriminator_optimizer)
@@ -116,11 +124,12 @@ class CodecTrainer:
                     speed = (progress.pictures - shown.pictures) / (progress.seconds - shown.seconds)
                     shown = replace(progress)
                     metrics.write(progress.step, **values, pictures_per_second=round(speed, 1), seconds=progress.seconds)
-                    screen.show(progress.step, f"L1 {values['l1']:.4f}  {speed:,.0f} pictures/s")
+                    screen.show(progress.step, f"L1 {values['l1']:.4f}{_use(values)}  {speed:,.0f} pictures/s")
                 if progress.step % config.validate_every == 0 or progress.step == config.steps:
                     found = self.hold_out()
                     metrics.write(progress.step, heldout=found)
-                    screen.say(f"step {progress.step}  held out  PSNR {found['psnr']:.2f} dB  SSIM {found['ssim']:.4f}")
+                    quality = f"PSNR {found['psnr']:.2f} dB  SSIM {found['ssim']:.4f}{_use(found)}"
+                    screen.say(f"step {progress.step}  held out  {quality}")
                 if progress.step % config.checkpoint_every == 0 and progress.step < config.steps:
                     self.save()
             self.save()
@@ -142,27 +151,28 @@ class CodecTrainer:
         config, step = self.config, self.progress.step
         real = to_unit(batch)  # (N, colours, Y, X)
         adversarial = self.discriminator is not None and step >= config.gan_from
-        made, mean, logvar = self.network(real, self._noise(real, step))
-        values = {"l1": (real - made).abs().mean(), "kl": kl_divergence(mean, logvar).mean()}
-        # KL is summed over a latent's numbers and set against L1 summed over the picture's, as in latent diffusion.
-        loss = values["l1"] + config.kl_weight * values["kl"] / real[0].numel()
+        chance = torch.Generator().manual_seed(seed_from(config.seed, "codec noise", step))
+        learnt = self.network.losses(real, chance, config)
+        made = learnt.made  # (N, colours, Y, X)
+        terms = {"l1": (1.0, (real - made).abs().mean()), **learnt.terms}  # weight and value
         if self.perceptual is not None:
-            values["lpips"] = self.perceptual(_coloured(real), _coloured(made)).mean()
-            loss = loss + values["lpips"]
+            terms["lpips"] = 1.0, self.perceptual(_coloured(real), _coloured(made)).mean()
         if self.identity is not None:
-            values["identity"] = self.identity(_coloured(real), _coloured(made)).mean()
-            loss = loss + config.identity_weight * values["identity"]
+            terms["identity"] = config.identity_weight, self.identity(_coloured(real), _coloured(made)).mean()
         if adversarial:
             self.discriminator.requires_grad_(False)
-            values["fooled"] = -self.discriminator(made).mean()
-            loss = loss + config.gan_weight * values["fooled"]
-        norm = self._update(self.network, self.optimizer, loss)
+            terms["fooled"] = config.gan_weight, -self.discriminator(made).mean()
+        norm = self._update(self.network, self.optimizer, sum(weight * value for weight, value in terms.values()))
+        values = {name: value.item() for name, (_, value) in terms.items()} | {"gradient_norm": norm}
         update_average(self.average, self.network, step, config.average)
+        if self.keeper is not None:
+            values |= self.keeper.tend(step, learnt.latents, learnt.codes)
         if adversarial:
             self.discriminator.requires_grad_(True)
-            values["discriminator"] = discriminator_loss(self.discriminator(real), self.discriminator(made.detach()))
-            self._update(self.discriminator, self.discriminator_optimizer, values["discriminator"])
-        return {name: value.item() for name, value in values.items()} | {"gradient_norm": norm}
+            said = discriminator_loss(self.discriminator(real), self.discriminator(made.detach()))
+            self._update(self.discriminator, self.discriminator_optimizer, said)
+            values["discriminator"] = said.item()
+        return values
 
     def _update(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
         for group in optimizer.param_groups:
@@ -178,32 +188,33 @@ class CodecTrainer:
         optimizer.zero_grad()
         return norm
 
-    def _noise(self, pictures: Tensor, step: int) -> Tensor:
-        """For the sample of each latent, from the step alone."""
-        config = self.network.config
-        shape = (len(pictures), config.channels, pictures.shape[2] // config.scale, pictures.shape[3] // config.scale)
-        generator = torch.Generator().manual_seed(seed_from(self.config.seed, "codec noise", step))
-        return torch.randn(shape, generator=generator).to(pictures.device)
-
     def sample_pictures(self, most: int = 2_000) -> list[np.ndarray]:
         """Some of the pictures that it learns from, evenly spread: for the statistics of its latents."""
         return [self.pictures[i] for i in self.seen[:: -(-len(self.seen) // most)]]
 
     @torch.no_grad()
     def hold_out(self) -> dict[str, float]:
-        """PSNR in dB and SSIM of the held-out pictures, through the mode of the averaged network's latents."""
+        """PSNR in dB and SSIM of the held-out pictures, through the averaged network's codes, or the mode of its latents.
+
+        With a codebook also the share of its codes that they use, and the perplexity.
+        """
         psnr = ssim = 0.0
+        counts = None if self.keeper is None else torch.zeros_like(self.keeper.idle)  # (codes,)
         for first in range(0, len(self.heldout), LOOK):
             real = to_unit(torch.from_numpy(self.pictures[self.heldout[first : first + LOOK]]).to(self.device))
-            made = reconstruct(self.average, real)
+            encoded = self.average.encode(real)  # (n, C, Y / f, X / f), or codes (n, Y / f, X / f)
+            made = self.average.decode(encoded).clamp(-1, 1)  # (n, colours, Y, X)
             psnr += float(peak_signal_to_noise(real, made).sum())
             ssim += float(structural_similarity(real, made).sum())
-        return {"psnr": psnr / len(self.heldout), "ssim": ssim / len(self.heldout), "count": len(self.heldout)}
+            if counts is not None:
+                counts += torch.bincount(encoded.flatten(), minlength=len(counts))
+        found = {"psnr": psnr / len(self.heldout), "ssim": ssim / len(self.heldout), "count": len(self.heldout)}
+        return found if counts is None else found | use_of(counts)
 
 
-def reconstruct(network: Network, pictures: Tensor) -> Tensor:
-    """Through the mode and back, cut to black and white: (N, colours, Y, X) between -1 and 1."""
-    return network.decoder(network.moments(pictures)[0]).clamp(-1, 1)
+def _use(values: dict[str, float]) -> str:
+    """How much of the codebook is in use, in words; nothing when there is none."""
+    return f"  codes {values['codes_used']:.0%} (perplexity {values['perplexity']:,.0f})" if "codes_used" in values else ""
 
 
 def peak_signal_to_noise(one: Tensor, other: Tensor) -> Tensor:
