@@ -23,7 +23,7 @@ from transfusion import objective
 from transfusion.config import SIZES, DataConfig, DiffusionConfig, PrepareConfig
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
-from transfusion.data.readers import open_reader
+from transfusion.data.reading.readers import open_reader
 from transfusion.data.shapes import Shapes
 from transfusion.data.sources import fit, open_sources
 from transfusion.data.topics import Topics

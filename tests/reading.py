@@ -9,7 +9,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from transfusion.data.raw import Fault, RawDocument, RawText
-from transfusion.data.readers import Options, Reader, open_reader
+from transfusion.data.reading.readers import Options, Reader, open_reader
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))

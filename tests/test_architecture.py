@@ -133,7 +133,7 @@ def test_no_file_imports_itself_around_a_corner():
 @pytest.mark.parametrize(("importer", "imported", "allowed"), [
     ("training.trainer", "inference.engine", False), ("inference.engine", "training.trainer", False),
     ("model.transformer", "diffusion", False), ("model.patches", "codecs.pixels", False),
-    ("model.transfusion", "data.loader", False), ("codecs.text", "data.readers", False),
+    ("model.transfusion", "data.loader", False), ("codecs.text", "data.reading.readers", False),
     ("data.loader", "model.mask", False), ("data.loader", "parallel", False),
     ("sequence", "config", False), ("config", "chance", False), ("objective", "model.transfusion", False),
     ("report", "cli", False), ("cli", "training.trainer", True), ("model.mask", "sequence", True),

@@ -24,10 +24,10 @@ from tests.documents import some
 from tests.fixtures.make import encoded, noise, png, write_tar
 from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
 from transfusion.codecs import pictures
-from transfusion.data import containers
 from transfusion.data.raw import Fault, RawDocument, RawImage
-from transfusion.data.readers import Options, open_reader
-from transfusion.data.records import FORMS, to_document
+from transfusion.data.reading import containers
+from transfusion.data.reading.readers import Options, open_reader
+from transfusion.data.reading.records import FORMS, to_document
 
 GOOD = png(1)
 PAIR = {"image": "good.png", "caption": "a bird"}

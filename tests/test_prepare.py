@@ -30,7 +30,7 @@ from transfusion.data import prepare as preparing
 from transfusion.data.loader import BEGINNING, Encoder, Loader, arrange, element_weights, heldout_batches
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument
-from transfusion.data.readers import open_reader
+from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import Prepared, ShardWriter, open_prepared
 from transfusion.data.survey import survey

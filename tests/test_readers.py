@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.documents import few, some
 from tests.fixtures import make
 from tests.reading import EXPECTED, FIXTURES, Block, other_disks, put, read, read_at, texts, write_lines
-from transfusion.data import containers, files
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.readers import Options, Reader, open_reader
+from transfusion.data.reading import containers, files
+from transfusion.data.reading.readers import Options, Reader, open_reader
 
 UNITS = (1, 2, 1000)
 

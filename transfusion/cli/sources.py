@@ -34,7 +34,7 @@ class Reading:
 
 def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) -> list:
     """Readers of all sources, as the options say. UsageError or ValueError in one line."""
-    from transfusion.data.readers import Options, open_reader
+    from transfusion.data.reading.readers import Options, open_reader
 
     if needed and not sources:
         raise UsageError(f"name a source.\n{SOURCES}")

@@ -7,7 +7,7 @@ import numpy as np
 
 from transfusion.codecs.pictures import to_pixels
 from transfusion.data.raw import Fault, RawImage
-from transfusion.data.readers import Reader
+from transfusion.data.reading.readers import Reader
 from transfusion.disk import read_json, write_json
 
 UNIT = 512  # records read between two reports of progress

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from transfusion.data.raw import Fault, RawDocument, RawText
-from transfusion.data.readers import Reader
+from transfusion.data.reading.readers import Reader
 from transfusion.data.store import Decoded, Prepared
 from transfusion.page import Page
 

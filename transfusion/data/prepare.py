@@ -22,7 +22,7 @@ from transfusion.chance import fraction_from
 from transfusion.config import PrepareConfig
 from transfusion.data.fitting import PrepareError, Tools, about_codec, fit, is_brought, open_tools
 from transfusion.data.raw import Fault, RawDocument
-from transfusion.data.readers import Reader, Unit
+from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter, open_prepared
 from transfusion.disk import read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text

@@ -10,7 +10,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data.loader import Encoder, Source
 from transfusion.data.raw import RawImage, RawText
-from transfusion.data.readers import MADE, made
+from transfusion.data.reading.readers import MADE, made
 from transfusion.data.store import Decoded, Prepared, open_prepared
 from transfusion.disk import sha256_of
 from transfusion.sequence import Vocabulary

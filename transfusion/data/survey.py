@@ -11,7 +11,7 @@ import numpy as np
 from transfusion.codecs.text import Tokenizer
 from transfusion.data.prepare import duplicate_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.readers import Reader
+from transfusion.data.reading.readers import Reader
 from transfusion.data.store import Prepared, Stored
 from transfusion.sequence import Text
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from transfusion.data.containers import (
+from transfusion.data.digits import Digits
+from transfusion.data.raw import Fault, RawDocument
+from transfusion.data.reading.containers import (
     PICTURES,
     Archives,
     Coco,
@@ -22,12 +24,10 @@ from transfusion.data.containers import (
     PlainText,
     Span,
 )  # fmt: skip
-from transfusion.data.digits import Digits
-from transfusion.data.files import COMPRESSED, Files
-from transfusion.data.raw import Fault, RawDocument
-from transfusion.data.records import FORMS, Form, columns_of, form_of, rename, to_document
+from transfusion.data.reading.files import COMPRESSED, Files
+from transfusion.data.reading.records import FORMS, Form, columns_of, form_of, rename, to_document
+from transfusion.data.reading.tables import CsvTables, Tables
 from transfusion.data.shapes import Shapes
-from transfusion.data.tables import CsvTables, Tables
 from transfusion.data.topics import Topics
 
 MADE = ("digits", "shapes", "topics")  # sources that need no files

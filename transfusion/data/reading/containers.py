@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 
-from transfusion.data.files import Files, Found, reason_of
 from transfusion.data.raw import Fault
+from transfusion.data.reading.files import Files, Found, reason_of
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
 MOST_MEMBER = 256 * 2**20  # bytes of one file in an archive, letters of one element of a list

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transfusion.data.containers import Span, damage
-from transfusion.data.files import Files, reason_of
 from transfusion.data.raw import Fault
+from transfusion.data.reading.containers import Span, damage
+from transfusion.data.reading.files import Files, reason_of
 
 DAMAGE = (pa.ArrowException, UnicodeDecodeError, OSError)  # what Arrow raises of it; names are decoded too
 ROWS = 16  # that are turned into records at a time: each may hold a picture

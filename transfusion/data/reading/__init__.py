@@ -1,0 +1,1 @@
+"""What people have, read: files to records, records to documents."""
