@@ -77,7 +77,7 @@ def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
             case Pretrained.kind:
                 return Pretrained.from_tensors(tensors)
             case _:
-                raise ValueError(f"there is no codec of kind {kind!r}")
+                raise ValueError(f"there is no codec of kind {kind}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a codec of kind {kind}: {error}") from None
 
