@@ -577,3 +577,17 @@ def test_the_documents_that_the_page_shows_are_read_as_it_says(tmp_path):
     assert [one.pairs for one in found] == [True, *[False] * 5]
     clean = [[part.max_time for part in one.segments if isinstance(part, RawImage)] for one in found[4:]]
     assert clean == [[0.0], [0.0, 1.0]]
+
+
+def test_messages_may_have_their_pictures_in_a_list_beside_them(tmp_path):
+    """As TRL's data: the parts only say where a picture stands."""
+    content = next((FIXTURES / "metadata").rglob("*.png")).read_bytes()
+    (tmp_path / "a.png").write_bytes(content)
+    asked = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": "two"}]}]
+    lines = [json.dumps({"messages": messages, "images": ["a.png"] * count}) for count in (2, 1, 3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    good, few_, many_ = read_at(tmp_path / "a.jsonl")
+    assert [type(part) for part in good.segments] == [RawImage, RawText, RawImage, RawText, RawText]
+    assert [part.loss for part in good.segments] == [False, False, False, False, True]
+    assert {few_.kind, many_.kind} == {"lists of different lengths"}

@@ -176,8 +176,12 @@ def _conversation(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
 
 
 def _messages(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """OpenAI: the assistant's text and pictures are learnt; those of the user and the system condition."""
+    """OpenAI: the assistant's text and pictures are learnt; those of the user and the system condition.
+
+    A part that only says that a picture stands there takes the next of the record's `images`, as TRL's data have it.
+    """
     segments: list[RawText | RawImage] = []
+    waiting = iter(record.get("images") if isinstance(record.get("images"), list) else ())
     for message in _list(record, "messages"):
         learnt, content = _get(message, "role") == "assistant", _get(message, "content")
         if not isinstance(content, str | list):
@@ -187,11 +191,15 @@ def _messages(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
             if kind == "text":
                 segments.append(RawText(_string(_get(part, "text"), "text"), learnt))
             elif kind in ("image_url", "image"):
-                picture = pictures.read(_get(part, kind))
-                segments.append(RawImage(picture, learnt, 1.0 if learnt else 0.0))
+                value = next(waiting, None) if part.get(kind) is None else part[kind]
+                if value is None:
+                    raise Fault("lists of different lengths", "its messages name more pictures than it has")
+                segments.append(RawImage(pictures.read(value), learnt, 1.0 if learnt else 0.0))
             else:
                 raise Fault("bad segment", f"a part of a message must be text or image_url, not {_shown(kind)}")
         segments.append(RawText("\n", learnt))
+    if next(waiting, None) is not None:
+        raise Fault("lists of different lengths", "it has more pictures than its messages name")
     return _joined(segments)
 
 
