@@ -1,5 +1,6 @@
 """The data commands as they are typed: what they say, what they leave, and what they do with bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -249,6 +250,32 @@ def test_torchrun_spreads_the_work_and_the_result_is_the_same(place, tmp_path):
     )
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
+    assert files_of(tmp_path / "out") == files_of(place / "prepared")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs a list of processes")
+def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, tmp_path):
+    process = run_prepare(
+        place, tmp_path / "out", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    )
+    while process.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    def alive() -> bool:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if str(tmp_path / "out").encode() in path.read_bytes():
+                    return True
+        return False
+
+    until = time.monotonic() + 60
+    while alive():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
     assert files_of(tmp_path / "out") == files_of(place / "prepared")
 
 
