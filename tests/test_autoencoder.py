@@ -17,7 +17,7 @@ from skimage import metrics
 
 from tests.sources import picture, write_photos
 from tests.test_cli import TINY, command, fails
-from transfusion.checkpoint.open import fill, newest, verify
+from transfusion.checkpoint.open import restore
 from transfusion.codecs.autoencoder import (
     Autoencoder,
     Network,
@@ -241,10 +241,7 @@ def train(folder: Path, config: CodecTrainingConfig = QUICK, stop_at: int | None
     side = 16 if config.gan_from is None else 32
     trainer = CodecTrainer(SMALL, config, folder, pictures(40, side, side), torch.device("cpu"))
     if (folder / "checkpoints").exists():
-        found = newest(folder)
-        verify(found)
-        fill(found, trainer.tensors())
-        trainer.resume(read_json(found / "state.json"))
+        trainer.resume(restore(folder, trainer.tensors())[1])
     if stop_at is not None:
         real = trainer._step
 
@@ -325,6 +322,8 @@ def test_fit_codec_makes_a_codec_and_a_page(fitted, capsys):
     assert (fitted / "codec" / "reconstructions.html").read_text().count("data:image/png;base64,") == 12
     command("data", "fit-codec", "small", fitted / "photos", "--out", fitted / "codec", *FIT)
     assert "PSNR" in capsys.readouterr().err
+    other = ("--out", fitted / "codec", *FIT, "--limit", 30)
+    assert "begun with other pictures" in fails(capsys, 1, "data", "fit-codec", "small", fitted / "photos", *other)
     said = fails(capsys, 2, "data", "fit-codec", "small", fitted / "photos", "--out", fitted / "codec", *FIT[:-1], 3)
     assert "training.validate_every 4, not 3" in said
 

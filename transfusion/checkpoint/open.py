@@ -112,6 +112,14 @@ def verify(checkpoint: Path) -> None:
             raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
 
 
+def restore(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> tuple[Path, dict]:
+    """Read the newest checkpoint, checked, into these; returns its folder and its state.json."""
+    found = newest(folder)
+    verify(found)
+    fill(found, tensors)
+    return found, read_json(found / "state.json")
+
+
 def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     """Read each part's tensors into these, in place. OpenError when a name or shape is not the checkpoint's."""
     for part, values in tensors.items():

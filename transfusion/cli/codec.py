@@ -58,10 +58,9 @@ class FitCodec:
 
 def fit_codec(arguments: list[str]) -> None:
     """Gather, train, take statistics, show."""
-    from transfusion.checkpoint.open import fill, newest, verify
+    from transfusion.checkpoint.open import restore
     from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.crops import gather_pictures
-    from transfusion.disk import read_json
     from transfusion.parallel import pick_device
     from transfusion.training.codec import CodecTrainer
 
@@ -87,10 +86,8 @@ def fit_codec(arguments: list[str]) -> None:
     _check_same(asked)
     trainer = CodecTrainer(asked.network, asked.training, asked.out, pictures, device)
     if list_checkpoints(asked.out):
-        found = newest(asked.out)
-        verify(found)
-        fill(found, trainer.tensors())
-        trainer.resume(read_json(found / "state.json"))
+        found, state = restore(asked.out, trainer.tensors())
+        trainer.resume(state)
         say(f"going on from {found}")
     say(f"training on {device} with {', '.join(trainer.losses)}, into {asked.out}")
     if trainer.progress.step >= asked.training.steps or trainer.train():

@@ -119,11 +119,10 @@ def train(arguments: list[str]) -> None:
 
 def _train(run: Run, folder: Path, device: str) -> bool:
     """False when a signal stopped it."""
-    from transfusion.checkpoint.open import fill, newest, verify
+    from transfusion.checkpoint.open import restore
     from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
-    from transfusion.disk import read_json
     from transfusion.parallel import pick_device
     from transfusion.training.trainer import Trainer
 
@@ -134,10 +133,8 @@ def _train(run: Run, folder: Path, device: str) -> bool:
     heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
     trainer = Trainer(run, folder, loader, heldout, chosen, _previewer(folder, open_raw(run.data, "heldout"), chosen))
     if list_checkpoints(folder):
-        found = newest(folder)
-        verify(found)
-        fill(found, trainer.tensors())
-        trainer.resume(read_json(found / "state.json"))
+        found, state = restore(folder, trainer.tensors())
+        trainer.resume(state)
         say(f"going on from {found}")
     if trainer.progress.step >= run.training.steps:
         say(f"{folder} is trained to its last step, {run.training.steps}")

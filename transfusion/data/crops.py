@@ -1,6 +1,8 @@
 """Pictures of one size in one file, for training a codec: read once, then mapped, any of them at once."""
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,21 @@ def gather_pictures(
 ) -> tuple[np.ndarray, int]:  # fmt: skip
     """(n, Y, X, colours) uint8, mapped from the folder's `pictures.u8`, and how many records could not be read.
 
-    At most `most` pictures, each cut to size (width, height). A folder that holds them already is not read anew.
+    At most `most` pictures, each cut to size (width, height). A folder that holds them already is not read anew; ValueError
+    when it holds others.
     """
     width, height = size
-    about = {"sources": [reader.address for reader in readers], "size": [width, height], "colours": colours, "most": most}
+    sources = [{"options": asdict(reader.options), "files": reader.fingerprint()} for reader in readers]
+    recipe = json.loads(json.dumps({"sources": sources, "size": size, "colours": colours, "most": most}))
     path = folder / "pictures.json"
-    if not path.exists() or {**read_json(path), "count": 0, "faults": 0} != {**about, "count": 0, "faults": 0}:
+    if not path.exists():
         count, faults = _write(readers, size, colours, most, folder / "pictures.u8", tick)
-        write_json(path, {**about, "count": count, "faults": faults})
+        if not count:
+            raise ValueError(f"{', '.join(reader.address for reader in readers)}: no picture in them could be read")
+        write_json(path, {"recipe": recipe, "count": count, "faults": faults})
     found = read_json(path)
-    if not found["count"]:
-        raise ValueError(f"{', '.join(about['sources'])}: no picture in them could be read")
+    if found.get("recipe") != recipe:
+        raise ValueError(f"{folder} was begun with other pictures: give another --out")
     pictures = np.memmap(folder / "pictures.u8", np.uint8, "r", shape=(found["count"], height, width, colours))
     return pictures, found["faults"]
 

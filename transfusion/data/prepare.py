@@ -126,12 +126,9 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
     """All that the data set follows from."""
     sources = {}
     for reader in readers:
-        digest = hashlib.sha256()
-        for mark in reader.files.marks() if reader.files else ():
-            digest.update(repr(mark).encode())
         sources[reader.name] = {
             "form": reader.form, "records": sum(job.unit.rows for job in jobs if job.reader is reader),
-            "options": asdict(reader.options), "files": digest.hexdigest(),
+            "options": asdict(reader.options), "files": reader.fingerprint(),
         }  # fmt: skip
     settings = asdict(config)
     del settings["max_faults"]  # what is finished stays as it is, however many of the rest may be left out

@@ -120,11 +120,6 @@ class Files:
         with self.open(path) as file:
             return file.read()
 
-    def begins(self, path: str, content: bytes) -> bool:
-        """Does the file begin so?"""
-        with self.open(path) as file:
-            return file.read(len(content)) == content
-
     def exists(self, path: str) -> bool:
         return self.fs.exists(path)
 

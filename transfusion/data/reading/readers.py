@@ -3,6 +3,7 @@
 A unit is some records that are prepared together, by any process, into one shard. Units follow from the files alone.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -113,6 +114,13 @@ class Reader:
             return Fault("bad JSON", "it is nested too deeply", where)
         kin = found.get("kin") if isinstance(self.container, Coco) else None
         return replace(document, where=where, kin=kin or document.kin or document.name or where)
+
+    def fingerprint(self) -> str:
+        """Of the names, sizes and times of its files: another one when any was changed, added or renamed."""
+        digest = hashlib.sha256()
+        for mark in self.files.marks() if self.files else ():
+            digest.update(repr(mark).encode())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """How it is read, and what of it is not, in one line."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.reading.containers import PICTURES
 
 Form = Literal[
     "document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"
@@ -25,7 +26,6 @@ NAMES = {  # our word -> what people call it, the first found counts
     "target": ("target", "target_image", "target_img", "output_image", "edited_image", "out_image"),
 }  # fmt: skip
 LOOSE = ("path", "url", "file_name", "filename")  # any file's: they name a picture only where its suffix says so
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 PLACE = "<image>"  # where a picture stands in a conversation
 
 
@@ -282,9 +282,12 @@ def _first(record: dict, names: Sequence[str]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None and _may_be(name, record[name])), None)
 
 
+_ENDINGS = tuple(f".{suffix}" for suffix in PICTURES)
+
+
 def _may_be(name: str, value: Any) -> bool:
     """A web page has a url and a program a path, too: these are pictures only where they end like one."""
-    return name not in LOOSE or not isinstance(value, str) or value.partition("?")[0].lower().endswith(SUFFIXES)
+    return name not in LOOSE or not isinstance(value, str) or value.partition("?")[0].lower().endswith(_ENDINGS)
 
 
 def _list(record: dict, name: str) -> list:
