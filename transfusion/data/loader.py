@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import grain
+import numpy as np
 
 from transfusion.chance import fraction_from, seed_from
 from transfusion.codecs.codec import Codec
@@ -19,7 +20,7 @@ from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import Stored
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
 
-SAMPLE = 256  # documents of a source that are laid out to learn its mean length
+SAMPLE = 1024  # documents of a source that are laid out to learn its mean length
 
 
 class Source(Protocol):
@@ -160,13 +161,15 @@ def element_weights(sources: Sequence[Source], encoder: Encoder) -> list[float]:
 
 
 def mean_positions(source: Source, encoder: Encoder) -> float:
-    """Positions of a document: exact for what is prepared, else the mean of some that lie evenly spread."""
+    """Positions of a document: exact for what is prepared, else the mean of some that chance picks from the whole source."""
     config = encoder.config
     if isinstance(source, Stored):
         return source.mean_positions(encoder.vocabulary, (1 - config.image_first) * config.caption_dropout)
-    n = min(SAMPLE, len(source))
-    found = (source[i * len(source) // n] for i in range(n))
-    return sum(len(lay_out(encoder.document(one, source.name, 0), encoder.vocabulary)) for one in found) / n
+    chosen = range(len(source))
+    if len(source) > SAMPLE:  # evenly spread ones would keep time with whatever recurs in it
+        chosen = np.random.default_rng(seed_from("lengths", source.name)).integers(len(source), size=SAMPLE).tolist()
+    found = (encoder.document(source[i], source.name, 0) for i in chosen)
+    return sum(len(lay_out(document, encoder.vocabulary)) for document in found) / len(chosen)
 
 
 def _stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
