@@ -1,7 +1,9 @@
 """The autoencoder: its size, its losses, its training, and its use as a codec."""
 
 import json
+import os
 import shutil
+from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from skimage import metrics
 
 from tests.sources import picture, write_photos
@@ -156,6 +158,71 @@ def test_lpips_is_zero_for_a_picture_itself_and_grows_with_the_difference(tmp_pa
     torch.testing.assert_close(*swapped)
 
 
+@pytest.mark.parametrize("name", ["lpips.pt", "lpips.pth", "lpips.pth.tar"])
+@pytest.mark.parametrize("under", [lambda state: state, lambda state: {"epoch": 7, "arch": "vgg", "state_dict": state}])
+def test_weights_that_torch_saved_are_those_of_safetensors(tmp_path, name, under):
+    path = lpips_file(tmp_path)
+    torch.save(under(load_file(path)), tmp_path / name)
+    one, other = (Perceptual.from_file(path).state_dict() for path in (path, tmp_path / name))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_mocos_own_file_is_read(tmp_path):
+    """As its authors save it: an epoch, a name, the optimizer, and the weights under `state_dict`."""
+    state = load_file(identity_file(tmp_path, "module.encoder_q."))
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.03, "params": [0]}]}
+    whole = {"epoch": 200, "arch": "resnet50", "state_dict": OrderedDict(state), "optimizer": optimizer}
+    torch.save(whole, tmp_path / "moco.pth.tar")
+    found = Identity.from_file(tmp_path / "moco.pth.tar").state_dict()
+    assert all(torch.equal(found[name.removeprefix("module.encoder_q.")], value) for name, value in state.items())
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("kind", [Perceptual, Identity])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path, kind, old):
+    mark, path = tmp_path / "executed", tmp_path / "weights.pth"
+    torch.save({"state_dict": {"net.slice1.0.weight": torch.zeros(1), "trap": Trap(mark)}}, path,
+               _use_new_zipfile_serialization=not old)  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        kind.from_file(path)
+    assert str(caught.value) == f"{path} holds more than tensors, or is damaged: nothing of it was run"
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # the trap works
+    assert mark.exists()
+
+
+def test_a_damaged_pth_is_refused_in_one_line(tmp_path):
+    torch.save(load_file(identity_file(tmp_path, "")), tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    path = tmp_path / "damaged.pth"
+    for damaged in (b"", b"\x80\x04.", b"no weights", content[:100], content[: len(content) // 2], content[1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged.pth holds more than tensors, or is damaged") as caught:
+            Identity.from_file(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("found", [
+    [torch.zeros(1)], torch.zeros(1), {"state_dict": None}, {3: torch.zeros(1)}, {"conv1.weight": 7},
+])  # fmt: skip
+def test_a_pth_of_something_else_is_refused_in_words(tmp_path, found):
+    torch.save(found, tmp_path / "other.pth")
+    for kind in (Perceptual, Identity):
+        with pytest.raises(ValueError, match="other.pth holds no"):
+            kind.from_file(tmp_path / "other.pth")
+
+
 def identity_file(folder: Path, prefix: str) -> Path:
     """Random weights under the names of a MoCo checkpoint."""
     state = Identity().state_dict()
@@ -176,14 +243,12 @@ def test_identity_features_are_torchvisions_resnet_50(tmp_path, prefix):
 
 @pytest.mark.parametrize("kind", [Perceptual, Identity])
 def test_files_that_hold_no_such_weights_are_refused(tmp_path, kind):
-    with pytest.raises(ValueError, match="nothing.safetensors"):
-        kind.from_file(tmp_path / "nothing.safetensors")
+    for name in ("nothing.safetensors", "nothing.pth"):
+        with pytest.raises(ValueError, match=f"cannot read the weights in .*{name}"):
+            kind.from_file(tmp_path / name)
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no"):
         kind.from_file(tmp_path / "other.safetensors")
-    (tmp_path / "pickle.pth").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="pickle.pth"):
-        kind.from_file(tmp_path / "pickle.pth")
 
 
 # As a codec

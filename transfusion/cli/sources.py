@@ -10,8 +10,9 @@ from transfusion.cli.screen import UsageError
 
 SOURCES = """\
 SOURCE is a file or folder (pictures, .parquet, .tar, .jsonl, .json, .arrow, .txt; * stands for any letters), an address
-(s3://, https://, hf://...), owner/name on Hugging Face's hub, or digits, shapes, topics; NAME=SOURCE names it. docs/data.md
-shows what the files may look like. inspect, stats and validate also take a folder that `prepare` made."""
+(s3://, https://, hf://...), owner/name on Hugging Face's hub, or digits, shapes, topics, emoji, photographs, which need no
+files; NAME=SOURCE names it. docs/data.md shows what the files may look like. inspect, stats and validate also take a folder
+that `prepare` made."""
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
 

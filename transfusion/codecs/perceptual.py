@@ -1,8 +1,8 @@
 """How alike two pictures look: LPIPS (Zhang et al. 2018) and MoCo v2's features, from weights in a local file.
 
 Both networks are written out here, since no weights come with this package and none are ever fetched. A file is safetensors,
-with the names that the networks' own authors gave: `lpips.LPIPS(net="vgg")`'s state dict, and that of torchvision's
-ResNet-50 (a prefix such as `module.encoder_q.` is passed over).
+or a .pth of which nothing but tensors is read, with the names that the networks' own authors gave: the state dict of
+`lpips.LPIPS(net="vgg")`, and that of torchvision's ResNet-50 (a prefix such as `module.encoder_q.` is passed over).
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+PICKLED = (".pt", ".pth", ".pth.tar")  # how the names of files end that torch.save wrote
 RESNET = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, width
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pictures between 0 and 1
 
@@ -113,10 +114,19 @@ class Bottleneck(nn.Module):
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name: of a .pth those at its top, or under `state_dict`."""
     try:
-        return load_file(path)
+        if not path.name.endswith(PICKLED):
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read the weights in {path}: {str(error).splitlines()[0]}") from None
+    except Exception:  # a damaged one raises whatever; torch's own words would advise to run what it holds
+        raise ValueError(f"{path} holds more than tensors, or is damaged: nothing of it was run") from None
+    if isinstance(found, dict):
+        found = found.get("state_dict", found)
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _tensor(found: dict[str, Tensor], name: str, path: Path) -> Tensor:

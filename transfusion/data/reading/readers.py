@@ -5,6 +5,7 @@ A unit is some records that are prepared together, by any process, into one shar
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from itertools import islice
 from typing import Any
 
 from transfusion.data.digits import Digits
+from transfusion.data.emoji import Emoji
+from transfusion.data.photographs import Photographs
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.containers import (
     PICTURES,
@@ -31,7 +34,7 @@ from transfusion.data.reading.tables import CsvTables, Tables
 from transfusion.data.shapes import Shapes
 from transfusion.data.topics import Topics
 
-MADE = ("digits", "shapes", "topics")  # sources that need no files
+MADE = ("digits", "shapes", "topics", "emoji", "photographs")  # sources that need no files
 SUFFIXES = {  # in this order: what a folder holds is the first that is found there
     "tar": ("tar", "tgz"), "parquet": ("parquet",), "arrow": ("arrow",), "jsonl": ("jsonl", "ndjson"),
     "csv": ("csv", "tsv"), "json": ("json",), "pictures": PICTURES, "text": ("txt", "text", "md", "rst"),
@@ -116,16 +119,20 @@ class Reader:
         return replace(document, where=where, kin=kin or document.kin or document.name or where)
 
     def fingerprint(self) -> str:
-        """Of the names, sizes and times of its files: another one when any was changed, added or renamed."""
+        """Of the names, sizes and times of its files: another one when any was changed, added or renamed.
+
+        Of a source that needs no files: of what it says of the font, or the version of Python, that it comes from.
+        """
         digest = hashlib.sha256()
-        for mark in self.files.marks() if self.files else ():
+        for mark in (self.files or self.container).marks():
             digest.update(repr(mark).encode())
         return digest.hexdigest()
 
     def describe(self) -> str:
         """How it is read, and what of it is not, in one line."""
         if self.files is None:
-            return f"{self.name}: made here"
+            beside = f"; what lies here under that name is ./{self.address}" if os.path.exists(self.address) else ""
+            return f"{self.name}: built in{beside}"
         used = columns_of(self.form, self.columns)
         rest = sorted(self.columns - {*used, "kin"})
         line = f"{self.name}: each record is read as {self.form}" + (f" ({', '.join(used)})" if used else "")
@@ -181,7 +188,7 @@ def _in_one_line(text: str) -> str:
 
 
 def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B008 (frozen)
-    """A source by `[name=]what`: a path, an address of fsspec, `owner/name` on the hub, or digits, shapes, topics.
+    """A source by `[name=]what`: a path, an address of fsspec, `owner/name` on the hub, or one of `MADE`.
 
     ValueError or OSError says in one line what is not there or not understood.
     """
@@ -206,8 +213,12 @@ class Made:
 
     def __init__(self, name: str, options: Options):
         self.train, heldout = (made(name, split, size=options.shapes_size) for split in ("train", "heldout"))
-        total = len(self.train) if options.limit is None else options.limit
-        self.heldout = [heldout[n] for n in range(min(len(heldout), total // 20, MADE_HELDOUT))]
+        most = MADE_HELDOUT if options.limit is None else min(MADE_HELDOUT, options.limit // 20)
+        self.heldout = [heldout[n] for n in range(min(len(heldout), most))]
+
+    def marks(self) -> list[tuple[str, Any]]:
+        """What its documents depend on besides this package, where they depend on anything."""
+        return sorted(self.train.describe().items()) if hasattr(self.train, "describe") else []
 
     def spans(self, most: int) -> Iterator[Span]:
         rows = len(self.heldout) + len(self.train)
@@ -231,6 +242,10 @@ def made(name: str, split: str, interleaved: float = 0.0, level: int = 1, size: 
             return Shapes(level=level, size=size, split=split)
         case "topics":
             return Topics(split)
+        case "emoji":
+            return Emoji(split)
+        case "photographs":
+            return Photographs(split)
         case _:
             raise ValueError(f"there is no source {name!r}; there are {', '.join(MADE)}")
 

@@ -1,0 +1,149 @@
+"""Sources that come with the package and hold real pictures: emoji and photographs."""
+
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from tests.reading import read_at
+from tests.test_cli import TINY, command, fails
+from transfusion.data import emoji
+from transfusion.data.emoji import Emoji, draw_all, find_font
+from transfusion.data.photographs import Photographs
+from transfusion.data.reading.readers import MADE, made, open_reader
+from transfusion.data.store import open_prepared
+
+
+def has_font() -> bool:
+    try:
+        return find_font().exists()
+    except FileNotFoundError:
+        return False
+
+
+needs_font = pytest.mark.skipif(not has_font(), reason="needs the package fonts-noto-color-emoji")
+
+
+@pytest.fixture
+def without_font(monkeypatch):
+    monkeypatch.setattr(emoji, "FONT", "a font that nobody has.ttf")
+
+
+# emoji
+
+
+@needs_font
+def test_emoji_are_coloured_squares_on_white_with_their_unicode_names():
+    drawn = dict(draw_all(find_font()))
+    assert len(drawn) > 1_000
+    for name, pixels in drawn.items():
+        assert name == unicodedata.name(unicodedata.lookup(name)).lower()
+        assert (pixels.shape, pixels.dtype) == ((128, 128, 3), np.uint8)
+    circle = drawn["large red circle"].astype(int)
+    red, green, blue = circle[64, 64]
+    assert red > 150 > 100 > max(green, blue)
+    assert (circle[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()  # its corners
+    assert "digit one" not in drawn
+    assert "latin small letter a" not in drawn
+
+
+@needs_font
+def test_the_splits_of_emoji_share_no_name_and_leave_none_out():
+    train, heldout = (Emoji(split) for split in ("train", "heldout"))
+    one, other = ([source[n].segments[0].text for n in range(len(source))] for source in (train, heldout))
+    assert sorted(one + other) == sorted(name for name, _ in draw_all(find_font()))
+    assert len(set(one + other)) == len(one) + len(other)
+    assert 0.03 < len(other) / len(one + other) < 0.07
+    assert train[7].pairs
+    assert len(read_at("emoji")) == len(one) + len(other)
+
+
+@needs_font
+def test_every_emoji_is_drawn_the_same_again():
+    again = draw_all.__wrapped__(find_font())
+    assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(draw_all(find_font()), again, strict=True))
+
+
+@needs_font
+def test_another_font_is_noticed(tmp_path, monkeypatch, capsys):
+    before = open_reader("emoji").fingerprint()
+    assert open_reader("emoji").fingerprint() == before
+    words = ("data", "prepare", "emoji", "--sizes", "16x16", "--out", tmp_path / "out")
+    command(*words)
+    assert open_prepared(tmp_path / "out").about["sources"]["emoji"]["documents"]["heldout"] == len(Emoji("heldout"))
+    other = tmp_path / "other.ttf"
+    shutil.copy(find_font(), other)
+    with other.open("ab") as file:
+        file.write(b"\0")
+    monkeypatch.setattr(emoji, "FONT", str(other))
+    assert open_reader("emoji").fingerprint() != before
+    assert "emoji: files is" in fails(capsys, 1, *words)
+
+
+@needs_font
+@pytest.mark.slow
+def test_a_run_may_read_emoji_directly(tmp_path):
+    codec = ("--data.codec-block", 16, "--data.codec-components", 8, "--data.codec-documents", 40)
+    command("train", "small", "--data.sources", "emoji", "--out", tmp_path / "run", *TINY, *codec)
+    assert Picture.open(tmp_path / "run" / "samples" / "step-000004.png").width > 128
+
+
+@pytest.mark.parametrize("words", [
+    ("data", "validate", "emoji"), ("data", "prepare", "emoji", "--out", "OUT"),
+    ("train", "small", "--data.sources", "emoji"),
+])  # fmt: skip
+def test_without_the_font_one_line_says_what_to_install(tmp_path, monkeypatch, capsys, without_font, words):
+    monkeypatch.chdir(tmp_path)
+    said = fails(capsys, 1, *words)
+    assert "apt install fonts-noto-color-emoji" in said.splitlines()[-1]
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no font", b"\0\1\0\0" + bytes(300)])
+def test_a_damaged_font_is_no_font(tmp_path, monkeypatch, content):
+    (tmp_path / "damaged.ttf").write_bytes(content)
+    monkeypatch.setattr(emoji, "FONT", str(tmp_path / "damaged.ttf"))
+    with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
+        Emoji()
+
+
+# photographs
+
+
+def test_each_photograph_is_in_one_split_with_its_caption():
+    (train,), (heldout,) = ([source[n] for n in range(len(source))] for source in map(Photographs, ("train", "heldout")))
+    assert [one.segments[0].text for one in (train, heldout)] == ["a chinese temple above a lake", "an orange flower"]
+    temple, flower = (one.segments[1].pixels for one in (train, heldout))
+    assert temple.shape == flower.shape == (427, 640, 3)
+    sky, petals = temple[:80, 400:].mean((0, 1)), flower[150:250, 220:380].mean((0, 1))
+    assert sky.min() > 200  # the captions are not swapped: one is bright above,
+    assert petals[0] > 1.5 * petals[2]  # the other orange in the middle
+    assert [one.split for one in read_at("photographs")] == ["heldout", "train"]
+
+
+def test_photographs_are_prepared_like_any_other_source(tmp_path):
+    command("data", "prepare", "photographs", "--sizes", "64x48", "--out", tmp_path / "out")
+    prepared = open_prepared(tmp_path / "out")
+    assert prepared.about["sources"]["photographs"]["documents"] == {"train": 1, "heldout": 1}
+    assert prepared.shapes == [(12, 16)]
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name != "emoji" or has_font()])
+def test_the_ends_of_every_source_can_be_read(name):
+    for split in ("train", "heldout"):
+        source = made(name, split)
+        assert source.name == name
+        assert [source[n].id for n in (0, len(source) - 1)] == [0, len(source) - 1]
+
+
+def test_a_folder_of_the_same_name_is_not_read_silently_instead(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_reader("photographs").describe() == "photographs: built in"
+    Path("photographs").mkdir()
+    assert open_reader("photographs").describe() == "photographs: built in; what lies here under that name is ./photographs"
