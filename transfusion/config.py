@@ -231,8 +231,8 @@ class CodecTrainingConfig:
     codebook_weight: float = 1.0  # draws codes to what the encoder makes
     commitment: float = 0.25  # draws what the encoder makes to its codes
     revive_after: int = 100  # steps without use after which a code starts anew from what the encoder makes
-    perceptual: str | None = None  # a .safetensors file with LPIPS' VGG-16; None: without this loss
-    identity: str | None = None  # a .safetensors file with MoCo v2's ResNet-50; None: without this loss
+    perceptual: str | None = None  # a .safetensors or .pth file with LPIPS' VGG-16; None: without this loss
+    identity: str | None = None  # a .safetensors or .pth file with MoCo v2's ResNet-50; None: without this loss
     identity_weight: float = 0.2
     gan_weight: float = 0.5
     gan_from: int | None = None  # the step from which the patch discriminator joins in; None: never
@@ -286,6 +286,31 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SurvivalConfig:
+    """What training does when something goes wrong. A run may go on with other choices."""
+
+    skip: int = 0  # updates in a row that may be left out (not finite, or a spike) before training stops
+    spike: float | None = None  # a gradient so many deviations above the mean of the last 128 is a spike; None: none is
+    watchdog: float = 1800.0  # seconds; a step that takes longer is given up, with every thread's stack; 0: none is
+
+    def __post_init__(self):
+        for name in ("skip", "watchdog"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"survival.{name} must not be negative, not {getattr(self, name)}")
+        if self.spike is not None and self.spike <= 0:
+            raise ValueError(f"survival.spike must be above 0, not {self.spike}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is laid out; what is learnt does not depend on it, and a run may go on with other choices."""
+
+    shard: Literal["full", "hybrid"] = "full"  # weights over all processes, or over those of a machine, machines alike
+    recompute: bool = False  # blocks run once more in the backward pass, instead of being remembered: a third slower
+    compile: bool | None = None  # blocks with torch.compile; None: on CUDA
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """How a run writes and draws when nobody says otherwise."""
 
@@ -331,6 +356,8 @@ class Run:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 

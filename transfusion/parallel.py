@@ -1,20 +1,30 @@
-"""Where work is done: the device, the numbers it computes with, and the processes that share it."""
+"""Where work is done: the device, the numbers it computes with, and the processes (ranks) that share it."""
 
 import contextlib
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+COMPILER = "inductor"  # of blocks; tests take a lighter one
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or the best there is: cuda, then mps, then cpu. ValueError when the named one is missing."""
+    """The named device, or the best there is: cuda, then mps, then cpu. ValueError when the named one is missing.
+
+    Under torchrun "auto" and "cuda" are the GPU of this process's own number on its machine.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -28,40 +38,125 @@ def lower_precision(device: torch.device):
 
     Weights, losses and the optimizer stay in float32. On a CPU without bfloat16 units a step would be 20 times slower.
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if _knows_bfloat16(device):
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that do one piece of work together: which of them this is, and a way to wait for the others."""
+def _knows_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-    rank: int = 0
-    world: int = 1
+
+class Ranks:
+    """The processes that do one piece of work together: which of them this is, and how they agree.
+
+    What they say to each other here goes through the CPU (gloo): it never waits for a GPU. A process alone is its own rank 0
+    of 1, and agrees with itself.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+        self.per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
 
     @classmethod
     @contextlib.contextmanager
-    def of_torchrun(cls):
+    def of_torchrun(cls, device: torch.device = torch.device("cpu")) -> Iterator["Ranks"]:  # noqa: B008
         """Those that torchrun started, while it is open; this process alone, where it did not."""
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world == 1:
             yield cls()
             return
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))
         try:
             yield cls(dist.get_rank(), world)
         finally:
             dist.destroy_process_group()
 
+    @property
+    def first(self) -> bool:
+        """Is this the one that writes what is written once?"""
+        return self.rank == 0
+
     def wait(self) -> None:
         """Until all of them have come here. ConnectionError when one of them has stopped instead."""
-        if self.world > 1:
-            try:
-                dist.barrier()
-            except RuntimeError:
-                raise ConnectionError("another process of this work has stopped; what it said tells why") from None
+        self.sum(0.0)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value, summed over all ranks."""
+        if self.world == 1:
+            return list(values)
+        with self._heard():
+            total = torch.tensor(values, dtype=torch.float64)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, value: bool) -> bool:
+        """Is it true on any of them?"""
+        return self.sum(float(value))[0] > 0
+
+    def tell(self, value):
+        """What rank 0 says here, on all of them."""
+        if self.world == 1:
+            return value
+        said = [value]
+        with self._heard():
+            dist.broadcast_object_list(said)
+        return said[0]
+
+    def gather(self, value) -> list:
+        """What each rank says here, on all of them."""
+        if self.world == 1:
+            return [value]
+        said = [None] * self.world
+        with self._heard():
+            dist.all_gather_object(said, value)
+        return said
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Each tensor's mean over all ranks, in place."""
+        if self.world == 1:
+            return
+        with self._heard():
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+        parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def interleave(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows (n, ...) in the order in which they were dealt out: the first of each rank, the second of each, ..."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        with self._heard():
+            dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @cached_property
+    def background(self) -> dist.ProcessGroup | None:
+        """The same ranks once more, for what goes on beside the work: saving."""
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
+
+    def mesh(self, device: str, shard: str) -> DeviceMesh:
+        """All ranks in a row, or for hybrid sharding machines by processes of a machine."""
+        if shard == "hybrid":
+            shape = (self.world // self.per_machine, self.per_machine)
+            return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device, (self.world,), mesh_dim_names=("shard",))
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            raise ConnectionError("another process of this work has stopped; what it said tells why") from None
+
+
+ALONE = Ranks()
 
 
 def _end_with_parent() -> None:
@@ -70,3 +165,28 @@ def _end_with_parent() -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def spread(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, mesh: DeviceMesh | None, compiled: bool
+) -> None:
+    """Make a model (on the meta device, so far) fit for work on this device and over a mesh (None: one process alone).
+
+    FSDP2: each block and the rest are units, of whose weights, gradients, moments and average every rank holds its part.
+    Gradients are summed, not averaged: losses have been divided by the counts of all ranks. On CUDA weights travel and
+    compute in bfloat16, gradients are reduced in float32. Each block is compiled by itself, for training's one shape of rows.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if compiled:
+        for block in blocks:
+            block.compile(backend=COMPILER, dynamic=False)
+    if mesh is None:
+        return
+    lower = torch.bfloat16 if _knows_bfloat16(device) else None
+    # Inputs are left as they are: t would be rounded to the nearest of 256 numbers.
+    policy = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False)
+    for unit in (*blocks, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other

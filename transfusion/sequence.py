@@ -120,6 +120,8 @@ class Piece:
     targets: np.ndarray  # (n,) int64; NO_TARGET where there is no text loss
     images: tuple[Placed, ...]
     breaks: np.ndarray  # (n,) bool: may a later part begin here?
+    source: str = ""  # of the document
+    id: int = 0
 
     def __len__(self):
         return len(self.tokens)
@@ -128,13 +130,17 @@ class Piece:
         """These positions as a piece of their own; images that begin elsewhere stay behind."""
         end = len(self) if end is None else end
         images = tuple(replace(i, start=i.start - begin) for i in self.images if begin <= i.start < end)
-        return Piece(self.tokens[begin:end], self.targets[begin:end], images, self.breaks[begin:end])
+        span = slice(begin, end)
+        return replace(
+            self, tokens=self.tokens[span], targets=self.targets[span], images=images, breaks=self.breaks[span]
+        )
 
     def followed_by(self, token: int) -> "Piece":
         """One token more, without loss."""
-        return Piece(
-            np.append(self.tokens, token), np.append(self.targets, NO_TARGET), self.images, np.append(self.breaks, False)
-        )
+        return replace(
+            self, tokens=np.append(self.tokens, token), targets=np.append(self.targets, NO_TARGET),
+            breaks=np.append(self.breaks, False),
+        )  # fmt: skip
 
 
 def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Piece:
@@ -169,7 +175,7 @@ def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Pi
     ids = np.array(tokens, dtype=np.int64)
     targets = np.full(len(ids), NO_TARGET, dtype=np.int64)
     targets[:-1] = np.where(learnt[1:], ids[1:], NO_TARGET)
-    return Piece(ids, targets, tuple(images), np.array(breaks))
+    return Piece(ids, targets, tuple(images), np.array(breaks), document.source, document.id)
 
 
 def cut(piece: Piece, length: int) -> list[Piece]:
@@ -222,6 +228,7 @@ class Batch:
     text_target: Tensor  # (T,)
     groups: list[ImageGroup]
     positions: int  # that are not padding
+    documents: list[list[str]]  # of each row, what stands in it: "source id"
 
     @property
     def text_count(self) -> int:
@@ -270,8 +277,9 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     text_index = np.flatnonzero(flat != NO_TARGET)
     groups = [_group(found, vocabulary.patches(shape_)) for shape_, found in sorted(placed.items())]
     return Batch(
-        *map(torch.from_numpy, (tokens, position, document, image, text_index, flat[text_index])), groups, used
-    )
+        *map(torch.from_numpy, (tokens, position, document, image, text_index, flat[text_index])), groups, used,
+        [[f"{piece.source} {piece.id}" for piece in row.pieces] for row in rows],
+    )  # fmt: skip
 
 
 def _group(found: list[tuple[int, Placed]], patches: int) -> ImageGroup:

@@ -1,6 +1,7 @@
 """A run on disk, read: checked first, and nothing in it is ever executed."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning
+from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning, set_aside
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.model.transfusion import Transfusion, count_parameters, empty
-from transfusion.parallel import pick_device
+from transfusion.parallel import ALONE, Ranks, pick_device
 from transfusion.sequence import Vocabulary
 
 
@@ -95,37 +96,65 @@ def newest(folder: Path) -> Path:
     return next((path for path in found if path.name.encode() == named), found[-1])
 
 
-def verify(checkpoint: Path) -> None:
-    """Every file is there and has the SHA-256 of the day it was written. OpenError names the first that has not."""
+def verify(checkpoint: Path, ranks: Ranks = ALONE) -> None:
+    """Every file is there and has the SHA-256 of the day it was written. OpenError names the first that has not.
+
+    With several ranks each takes the digests of its share.
+    """
     manifest = read_json(checkpoint / "manifest.json")
     read = [path.relative_to(checkpoint).as_posix() for path in sorted(checkpoint.rglob("*.safetensors"))]
     for name in ("state.json", *read):
         if name not in manifest:
             raise OpenError(f"{checkpoint} holds {name}, which its manifest does not name")
-    for name, digest in manifest.items():
+    for number, (name, digest) in enumerate(manifest.items()):
         path = checkpoint / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise OpenError(f"{checkpoint}: its manifest names {name}, which lies outside")
         if not path.is_file():
             raise OpenError(f"{checkpoint} is not whole: {name} is missing")
-        if sha256_of(path) != digest:
+        if number % ranks.world == ranks.rank and sha256_of(path) != digest:
             raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
 
 
-def restore(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> tuple[Path, dict]:
-    """Read the newest checkpoint, checked, into these; returns its folder and its state.json."""
-    found = newest(folder)
-    verify(found)
-    fill(found, tensors)
-    return found, read_json(found / "state.json")
+def restore(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], ranks: Ranks, say: Callable[[str], None] = print
+) -> tuple[Path, dict] | None:
+    """Read the newest whole checkpoint into these, on all ranks: its folder and its state.json. None when there is none yet.
+
+    One that was changed since it was written is set aside, and the one before is taken; `say` is told. Tensors that were
+    saved by any number of ranks are read by any other. OpenError when there were some and none is whole.
+    """
+    found = ranks.tell([path.name for path in list_checkpoints(folder)][::-1])
+    for name in found:
+        path = folder / "checkpoints" / name
+        broken = _check_together(path, ranks)
+        if broken is None:
+            fill(path, tensors, ranks)
+            return path, read_json(path / "state.json")
+        if ranks.first:
+            say(f"{broken}: it is set aside as {set_aside(path).name}, and the checkpoint before it is taken")
+        ranks.wait()
+    if found:
+        raise OpenError(f"no checkpoint of {folder} is whole")
+    return None
 
 
-def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+def _check_together(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, by `verify`; each rank reads its share of the files."""
+    try:
+        verify(path, ranks)
+        broken = None
+    except OpenError as error:
+        broken = str(error)
+    return next((one for one in ranks.gather(broken) if one is not None), None)
+
+
+def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]], ranks: Ranks = ALONE) -> None:
     """Read each part's tensors into these, in place. OpenError when a name or shape is not the checkpoint's."""
     for part, values in tensors.items():
         try:
             with warnings.catch_warnings(action="ignore"):
-                dcp.load(values, storage_reader=HuggingFaceStorageReader(checkpoint / part), no_dist=True)
+                dcp.load(values, storage_reader=HuggingFaceStorageReader(checkpoint / part), no_dist=ranks.world == 1)
         except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
             failures = getattr(error, "failures", None)
             cause = next(iter(failures.values()))[0] if failures else error

@@ -7,21 +7,32 @@ import platform
 import re
 import shutil
 import warnings
+from collections import ChainMap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from transfusion.codecs.codec import Codec, codec_to_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
 from transfusion.disk import sha256_of, write_json, write_whole
+from transfusion.parallel import Ranks
 from transfusion.sequence import Vocabulary
 
 FORMAT = 1  # of a run's folder; another number is refused
+T = TypeVar("T")
 
 
 class SaveError(OSError):
@@ -59,38 +70,123 @@ def meaning(run: dict, vocabulary: dict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:
-    """Write checkpoints/step-NNNNNN aside, then put it in place; delete all but the newest `keep`.
+class Saver:
+    """Writes a run's checkpoints while it goes on. Leave its `with` and the last one is written.
 
-    SaveError when it does not work out (a full disk, say): then nothing of it is left, and earlier ones are whole.
+    `save` copies what it is given and returns; a thread writes the copy aside, each rank its own part, and rank 0 puts it in
+    place. SaveError comes out of the next `save`, `finish` or the `with`: then nothing of that checkpoint is left, and
+    earlier ones are whole.
     """
-    place = folder / "checkpoints"
-    final = place / f"step-{step:06d}"
-    aside, before = final.with_suffix(".tmp"), final.with_suffix(".old")  # `before`: this step, saved once already
-    swapped = False
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for part, values in tensors.items():
-            with warnings.catch_warnings(action="ignore"):  # it warns that one process is one process
-                dcp.save(values, storage_writer=HuggingFaceStorageWriter(aside / part, save_distributed=True), no_dist=True)
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=2) + "\n")
+
+    def __init__(self, folder: Path, keep: int, ranks: Ranks):
+        self.folder, self.keep, self.ranks = folder, keep, ranks
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+        self.group = ranks.background  # made here, by all ranks at once
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            self.finish()
+        except SaveError:
+            if kind is None:  # else what went wrong first is told
+                raise
+        finally:
+            self.thread.shutdown()
+
+    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Take a checkpoint of this moment, checkpoints/step-NNNNNN; of those that are there the newest `keep` stay."""
+        self.finish()
+        staged = {part: {name: _staged(value) for name, value in values.items()} for part, values in tensors.items()}
+        self.writing = self.thread.submit(self._write, step, staged, json.dumps(state, indent=2))
+
+    def finish(self) -> None:
+        """Wait until what was begun is written."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: str) -> None:
+        place = self.folder / "checkpoints"
+        final = place / f"step-{step:06d}"
+        aside = final.with_suffix(".tmp")
+        try:
+            self._agree(lambda: self._begin(aside))
+            for part, values in tensors.items():
+                writer = HuggingFaceStorageWriter(aside / part, save_distributed=True)
+                with warnings.catch_warnings(action="ignore"):  # it warns that one process is one process
+                    dcp.save(values, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            files = sorted(path for path in aside.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
+            digests = self._agree(lambda: {path.relative_to(aside).as_posix(): _settle(path) for path in files})
+            self._agree(lambda: self._put_in_place(aside, final, state, dict(ChainMap(*digests))))
+        except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException
+            if self.ranks.first:
+                shutil.rmtree(aside, ignore_errors=True)
+            why = f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole"
+            raise SaveError(why) from None
+
+    def _agree(self, do: Callable[[], T]) -> list[T]:
+        """What each rank's `do` gives, on all of them; when one fails all of them do."""
+        try:
+            done, failed = do(), None
+        except OSError as error:
+            done, failed = None, _reason(error)
+        if self.group is None:
+            found = [(done, failed)]
+        else:
+            found = [None] * self.ranks.world
+            dist.all_gather_object(found, (done, failed), group=self.group)
+        for _, failed in found:
+            if failed is not None:
+                raise OSError(failed)
+        return [done for done, _ in found]
+
+    def _begin(self, aside: Path) -> None:
+        if self.ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def _put_in_place(self, aside: Path, final: Path, state: str, digests: dict[str, str]) -> None:
+        if not self.ranks.first:
+            return
+        (aside / "state.json").write_text(state + "\n")
+        digests |= {"state.json": _settle(aside / "state.json")}
+        (aside / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n")
+        _settle(aside / "manifest.json")
+        before = final.with_suffix(".old")  # this step, saved once already
         if final.exists():
             shutil.rmtree(before, ignore_errors=True)
             final.rename(before)
-        aside.rename(final)
-        swapped = True
-        write_whole(place / "latest", final.name.encode())
-    except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException
-        shutil.rmtree(final if swapped else aside, ignore_errors=True)
-        if before.exists() and not final.exists():
-            before.rename(final)
-        raise SaveError(f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole") from None
-    others = [path for path in list_checkpoints(folder) if path != final]
-    for old in (*others[: max(0, len(others) + 1 - keep)], *place.glob("step-*.old")):
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        try:
+            aside.rename(final)
+            write_whole(final.parent / "latest", final.name.encode())
+        except OSError:
+            shutil.rmtree(final, ignore_errors=True)
+            if before.exists():
+                before.rename(final)
+            raise
+        others = [path for path in list_checkpoints(self.folder) if path != final]
+        for old in (*others[: max(0, len(others) + 1 - self.keep)], *final.parent.glob("step-*.old")):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _staged(tensor: Tensor) -> Tensor:
+    """A copy on the CPU: of what is sharded, of this rank's part."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    mesh = tensor.device_mesh
+    if mesh.device_type != "cpu":
+        mesh = _on_cpu(mesh)
+    part = tensor.to_local().detach().to("cpu", copy=True)
+    return DTensor.from_local(
+        part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@cache
+def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -103,14 +199,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _manifest(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below, by its path; each is on the disk before its checkpoint gets its name."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        found[path.relative_to(folder).as_posix()] = sha256_of(path)
-    return found
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint that is not whole a name under which nothing looks for it; a look at it may still help."""
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def _settle(path: Path) -> str:
+    """Wait until a file is on the disk, and take its SHA-256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return sha256_of(path)
 
 
 def _reason(error: BaseException) -> str:

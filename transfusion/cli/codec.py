@@ -9,7 +9,7 @@ import tyro
 
 from transfusion.cli.screen import UsageError, nearest, parse, progress, say
 from transfusion.cli.sources import Reading, Sources, open_readers
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig, from_json, parse_size
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig, SurvivalConfig, from_json, parse_size
 
 SHOWN = 16  # held-out pictures on the page
 
@@ -46,22 +46,23 @@ class FitCodec:
     """The folder to make."""
     network: AutoencoderConfig
     training: CodecTrainingConfig
+    survival: SurvivalConfig
     sources: Sources = ()
     """What to read; see transfusion data --help."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     size: str = "256x256"
     """Width x height to which pictures are cut for training."""
     most: int = 50_000
-    """At most so many pictures are used."""
+    """At most so many pictures, or crops, are used."""
+    crops: int = 0
+    """So many crops of each picture, at random places and scales; 0: the picture itself, resized and its middle cut out.
+    Held-out crops are of the same pictures as those that are learnt from, and may overlap them."""
     device: Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")] = "auto"
 
 
 def fit_codec(arguments: list[str]) -> None:
     """Gather, train, take statistics, show."""
-    from transfusion.checkpoint.open import restore
-    from transfusion.checkpoint.save import list_checkpoints
-    from transfusion.data.crops import gather_pictures
-    from transfusion.parallel import pick_device
+    from transfusion.parallel import Ranks, pick_device
     from transfusion.training.codec import CodecTrainer
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -72,25 +73,47 @@ def fit_codec(arguments: list[str]) -> None:
     name, *rest = arguments
     if name not in NAMED:
         raise UsageError(f"there is no codec {name!r}{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
-    default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training)
+    default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training, SurvivalConfig())
     asked = parse(FitCodec, f"data fit-codec {name}", rest, default)
     readers = open_readers(asked.sources, asked.reading)
     size = parse_size(asked.size)
     if any(side % asked.network.scale for side in size):
         raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.scale} pixels (f)")
+    if asked.crops < 0:
+        raise UsageError(f"--crops must be at least 0, not {asked.crops}")
     device = pick_device(asked.device)
     asked.out.mkdir(parents=True, exist_ok=True)
+    with Ranks.of_torchrun(device) as ranks:
+        if ranks.first:
+            pictures, faults = _gather(asked, readers, size)
+            kind, lost = "crops" if asked.crops else "pictures", f"; {faults:,} records could not be read" if faults else ""
+            say(f"{len(pictures):,} {kind} of {asked.size}{lost}")
+            _check_same(asked)
+        ranks.wait()
+        if not ranks.first:
+            pictures, _ = _gather(asked, readers, size)
+        _train(CodecTrainer(asked.network, asked.training, asked.out, pictures, device, ranks, asked.survival), asked)
+
+
+def _gather(asked: FitCodec, readers: list, size: tuple[int, int]):
+    from transfusion.data.crops import gather_pictures
+
     with progress("reading pictures") as tick:
-        pictures, faults = gather_pictures(readers, size, asked.network.colours, asked.most, asked.out, tick)
-    say(f"{len(pictures):,} pictures of {asked.size}" + (f"; {faults:,} records could not be read" if faults else ""))
-    _check_same(asked)
-    trainer = CodecTrainer(asked.network, asked.training, asked.out, pictures, device)
-    if list_checkpoints(asked.out):
-        found, state = restore(asked.out, trainer.tensors())
-        trainer.resume(state)
-        say(f"going on from {found}")
-    say(f"training on {device} with {', '.join(trainer.losses)}, into {asked.out}")
-    if trainer.progress.step >= asked.training.steps or trainer.train():
+        return gather_pictures(readers, size, asked.network.colours, asked.most, asked.out, tick, asked.crops)
+
+
+def _train(trainer, asked: FitCodec) -> None:
+    """To the last step, from wherever it stands, and then the codec's own files."""
+    from transfusion.checkpoint.open import restore
+
+    tell = say if trainer.ranks.first else lambda line: None
+    found = restore(asked.out, trainer.tensors(), trainer.ranks, say)
+    if found:
+        trainer.loop.resume(found[1])
+        tell(f"going on from {found[0]}")
+    tell(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {asked.out}")
+    done = trainer.loop.progress.step >= asked.training.steps or trainer.train()
+    if done and trainer.ranks.first:
         _finish(trainer, asked)
 
 
@@ -121,12 +144,12 @@ def _finish(trainer, asked: FitCodec) -> None:
 
     quantised = asked.network.codes is not None
     codec = VQ(trainer.average) if quantised else with_statistics(trainer.average, trainer.sample_pictures())
-    content, quality = codec_to_bytes(codec), trainer.hold_out()
+    content, quality = codec_to_bytes(codec), trainer.quality()
     write_whole(asked.out / "codec.safetensors", content)
     write_json(asked.out / "codec.json", {
         "kind": codec.kind, "channels": codec.channels, "scale": codec.scale, "sha256": sha256(content).hexdigest(),
-        "heldout": quality, "losses": trainer.losses, "steps": trainer.progress.step,
-        "seconds": round(trainer.progress.seconds), **({"codes": codec.codes} if quantised else {}),
+        "heldout": quality, "losses": trainer.losses, "steps": trainer.loop.progress.step,
+        "seconds": round(trainer.loop.progress.seconds), **({"codes": codec.codes} if quantised else {}),
     })  # fmt: skip
     page = _page(trainer, codec, quality, asked)
     use = f", {quality['codes_used']:.1%} of the codes, perplexity {quality['perplexity']:,.0f}" if quantised else ""
@@ -142,10 +165,11 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
     become = f"one of {codec.codes:,} codes" if quantised else f"latents of {codec.channels} numbers"
     page.say(
         f"Pictures of {asked.size} pixels become {become} for each {codec.scale} x {codec.scale} "
-        f"pixels, and come back. Trained {trainer.progress.step:,} steps with {', '.join(trainer.losses)}."
+        f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.losses)}."
     )
+    held = "held-out crops of the pictures that it learnt from" if asked.crops else "held-out pictures"
     figures = [
-        (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} held-out pictures; higher is better"),
+        (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} {held}; higher is better"),
         (f"{quality['ssim']:.4f}", "SSIM", "of the same; 1 is the picture itself"),
     ]
     if quantised:
@@ -155,7 +179,7 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
         ]
     page.figures(figures)
     shown = [trainer.pictures[n] for n in trainer.heldout[:SHOWN]]
-    page.heading("Held-out pictures, above, and what comes back of them")
+    page.heading(f"{held.capitalize()}, above, and what comes back of them")
     half = len(shown) // 2 or 1
     for first in range(0, len(shown), half):
         group = shown[first : first + half]

@@ -15,7 +15,9 @@ from transfusion.config import (
     DiffusionConfig,
     GenerationConfig,
     ModelConfig,
+    ParallelConfig,
     Run,
+    SurvivalConfig,
     TrainingConfig,
     from_json,
     named_run,
@@ -34,6 +36,8 @@ class Train:
     diffusion: DiffusionConfig
     data: DataConfig
     training: TrainingConfig
+    parallel: ParallelConfig
+    survival: SurvivalConfig
     generation: GenerationConfig
     out: Path = Path()
     """The run's folder."""
@@ -101,7 +105,7 @@ class OnRun:
 def demo(arguments: list[str]) -> None:
     """From nothing to a report."""
     asked = parse(Demo, "demo", arguments)
-    if _train(named_run("digits"), asked.out, asked.device):
+    if train_run(named_run("digits"), asked.out, asked.device):
         _evaluate(asked.out, asked.device)
         _report(asked.out, asked.device)
 
@@ -114,33 +118,39 @@ def train(arguments: list[str]) -> None:
         run = replace(run, data=replace(run.data, sources=(), shares=()))
     parts = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "name"}
     asked = parse(Train, f"train {run.name}", rest, Train(**parts, out=Path("runs") / run.name))
-    _train(replace(run, **{name: getattr(asked, name) for name in parts}), asked.out, asked.device)
+    train_run(replace(run, **{name: getattr(asked, name) for name in parts}), asked.out, asked.device)
 
 
-def _train(run: Run, folder: Path, device: str) -> bool:
-    """False when a signal stopped it."""
+def train_run(run: Run, folder: Path, device: str) -> bool:
+    """Begin a run, or go on with it, on all processes that torchrun started. False when a signal stopped it."""
     from transfusion.checkpoint.open import restore
-    from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
-    from transfusion.parallel import pick_device
+    from transfusion.parallel import Ranks, pick_device
     from transfusion.training.trainer import Trainer
 
     chosen = pick_device(device)
-    run = replace(run, data=name_sources(run.data))
-    run, encoder = _begin(run, folder)
-    loader = Loader(open_sources(run.data, "train"), encoder)
-    heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
-    trainer = Trainer(run, folder, loader, heldout, chosen, _previewer(folder, open_raw(run.data, "heldout"), chosen))
-    if list_checkpoints(folder):
-        found, state = restore(folder, trainer.tensors())
-        trainer.resume(state)
-        say(f"going on from {found}")
-    if trainer.progress.step >= run.training.steps:
-        say(f"{folder} is trained to its last step, {run.training.steps}")
-        return True
-    say(f"training {run.name} on {chosen}, into {folder}")
-    return trainer.train()
+    with Ranks.of_torchrun(chosen) as ranks:
+        run = replace(run, data=name_sources(run.data))
+        begun = _begin(run, folder) if ranks.first else None
+        ranks.wait()
+        run, encoder = begun or _begin(run, folder)
+        loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
+        heldout = {one.name: heldout_batches(one, encoder, HELDOUT) for one in open_sources(run.data, "heldout")}
+        look = _previewer(folder, open_raw(run.data, "heldout"), chosen, ranks)
+        trainer = Trainer(run, folder, loader, heldout, chosen, ranks, look)
+        found = restore(folder, trainer.tensors(), ranks, say)
+        if found:
+            trainer.loop.resume(found[1])
+        where = f"{ranks.world} processes ({chosen.type})" if ranks.world > 1 else str(chosen)
+        tell = say if ranks.first else lambda line: None
+        if found:
+            tell(f"going on from {found[0]}")
+        if trainer.loop.progress.step >= run.training.steps:
+            tell(f"{folder} is trained to its last step, {run.training.steps}")
+            return True
+        tell(f"training {run.name} on {where}, into {folder}")
+        return trainer.train()
 
 
 def generate(arguments: list[str]) -> None:
@@ -205,7 +215,7 @@ def _begin(run: Run, folder: Path):
         if known.notes.get("prepared") != fingerprint(run.data):
             places = " and ".join(run.data.prepared)
             raise UsageError(f"{places} does not hold the data that {folder} began with: give another --out")
-        run = replace(known.run, data=run.data)
+        run = replace(known.run, data=run.data, parallel=run.parallel, survival=run.survival)
         return run, Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
     if not run.data.prepared:
         say(f"fitting the tokenizer and the codec of {run.name}")
@@ -223,7 +233,8 @@ def _begin(run: Run, folder: Path):
 
 def _refuse_changes(known: Run, asked: Run, folder: Path) -> None:
     """A run goes on as it began, or not at all. What its data decided (vocabulary, channels) is no change, nor where
-    prepared data lie: they are told by their content."""
+    prepared data lie (they are told by their content), nor how the work is laid out or what is done when it fails."""
+    known = replace(known, parallel=asked.parallel, survival=asked.survival)
     fitted = {"vocabulary": known.model.vocabulary, "latent_channels": known.model.latent_channels}
     asked = replace(asked, model=replace(asked.model, **fitted))
     if known.data.prepared and asked.data.prepared:
@@ -240,8 +251,11 @@ def _refuse_changes(known: Run, asked: Run, folder: Path) -> None:
         raise UsageError(f"{folder} began with other settings ({'; '.join(changed)}): give another --out")
 
 
-def _previewer(folder: Path, heldout: list, device):
-    """Draws the captions of some held-out pairs with the averaged weights, into samples/step-NNNNNN.png."""
+def _previewer(folder: Path, heldout: list, device, ranks):
+    """Draws the captions of some held-out pairs with the averaged weights, into samples/step-NNNNNN.png.
+
+    Every rank draws, since each holds a part of the weights; the first keeps the pictures.
+    """
     from transfusion.checkpoint.open import Opened, describe
     from transfusion.codecs.pictures import contact_sheet
     from transfusion.inference.engine import Engine, Request
@@ -257,6 +271,8 @@ def _previewer(folder: Path, heldout: list, device):
         engine = Engine(Opened(**vars(known), model=model, step=step, device=device))
         answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
         pictures = [draws[n].parts[0] for n in range(2) for draws in answers]
+        if not ranks.first:
+            return
         (folder / "samples").mkdir(exist_ok=True)
         contact_sheet(pictures, columns=len(captions)).save(folder / "samples" / f"step-{step:06d}.png")
 

@@ -52,11 +52,12 @@ class Network(nn.Module):
         mean, logvar = self.moments(pictures)
         return self.decoder(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
-    def losses(self, pictures: Tensor, chance: torch.Generator, training: CodecTrainingConfig) -> Learnt:
-        """Through a sample of each picture's latent, which `chance` (on the CPU) draws, and KL."""
-        N, _, Y, X = pictures.shape
+    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> Learnt:
+        """Through a sample of each picture's latent, drawn on the CPU from the picture's key, and KL."""
         f = self.config.scale
-        noise = torch.randn((N, self.config.channels, Y // f, X // f), generator=chance).to(pictures.device)
+        shape = (self.config.channels, pictures.shape[2] // f, pictures.shape[3] // f)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in keys]
+        noise = torch.stack(drawn).to(pictures.device)  # (N, C, Y / f, X / f)
         made, mean, logvar = self(pictures, noise)  # (N, colours, Y, X), (N, C, Y / f, X / f) twice
         # KL is summed over a latent's numbers and set against L1 summed over the picture's, as in latent diffusion.
         return Learnt(made, {"kl": (training.kl_weight / pictures[0].numel(), kl_divergence(mean, logvar).mean())})

@@ -42,7 +42,7 @@ class QuantisedNetwork(nn.Module):
         self.encoder, self.decoder = encoder_of(config, config.channels), decoder_of(config)
         self.codebook = nn.Parameter(torch.empty(config.codes, config.channels))  # (codes, C)
 
-    def losses(self, pictures: Tensor, chance: torch.Generator, training: CodecTrainingConfig) -> Learnt:
+    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> Learnt:
         """Through the codes of each picture; the codebook's loss moves codes alone, commitment the encoder alone."""
         grid = self.encoder(pictures)  # (N, C, Y / f, X / f)
         N, C, y, x = grid.shape

@@ -30,7 +30,7 @@ def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -
     results = {
         "run": engine.run.name, "step": engine.opened.step,
         "parameters": engine.opened.parameters,
-        "training_seconds": round(state["seconds"]), "training_positions": state["positions"],
+        "training_seconds": round(state["seconds"]), "training_positions": state["seen"],
     }  # fmt: skip
     sources = {source.name: source for source in open_raw(engine.run.data, "heldout")}
     tasks: dict[str, Callable[[], dict]] = {}

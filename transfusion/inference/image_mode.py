@@ -120,6 +120,6 @@ def predict(model: Transfusion, cache: Cache, slots: list[int], noisy: Tensor, t
     index = torch.arange(B * patches, device=noisy.device).view(B, patches)
     nothing = place.new_zeros(0)
     group = ImageGroup(noisy, index, t, nothing, 0, [], [], [])
-    batch = Batch(place, view.place, place, place, nothing, nothing, [group], B * patches)
+    batch = Batch(place, view.place, place, place, nothing, nothing, [group], B * patches, [])
     mask = cached(view.lengths, patches, place, model.config.image_attention)
     return model(batch, [noisy], [t], mask, view).images[0]

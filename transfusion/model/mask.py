@@ -22,12 +22,21 @@ class Mask:
     hi: Tensor  # (B, Lq) int32
     keys: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h). FlexAttention on CUDA, SDPA elsewhere.
+    @property
+    def flex(self) -> bool:
+        """Is it FlexAttention's? On CUDA, for whole rows of whole blocks; else it is SDPA's.
 
         (FlexAttention cannot train on a CPU; SDPA with a mask has no fast kernel on CUDA.)
         """
-        if q.device.type == "cuda" and q.shape[2] == k.shape[2] and q.shape[2] % BLOCK == 0:
+        return self.lo.device.type == "cuda" and self.lo.shape[1] == self.keys and self.keys % BLOCK == 0
+
+    def prepare(self) -> None:
+        """Make what `attend` reads, once for all layers (and before they are compiled)."""
+        _ = self.blocks if self.flex else self.added
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h)."""
+        if self.flex:
             return _compiled_flex()(
                 q, k, v, block_mask=self.blocks, enable_gqa=k.shape[1] != q.shape[1],
                 kernel_options={"ROWS_GUARANTEED_SAFE": True},  # every row sees itself

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig, RopeScaling
 from transfusion.model.mask import Mask
@@ -26,11 +27,16 @@ class Transformer(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = Norm(config.width, config.norm_eps)
+        self.recompute = False  # in training: keep what goes into each block, and run it again in the backward pass
 
     def forward(self, x: Tensor, position: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
         rotation = rotation_of(position, self.config, x.dtype)
+        mask.prepare()
         for block in self.blocks:
-            x = block(x, rotation, mask, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache)
         return self.norm(x)
 
 

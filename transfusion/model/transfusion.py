@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from transfusion.chance import seed_from
 from transfusion.config import ModelConfig
@@ -45,6 +46,9 @@ class Transfusion(nn.Module):
         if mask is None:
             mask = packed(batch.document, batch.image, self.config.image_attention)
         x = self.tokens(batch.tokens)  # (B, L, D)
+        if not noisy and torch.is_grad_enabled():
+            # A gradient of zero, not none at all: ranks add up the gradients of the same weights, or wait for ever.
+            x = x + 0 * sum(parameter.sum() for parameter in self.patches.parameters())
         B, L, D = x.shape
         entered = [self.patches.enter(*pair) for pair in zip(noisy, t, strict=True)]  # (N, P, D), and for the way out
         if entered:
@@ -69,14 +73,19 @@ def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") ->
 
 def empty(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusion:
     """A model whose weights are yet to be filled in."""
+    return blueprint(config).to_empty(device=device)
+
+
+def blueprint(config: ModelConfig) -> Transfusion:
+    """A model without memory for its weights (on the meta device)."""
     with torch.device("meta"):
-        model = Transfusion(config)
-    return model.to_empty(device=device)
+        return Transfusion(config)
 
 
 @torch.no_grad()
 def init_weights(model: Transfusion, seed: int) -> None:
-    """Fill in the starting weights, fp32 on the CPU, each parameter's chance from (seed, its name).
+    """Fill in the starting weights, fp32 on the CPU, each parameter's chance from (seed, its name). Of weights that are
+    sharded over ranks each takes its own part.
 
     Matrices and kernels start as large as keeps a signal's size. Layers that write to a residual stream start smaller, so
     that depth does not make it grow; the image head starts at zero: its first guess is 0, the mean of what it learns to say.
@@ -99,6 +108,8 @@ def init_weights(model: Transfusion, seed: int) -> None:
                 fresh.normal_(0, (2 * config.layers * fan_in) ** -0.5, generator=generator)
             case _:
                 fresh.normal_(0, fan_in**-0.5, generator=generator)
+        if isinstance(parameter, DTensor):
+            fresh = distribute_tensor(fresh, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(fresh)
 
 

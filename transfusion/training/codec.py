@@ -1,9 +1,7 @@
-"""Trains an autoencoder or its VQ twin on pictures: optimizer, checkpoints and resume are the model's (section 4.1)."""
+"""Trains an autoencoder or its VQ twin on pictures; loop, checkpoints, resume and ranks are the model's (section 4.1)."""
 
-import math
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.chance import seed_from
-from transfusion.checkpoint.save import save
 from transfusion.codecs.autoencoder import (
+    Learnt,
     Network,
     PatchDiscriminator,
     build_network,
@@ -24,37 +22,41 @@ from transfusion.codecs.autoencoder import (
 )  # fmt: skip
 from transfusion.codecs.perceptual import Identity, Perceptual
 from transfusion.codecs.vq import QuantisedNetwork
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig, SurvivalConfig
+from transfusion.parallel import ALONE, Ranks
 from transfusion.training.codebook import Keeper, use_of
-from transfusion.training.metrics import Metrics, Screen
+from transfusion.training.guard import TrainingError
+from transfusion.training.loop import Loop
 from transfusion.training.optimizer import build_optimizer, learning_rate, optimizer_tensors, update_average
-from transfusion.training.signals import listening
-from transfusion.training.trainer import TrainingError
 
 SMALLEST = 32  # pixels along a side: the discriminator's patches have to fit in
 LOOK = 32  # held-out pictures in one forward pass
 
 
 @dataclass
-class CodecProgress:
-    """How far a codec is: all that is not a tensor."""
+class Read:
+    """Pictures of a step: their numbers, counted over all steps and among the pictures, and their pixels."""
 
-    step: int = 0
-    seconds: float = 0.0
-    pictures: int = 0  # seen so far
+    chosen: list[tuple[int, int]]
+    pictures: Tensor  # (n, Y, X, colours) uint8
 
 
 class CodecTrainer:
     """One autoencoder, with a codebook or without.
 
-    `pictures` are (n, Y, X, colours) uint8, which may lie on the disk; chance holds some of them out.
+    `pictures` are (n, Y, X, colours) uint8, which may lie on the disk; chance holds some of them out. Every rank holds all
+    weights (there are few), and takes its share of a step's pictures.
     """
+
+    seen_in = "pictures"
 
     def __init__(
         self, network: AutoencoderConfig, config: CodecTrainingConfig, folder: Path, pictures: np.ndarray,
-        device: torch.device,
+        device: torch.device, ranks: Ranks = ALONE, survival: SurvivalConfig = SurvivalConfig(),  # noqa: B008
     ):  # fmt: skip
-        self.config, self.folder, self.pictures, self.device = config, folder, pictures, device
+        self.config, self.pictures, self.device, self.ranks = config, pictures, device, ranks
+        if config.rows % ranks.world:
+            raise TrainingError(f"training.rows {config.rows} cannot be shared out evenly among {ranks.world} processes")
         held = min(config.heldout, max(1, len(pictures) // 10))
         mixed = np.random.default_rng(seed_from(config.seed, "heldout")).permutation(len(pictures))
         self.seen, self.heldout = mixed[held:], np.sort(mixed[:held])  # numbers of pictures
@@ -75,8 +77,7 @@ class CodecTrainer:
             init_convolutions(self.discriminator, config.seed)
             self.discriminator.to(device)
             self.discriminator_optimizer = build_optimizer(self.discriminator, config)
-        self.progress = CodecProgress()
-        self.stop_asked = False
+        self.loop = Loop(self, config, survival, folder, ranks)
 
     @property
     def losses(self) -> list[str]:
@@ -97,64 +98,60 @@ class CodecTrainer:
             parts["discriminator_optimizer"] = optimizer_tensors(self.discriminator, self.discriminator_optimizer)
         return parts
 
-    def resume(self, state: dict) -> None:
-        """Go on from a checkpoint whose tensors have been filled in."""
-        self.progress = CodecProgress(**state)
-
-    def save(self) -> Path:
-        """A checkpoint of this moment."""
-        return save(self.folder, self.progress.step, self.tensors(), asdict(self.progress), self.config.keep)
-
     def train(self) -> bool:
         """Up to the last step. False when a signal stopped it before; it is saved either way."""
-        config, progress = self.config, self.progress
-        metrics = Metrics(self.folder / "metrics.jsonl", progress.step)
-        with listening(self), Screen(config.steps, progress.step) as screen, ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self._batch, progress.step)
-            shown = replace(progress)
-            while progress.step < config.steps and not self.stop_asked:
-                begun = time.monotonic()
-                batch = coming.result()
-                coming = ahead.submit(self._batch, progress.step + 1)
-                values = self._step(batch.to(self.device))
-                progress.step += 1
-                progress.pictures += len(batch)
-                progress.seconds += time.monotonic() - begun
-                if progress.step % config.log_every == 0 or progress.step == config.steps:
-                    speed = (progress.pictures - shown.pictures) / (progress.seconds - shown.seconds)
-                    shown = replace(progress)
-                    metrics.write(progress.step, **values, pictures_per_second=round(speed, 1), seconds=progress.seconds)
-                    screen.show(progress.step, f"L1 {values['l1']:.4f}{_use(values)}  {speed:,.0f} pictures/s")
-                if progress.step % config.validate_every == 0 or progress.step == config.steps:
-                    found = self.hold_out()
-                    metrics.write(progress.step, heldout=found)
-                    quality = f"PSNR {found['psnr']:.2f} dB  SSIM {found['ssim']:.4f}{_use(found)}"
-                    screen.say(f"step {progress.step}  held out  {quality}")
-                if progress.step % config.checkpoint_every == 0 and progress.step < config.steps:
-                    self.save()
-            self.save()
-            if self.stop_asked:
-                screen.say(f"stopped at step {progress.step} and saved: the same command goes on from here")
-        return progress.step >= config.steps
+        return self.loop.run()
 
-    def _batch(self, step: int) -> Tensor:
-        """The pictures of one step, (rows, Y, X, colours) uint8. Each epoch has an order of its own, from the seed alone."""
-        n, rows = len(self.seen), self.config.rows
-        chosen = []
-        for place in range(step * rows, (step + 1) * rows):
-            epoch, within = divmod(place, n)
-            chosen.append(self.seen[_order(self.config.seed, epoch, n)[within]])
-        return torch.from_numpy(np.stack([self.pictures[i] for i in chosen]))
+    def read(self, place: int | None) -> Iterator[tuple[Read, int]]:
+        """This rank's pictures of each step. Each epoch has an order of its own, from the seed alone."""
+        step, (n, rows) = place or 0, (len(self.seen), self.config.rows)
+        while True:
+            chosen = []
+            for number in range(step * rows, (step + 1) * rows)[self.ranks.rank :: self.ranks.world]:
+                epoch, within = divmod(number, n)
+                chosen.append((number, self.seen[_order(self.config.seed, epoch, n)[within]]))
+            step += 1
+            yield Read(chosen, torch.from_numpy(np.stack([self.pictures[i] for _, i in chosen]))), step
 
-    def _step(self, batch: Tensor) -> dict[str, float]:
-        """One update of the network, then, when it has joined in, one of the discriminator."""
-        config, step = self.config, self.progress.step
-        real = to_unit(batch)  # (N, colours, Y, X)
-        adversarial = self.discriminator is not None and step >= config.gan_from
-        chance = torch.Generator().manual_seed(seed_from(config.seed, "codec noise", step))
-        learnt = self.network.losses(real, chance, config)
-        made = learnt.made  # (N, colours, Y, X)
-        terms = {"l1": (1.0, (real - made).abs().mean()), **learnt.terms}  # weight and value
+    def step(self, number: int, read: Read, allows: Callable[..., bool]) -> tuple[dict[str, float], int]:
+        """One update of the network and, when it has joined in, of the discriminator."""
+        config = self.config
+        real = to_unit(read.pictures.to(self.device))  # (n, colours, Y, X)
+        adversarial = self.discriminator is not None and number >= config.gan_from
+        for optimizer in self._optimizers(adversarial):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(number, config)
+        keys = [seed_from(config.seed, "codec noise", row) for row, _ in read.chosen]
+        learnt = self.network.losses(real, keys, config)
+        terms = self._terms(real, learnt, adversarial)
+        norm = self._gradient(self.network, sum(weight * value for weight, value in terms.values()))
+        values = {name: value.item() for name, (_, value) in terms.items()}
+        if adversarial:
+            said = discriminator_loss(self.discriminator(real), self.discriminator(learnt.made.detach()))
+            values |= {"discriminator_norm": self._gradient(self.discriminator, said), "discriminator": said.item()}
+        values = dict(zip(values, self.ranks.sum(*(one / self.ranks.world for one in values.values())), strict=True))
+        if allows(number + 1, norm, values, lambda: {"pictures": [int(i) for _, i in read.chosen]}):
+            for optimizer in self._optimizers(adversarial):
+                optimizer.step()
+            update_average(self.average, self.network, number, config.average)
+            if self.keeper is not None:
+                values |= self.keeper.tend(number, *map(self._of_all_ranks, (learnt.latents, learnt.codes)))
+        for optimizer in self._optimizers(adversarial):
+            optimizer.zero_grad()
+        return values | {"gradient_norm": norm}, config.rows
+
+    def _of_all_ranks(self, pixels: Tensor) -> Tensor:
+        """Latent pixels of a step's pictures, (n, ...), in the order of one rank that has all of them."""
+        pictures = self.config.rows // self.ranks.world
+        return self.ranks.interleave(pixels.unflatten(0, (pictures, -1))).flatten(0, 1)
+
+    def _optimizers(self, adversarial: bool) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, self.discriminator_optimizer] if adversarial else [self.optimizer]
+
+    def _terms(self, real: Tensor, learnt: Learnt, adversarial: bool) -> dict[str, tuple[float, Tensor]]:
+        """What the network's loss is the sum of, by name: weight and value, each a mean over pictures."""
+        config, made = self.config, learnt.made  # (n, colours, Y, X)
+        terms = {"l1": (1.0, (real - made).abs().mean()), **learnt.terms}
         if self.perceptual is not None:
             terms["lpips"] = 1.0, self.perceptual(_coloured(real), _coloured(made)).mean()
         if self.identity is not None:
@@ -162,38 +159,31 @@ class CodecTrainer:
         if adversarial:
             self.discriminator.requires_grad_(False)
             terms["fooled"] = config.gan_weight, -self.discriminator(made).mean()
-        norm = self._update(self.network, self.optimizer, sum(weight * value for weight, value in terms.values()))
-        values = {name: value.item() for name, (_, value) in terms.items()} | {"gradient_norm": norm}
-        update_average(self.average, self.network, step, config.average)
-        if self.keeper is not None:
-            values |= self.keeper.tend(step, learnt.latents, learnt.codes)
-        if adversarial:
             self.discriminator.requires_grad_(True)
-            said = discriminator_loss(self.discriminator(real), self.discriminator(made.detach()))
-            self._update(self.discriminator, self.discriminator_optimizer, said)
-            values["discriminator"] = said.item()
-        return values
+        return terms
 
-    def _update(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.progress.step, self.config)
+    def _gradient(self, network: nn.Module, loss: Tensor) -> float:
+        """The mean gradient over all ranks, cut to its largest norm; says what that was before."""
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.clip).item()
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"step {self.progress.step + 1}: the gradient is not finite, so the step was not taken; "
-                "the last checkpoint is whole. A lower training.learning_rate may help"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
+        self.ranks.average([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.clip).item()
+
+    def describe(self, values: dict[str, float]) -> str:
+        return f"L1 {values['l1']:.4f}{_use(values)}"
+
+    def preview(self, step: int) -> None:
+        """There is none: the page of reconstructions is made in the end."""
 
     def sample_pictures(self, most: int = 2_000) -> list[np.ndarray]:
         """Some of the pictures that it learns from, evenly spread: for the statistics of its latents."""
         return [self.pictures[i] for i in self.seen[:: -(-len(self.seen) // most)]]
 
+    def hold_out(self) -> tuple[dict, str]:
+        found = self.quality()
+        return found, f"PSNR {found['psnr']:.2f} dB  SSIM {found['ssim']:.4f}{_use(found)}"
+
     @torch.no_grad()
-    def hold_out(self) -> dict[str, float]:
+    def quality(self) -> dict[str, float]:
         """PSNR in dB and SSIM of the held-out pictures, through the averaged network's codes, or the mode of its latents.
 
         With a codebook also the share of its codes that they use, and the perplexity.

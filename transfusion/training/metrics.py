@@ -10,14 +10,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Metrics:
-    """Appends one JSON object per line, each with its step; lines after a crash are cut off when the run goes on."""
+    """Appends one JSON object per line, each with its step; lines after a crash are cut off when the run goes on.
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    On ranks but the first (`writes` False) nothing is written.
+    """
+
+    def __init__(self, path: Path, step: int, writes: bool = True):
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **values) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -36,14 +43,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class Screen:
-    """A progress bar on a terminal; elsewhere a plain line every ten seconds."""
+    """A progress bar on a terminal; elsewhere a line every ten seconds; on ranks but the first (`shows` False) nothing."""
 
     EVERY = 10.0  # seconds between plain lines
 
-    def __init__(self, steps: int, done: int):
+    def __init__(self, steps: int, done: int, shows: bool = True):
         self.steps, self.begun, self.first = steps, time.monotonic(), done
         self.last_line = -self.EVERY
-        self.console = Console(file=sys.stderr)
+        self.console = Console(file=sys.stderr, quiet=not shows)
         self.bar = None
         if self.console.is_terminal:
             columns = (

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which ask a trainer to stop and save."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (which clusters send before their time is up): they ask training to stop and save."""
 
 import signal
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ class Stoppable(Protocol):
 
 
 @contextmanager
-def listening(trainer: Stoppable) -> Iterator[None]:
-    """While it is open, a signal only asks the trainer to stop after the step it is in; a second one insists."""
+def listening(loop: Stoppable) -> Iterator[None]:
+    """While it is open, a signal only asks it to stop after the step it is in; a second one insists."""
 
     def ask(number, frame):
-        if trainer.stop_asked:
+        if loop.stop_asked:
             raise KeyboardInterrupt
-        trainer.stop_asked = True
+        loop.stop_asked = True
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         try:
             before[number] = signal.signal(number, ask)
         except ValueError:  # not in the main thread: whoever owns it decides

@@ -1,0 +1,61 @@
+"""Table 6 in miniature: is an image better cut into patches by a linear layer or by the halves of a U-Net, and how finely?
+
+Claim (section 4.2, Table 6, 7): U-Net patches draw better than linear ones, at every patch size, and lose less as the patches grow.
+Here: scenes of `shapes`, 64x64 pixels, through an autoencoder trained on them (f = 4: latents of 16x16), cut into 64 patches (2x2)
+or 16 (4x4). As in the paper all see equally many positions in a step, so that larger patches see more images.
+
+    python experiments/patches.py --out runs/patches
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments import lab
+from experiments.lab import Variant, transfusion
+from transfusion.evaluation.scenes import draw_scenes
+from transfusion.inference.engine import Engine
+
+SIDE = 64  # pixels
+PICTURES = 20_000  # for the autoencoder
+DOCUMENTS = 60_000  # for the transformer
+SCENES = 200  # held-out captions, one drawing each
+COLUMNS = {
+    "everything": ".1%", "shape": ".1%", "count": ".1%", "colour": ".1%", "size": ".1%", "place": ".1%",
+    "image_loss": ".4f", "text_loss": ".3f", "minutes": ".1f",
+}  # fmt: skip
+
+
+def variants(data: Path) -> list[Variant]:
+    """U-Net and linear, 64 patches and 16."""
+    shared = (
+        "shapes", "--data", str(data), "--data.row-length", "320", "--data.rows", "6", "--training.preview-every", "0",
+        "--generation.sampler", "dpm", "--generation.steps", "20",
+    )  # fmt: skip
+    return [
+        Variant(f"{name}, {patches} patches", (*shared, "--model.patches", kind, "--model.patch-size", str(side)))
+        for patches, side in ((64, 2), (16, 4))
+        for name, kind in (("linear", "linear"), ("U-Net", "unet"))
+    ]
+
+
+def prepare(out: Path) -> Path:
+    """The autoencoder and what it makes of the scenes; where that is there already, a look."""
+    size = f"{SIDE}x{SIDE}"
+    world = ("shapes", "--shapes-size", str(SIDE))
+    if not (out / "codec" / "reconstructions.html").exists():
+        transfusion("data", "fit-codec", "small", *world, "--size", size, "--most", str(PICTURES), "--out", out / "codec")
+    transfusion("data", "prepare", *world, "--sizes", size, "--limit", str(DOCUMENTS), "--codec", out / "codec",
+                "--out", out / "data")  # fmt: skip
+    return out / "data"
+
+
+def measure(engine: Engine) -> Mapping[str, float]:
+    """The share of drawn scenes that are right in everything, and in each thing."""
+    return draw_scenes(engine, SCENES)[0]
+
+
+if __name__ == "__main__":
+    asked = lab.options(__doc__, "runs/patches")
+    rows = variants(prepare(asked.out))
+    lab.fill(asked, rows, measure)
+    lab.show(asked, rows, COLUMNS)
