@@ -1,6 +1,6 @@
 """What every table is made with: variants of one run, each from several seeds, trained, measured, kept and printed.
 
-A cell is a run's folder, TABLE/VARIANT/seed-N, made by the commands that anyone could type, with one file more: measured.json.
+A cell is a run's folder, TABLE/VARIANT/seed-N, made by commands that anyone could type, with one file more: measured.json.
 The same command again goes on where it stopped. `--variants` and `--seeds` share a table out among processes or machines.
 """
 
@@ -77,9 +77,12 @@ def _fill_cell(asked: Options, variant: Variant, seed: int, measure: Measure) ->
     folder = _cell(asked, variant, seed)
     if (folder / "measured.json").exists():
         return
-    transfusion("train", *variant.arguments, "--training.seed", str(seed), "--device", asked.device, "--out", folder, *asked.train)
-    values = measure(open_run(folder, device=asked.device))
-    write_json(folder / "measured.json", {**values, **_last_losses(folder)})
+    chosen = ("--training.seed", str(seed), "--device", asked.device, "--out", folder)
+    transfusion("train", *variant.arguments, *asked.train, *chosen)
+    engine = open_run(folder, device=asked.device)
+    if engine.opened.step < engine.run.training.steps:
+        sys.exit("stopped: the same command goes on from here")
+    write_json(folder / "measured.json", {**measure(engine), **_last_losses(folder)})
 
 
 def _last_losses(folder: Path) -> dict[str, float]:
@@ -90,16 +93,25 @@ def _last_losses(folder: Path) -> dict[str, float]:
 
 
 def show(asked: Options, variants: Sequence[Variant], columns: Mapping[str, str]) -> None:
-    """Print the table as Markdown and write it to table.md: per variant and column the mean over its seeds +- their
-    standard deviation. `columns`: what is measured -> how it is written, for example {"image_loss": ".3f"}."""
-    lines = ["| | seeds | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|---" + "|---" * len(columns) + "|"]
+    """Print the table and write it to table.md: per variant and column the mean over its seeds ± their standard deviation.
+
+    `columns`: what is measured -> how it is written, for example {"image_loss": ".3f"}.
+    """
+    rows = []
     for variant in variants:
         found = measured(asked, variant)
-        cells = [_mean(values, form) for name, form in columns.items() if (values := [one[name] for one in found])]
-        lines += [f"| {variant.name} | {len(found)} | " + " | ".join(cells) + " |"] if found else []
+        cells = [_mean([one[name] for one in found], form) for name, form in columns.items()] if found else []
+        rows += [[variant.name, str(len(found)), *cells]] if found else []
+    table = markdown(["", "seeds", *columns], rows)
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "table.md").write_text("\n".join(lines) + "\n")
-    print(*lines, sep="\n")
+    (asked.out / "table.md").write_text(table)
+    print(table, end="")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text."""
+    lines = [[name.replace("_", " ") for name in head], ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def measured(asked: Options, variant: Variant) -> list[dict]:

@@ -128,7 +128,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def interleave(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows (n, ...) in the order in which they were dealt out: the first of each rank, the second of each, ..."""
+        """All ranks' rows (n, ...) as they were dealt out: the first of each rank, then the second of each, ..."""
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -174,7 +174,7 @@ def spread(
 
     FSDP2: each block and the rest are units, of whose weights, gradients, moments and average every rank holds its part.
     Gradients are summed, not averaged: losses have been divided by the counts of all ranks. On CUDA weights travel and
-    compute in bfloat16, gradients are reduced in float32. Each block is compiled by itself, for training's one shape of rows.
+    compute in bfloat16, gradients are reduced in float32. Each block is compiled by itself, for one shape of rows.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

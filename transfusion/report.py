@@ -74,7 +74,7 @@ class Material:
     @cached_property
     def scenes(self) -> list[tuple[str, np.ndarray, bool]]:
         """A drawing for each of the first held-out captions: caption, pixels, and is it right?"""
-        return draw_scenes(self.engine, SCENES)[1]
+        return draw_scenes(self.engine, self.sources["shapes"], SCENES)[1]
 
     @property
     def trained(self) -> list[dict]:

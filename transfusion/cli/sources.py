@@ -31,6 +31,8 @@ class Reading:
     """Read only so many records of each source."""
     shapes_size: int = 32
     """Pixels along one side of the pictures of the source `shapes`."""
+    shapes_level: int = 1
+    """How much there is in them: 0 one thing, 1 also two in a relation, 2 up to four."""
 
 
 def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) -> list:
@@ -47,5 +49,6 @@ def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) 
         columns[ours] = theirs
     if reading.limit is not None and reading.limit < 1:
         raise UsageError(f"--limit must be at least 1, not {reading.limit}")
-    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit, reading.shapes_size)
+    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit, reading.shapes_size,
+                      reading.shapes_level)  # fmt: skip
     return [open_reader(source, options) for source in sources]

@@ -78,7 +78,9 @@ def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
                 return Pretrained.from_tensors(tensors)
             case _:
                 raise ValueError(f"there is no codec of kind {kind}")
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"a codec of kind {kind} needs {error}, which is not there") from None
+    except TypeError as error:
         raise ValueError(f"not a codec of kind {kind}: {error}") from None
 
 

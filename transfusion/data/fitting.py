@@ -104,11 +104,15 @@ def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
 
 def open_codec(folder: Path) -> Codec:
     """A codec that `fit-codec` made. OpenError when the folder holds none, or it was changed."""
-    about = about_codec(folder)
+    about, path = about_codec(folder), folder / "codec.safetensors"
     try:
-        return codec_from_bytes(about["kind"], read_checked(folder / "codec.safetensors", about["sha256"]))
+        return codec_from_bytes(about["kind"], read_checked(path, about["sha256"]))
     except KeyError as error:
         raise OpenError(f"{folder / 'codec.json'} is damaged: {error} is missing") from None
+    except OpenError:
+        raise
+    except ValueError as error:  # without its statistics, say
+        raise OpenError(f"{path} cannot be used: {error}") from None
 
 
 def is_brought(codec: str) -> bool:

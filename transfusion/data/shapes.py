@@ -1,7 +1,7 @@
 """The made world `shapes`: captioned scenes of coloured things, endless, and checkable from the pixels alone.
 
-A level 1 caption names one thing, or two in a relation: "a large red circle", "a small green triangle left of
-a large cyan circle". Level 2 adds counts and more things: "three small red circles", "a large red circle
+A level 0 caption names one thing: "a large red circle". Level 1 also names two in a relation: "a small green
+triangle left of a large cyan circle". Level 2 adds counts and more things: "three small red circles", "a large red circle
 above two small blue squares", "a small red circle above a large cyan square left of a small blue circle"
 (each relation joins its two neighbours). The first named is the upper or the left one. A single group may
 stand anywhere.
@@ -28,7 +28,7 @@ SIZES = ("small", "large")
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "left of")
 COUNTS = ("a", "two", "three", "four")
-LEVELS = (1, 2)
+LEVELS = (0, 1, 2)
 MOST = 4  # things in a scene
 
 COLOURS = {"red": (235, 60, 60), "green": (45, 190, 75), "blue": (50, 85, 245),
@@ -206,9 +206,11 @@ def _middles(size: int) -> np.ndarray:
 
 
 def _draw_description(level: int, chance: np.random.Generator) -> Description:
-    """Level 1: a quarter single things, the rest pairs. Level 2: a quarter each of level 1, a counted group,
-    two groups with counts, three things around a corner (but what finds no place drops out)."""
+    """Level 0: single things. Level 1: a quarter of those, the rest pairs. Level 2: a quarter each of level 1, a counted
+    group, two groups with counts, three things around a corner (but what finds no place drops out)."""
     form = chance.integers(4)
+    if level == 0:
+        return _draw_groups([1], chance)
     if level == 1:
         return _draw_groups([1] if form == 0 else [1, 1], chance)
     match form:

@@ -2,17 +2,18 @@
 
 import numpy as np
 
+from transfusion.data.loader import Source
 from transfusion.data.raw import RawText
-from transfusion.data.shapes import Shapes
 from transfusion.evaluation.shapes import judge
 from transfusion.inference.engine import Engine, Request
 
 ATTRIBUTES = ("everything", "count", "colour", "shape", "size", "place")
 
 
-def draw_scenes(engine: Engine, count: int, seed: int = 0) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
+def draw_scenes(
+    engine: Engine, source: Source, count: int, seed: int = 0
+) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
     """One drawing for each of the first held-out captions: shares that are right, and (caption, pixels, right)."""
-    source = Shapes(level=engine.run.data.level, split="heldout")
     captions = [next(p.text for p in source[n].segments if isinstance(p, RawText)) for n in range(count)]
     answers = engine.generate(
         [Request(parts=(caption,), num_images=1, seed=seed + n) for n, caption in enumerate(captions)]

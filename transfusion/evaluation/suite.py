@@ -54,7 +54,7 @@ def _tasks(engine: Engine, name: str, source: Source) -> dict[str, Callable[[], 
                     "digits drawings": lambda: draw_digits(engine)[0]}  # fmt: skip
         case "shapes":
             return {"shapes captions": lambda: caption_heldout(engine, source, SCENES),
-                    "shapes drawings": lambda: draw_scenes(engine, SCENES)[0]}  # fmt: skip
+                    "shapes drawings": lambda: draw_scenes(engine, source, SCENES)[0]}  # fmt: skip
         case "topics":
             return {"topics text": lambda: heldout_topics(engine)}
         case _ if first.pairs:

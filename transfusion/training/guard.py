@@ -24,7 +24,7 @@ class TrainingError(ValueError):
 
 
 class Guard:
-    """Judges each update before it is applied. `norms` and `skipped` go into checkpoints: what is usual outlives restarts."""
+    """Judges each update before it is applied. `norms` and `skipped` go into checkpoints: what is usual stays so."""
 
     def __init__(self, config: SurvivalConfig, folder: Path, ranks: Ranks):
         self.config, self.folder, self.ranks = config, folder, ranks
@@ -72,8 +72,8 @@ class Guard:
 
 @contextmanager
 def watching(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Gives `alive()`: if it is not called again for so long, every thread's stack is written to faults/stacks-rank-N.txt and
-    the process ends with exit code 1, so that torchrun can start all of them anew. 0 seconds: nobody watches.
+    """Gives `alive()`: if it is not called again for so long, every thread's stack goes to faults/stacks-rank-N.txt and the
+    process ends with exit code 1, so that torchrun can start all of them anew. 0 seconds: nobody watches.
     """
     last, over = time.monotonic(), threading.Event()
 

@@ -55,6 +55,7 @@ class Options:
     split: str = "train"  # where files or folders are named after splits
     limit: int | None = None  # only so many records
     shapes_size: int = 32  # pixels along one side of the pictures of `shapes`
+    shapes_level: int = 1  # how much there is in them, 0 to 2
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ class Made:
     """The sources that need no files: their documents are their records, the first of them held out."""
 
     def __init__(self, name: str, options: Options):
-        self.train, heldout = (made(name, split, size=options.shapes_size) for split in ("train", "heldout"))
+        scenes = {"level": options.shapes_level, "size": options.shapes_size}
+        self.train, heldout = (made(name, split, **scenes) for split in ("train", "heldout"))
         most = MADE_HELDOUT if options.limit is None else min(MADE_HELDOUT, options.limit // 20)
         self.heldout = [heldout[n] for n in range(min(len(heldout), most))]
 
