@@ -1,15 +1,16 @@
-"""The command line: transfusion demo | data | train | generate | evaluate | report."""
+"""The command line: transfusion demo | data | plan | train | generate | evaluate | report."""
 
 import os
 import sys
 from collections.abc import Sequence
 
-from transfusion.cli import data, runs
+from transfusion.cli import data, plan, runs
 from transfusion.cli.screen import UsageError, fail, nearest
 
 VERBS = {
     "demo": "train on real handwritten digits, measure, and write a report: five minutes on a laptop",
     "data": "look at what you have, and prepare it for training",
+    "plan": "what a run will cost, before it is begun: memory, time, disk",
     "train": "train a named run or a run.json; the same command again goes on where it stopped",
     "generate": "write and draw from a prompt of text and pictures",
     "evaluate": "measure a run and write results.json",
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs.demo(rest)
             case "data":
                 data.main(rest)
+            case "plan":
+                plan.plan(rest)
             case "train":
                 runs.train(rest)
             case "generate":

@@ -1,0 +1,116 @@
+"""The room of the tables: cells are made once, kept and shown; what a table types is understood."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import lab, patches
+from experiments.lab import Options, Variant
+from tests.test_cli import TINY
+from transfusion.cli.runs import Train, named_run, parse, replace
+from transfusion.model.transfusion import blueprint
+from transfusion.sequence import Vocabulary
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def variants() -> list[Variant]:
+    return [Variant(f"Width {width}", ("digits", *TINY, "--model.width", str(width), "--data.sources", "digits", "--data.shares", "1"))
+            for width in (32, 48)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def filled(variants, tmp_path_factory) -> tuple[Options, list[str]]:
+    """A table of two variants by two seeds, three cells of it made; and the folders that were measured."""
+    asked, seen = Options(tmp_path_factory.mktemp("table"), seeds=(0, 1)), []
+
+    def measure(engine):
+        seen.append(f"{engine.run.model.width} {engine.run.training.seed}")
+        return {"parameters": engine.opened.parameters}
+
+    lab.fill(Options(asked.out, seeds=(0,)), variants, measure)
+    lab.fill(Options(asked.out, ("Width 48",), (0, 1)), variants, measure)
+    return asked, seen
+
+
+def test_each_cell_is_made_once(filled):
+    asked, seen = filled
+    assert seen == ["32 0", "48 0", "48 1"]
+    found = {path.parent.relative_to(asked.out).as_posix() for path in asked.out.rglob("measured.json")}
+    assert found == {"width-32/seed-0", "width-48/seed-0", "width-48/seed-1"}
+
+
+def test_a_cell_says_what_was_measured_and_what_was_held_out(filled):
+    cell = filled[0].out / "width-32" / "seed-0"
+    values = json.loads((cell / "measured.json").read_text())
+    last = json.loads((cell / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]["digits"]
+    assert {name: values[name] for name in last} == last
+    assert values["parameters"] > 0 and values["minutes"] > 0
+
+
+def test_the_table_shows_means_and_spreads_of_what_is_there(filled, variants, capsys):
+    asked, _ = filled
+    cells = [json.loads((asked.out / "width-48" / f"seed-{n}" / "measured.json").read_text()) for n in (0, 1)]
+    lab.show(asked, [*variants, Variant("Not made", ())], {"parameters": ".0f", "text_loss": ".3f"})
+    shown = capsys.readouterr().out
+    assert shown == (asked.out / "table.md").read_text()
+    head, _, narrow, wide = shown.splitlines()
+    assert head == "|  | seeds | parameters | text loss |"
+    one, other = (cell["text_loss"] for cell in cells)
+    spread = abs(one - other) / 2**0.5
+    assert wide.split(" | ")[1:] == ["2", f"{cells[0]['parameters']} ± 0", f"{(one + other) / 2:.3f} ± {spread:.3f} |"]
+    assert narrow.startswith("| Width 32 | 1 | ") and "±" not in narrow
+
+
+def test_an_unknown_variant_is_named(filled, variants):
+    with pytest.raises(SystemExit, match="there is no variant 'Width 64'"):
+        lab.fill(Options(filled[0].out, ("Width 64",)), variants, lambda engine: {})
+
+
+def test_what_was_stopped_is_not_measured(filled, variants, tmp_path):
+    """A stopped command leaves a checkpoint and exit code 0; its cell has to wait for the rest."""
+    shutil.copytree(filled[0].out / "width-32", tmp_path / "width-32")
+    (tmp_path / "width-32" / "seed-0" / "measured.json").unlink()
+    shutil.rmtree(tmp_path / "width-32" / "seed-0" / "checkpoints" / "step-000004")
+    (tmp_path / "width-32" / "seed-0" / "checkpoints" / "latest").write_text("step-000002")
+    before = lab.transfusion
+    try:
+        lab.transfusion = lambda *arguments: None
+        with pytest.raises(SystemExit, match="stopped"):
+            lab.fill(Options(tmp_path, seeds=(0,)), variants[:1], lambda engine: {})
+    finally:
+        lab.transfusion = before
+    assert not (tmp_path / "width-32" / "seed-0" / "measured.json").exists()
+
+
+def test_a_command_that_fails_ends_the_table_with_its_code():
+    with pytest.raises(SystemExit) as caught:
+        lab.transfusion("train", "nobody")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("variant", patches.variants(Path("data")), ids=lambda variant: variant.folder)
+def test_the_patches_are_what_their_names_say(variant):
+    """The words are options of `train`, and cut latents of 16x16 into as many patches."""
+    name, *rest = ["--data.prepared" if word == "--data" else word for word in variant.arguments]
+    run = named_run(name)
+    parts = {part: getattr(run, part) for part in vars(run) if part != "name"}
+    asked = parse(Train, "train", rest, Train(**parts, out=Path("out")))
+    assert Vocabulary.build(300, [(16, 16)], asked.model.patch_size).patches((16, 16)) == int(variant.name.split()[1])
+    assert blueprint(replace(asked.model, latent_channels=8)).patches.__class__.__name__.lower().startswith(
+        variant.name.split(",")[0].lower().replace("-", "")
+    )
+
+
+@pytest.mark.slow
+def test_a_run_withstands_a_fault(tmp_path):
+    """The script itself; a hundred faults are for whoever has the time."""
+    command = [sys.executable, "-m", "experiments.survival", "--faults", "2", "--out", str(tmp_path / "survival")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 faults: 0 runs did not go on, 0 ended with other weights" in done.stdout
