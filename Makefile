@@ -19,11 +19,9 @@ proof: demo
 	$(BIN)/transfusion evaluate runs/shapes
 	$(BIN)/transfusion report runs/shapes
 
+# Speed; `python -m benchmarks --compare` adds transfusion-pytorch on the same work.
 bench: .venv/installed
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/drawing.py
-	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/codec.py
+	$(BIN)/python -m benchmarks
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -1,59 +1,49 @@
-"""What the cache buys: denoising steps behind a cached prompt beside steps that read the whole sequence again.
+"""Drawing: denoising steps behind a cached prompt beside reading everything again, and seconds an image by each sampler."""
 
-    python benchmarks/drawing.py [--run shapes] [--prefix 200] [--images 16]
-
-Both do the same work: so many images at once, each behind its own prompt, with the unconditional branch of guidance.
-"""
-
-import json
-import statistics
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-import tyro
-from training import timed
 
-from transfusion.config import named_run
+from benchmarks.made import engine
+from benchmarks.measuring import Figure, Setting, in_turn, timed
+from transfusion.config import GenerationConfig
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
-from transfusion.model.transfusion import build
-from transfusion.parallel import pick_device
-from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.inference.engine import Engine, Request
+from transfusion.sequence import Document, Image, Row, Text, collate, lay_out
+
+PREFIX, SHAPE = 200, (8, 8)  # tokens before each image; of its latent
+CAPTION = "a large red circle above a small blue square"
+SAMPLERS = (("ddpm", 250), ("ddim", 50), ("dpm", 20))
 
 
-@dataclass
-class Options:
-    run: str = "shapes"
-    prefix: int = 200
-    images: int = 16
-    steps: int = 20
-    device: str = "auto"
+def measure(setting: Setting) -> Iterator[Figure]:
+    """With the unconditional branch of guidance, as drawings are made."""
+    artist, images = engine("shapes", setting), setting.pick(16, 2)
+    generator = torch.Generator(setting.device).manual_seed(0)
+    torch.nn.init.normal_(artist.model.patches.outward.weight, generator=generator)  # a new model says 0 everywhere
+    yield from a_step(artist, images, setting)
+    yield from whole_drawings(artist, images, setting)
 
 
 @torch.inference_mode()
-def main(options: Options) -> None:
-    """Both ways in turn, and a check that they say the same."""
-    device = pick_device(options.device)
-    config = replace(named_run(options.run).model, vocabulary=512)
-    model = build(config, 0, device)
-    torch.nn.init.normal_(model.patches.outward.weight, generator=torch.Generator(device).manual_seed(0))
-    vocabulary = Vocabulary.build(400, [(8, 8)], config.patch_size)
+def a_step(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
+    """So many images at once, each behind its own prompt. RuntimeError when both ways do not say the same."""
+    model, vocabulary, device = artist.model, artist.vocabulary, setting.device
     chance = torch.Generator().manual_seed(0)
-    words = torch.randint(0, 400, (options.images, options.prefix), generator=chance).tolist()
-    noisy = torch.randn(2 * options.images, config.latent_channels, 8, 8, generator=chance).to(device)
+    words = torch.randint(0, vocabulary.text, (images, PREFIX), generator=chance).tolist()
+    noisy = torch.randn(2 * images, model.config.latent_channels, *SHAPE, generator=chance).to(device)  # (B, C, Y, X)
     t = torch.full((len(noisy),), 0.5, device=device)
-    prompts = [Document((Text(tuple(tokens)),)) for tokens in words] + [Document(())] * options.images
+    prompts = [Document((Text(tuple(tokens)),)) for tokens in words] + [Document(())] * images
 
-    cache = Cache(config, device)
+    cache = Cache(model.config, device)
     slots = [cache.acquire() for _ in prompts]
-    pieces = [lay_out(prompt, vocabulary, ends=False).followed_by(vocabulary.boi[8, 8]) for prompt in prompts]
-    begun = time.perf_counter()
-    text_mode.read(model, cache, slots, pieces, vocabulary)
-    prefill = time.perf_counter() - begun
+    pieces = [lay_out(prompt, vocabulary, ends=False).followed_by(vocabulary.boi[SHAPE]) for prompt in prompts]
+    prefill = timed(lambda: text_mode.read(model, cache, slots, pieces, vocabulary), device)
 
     whole = []  # with their prompts, and without: each group as long as it needs to be
-    for group in (slice(0, options.images), slice(options.images, None)):
+    for group in (slice(0, images), slice(images, None)):
         documents = [replace(d, segments=(*d.segments, Image(x.cpu().numpy()))) for d, x in
                      zip(prompts[group], noisy[group], strict=True)]  # fmt: skip
         laid = [lay_out(document, vocabulary, ends=False) for document in documents]
@@ -63,21 +53,27 @@ def main(options: Options) -> None:
         return image_mode.predict(model, cache, slots, noisy, t)
 
     def again():
-        return torch.cat([model(batch, [x], [time_]).images[0] for batch, x, time_ in whole])
+        return torch.cat([model(batch, [x], [time]).images[0] for batch, x, time in whole])
 
     difference = (with_cache() - again()).abs().max().item()
-    seconds = {"with_cache": [], "again": []}
-    for _ in range(options.steps):
-        seconds["with_cache"].append(timed(with_cache, device))
-        seconds["again"].append(timed(again, device))
-    step, full = (statistics.median(found) for found in seconds.values())
-    print(json.dumps({
-        "run": options.run, "device": str(device), "threads": torch.get_num_threads(), "prefix": options.prefix,
-        "images": options.images, "largest_difference": difference, "prefill_ms": round(prefill * 1e3, 2),
-        "step_with_cache_ms": round(step * 1e3, 2), "step_again_ms": round(full * 1e3, 2),
-        "times_faster": round(full / step, 2),
-    }, indent=2))  # fmt: skip
+    if difference > 1e-3 * again().abs().max().item():
+        raise RuntimeError(f"with the cache a denoising step says something else than without: by {difference:.3g}")
+    seconds = in_turn({"cache": with_cache, "again": again}, setting.pick(20, 1), device)
+    ratio = seconds["again"] / seconds["cache"]
+    what = f"a step of {images} images behind {PREFIX} tokens"
+    yield Figure(what, 1e3 * seconds["cache"], "ms", ratio, "reading everything again")
+    yield Figure("  reading the prompts, once", 1e3 * prefill, "ms")
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+def whole_drawings(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
+    """From a caption to pixels, so many at once."""
+
+    def drawn(sampler: str, steps: int):
+        generation = GenerationConfig(sampler, steps=setting.pick(steps, 2), guidance_scale=3.0)
+        return lambda: artist.generate([Request((CAPTION,), num_images=images, generation=generation)])
+
+    seconds = in_turn({sampler: drawn(sampler, steps) for sampler, steps in SAMPLERS}, setting.pick(3, 1), setting.device, 0)
+    for sampler, steps in SAMPLERS:
+        ratio = seconds["ddpm"] / seconds[sampler]
+        what = f"an image by {sampler}, {steps} steps, guided"
+        yield Figure(what, seconds[sampler] / images, "s", ratio, "ddpm, 250 steps")

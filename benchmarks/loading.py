@@ -1,24 +1,22 @@
 """What one core reads from prepared data, beside what models can eat: the paper's mixture, 256-patch images and text 1:1.
 
-    python benchmarks/loading.py [--pictures 512] [--seconds 10]
-
 Pictures of 256x256 pixels become latents of 8x32x32 (256 patches of 32 numbers, in float16), rows are 4,096 positions.
-The whole process is held to one core. What a GPU eats is computed, not measured: 40 % of an H100's 989 TFLOP/s.
+All is held to one core. What a GPU eats is computed, not measured: 40 % of an H100's 989 TFLOP/s.
 """
 
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
-import tyro
 from PIL import Image as Picture
 
+from benchmarks.measuring import Figure, Setting
 from transfusion import objective
 from transfusion.config import SIZES, DataConfig, DiffusionConfig, PrepareConfig
 from transfusion.data.loader import Loader
@@ -31,48 +29,55 @@ from transfusion.model.flops import training_flops
 from transfusion.sequence import Batch
 
 H100, MFU = 989e12, 0.4
+ROWS = 8
 
 
-@dataclass
-class Options:
-    pictures: int = 512
-    seconds: float = 10.0
-    rows: int = 8
-
-
-def main(options: Options) -> None:
+def measure(setting: Setting) -> Iterator[Figure]:
     """Prepare a small data set, then read it round and round."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        write_sources(folder, options.pictures)
+    with one_core(), tempfile.TemporaryDirectory() as place:
+        folder, seconds = Path(place), setting.pick(10, 0.2)
+        write_sources(folder, setting.pick(512, 24), setting.pick(None, 24))
         readers = [open_reader(f"{folder}/pictures"), open_reader(f"{folder}/passages.jsonl")]
         begun = time.perf_counter()
         about = prepare(readers, PrepareConfig(), folder / "prepared")
         preparing = time.perf_counter() - begun
-        config = DataConfig(prepared=(str(folder / "prepared"),), row_length=4096, rows=options.rows)
+        records = sum(source["records"] for source in about["sources"].values())
+        yield Figure("prepared from pictures and text", records / preparing, "documents/s")
+        config = DataConfig(prepared=(str(folder / "prepared"),), row_length=4096, rows=ROWS, block=setting.pick(2048, 64))
         encoder = fit(config, patch_size=2, seed=0)
-        sources = open_sources(config, "train")
-        batches = Loader(sources, encoder).batches()
-        found = [batch for batch, _ in islice(batches, 40)]  # more than two blocks
-        fill = sum(batch.positions for batch in found) / (len(found) * options.rows * config.row_length)
-        reading = speed(lambda: next(batches)[0], options.seconds)
-        noising = speed(lambda: noised(next(batches)[0]), options.seconds)
-        flops = {name: training_flops(found[0], model) / found[0].positions for name, model in SIZES.items()}
-    eaten = {name: MFU * H100 / each for name, each in flops.items()}
-    images = sum(batch.image_count for batch in found) * 258 / sum(batch.positions for batch in found)
-    print(json.dumps({
-        "documents_prepared_per_second": round(sum(s["records"] for s in about["sources"].values()) / preparing),
-        "fill": round(fill, 4), "share_of_image_positions": round(images, 3),
-        "positions_per_second_packed": round(reading), "positions_per_second_with_noise": round(noising),
-        "an_h100_eats_at_40_percent": {name: round(value) for name, value in eaten.items()},
-        "cores_that_feed_an_h100": {name: round(value / noising, 2) for name, value in eaten.items()},
-    }, indent=2))  # fmt: skip
+        batches = Loader(open_sources(config, "train"), encoder).batches()
+        found = [batch for batch, _ in islice(batches, setting.pick(40, 2))]  # more than two blocks
+        positions = sum(batch.positions for batch in found)
+        yield Figure("rows of 4,096 are filled", 100 * positions / (len(found) * ROWS * config.row_length), "%")
+        images = sum(batch.image_count for batch in found) * 258 / positions
+        yield Figure("  images are of their positions", 100 * images, "%")
+        reading = speed(lambda: next(batches)[0], seconds)
+        yield Figure("read and packed, one core", reading, "positions/s")
+        noising = speed(lambda: noised(next(batches)[0]), seconds)
+        yield Figure("  with t and noise drawn", noising, "positions/s")
+        for name, model in SIZES.items():
+            eaten = MFU * H100 / (training_flops(found[0], model) / found[0].positions)
+            what = f"  an H100 at 40 % eats with {name}"
+            yield Figure(what, eaten, "positions/s", eaten / noising, "one core, with noise")
 
 
-def write_sources(folder: Path, pictures: int) -> None:
+@contextmanager
+def one_core() -> Iterator[None]:
+    """What this thread does, and what it starts, stays on one core."""
+    threads, held = torch.get_num_threads(), hasattr(os, "sched_setaffinity")
+    cores = os.sched_getaffinity(0) if held else set()
+    if held:
+        os.sched_setaffinity(0, {min(cores)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if held:
+            os.sched_setaffinity(0, cores)
+
+
+def write_sources(folder: Path, pictures: int, passages: int | None) -> None:
     """A folder of captioned pictures, and passages as JSON lines."""
     (folder / "pictures").mkdir()
     shapes, topics = Shapes(level=2, size=256), Topics()
@@ -80,7 +85,7 @@ def write_sources(folder: Path, pictures: int) -> None:
         caption, image = shapes[n].segments
         Picture.fromarray(image.pixels).save(folder / "pictures" / f"{n:05d}.png", compress_level=1)
         (folder / "pictures" / f"{n:05d}.txt").write_text(caption.text)
-    lines = (json.dumps({"text": topics[n].segments[0].text}) for n in range(len(topics)))
+    lines = (json.dumps({"text": topics[n].segments[0].text}) for n in range(len(topics))[:passages])
     (folder / "passages.jsonl").write_text("\n".join(lines))
 
 
@@ -96,7 +101,3 @@ def speed(read: Callable[[], Batch], seconds: float) -> float:
     while time.perf_counter() - begun < seconds:
         positions += read().positions
     return positions / (time.perf_counter() - begun)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))

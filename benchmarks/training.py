@@ -1,94 +1,171 @@
-"""How much of the machine's matrix speed training reaches: the run's own steps beside bare matrix products, in one call.
+"""A training step of every named run that fits the device: positions a second, of the machine's matrix speed, and memory."""
 
-    python benchmarks/training.py [--run digits] [--steps 40]
-"""
-
-import json
-import statistics
-import time
-from dataclasses import dataclass, replace
+import gc
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import count, cycle, islice
+from pathlib import Path
 
 import torch
-import tyro
 
-from transfusion import objective
-from transfusion.config import named_run
+from benchmarks.made import paper_loader
+from benchmarks.measuring import Figure, Setting, in_turn, memory, number, precision
+from benchmarks.sides import peak_memory
+from transfusion.config import SIZES, Run, named_run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import training_flops
-from transfusion.model.transfusion import build
-from transfusion.parallel import lower_precision, pick_device
-from transfusion.training.optimizer import build_optimizer, update_average
+from transfusion.model.transfusion import blueprint, count_parameters
+from transfusion.sequence import Batch
+from transfusion.training.trainer import Read, Trainer
+
+SMALL = ("digits", "shapes")
+WARM, READS = 3, 8  # steps that do not count; reads that are trained on in turn
+STATE = 20  # bytes of memory for each parameter: weights, their average, a gradient and two moments
+ROOM_FOR_STATE = 0.75  # of what is free; with more there is no use in trying
+PEAKS = {  # TFLOP/s in bfloat16 by the data sheets; the first name that is part of the device's counts
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
+}  # fmt: skip
 
 
-@dataclass
-class Options:
-    run: str = "digits"
-    steps: int = 40
-    device: str = "auto"
+def measure(setting: Setting) -> Iterator[Figure]:
+    """The small runs on their own data; on CUDA the paper's sizes, on as many rows of the paper's kind as fit."""
+    for name in setting.pick(SMALL, SMALL[:1]):
+        yield from figures(small(name, setting.device), setting)
+        if not setting.cuda:
+            yield memory_of_a_process(name)
+    rows = 8
+    for name in setting.pick(tuple(SIZES), ("0.16b",)) if setting.cuda else ():
+        rows, found = as_many_rows_as_fit(name, rows, setting)
+        yield from found
 
 
-def main(options: Options) -> None:
-    """Steps and products in turn, so that a machine that slows down slows both."""
-    device = pick_device(options.device)
-    run = named_run(options.run)
+def small(name: str, device: torch.device) -> Trainer:
+    """A small run at its first step."""
+    run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, 0)
     run = replace(run, model=replace(run.model, vocabulary=encoder.vocabulary.size))
-    batches = Loader(open_sources(run.data, "train"), encoder).batches()
-    model, average = build(run.model, 0, device), build(run.model, 0, device).requires_grad_(False)
-    optimizer = build_optimizer(model, run.training)
+    return Trainer(run, Path(), Loader(open_sources(run.data, "train"), encoder), {}, device)
+
+
+def paper_sized(name: str, rows: int, device: torch.device) -> Trainer:
+    """One of the paper's models at its first step."""
+    run = named_run(name)
+    run = replace(run, data=replace(run.data, rows=rows))
+    return Trainer(run, Path(), paper_loader(run.data.row_length, rows), {}, device)
+
+
+def as_many_rows_as_fit(name: str, rows: int, setting: Setting) -> tuple[int, list[Figure]]:
+    """One of the paper's models with so many rows in a step, or half as many, and so on; 0 where none fits."""
+    need, room = STATE * count_parameters(blueprint(SIZES[name])), torch.cuda.mem_get_info(setting.device)[0]
+    while rows and need < ROOM_FOR_STATE * room:
+        try:
+            found = list(figures(paper_sized(name, rows, setting.device), setting))
+        except torch.OutOfMemoryError:
+            found = []
+        gc.collect()
+        torch.cuda.empty_cache()
+        if found:
+            return rows, found
+        rows //= 2
+    why = f"left out, {number(need / 2**30)} GiB of state and rows beside it do not fit in {number(room / 2**30)} GiB"
+    return 0, [Figure(name, beside=why)]
+
+
+def figures(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
+    """Steps and bare products in turn."""
+    run, device = trainer.run, setting.device
+    reads = [read for read, _ in islice(trainer.read(None), READS)]
+    step = stepper(trainer, reads)
+    if setting.cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARM):
+        step()
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if setting.cuda else None
+    ways = {"step": step} | {shape: partial(multiply, *operands(shape, device)) for shape in products_of(run)}
+    if setting.cuda:
+        ways["causal"] = stepper(trainer, [causal(read) for read in reads])
+    seconds = in_turn(ways, setting.pick(20 if setting.cuda else 40, 1), device)
+    parameters, positions = count_parameters(trainer.model), mean(reads, lambda batch: batch.positions)
+    speed = {shape: TIMES * 2 * shape[0] * shape[1] * shape[2] / seconds[shape] for shape in products_of(run)}
+    rows, width = run.data.rows * run.data.row_length, run.model.width
+    beside = {"bare rows x width x width": speed[rows, width, width], "its fastest bare product": max(speed.values())}
+    sheet = next((top for name, top in PEAKS.items() if setting.cuda and name in torch.cuda.get_device_name(device)), None)
+    if sheet is not None:
+        beside[f"{sheet} TFLOP/s, data sheet"] = sheet * 1e12
+    usual = 6 * parameters + 12 * run.model.layers * width * run.data.row_length
+    conventions = {
+        "FLOPs of the real batch": mean(reads, lambda batch: training_flops(batch, run.model)),
+        "FLOPs as usual, 6 N + 12 l w L": usual * positions,
+    }
+    size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.row_length:,}"
+    yield Figure(f"{size}: a step", positions / seconds["step"], "positions/s")
+    for convention, flops in conventions.items():
+        for product, fastest in beside.items():
+            reached = flops / seconds["step"]
+            yield Figure(f"  {convention}", reached / 1e9, "GFLOP/s", reached / fastest, product)
+    if setting.cuda:
+        ratio = seconds["causal"] / seconds["step"]
+        yield Figure("  with its own mask", positions / seconds["step"], "positions/s", ratio, "plain causal attention")
+        yield memory("  memory on the device", peak)
+
+
+def stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
+    """The trainer's own step, on these reads in turn."""
+    coming, numbers = cycle(reads), count()
+    return lambda: trainer.step(next(numbers), next(coming), lambda *_: True)
+
+
+def causal(read: Read) -> Read:
+    """The same positions, but every row one document, and images no more than text to the mask."""
+    return [
+        (replace(batch, document=torch.zeros_like(batch.document), image=torch.full_like(batch.image, -1)), draws)
+        for batch, draws in read
+    ]
+
+
+def mean(reads: list[Read], of: Callable[[Batch], int]) -> float:
+    """Of a step, over all reads."""
+    return sum(of(batch) for read in reads for batch, _ in read) / len(reads)
+
+
+# Bare products
+
+TIMES = 12  # about the work of one layer's forward and backward
+
+
+def products_of(run: Run) -> list[tuple[int, int, int]]:
+    """The shapes of a run's own matrix products: rows x width x width, those of attention together, of the feed-forward."""
     rows, width, hidden = run.data.rows * run.data.row_length, run.model.width, run.model.size_of_hidden
-    shapes = {(rows, width, width), (rows, width, 3 * width), (rows, width, 2 * hidden), (rows, hidden, width)}
-    step_speed, positions, product_speed = [], [], {shape: [] for shape in sorted(shapes)}
-    for step in range(options.steps + 5):
-        batch, _ = next(batches)
-        draws = objective.draw(batch, run.diffusion)
-        seconds = timed(lambda: train(model, average, optimizer, batch, draws, run, device), device)  # noqa: B023
-        if step >= 5:
-            step_speed.append(training_flops(batch, run.model) / seconds)
-            positions.append(batch.positions / seconds)
-        for shape in product_speed:
-            product_speed[shape].append(product(shape, device))
-    reached = statistics.median(step_speed)
-    products = {"x".join(map(str, shape)): statistics.median(found) for shape, found in product_speed.items()}
-    square = products[f"{rows}x{width}x{width}"]
-    print(json.dumps({
-        "run": run.name, "device": str(device), "threads": torch.get_num_threads(),
-        "positions_per_second": round(statistics.median(positions)),
-        "training_gflops": round(reached / 1e9, 1),
-        "products_gflops": {name: round(speed / 1e9, 1) for name, speed in products.items()},
-        "of_rows_x_width_x_width": round(reached / square, 3),
-        "of_best_product": round(reached / max(products.values()), 3),
-    }, indent=2))  # fmt: skip
+    return sorted({(rows, width, width), (rows, width, 3 * width), (rows, width, 2 * hidden), (rows, hidden, width)})
 
 
-def train(model, average, optimizer, batch, draws, run, device) -> None:
-    """One whole step, as the trainer takes it."""
-    with lower_precision(device):
-        losses = objective.losses(model, batch.to(device), draws, run.diffusion)
-    objective.total(losses, losses.text_count, losses.image_count, run.training.image_weight).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    update_average(average, model, 100, run.training.average)
-
-
-def product(shape: tuple[int, int, int], device: torch.device) -> float:
-    """FLOP/s of a product of this shape, over about the work of one layer's forward and backward."""
+def operands(shape: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Two matrices and the place of their product, in the precision of a forward pass."""
     m, k, n = shape
-    a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
-    with lower_precision(device):
-        return 12 * 2 * m * k * n / timed(lambda: [a @ b for _ in range(12)], device)
+    return tuple(torch.randn(side, device=device, dtype=precision(device)) for side in ((m, k), (k, n), (m, n)))
 
 
-def timed(work, device: torch.device) -> float:
-    """Seconds until it is done."""
-    begun = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+def multiply(a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> None:
+    for _ in range(TIMES):
+        torch.mm(a, b, out=product)
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+# Memory on a CPU
+
+
+def memory_of_a_process(name: str) -> Figure:
+    """Of one that does nothing but train this run."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return memory("  memory of a process that trains it", pool.submit(memory_of_training, name).result())
+
+
+def memory_of_training(name: str) -> float | None:
+    trainer = small(name, torch.device("cpu"))
+    step = stepper(trainer, [read for read, _ in islice(trainer.read(None), READS)])
+    for _ in range(WARM):
+        step()
+    return peak_memory()

@@ -235,11 +235,16 @@ def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
 
 
 def readme_commands() -> list[str]:
-    """Every command of ours in a fenced block of the README, and of the page on data up to its first heading."""
+    """Every command of ours in a fenced block of the README, and of the pages on data and training up to their first heading.
+
+    Where torchrun starts it on many machines, here is one process.
+    """
     root = Path(__file__).parent.parent
-    text = (root / "README.md").read_text() + (root / "docs" / "data.md").read_text().partition("\n## ")[0]
+    text = (root / "README.md").read_text()
+    text += "".join((root / "docs" / name).read_text().partition("\n## ")[0] for name in ("data.md", "training.md"))
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r"^torchrun .*-m transfusion", "transfusion", line) for line in lines]
     return list(dict.fromkeys(line for line in lines if line.startswith("transfusion ")))
 
 
