@@ -6,6 +6,7 @@ import shutil
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,8 +37,9 @@ from transfusion.codecs.perceptual import Identity, Perceptual
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.data.store import open_prepared
 from transfusion.disk import read_json
+from transfusion.parallel import ALONE
 from transfusion.training.codec import CodecTrainer, peak_signal_to_noise, structural_similarity
-from transfusion.training.trainer import TrainingError
+from transfusion.training.guard import TrainingError
 
 SMALL = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1)
 QUICK = CodecTrainingConfig(
@@ -306,16 +308,15 @@ def train(folder: Path, config: CodecTrainingConfig = QUICK, stop_at: int | None
     side = 16 if config.gan_from is None else 32
     trainer = CodecTrainer(SMALL, config, folder, pictures(40, side, side), torch.device("cpu"))
     if (folder / "checkpoints").exists():
-        trainer.resume(restore(folder, trainer.tensors())[1])
+        trainer.loop.resume(restore(folder, trainer.tensors(), ALONE)[1])
     if stop_at is not None:
-        real = trainer._step
+        real = trainer.step
 
-        def step(batch):
-            values = real(batch)
-            trainer.stop_asked = trainer.progress.step + 1 == stop_at
-            return values
+        def step(number, *rest):
+            trainer.loop.stop_asked = number + 1 == stop_at
+            return real(number, *rest)
 
-        trainer._step = step
+        trainer.step = step
     trainer.train()
     return trainer
 
@@ -327,14 +328,14 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, gan_from, stop_at):
     whole = train(tmp_path / "whole", config)
     train(tmp_path / "half", config, stop_at)
     half = train(tmp_path / "half", config)
-    assert half.progress.step == whole.progress.step == 6
+    assert half.loop.progress.step == whole.loop.progress.step == 6
     for part, tensors in whole.tensors().items():
         assert all(torch.equal(value, half.tensors()[part][name]) for name, value in tensors.items())
 
 
 def test_it_learns(tmp_path):
-    before = CodecTrainer(SMALL, QUICK, tmp_path, pictures(), torch.device("cpu")).hold_out()
-    after = train(tmp_path / "run", replace(QUICK, steps=60, warmup=5, checkpoint_every=100)).hold_out()
+    before = CodecTrainer(SMALL, QUICK, tmp_path, pictures(), torch.device("cpu")).quality()
+    after = train(tmp_path / "run", replace(QUICK, steps=60, warmup=5, checkpoint_every=100)).quality()
     assert after["psnr"] > before["psnr"] + 3
     assert after["ssim"] > before["ssim"]
 
@@ -345,7 +346,8 @@ def test_every_loss_can_join_in(tmp_path):
     trainer = train(tmp_path / "run", config)
     assert trainer.losses == ["L1", "LPIPS", "identity", "GAN", "KL"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"l1", "kl", "lpips", "identity", "fooled", "discriminator"} <= lines[0].keys()
+    (trained,) = [line for line in lines if "heldout" not in line]
+    assert {"l1", "kl", "lpips", "identity", "fooled", "discriminator"} <= trained.keys()
 
 
 def test_pictures_too_small_for_the_discriminator_are_refused(tmp_path):
@@ -357,11 +359,17 @@ def test_pictures_too_small_for_the_discriminator_are_refused(tmp_path):
 
 def test_epochs_see_each_picture_once_and_heldout_ones_never(tmp_path):
     trainer = CodecTrainer(SMALL, QUICK, tmp_path, pictures(), torch.device("cpu"))
-    seen = [tuple(one.flatten().tolist()) for step in range(9) for one in trainer._batch(step)]  # 36 pictures: an epoch
+
+    def epoch(first: int) -> list[tuple]:
+        steps = islice(trainer.read(first), 9)  # 36 pictures
+        return [tuple(one.flatten().tolist()) for read, _ in steps for one in read.pictures]
+
+    seen = epoch(0)
     held = {tuple(pictures()[n].flatten().tolist()) for n in trainer.heldout}
     assert len(set(seen)) == 36
     assert not held & set(seen)
-    assert [tuple(one.flatten().tolist()) for step in range(9, 18) for one in trainer._batch(step)] != seen
+    assert epoch(9) != seen
+    assert set(epoch(9)) == set(seen)
 
 
 # As commands

@@ -11,8 +11,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from concurrent.futures import wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,11 +29,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_architecture import but_tensors
 from tests.test_architecture import files as package
-from tests.tiny import begin_run, prepared, run_tensors, small_run, write_run
-from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, verify
-from transfusion.checkpoint.save import SaveError, meaning, save
+from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
+from transfusion.checkpoint import save as saving
+from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, restore, verify
+from transfusion.checkpoint.save import SaveError, Saver, meaning
 from transfusion.disk import OpenError, read_json
 from transfusion.model.transfusion import build
+from transfusion.parallel import ALONE
 
 few = settings(max_examples=12, deadline=None)
 many = settings(max_examples=80, deadline=None)
@@ -635,6 +639,172 @@ def test_wherever_a_second_save_of_a_step_is_killed_a_whole_checkpoint_opens(fol
         with Disk(number, Killed), pytest.raises(Killed):
             save_step(place, 2, keep=keep)
         assert holds_step(place, 2) or (keep == 2 and holds_step(place, 1)), (number, what)
+
+
+# In the background
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path):
+    """Whatever becomes of it while it is written."""
+    tensors, state = {"a": {"b": torch.zeros(1000), "c": torch.zeros(())}}, {"step": 1}
+    with held(Saver(tmp_path, 3, ALONE)) as (saver, release):
+        saver.save(1, tensors, state)
+        for value in tensors["a"].values():
+            value += 1
+        state["step"] = 2
+        assert not (tmp_path / "checkpoints" / "step-000001").exists()  # it has not waited
+        release.set()
+    verify(newest(tmp_path))
+    found = {"a": {"b": torch.ones(1000), "c": torch.ones(())}}
+    assert restore(tmp_path, found, ALONE) == (newest(tmp_path), {"step": 1})
+    assert not any(value.any() for value in found["a"].values())
+
+
+@contextmanager
+def held(saver: Saver):
+    """The saver's thread begins to write when it is let go."""
+    release, real = threading.Event(), saver._write
+
+    def write(*args):
+        assert release.wait(60)
+        real(*args)
+
+    saver._write = write
+    with saver:
+        yield saver, release
+        release.set()
+
+
+@pytest.mark.parametrize("where", ["save", "finish", "leaving"])
+def test_a_save_that_failed_is_told_when_next_one_asks(tmp_path, where):
+    """At the next save, which is not begun then; or when it is waited for; or when the saver is left."""
+    begin_run(tmp_path)
+    save_step(tmp_path, 1)
+    disk = Disk(0)
+    with pytest.raises(SaveError, match="could not save step 2 in .*: No space left") as error:
+        with Saver(tmp_path, 2, ALONE) as saver:
+            with disk:
+                saver.save(2, weights(2), {"step": 2})
+                assert wait([saver.writing]).done
+            if where == "save":
+                saver.save(3, weights(3), {"step": 3})
+            elif where == "finish":
+                saver.finish()
+            assert where == "leaving"
+    one_line(error)
+    assert holds_step(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000001"]
+
+
+def test_an_error_that_came_first_is_not_hidden_by_one_of_the_disk(tmp_path):
+    with pytest.raises(KeyError, match="first"), Saver(tmp_path, 2, ALONE) as saver:
+        with Disk(0):
+            saver.save(2, weights(2), {"step": 2})
+            wait([saver.writing])
+        raise KeyError("first")
+
+
+@pytest.mark.parametrize("first", [None, KeyError("first")])
+def test_another_rank_that_has_gone_is_no_traceback_either(tmp_path, first):
+    """It is how most end when one of them is killed while they save."""
+    gone = mock.patch.object(saving.dcp, "save", side_effect=RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"))
+    with gone, pytest.raises(SaveError if first is None else KeyError) as error, Saver(tmp_path, 2, ALONE) as saver:
+        saver.save(2, weights(2), {"step": 2})
+        if first is not None:
+            raise first
+    assert ("could not save step 2 in" in one_line(error)) == (first is None)
+
+
+def test_after_a_save_that_failed_the_next_one_works(tmp_path):
+    begin_run(tmp_path)
+    with Saver(tmp_path, 2, ALONE) as saver:
+        with Disk(0), pytest.raises(SaveError):
+            saver.save(1, weights(1), {"step": 1})
+            saver.finish()
+        saver.save(2, weights(2), {"step": 2})
+    assert holds_step(tmp_path, 2)
+
+
+@many
+@given(st.lists(st.tuples(st.integers(1, 6), st.none() | st.integers(0, 12), st.booleans()), min_size=1, max_size=7),
+       st.integers(1, 3))  # fmt: skip
+def test_however_saves_fail_and_die_the_last_whole_one_is_found_and_never_thrown_away(saves, keep):
+    """Each of them writes some step, and from its `last` operation on the disk is full, or the process is no more."""
+    with TemporaryDirectory() as place:
+        written = None
+        for number, (step, last, killed) in enumerate(saves):
+            with Disk(last, Killed if killed else errno.ENOSPC) as disk:
+                try:
+                    save(Path(place), step, {"a": {"b": torch.tensor(number)}}, {"number": number}, keep)
+                except (SaveError, Killed):
+                    pass
+            if last is None or len(disk.done) <= last:
+                written = number
+            if written is None:
+                continue
+            tensors = {"a": {"b": torch.tensor(-1)}}
+            verify(newest(Path(place)))
+            _, state = restore(Path(place), tensors, ALONE, pytest.fail)
+            assert tensors["a"]["b"] == state["number"]
+            found = read_json(newest(Path(place)) / "state.json")["number"]
+            assert found in (written, number)  # killed behind the last rename, it is there all the same
+            written = found
+
+
+# Damaged, and the one before
+
+DAMAGES = {
+    "a flipped bit": lambda path: write(path, flipped(path, 0.7, 3)),
+    "a cut file": lambda path: write(path, path.read_bytes()[:-2]),
+    "an empty file": lambda path: write(path, b""),
+    "a missing file": Path.unlink,
+    "all files beside it missing too": lambda path: [one.unlink() for one in path.parent.iterdir() if one.is_file()],
+}
+IN_CHECKPOINT = [name for name in (*WITH_DIGEST, *WITHOUT) if "step-000002" in name]
+
+
+def empty() -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors to be filled in."""
+    return {part: {name: torch.zeros_like(value) for name, value in inside.items()} for part, inside in weights(0).items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", IN_CHECKPOINT)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(own, name, damage):
+    """One line says so; what was damaged stays to be looked at, until its step is damaged again."""
+    damage(own / name)
+    said, tensors = [], empty()
+    path, state = restore(own, tensors, ALONE, said.append)
+    assert (path.name, state) == ("step-000001", {"step": 1})
+    assert all(same(tensors[part], weights(1)[part]) for part in tensors)
+    (line,) = said
+    assert len(line.splitlines()) == 1
+    assert line.endswith("it is set aside as step-000002.damaged, and the checkpoint before it is taken")
+    assert (own / "checkpoints" / "step-000002.damaged").is_dir()
+    assert holds_step(own, 1)  # for everybody else too, though `latest` names the other
+    save_step(own, 2)
+    assert holds_step(own, 2)
+    (newest(own) / "manifest.json").unlink()
+    assert restore(own, tensors, ALONE, said.append)[0].name == "step-000001"
+
+
+def test_when_all_are_damaged_it_is_said_in_one_line_and_nothing_is_begun_anew(own):
+    """Nor the next time: a run that has been trained shall not silently start from nothing."""
+    for step in (1, 2):
+        spoilt = own / "checkpoints" / f"step-00000{step}" / "state.json"
+        write(spoilt, spoilt.read_bytes() + b" ")
+    said = []
+    with pytest.raises(OpenError, match="no checkpoint of .* is whole") as error:
+        restore(own, empty(), ALONE, said.append)
+    one_line(error)
+    assert [line.split(" was changed")[0].split("/")[-2] for line in said] == ["step-000002", "step-000001"]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
+    begin_run(tmp_path)
+    assert restore(tmp_path, empty(), ALONE, pytest.fail) is None
+    (tmp_path / "checkpoints" / "step-000001.tmp").mkdir(parents=True)
+    assert restore(tmp_path, empty(), ALONE, pytest.fail) is None
 
 
 def test_wherever_begin_fails_the_run_is_as_it_was_or_not_there(tmp_path):

@@ -235,7 +235,7 @@ def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
 
 
 def readme_commands() -> list[str]:
-    """Every command of ours in a fenced block of the README, and of the pages on data and training up to their first heading.
+    """Every command of ours in a fenced block of the README, and of two pages up to their first heading.
 
     Where torchrun starts it on many machines, here is one process.
     """

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def variants() -> list[Variant]:
-    return [Variant(f"Width {width}", ("digits", *TINY, "--model.width", str(width), "--data.sources", "digits", "--data.shares", "1"))
-            for width in (32, 48)]  # fmt: skip
+    one = ("digits", *TINY, "--data.sources", "digits", "--data.shares", "1")
+    return [Variant(f"Width {width}", (*one, "--model.width", str(width))) for width in (32, 48)]
 
 
 @pytest.fixture(scope="module")

@@ -242,7 +242,7 @@ def test_times_obey_max_time_and_clean_images_stay_clean(found, config, law, shi
 
 @some
 @given(batches(min_images=1), st.integers(1, 7), st.integers(0, 99))
-def test_a_grid_draw_is_fixed_and_walks_through_all_times(found, steps, seed):
+def test_a_grid_draw_is_each_images_own_and_fixed(found, steps, seed):
     batch = found[1]
     one = draw_on_grid(batch, steps)
     torch.manual_seed(seed)
@@ -250,12 +250,20 @@ def test_a_grid_draw_is_fixed_and_walks_through_all_times(found, steps, seed):
     for group, d, again in zip(batch.groups, one, other, strict=True):
         assert torch.equal(d.t, again.t)
         assert torch.equal(d.noise, again.noise)
-        expected = [(n % steps + 0.5) / steps * float(limit) for n, limit in enumerate(group.max_time)]
-        torch.testing.assert_close(d.t, torch.tensor(expected))
-        for key, latent, noise in zip(group.keys, group.clean, d.noise, strict=True):
+        for key, latent, limit, t, noise in zip(group.keys, group.clean, group.max_time, d.t, d.noise, strict=True):
             single = alone(lay_out(Document((replace(image((4, 4), 0), latent=latent.numpy()),)), VOCABULARY))
             single.groups[0].keys[0] = key
-            assert torch.equal(draw_on_grid(single, steps)[0].noise[0], noise)
+            by_itself = draw_on_grid(single, steps)[0]
+            assert torch.equal(by_itself.noise[0], noise)
+            torch.testing.assert_close(by_itself.t[0] * limit, t)
+
+
+def test_a_grid_divides_time_evenly():
+    found = [Document(tuple(image((4, 4), n) for n in range(400)), key=1)]
+    batch = collate([Row((lay_out(found[0], VOCABULARY),))], 8192, VOCABULARY)
+    times, counts = draw_on_grid(batch, 4)[0].t.unique(return_counts=True)
+    torch.testing.assert_close(times, torch.tensor([0.125, 0.375, 0.625, 0.875]))
+    assert counts.min() > 70
 
 
 def test_noise_is_noise():

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
+from tests.tiny import save
 from transfusion import cli
-from transfusion.checkpoint.save import begin, save
+from transfusion.checkpoint.save import begin
 from transfusion.config import DataConfig, DiffusionConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.digits import NAMES, scans
 from transfusion.data.sources import fit
@@ -153,7 +154,7 @@ def make_run(folder: Path, name: str, **data) -> Run:
         DiffusionConfig(prediction="velocity"),
         DataConfig(text_ids=260, codec_documents=30, image_first_max_time=0.0, **data),
         TrainingConfig(image_weight=1.0),
-        GenerationConfig(sampler="ddim", steps=2, guidance_scale=2.0, max_tokens=4),
+        generation=GenerationConfig(sampler="ddim", steps=2, guidance_scale=2.0, max_tokens=4),
     )
     encoder = fit(run.data, run.model.patch_size, seed=0)
     fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
@@ -235,7 +236,7 @@ def test_the_command_of_a_report_makes_such_a_run_again(digits, monkeypatch):
     _, run, html = digits
     command = shlex.split(html.partition("<pre>transfusion ")[2].partition("</pre>")[0])
     asked = []
-    monkeypatch.setattr(cli.runs, "_train", lambda run, folder, device: asked.append(run))
+    monkeypatch.setattr(cli.runs, "train_run", lambda run, folder, device: asked.append(run))
     cli.main(command)
     assert replace(asked[0].model, vocabulary=run.model.vocabulary) == run.model
     assert (asked[0].data, asked[0].training, asked[0].generation) == (run.data, run.training, run.generation)

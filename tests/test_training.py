@@ -1,5 +1,6 @@
 """Training: interrupted and resumed is uninterrupted, looking on changes nothing, and a small run learns."""
 
+import errno
 import hashlib
 import math
 import os
@@ -20,17 +21,17 @@ from torch import nn
 
 from tests.documents import in_double
 from tests.tiny import begin_run, prepared, small_run
-from transfusion.checkpoint.open import Opened, fill, newest, open_checkpoint, verify
-from transfusion.checkpoint.save import SaveError
+from transfusion.checkpoint.open import Opened, newest, open_checkpoint, restore
+from transfusion.checkpoint.save import SaveError, Saver
 from transfusion.config import Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import open_sources
-from transfusion.disk import read_json
 from transfusion.inference.engine import Engine, Request
-from transfusion.training import trainer as trainer_file
+from transfusion.parallel import ALONE, Ranks
+from transfusion.training.guard import TrainingError
 from transfusion.training.metrics import Metrics, read_metrics
 from transfusion.training.optimizer import learning_rate, update_average
-from transfusion.training.trainer import Trainer, TrainingError
+from transfusion.training.trainer import Trainer
 
 some = settings(max_examples=60, deadline=None)
 
@@ -53,23 +54,27 @@ class Noted:
             yield batch, place
 
 
-def new_trainer(folder: Path, run: Run, preview=None, change=None) -> Trainer:
+def new_trainer(folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE) -> Trainer:
     """A trainer as the command makes it, in a folder with a run.json."""
     run, encoder = prepared(run)
-    if not (folder / "run.json").exists():
+    if ranks.first and not (folder / "run.json").exists():
         begin_run(folder, run)
-    heldout = {s.name: heldout_batches(s, encoder, 6) for s in open_sources(run.data, "heldout")}
-    loader = Noted(Loader(open_sources(run.data, "train"), encoder), change)
-    return Trainer(run, folder, loader, heldout, torch.device("cpu"), preview)
+    by_four = replace(encoder, config=replace(run.data, rows=4))  # times of held-out images follow from their batch
+    heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
+    loader = Noted(Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world), change)
+    return Trainer(run, folder, loader, heldout, torch.device("cpu"), ranks, look)
 
 
-def resumed(folder: Path, run: Run, preview=None) -> Trainer:
+def resumed(folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE) -> Trainer:
     """A trainer that goes on from the newest checkpoint of a folder."""
-    trainer = new_trainer(folder, run, preview)
-    found = newest(folder)
-    verify(found)
-    fill(found, trainer.tensors())
-    trainer.resume(read_json(found / "state.json"))
+    trainer = new_trainer(folder, run, look, change, ranks)
+    trainer.loop.resume(restore(folder, trainer.tensors(), ranks)[1])
+    return trainer
+
+
+def looking(trainer: Trainer, look) -> Trainer:
+    """`look(model, step)` is called after every step."""
+    trainer.look, trainer.loop.preview_every = look, 1
     return trainer
 
 
@@ -77,10 +82,9 @@ def stopping(trainer: Trainer, step: int) -> Trainer:
     """It is asked to stop at this step, as a signal asks it."""
 
     def look(model, now):
-        trainer.stop_asked |= now >= step
+        trainer.loop.stop_asked |= now >= step
 
-    trainer.preview = look
-    return trainer
+    return looking(trainer, look)
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -109,7 +113,7 @@ def uninterrupted(accumulate: int = 1):
         trainer = new_trainer(Path(folder), small_run(STEPS, accumulate=accumulate))
         assert trainer.train()
         read = trainer.loader.read[: STEPS * accumulate]
-        return copied(trainer), rows_of(Path(folder)), read, trainer.progress
+        return copied(trainer), rows_of(Path(folder)), read, trainer.loop.progress
 
 
 # Interrupted and resumed equals uninterrupted
@@ -123,16 +127,17 @@ def test_stopped_and_resumed_is_as_if_nothing_had_been(stops, accumulate):
         folder, done = Path(folder), 0
         for step in (*sorted(stops), STEPS):
             trainer = resumed(folder, run) if done else new_trainer(folder, run)
-            assert trainer.progress.step == done
+            assert trainer.loop.progress.step == done
             finished = stopping(trainer, step).train()
-            assert (finished, trainer.progress.step) == (step == STEPS, step)
+            assert (finished, trainer.loop.progress.step) == (step == STEPS, step)
             read += trainer.loader.read[: (step - done) * accumulate]
             done = step
         tensors, rows, batches, progress = uninterrupted(accumulate)
         same_tensors(copied(trainer), tensors)
         assert rows_of(folder) == rows
         assert read == batches
-        assert (trainer.progress.place, trainer.progress.positions) == (progress.place, progress.positions)
+        for name in ("place", "seen", "norms", "skipped"):
+            assert getattr(trainer.loop.progress, name) == getattr(progress, name)
 
 
 @pytest.mark.parametrize(("every", "crash", "begins_again"), [(2, 3, 2), (2, 4, 2), (1, 5, 4), (3, 5, 3)])
@@ -150,7 +155,7 @@ def test_crashed_and_resumed_is_as_if_nothing_had_been(tmp_path, every, crash, b
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "text_lo')  # the line it was writing
     trainer = resumed(tmp_path, run)
-    assert trainer.progress.step == begins_again
+    assert trainer.loop.progress.step == begins_again
     assert trainer.train()
     tensors, rows, batches, _ = uninterrupted()
     same_tensors(copied(trainer), tensors)
@@ -160,7 +165,7 @@ def test_crashed_and_resumed_is_as_if_nothing_had_been(tmp_path, every, crash, b
 
 def test_a_run_stopped_before_its_first_step_is_as_if_nothing_had_been(tmp_path):
     trainer = new_trainer(tmp_path, small_run(STEPS))
-    trainer.stop_asked = True
+    trainer.loop.stop_asked = True
     assert not trainer.train()
     trainer = resumed(tmp_path, small_run(STEPS))
     assert trainer.train()
@@ -176,6 +181,7 @@ def test_a_finished_run_that_is_begun_again_changes_nothing(tmp_path):
     assert rows_of(tmp_path) == uninterrupted()[1]
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LONG = small_run(100_000, validate_every=5)  # its rate falls as over 100,000 steps, wherever it is stopped
 SCRIPT = """
 import sys
@@ -187,14 +193,14 @@ sys.exit(40 + trainer.train())
 
 
 def test_a_real_signal_stops_it_after_its_step_and_it_goes_on_from_there(tmp_path):
-    """SIGTERM and SIGINT to processes of their own; each is compared with a run that nobody stopped."""
-    signals, processes = (signal.SIGTERM, signal.SIGINT), []
-    for number in signals:
+    """SIGTERM, SIGINT and SIGUSR1 to processes of their own; each is compared with a run that nobody stopped."""
+    processes = []
+    for number in SIGNALS:
         command = [sys.executable, "-c", SCRIPT, str(tmp_path / number.name)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     try:
-        until, waiting = time.monotonic() + 90, dict(zip(signals, processes, strict=True))
+        until, waiting = time.monotonic() + 90, dict(zip(SIGNALS, processes, strict=True))
         while waiting:
             for number, process in list(waiting.items()):
                 if len(read_metrics(tmp_path / number.name / "metrics.jsonl")) > 3:
@@ -208,13 +214,14 @@ def test_a_real_signal_stops_it_after_its_step_and_it_goes_on_from_there(tmp_pat
         for process in processes:
             process.kill()
     reached = []
-    for number, process, words in zip(signals, processes, said, strict=True):
+    for number, process, words in zip(SIGNALS, processes, said, strict=True):
         assert process.returncode == 40, words  # train() said False
         trainer = resumed(tmp_path / number.name, LONG)
-        assert f"stopped at step {trainer.progress.step} and saved" in words
-        assert rows_of(tmp_path / number.name)[-1]["step"] == trainer.progress.step
-        stopping(trainer, trainer.progress.step + 2).train()
-        reached.append((trainer.progress.step, copied(trainer), rows_of(tmp_path / number.name)))
+        step = trainer.loop.progress.step
+        assert f"stopped at step {step} and saved" in words
+        assert rows_of(tmp_path / number.name)[-1]["step"] == step
+        stopping(trainer, step + 2).train()
+        reached.append((step + 2, copied(trainer), rows_of(tmp_path / number.name)))
     check_along_the_way(tmp_path / "whole", reached)
 
 
@@ -225,20 +232,21 @@ def check_along_the_way(folder: Path, reached: list) -> None:
     def look(model, step):
         if step in [s for s, _, _ in reached]:
             passed[step] = copied(trainer), rows_of(folder)
-        trainer.stop_asked |= step >= max(s for s, _, _ in reached)
+        trainer.loop.stop_asked |= step >= max(s for s, _, _ in reached)
 
-    trainer.preview = look
-    trainer.train()
+    looking(trainer, look).train()
     for step, tensors, rows in reached:
         same_tensors(tensors, passed[step][0])
         assert rows == passed[step][1]
 
 
 def test_a_signal_asks_once_and_insists_the_second_time(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    trainer = new_trainer(tmp_path / "once", small_run(STEPS))
-    trainer.preview = lambda model, step: signal.raise_signal(signal.SIGTERM) if step == 2 else None
-    assert not trainer.train()
+    before = [signal.getsignal(number) for number in SIGNALS]
+    def once(model, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert not new_trainer(tmp_path / "once", small_run(STEPS), once).train()
     assert newest(tmp_path / "once").name == "step-000002"
 
     def twice(model, step):
@@ -247,7 +255,7 @@ def test_a_signal_asks_once_and_insists_the_second_time(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         new_trainer(tmp_path / "twice", small_run(STEPS), twice).train()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_checkpoints_come_when_they_should_and_the_newest_are_kept(tmp_path):
@@ -329,13 +337,13 @@ def test_held_out_losses_are_those_of_the_average_and_do_not_change_it(tmp_path)
     trainer = new_trainer(tmp_path, small_run(3))
     trainer.train()
     before = copied(trainer)
-    (batches,) = trainer.heldout.values()
-    found = trainer.hold_out(batches)
-    assert found == trainer.hold_out(batches)
+    found, words = trainer.hold_out()
+    assert found == trainer.hold_out()[0]
     same_tensors(copied(trainer), before)
-    assert rows_of(tmp_path)[-1]["heldout"]["digits"] == found
+    assert rows_of(tmp_path)[-1]["heldout"] == found
+    assert f"digits: text {found['digits']['text_loss']:.3f}" in words
     trainer.average.load_state_dict(trainer.model.state_dict())
-    assert trainer.hold_out(batches) != found
+    assert trainer.hold_out()[0] != found
 
 
 # One step
@@ -393,7 +401,7 @@ def test_the_average_is_a_moving_average_that_forgets_the_start(values, decay):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e25])  # whose square is no float32
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(tmp_path, poison, step):
+def test_a_loss_that_is_not_finite_is_an_error_and_no_step(tmp_path, poison, step):
     def change(batch, number):
         if number == step - 1:
             batch.groups[0].clean[0, 0, 0, 0] = poison
@@ -401,11 +409,11 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(tmp_path, poison,
 
     trainer = new_trainer(tmp_path, small_run(5, checkpoint_every=2), change=change)
     taken = {}
-    trainer.preview = lambda model, now: taken.update({now: copied(trainer)})
-    with pytest.raises(TrainingError, match=rf"step {step}: the gradient is not finite") as raised:
+    looking(trainer, lambda model, now: taken.update({now: copied(trainer)}))
+    with pytest.raises(TrainingError, match=rf"step {step}: the (text|image) loss is not finite") as raised:
         trainer.train()
     assert len(str(raised.value).splitlines()) == 1
-    assert trainer.progress.step == step - 1
+    assert trainer.loop.progress.step == step - 1
     same_tensors(copied(trainer), taken[step - 1])
     assert max(row["step"] for row in rows_of(tmp_path)) == step - 1
     if step > 2:
@@ -429,21 +437,54 @@ def test_a_large_gradient_is_cut_to_the_norm_that_is_allowed(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_what_is_there_stays(tmp_path, monkeypatch):
-    run = small_run(4, checkpoint_every=2)
+    """In the background: the training that goes on meanwhile hears of it at the next checkpoint, or when it ends."""
+    run, real = small_run(6, checkpoint_every=2), Saver._put_in_place
 
-    def full(folder, step, *rest):
-        if step == 4:
-            raise SaveError("could not save step 4: No space left on device")
-        return save(folder, step, *rest)
+    def full(saver, aside, final, *rest):
+        if final.name == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(saver, aside, final, *rest)
 
-    save = trainer_file.save
-    monkeypatch.setattr(trainer_file, "save", full)
-    with pytest.raises(SaveError, match="No space left"):
-        new_trainer(tmp_path, run).train()
+    monkeypatch.setattr(Saver, "_put_in_place", full)
+    for failing, heard, kept in (("step-000004", 6, 2), ("step-000006", 6, 4)):
+        trainer = new_trainer(tmp_path / failing, run)
+        with pytest.raises(SaveError, match=f"could not save step {int(failing[5:])} in .*: No space left"):
+            trainer.train()
+        assert trainer.loop.progress.step == heard
+        assert sorted(path.name for path in (tmp_path / failing / "checkpoints").glob("step-*"))[-1:] == [f"step-{kept:06d}"]
+        assert open_checkpoint(tmp_path / failing).step == kept
     monkeypatch.undo()
+    again = resumed(tmp_path / failing, run)
+    assert again.loop.progress.step == 4
+    assert again.train()
+    same_tensors(copied(again), uninterrupted()[0])
+
+
+def test_a_state_of_another_version_is_said_in_one_line(tmp_path):
+    trainer = new_trainer(tmp_path, small_run(STEPS))
+    with pytest.raises(TrainingError, match="another version's") as error:
+        trainer.loop.resume({"step": 3, "seconds": 1.0, "positions": 7, "place": {"block": 0, "row": 3}})
+    assert len(str(error.value).splitlines()) == 1
+    assert trainer.loop.progress.step == 0
+
+
+@pytest.mark.parametrize("damage", ["model", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, damage):
+    """They are done again, and end up in its place: as if nothing had been."""
+    run = small_run(STEPS, checkpoint_every=2, keep=3)
+    stopping(new_trainer(tmp_path, run), 5).train()
+    for step in (5, 4):
+        path = tmp_path / "checkpoints" / f"step-00000{step}" / damage
+        path = next(path.iterdir()) if path.is_dir() else path
+        path.write_bytes(path.read_bytes()[:-3])
     trainer = resumed(tmp_path, run)
-    assert trainer.progress.step == 2
+    assert trainer.loop.progress.step == 2
     assert trainer.train()
+    same_tensors(copied(trainer), uninterrupted()[0])
+    assert rows_of(tmp_path) == uninterrupted()[1]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == [*(f"step-00000{n}" for n in (2, 4)), "step-000004.damaged", "step-000005.damaged", "step-000006"]
+    assert resumed(tmp_path, run).loop.progress.step == STEPS
 
 
 # It learns

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from tests.sources import picture, write_photos
 from tests.test_cli import command, fails
-from transfusion.checkpoint.open import fill, newest, verify
+from transfusion.checkpoint.open import restore
 from transfusion.codecs import vq
 from transfusion.codecs.autoencoder import Network, build_network, encode_raw, to_unit
 from transfusion.codecs.codec import codec_from_bytes, codec_of, codec_to_bytes, encode_many
 from transfusion.codecs.vq import VQ, QuantisedNetwork, nearest, straight_through
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.disk import read_json
+from transfusion.parallel import ALONE
 from transfusion.training.codebook import Keeper, use_of
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
@@ -228,19 +229,15 @@ def train(
     folder.mkdir(exist_ok=True)
     trainer = CodecTrainer(network, config, folder, pictures(), torch.device("cpu"))
     if (folder / "checkpoints").exists():
-        found = newest(folder)
-        verify(found)
-        fill(found, trainer.tensors())
-        trainer.resume(read_json(found / "state.json"))
+        trainer.loop.resume(restore(folder, trainer.tensors(), ALONE)[1])
     if stop_at is not None:
-        real = trainer._step
+        real = trainer.step
 
-        def step(batch):
-            values = real(batch)
-            trainer.stop_asked = trainer.progress.step + 1 == stop_at
-            return values
+        def step(number, *rest):
+            trainer.loop.stop_asked = number + 1 == stop_at
+            return real(number, *rest)
 
-        trainer._step = step
+        trainer.step = step
     trainer.train()
     return trainer
 
@@ -257,7 +254,7 @@ def test_interrupted_and_resumed_is_uninterrupted_while_codes_are_revived(tmp_pa
     assert steps[8]["revived"] > steps[stop_at]["revived"] > 0  # before it stops, and after
     train(tmp_path / "half", stop_at=stop_at, network=many)
     half = train(tmp_path / "half", network=many)
-    assert half.progress.step == whole.progress.step == 8
+    assert half.loop.progress.step == whole.loop.progress.step == 8
     for part, tensors in whole.tensors().items():
         assert all(torch.equal(value, half.tensors()[part][name]) for name, value in tensors.items())
     again = {line["step"]: line for line in lines(tmp_path / "half") if "revived" in line}
@@ -266,9 +263,9 @@ def test_interrupted_and_resumed_is_uninterrupted_while_codes_are_revived(tmp_pa
 
 def test_it_learns_and_uses_its_codes(tmp_path):
     config = replace(QUICK, steps=60, warmup=5, checkpoint_every=100, revive_after=10)
-    before = CodecTrainer(SMALL, config, tmp_path, pictures(), torch.device("cpu")).hold_out()
+    before = CodecTrainer(SMALL, config, tmp_path, pictures(), torch.device("cpu")).quality()
     trainer = train(tmp_path / "run", config)
-    after, seen = trainer.hold_out(), [line["l1"] for line in lines(tmp_path / "run") if "l1" in line]
+    after, seen = trainer.quality(), [line["l1"] for line in lines(tmp_path / "run") if "l1" in line]
     assert trainer.losses == ["L1", "codebook", "commitment"]
     assert np.mean(seen[-5:]) < 0.5 * np.mean(seen[:5])
     assert after["psnr"] > before["psnr"] + 3

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.documents import CHANNELS, SHAPES, build, with_all_logits
 from transfusion.checkpoint.open import Opened
-from transfusion.checkpoint.save import begin, save
+from transfusion.checkpoint.save import Saver, begin
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import (
@@ -26,6 +26,7 @@ from transfusion.config import (
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import Prediction, Transfusion
+from transfusion.parallel import ALONE
 from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
@@ -165,7 +166,7 @@ def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
             "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1,
             "log_every": 1,
         } | training),
-        GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=8),
+        generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=8),
     )  # fmt: skip
 
 
@@ -195,6 +196,13 @@ def begin_run(folder: Path, run: Run | None = None) -> Run:
     run, encoder = prepared(run or small_run())
     begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
     return run
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int = 2) -> Path:
+    """One checkpoint and nothing else: its folder, when it is written."""
+    with Saver(folder, keep, ALONE) as saver:
+        saver.save(step, tensors, state)
+    return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def write_run(folder: Path, steps: Sequence[int] = (1,)) -> Run:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion import diffusion
+from transfusion.chance import seed_from
 from transfusion.config import DiffusionConfig
 from transfusion.sequence import Batch, ImageGroup
 
@@ -45,10 +46,10 @@ def _draw_group(group: ImageGroup, config: DiffusionConfig) -> Draw:
 
 
 def draw_on_grid(batch: Batch, steps: int) -> list[Draw]:
-    """For held-out losses: each image's own fixed noise, and times that walk a fixed grid from image to image."""
+    """For held-out losses: each image's own fixed noise, and its own fixed t, one of `steps` that divide 0 to 1 evenly."""
     draws = []
     for group in batch.groups:
-        grid = (torch.arange(len(group.keys)) % steps + 0.5) / steps
+        grid = (torch.tensor([seed_from(key, "held out") % steps for key in group.keys]) + 0.5) / steps
         noise = torch.stack([
             torch.empty(latent.shape).normal_(generator=torch.Generator().manual_seed(key))
             for latent, key in zip(group.clean, group.keys, strict=True)

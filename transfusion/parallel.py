@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 COMPILER = "inductor"  # of blocks; tests take a lighter one
+PATIENCE = timedelta(days=7)  # of ranks that wait for one another; the watchdog has less
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -70,9 +71,12 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+        lasting, rank, world = next(dist.rendezvous("env://"))
+        store = _fresh_store(lasting, rank)
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
         try:
-            yield cls(dist.get_rank(), world)
+            yield cls(rank, world)
         finally:
             dist.destroy_process_group()
 
@@ -89,7 +93,7 @@ class Ranks:
         """Each value, summed over all ranks."""
         if self.world == 1:
             return list(values)
-        with self._heard():
+        with self.heard():
             total = torch.tensor(values, dtype=torch.float64)
             dist.all_reduce(total)
         return total.tolist()
@@ -103,7 +107,7 @@ class Ranks:
         if self.world == 1:
             return value
         said = [value]
-        with self._heard():
+        with self.heard():
             dist.broadcast_object_list(said)
         return said[0]
 
@@ -112,7 +116,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         said = [None] * self.world
-        with self._heard():
+        with self.heard():
             dist.all_gather_object(said, value)
         return said
 
@@ -120,7 +124,7 @@ class Ranks:
         """Each tensor's mean over all ranks, in place."""
         if self.world == 1:
             return
-        with self._heard():
+        with self.heard():
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
         parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
@@ -132,14 +136,14 @@ class Ranks:
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        with self._heard():
+        with self.heard():
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
     @cached_property
     def background(self) -> dist.ProcessGroup | None:
         """The same ranks once more, for what goes on beside the work: saving."""
-        return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
+        return dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
 
     def mesh(self, device: str, shard: str) -> DeviceMesh:
         """All ranks in a row, or for hybrid sharding machines by processes of a machine."""
@@ -149,14 +153,35 @@ class Ranks:
         return init_device_mesh(device, (self.world,), mesh_dim_names=("shard",))
 
     @contextlib.contextmanager
-    def _heard(self) -> Iterator[None]:
+    def heard(self) -> Iterator[None]:
+        """Whatever ranks do together. ConnectionError when one of them has stopped instead."""
         try:
             yield
-        except RuntimeError:
-            raise ConnectionError("another process of this work has stopped; what it said tells why") from None
+        except RuntimeError as error:
+            if self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise ConnectionError("another process of this work has stopped; what it said tells why") from None
+            raise
 
 
 ALONE = Ranks()
+
+
+def _fresh_store(lasting: dist.Store, rank: int) -> dist.Store:
+    """Where these processes find one another. torchrun's own store outlives a restart, with all that the ended processes
+    left in it: new ones would take their addresses for one another's. All it is asked for is the place of a new one.
+    """
+    host, until = os.environ["MASTER_ADDR"], time.monotonic() + 600
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        lasting.set("transfusion's store", str(store.port))
+        return store
+    while True:
+        port = int(lasting.get("transfusion's store"))
+        try:
+            return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=3))
+        except dist.DistError:  # it was that of rank 0 before the restart
+            if time.monotonic() > until:
+                raise
 
 
 def _end_with_parent() -> None:

@@ -120,7 +120,7 @@ class Saver:
             files = sorted(path for path in aside.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
             digests = self._agree(lambda: {path.relative_to(aside).as_posix(): _settle(path) for path in files})
             self._agree(lambda: self._put_in_place(aside, final, state, dict(ChainMap(*digests))))
-        except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException
+        except (OSError, RuntimeError, CheckpointException) as error:  # a rank that is gone; a BaseException
             if self.ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
             why = f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole"
@@ -144,7 +144,8 @@ class Saver:
 
     def _begin(self, aside: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in aside.parent.glob("step-*.tmp"):  # by saves that were killed
+                shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
 
     def _put_in_place(self, aside: Path, final: Path, state: str, digests: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transfusion.checkpoint.save import Saver
 from transfusion.config import SurvivalConfig
 from transfusion.parallel import Ranks
-from transfusion.training.guard import Guard, watching
+from transfusion.training.guard import Guard, TrainingError, watching
 from transfusion.training.metrics import Metrics, Screen
 from transfusion.training.signals import listening
 
@@ -78,7 +78,11 @@ class Loop:
 
     def resume(self, state: dict) -> None:
         """Go on from a checkpoint whose tensors have been filled in."""
-        self.progress = Progress(**state)
+        try:
+            self.progress = Progress(**state)
+        except TypeError:
+            said = "the checkpoint is another version's of transfusion: go on with that one, or begin anew"
+            raise TrainingError(said) from None
         self.guard.norms, self.guard.skipped = list(self.progress.norms), self.progress.skipped
         self.shown = self.progress.seconds, self.progress.seen
 
@@ -88,8 +92,8 @@ class Loop:
         metrics = Metrics(self.folder / "metrics.jsonl", progress.step, self.ranks.first)
         screen = Screen(config.steps, progress.step, self.ranks.first)
         with (
-            listening(self), screen, Saver(self.folder, config.keep, self.ranks) as saver, ThreadPoolExecutor(1) as ahead,
-            watching(self.watchdog, self.folder, self.ranks.rank) as alive,
+            watching(self.watchdog, self.folder, self.ranks.rank) as alive, listening(self), screen,
+            Saver(self.folder, config.keep, self.ranks) as saver, ThreadPoolExecutor(1) as ahead,
         ):  # fmt: skip
             reading = self.task.read(progress.place)
             coming = ahead.submit(next, reading)
@@ -100,7 +104,8 @@ class Loop:
                 begun = time.monotonic()
                 read, place = coming.result()
                 coming = ahead.submit(next, reading)
-                values, seen = self.task.step(progress.step, read, self.guard.allows)
+                with self.ranks.heard():
+                    values, seen = self.task.step(progress.step, read, self.guard.allows)
                 progress.step, progress.place, progress.seen = progress.step + 1, place, progress.seen + seen
                 progress.seconds += time.monotonic() - begun
                 self._log(metrics, screen, values)

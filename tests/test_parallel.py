@@ -1,0 +1,512 @@
+"""Many processes learn what one learns: sharded weights, gradients, checkpoints and signals, over gloo on this machine."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+
+from tests.documents import in_double
+from tests.ranks import PATIENCE, World, precision
+from tests.sources import write_photos
+from tests.test_cli import TINY, command
+from tests.test_training import looking, new_trainer, resumed, rows_of, stopping
+from tests.test_vq import FIT
+from tests.tiny import prepared, small_run
+from transfusion import parallel
+from transfusion.chance import seed_from
+from transfusion.checkpoint.open import newest, open_checkpoint, restore
+from transfusion.cli import runs
+from transfusion.config import AutoencoderConfig, CodecTrainingConfig, ParallelConfig, Run
+from transfusion.data.loader import Place
+from transfusion.data.sources import open_raw
+from transfusion.disk import read_json
+from transfusion.parallel import ALONE, Ranks
+from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.training.codec import CodecTrainer
+from transfusion.training.guard import TrainingError
+from transfusion.training.trainer import Trainer
+
+STEPS = 20
+LENGTH = 32  # of a made row
+WITHIN = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number of a tensor
+Found = tuple[dict[str, np.ndarray], list[dict]]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[World]:
+    """Two ranks."""
+    world = World(2)
+    yield world
+    world.close()
+
+
+def a_run(
+    rows: int = 4, patches: str = "linear", steps: int = STEPS,
+    parallel: ParallelConfig = ParallelConfig(), **training,  # noqa: B008
+) -> Run:  # fmt: skip
+    """Digits and texts in turn, so that rows differ in what they hold."""
+    run = small_run(steps, rows, **{"validate_every": 10, "warmup": 5} | training)
+    model = replace(run.model, patches=patches, unet_width=16)
+    return replace(run, model=model, data=replace(run.data, sources=("digits", "topics")), parallel=parallel)
+
+
+def whole(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Weights, average and moments, put together from all ranks."""
+    found = {}
+    for part, values in trainer.tensors().items():
+        for name, value in values.items():
+            found[f"{part} {name}"] = (value.full_tensor() if isinstance(value, DTensor) else value).numpy().copy()
+    return found
+
+
+def train(
+    ranks: Ranks, folder: Path, run: Run, dtype: torch.dtype = torch.float32, stop_at: int | None = None
+) -> Found:
+    """Begin a run or go on with it; what it has learnt and logged when it ends."""
+    with precision(dtype):
+        change = (lambda batch, _: in_double(batch)) if dtype == torch.float64 else None
+        begin = resumed if (folder / "checkpoints").exists() else new_trainer
+        ranks.wait()
+        trainer = begin(folder, run, None, change, ranks)
+        if stop_at is not None:
+            stopping(trainer, stop_at)
+        assert trainer.train() == (stop_at is None)
+        ranks.wait()
+        return whole(trainer), rows_of(folder)
+
+
+def far(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def same(found: Found, expected: Found, within: float) -> None:
+    """The same tensors and the same logged numbers, as nearly as that."""
+    assert found[0].keys() == expected[0].keys()
+    distances = {name: far(value, expected[0][name]) for name, value in found[0].items()}
+    assert max(distances.values()) <= within, sorted(distances.items(), key=lambda one: -one[1])[:5]
+    assert len(found[1]) == len(expected[1])
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert numbers(one) == pytest.approx(numbers(other), rel=within)
+
+
+def numbers(row: dict, before: str = "") -> dict[str, float]:
+    """A line of metrics.jsonl without its nesting."""
+    found = {}
+    for name, value in row.items():
+        found |= numbers(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found
+
+
+# Two ranks are one
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_two_ranks_learn_what_one_learns(pair, tmp_path, patches, dtype):
+    """Half as many rows each."""
+    expected = train(ALONE, tmp_path / "one", a_run(4, patches), dtype)
+    found, other = pair(train, tmp_path / "two", a_run(2, patches), dtype)
+    same(found, expected, WITHIN[dtype])
+    same(other, found, 0)
+
+
+class Made:
+    """A loader of rows made for the test: `kinds` says for each step what stands in each of its rows, over all ranks."""
+
+    def __init__(self, kinds: list[str], ranks: Ranks, vocabulary: Vocabulary):
+        self.kinds, self.ranks, self.vocabulary = kinds, ranks, vocabulary
+
+    def batches(self, start) -> Iterator[tuple[Batch, Place]]:
+        for step in count(start.block):
+            kinds = list(enumerate(self.kinds[step % len(self.kinds)]))[self.ranks.rank :: self.ranks.world]
+            batch = in_double(collate([self._row(kind, 10 * step + n) for n, kind in kinds], LENGTH, self.vocabulary))
+            # An image teaches the token that begins it; of rows that shall teach no text this goes too.
+            silent = torch.tensor([kind in "in" for _, kind in kinds])  # (B,)
+            kept = ~silent[batch.text_index // LENGTH]  # (T,)
+            yield replace(batch, text_index=batch.text_index[kept], text_target=batch.text_target[kept]), Place(step + 1)
+
+    def _row(self, kind: str, seed: int) -> Row:
+        drawn = np.random.default_rng(seed)
+        image = Image(drawn.standard_normal((1, 8, 8), dtype=np.float32), loss=kind != "n")
+        text = Text(tuple(drawn.integers(0, 200, 5).tolist()), loss=kind in "tb")
+        segments = {"t": (text,), "i": (image, text), "b": (text, image), "n": (text, image)}[kind]
+        return Row((lay_out(Document(segments, seed, "made", seed_from(seed)), self.vocabulary),))
+
+
+# What each of two ranks gets: (t)ext, (i)mages that teach nothing else, (b)oth, (n)othing to learn, but an image to look at.
+MIXTURES = {
+    "an image on one rank or none": ["ti", "bt", "tt", "tb"], "text on one rank or none": ["it", "ib", "ii", "bi"],
+    "nothing on one rank or both": ["nb", "nt", "in", "nn", "tn"],
+}  # fmt: skip
+
+
+def train_made(ranks: Ranks, folder: Path, patches: str, kinds: list[str]) -> Found:
+    """Ten steps of rows made for the test, in float64."""
+    with precision(torch.float64):
+        run = a_run(patches=patches, steps=10, validate_every=100)
+        trainer = new_trainer(folder, run, ranks=ranks)
+        trainer.heldout, trainer.loader = {}, Made(kinds, ranks, prepared(run)[1].vocabulary)
+        assert trainer.train()
+        return whole(trainer), rows_of(folder)
+
+
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+@pytest.mark.parametrize("kinds", MIXTURES.values(), ids=MIXTURES)
+def test_a_rank_that_has_no_image_or_no_text_neither_hangs_nor_weighs_in(pair, tmp_path, kinds, patches):
+    expected = train_made(ALONE, tmp_path / "one", patches, kinds)
+    found, other = pair(train_made, tmp_path / "two", patches, kinds)
+    same(found, expected, 1e-9)
+    same(other, found, 0)
+
+
+def test_a_loader_of_made_rows_makes_what_it_says():
+    """Else the test above would test nothing."""
+    vocabulary = prepared(a_run())[1].vocabulary
+    for rank, (texts, images) in enumerate(((True, True), (True, False), (False, True), (False, False))):
+        batch, _ = next(Made(["btin"], Ranks(rank, 4), vocabulary).batches(Place()))
+        assert (batch.text_count > 0, batch.image_count > 0) == (texts, images)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_ranks_are_as_good_as_more_passes(pair, tmp_path, parts):
+    """Both at once too: 2 ranks of 2 passes are 4 passes of one."""
+    expected = train(ALONE, tmp_path / "one", a_run(2, steps=8, accumulate=parts), torch.float64)
+    found, _ = pair(train, tmp_path / "two", a_run(2, steps=8, accumulate=parts // 2), torch.float64)
+    same(found, expected, 1e-9)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("worlds", [(1, 2, 1), (2, 1, 2)])
+def test_a_run_goes_on_with_any_number_of_ranks(pair, tmp_path, worlds):
+    expected = train(ALONE, tmp_path / "one", a_run(4, "unet", steps=9), torch.float64)
+    for world, stop_at in zip(worlds, (3, 6, None), strict=True):
+        run = a_run(4 // world, "unet", steps=9)
+        if world == 1:
+            found = train(ALONE, tmp_path / "run", run, torch.float64, stop_at)
+        else:
+            found, _ = pair(train, tmp_path / "run", run, torch.float64, stop_at)
+    same(found, expected, 1e-9)
+
+
+def test_ranks_that_stop_and_go_on_are_as_if_nothing_had_been_and_one_process_opens_what_they_saved(pair, tmp_path):
+    """Bit for bit."""
+    run = a_run(2, "unet", steps=6, checkpoint_every=3)
+    expected, _ = pair(train, tmp_path / "one", run)
+    for stop_at in (1, 4, None):
+        found, _ = pair(train, tmp_path / "run", run, torch.float32, stop_at)
+    same(found, expected, 0)
+    for which, part in (("average", "average"), ("raw", "model")):
+        opened = open_checkpoint(tmp_path / "run", which, "cpu").model.state_dict()
+        assert all(np.array_equal(value.numpy(), expected[0][f"{part} {name}"]) for name, value in opened.items())
+
+
+def spoil(path: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_ranks_agree_that_a_checkpoint_is_damaged_and_take_the_one_before(pair, tmp_path):
+    """Whichever of them reads the file that is damaged."""
+    run = a_run(2, steps=6, checkpoint_every=2, keep=3)
+    expected, _ = pair(train, tmp_path / "one", run)
+    shards = sorted(path.name for path in (tmp_path / "one" / "checkpoints" / "step-000006" / "model").iterdir())
+    assert len(shards) == 2
+    for shard in shards:
+        folder = shutil.copytree(tmp_path / "one", tmp_path / shard)
+        spoil(folder / "checkpoints" / "step-000006" / "model" / shard)
+        found, _ = pair(train, folder, run)
+        same(found, expected, 0)
+        names = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+        assert names == ["step-000002", "step-000004", "step-000006", "step-000006.damaged"]
+
+
+# How the work is laid out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_running_blocks_again_instead_of_remembering_them_changes_nothing(pair, tmp_path, ranks):
+    """Bit for bit; and they are run again."""
+    found, times = [], []
+    for recompute in (False, True):
+        asked = tmp_path / str(recompute), a_run(2, steps=6, parallel=ParallelConfig(recompute=recompute))
+        one, passes = train_passing(ALONE, *asked) if ranks == 1 else pair(train_passing, *asked)[0]
+        found.append(one)
+        times.append(passes)
+    same(*found, 0)
+    assert times == [6, 12]
+
+
+def train_passing(ranks: Ranks, folder: Path, run: Run) -> tuple[Found, int]:
+    """What a run has learnt, and how often its first block was run for it."""
+    passes = []
+    trainer = new_trainer(folder, run, ranks=ranks)
+    norm = trainer.model.transformer.blocks[0].attention_norm
+    norm.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    assert trainer.train()
+    return (whole(trainer), rows_of(folder)), sum(passes)
+
+
+def train_counting(ranks: Ranks, folder: Path, run: Run, backend: str) -> tuple[Found, list[int]]:
+    """What a run in float64 has learnt, and how many graphs there were after each step."""
+    counts = []
+    torch._dynamo.reset()
+    counters.clear()
+    with precision(torch.float64), mock.patch.object(parallel, "COMPILER", backend):
+        def look(model, step):
+            counts.append(counters["stats"]["unique_graphs"])
+
+        trainer = new_trainer(folder, run, look, lambda batch, _: in_double(batch), ranks)
+        assert trainer.train()
+        return (whole(trainer), rows_of(folder)), counts
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(pair, tmp_path, ranks, recompute):
+    """Alone of more layers than dynamo would compile one by one."""
+    run = a_run(2, steps=4, parallel=ParallelConfig(recompute=recompute, compile=True))
+    run = replace(run, model=replace(run.model, layers=10 if ranks == 1 else 4))
+    plain = replace(run, parallel=ParallelConfig(compile=False))
+    if ranks == 1:
+        expected = train(ALONE, tmp_path / "plain", plain, torch.float64)
+        found, counts = train_counting(ALONE, tmp_path / "compiled", run, "aot_eager")
+    else:
+        expected, _ = pair(train, tmp_path / "plain", plain, torch.float64)
+        (found, counts), _ = pair(train_counting, tmp_path / "compiled", run, "eager")
+    same(found, expected, 1e-12)
+    assert counts[0] == 0
+    assert 0 < counts[1] < 4
+    assert len(set(counts[1:])) == 1
+
+
+def train_looking(ranks: Ranks, folder: Path, run: Run) -> Found:
+    """With the previews that the command makes."""
+    trainer = new_trainer(folder, run, ranks=ranks)
+    looking(trainer, runs._previewer(folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks))
+    assert trainer.train()
+    return whole(trainer), rows_of(folder)
+
+
+def test_looks_at_what_two_ranks_learn_change_nothing(pair, tmp_path):
+    """Previews after every step, and held-out losses after every step, on every rank."""
+    expected, _ = pair(train, tmp_path / "one", a_run(2, steps=3, validate_every=100))
+    found, _ = pair(train_looking, tmp_path / "two", a_run(2, steps=3, validate_every=1))
+    for row in found[1][1:-1]:
+        row.pop("heldout", None)
+    same((found[0], [row for row in found[1] if len(row) > 1]), expected, 0)
+    assert len(list((tmp_path / "two" / "samples").glob("*.png"))) == 4
+
+
+# Signals
+
+
+def train_with_a_signal(ranks: Ranks, folder: Path, run: Run, number: int, step: int, to: int) -> int:
+    """One rank alone gets a signal in a step; where it stopped."""
+    def look(model, now):
+        if now == step and ranks.rank == to:
+            signal.raise_signal(number)
+
+    trainer = (resumed if (folder / "checkpoints").exists() else new_trainer)(folder, run, look, ranks=ranks)
+    ranks.wait()
+    assert not trainer.train()
+    return trainer.loop.progress.step
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, tmp_path):
+    run = a_run(2, steps=7)
+    expected, _ = pair(train, tmp_path / "one", run)
+    for number, step, to in ((signal.SIGTERM, 1, 0), (signal.SIGINT, 3, 1), (signal.SIGUSR1, 5, 1)):
+        run_looking = replace(run, training=replace(run.training, preview_every=1))
+        assert pair(train_with_a_signal, tmp_path / "two", run_looking, number, step, to) == [step, step]
+    found, _ = pair(train, tmp_path / "two", run)
+    same(found, expected, 0)
+
+
+# Machines of their own
+
+
+@pytest.mark.slow
+def test_machines_that_hold_all_weights_each_learn_what_one_process_learns(tmp_path):
+    """Hybrid sharding, 2 machines of 2 ranks, over the U-Net, whose last kernel has fewer rows than there are ranks. What
+    they save one process goes on with, and the other way round.
+    """
+    hybrid = a_run(1, "unet", steps=6, parallel=ParallelConfig("hybrid"))
+    alone = a_run(4, "unet", steps=6)
+    expected = train(ALONE, tmp_path / "one", alone, torch.float64)
+    world = World(4, per_machine=2)
+    try:
+        assert world(shape_of_mesh, "hybrid") == [(2, 2)] * 4
+        world(train, tmp_path / "run", hybrid, torch.float64, 2)
+        train(ALONE, tmp_path / "run", alone, torch.float64, 4)
+        found, *others = world(train, tmp_path / "run", hybrid, torch.float64)
+        same(found, expected, 1e-9)
+        for other in others:
+            same(other, found, 0)
+    finally:
+        world.close()
+
+
+def shape_of_mesh(ranks: Ranks, shard: str) -> tuple[int, ...]:
+    return tuple(ranks.mesh("cpu", shard).mesh.shape)
+
+
+# Codecs
+
+AUTOENCODER = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1)
+FITTING = CodecTrainingConfig(
+    steps=6, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=4, validate_every=3, log_every=1, heldout=4,
+    revive_after=2,
+)  # fmt: skip
+CODECS = {
+    "autoencoder": (AUTOENCODER, FITTING), "with a discriminator": (AUTOENCODER, replace(FITTING, gan_from=2)),
+    "vq": (replace(AUTOENCODER, codes=128), FITTING),  # more codes than there is use for
+}  # fmt: skip
+
+
+def fit(
+    ranks: Ranks, folder: Path, network: AutoencoderConfig, config: CodecTrainingConfig, stop_at: int | None = None
+) -> Found:
+    """Begin a codec or go on with it, in float64."""
+    with precision(torch.float64):
+        if ranks.first:
+            folder.mkdir(exist_ok=True)
+        ranks.wait()
+        # Noise: where pixels are alike, codes are too, and rounding says which of them is the nearest.
+        pictures = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
+        trainer = CodecTrainer(network, config, folder, pictures, torch.device("cpu"), ranks)
+        state = restore(folder, trainer.tensors(), ranks)
+        if state:
+            trainer.loop.resume(state[1])
+        real = trainer.step
+
+        def step(number, *rest):
+            trainer.loop.stop_asked = number + 1 == stop_at
+            return real(number, *rest)
+
+        trainer.step = step
+        assert trainer.train() == (stop_at is None)
+        ranks.wait()
+        rows = [{k: v for k, v in row.items() if k != "pictures_per_second"} for row in rows_of(folder)]
+        return whole(trainer), rows
+
+
+@pytest.mark.parametrize(("network", "config"), CODECS.values(), ids=CODECS)
+def test_a_codec_is_the_same_from_two_ranks_and_goes_on_with_any_number(pair, tmp_path, network, config):
+    expected = fit(ALONE, tmp_path / "one", network, config)
+    if network.codes:
+        revived = [row["revived"] for row in expected[1] if "revived" in row]
+        assert 0 < revived[0] < revived[-1]
+    found, other = pair(fit, tmp_path / "two", network, config)
+    same(found, expected, 1e-9)
+    same(other, found, 0)
+    for world, stop_at in ((2, 3), (1, 5), (2, None)):
+        if world == 1:
+            found = fit(ALONE, tmp_path / "both", network, config, stop_at)
+        else:
+            found, _ = pair(fit, tmp_path / "both", network, config, stop_at)
+    same(found, expected, 1e-9)
+
+
+def test_pictures_that_cannot_be_shared_out_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match="rows 4 cannot be shared out evenly among 3 processes"):
+        CodecTrainer(AUTOENCODER, FITTING, tmp_path, np.zeros((30, 16, 16, 3), np.uint8), torch.device("cpu"), Ranks(1, 3))
+
+
+# As commands
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ("train", "digits", *TINY, "--training.steps", 9, "--data.rows", 2, "--training.log-every", 1)
+AT_STEP_6 = """
+import os, sys
+from transfusion.cli import main
+from transfusion.training.codec import CodecTrainer
+from transfusion.training.guard import TrainingError
+from transfusion.training.trainer import Trainer
+
+real = Trainer.step
+
+def step(self, number, *rest):
+    if number == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return real(self, number, *rest)
+
+Trainer.step = step
+main(sys.argv[2:])
+"""
+
+
+def torchrun(*arguments: object) -> str:
+    """A command on two processes; what they say."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, text=True, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    files = sorted(newest(folder).rglob("*.safetensors"))
+    return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}
+
+
+@pytest.mark.slow
+def test_train_under_torchrun_outlives_a_signal_and_a_killed_process(tmp_path):
+    """To one process only: SIGUSR1, after which both save and the same command goes on; then, in a run of its own, kill -9,
+    after which torchrun starts both anew. The two end with the same bits, near those of one process with as many rows.
+    """
+    script = tmp_path / "at_step_6.py"
+    script.write_text(AT_STEP_6)
+    said = torchrun(script, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
+    assert "training digits on 2 processes (cpu)" in said
+    assert said.count("stopped at step 6 and saved") == 1
+    assert newest(tmp_path / "asked").name == "step-000006"
+    said = torchrun("-m", "transfusion", *TRAIN, "--out", tmp_path / "asked")
+    assert said.count(f"going on from {tmp_path / 'asked' / 'checkpoints' / 'step-000006'}") == 1
+    said = torchrun("--max-restarts", 1, script, signal.SIGKILL, *TRAIN, "--out", tmp_path / "killed")
+    assert "going on from" in said
+    assert "transfusion: another process of this work has stopped; what it said tells why" in said
+    assert "Traceback" not in said
+    one, other = (weights_of(tmp_path / name) for name in ("asked", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert rows_of(tmp_path / "asked") == rows_of(tmp_path / "killed")
+    command(*TRAIN, "--data.rows", 4, "--out", tmp_path / "alone")
+    pairs = zip(rows_of(tmp_path / "asked"), rows_of(tmp_path / "alone"), strict=True)
+    for row, expected in [(row, expected) for row, expected in pairs if "text_loss" in row]:
+        assert numbers(row) == pytest.approx(numbers(expected), rel=1e-3)
+    assert open_checkpoint(tmp_path / "asked").step == 9
+
+
+@pytest.mark.slow
+def test_fit_codec_under_torchrun_makes_the_codec_of_one_process(tmp_path):
+    write_photos(tmp_path / "photos", 40)
+    asked = ("data", "fit-codec", "small", tmp_path / "photos", *FIT, "--training.revive-after", 2)
+    said = torchrun("-m", "transfusion", *asked, "--out", tmp_path / "two")
+    assert said.count("held out: PSNR") == 1
+    command(*asked, "--out", tmp_path / "one")
+    found, expected = (load_file(tmp_path / name / "codec.safetensors") for name in ("two", "one"))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert far(found[name].numpy().astype(float), value.numpy().astype(float)) <= 1e-4, name
+    one, other = (read_json(tmp_path / name / "codec.json")["heldout"] for name in ("two", "one"))
+    assert one == pytest.approx(other, rel=1e-4)
+    assert (tmp_path / "two" / "reconstructions.html").exists()
