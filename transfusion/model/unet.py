@@ -44,7 +44,6 @@ class UNetPatches(nn.Module):
         widths = config.unet_widths
         self.inward = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.down = Down(widths)
-        self.down_norm = group_norm(widths[-1])
         self.to_patches = nn.Linear(widths[-1], config.width)
         self.from_patches = nn.Linear(config.width, widths[-1])
         self.up = Up(widths)
@@ -55,8 +54,7 @@ class UNetPatches(nn.Module):
         """Noisy latents (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D), and what `leave` needs."""
         time = describe_time(t).to(noisy.dtype)  # (N, FREQUENCIES)
         x, skips = self.down(self.inward(noisy), time)
-        # Without the norm these vectors grow ten times as large as those of tokens, and what a caption adds to them is lost.
-        return self.to_patches(to_list(self.down_norm(x))), Carried(time, skips, x.shape[2:])
+        return self.to_patches(to_list(x)), Carried(time, skips, x.shape[2:])
 
     def leave(self, hidden: Tensor, carried: Carried) -> Tensor:
         """What the transformer made of the patches (N, P, D) -> a prediction (N, C, Y, X)."""
