@@ -94,14 +94,20 @@ def test_a_command_that_fails_ends_the_table_with_its_code():
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("variant", patches.variants(Path("data")), ids=lambda variant: variant.folder)
-def test_the_patches_are_what_their_names_say(variant):
-    """The words are options of `train`, and cut latents of 16x16 into as many patches."""
+SIDES = {(1, 2): 8, (2, 4): 16}  # of patches: of the latents that they cut
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+@pytest.mark.parametrize("number", range(4))
+def test_the_patches_are_what_their_names_say(sides, number):
+    """The words are options of `train`, and cut latents into as many patches."""
+    variant, side = patches.variants(sides, "--data", "data")[number], SIDES[sides]
     name, *rest = ["--data.prepared" if word == "--data" else word for word in variant.arguments]
     run = named_run(name)
     parts = {part: getattr(run, part) for part in vars(run) if part != "name"}
     asked = parse(Train, "train", rest, Train(**parts, out=Path("out")))
-    assert Vocabulary.build(300, [(16, 16)], asked.model.patch_size).patches((16, 16)) == int(variant.name.split()[1])
+    found = Vocabulary.build(300, [(side, side)], asked.model.patch_size).patches((side, side))
+    assert found == int(variant.name.split()[1])
     assert blueprint(replace(asked.model, latent_channels=8)).patches.__class__.__name__.lower().startswith(
         variant.name.split(",")[0].lower().replace("-", "")
     )
