@@ -11,7 +11,7 @@ import pytest
 from experiments import lab, patches
 from experiments.lab import Options, Variant
 from tests.test_cli import TINY
-from transfusion.cli.runs import Train, named_run, parse, replace
+from transfusion.cli.runs import Train, named, parse_run
 from transfusion.model.transfusion import blueprint
 from transfusion.sequence import Vocabulary
 
@@ -102,15 +102,11 @@ SIDES = {(1, 2): 8, (2, 4): 16}  # of patches: of the latents that they cut
 def test_the_patches_are_what_their_names_say(sides, number):
     """The words are options of `train`, and cut latents into as many patches."""
     variant, side = patches.variants(sides, "--data", "data")[number], SIDES[sides]
-    name, *rest = ["--data.prepared" if word == "--data" else word for word in variant.arguments]
-    run = named_run(name)
-    parts = {part: getattr(run, part) for part in vars(run) if part != "name"}
-    asked = parse(Train, "train", rest, Train(**parts, out=Path("out")))
-    found = Vocabulary.build(300, [(side, side)], asked.model.patch_size).patches((side, side))
+    run, _ = parse_run(Train, "train", *named("train", list(variant.arguments)))
+    found = Vocabulary.build(300, [(side, side)], run.model.patch_size).patches((side, side))
     assert found == int(variant.name.split()[1])
-    assert blueprint(replace(asked.model, latent_channels=8)).patches.__class__.__name__.lower().startswith(
-        variant.name.split(",")[0].lower().replace("-", "")
-    )
+    kind = type(blueprint(run.model).patches).__name__
+    assert kind == {"linear": "LinearPatches", "U-Net": "UNetPatches"}[variant.name.split(",")[0]]
 
 
 @pytest.mark.slow

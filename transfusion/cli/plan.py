@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, NamedTuple
 
 import tyro
 
-from transfusion.cli.runs import _named
-from transfusion.cli.screen import UsageError, parse
+from transfusion.cli.runs import named, parse_run
+from transfusion.cli.screen import UsageError
 from transfusion.config import (
     NAMES,
     SIZES,
@@ -70,7 +70,7 @@ def plan(arguments: list[str]) -> None:
     from transfusion.plan import plan as plan_of
 
     alone = bool(arguments) and not arguments[0].startswith("-")
-    asked = [_named(arguments)] if alone else [(named_run(size), arguments) for size in SIZES]
+    asked = [named("plan", arguments)] if alone else [(named_run(size), arguments) for size in SIZES]
     known = not alone or arguments[0] in NAMES
     read = [_read(run, rest, f"plan {run.name}" if alone else "plan", known) for run, rest in asked]
     try:
@@ -88,12 +88,7 @@ def _read(run: Run, arguments: list[str], name: str, known: bool):
     """The run and the machines that were typed, and all else. A named run takes from its data what `train` would."""
     from transfusion.plan import Machines, with_batch
 
-    arguments = ["--data.prepared" if word == "--data" else word for word in arguments]
-    if "--data.prepared" in arguments:
-        run = replace(run, data=replace(run.data, sources=(), shares=()))
-    parts = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "name"}
-    asked = parse(Asked, name, arguments, Asked(**parts))
-    run = replace(run, **{name: getattr(asked, name) for name in parts})
+    run, asked = parse_run(Asked, name, run, arguments)
     if known and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 

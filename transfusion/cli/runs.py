@@ -112,13 +112,20 @@ def demo(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """Begin a run, or go on with it."""
-    run, rest = _named(arguments)
-    rest = ["--data.prepared" if word == "--data" else word for word in rest]
-    if "--data.prepared" in rest:  # whatever the named run reads
+    run, rest = named("train", arguments)
+    run, asked = parse_run(Train, f"train {run.name}", run, rest, out=Path("runs") / run.name)
+    train_run(run, asked.out, asked.device)
+
+
+def parse_run(kind: type, name: str, run: Run, arguments: list[str], **own):
+    """The run with every number of it that was typed, and what was typed: a `kind`, which has the parts of a run as fields,
+    and `own` as other defaults."""
+    arguments = ["--data.prepared" if word == "--data" else word for word in arguments]
+    if "--data.prepared" in arguments:  # whatever the named run reads
         run = replace(run, data=replace(run.data, sources=(), shares=()))
     parts = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "name"}
-    asked = parse(Train, f"train {run.name}", rest, Train(**parts, out=Path("runs") / run.name))
-    train_run(replace(run, **{name: getattr(asked, name) for name in parts}), asked.out, asked.device)
+    asked = parse(kind, name, arguments, kind(**parts, **own))
+    return replace(run, **{part: getattr(asked, part) for part in parts}), asked
 
 
 def train_run(run: Run, folder: Path, device: str) -> bool:
@@ -312,11 +319,11 @@ def _follow(engine, number: int, asked: Generate) -> None:
         print("" if alone else f"{answer['draw']}: ", *shown, sep="")
 
 
-def _named(arguments: list[str]) -> tuple[Run, list[str]]:
-    """The run that `train` begins with, by name or from a run.json, and the options that follow."""
+def named(verb: str, arguments: list[str]) -> tuple[Run, list[str]]:
+    """The run that comes first behind the verb, by name or from a run.json, and the options that follow."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: transfusion train RUN [options]\n\nRUN is one of {', '.join(NAMES)}, or the path of a run.json.\n"
-              "transfusion train RUN --help lists every option with the run's own defaults.")  # fmt: skip
+        print(f"usage: transfusion {verb} RUN [options]\n\nRUN is one of {', '.join(NAMES)}, or the path of a run.json.\n"
+              f"transfusion {verb} RUN --help lists every option with the run's own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name in NAMES:
