@@ -74,15 +74,16 @@ def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
 
 
 def _fill_cell(asked: Options, variant: Variant, seed: int, measure: Measure) -> None:
-    folder = _cell(asked, variant, seed)
+    folder, arguments = _cell(asked, variant, seed), [*variant.arguments, *asked.train]
     if (folder / "measured.json").exists():
+        if read_json(folder / "measured.json").get("arguments", arguments) != arguments:
+            sys.exit(f"{folder} was made with other settings: give another --out")
         return
-    chosen = ("--training.seed", str(seed), "--device", asked.device, "--out", folder)
-    transfusion("train", *variant.arguments, *asked.train, *chosen)
+    transfusion("train", *arguments, "--training.seed", str(seed), "--device", asked.device, "--out", folder)
     engine = open_run(folder, device=asked.device)
     if engine.opened.step < engine.run.training.steps:
         sys.exit("stopped: the same command goes on from here")
-    write_json(folder / "measured.json", {**measure(engine), **_last_losses(folder)})
+    write_json(folder / "measured.json", {"arguments": arguments, **measure(engine), **_last_losses(folder)})
 
 
 def _last_losses(folder: Path) -> dict[str, float]:

@@ -20,7 +20,8 @@ def prepare(out: Path) -> Path:
     """The autoencoder and what it makes of the scenes; where that is there already, a look."""
     codec, data = out / "codec", out / "data"
     if not (codec / "reconstructions.html").exists():
-        transfusion("data", "fit-codec", "small", *WORLD, "--size", SIZE, "--most", PICTURES, "--out", codec)
+        transfusion("data", "fit-codec", "small", *WORLD, "--size", SIZE, "--most", PICTURES,
+                    "--out", codec)  # fmt: skip
     one = ("--shapes-level", "0", "--limit", DOCUMENTS)
     transfusion("data", "prepare", *WORLD, *one, "--sizes", SIZE, "--codec", codec, "--out", data)
     return data

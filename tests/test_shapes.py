@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import combinations, permutations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from transfusion.data.shapes import (
     parse,
     render,
 )
+from transfusion.evaluation.scenes import draw_scenes
 from transfusion.evaluation.shapes import judge, read_scene
 
 PARTS = ("count", "colour", "shape", "size", "place")
@@ -306,3 +308,18 @@ def share_right(scenes, pictures):
 def wrong_parts(description, pixels):
     judged = judge(description, pixels)
     return {part for part in PARTS if not getattr(judged, part)}
+
+
+def test_of_few_held_out_scenes_all_are_drawn_and_no_more():
+    """A stand-in for an engine that draws what the first caption says, whatever it is asked."""
+    source = Shapes(split="heldout")
+    few = [source[n] for n in range(3)]
+    drawn = few[0].segments[1].pixels
+
+    class Draws:
+        def generate(self, requests):
+            return [[SimpleNamespace(parts=[drawn])] for _ in requests]
+
+    values, shown = draw_scenes(Draws(), few, 200)
+    assert (values["count_drawn"], len(shown)) == (3, 3)
+    assert shown[0][2] and values["everything"] == sum(right for _, _, right in shown) / 3

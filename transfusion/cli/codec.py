@@ -56,7 +56,7 @@ class FitCodec:
     """At most so many pictures, or crops, are used."""
     crops: int = 0
     """So many crops of each picture, at random places and scales; 0: the picture itself, resized and its middle cut out.
-    Held-out crops are of the same pictures as those that are learnt from, and may overlap them."""
+    Unless the source holds pictures out, held-out crops are of those that are learnt from, and may overlap others."""
     device: Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")] = "auto"
 
 
@@ -79,34 +79,60 @@ def fit_codec(arguments: list[str]) -> None:
     size = parse_size(asked.size)
     if any(side % asked.network.scale for side in size):
         raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.scale} pixels (f)")
-    if asked.crops < 0:
-        raise UsageError(f"--crops must be at least 0, not {asked.crops}")
+    if asked.crops < 0 or asked.most < 1:
+        raise UsageError(f"--crops must be at least 0 and --most at least 1, not {asked.crops} and {asked.most}")
     device = pick_device(asked.device)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    _check_folder(asked, readers)
     with Ranks.of_torchrun(device) as ranks:
         if ranks.first:
-            pictures, faults = _gather(asked, readers, size)
-            kind, lost = "crops" if asked.crops else "pictures", f"; {faults:,} records could not be read" if faults else ""
-            say(f"{len(pictures):,} {kind} of {asked.size}{lost}")
-            _check_same(asked)
+            asked.out.mkdir(parents=True, exist_ok=True)
+            found = _gather(asked, readers, size)
+            lost = f"; {found.faults:,} records of no use" if found.faults else ""
+            say(f"{len(found.pictures):,} different {'crops' if asked.crops else 'pictures'} of {asked.size}{lost}")
         ranks.wait()
         if not ranks.first:
-            pictures, _ = _gather(asked, readers, size)
-        _train(CodecTrainer(asked.network, asked.training, asked.out, pictures, device, ranks, asked.survival), asked)
+            found = _gather(asked, readers, size)
+        trainer = CodecTrainer(
+            asked.network, asked.training, asked.out, found.pictures, device, ranks, asked.survival, found.heldout
+        )
+        _train(trainer, asked)
 
 
 def _gather(asked: FitCodec, readers: list, size: tuple[int, int]):
     from transfusion.data.crops import gather_pictures
 
+    named = []
+
+    def hear(fault) -> None:
+        named.append(fault)
+        if len(named) <= SHOWN:
+            say(f"  {fault}")
+
     with progress("reading pictures") as tick:
-        return gather_pictures(readers, size, asked.network.colours, asked.most, asked.out, tick, asked.crops)
+        return gather_pictures(readers, size, asked.network.colours, asked.most, asked.out, tick, asked.crops, hear)
+
+
+def _check_folder(asked: FitCodec, readers: list) -> None:
+    """A codec has a folder of its own, apart from its pictures', and goes on as it began or not at all."""
+    from transfusion.checkpoint.save import list_checkpoints
+    from transfusion.data.prepare import check_places
+
+    check_places(readers, asked.out)
+    for name, what in (("run.json", "a run"), ("recipe.json", "a data set"), ("dataset.json", "a data set")):
+        if (asked.out / name).exists():
+            raise UsageError(f"{asked.out} holds {what}: give another --out")
+    if list_checkpoints(asked.out):
+        _check_same(asked)
 
 
 def _train(trainer, asked: FitCodec) -> None:
     """To the last step, from wherever it stands, and then the codec's own files."""
     from transfusion.checkpoint.open import restore
+    from transfusion.disk import write_json
 
     tell = say if trainer.ranks.first else lambda line: None
+    if trainer.ranks.first:
+        write_json(asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)})
     found = restore(asked.out, trainer.tensors(), trainer.ranks, say)
     if found:
         trainer.loop.resume(found[1])
@@ -118,12 +144,9 @@ def _train(trainer, asked: FitCodec) -> None:
 
 
 def _check_same(asked: FitCodec) -> None:
-    """A codec goes on as it began, or not at all."""
-    from transfusion.disk import read_json, write_json
+    from transfusion.disk import read_json
 
     path, parts = asked.out / "fit.json", {"network": asked.network, "training": asked.training}
-    if not path.exists():
-        write_json(path, {part: asdict(config) for part, config in parts.items()})
     known = read_json(path)
     for part, config in parts.items():
         # A field that a later version added is taken for its default, which is what was done before there was one.
@@ -167,7 +190,8 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
         f"Pictures of {asked.size} pixels become {become} for each {codec.scale} x {codec.scale} "
         f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.losses)}."
     )
-    held = "held-out crops of the pictures that it learnt from" if asked.crops else "held-out pictures"
+    same = asked.crops and not trainer.held_by_source
+    held = "held-out crops of the pictures that it learnt from" if same else "held-out pictures"
     figures = [
         (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} {held}; higher is better"),
         (f"{quality['ssim']:.4f}", "SSIM", "of the same; 1 is the picture itself"),

@@ -1,30 +1,42 @@
 """Pictures of one size in one file, for training a codec: read once, then mapped, any of them at once."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from transfusion.chance import seed_from
 from transfusion.codecs.pictures import to_pixels
-from transfusion.data.raw import Fault, RawImage
+from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader
 from transfusion.disk import read_json, write_json
 
 UNIT = 512  # records read between two reports of progress
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Pictures (n, Y, X, colours) uint8, mapped from a file; which of them their source holds out; records of no use."""
+
+    pictures: np.ndarray
+    heldout: tuple[int, ...]
+    faults: int
+
+
 def gather_pictures(
     readers: Sequence[Reader], size: tuple[int, int], colours: int, most: int, folder: Path,
     tick: Callable[[int, int], None] = lambda done, total: None, crops: int = 0,
-) -> tuple[np.ndarray, int]:  # fmt: skip
-    """(n, Y, X, colours) uint8, mapped from the folder's `pictures.u8`, and how many records could not be read.
+    hear: Callable[[Fault], None] = lambda fault: None,
+) -> Gathered:  # fmt: skip
+    """All different pictures of some sources, at most `most`, in the folder's `pictures.u8`; `hear` is told every fault.
 
-    At most `most` pictures, each cut to size (width, height), or so many crops of each. A folder that holds them already
-    is not read anew; ValueError when it holds others.
+    Each is cut to size (width, height), or so many crops are taken of it. Where there are too many, records are passed over
+    evenly. A folder that holds the pictures already is not read anew; ValueError when it holds others.
     """
     width, height = size
     sources = [{"options": asdict(reader.options), "files": reader.fingerprint()} for reader in readers]
@@ -32,16 +44,22 @@ def gather_pictures(
     recipe = {"sources": sources, "built_in": built_in, "size": size, "colours": colours, "most": most, "crops": crops}
     path = folder / "pictures.json"
     if not path.exists():
-        count, faults = _write(readers, size, colours, most, crops, folder / "pictures.u8", tick)
-        if not count:
+        gathering = _Gathering(size, colours, most, crops, hear)
+        with (folder / "pictures.u8").open("wb") as file:
+            gathering.write(readers, file, tick)
+        if not gathering.count:
             raise ValueError(f"{', '.join(reader.address for reader in readers)}: no picture in them could be read")
-        write_json(path, {"recipe": recipe, "count": count, "faults": faults})
+        found = {"count": gathering.count, "faults": gathering.faults, "heldout": gathering.heldout}
+        write_json(path, {"recipe": recipe, **found})
     found = read_json(path)
-    before = {"built_in": built_in, "crops": 0, **found.get("recipe", {})}  # neither was written down once
-    if before != json.loads(json.dumps(recipe)):
+    if found.get("recipe") != json.loads(json.dumps(recipe)):
         raise ValueError(f"{folder} was begun with other pictures: give another --out")
-    pictures = np.memmap(folder / "pictures.u8", np.uint8, "r", shape=(found["count"], height, width, colours))
-    return pictures, found["faults"]
+    try:
+        pictures = np.memmap(folder / "pictures.u8", np.uint8, "r", shape=(found["count"], height, width, colours))
+    except (OSError, ValueError):
+        lost = f"{folder / 'pictures.u8'} is missing or cut short"
+        raise ValueError(f"{lost}: delete {path}, and they are read anew") from None
+    return Gathered(pictures, tuple(found["heldout"]), found["faults"])
 
 
 def cut(pixels: np.ndarray, number: int, size: tuple[int, int], colours: int, crops: int) -> Iterator[np.ndarray]:
@@ -63,24 +81,43 @@ def cut(pixels: np.ndarray, number: int, size: tuple[int, int], colours: int, cr
         yield to_pixels(pixels[y : y + height, x : x + width], [size], colours)
 
 
-def _write(
-    readers: Sequence[Reader], size: tuple[int, int], colours: int, most: int, crops: int, path: Path,
-    tick: Callable[[int, int], None],
-) -> tuple[int, int]:  # fmt: skip
-    count = number = faults = 0
-    with path.open("wb") as file:
-        for reader in readers:
-            units = reader.units(UNIT)
-            total = min(most, max(crops, 1) * sum(unit.rows for unit in units))
-            for one in (one for unit in units for one in reader.read(unit)):
-                faults += isinstance(one, Fault)
-                for part in () if isinstance(one, Fault) else one.segments:
-                    if isinstance(part, RawImage):
-                        for made in islice(cut(part.pixels, number, size, colours, crops), most - count):
-                            file.write(made.tobytes())
-                            count += 1
-                        number += 1
-                tick(min(count, total), total)
-                if count == most:
-                    return count, faults
-    return count, faults
+class _Gathering:
+    """Pictures on their way into a file."""
+
+    def __init__(self, size: tuple[int, int], colours: int, most: int, crops: int, hear: Callable[[Fault], None]):
+        self.size, self.colours, self.most, self.crops, self.hear = size, colours, most, crops, hear
+        self.count = self.number = self.faults = 0
+        self.heldout: list[int] = []
+        self.seen: set[bytes] = set()  # of pictures that recur, as with several captions, one is enough
+
+    def write(self, readers: Sequence[Reader], file: BinaryIO, tick: Callable[[int, int], None]) -> None:
+        units = [(reader, unit) for reader in readers for unit in reader.units(UNIT)]
+        records = sum(unit.rows for _, unit in units)
+        self.crops = min(self.crops, max(1, self.most // records))
+        wanted = min(len(units), -(-self.most * len(units) // (max(self.crops, 1) * records)))
+        chosen = np.unique(np.linspace(0, len(units) - 1, wanted).round().astype(int))
+        for done, n in enumerate(chosen):
+            reader, unit = units[n]
+            for one in reader.read(unit):
+                self._take(one, file)
+                if self.count >= self.most:
+                    return
+            tick(done + 1, len(chosen))
+
+    def _take(self, one: RawDocument | Fault, file: BinaryIO) -> None:
+        if isinstance(one, Fault):
+            self.faults += 1
+            self.hear(one)
+            return
+        for part in one.segments:
+            if not isinstance(part, RawImage):
+                continue
+            digest = hashlib.sha256(np.asarray(part.pixels).tobytes()).digest()
+            if digest in self.seen:
+                continue
+            self.seen.add(digest)
+            for made in islice(cut(part.pixels, self.number, self.size, self.colours, self.crops), self.most - self.count):
+                file.write(made.tobytes())
+                self.heldout += [self.count] if one.split == "heldout" else []
+                self.count += 1
+            self.number += 1

@@ -16,6 +16,7 @@ FONT = "NotoColorEmoji.ttf"  # wherever the system keeps its fonts
 STRIKE = 109  # the one size in which the font holds its pictures; they are 136 x 128 pixels
 SIDE = 128  # of the pictures that are given
 BLOCKS = (range(0x203C, 0x3300), range(0x1F000, 0x1FB00))
+FACE = "\N{GRINNING FACE}"
 COLOURS = 6  # a letter in black, which is no emoji, has fewer
 HELDOUT = 0.05
 
@@ -49,7 +50,10 @@ class Emoji:
 def find_font() -> Path:
     """FileNotFoundError when it is not installed, or damaged, or of another kind."""
     try:
-        return Path(ImageFont.truetype(FONT, STRIKE).path)
+        font = ImageFont.truetype(FONT, STRIKE)
+        if not _is_coloured(draw(FACE, font)):
+            raise OSError("a font of that name without colours")
+        return Path(font.path)
     except OSError:
         raise FileNotFoundError(
             f"the source emoji needs the font {FONT}, which is not installed: "
@@ -76,3 +80,9 @@ def draw(letter: str, font: ImageFont.FreeTypeFont) -> Picture.Image | None:
     square = square.convert("RGB")
     colours = square.resize((32, 32)).getcolors(32 * 32)
     return square.resize((SIDE, SIDE), Picture.Resampling.LANCZOS) if len(colours) >= COLOURS else None
+
+
+def _is_coloured(picture: Picture.Image | None) -> bool:
+    """Not only black, white and what lies between."""
+    pixels = np.asarray(picture or Picture.new("RGB", (1, 1)), np.int16)
+    return bool((pixels.max(-1) - pixels.min(-1) > 64).any())

@@ -175,6 +175,6 @@ def _geometry(firsts: Sequence[Firsts], config: PrepareConfig) -> tuple[tuple[tu
 def open_tools(folder: Path) -> Tools:
     """What `fit` has written."""
     about = read_json(folder / "fitted.json")
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-    codec = codec_from_bytes(about["codec"]["kind"], (folder / "codec.safetensors").read_bytes())
+    tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", about["tokenizer"]["sha256"]).decode())
+    codec = codec_from_bytes(about["codec"]["kind"], read_checked(folder / "codec.safetensors", about["codec"]["sha256"]))
     return Tools(tokenizer, codec, tuple(map(tuple, about["sizes"])))

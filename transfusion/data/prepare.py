@@ -51,7 +51,7 @@ def prepare(
     Each of `world` processes calls this with its rank; `wait` returns when all have called it. `tick` hears how many
     records are done. PrepareError and OSError say what stopped it.
     """
-    _check_places(readers, folder)
+    check_places(readers, folder)
     jobs = _jobs(readers, config)
     if rank == 0:
         with _goes_on("the tokenizer and the codec could not be fitted"):
@@ -81,7 +81,7 @@ def _goes_on(what: str) -> Iterator[None]:
         raise PrepareError(f"{what}: {error.strerror or error}; the same command goes on from what is finished") from None
 
 
-def _check_places(readers: Sequence[Reader], folder: Path) -> None:
+def check_places(readers: Sequence[Reader], folder: Path) -> None:
     """What is made may not lie among what it is made from, nor the other way round: it would be read the next time."""
     out = folder.resolve()
     for reader in readers:

@@ -13,7 +13,8 @@ ATTRIBUTES = ("everything", "count", "colour", "shape", "size", "place")
 def draw_scenes(
     engine: Engine, source: Source, count: int, seed: int = 0
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
-    """One drawing for each of the first held-out captions: shares that are right, and (caption, pixels, right)."""
+    """One drawing for each of the first `count` held-out captions: shares that are right, and (caption, pixels, right)."""
+    count = min(count, len(source))
     captions = [next(p.text for p in source[n].segments if isinstance(p, RawText)) for n in range(count)]
     answers = engine.generate(
         [Request(parts=(caption,), num_images=1, seed=seed + n) for n, caption in enumerate(captions)]

@@ -1,6 +1,6 @@
 """Trains an autoencoder or its VQ twin on pictures; loop, checkpoints, resume and ranks are the model's (section 4.1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from transfusion.training.loop import Loop
 from transfusion.training.optimizer import build_optimizer, learning_rate, optimizer_tensors, update_average
 
 SMALLEST = 32  # pixels along a side: the discriminator's patches have to fit in
+SMALLEST_SEEN = 11, 16  # the same for SSIM's window, and for LPIPS' network
 LOOK = 32  # held-out pictures in one forward pass
 
 
@@ -44,7 +45,8 @@ class Read:
 class CodecTrainer:
     """One autoencoder, with a codebook or without.
 
-    `pictures` are (n, Y, X, colours) uint8, which may lie on the disk; chance holds some of them out. Every rank holds all
+    `pictures` are (n, Y, X, colours) uint8, which may lie on the disk; `heldout` says which of them are only looked at, and
+    where it says none, chance holds some out. Every rank holds all
     weights (there are few), and takes its share of a step's pictures.
     """
 
@@ -53,13 +55,17 @@ class CodecTrainer:
     def __init__(
         self, network: AutoencoderConfig, config: CodecTrainingConfig, folder: Path, pictures: np.ndarray,
         device: torch.device, ranks: Ranks = ALONE, survival: SurvivalConfig = SurvivalConfig(),  # noqa: B008
+        heldout: Sequence[int] = (),
     ):  # fmt: skip
         self.config, self.pictures, self.device, self.ranks = config, pictures, device, ranks
+        smallest = SMALLEST_SEEN[config.perceptual is not None]
+        if min(pictures.shape[1:3]) < smallest:
+            with_it = " with LPIPS" if config.perceptual else ""
+            raise TrainingError(f"pictures of {smallest} pixels a side or more are needed{with_it}: give a larger --size")
         if config.rows % ranks.world:
             raise TrainingError(f"training.rows {config.rows} cannot be shared out evenly among {ranks.world} processes")
-        held = min(config.heldout, max(1, len(pictures) // 10))
-        mixed = np.random.default_rng(seed_from(config.seed, "heldout")).permutation(len(pictures))
-        self.seen, self.heldout = mixed[held:], np.sort(mixed[:held])  # numbers of pictures
+        self.seen, self.heldout = _split(len(pictures), heldout, config)  # numbers of pictures
+        self.held_by_source = len(heldout) > 0
         if not len(self.seen):
             raise TrainingError(f"{len(pictures)} pictures are too few to train on")
         kind = Network if network.codes is None else QuantisedNetwork
@@ -229,6 +235,16 @@ def structural_similarity(one: Tensor, other: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     found = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return found.flatten(1).mean(1)
+
+
+def _split(count: int, heldout: Sequence[int], config: CodecTrainingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures to learn from, and to look at: of those that their source holds out, else of all, in an order of chance."""
+    mixed = np.random.default_rng(seed_from(config.seed, "heldout")).permutation(count)
+    if len(heldout):
+        held = np.isin(mixed, heldout)
+        return mixed[~held], np.sort(mixed[held][: config.heldout])
+    most = min(config.heldout, max(1, count // 10))
+    return mixed[most:], np.sort(mixed[:most])
 
 
 @lru_cache(maxsize=2)  # the epoch in hand, and the next
