@@ -114,8 +114,9 @@ def numbers(row: dict, before: str = "") -> dict[str, float]:
 # Two ranks are one
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("patches", ["linear", "unet"])
+@pytest.mark.parametrize(
+    ("patches", "dtype"), [("linear", torch.float64), ("linear", torch.float32), ("unet", torch.float64)]
+)
 def test_two_ranks_learn_what_one_learns(pair, tmp_path, patches, dtype):
     """Half as many rows each."""
     expected = train(ALONE, tmp_path / "one", a_run(4, patches), dtype)
