@@ -20,7 +20,7 @@ from skimage import metrics
 
 from tests.sources import picture, write_photos
 from tests.test_cli import TINY, command, fails
-from transfusion.checkpoint.open import restore
+from tests.tiny import finished
 from transfusion.codecs.autoencoder import (
     Autoencoder,
     Network,
@@ -37,7 +37,6 @@ from transfusion.codecs.perceptual import Identity, Perceptual
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.data.store import open_prepared
 from transfusion.disk import read_json
-from transfusion.parallel import ALONE
 from transfusion.training.codec import CodecTrainer, peak_signal_to_noise, structural_similarity
 from transfusion.training.guard import TrainingError
 
@@ -307,18 +306,7 @@ def train(folder: Path, config: CodecTrainingConfig = QUICK, stop_at: int | None
     folder.mkdir(exist_ok=True)
     side = 16 if config.gan_from is None else 32
     trainer = CodecTrainer(SMALL, config, folder, pictures(40, side, side), torch.device("cpu"))
-    if (folder / "checkpoints").exists():
-        trainer.loop.resume(restore(folder, trainer.tensors(), ALONE)[1])
-    if stop_at is not None:
-        real = trainer.step
-
-        def step(number, *rest):
-            trainer.loop.stop_asked = number + 1 == stop_at
-            return real(number, *rest)
-
-        trainer.step = step
-    trainer.train()
-    return trainer
+    return finished(trainer, folder, stop_at)
 
 
 @pytest.mark.parametrize("gan_from", [None, 2])

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from tests.sources import picture, write_photos
 from tests.test_cli import command, fails
-from transfusion.checkpoint.open import restore
+from tests.tiny import finished
 from transfusion.codecs import vq
 from transfusion.codecs.autoencoder import Network, build_network, encode_raw, to_unit
 from transfusion.codecs.codec import codec_from_bytes, codec_of, codec_to_bytes, encode_many
 from transfusion.codecs.vq import VQ, QuantisedNetwork, nearest, straight_through
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.disk import read_json
-from transfusion.parallel import ALONE
 from transfusion.training.codebook import Keeper, use_of
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
@@ -228,18 +227,7 @@ def train(
 ) -> CodecTrainer:  # fmt: skip
     folder.mkdir(exist_ok=True)
     trainer = CodecTrainer(network, config, folder, pictures(), torch.device("cpu"))
-    if (folder / "checkpoints").exists():
-        trainer.loop.resume(restore(folder, trainer.tensors(), ALONE)[1])
-    if stop_at is not None:
-        real = trainer.step
-
-        def step(number, *rest):
-            trainer.loop.stop_asked = number + 1 == stop_at
-            return real(number, *rest)
-
-        trainer.step = step
-    trainer.train()
-    return trainer
+    return finished(trainer, folder, stop_at)
 
 
 def lines(folder: Path) -> list[dict]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.documents import CHANNELS, SHAPES, build, with_all_logits
-from transfusion.checkpoint.open import Opened
+from transfusion.checkpoint.open import Opened, restore
 from transfusion.checkpoint.save import Saver, begin
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
@@ -28,6 +28,7 @@ from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import Prediction, Transfusion
 from transfusion.parallel import ALONE
 from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.training.codec import CodecTrainer
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
 torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
@@ -196,6 +197,22 @@ def begin_run(folder: Path, run: Run | None = None) -> Run:
     run, encoder = prepared(run or small_run())
     begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
     return run
+
+
+def finished(trainer: CodecTrainer, folder: Path, stop_at: int | None = None) -> CodecTrainer:
+    """Trained to its end, or asked to stop after that step, from wherever its folder stands."""
+    if (folder / "checkpoints").exists():
+        trainer.loop.resume(restore(folder, trainer.tensors(), ALONE)[1])
+    if stop_at is not None:
+        real = trainer.step
+
+        def step(number, *rest):
+            trainer.loop.stop_asked = number + 1 == stop_at
+            return real(number, *rest)
+
+        trainer.step = step
+    trainer.train()
+    return trainer
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int = 2) -> Path:

@@ -127,17 +127,13 @@ def _check_folder(asked: FitCodec, readers: list) -> None:
 
 def _train(trainer, asked: FitCodec) -> None:
     """To the last step, from wherever it stands, and then the codec's own files."""
-    from transfusion.checkpoint.open import restore
     from transfusion.disk import write_json
 
-    tell = say if trainer.ranks.first else lambda line: None
     if trainer.ranks.first:
         write_json(asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)})
-    found = restore(asked.out, trainer.tensors(), trainer.ranks, say)
-    if found:
-        trainer.loop.resume(found[1])
-        tell(f"going on from {found[0]}")
-    tell(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {asked.out}")
+    trainer.loop.go_on(say)
+    if trainer.ranks.first:
+        say(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {asked.out}")
     done = trainer.loop.progress.step >= asked.training.steps or trainer.train()
     if done and trainer.ranks.first:
         _finish(trainer, asked)

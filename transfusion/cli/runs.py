@@ -21,6 +21,7 @@ from transfusion.config import (
     TrainingConfig,
     from_json,
     named_run,
+    parse_size,
     to_json,
 )  # fmt: skip
 
@@ -130,7 +131,6 @@ def parse_run(kind: type, name: str, run: Run, arguments: list[str], **own):
 
 def train_run(run: Run, folder: Path, device: str) -> bool:
     """Begin a run, or go on with it, on all processes that torchrun started. False when a signal stopped it."""
-    from transfusion.checkpoint.open import restore
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
     from transfusion.parallel import Ranks, pick_device
@@ -146,13 +146,9 @@ def train_run(run: Run, folder: Path, device: str) -> bool:
         heldout = {one.name: heldout_batches(one, encoder, HELDOUT) for one in open_sources(run.data, "heldout")}
         look = _previewer(folder, open_raw(run.data, "heldout"), chosen, ranks)
         trainer = Trainer(run, folder, loader, heldout, chosen, ranks, look)
-        found = restore(folder, trainer.tensors(), ranks, say)
-        if found:
-            trainer.loop.resume(found[1])
+        trainer.loop.go_on(say)
         where = f"{ranks.world} processes ({chosen.type})" if ranks.world > 1 else str(chosen)
         tell = say if ranks.first else lambda line: None
-        if found:
-            tell(f"going on from {found[0]}")
         if trainer.loop.progress.step >= run.training.steps:
             tell(f"{folder} is trained to its last step, {run.training.steps}")
             return True
@@ -176,7 +172,8 @@ def generate(arguments: list[str]) -> None:
     engine = open_run(asked.run, asked.weights, asked.device)
     try:
         generation = replace(engine.run.generation, **{name: getattr(asked, name) for name in names})
-        number = engine.submit(Request(parts, asked.num_images, asked.seed, generation, _size(asked.size)))
+        size = None if asked.size is None else parse_size(asked.size)
+        number = engine.submit(Request(parts, asked.num_images, asked.seed, generation, size))
     except ValueError as error:
         raise UsageError(str(error)) from None
     _follow(engine, number, asked)
@@ -335,12 +332,3 @@ def named(verb: str, arguments: list[str]) -> tuple[Run, list[str]]:
 
     values = read_json(path)
     return from_json(Run, values.get("run", values)), rest
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise UsageError(f"--size takes width x height, for example 32x32, not {text!r}")
-    return int(width), int(height)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from transfusion.checkpoint.open import restore
 from transfusion.checkpoint.save import Saver
 from transfusion.config import SurvivalConfig
 from transfusion.parallel import Ranks
@@ -75,6 +76,14 @@ class Loop:
         self.guard = Guard(survival, folder, ranks)
         self.stop_asked = False
         self.shown = 0.0, 0  # seconds and seen, when the screen last told a speed
+
+    def go_on(self, say: Callable[[str], None]) -> None:
+        """From the newest whole checkpoint of the folder, if there is any; `say` is told, on rank 0."""
+        found = restore(self.folder, self.task.tensors(), self.ranks, say)
+        if found:
+            self.resume(found[1])
+            if self.ranks.first:
+                say(f"going on from {found[0]}")
 
     def resume(self, state: dict) -> None:
         """Go on from a checkpoint whose tensors have been filled in."""
