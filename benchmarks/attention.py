@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.made import paper_loader
-from benchmarks.measuring import Figure, Setting, in_turn, precision
+from benchmarks.measuring import Figure, Setting, in_turn
 from transfusion.model.mask import packed
+from transfusion.parallel import precision
 from transfusion.sequence import Batch
 
 HEADS, SIZE = 12, 64  # of 0.16b

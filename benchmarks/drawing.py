@@ -11,10 +11,12 @@ from transfusion.config import GenerationConfig
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Engine, Request
+from transfusion.parallel import lower_precision, precision
 from transfusion.sequence import Document, Image, Row, Text, collate, lay_out
 
 PREFIX, SHAPE = 200, (8, 8)  # tokens before each image; of its latent
 CAPTION = "a large red circle above a small blue square"
+NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the largest number: how far both ways may be from one another
 SAMPLERS = (("ddpm", 250), ("ddim", 50), ("dpm", 20))
 
 
@@ -37,10 +39,15 @@ def a_step(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
     t = torch.full((len(noisy),), 0.5, device=device)
     prompts = [Document((Text(tuple(tokens)),)) for tokens in words] + [Document(())] * images
 
-    cache = Cache(model.config, device)
+    cache = Cache(model.config, device, precision(device))
     slots = [cache.acquire() for _ in prompts]
     pieces = [lay_out(prompt, vocabulary, ends=False).followed_by(vocabulary.boi[SHAPE]) for prompt in prompts]
-    prefill = timed(lambda: text_mode.read(model, cache, slots, pieces, vocabulary), device)
+
+    def prompts_read():
+        with lower_precision(device):
+            return text_mode.read(model, cache, slots, pieces, vocabulary)
+
+    prefill = timed(prompts_read, device)
 
     whole = []  # with their prompts, and without: each group as long as it needs to be
     for group in (slice(0, images), slice(images, None)):
@@ -50,13 +57,15 @@ def a_step(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
         whole.append((collate([Row((p,)) for p in laid], len(laid[0]), vocabulary).to(device), noisy[group], t[group]))
 
     def with_cache():
-        return image_mode.predict(model, cache, slots, noisy, t)
+        with lower_precision(device):
+            return image_mode.predict(model, cache, slots, noisy, t)
 
     def again():
-        return torch.cat([model(batch, [x], [time]).images[0] for batch, x, time in whole])
+        with lower_precision(device):
+            return torch.cat([model(batch, [x], [time]).images[0] for batch, x, time in whole])
 
     difference = (with_cache() - again()).abs().max().item()
-    if difference > 1e-3 * again().abs().max().item():
+    if difference > NEAR[precision(device)] * again().abs().max().item():
         raise RuntimeError(f"with the cache a denoising step says something else than without: by {difference:.3g}")
     seconds = in_turn({"cache": with_cache, "again": again}, setting.pick(20, 1), device)
     ratio = seconds["again"] / seconds["cache"]

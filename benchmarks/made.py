@@ -11,6 +11,7 @@ from transfusion.data.loader import Encoder, Loader
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import build
+from transfusion.parallel import lower_weights
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 LATENT = 8, 32, 32  # of a picture of 256x256; patches of 2x2 make 256 positions of it
@@ -62,6 +63,7 @@ def engine(name: str, setting: Setting) -> Engine:
     model = replace(model, vocabulary=encoder.vocabulary.size)
     run = replace(run, model=model, data=replace(run.data, row_length=512))
     weights = build(model, 0, setting.device).eval().requires_grad_(False)
+    lower_weights(weights, setting.device)
     return Engine(
         Opened(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, weights, step=0, device=setting.device)
     )

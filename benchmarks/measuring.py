@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from transfusion.parallel import lower_precision
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -88,13 +86,6 @@ def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int, device: torch
             if number_ >= warm:
                 seconds[name].append(found)
     return {name: statistics.median(found) for name, found in seconds.items()}
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """Of the matrix products in a forward pass."""
-    one = torch.ones(1, 1, device=device)
-    with lower_precision(device):
-        return (one @ one).dtype
 
 
 def machine(setting: Setting) -> dict:

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.made import paper_loader
-from benchmarks.measuring import Figure, Setting, in_turn, memory, number, precision
+from benchmarks.measuring import Figure, Setting, in_turn, memory, number
 from benchmarks.sides import peak_memory
 from transfusion.config import SIZES, Run, named_run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import training_flops
 from transfusion.model.transfusion import blueprint, count_parameters
+from transfusion.parallel import precision
 from transfusion.sequence import Batch
 from transfusion.training.trainer import Read, Trainer
 
@@ -32,11 +33,10 @@ PEAKS = {  # TFLOP/s in bfloat16 by the data sheets; the first name that is part
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """The small runs on their own data; on CUDA the paper's sizes, on as many rows of the paper's kind as fit."""
-    for name in setting.pick(SMALL, SMALL[:1]):
+    """On a CPU the small runs on their own data; on CUDA the paper's sizes, on as many rows of the paper's kind as fit."""
+    for name in setting.pick(SMALL, SMALL[:1]) if not setting.cuda else ():
         yield from figures(small(name, setting.device), setting)
-        if not setting.cuda:
-            yield memory_of_a_process(name)
+        yield memory_of_a_process(name)
     rows = 8
     for name in setting.pick(tuple(SIZES), ("0.16b",)) if setting.cuda else ():
         rows, found = as_many_rows_as_fit(name, rows, setting)
@@ -88,7 +88,7 @@ def figures(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
     ways = {"step": step} | {shape: partial(multiply, *operands(shape, device)) for shape in products_of(run)}
     if setting.cuda:
         ways["causal"] = stepper(trainer, [causal(read) for read in reads])
-    seconds = in_turn(ways, setting.pick(20 if setting.cuda else 40, 1), device)
+    seconds = in_turn(ways, setting.pick(10 if setting.cuda else 40, 1), device)
     parameters, positions = count_parameters(trainer.model), mean(reads, lambda batch: batch.positions)
     speed = {shape: TIMES * 2 * shape[0] * shape[1] * shape[2] / seconds[shape] for shape in products_of(run)}
     rows, width = run.data.rows * run.data.row_length, run.model.width

@@ -34,18 +34,25 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def lower_precision(device: torch.device):
-    """The context for forward passes: bfloat16 where the hardware is fast at it (CUDA), float32 elsewhere.
+def precision(device: torch.device) -> torch.dtype:
+    """Of matrix products: bfloat16 where the hardware is fast at it (CUDA), float32 elsewhere.
 
-    Weights, losses and the optimizer stay in float32. On a CPU without bfloat16 units a step would be 20 times slower.
+    On a CPU without bfloat16 units a step would be 20 times slower.
     """
-    if _knows_bfloat16(device):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _knows_bfloat16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+def lower_precision(device: torch.device):
+    """The context for forward passes in that precision. Weights, losses and the optimizer stay in float32."""
+    lower = precision(device)
+    return contextlib.nullcontext() if lower == torch.float32 else torch.autocast(device.type, lower)
+
+
+def lower_weights(model: nn.Module, device: torch.device) -> None:
+    """For good: the matrices of products in that precision, which `lower_precision` would convert in every pass."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(precision(device))
 
 
 class Ranks:
@@ -208,7 +215,7 @@ def spread(
             block.compile(backend=COMPILER, dynamic=False)
     if mesh is None:
         return
-    lower = torch.bfloat16 if _knows_bfloat16(device) else None
+    lower = None if precision(device) == torch.float32 else precision(device)
     # Inputs are left as they are: t would be rounded to the nearest of 256 numbers.
     policy = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False)
     for unit in (*blocks, model):

@@ -17,7 +17,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.model.transfusion import Transfusion, count_parameters, empty
-from transfusion.parallel import ALONE, Ranks, pick_device
+from transfusion.parallel import ALONE, Ranks, lower_weights, pick_device
 from transfusion.sequence import Vocabulary
 
 
@@ -46,13 +46,17 @@ class Opened(Described):
 
 
 def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto") -> Opened:
-    """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from."""
+    """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from.
+
+    Its matrices are in the precision that the device computes in.
+    """
     chosen = pick_device(device)
     described = describe(folder)
     found = newest(folder)
     verify(found)
     model = empty(described.run.model, chosen).requires_grad_(False)
     fill(found, {"average" if weights == "average" else "model": model.state_dict()})
+    lower_weights(model, chosen)
     step = read_json(found / "state.json").get("step")
     if not isinstance(step, int):
         raise OpenError(f"{found / 'state.json'} does not say which step it is")
@@ -93,7 +97,7 @@ def newest(folder: Path) -> Path:
         raise OpenError(f"{folder} has no checkpoint yet")
     latest = folder / "checkpoints" / "latest"
     named = latest.read_bytes().strip() if latest.is_file() else b""
-    return next((path for path in found if path.name.encode() == named), found[-1])
+    return next((path for path in found if path.stem.encode() == named), found[-1])  # the stem: it may be an .old one
 
 
 def verify(checkpoint: Path, ranks: Ranks = ALONE) -> None:

@@ -122,4 +122,4 @@ def predict(model: Transfusion, cache: Cache, slots: list[int], noisy: Tensor, t
     group = ImageGroup(noisy, index, t, nothing, 0, [], [], [])
     batch = Batch(place, view.place, place, place, nothing, nothing, [group], B * patches, [])
     mask = cached(view.lengths, patches, place, model.config.image_attention)
-    return model(batch, [noisy], [t], mask, view).images[0]
+    return model(batch, [noisy], [t], mask, view).images[0].to(noisy.dtype)

@@ -30,7 +30,7 @@ class Transformer(nn.Module):
         self.recompute = False  # in training: keep what goes into each block, and run it again in the backward pass
 
     def forward(self, x: Tensor, position: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
-        rotation = rotation_of(position, self.config, x.dtype)
+        rotation = rotation_of(position, self.config, torch.promote_types(x.dtype, torch.float32))
         mask.prepare()
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -102,9 +102,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
         B, L, _ = x.shape
-        q = rotate(self.q_norm(self.query(x).view(B, L, self.heads, self.size)), rotation).transpose(1, 2)
-        k = rotate(self.k_norm(self.key(x).view(B, L, self.kv_heads, self.size)), rotation).transpose(1, 2)
         v = self.value(x).view(B, L, self.kv_heads, self.size).transpose(1, 2)  # (B, Hkv, L, h)
+        q = rotate(self.q_norm(self.query(x).view(B, L, self.heads, self.size)), rotation).transpose(1, 2).to(v.dtype)
+        k = rotate(self.k_norm(self.key(x).view(B, L, self.kv_heads, self.size)), rotation).transpose(1, 2).to(v.dtype)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return self.out(mask.attend(q, k, v).transpose(1, 2).reshape(B, L, -1))  # (B, L, D)

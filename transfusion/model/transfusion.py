@@ -1,6 +1,6 @@
 """One transformer, two ways in, two ways out: tokens and patches (section 3)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from transfusion.model.unet import UNetPatches
 from transfusion.sequence import Batch
 
 
-@dataclass
-class Prediction:
-    """What the model says: next-token logits (T, V) at the batch's text_index, and per group of images (N, C, Y, X)."""
+class Prediction(NamedTuple):
+    """What the model says: next-token logits (T, V) at the batch's text_index, and per group of images (N, C, Y, X).
+
+    A tuple, because FSDP looks for the tensors in what a module returns.
+    """
 
     logits: Tensor
     images: list[Tensor]

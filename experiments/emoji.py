@@ -1,0 +1,88 @@
+"""Pictures that nobody made for a test: colour emoji at 64x64, through an autoencoder of their own, drawn and captioned.
+
+There are 1,391 of them, so this shows the whole path on real pictures, and what is remembered rather than understood:
+emoji.html has some that were trained on and some that were held out.
+
+    python -m experiments.emoji --out runs/emoji           # two cores: about half an hour
+    python -m experiments.emoji --large --out runs/emoji   # one GPU: minutes
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from experiments.lab import transfusion
+from transfusion.data.loader import Source
+from transfusion.data.raw import RawImage
+from transfusion.data.sources import open_raw
+from transfusion.evaluation.captions import caption_heldout
+from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.page import Page
+
+PIXELS = 64
+SIZE = f"{PIXELS}x{PIXELS}"
+SHOWN = 48  # emoji of each kind
+SMALL = "--training.steps", "3000"
+LARGE = (
+    "--model.width", "512", "--model.layers", "12", "--model.heads", "8", "--model.hidden", "1408",
+    "--data.row-length", "1024", "--data.rows", "16", "--training.steps", "6000", "--training.learning-rate", "1e-3",
+    "--training.warmup", "200", "--training.average", "0.999", "--training.validate-every", "1000",
+    "--training.checkpoint-every", "3000", "--training.preview-every", "0",
+)  # fmt: skip
+LARGE_CODEC = (
+    "--network.width", "64", "--network.blocks", "2", "--training.rows", "32", "--training.steps", "4000",
+    "--training.learning-rate", "1e-3", "--training.validate-every", "1000", "--training.checkpoint-every", "2000",
+)  # fmt: skip
+
+
+@dataclass
+class Options:
+    out: Path = Path("runs/emoji")
+    """The folder of autoencoder, data, run and page; the same command goes on where it stopped."""
+    large: bool = False
+    """For a GPU: 43 million parameters instead of 2, on eight times as many positions a step."""
+    train: tuple[str, ...] = ()
+    """More options of `transfusion train`: --train=--training.steps=20"""
+    codec: tuple[str, ...] = ()
+    """More options of `transfusion data fit-codec`."""
+    device: str = "auto"
+
+
+def main(asked: Options) -> None:
+    codec, data, run = asked.out / "codec", asked.out / "data", asked.out / "run"
+    if not (codec / "reconstructions.html").exists():
+        transfusion("data", "fit-codec", "small", "emoji", "--size", SIZE, *(LARGE_CODEC if asked.large else ()),
+                    *asked.codec, "--device", asked.device, "--out", codec)  # fmt: skip
+    transfusion("data", "prepare", "emoji", "--sizes", SIZE, "--codec", codec, "--out", data)
+    transfusion("train", "small", "--data", data, *(LARGE if asked.large else SMALL), *asked.train,
+                "--device", asked.device, "--out", run)  # fmt: skip
+    page = Page("Emoji at 64x64")
+    page.say(
+        "Each picture is a pair: left the emoji, right what the model draws from its name. Below stands its name, and "
+        "what the model calls it when it is shown, where that is something else. None are picked."
+    )
+    engine = open_run(run, device=asked.device)
+    for split, heading in (("train", "Trained on"), ("heldout", "Held out")):
+        (source,) = open_raw(engine.run.data, split)
+        page.heading(heading)
+        page.pictures(look(engine, source), width=2 * PIXELS)
+    print(f"wrote {page.write(asked.out / 'emoji.html')}")
+
+
+def look(engine: Engine, source: Source) -> list[tuple[str, np.ndarray, bool]]:
+    """The first emoji of a source, each beside what is drawn from its name: caption, pixels, is it named rightly?"""
+    documents = [source[n] for n in range(min(SHOWN, len(source)))]
+    pairs = [sorted(document.segments, key=lambda part: isinstance(part, RawImage)) for document in documents]
+    said = [answer["said"] for answer in caption_heldout(engine, source, len(documents))["answers"]]
+    drawn = engine.generate([Request((text.text,), num_images=1) for text, _ in pairs])
+    return [
+        (text.text if called == text.text else f"{text.text}\nsaid: {called}",
+         np.concatenate([image.pixels, answer.parts[-1]], 1), called == text.text)
+        for (text, image), called, (answer,) in zip(pairs, said, drawn, strict=True)
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
