@@ -94,5 +94,5 @@ def check(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> None:
     """RuntimeError when they differ by more than bfloat16 explains."""
     for name, one, other in zip(("output", "q", "k", "v"), found, true, strict=True):
         difference = ((one.float() - other).norm() / other.norm()).item()
-        if difference > NEAR:
+        if not difference <= NEAR:  # not a number is not near
             raise RuntimeError(f"FlexAttention is not the dense mask: {name} differs by {difference:.3g} of its norm")

@@ -65,7 +65,7 @@ def a_step(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
             return torch.cat([model(batch, [x], [time]).images[0] for batch, x, time in whole])
 
     difference = (with_cache() - again()).abs().max().item()
-    if difference > NEAR[precision(device)] * again().abs().max().item():
+    if not difference <= NEAR[precision(device)] * again().abs().max().item():
         raise RuntimeError(f"with the cache a denoising step says something else than without: by {difference:.3g}")
     seconds = in_turn({"cache": with_cache, "again": again}, setting.pick(20, 1), device)
     ratio = seconds["again"] / seconds["cache"]

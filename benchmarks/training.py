@@ -1,6 +1,7 @@
 """A training step of every named run that fits the device: positions a second, of the machine's matrix speed, and memory."""
 
 import gc
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -114,9 +115,15 @@ def figures(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
 
 
 def stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
-    """The trainer's own step, on these reads in turn."""
+    """The trainer's own step, on these reads in turn. RuntimeError when one's gradient is not finite."""
     coming, numbers = cycle(reads), count()
-    return lambda: trainer.step(next(numbers), next(coming), lambda *_: True)
+
+    def allows(number: int, norm: float, *_) -> bool:
+        if not math.isfinite(norm):
+            raise RuntimeError(f"the gradient of step {number} is not finite")
+        return True
+
+    return lambda: trainer.step(next(numbers), next(coming), allows)
 
 
 def causal(read: Read) -> Read:

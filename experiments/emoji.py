@@ -27,13 +27,13 @@ SHOWN = 48  # emoji of each kind
 SMALL = "--training.steps", "3000"
 LARGE = (
     "--model.width", "512", "--model.layers", "12", "--model.heads", "8", "--model.hidden", "1408",
-    "--data.row-length", "1024", "--data.rows", "16", "--training.steps", "6000", "--training.learning-rate", "1e-3",
-    "--training.warmup", "200", "--training.average", "0.999", "--training.validate-every", "1000",
-    "--training.checkpoint-every", "3000", "--training.preview-every", "0",
+    "--data.row-length", "1024", "--data.rows", "16", "--training.steps", "3000", "--training.learning-rate", "1e-3",
+    "--training.warmup", "200", "--training.average", "0.998", "--training.validate-every", "500",
+    "--training.checkpoint-every", "1000", "--training.preview-every", "0",
 )  # fmt: skip
 LARGE_CODEC = (
-    "--network.width", "64", "--network.blocks", "2", "--training.rows", "32", "--training.steps", "4000",
-    "--training.learning-rate", "1e-3", "--training.validate-every", "1000", "--training.checkpoint-every", "2000",
+    "--network.width", "64", "--network.blocks", "2", "--training.rows", "32", "--training.steps", "2000",
+    "--training.learning-rate", "1e-3", "--training.validate-every", "500", "--training.checkpoint-every", "1000",
 )  # fmt: skip
 
 

@@ -317,12 +317,6 @@ def test_the_first_guess_of_the_image_head_is_zero():
     assert said.logits.std() > 0.1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_starting_weights_are_the_same_on_a_gpu():
-    on_gpu = {name: x.cpu() for name, x in numbers(network.build(TINY, 0, "cuda")).items()}
-    assert same_weights(on_gpu, numbers(network.build(TINY, 0)))
-
-
 # Gradients
 
 

@@ -54,7 +54,9 @@ class Noted:
             yield batch, place
 
 
-def new_trainer(folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE) -> Trainer:
+def new_trainer(
+    folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE, device: str = "cpu"
+) -> Trainer:
     """A trainer as the command makes it, in a folder with a run.json."""
     run, encoder = prepared(run)
     if ranks.first and not (folder / "run.json").exists():
@@ -62,7 +64,7 @@ def new_trainer(folder: Path, run: Run, look=None, change=None, ranks: Ranks = A
     by_four = replace(encoder, config=replace(run.data, rows=4))  # times of held-out images follow from their batch
     heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
     loader = Noted(Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world), change)
-    return Trainer(run, folder, loader, heldout, torch.device("cpu"), ranks, look)
+    return Trainer(run, folder, loader, heldout, torch.device(device), ranks, look)
 
 
 def resumed(folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE) -> Trainer:

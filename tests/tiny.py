@@ -98,7 +98,7 @@ class Watched:
         said = self.model(batch, noisy, t, mask, cache)
         slots = cache.slot[:, 0].tolist()
         self.calls.append(Call(slots, batch.tokens, batch.position, noisy, t, said, mask.keys))
-        return said if self.bias is None else replace(said, logits=said.logits + self.bias)
+        return said if self.bias is None else said._replace(logits=said.logits + self.bias)
 
 
 def engine(

@@ -37,10 +37,7 @@ class Mask:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h)."""
         if self.flex:
-            return _compiled_flex()(
-                q, k, v, block_mask=self.blocks, enable_gqa=k.shape[1] != q.shape[1],
-                kernel_options={"ROWS_GUARANTEED_SAFE": True},  # every row sees itself
-            )  # fmt: skip
+            return _compiled_flex()(q, k, v, block_mask=self.blocks, enable_gqa=k.shape[1] != q.shape[1])
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.added.to(q.dtype), enable_gqa=k.shape[1] != q.shape[1]
         )

@@ -37,16 +37,20 @@ class Trainer:
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
         self.model.transformer.recompute = run.parallel.recompute
-        self.average = self._build(compiled=False).requires_grad_(False)
+        self.average = self._build(compiled=False, like=self.model).requires_grad_(False)
         self.optimizer = build_optimizer(self.model, run.training)
         self.loop = Loop(self, run.training, run.survival, folder, ranks, run.training.preview_every if look else 0)
 
-    def _build(self, compiled: bool) -> Transfusion:
-        """The starting weights, each rank's part of them: no rank ever holds the whole."""
+    def _build(self, compiled: bool, like: Transfusion | None = None) -> Transfusion:
+        """The starting weights or those of another, each rank's part of them: no rank ever holds the whole."""
         model = blueprint(self.run.model)
         spread(model, model.transformer.blocks, self.device, self.mesh, compiled)
         model.to_empty(device=self.device)
-        init_weights(model, self.run.training.seed)
+        if like is None:
+            init_weights(model, self.run.training.seed)
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(list(model.parameters()), list(like.parameters()))
         return model
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
