@@ -56,15 +56,14 @@ def test_starting_weights_are_the_same():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of one small run: trained on a CPU, on the GPU, and on the GPU with a stop; compiled, of whole blocks."""
+    """Folders of one small run: trained on a CPU, on the GPU (compiled, rows of whole blocks), there with a stop."""
     run = small_run(steps=8)
     run = replace(run, data=replace(run.data, row_length=128))
     folders = [tmp_path_factory.mktemp(name) for name in ("cpu", "gpu", "resumed")]
     assert new_trainer(folders[0], run).train()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert new_trainer(folders[1], run, device="cuda").train()
-        half = replace(run, training=replace(run.training, steps=4))
-        assert new_trainer(folders[2], half, device="cuda").train()
+    assert new_trainer(folders[1], run, device="cuda").train()
+    half = replace(run, training=replace(run.training, steps=4))
+    assert new_trainer(folders[2], half, device="cuda").train()
     trainer = new_trainer(folders[2], run, device="cuda")
     trainer.loop.go_on(print)
     assert trainer.loop.progress.step == 4

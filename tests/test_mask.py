@@ -1,6 +1,7 @@
 """Promise 1: flex == dense == the one-line rule. No image sees another's future; documents are islands."""
 
 import shutil
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tests.documents import batches, few, may_see, some
+from tests.documents import TINY, batches, few, may_see, some
+from transfusion.model import mask as mask_module
+from transfusion.model import transfusion as network
 from transfusion.model.mask import BLOCK, Mask, cached, packed
 
 LONG = 3 * BLOCK
@@ -160,6 +163,21 @@ def test_attend_is_softmax_over_what_may_be_seen(found, kv_heads):
     k_all, v_all = repeated
     scores = (q @ k_all.mT / 16**0.5).masked_fill(~rule_of(*found), float("-inf"))
     assert torch.allclose(packed(*found).attend(q, k, v), F.softmax(scores, -1) @ v_all, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_stays_compiled_where_blocks_are_compiled_first(monkeypatch):
+    """Made while a block is traced, it would be plain FlexAttention for whatever is not compiled: held-out losses."""
+    monkeypatch.setattr(mask_module, "_flex", None)
+    monkeypatch.setattr(Mask, "flex", True)
+    torch._dynamo.reset()
+    model = network.build(replace(TINY, layers=1), 0)
+    for block in model.transformer.blocks:
+        block.compile(backend="eager")
+    one = torch.zeros(1, BLOCK, dtype=torch.int32)
+    with torch.no_grad():
+        model.transformer(torch.zeros(1, BLOCK, TINY.width), one, packed(one, one - 1))
+    assert mask_module._flex not in (None, flex_attention)
 
 
 # With a cache

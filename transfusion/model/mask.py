@@ -31,7 +31,11 @@ class Mask:
         return self.lo.device.type == "cuda" and self.lo.shape[1] == self.keys and self.keys % BLOCK == 0
 
     def prepare(self) -> None:
-        """Make what `attend` reads, once for all layers (and before they are compiled)."""
+        """Make what `attend` needs, once for all layers, and before they are compiled: a compiler that traces
+        `torch.compile` leaves it out, and a plain FlexAttention would be remembered that holds all pairs in memory.
+        """
+        if self.flex:
+            _compiled_flex()
         _ = self.blocks if self.flex else self.added
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

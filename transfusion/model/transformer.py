@@ -49,7 +49,7 @@ class Norm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return _NormWithGradient.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return super().forward(x.to(self.weight.dtype))  # of two precisions there is no fused kernel
 
 
 class _NormWithGradient(torch.autograd.Function):
