@@ -27,6 +27,7 @@ from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run, T
 from transfusion.data.loader import BEGINNING, Place
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
+from transfusion.parallel import pick_device
 from transfusion.sequence import Batch, Document, Image, Piece, Row, Text, Vocabulary, collate, lay_out
 from transfusion.training.trainer import Trainer
 
@@ -153,7 +154,7 @@ class Ours:
             data=DataConfig(row_length=loader.row_length, rows=SEQUENCES),
             training=TrainingConfig(learning_rate=sides.RATE, clip=sides.CLIP),
         )  # fmt: skip
-        device = torch.device("cpu")
+        device = pick_device("cpu")
         self.trainer = Trainer(run, Path(), loader, {}, device)
         self.reading, self.steps = self.trainer.read(None), count()
         side = np.ones(CHANNELS)

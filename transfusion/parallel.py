@@ -1,6 +1,7 @@
 """Where work is done: the device, the numbers it computes with, and the processes (ranks) that share it."""
 
 import contextlib
+import ctypes
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 COMPILER = "inductor"  # of blocks; tests take a lighter one
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 PATIENCE = timedelta(days=7)  # of ranks that wait for one another; the watchdog has less
 
 
@@ -31,7 +33,20 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot compute on device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu":
+        _keep_memory()
     return device
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed: a step frees and takes the same again, and the system would clear it page by page."""
+    try:
+        set_ = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    set_(M_MMAP_MAX, 0)
+    set_(M_TRIM_THRESHOLD, 2**31 - 1)
+    set_(M_TOP_PAD, 2**26)
 
 
 def precision(device: torch.device) -> torch.dtype:
