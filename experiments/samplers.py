@@ -17,7 +17,10 @@ from transfusion.data.sources import open_raw
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.inference.engine import open_run
 
-SAMPLERS = (("ddpm", 250), ("ddpm", 50), ("ddpm", 20), ("ddim", 50), ("ddim", 20), ("dpm", 20), ("dpm", 10), ("dpm", 5))
+SAMPLERS = (
+    ("ddpm", 250), ("ddpm", 50), ("ddpm", 20), ("ddim", 50), ("ddim", 20), ("dpm", 20), ("dpm", 10), ("dpm", 5),
+    ("dpm-sde", 50), ("dpm-sde", 20), ("dpm-sde", 10),
+)  # fmt: skip
 COLUMNS = ("everything", "count", "colour", "shape", "size", "place")
 
 

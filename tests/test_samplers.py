@@ -10,7 +10,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from diffusers.schedulers import scheduling_ddpm
+from diffusers.schedulers import scheduling_ddpm, scheduling_dpmsolver_multistep
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,8 +27,9 @@ some = settings(max_examples=40, deadline=None)
 SHAPE = (1, 3, 2, 2)
 COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; they divide 1000, for diffusers walks whole ones
 THEIR_NAMES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
-STRAIGHT = [("straight", name) for name in ("ddpm", "ddim", "dpm", "euler", "heun")]
-SAMPLERS = [("cosine", name) for name in ("ddpm", "ddim", "dpm")] + STRAIGHT
+STRAIGHT = [("straight", name) for name in ("ddpm", "ddim", "dpm", "dpm-sde", "euler", "heun")]
+SAMPLERS = [("cosine", name) for name in ("ddpm", "ddim", "dpm", "dpm-sde")] + STRAIGHT
+WITH_CHANCE = ("ddpm", "dpm-sde")
 
 predictions = st.sampled_from(("noise", "velocity", "clean"))
 counts = st.sampled_from(COUNTS)
@@ -88,25 +89,21 @@ def scheduler_of(kind, steps: int, prediction: str, bound: float | None, **more)
     return scheduler
 
 
-def their_ddpm(scheduler, noisy: Tensor, seed: int, asked_for: list[Tensor]) -> Tensor:
-    """Their loop, with our chance: float32 noise from one generator, a fresh one per step."""
-    generator = torch.Generator().manual_seed(seed)
+def their_way(scheduler, noisy: Tensor, said: list[Tensor], seed: int = 0) -> list[Tensor]:
+    """All that their loop passes through: where it begins, and what each of these predictions makes of it.
+
+    With our chance: float32 noise from one generator, fresh in every step.
+    """
+    generator, way = torch.Generator().manual_seed(seed), [noisy]
 
     def draw(shape, **_):
         return torch.randn(shape, generator=generator).double()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduling_ddpm, "randn_tensor", draw)
-        for t, prediction in zip(scheduler.timesteps, asked_for, strict=True):
-            noisy = scheduler.step(prediction, t, noisy).prev_sample
-    return noisy
-
-
-def their_way(scheduler, noisy: Tensor, said: list[Tensor]) -> list[Tensor]:
-    """All that their loop passes through: where it begins, and what each of these predictions makes of it."""
-    way = [noisy]
-    for t, prediction in zip(scheduler.timesteps, said, strict=True):
-        way.append(scheduler.step(prediction, t, way[-1]).prev_sample)
+        for module in (scheduling_ddpm, scheduling_dpmsolver_multistep):
+            patch.setattr(module, "randn_tensor", draw)
+        for t, prediction in zip(scheduler.timesteps, said, strict=True):
+            way.append(scheduler.step(prediction, t, way[-1]).prev_sample)
     return way
 
 
@@ -136,7 +133,7 @@ def test_ddpm_is_the_schedulers(steps, prediction, bound, seed):
     ours, asked = drive(sampler, lambda noisy, t: next(answers))
     scheduler = scheduler_of(DDPMScheduler, steps, prediction, bound, variance_type="fixed_small")
     assert [round(1000 * t.item()) - 1 for _, t in asked] == scheduler.timesteps.tolist()
-    agree(ours, their_ddpm(scheduler, random(seed, 0), seed, said), 1e-5)
+    agree(ours, their_way(scheduler, random(seed, 0), said, seed)[-1], 1e-5)
 
 
 @some
@@ -168,7 +165,7 @@ def test_unclipped_noise_predictions_are_the_schedulers(steps, name, seed):
     theirs = random(seed, 0)
     if name == "ddpm":
         scheduler = scheduler_of(DDPMScheduler, steps, "noise", None, variance_type="fixed_small")
-        theirs = their_ddpm(scheduler, theirs, seed, said)
+        theirs = their_way(scheduler, theirs, said, seed)[-1]
     else:
         scheduler = scheduler_of(DDIMScheduler, steps, "noise", None)
         for t, prediction in zip(scheduler.timesteps, said, strict=True):
@@ -194,16 +191,17 @@ def test_euler_is_the_schedulers(steps, shift, seed):
     agree(ours, theirs)
 
 
+@pytest.mark.parametrize(("name", "theirs"), [("dpm", "dpmsolver++"), ("dpm-sde", "sde-dpmsolver++")])
 @some
 @given(counts, predictions, bounds, seeds)
-def test_dpm_is_the_schedulers(steps, prediction, bound, seed):
+def test_dpm_is_the_schedulers(name, theirs, steps, prediction, bound, seed):
     """All along the way, not only at its end, where the last step is first-order and gives the last estimate."""
     diffusion = DiffusionConfig(prediction=prediction)
     said = [random(seed, 2 + n % 8) for n in range(steps)]
-    ours, times = our_way("dpm", walk(steps, diffusion, bound), random(seed, 0), said)
+    ours, times = our_way(name, walk(steps, diffusion, bound, seed), random(seed, 0), said)
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=THEIR_NAMES[prediction],
-        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+        algorithm_type=theirs, solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
         thresholding=bound is not None, sample_max_value=bound or 1.0,  # at 1, dynamic thresholds do not move: they clip
     )  # fmt: skip
     in_double(scheduler)
@@ -213,7 +211,7 @@ def test_dpm_is_the_schedulers(steps, prediction, bound, seed):
     exact = torch.cat([(1 / abar - 1).sqrt(), torch.zeros(1)])  # (steps + 1,)
     torch.testing.assert_close(exact.float(), scheduler.sigmas, rtol=1e-5, atol=1e-6)
     scheduler.sigmas = exact
-    for one, other in zip(ours, their_way(scheduler, random(seed, 0), said), strict=True):
+    for one, other in zip(ours, their_way(scheduler, random(seed, 0), said, seed), strict=True):
         agree(one, other, 3e-5)  # they round to float32 in each of up to 1,000 steps
 
 
@@ -295,9 +293,9 @@ def test_a_perfect_predictor_gives_the_clean_latent(
 @few
 @given(st.integers(1, 40), predictions, seeds)
 def test_without_chance_the_way_back_is_the_way_there(steps, prediction, seed):
-    """All but ddpm pass through the very noisy latents that training makes of this image and this noise."""
+    """All that draw none pass through the very noisy latents that training makes of this image and this noise."""
     for path, name in SAMPLERS:
-        if name == "ddpm" or (path, prediction) == ("straight", "noise"):
+        if name in WITH_CHANCE or (path, prediction) == ("straight", "noise"):
             continue  # at t = 1 of the straight path a noise prediction says nothing of the image
         diffusion = DiffusionConfig(path=path, prediction=prediction)
         clean, noise = random(seed, 1), random(seed, 0)
@@ -310,16 +308,17 @@ def test_without_chance_the_way_back_is_the_way_there(steps, prediction, seed):
             torch.testing.assert_close(noisy, add_noise(clean, noise, t, diffusion), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", WITH_CHANCE)
 @few
 @given(st.integers(5, 60), seeds)
-def test_ddpm_keeps_the_noise_as_large_as_the_path_says(steps, seed):
+def test_new_noise_keeps_it_as_large_as_the_path_says(name, steps, seed):
     """Around a known clean latent, what is not signal is normal with the path's own scale, at every step."""
     for path in ("cosine", "straight"):
         diffusion = DiffusionConfig(path=path, prediction="clean")
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(1, 1, 100, 100, generator=generator)
         clean = torch.full_like(start, 0.5)
-        sampler = sampler_of("ddpm", diffusion)(start, walk(steps, diffusion, None, seed))
+        sampler = sampler_of(name, diffusion)(start, walk(steps, diffusion, None, seed))
         _, asked = drive(sampler, lambda *_, clean=clean: clean)
         for noisy, t in asked:
             left = noise_beside(noisy, clean, t, diffusion)
@@ -420,14 +419,15 @@ def test_a_walk_counts_its_steps_and_not_how_often_the_model_is_asked(path, name
     assert counting.step == steps
 
 
+@pytest.mark.parametrize(("second", "first"), [("dpm", "ddim"), ("dpm-sde", "ddpm")])
 @few
 @given(st.sampled_from(("cosine", "straight")), st.integers(1, 3), seeds)
-def test_where_it_has_nothing_to_go_by_dpm_is_ddim(path, steps, seed):
+def test_where_it_has_nothing_to_go_by_second_order_is_first(second, first, path, steps, seed):
     """In the first step, in the last, and behind an endless one, which the straight path begins with."""
     assume(path == "straight" or steps < 3)
     diffusion = DiffusionConfig(path=path, prediction="velocity")
     said = [random(seed, n) for n in range(1, steps + 1)]
-    one, other = (our_way(name, walk(steps, diffusion, 1.0), random(seed, 0), said)[0] for name in ("dpm", "ddim"))
+    one, other = (our_way(name, walk(steps, diffusion, 1.0), random(seed, 0), said)[0] for name in (second, first))
     for ours, expected in zip(one, other, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
@@ -437,7 +437,7 @@ def test_steps_too_short_to_change_anything_do_not_stop_dpm(path):
     """Shifted that far, the cosine path's signal is the smallest there is at more than one of the times."""
     diffusion = DiffusionConfig(path=path, prediction="velocity", shift=1000.0)
     wandering = walk(100, diffusion, 1.0)
-    signals = [signal for signal, _ in wandering.coefficients()]
+    signals = [signal for signal, _ in wandering.coefficients]
     assert path == "straight" or signals[0] == signals[1]
     image, asked = drive(sampler_of("dpm", diffusion)(random(0, 0), wandering), lambda x, t: random(0, 1))
     assert all(noisy.isfinite().all() and noisy.abs().max() < 10 for noisy, _ in asked)
@@ -459,18 +459,18 @@ def test_a_wide_bound_changes_nothing(steps, seed):
 
 @few
 @given(st.integers(2, 20), seeds, seeds)
-def test_only_ddpm_draws_and_the_same_seed_draws_the_same(steps, seed, other):
+def test_only_those_with_chance_draw_and_the_same_seed_draws_the_same(steps, seed, other):
     assume(seed != other)
     for path, name in SAMPLERS:
         diffusion = DiffusionConfig(path=path, prediction="velocity")
         walks = [walk(steps, diffusion, 1.0, s) for s in (seed, seed, other)]
         images = [drive(sampler_of(name, diffusion)(random(0, 0), w), lambda x, t: 0 * x)[0] for w in walks]
         assert torch.equal(images[0], images[1])
-        assert torch.equal(images[0], images[2]) == (name != "ddpm")
+        assert torch.equal(images[0], images[2]) == (name not in WITH_CHANCE)
 
 
 def test_a_sampler_that_is_not_there_or_not_for_this_path_is_refused():
-    with pytest.raises(ValueError, match="no sampler 'magic'.*ddpm, ddim, dpm, euler, heun"):
+    with pytest.raises(ValueError, match="no sampler 'magic'.*ddpm, ddim, dpm, dpm-sde, euler, heun"):
         sampler_of("magic", DiffusionConfig())
     for name in ("euler", "heun"):
         with pytest.raises(ValueError, match=f"{name}.*straight.*cosine.*dpm"):

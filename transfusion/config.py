@@ -314,7 +314,7 @@ class ParallelConfig:
 class GenerationConfig:
     """How a run writes and draws when nobody says otherwise."""
 
-    sampler: Literal["ddpm", "ddim", "dpm", "euler", "heun"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpm", "dpm-sde", "euler", "heun"] = "ddpm"
     steps: int = 250  # of 1000 (section 4.1); heun asks the model twice in each
     shift: float | None = None  # > 1: more of the steps are spent at high noise; None: as the run was trained
     guidance_scale: float = 3.0  # section 4.3; 1: none

@@ -66,9 +66,9 @@ class Generate:
     """Draw this many images, each from the prompt alone; without it the model writes and draws until it is done."""
     size: str | None = None
     """Width x height of the images in pixels, for example 32x32; one that the run knows."""
-    sampler: Literal["ddpm", "ddim", "dpm", "euler", "heun"] | None = None
-    """How noise becomes an image; the run has a default for this and all that follows. dpm needs the fewest steps; euler and
-    heun are for runs on the straight path."""
+    sampler: Literal["ddpm", "ddim", "dpm", "dpm-sde", "euler", "heun"] | None = None
+    """How noise becomes an image; the run has a default for this and all that follows. dpm and dpm-sde need the fewest
+    steps; euler and heun are for runs on the straight path."""
     steps: int | None = None
     """Denoising steps per image. heun takes twice the time for each."""
     shift: float | None = None
