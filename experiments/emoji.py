@@ -42,7 +42,7 @@ class Options:
     out: Path = Path("runs/emoji")
     """The folder of autoencoder, data, run and page; the same command goes on where it stopped."""
     large: bool = False
-    """For a GPU: 43 million parameters instead of 2, on eight times as many positions a step."""
+    """For a GPU: 40 million parameters instead of 2, on eight times as many positions a step."""
     train: tuple[str, ...] = ()
     """More options of `transfusion train`: --train=--training.steps=20"""
     codec: tuple[str, ...] = ()

@@ -4,15 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments import lab, patches
+from experiments import emoji, lab, patches
 from experiments.lab import Options, Variant
 from tests.test_cli import TINY
+from transfusion.cli.codec import NAMED, FitCodec
 from transfusion.cli.runs import Train, named, parse_run
-from transfusion.model.transfusion import blueprint
+from transfusion.cli.screen import parse
+from transfusion.config import SurvivalConfig
+from transfusion.model.transfusion import blueprint, count_parameters
 from transfusion.sequence import Vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +111,18 @@ def test_the_patches_are_what_their_names_say(sides, number):
     assert found == int(variant.name.split()[1])
     kind = type(blueprint(run.model).patches).__name__
     assert kind == {"linear": "LinearPatches", "U-Net": "UNetPatches"}[variant.name.split(",")[0]]
+
+
+def test_the_words_for_emoji_are_options_and_make_what_is_said():
+    """On two cores and on a GPU; the path itself takes minutes, and is a run's folder beside a page."""
+    for words, millions in ((emoji.SMALL, 2), (emoji.LARGE, 40)):
+        run, _ = parse_run(Train, "train", *named("train", ["small", "--data", "data", *words]))
+        built = blueprint(replace(run.model, vocabulary=640, latent_channels=8))
+        assert round(count_parameters(built) / 1e6) == millions
+        assert run.data.row_length % 128 == 0 or words == emoji.SMALL
+    parsed = parse(FitCodec, "data fit-codec small", [*emoji.LARGE_CODEC, "--size", emoji.SIZE], FitCodec(
+        Path("codec"), NAMED["small"].network, NAMED["small"].training, SurvivalConfig(), ("emoji",)))  # fmt: skip
+    assert (parsed.network.width, parsed.network.scale) == (64, 4)
 
 
 @pytest.mark.slow
