@@ -50,7 +50,8 @@ class Trainer:
             init_weights(model, self.run.training.seed)
         else:
             with torch.no_grad():
-                torch._foreach_copy_(list(model.parameters()), list(like.parameters()))
+                for mine, other in zip(model.parameters(), like.parameters(), strict=True):
+                    mine.copy_(other)
         return model
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -123,12 +124,17 @@ class Trainer:
         return values, "   ".join(words)
 
     def _hold_out(self, batches: list[Batch]) -> dict[str, float]:
+        """Each rank takes every so many-th batch. One that has none left goes along: weights are gathered by all at once."""
         text = image = 0.0
-        for batch in batches:
+        for first in range(0, len(batches), self.ranks.world):
+            mine = batches[first:][self.ranks.rank : self.ranks.rank + 1]
+            batch = mine[0] if mine else batches[-1]
             draws = objective.draw_on_grid(batch, GRID)
             with lower_precision(self.device):
                 losses = objective.losses(self.average, batch.to(self.device), draws, self.run.diffusion)
-            text, image = text + float(losses.text_sum), image + float(losses.image_sum)
+            if mine:
+                text, image = text + float(losses.text_sum), image + float(losses.image_sum)
+        text, image = self.ranks.sum(text, image)
         text_count, image_count = sum(b.text_count for b in batches), sum(b.image_count for b in batches)
         values = {"text_loss": text / max(1, text_count)}
         return values | ({"image_loss": image / image_count} if image_count else {})
