@@ -11,13 +11,14 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from transfusion import parallel
 from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning, set_aside
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.model.transfusion import Transfusion, count_parameters, empty
-from transfusion.parallel import ALONE, Ranks, lower_weights, pick_device
+from transfusion.parallel import ALONE, Ranks, pick_device
 from transfusion.sequence import Vocabulary
 
 
@@ -44,6 +45,15 @@ class Opened(Described):
     def parameters(self) -> int:
         return count_parameters(self.model)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of its products, keys and values on this device."""
+        return parallel.precision(self.device)
+
+    def lower_precision(self):
+        """The context for forward passes in that precision."""
+        return parallel.lower_precision(self.device)
+
 
 def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto") -> Opened:
     """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from.
@@ -56,7 +66,7 @@ def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto"
     verify(found)
     model = empty(described.run.model, chosen).requires_grad_(False)
     fill(found, {"average" if weights == "average" else "model": model.state_dict()})
-    lower_weights(model, chosen)
+    parallel.lower_weights(model, chosen)
     step = read_json(found / "state.json").get("step")
     if not isinstance(step, int):
         raise OpenError(f"{found / 'state.json'} does not say which step it is")

@@ -25,7 +25,6 @@ from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch
 from transfusion.inference.samplers import sampler_of
-from transfusion.parallel import lower_precision, precision
 from transfusion.sequence import Document, Image, Piece, Text, lay_out
 
 NOTHING = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
@@ -134,7 +133,7 @@ class Engine:
         self.opened, self.device = opened, opened.device
         self.model, self.run, self.vocabulary = opened.model, opened.run, opened.vocabulary
         self.context = self.run.data.row_length  # positions: a row never grows beyond what was trained on
-        self.cache = Cache(self.run.model, self.device, precision(self.device))
+        self.cache = Cache(self.run.model, self.device, opened.precision)
         self.allowed = text_mode.allowed_tokens(self.vocabulary)
         codec = opened.codec
         self.bound = tuple(
@@ -174,7 +173,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Move every row by one forward pass of its kind."""
-        with lower_precision(self.device):
+        with self.opened.lower_precision():
             return self._step()
 
     def _step(self) -> list[Event]:
