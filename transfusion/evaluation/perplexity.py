@@ -28,7 +28,9 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
     for first in range(0, len(windows), ROWS):
         rows = [Row((window,)) for window in windows[first : first + ROWS]]
         batch = collate(rows, length, engine.vocabulary).to(engine.device)
-        nats += float(next_token_loss(engine.model(batch, [], []).logits, batch.text_target))
+        with engine.opened.lower_precision():
+            logits = engine.model(batch, [], []).logits
+        nats += float(next_token_loss(logits, batch.text_target))
         tokens += batch.text_count
     size = sum(len(text.encode()) for text in texts)
     return {

@@ -15,6 +15,7 @@ from transfusion.data.raw import RawText
 from transfusion.data.sources import open_raw
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation.captions import caption_heldout
+from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.digits import draw_digits
 from transfusion.evaluation.perplexity import bits_per_byte, heldout_topics
 from transfusion.evaluation.scenes import draw_scenes
@@ -48,17 +49,18 @@ def evaluate(engine: Engine, folder: Path, say: Callable[[str], None] = print) -
 def _tasks(engine: Engine, name: str, source: Source) -> dict[str, Callable[[], dict]]:
     """What can be asked about a source: by its name, or else by what its first document holds."""
     first = source[0]
+    conditioning = {f"{name} conditioning": lambda: conditioning_gap(engine, source, SCENES)}
     match name:
         case "digits":
             return {"digits captions": lambda: caption_heldout(engine, source, len(source)),
-                    "digits drawings": lambda: draw_digits(engine)[0]}  # fmt: skip
+                    "digits drawings": lambda: draw_digits(engine)[0], **conditioning}  # fmt: skip
         case "shapes":
             return {"shapes captions": lambda: caption_heldout(engine, source, SCENES),
-                    "shapes drawings": lambda: draw_scenes(engine, source, SCENES)[0]}  # fmt: skip
+                    "shapes drawings": lambda: draw_scenes(engine, source, SCENES)[0], **conditioning}  # fmt: skip
         case "topics":
             return {"topics text": lambda: heldout_topics(engine)}
         case _ if first.pairs:
-            return {f"{name} captions": lambda: caption_heldout(engine, source, SCENES)}
+            return {f"{name} captions": lambda: caption_heldout(engine, source, SCENES), **conditioning}
         case _ if all(isinstance(part, RawText) for part in first.segments):
             return {f"{name} text": lambda: bits_per_byte(engine, _texts(source, TEXTS))}
         case _:
@@ -74,7 +76,8 @@ def _texts(source: Source, count: int) -> list[str]:
 def _manifest(engine: Engine) -> dict:
     """What another machine needs to repeat the figures."""
     return {
-        "seed": 0, "weights": "average", "dtype": "float32", "device": str(engine.device),
+        "seed": 0, "weights": "average", "dtype": str(engine.opened.precision).removeprefix("torch."),
+        "device": str(engine.device),
         "generation": asdict(engine.run.generation), "captions": "greedy, exact match",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
         "torch": torch.__version__, "transfusion": version("transfusion"),

@@ -1,0 +1,60 @@
+"""Does the model listen? How much worse it denoises a held-out picture behind another picture's caption."""
+
+import numpy as np
+import torch
+
+from transfusion import objective
+from transfusion.chance import seed_from
+from transfusion.data.loader import Source
+from transfusion.data.raw import RawImage, RawText
+from transfusion.inference.engine import Engine
+from transfusion.sequence import Document, Image, Row, Text, collate, lay_out
+
+ROWS = 16  # pictures per forward pass
+TIMES = 10  # between clean and noise
+
+
+def conditioning_gap(engine: Engine, source: Source, count: int) -> dict:
+    """Denoising losses of the first `count` pairs, behind their own captions and behind others'; and the share by which the
+    second is larger: 0 for a model that ignores what is asked.
+
+    Same pictures, same times, same noise. Another caption is the next one in order that says something else; pictures
+    for which there is none are left out.
+    """
+    pairs = [_pair(source[n]) for n in range(min(count, len(source)))]
+    pairs = [(text, _another([t for t, _ in pairs], n), picture) for n, (text, picture) in enumerate(pairs)]
+    pairs = [pair for pair in pairs if pair[1] is not None]
+    if not pairs:
+        return {"count": 0}
+    latents = [engine.opened.codec.encode(picture) for _, _, picture in pairs]
+    right, wrong = (_loss(engine, [pair[which] for pair in pairs], latents) for which in (0, 1))
+    return {"image_loss": right, "image_loss_of_others": wrong, "gap": wrong / right - 1, "count": len(pairs)}
+
+
+@torch.inference_mode()
+def _loss(engine: Engine, captions: list[str], latents: list[np.ndarray]) -> float:
+    """Mean over pictures, each behind its caption; its noise and time follow from its number."""
+    total = 0.0
+    encode, vocabulary = engine.opened.tokenizer.encode, engine.vocabulary
+    pieces = [
+        lay_out(Document((Text(encode(caption)), Image(latent)), key=seed_from("conditioning", n)), vocabulary)
+        for n, (caption, latent) in enumerate(zip(captions, latents, strict=True))
+    ]
+    for first in range(0, len(pieces), ROWS):
+        rows = [Row((piece,)) for piece in pieces[first : first + ROWS]]
+        batch = collate(rows, max(len(row.pieces[0]) for row in rows), vocabulary)
+        draws = objective.draw_on_grid(batch, TIMES)
+        with engine.opened.lower_precision():
+            losses = objective.losses(engine.model, batch.to(engine.device), draws, engine.run.diffusion)
+        total += float(losses.image_sum)
+    return total / len(captions)
+
+
+def _pair(raw) -> tuple[str, np.ndarray]:
+    """The first text and the first picture of a document."""
+    text = next(part.text for part in raw.segments if isinstance(part, RawText))
+    return text, next(part.pixels for part in raw.segments if isinstance(part, RawImage))
+
+
+def _another(texts: list[str], n: int) -> str | None:
+    return next((text for text in texts[n + 1 :] + texts[:n] if text != texts[n]), None)
