@@ -83,9 +83,9 @@ def main(asked: Options) -> None:
                 process.wait(chance.uniform(0, longest) if tally.total() < asked.faults else None)
             except subprocess.TimeoutExpired:
                 fault = chance.choices(FAULTS, [one.share for one in FAULTS])[0]
-                _disturb(process, fault, folder, chance)
-                tally[fault.name] += 1
-                print(f"{tally.total():4}  {fault.name}, at step {_step(folder)}", flush=True)
+                what = _disturb(process, fault, folder, chance)
+                tally[what] += 1
+                print(f"{tally.total():4}  {what}, at step {_step(folder)}", flush=True)
                 continue
             break
         failed += bool(process.returncode)
@@ -104,14 +104,17 @@ def _start(asked: Options, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-def _disturb(process: subprocess.Popen, fault: Fault, folder: Path, chance: random.Random) -> None:
-    """Give the signal to the run, or to one process of it, and wait until all of it has ended."""
+def _disturb(process: subprocess.Popen, fault: Fault, folder: Path, chance: random.Random) -> str:
+    """Give the signal to the run, or to one process of it, and wait until all of it has ended: what was done.
+
+    The last whole checkpoint is left alone: who loses that has lost the run, and is told so.
+    """
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(chance.choice(children)) if children else process.pid, fault.signal)
     process.wait()
-    if not fault.damage or not list_checkpoints(folder):
-        return
+    if not fault.damage or len(list_checkpoints(folder)) < 2:
+        return "killed" if fault.damage else fault.name
     path = chance.choice(sorted(list_checkpoints(folder)[-1].rglob("*.safetensors")))
     content = bytearray(path.read_bytes())
     if fault.damage == "flip":
@@ -119,6 +122,7 @@ def _disturb(process: subprocess.Popen, fault: Fault, folder: Path, chance: rand
     else:
         del content[chance.randrange(len(content)) :]
     path.write_bytes(content)
+    return fault.name
 
 
 def _step(folder: Path) -> int:

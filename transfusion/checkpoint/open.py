@@ -149,7 +149,7 @@ def restore(
             say(f"{broken}: it is set aside as {set_aside(path).name}, and the checkpoint before it is taken")
         ranks.wait()
     if found:
-        raise OpenError(f"no checkpoint of {folder} is whole")
+        raise OpenError(f"no checkpoint of {folder} is whole: all are set aside, and the same command begins anew")
     return None
 
 
