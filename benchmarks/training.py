@@ -20,7 +20,7 @@ from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import training_flops
 from transfusion.model.transfusion import blueprint, count_parameters
-from transfusion.parallel import precision
+from transfusion.parallel import pick_device, precision
 from transfusion.sequence import Batch
 from transfusion.training.trainer import Read, Trainer
 
@@ -171,7 +171,7 @@ def memory_of_a_process(name: str) -> Figure:
 
 
 def memory_of_training(name: str) -> float | None:
-    trainer = small(name, torch.device("cpu"))
+    trainer = small(name, pick_device("cpu"))
     step = stepper(trainer, [read for read, _ in islice(trainer.read(None), READS)])
     for _ in range(WARM):
         step()

@@ -3,8 +3,8 @@
 There are 1,391 of them, so this shows the whole path on real pictures, and what is remembered rather than understood:
 emoji.html has some that were trained on and some that were held out.
 
-    python -m experiments.emoji --out runs/emoji           # two cores: about half an hour
-    python -m experiments.emoji --large --out runs/emoji   # one GPU: minutes
+    python -m experiments.emoji --out runs/emoji           # two cores
+    python -m experiments.emoji --large --out runs/emoji   # one GPU
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ import tyro
 
 from experiments.lab import transfusion
 from transfusion.data.loader import Source
-from transfusion.data.raw import RawImage
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.inference.engine import Engine, Request, open_run
@@ -73,14 +72,13 @@ def main(asked: Options) -> None:
 
 def look(engine: Engine, source: Source) -> list[tuple[str, np.ndarray, bool]]:
     """The first emoji of a source, each beside what is drawn from its name: caption, pixels, is it named rightly?"""
-    documents = [source[n] for n in range(min(SHOWN, len(source)))]
-    pairs = [sorted(document.segments, key=lambda part: isinstance(part, RawImage)) for document in documents]
-    said = [answer["said"] for answer in caption_heldout(engine, source, len(documents))["answers"]]
-    drawn = engine.generate([Request((text.text,), num_images=1) for text, _ in pairs])
+    pairs = [source[n].pair for n in range(min(SHOWN, len(source)))]
+    said = [answer["said"] for answer in caption_heldout(engine, source, len(pairs))["answers"]]
+    drawn = engine.generate([Request((name,), num_images=1) for name, _ in pairs])
     return [
-        (text.text if called == text.text else f"{text.text}\nsaid: {called}",
-         np.concatenate([image.pixels, answer.parts[-1]], 1), called == text.text)
-        for (text, image), called, (answer,) in zip(pairs, said, drawn, strict=True)
+        (name if called == name else f"{name}\nsaid: {called}",
+         np.concatenate([pixels, answer.parts[-1]], 1), called == name)
+        for (name, pixels), called, (answer,) in zip(pairs, said, drawn, strict=True)
     ]  # fmt: skip
 
 

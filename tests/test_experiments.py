@@ -119,7 +119,7 @@ def test_the_words_for_emoji_are_options_and_make_what_is_said():
         run, _ = parse_run(Train, "train", *named("train", ["small", "--data", "data", *words]))
         built = blueprint(replace(run.model, vocabulary=640, latent_channels=8))
         assert round(count_parameters(built) / 1e6) == millions
-        assert run.data.row_length % 128 == 0 or words == emoji.SMALL
+        assert run.data.row_length % 128 == 0  # whole blocks: FlexAttention's, on a GPU
     parsed = parse(FitCodec, "data fit-codec small", [*emoji.LARGE_CODEC, "--size", emoji.SIZE], FitCodec(
         Path("codec"), NAMED["small"].network, NAMED["small"].training, SurvivalConfig(), ("emoji",)))  # fmt: skip
     assert (parsed.network.width, parsed.network.scale) == (64, 4)

@@ -16,7 +16,6 @@ from transfusion.inference import text_mode
 from transfusion.inference.engine import Engine, Request
 from transfusion.model import transfusion as network
 from transfusion.model.mask import packed
-from transfusion.parallel import lower_precision
 from transfusion.sequence import Document, Text, lay_out
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -85,7 +84,7 @@ def test_reading_and_drawing_give_what_they_give_on_a_cpu(trained):
     for engine in engines:
         text = Text(engine.opened.tokenizer.encode("three"))
         piece = lay_out(Document((text,)), engine.vocabulary, ends=False)
-        with lower_precision(engine.device):
+        with engine.opened.lower_precision():
             logits.append(text_mode.read(engine.model, engine.cache, [engine.cache.acquire()], [piece], engine.vocabulary))
         [answers] = engine.generate([Request(("three",), num_images=4)])
         drawn.append(np.stack([answer.parts[0] for answer in answers]).astype(np.float32))

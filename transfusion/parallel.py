@@ -22,7 +22,8 @@ PATIENCE = timedelta(days=7)  # of ranks that wait for one another; the watchdog
 def pick_device(name: str = "auto") -> torch.device:
     """The named device, or the best there is: cuda, then mps, then cpu. ValueError when the named one is missing.
 
-    Under torchrun "auto" and "cuda" are the GPU of this process's own number on its machine.
+    Under torchrun "auto" and "cuda" are the GPU of this process's own number on its machine. A process that is to compute on
+    its CPU keeps from then on what memory it has had.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -348,7 +348,7 @@ def tell_film(page: Page, material: Material) -> None:
     if not material.pictured:
         return
     engine, source = material.engine, material.pictured[0]
-    asked = "three" if source.name == "digits" else _pair(source, 0)[0]
+    asked = "three" if source.name == "digits" else source[0].pair[0]
     number, previews = engine.submit(Request(parts=(asked,), num_images=1, previews=1)), []
     while any(row.number == number for row in engine.rows):
         previews += [event for event in engine.step() if isinstance(event, Previewed)]
@@ -388,9 +388,9 @@ def tell_captions(page: Page, material: Material) -> None:
             f"{len(first)} wrong ones, then {len(rest)} right ones, in the order of the data."
         )
         page.pictures(
-            [(f"{one['said'] or '(nothing)'}\nis {one['is']}", _pair(source, one["document"])[1], False)
+            [(f"{one['said'] or '(nothing)'}\nis {one['is']}", source[one["document"]].pair[1], False)
              for one in first]
-            + [(one["said"], _pair(source, one["document"])[1], True) for one in rest],
+            + [(one["said"], source[one["document"]].pair[1], True) for one in rest],
             width=72 if source.name == "digits" else 130,
         )  # fmt: skip
 
@@ -478,12 +478,6 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return words.replace(" ", "\u00a0")
-
-
-def _pair(source: Source, number: int) -> tuple[str, np.ndarray]:
-    """The caption and the pixels of a document of one pair."""
-    caption, picture = source[number].segments
-    return caption.text, picture.pixels
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -11,14 +11,13 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from transfusion import parallel
 from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning, set_aside
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.model.transfusion import Transfusion, count_parameters, empty
-from transfusion.parallel import ALONE, Ranks, pick_device
+from transfusion.parallel import ALONE, Ranks, lower_precision, lower_weights, pick_device, precision
 from transfusion.sequence import Vocabulary
 
 
@@ -48,11 +47,11 @@ class Opened(Described):
     @property
     def precision(self) -> torch.dtype:
         """Of its products, keys and values on this device."""
-        return parallel.precision(self.device)
+        return precision(self.device)
 
     def lower_precision(self):
         """The context for forward passes in that precision."""
-        return parallel.lower_precision(self.device)
+        return lower_precision(self.device)
 
 
 def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto") -> Opened:
@@ -66,7 +65,7 @@ def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto"
     verify(found)
     model = empty(described.run.model, chosen).requires_grad_(False)
     fill(found, {"average" if weights == "average" else "model": model.state_dict()})
-    parallel.lower_weights(model, chosen)
+    lower_weights(model, chosen)
     step = read_json(found / "state.json").get("step")
     if not isinstance(step, int):
         raise OpenError(f"{found / 'state.json'} does not say which step it is")

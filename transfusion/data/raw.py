@@ -41,6 +41,12 @@ class RawDocument:
     split: str = ""  # "train" or "heldout", where its source says so; else chance decides
     kin: str = ""  # documents of one kin (five captions of one picture) are held out together or not at all
 
+    @property
+    def pair(self) -> tuple[str, np.ndarray]:
+        """Its first text and the pixels of its first picture, in whichever order they stand."""
+        text = next(part.text for part in self.segments if isinstance(part, RawText))
+        return text, next(part.pixels for part in self.segments if isinstance(part, RawImage))
+
 
 class Fault(ValueError):
     """One record that cannot become a document: where it stands, of which kind the fault is, and what exactly."""

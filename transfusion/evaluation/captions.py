@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from transfusion.data.loader import Source
-from transfusion.data.raw import RawImage, RawText
 from transfusion.evaluation.cider import LONGEST, bleu, cider, words_of
 from transfusion.inference.engine import Engine, Request
 
@@ -13,9 +12,7 @@ def caption_heldout(engine: Engine, source: Source, count: int) -> dict:
 
     Where captions are long enough for it, also by their words: CIDEr-D and BLEU-4.
     """
-    raws = [source[n] for n in range(min(count, len(source)))]
-    pictures = [next(part.pixels for part in raw.segments if isinstance(part, RawImage)) for raw in raws]
-    asked = [next(part.text for part in raw.segments if isinstance(part, RawText)) for raw in raws]
+    asked, pictures = zip(*(source[n].pair for n in range(min(count, len(source)))), strict=True)
     greedy = replace(engine.run.generation, temperature=0.0)
     answers = engine.generate([Request(parts=(picture,), generation=greedy) for picture in pictures])
     said = [next((part for part in answer.parts if isinstance(part, str)), "") for (answer,) in answers]
@@ -25,6 +22,6 @@ def caption_heldout(engine: Engine, source: Source, count: int) -> dict:
         references = [[text] for text in asked]
         scores = {"cider": cider(said, references), "bleu": bleu(said, references)}
     return {
-        "exact": exact / len(raws), **scores, "count": len(raws),
+        "exact": exact / len(asked), **scores, "count": len(asked),
         "answers": [{"document": n, "is": a, "said": s} for n, (a, s) in enumerate(zip(asked, said, strict=True))],
     }  # fmt: skip

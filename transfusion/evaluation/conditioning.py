@@ -6,7 +6,6 @@ import torch
 from transfusion import objective
 from transfusion.chance import seed_from
 from transfusion.data.loader import Source
-from transfusion.data.raw import RawImage, RawText
 from transfusion.inference.engine import Engine
 from transfusion.sequence import Document, Image, Row, Text, collate, lay_out
 
@@ -21,7 +20,7 @@ def conditioning_gap(engine: Engine, source: Source, count: int) -> dict:
     Same pictures, same times, same noise. Another caption is the next one in order that says something else; pictures
     for which there is none are left out.
     """
-    pairs = [_pair(source[n]) for n in range(min(count, len(source)))]
+    pairs = [source[n].pair for n in range(min(count, len(source)))]
     pairs = [(text, _another([t for t, _ in pairs], n), picture) for n, (text, picture) in enumerate(pairs)]
     pairs = [pair for pair in pairs if pair[1] is not None]
     if not pairs:
@@ -48,12 +47,6 @@ def _loss(engine: Engine, captions: list[str], latents: list[np.ndarray]) -> flo
             losses = objective.losses(engine.model, batch.to(engine.device), draws, engine.run.diffusion)
         total += float(losses.image_sum)
     return total / len(captions)
-
-
-def _pair(raw) -> tuple[str, np.ndarray]:
-    """The first text and the first picture of a document."""
-    text = next(part.text for part in raw.segments if isinstance(part, RawText))
-    return text, next(part.pixels for part in raw.segments if isinstance(part, RawImage))
 
 
 def _another(texts: list[str], n: int) -> str | None:

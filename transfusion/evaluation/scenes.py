@@ -3,7 +3,6 @@
 import numpy as np
 
 from transfusion.data.loader import Source
-from transfusion.data.raw import RawText
 from transfusion.evaluation.shapes import judge
 from transfusion.inference.engine import Engine, Request
 
@@ -15,7 +14,7 @@ def draw_scenes(
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
     """One drawing for each of the first `count` held-out captions: shares that are right, and (caption, pixels, right)."""
     count = min(count, len(source))
-    captions = [next(p.text for p in source[n].segments if isinstance(p, RawText)) for n in range(count)]
+    captions = [source[n].pair[0] for n in range(count)]
     answers = engine.generate(
         [Request(parts=(caption,), num_images=1, seed=seed + n) for n, caption in enumerate(captions)]
     )

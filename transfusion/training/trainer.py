@@ -127,12 +127,12 @@ class Trainer:
         """Each rank takes every so many-th batch. One that has none left goes along: weights are gathered by all at once."""
         text = image = 0.0
         for first in range(0, len(batches), self.ranks.world):
-            mine = batches[first:][self.ranks.rank : self.ranks.rank + 1]
-            batch = mine[0] if mine else batches[-1]
+            number = first + self.ranks.rank
+            batch = batches[min(number, len(batches) - 1)]
             draws = objective.draw_on_grid(batch, GRID)
             with lower_precision(self.device):
                 losses = objective.losses(self.average, batch.to(self.device), draws, self.run.diffusion)
-            if mine:
+            if number < len(batches):
                 text, image = text + float(losses.text_sum), image + float(losses.image_sum)
         text, image = self.ranks.sum(text, image)
         text_count, image_count = sum(b.text_count for b in batches), sum(b.image_count for b in batches)
