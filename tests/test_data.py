@@ -98,7 +98,7 @@ def test_image_first_turns_every_pair_and_limits_its_noise(document, limit):
     segments = arrange(document, config).segments
     assert segments[1::2] == document.segments[::2]  # captions as they were, with the loss they had
     for turned, image in zip(segments[::2], document.segments[1::2], strict=True):
-        assert turned.latent is image.latent
+        assert turned.content is image.content
         assert turned.loss == image.loss
         assert turned.max_time == min(limit, image.max_time)
 

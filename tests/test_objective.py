@@ -88,14 +88,14 @@ def test_z_loss_pulls_on_the_normaliser(tokens, weight, seed):
     for scores, right in zip(logits.tolist(), target.tolist(), strict=True):
         normaliser = math.log(sum(map(math.exp, scores)))
         by_hand += normaliser - scores[right] + weight * normaliser**2
-    assert math.isclose(float(next_token_loss(logits, target, weight)), by_hand, rel_tol=1e-5)
+    assert math.isclose(float(next_token_loss(logits, target, weight).sum()), by_hand, rel_tol=1e-5)
 
 
 def test_a_total_is_mean_text_and_weighted_mean_image():
-    parts = Losses(torch.tensor(6.0), torch.tensor(10.0), text_count=3, image_count=2)
+    parts = Losses(torch.tensor(6.0), torch.tensor(10.0), torch.tensor(0.0), text_count=3, image_count=2, code_count=0)
     assert total(parts, 3, 2, image_weight=5.0) == 6 / 3 + 5 * 10 / 2
     assert total(parts, 12, 40, image_weight=1.0) == 6 / 12 + 10 / 40  # a part of a larger step
-    nothing = Losses(torch.tensor(0.0), torch.tensor(0.0), 0, 0)
+    nothing = Losses(*torch.zeros(3), 0, 0, 0)
     assert total(nothing, 0, 0, image_weight=5.0) == 0
 
 
@@ -251,7 +251,7 @@ def test_a_grid_draw_is_each_images_own_and_fixed(found, steps, seed):
         assert torch.equal(d.t, again.t)
         assert torch.equal(d.noise, again.noise)
         for key, latent, limit, t, noise in zip(group.keys, group.clean, group.max_time, d.t, d.noise, strict=True):
-            single = alone(lay_out(Document((replace(image((4, 4), 0), latent=latent.numpy()),)), VOCABULARY))
+            single = alone(lay_out(Document((replace(image((4, 4), 0), content=latent.numpy()),)), VOCABULARY))
             single.groups[0].keys[0] = key
             by_itself = draw_on_grid(single, steps)[0]
             assert torch.equal(by_itself.noise[0], noise)

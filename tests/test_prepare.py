@@ -94,7 +94,7 @@ def test_every_document_is_there_once_with_its_tokens_and_its_latents():
                         assert part.tokens == prepared.tokenizer.encode(original.text)
                     else:
                         expected = prepared.codec.encode(original.pixels).astype(np.float16)
-                        assert np.array_equal(part.latent, expected)
+                        assert np.array_equal(part.content, expected)
         assert not found
 
 
@@ -120,7 +120,7 @@ def test_a_document_may_hold_anything(tmp_path):
         assert [image.max_time for image in images] == [part["max_time"] for part in kept]
         for image, part in zip(images, kept, strict=True):
             expected = prepared.codec.encode(pixels[many.index(part)])
-            assert np.array_equal(image.latent, expected.astype(np.float16))
+            assert np.array_equal(image.content, expected.astype(np.float16))
 
 
 def test_tokenizer_and_codec_know_only_training_documents(tmp_path):
@@ -245,7 +245,7 @@ def test_datasets_reads_the_shards():
     for row, record in enumerate(found):
         assert record["where"] == stored.where(row)
         assert tuple(record["tokens"]) == stored[row].segments[0].tokens
-        assert np.array_equal(np.array(record["latents"], np.float16), stored[row].segments[1].latent.ravel())
+        assert np.array_equal(np.array(record["latents"], np.float16), stored[row].segments[1].content.ravel())
 
 
 # Interrupted, spread, refused

@@ -203,7 +203,7 @@ def test_collate_groups_images_by_shape_and_says_where_their_patches_lie(found):
         assert group.index.tolist() == list(index)
         assert (batch.tokens.view(-1)[group.index[:, 0] - 1] == VOCABULARY.boi[shape]).all()
         assert (batch.tokens.view(-1)[group.index[:, -1] + 1] == VOCABULARY.eoi).all()
-        assert np.array_equal(group.clean.numpy(), np.stack([p.image.latent for p in placed]))
+        assert np.array_equal(group.clean.numpy(), np.stack([p.image.content for p in placed]))
         assert group.max_time.tolist() == [p.image.max_time for p in placed]
         assert group.loss.tolist() == [p.image.loss and p.image.max_time > 0 for p in placed]
         assert group.keys == [p.key for p in placed]

@@ -38,7 +38,8 @@ class ModelConfig:
     z_loss: float = 0.0  # Chameleon: 1e-5, keeps the logits' normaliser near one
     latent_channels: int = 8
     patch_size: int = 2  # a patch is patch_size x patch_size latent pixels; 2 -> 256 patches for 256x256 pictures
-    patches: Literal["linear", "unet"] = "linear"  # how they come in and out: one layer each, or the halves of a U-Net
+    # how images come in and out: one layer each, the halves of a U-Net, or as tokens, the codes of a VQ codec (Chameleon)
+    patches: Literal["linear", "unet", "codes"] = "linear"
     unet_width: int | None = None  # channels at the U-Net's lowest resolution; None: 5/4 width, 1184 at most, as in Table 7
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image (Table 5)
 
@@ -54,6 +55,9 @@ class ModelConfig:
             raise ValueError(f"rotary positions need an even head size, not {self.size_of_head}")
         if self.patches == "unet":
             self._check_unet()
+        if self.patches == "codes" and self.patch_size != 1:
+            raise ValueError(f"with model.patches codes, where a code is a position, model.patch_size must be 1, "
+                             f"not {self.patch_size}")  # fmt: skip
 
     def _check_unet(self):
         if self.patch_size & (self.patch_size - 1):
@@ -321,7 +325,7 @@ class GenerationConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t; outside there is no guidance, and its branches cost nothing
     guidance_rescale: float = 0.0  # 1: a guided prediction deviates as little as one without guidance (2305.08891)
     image_guidance_scale: float | None = None  # towards a prompt's images alone (2211.09800); None: as guidance_scale
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # of text, and of an image's codes; 0: greedy
     top_p: float = 1.0
     max_tokens: int = 256  # text tokens and images' markers that one request may add
     clip_clean: bool = True  # clip the clean estimate to the codec's bound

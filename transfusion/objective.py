@@ -1,5 +1,6 @@
 """What is learnt: the next token of the text, and the noise in every image (section 3). Stands beside the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,17 @@ class Draw:
 class Losses:
     """Sums, and what to divide them by; the trainer adds them up over micro-batches and ranks first."""
 
-    text_sum: Tensor
+    text_sum: Tensor  # over all positions with next-token loss, an image's codes among them
     image_sum: Tensor
+    code_sum: Tensor  # the codes' part of text_sum, to be told apart
     text_count: int
     image_count: int
+    code_count: int
+
+    @property
+    def sums(self) -> Tensor:
+        """(3,) text, image and code; without gradient."""
+        return torch.stack([self.text_sum.detach(), self.image_sum.detach(), self.code_sum])
 
 
 def draw(batch: Batch, config: DiffusionConfig) -> list[Draw]:
@@ -70,19 +78,33 @@ def losses(model: nn.Module, batch: Batch, draws: list[Draw], config: DiffusionC
     for group, d, x, prediction in zip(batch.groups, draws, noisy, said.images, strict=True):
         error = diffusion.squared_error(group.clean, d.noise, x, prediction, d.t, config)  # (N,)
         image_sum = image_sum + (error * group.loss).sum()
-    text_sum = next_token_loss(said.logits, batch.text_target, z_loss)
-    return Losses(text_sum, image_sum, batch.text_count, batch.image_count)
+    text = next_token_loss(said.logits, batch.text_target, z_loss)  # (T,)
+    codes = text.detach()[batch.text_target >= batch.first_code] if batch.code_count else text.new_zeros(0)
+    return Losses(text.sum(), image_sum, codes.sum(), *counts(batch))
 
 
 def next_token_loss(logits: Tensor, target: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Summed over tokens: logits (T, V), target (T,) -> (). `z_loss` is Chameleon's pull on the logits' normaliser."""
+    """Of each token: logits (T, V), target (T,) -> (T,). `z_loss` is Chameleon's pull on the logits' normaliser."""
     logits = logits.float()
-    loss = F.cross_entropy(logits, target, reduction="sum")
+    loss = F.cross_entropy(logits, target, reduction="none")
     if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square().sum()
+        loss = loss + z_loss * logits.logsumexp(-1).square()
     return loss
 
 
 def total(parts: Losses, text_count: int, image_count: int, image_weight: float) -> Tensor:
     """This part's share of the step's loss, given the counts over all parts and ranks."""
     return parts.text_sum / max(1, text_count) + image_weight * parts.image_sum / max(1, image_count)
+
+
+def counts(batch: Batch) -> tuple[int, int, int]:
+    """What the sums of its `Losses` are divided by."""
+    return batch.text_count, batch.image_count, batch.code_count
+
+
+def means(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    """Sums and counts of `Losses`, over whatever they were added up, as a person reads them: the text by itself in nats per
+    token, and the images, denoised (over their numbers) or in nats per code."""
+    (text, image, code), (texts, images, codes) = sums, counts
+    values = {"text_loss": (text - code) / max(1, texts - codes)}
+    return values | ({"image_loss": (image + code) / (images + codes)} if images + codes else {})

@@ -11,6 +11,7 @@ from itertools import pairwise
 from math import ceil, prod
 
 import numpy as np
+from torch import nn
 
 from transfusion.config import ModelConfig, Run
 from transfusion.model.flops import training_flops
@@ -152,10 +153,14 @@ def weights_of(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     model = blueprint(config)
     found = {
         "block": model.transformer.blocks[0].parameters(), "norm": model.transformer.norm.parameters(),
-        "patches": model.patches.parameters(),
-        "embeddings": (p for part in (model.tokens, model.head) if part is not None for p in part.parameters()),
+        "patches": parameters_of(model.patches), "embeddings": parameters_of(model.tokens, model.head),
     }  # fmt: skip
     return {part: [tuple(p.shape) for p in parameters] for part, parameters in found.items()}
+
+
+def parameters_of(*parts: nn.Module | None) -> list[nn.Parameter]:
+    """Of the parts that are there."""
+    return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
 
 def share(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:
@@ -189,10 +194,12 @@ def typical_row(config: ModelConfig, length: int) -> Batch:
     side = max(1, PAPER_SIDE // config.patch_size)  # in patches
     while side and side**2 + AROUND > length // 2:
         side //= 2
-    latent = np.zeros((config.latent_channels, side * config.patch_size, side * config.patch_size), np.float32)
-    vocabulary = Vocabulary.build(0, [latent.shape[1:]], config.patch_size)
+    shape = side * config.patch_size, side * config.patch_size
+    codes = config.patches == "codes"
+    content = np.zeros(shape, np.int64) if codes else np.zeros((config.latent_channels, *shape), np.float32)
+    vocabulary = Vocabulary.build(0, [shape], config.patch_size, codes=int(codes))
     number = length // 2 // (side**2 + AROUND) if side else 0
-    images = [lay_out(Document((Image(latent),)), vocabulary)] * number
+    images = [lay_out(Document((Image(content),)), vocabulary)] * number
     rest = length - sum(map(len, images))
     text = lay_out(Document((Text((0,) * rest),)), vocabulary).part(0, rest)
     return collate([Row((*images, text))], length, vocabulary)

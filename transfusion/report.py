@@ -166,7 +166,7 @@ def _cells(engine: Engine, piece: Piece) -> list[Cell]:
     cells, n = [], 0
     while n < len(piece):
         if n in images:
-            pixels, side = codec.decode(images[n].latent), vocabulary.patch_size * codec.scale
+            pixels, side = codec.decode(images[n].content), vocabulary.patch_size * codec.scale
             learnt = images[n].loss and images[n].max_time > 0
             says = f"{engine.run.diffusion.prediction} of each patch" if learnt else ""
             cells.append(Cell(_squares(pixels, side), says, "image", "image"))
@@ -187,6 +187,8 @@ def _squares(pixels: np.ndarray, side: int) -> list[np.ndarray]:
 
 def _name(engine: Engine, token: int) -> str:
     """What a token is called on the page."""
+    if engine.vocabulary.first_code <= token < engine.vocabulary.used:
+        return f"code {token - engine.vocabulary.first_code}"
     return _markers(engine).get(token) or engine.opened.tokenizer.decode([token]).replace(" ", "\u2423")
 
 

@@ -28,19 +28,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """One image as a codec gives it: a normalised latent (C, Y, X), float32.
+    """One image as a codec gives it: a normalised latent (C, Y, X), float32, or a grid of codes (Y, X), whole numbers.
 
-    `max_time` is the most noise it is trained with: 1, or 0.5 (the noise limit of Table 8), or 0: it only conditions
-    what follows, is always clean and has no denoising loss.
+    `max_time` is the most noise a latent is trained with: 1, or 0.5 (the noise limit of Table 8), or 0: it only conditions
+    what follows, is always clean and has no denoising loss. Codes have no noise.
     """
 
-    latent: np.ndarray
+    content: np.ndarray
     loss: bool = True
     max_time: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.latent.shape[1:]
+        """Height and width of the content (Y, X)."""
+        return self.content.shape[-2:]
+
+    @property
+    def is_codes(self) -> bool:
+        return self.content.ndim == 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which id means what: the tokenizer's own ids, then the markers, then padding up to a multiple of 128."""
+    """Which id means what: the tokenizer's own ids, the markers, an image's codes, then padding up to a multiple of 128."""
 
     text: int  # ids 0 .. text - 1 belong to the tokenizer
     bos: int
@@ -65,18 +70,24 @@ class Vocabulary:
     eoi: int
     boi: dict[tuple[int, int], int]  # one per latent shape (Y, X)
     patch_size: int
+    codes: int = 0  # of the codec, for images that are grids of codes; 0: images are latents
 
     @classmethod
-    def build(cls, text: int, shapes: Sequence[tuple[int, int]], patch_size: int, bos=None, eos=None, pad=None):
+    def build(cls, text: int, shapes: Sequence[tuple[int, int]], patch_size: int, codes=0, bos=None, eos=None, pad=None):
         """Reuse the tokenizer's bos, eos and pad where it has them; the missing ones, eoi and the bois follow its ids."""
         following = iter(range(text, text + 4 + len(shapes)))
         ids = [next(following) if own is None else own for own in (bos, eos, pad)]
-        return cls(text, *ids, next(following), {tuple(shape): next(following) for shape in shapes}, patch_size)
+        return cls(text, *ids, next(following), {tuple(shape): next(following) for shape in shapes}, patch_size, codes)
+
+    @property
+    def first_code(self) -> int:
+        """The id of the codec's code 0; the others follow it."""
+        return max(self.text - 1, self.bos, self.eos, self.pad, self.eoi, *self.boi.values()) + 1
 
     @property
     def used(self) -> int:
         """One more than the largest id that means something."""
-        return max(self.text - 1, self.bos, self.eos, self.pad, self.eoi, *self.boi.values()) + 1
+        return self.first_code + self.codes
 
     @property
     def size(self) -> int:
@@ -103,7 +114,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Placed:
-    """An image and the position of its first patch (in a document, a piece or a row)."""
+    """A latent and the position of its first patch (in a document, a piece or a row)."""
 
     image: Image
     start: int
@@ -143,11 +154,15 @@ class Piece:
         )  # fmt: skip
 
 
+NOTHING = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+
+
 def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Piece:
     """bos, text, boi, patches, eoi, text, ..., eos: the document as positions.
 
     A position has text loss iff the next slot is a token of a segment with loss and is not eoi: that covers boi to
-    patch, patch to eoi, and the end. `ends=False` leaves out eos (a prompt).
+    patch, patch to eoi, and the end. Codes are tokens: they stand where patches would (Chameleon, 2405.09818). `ends=False`
+    leaves out eos (a prompt).
     """
     tokens, learnt, breaks, images = [vocabulary.bos], [False], [False], []
     may_break = True  # before the next position; in pairs, only before the first of each pair
@@ -160,11 +175,14 @@ def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Pi
             found = [True] * n if not document.pairs else [may_break, *[False] * (n - 1)][:n]
         else:
             n = vocabulary.patches(segment.shape)
-            images.append(
-                Placed(segment, len(tokens) + 1, seed_from(document.key, len(images)), document.id, document.source)
-            )
-            tokens += [vocabulary.boi[segment.shape], *[vocabulary.pad] * n, vocabulary.eoi]
-            learnt += [segment.loss, *[False] * (n + 1)]
+            if segment.is_codes:
+                inside = (vocabulary.first_code + segment.content.ravel()).tolist()  # row by row
+            else:
+                key = seed_from(document.key, len(images))
+                images.append(Placed(segment, len(tokens) + 1, key, document.id, document.source))
+                inside = [vocabulary.pad] * n
+            tokens += [vocabulary.boi[segment.shape], *inside, vocabulary.eoi]
+            learnt += [segment.loss, *[segment.loss and segment.is_codes] * n, False]
             found = [may_break] + [False] * (n + 1)
         breaks += found
         may_break &= not found
@@ -226,12 +244,15 @@ class Batch:
     image: Tensor  # (B, L) which image of the row, or NO_IMAGE
     text_index: Tensor  # (T,) into B * L: positions with text loss
     text_target: Tensor  # (T,)
+    first_code: int  # targets from here on are an image's codes
+    code_count: int  # how many are
     groups: list[ImageGroup]
     positions: int  # that are not padding
     documents: list[list[str]]  # of each row, what stands in it: "source id"
 
     @property
     def text_count(self) -> int:
+        """Positions with next-token loss, on text or on codes."""
         return len(self.text_index)
 
     @property
@@ -277,7 +298,8 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     text_index = np.flatnonzero(flat != NO_TARGET)
     groups = [_group(found, vocabulary.patches(shape_)) for shape_, found in sorted(placed.items())]
     return Batch(
-        *map(torch.from_numpy, (tokens, position, document, image, text_index, flat[text_index])), groups, used,
+        *map(torch.from_numpy, (tokens, position, document, image, text_index, flat[text_index])),
+        vocabulary.first_code, int((flat >= vocabulary.first_code).sum()), groups, used,
         [[f"{piece.source} {piece.id}" for piece in row.pieces] for row in rows],
     )  # fmt: skip
 
@@ -288,7 +310,7 @@ def _group(found: list[tuple[int, Placed]], patches: int) -> ImageGroup:
     max_time = torch.tensor([image.max_time for image in images])
     loss = torch.tensor([image.loss for image in images]) & (max_time > 0)
     return ImageGroup(
-        clean=torch.from_numpy(np.stack([image.latent for image in images]).astype(np.float32, copy=False)),
+        clean=torch.from_numpy(np.stack([image.content for image in images]).astype(np.float32, copy=False)),
         index=torch.from_numpy(starts[:, None] + np.arange(patches)),
         max_time=max_time,
         loss=loss,

@@ -224,6 +224,9 @@ def _begin(run: Run, folder: Path):
     if not run.data.prepared:
         say(f"fitting the tokenizer and the codec of {run.name}")
     encoder = fit(run.data, run.model.patch_size, run.training.seed)
+    if (encoder.vocabulary.codes > 0) != (run.model.patches == "codes"):
+        wanted = "codes" if encoder.vocabulary.codes else "linear or unet"
+        raise UsageError(f"the images of these data are {encoder.codec.kind}: they need --model.patches {wanted}")
     fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     run = replace(run, model=replace(run.model, **fitted))
     sources = open_sources(run.data, "train")

@@ -37,7 +37,7 @@ class Tools:
     """What documents are encoded with."""
 
     tokenizer: Tokenizer
-    codec: Codec
+    codec: Codec | VQ
     sizes: tuple[tuple[int, int], ...]  # (width, height)
 
     def cut(self, raw: RawDocument) -> RawDocument:
@@ -49,13 +49,13 @@ class Tools:
         return replace(raw, segments=segments)
 
     def encode(self, raws: Sequence[RawDocument]) -> list[Document]:
-        """Text to ids, and pictures, which are cut already, to latents, all of them together."""
+        """Text to ids, and pictures, which are cut already, to latents or codes, all of them together."""
         pictures = [part.pixels for raw in raws for part in raw.segments if isinstance(part, RawImage)]
-        latents = iter(encode_many(self.codec, pictures))
+        contents = iter(encode_many(self.codec, pictures))
         return [
             Document(tuple(
                 Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
-                else Image(next(latents), part.loss, part.max_time) for part in raw.segments
+                else Image(next(contents), part.loss, part.max_time) for part in raw.segments
             ), pairs=raw.pairs)
             for raw in raws
         ]  # fmt: skip
@@ -102,7 +102,7 @@ def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
     })  # fmt: skip
 
 
-def open_codec(folder: Path) -> Codec:
+def open_codec(folder: Path) -> Codec | VQ:
     """A codec that `fit-codec` made. OpenError when the folder holds none, or it was changed."""
     about, path = about_codec(folder), folder / "codec.safetensors"
     try:
@@ -121,14 +121,10 @@ def is_brought(codec: str) -> bool:
 
 
 def about_codec(folder: Path) -> dict:
-    """Its codec.json. OpenError when there is none, PrepareError when it makes codes and not latents."""
+    """Its codec.json. OpenError when there is none."""
     if not (folder / "codec.json").exists():
         raise OpenError(f"{folder} holds no codec: it has no codec.json (transfusion data fit-codec makes one)")
-    about = read_json(folder / "codec.json")
-    if about.get("kind") == VQ.kind:
-        raise PrepareError(f"{folder} holds a vq codec, and a data set takes latents, no codes, so far: give a codec that "
-                           "fit-codec made without --network.codes")  # fmt: skip
-    return about
+    return read_json(folder / "codec.json")
 
 
 def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], pictures: Sequence[np.ndarray]) -> Codec:

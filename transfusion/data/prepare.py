@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from transfusion.chance import fraction_from
+from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
 from transfusion.data.fitting import PrepareError, Tools, about_codec, fit, is_brought, open_tools
 from transfusion.data.raw import Fault, RawDocument
@@ -195,7 +196,8 @@ def _write_shards(
 
 def _write_shard(job: Job, tools: Tools, path: Path, tick: Callable[[int], None]) -> None:
     """One unit, encoded and written: the Arrow files, then what is in them. Nothing half done stays."""
-    writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow")) for split in SPLITS}
+    codes = isinstance(tools.codec, VQ)
+    writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), codes) for split in SPLITS}
     about = Contents()
     try:
         done = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transfusion.codecs.codec import fit_codec
 from transfusion.codecs.text import Tokenizer
+from transfusion.codecs.vq import VQ
 from transfusion.config import DataConfig
 from transfusion.data.loader import Encoder, Source
 from transfusion.data.raw import RawImage, RawText
@@ -58,7 +59,8 @@ def fit(config: DataConfig, patch_size: int, seed: int) -> Encoder:
         tokenizer, codec = folders[0].tokenizer, folders[0].codec
         shapes = sorted({shape for folder in folders for shape in folder.shapes})
         _check_patches(shapes, patch_size)
-        vocabulary = Vocabulary.build(tokenizer.size, shapes, patch_size, **tokenizer.markers)
+        codes = codec.codes if isinstance(codec, VQ) else 0
+        vocabulary = Vocabulary.build(tokenizer.size, shapes, patch_size, codes, **tokenizer.markers)
         _check_rows(folders, config, vocabulary)
         return Encoder(tokenizer, codec, vocabulary, config, seed)
     texts, pictures = [], []

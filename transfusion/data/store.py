@@ -3,9 +3,10 @@
 A prepared folder holds `dataset.json` (what it is, counts, hashes), `tokenizer.json`, `codec.safetensors`,
 `quarantine.jsonl` (what was left out, and why), and for each source a folder of shards: `train-00000.arrow`,
 `heldout-00000.arrow` (Arrow streams, mapped into memory, also read by `datasets`), `00000.json` (what is in them).
-A document is one row of `SCHEMA`; latents are float16, already normalised.
+A document is one row of `schema`; latents are float16, already normalised, and codes (of a VQ codec) int32.
 """
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
+from transfusion.codecs.vq import VQ
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
@@ -33,36 +35,42 @@ SEGMENT = pa.struct([
     ("tokens", pa.int32()),  # how many, of a text
     ("height", pa.int32()), ("width", pa.int32()),  # of an image's latent
 ])  # fmt: skip
-SCHEMA = pa.schema([
-    ("where", pa.string()),  # file and row it came from
-    ("name", pa.string()),  # the id its source gave it, if any
-    ("pairs", pa.bool_()),
-    ("segments", pa.list_(SEGMENT)),
-    ("tokens", pa.list_(pa.int32())),  # of all its texts, one after the other
-    ("latents", pa.list_(pa.float16())),  # (C, Y, X) of all its images, one after the other
-])  # fmt: skip
+
+
+def schema(codes: bool) -> pa.Schema:
+    """The columns of documents whose images are latents, or codes."""
+    return pa.schema([
+        ("where", pa.string()),  # file and row it came from
+        ("name", pa.string()),  # the id its source gave it, if any
+        ("pairs", pa.bool_()),
+        ("segments", pa.list_(SEGMENT)),
+        ("tokens", pa.list_(pa.int32())),  # of all its texts, one after the other
+        # (C, Y, X) or (Y, X) of all its images, one after the other
+        ("codes", pa.list_(pa.int32())) if codes else ("latents", pa.list_(pa.float16())),
+    ])  # fmt: skip
 
 
 class ShardWriter:
     """Documents to one Arrow stream. The file is there under its name only when `close` has ended well."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, codes: bool = False):
         self.path, self.aside = path, path.with_name(path.name + ".tmp")
+        self.schema, self.content = schema(codes), np.dtype(np.int32 if codes else np.float16)
         self.file = self.aside.open("wb")
-        self.stream = pa.ipc.new_stream(self.file, SCHEMA)
-        self.rows: list[tuple] = []  # in the order of SCHEMA
+        self.stream = pa.ipc.new_stream(self.file, self.schema)
+        self.rows: list[tuple] = []  # in the order of the schema
         self.size = self.count = 0
 
     def add(self, document: Document, where: str, name: str) -> None:
-        segments, tokens, latents = [], [], []
+        segments, tokens, contents = [], [], []
         for part in document.segments:
             if isinstance(part, Text):
                 tokens += part.tokens
                 segments.append((False, part.loss, 1.0, len(part.tokens), 0, 0))
             else:
-                latents.append(part.latent.astype(np.float16).ravel())
+                contents.append(part.content.astype(self.content).ravel())
                 segments.append((True, part.loss, part.max_time, 0, *part.shape))
-        numbers = np.concatenate(latents) if latents else np.empty(0, np.float16)
+        numbers = np.concatenate(contents) if contents else np.empty(0, self.content)
         self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), numbers))
         self.size, self.count = self.size + numbers.nbytes, self.count + 1
         if self.size >= BATCH:
@@ -85,16 +93,16 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self.rows:
-            where, name, pairs, segments, tokens, latents = zip(*self.rows, strict=True)
+            where, name, pairs, segments, tokens, contents = zip(*self.rows, strict=True)
             lengths = [len(parts) for parts in segments]
             parts = pa.array([part for document in segments for part in document], SEGMENT)
             columns = [
                 pa.array(where, pa.string()), pa.array(name, pa.string()), pa.array(pairs, pa.bool_()),
                 _lists(lengths, parts),
                 _lists(map(len, tokens), pa.array(np.concatenate(tokens))),
-                _lists(map(len, latents), pa.array(np.concatenate(latents))),
+                _lists(map(len, contents), pa.array(np.concatenate(contents))),
             ]  # fmt: skip
-            self.stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows, self.size = [], 0
 
 
@@ -110,7 +118,7 @@ class Prepared:
     folder: Path
     about: dict  # dataset.json
     tokenizer: Tokenizer
-    codec: Codec
+    codec: Codec | VQ
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,7 +172,7 @@ class Stored:
     def __init__(self, prepared: Prepared, name: str, split: str):
         self.prepared, self.name, self.split = prepared, name, split
         self.about = prepared.about["sources"][name]
-        self.channels = prepared.codec.channels
+        self.depth = () if isinstance(prepared.codec, VQ) else (prepared.codec.channels,)  # of an image, before Y and X
         self._counts = [shard["documents"][split] for shard in self.about["shards"]]
         self._ends = list(accumulate(self._counts))
         self._shard = lru_cache(maxsize=OPEN)(self._open_shard)
@@ -177,7 +185,7 @@ class Stored:
             raise IndexError(f"{self.name} ({self.split}) has documents 0 to {len(self) - 1}, not {id}")
         batch, row = self._find(id)
         try:
-            return batch.document(row, id, self.name, self.channels)
+            return batch.document(row, id, self.name, self.depth)
         except (ValueError, IndexError) as error:
             raise OpenError(f"document {id} of {self.name} ({self.split}) is damaged: {error}") from None
 
@@ -240,28 +248,29 @@ class _Batch:
     """Some documents of a shard, their columns as arrays that lie in the mapped file."""
 
     def __init__(self, batch: pa.RecordBatch):
-        if not batch.schema.equals(SCHEMA):
+        if not any(batch.schema.equals(schema(codes)) for codes in (False, True)):
             raise ValueError("its columns are not those of a shard")
         batch.validate(full=True)  # offsets that point nowhere would be read all the same
         self.rows = len(batch)
         self.where = batch.column("where")
         self.pairs = batch.column("pairs").to_numpy(zero_copy_only=False)
-        segments, tokens, latents = (batch.column(name) for name in ("segments", "tokens", "latents"))
-        self.segment_at, self.token_at, self.latent_at = (
-            column.offsets.to_numpy() for column in (segments, tokens, latents)
+        segments, tokens, contents = (batch.column(number) for number in (3, 4, 5))
+        self.segment_at, self.token_at, self.content_at = (
+            column.offsets.to_numpy() for column in (segments, tokens, contents)
         )
         parts = [segments.values.field(n).to_numpy(zero_copy_only=False) for n in range(SEGMENT.num_fields)]
         self.segments = list(zip(*(part.tolist() for part in parts), strict=True))
-        self.tokens, self.latents = tokens.values.to_numpy(), latents.values.to_numpy()
+        self.tokens, self.contents = tokens.values.to_numpy(), contents.values.to_numpy()
 
-    def document(self, row: int, id: int, source: str, channels: int) -> Document:
-        at_token, at_latent = int(self.token_at[row]), int(self.latent_at[row])
+    def document(self, row: int, id: int, source: str, depth: tuple[int, ...]) -> Document:
+        at_token, at_content = int(self.token_at[row]), int(self.content_at[row])
         found: list[Text | Image] = []
         for image, loss, max_time, tokens, Y, X in self.segments[self.segment_at[row] : self.segment_at[row + 1]]:
             if image:
-                end = at_latent + channels * Y * X
-                found.append(Image(self.latents[at_latent:end].reshape(channels, Y, X), loss, max_time))  # (C, Y, X)
-                at_latent = end
+                shape = (*depth, Y, X)
+                end = at_content + math.prod(shape)
+                found.append(Image(self.contents[at_content:end].reshape(shape), loss, max_time))
+                at_content = end
             else:
                 end = at_token + tokens
                 found.append(Text(tuple(self.tokens[at_token:end].tolist()), loss))
@@ -283,7 +292,8 @@ class Decoded:
         document = self.stored[id]
         segments = tuple(
             RawText(tokenizer.decode(part.tokens), part.loss) if isinstance(part, Text)
-            else RawImage(codec.decode(part.latent.astype(np.float32)), part.loss, part.max_time)
+            else RawImage(codec.decode(part.content if part.is_codes else part.content.astype(np.float32)), part.loss,
+                          part.max_time)
             for part in document.segments
         )  # fmt: skip
         return RawDocument(segments, id, document.pairs, where=self.stored.where(id))

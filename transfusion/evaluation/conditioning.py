@@ -14,8 +14,8 @@ TIMES = 10  # between clean and noise
 
 
 def conditioning_gap(engine: Engine, source: Source, count: int) -> dict:
-    """Denoising losses of the first `count` pairs, behind their own captions and behind others'; and the share by which the
-    second is larger: 0 for a model that ignores what is asked.
+    """Image losses of the first `count` pairs, behind their own captions and behind others'; and the share by which the
+    second is larger: 0 for a model that ignores what is asked. Of codes it is nats per code.
 
     Same pictures, same times, same noise. Another caption is the next one in order that says something else; pictures
     for which there is none are left out.
@@ -25,19 +25,19 @@ def conditioning_gap(engine: Engine, source: Source, count: int) -> dict:
     pairs = [pair for pair in pairs if pair[1] is not None]
     if not pairs:
         return {"count": 0}
-    latents = [engine.opened.codec.encode(picture) for _, _, picture in pairs]
-    right, wrong = (_loss(engine, [pair[which] for pair in pairs], latents) for which in (0, 1))
+    contents = [engine.opened.codec.encode(picture) for _, _, picture in pairs]
+    right, wrong = (_loss(engine, [pair[which] for pair in pairs], contents) for which in (0, 1))
     return {"image_loss": right, "image_loss_of_others": wrong, "gap": wrong / right - 1, "count": len(pairs)}
 
 
 @torch.inference_mode()
-def _loss(engine: Engine, captions: list[str], latents: list[np.ndarray]) -> float:
+def _loss(engine: Engine, captions: list[str], contents: list[np.ndarray]) -> float:
     """Mean over pictures, each behind its caption; its noise and time follow from its number."""
-    total = 0.0
+    total, count = 0.0, 0
     encode, vocabulary = engine.opened.tokenizer.encode, engine.vocabulary
     pieces = [
-        lay_out(Document((Text(encode(caption)), Image(latent)), key=seed_from("conditioning", n)), vocabulary)
-        for n, (caption, latent) in enumerate(zip(captions, latents, strict=True))
+        lay_out(Document((Text(encode(caption)), Image(content)), key=seed_from("conditioning", n)), vocabulary)
+        for n, (caption, content) in enumerate(zip(captions, contents, strict=True))
     ]
     for first in range(0, len(pieces), ROWS):
         rows = [Row((piece,)) for piece in pieces[first : first + ROWS]]
@@ -45,8 +45,8 @@ def _loss(engine: Engine, captions: list[str], latents: list[np.ndarray]) -> flo
         draws = objective.draw_on_grid(batch, TIMES)
         with engine.opened.lower_precision():
             losses = objective.losses(engine.model, batch.to(engine.device), draws, engine.run.diffusion)
-        total += float(losses.image_sum)
-    return total / len(captions)
+        total, count = total + float(losses.image_sum + losses.code_sum), count + batch.image_count + batch.code_count
+    return total / count
 
 
 def _another(texts: list[str], n: int) -> str | None:

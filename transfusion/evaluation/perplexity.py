@@ -30,7 +30,7 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
         batch = collate(rows, length, engine.vocabulary).to(engine.device)
         with engine.opened.lower_precision():
             logits = engine.model(batch, [], []).logits
-        nats += float(next_token_loss(logits, batch.text_target))
+        nats += float(next_token_loss(logits, batch.text_target).sum())
         tokens += batch.text_count
     size = sum(len(text.encode()) for text in texts)
     return {

@@ -3,7 +3,8 @@
 A row writes tokens until it writes a boi; then it draws an image, which goes into the cache clean, eoi behind it, and it
 writes on (section 3). `submit` adds rows, `step` moves all of them: one forward pass for the rows that write a token, one
 for those that read (a prompt, or their own finished image), and one per latent shape for those that draw, with and
-without their prompt together. Rows that wait compute nothing.
+without their prompt together. Rows that wait compute nothing. A run whose images are codes draws them one by one
+(`chameleon`), all rows that draw together.
 
 Where text and images of a prompt guide apart (`image_guidance_scale`), a row has a second slot for what training showed when
 the text was dropped: bos, the prompt's images, boi. It is read in the same forward passes.
@@ -21,13 +22,11 @@ from transfusion.chance import seed_from
 from transfusion.checkpoint.open import Opened, open_checkpoint
 from transfusion.codecs.pictures import to_pixels
 from transfusion.config import GenerationConfig
-from transfusion.inference import image_mode, text_mode
+from transfusion.inference import chameleon, image_mode, text_mode
 from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch
 from transfusion.inference.samplers import sampler_of
-from transfusion.sequence import Document, Image, Piece, Text, lay_out
-
-NOTHING = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+from transfusion.sequence import NOTHING, Document, Image, Piece, Text, lay_out
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Row:
     segment: list[int] = field(default_factory=list)  # tokens of the text in hand
     shown: int = 0  # letters of it that events have carried
     images: int = 0
-    drawing: image_mode.Drawing | None = None
+    drawing: image_mode.Drawing | chameleon.Drawing | None = None
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(seed_from(self.request.seed, self.draw, "text"))
@@ -136,7 +135,8 @@ class Engine:
         self.cache = Cache(self.run.model, self.device, opened.precision)
         self.allowed = text_mode.allowed_tokens(self.vocabulary)
         codec = opened.codec
-        self.bound = tuple(
+        self.codes = self.vocabulary.codes > 0  # images are drawn code by code
+        self.bound = () if self.codes else tuple(
             torch.tensor(side, dtype=torch.float32, device=self.device).view(-1, 1, 1) for side in (codec.low, codec.high)
         )
         self.sizes = [(x * codec.scale, y * codec.scale) for y, x in self.vocabulary.boi]  # (width, height)
@@ -187,15 +187,18 @@ class Engine:
                 logits = text_mode.read(self.model, self.cache, slots, pieces, self.vocabulary).cpu()  # (B, V)
                 for row, after in zip(rows, logits, strict=False):
                     self._go_on(row, after, events)
-        drawing: dict[tuple[int, int], list[Row]] = {}
+        drawing: dict[tuple[int, int] | None, list[Row]] = {}
         for row in self.rows:
             if row.drawing is not None:
-                drawing.setdefault(row.drawing.shape, []).append(row)
+                drawing.setdefault(None if self.codes else row.drawing.shape, []).append(row)
         for rows in drawing.values():
-            steps = [row.drawing.step for row in rows]
-            image_mode.denoise(self.model, self.cache, [row.drawing for row in rows], self.run.diffusion)
+            steps, drawings = [row.drawing.step for row in rows], [row.drawing for row in rows]
+            if self.codes:
+                chameleon.write(self.model, self.cache, drawings, self.vocabulary)
+            else:
+                image_mode.denoise(self.model, self.cache, drawings, self.run.diffusion)
             for row, step in zip(rows, steps, strict=True):
-                self._after_denoising(row, row.drawing.step > step, events)
+                self._after_drawing(row, row.drawing.step > step, events)
         return events
 
     def cancel(self, number: int) -> None:
@@ -297,10 +300,12 @@ class Engine:
             self.cache.copy(self._without_prompt(shape), row.free_slot)
             branches.append(Branch(row.free_slot))
         row.segment, row.shown = [], 0
-        row.drawing = image_mode.begin(
-            (self.run.model.latent_channels, *shape), branches, generation, self.run.diffusion, self.bound,
-            seed_from(row.request.seed, row.draw, "image", row.images), self.device,
-        )  # fmt: skip
+        seed = seed_from(row.request.seed, row.draw, "image", row.images)
+        if self.codes:
+            row.drawing = chameleon.begin(shape, branches, generation, self.vocabulary, self.cache, seed)
+        else:
+            latent = (self.run.model.latent_channels, *shape)
+            row.drawing = image_mode.begin(latent, branches, generation, self.run.diffusion, self.bound, seed, self.device)
         row.images += 1
 
     def _without_prompt(self, shape: tuple[int, int]) -> int:
@@ -311,27 +316,27 @@ class Engine:
             text_mode.read(self.model, self.cache, [slot], [piece], self.vocabulary)
         return self.free_slots[shape]
 
-    def _after_denoising(self, row: Row, moved: bool, events: list[Event]) -> None:
+    def _after_drawing(self, row: Row, moved: bool, events: list[Event]) -> None:
         """moved: the drawing has a whole step behind it since it was last here."""
         drawing, codec = row.drawing, self.opened.codec
         if moved and row.request.previews and drawing.step % row.request.previews == 0:
-            noisy = drawing.noisy if drawing.clean is None else drawing.clean
-            shown = [codec.decode(latent[0].cpu().numpy()) for latent in (noisy, drawing.estimate)]
-            events.append(Previewed(row.number, row.draw, drawing.step, *shown))
-        if drawing.clean is None:
+            events.append(Previewed(row.number, row.draw, drawing.step, *drawing.preview(codec)))
+        content = drawing.content()
+        if content is None:
             return None
         if row.free_slot is not None:
             self.cache.release(row.free_slot)
         if row.images_slot is not None:
-            self.cache.advance(row.images_slot, -1)  # its boi: images that the row draws itself are no part of its prompt
+            # Images that the row draws itself are no part of its prompt.
+            self.cache.advance(row.images_slot, -drawing.kept)
         row.drawing = row.free_slot = None
-        clean = drawing.clean[0].cpu().numpy()
-        events.append(Drawn(row.number, row.draw, codec.decode(clean)))
+        events.append(Drawn(row.number, row.draw, codec.decode(content)))
         if row.request.num_images is not None:
             return self._end(row, "image", events)
-        # The cache still holds nothing of the image: it is read once more, clean, as later text and images will see it.
-        whole = lay_out(Document((Image(clean),)), self.vocabulary, ends=False)  # bos boi patches eoi
-        row.unread = whole.part(2)
+        # The cache still holds nothing of a latent: it is read once more, clean, as later text and images will see it. Of
+        # codes it lacks the last.
+        whole = lay_out(Document((Image(content),)), self.vocabulary, ends=False)  # bos boi patches eoi
+        row.unread = whole.part(1 + drawing.kept)
 
     def _end(self, row: Row, reason: str, events: list[Event]) -> None:
         self._remove(row)

@@ -10,9 +10,11 @@ What a branch says beyond the next one, which knows less, counts `scale` times:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from transfusion.codecs.codec import Codec
 from transfusion.config import DiffusionConfig, GenerationConfig
 from transfusion.diffusion import read_prediction
 from transfusion.inference.cache import Cache
@@ -46,10 +48,21 @@ class Drawing:
     estimate: Tensor | None = None  # what the last prediction says the clean latent is
     clean: Tensor | None = None  # (1, C, Y, X), when it is finished
 
+    kept = 1  # positions that the branches hold of the image, boi included
+
     @property
     def step(self) -> int:
         """Denoising steps that are done. A sampler may ask more than once in a step: between, `noisy` is only a trial."""
         return self.walk.step
+
+    def content(self) -> np.ndarray | None:
+        """The clean latent (C, Y, X); None while it is not finished."""
+        return None if self.clean is None else self.clean[0].cpu().numpy()
+
+    def preview(self, codec: Codec) -> tuple[np.ndarray, np.ndarray]:
+        """As noisy as it still is, and what the model takes it to be, both (Y, X, colours) uint8."""
+        noisy = self.noisy if self.clean is None else self.clean
+        return codec.decode(noisy[0].cpu().numpy()), codec.decode(self.estimate[0].cpu().numpy())
 
     def heard(self) -> tuple[Branch, ...]:
         """The branches that count at this t: outside the interval of guidance, only the one that has read everything."""
@@ -120,6 +133,6 @@ def predict(model: Transfusion, cache: Cache, slots: list[int], noisy: Tensor, t
     index = torch.arange(B * patches, device=noisy.device).view(B, patches)
     nothing = place.new_zeros(0)
     group = ImageGroup(noisy, index, t, nothing, 0, [], [], [])
-    batch = Batch(place, view.place, place, place, nothing, nothing, [group], B * patches, [])
+    batch = Batch(place, view.place, place, place, nothing, nothing, 0, 0, [group], B * patches, [])
     mask = cached(view.lengths, patches, place, model.config.image_attention)
     return model(batch, [noisy], [t], mask, view).images[0].to(noisy.dtype)

@@ -33,7 +33,13 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.patches = UNetPatches(config) if config.patches == "unet" else LinearPatches(config)
+        match config.patches:
+            case "linear":
+                self.patches = LinearPatches(config)
+            case "unet":
+                self.patches = UNetPatches(config)
+            case "codes":
+                self.patches = None  # images are tokens
         self.transformer = Transformer(config)
         # Tied, the embedding is the head: one tensor under one name, so nothing can untie it or save it twice.
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
@@ -48,7 +54,7 @@ class Transfusion(nn.Module):
         if mask is None:
             mask = packed(batch.document, batch.image, self.config.image_attention)
         x = self.tokens(batch.tokens)  # (B, L, D)
-        if not noisy and torch.is_grad_enabled():
+        if self.patches is not None and not noisy and torch.is_grad_enabled():
             # A gradient of zero, not none at all: ranks add up the gradients of the same weights, or wait for ever.
             x = x + 0 * sum(parameter.sum() for parameter in self.patches.parameters())
         B, L, D = x.shape

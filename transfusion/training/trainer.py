@@ -79,53 +79,49 @@ class Trainer:
     def step(self, number: int, read: Read, allows: Callable[..., bool]) -> tuple[dict[str, float], int]:
         """One update. Losses are divided by the counts of the whole step on all ranks: cutting it up changes nothing."""
         config = self.run.training
-        counts = [sum(getattr(batch, what) for batch, _ in read) for what in ("text_count", "image_count", "positions")]
-        text_count, image_count, positions = map(round, self.ranks.sum(*counts))
+        counted = zip(*[(*objective.counts(batch), batch.positions) for batch, _ in read], strict=True)
+        *counts, positions = map(round, self.ranks.sum(*map(sum, counted)))
         rate = learning_rate(number, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        text, image = self._backward(read, text_count, image_count)
-        text, image = self.ranks.sum(float(text), float(image))
+        sums = self.ranks.sum(*self._backward(read, *counts[:2]).tolist())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        values = {"text_loss": text / max(1, text_count), "image_loss": image / max(1, image_count)}
+        values = objective.means(sums, counts)
         if allows(number + 1, norm, values, lambda: self._tell(read)):
             self.optimizer.step()
             update_average(self.average, self.model, number, config.average)
         self.optimizer.zero_grad()
         return {**values, "gradient_norm": norm, "learning_rate": rate}, positions
 
-    def _backward(self, read: Read, text_count: int, image_count: int) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's share of the loss; its text and image losses, summed."""
-        text = image = torch.zeros((), device=self.device)
+    def _backward(self, read: Read, text_count: int, image_count: int) -> Tensor:
+        """Gradients of this rank's share of the loss; the sums of its losses, (3,)."""
+        sums = torch.zeros(3, device=self.device)
         for batch, draws in read:
             with lower_precision(self.device):
                 losses = objective.losses(
                     self.model, batch.to(self.device), draws, self.run.diffusion, self.run.model.z_loss
                 )
             objective.total(losses, text_count, image_count, self.run.training.image_weight).backward()
-            text, image = text + losses.text_sum.detach(), image + losses.image_sum.detach()
-        return text, image
+            sums = sums + losses.sums
+        return sums
 
     def _tell(self, read: Read) -> dict:
         """What this rank read in a step, by source and number: for a look at what went wrong."""
         return {"rank": self.ranks.rank, "rows": [row for batch, _ in read for row in batch.documents]}
 
     def describe(self, values: dict[str, float]) -> str:
-        return f"text {values['text_loss']:.3f}  image {values['image_loss']:.3f}"
+        return "  ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in ("text", "image") if f"{name}_loss" in values)
 
     @torch.no_grad()
     def hold_out(self) -> tuple[dict, str]:
         """Mean losses of the averaged weights, by source, on fixed noise and a fixed grid of t."""
         values = {source: self._hold_out(batches) for source, batches in self.heldout.items()}
-        words = ["  ".join([f"{source}: text {v['text_loss']:.3f}",
-                            *([f"image {v['image_loss']:.3f}"] if "image_loss" in v else [])])
-                 for source, v in values.items()]  # fmt: skip
-        return values, "   ".join(words)
+        return values, "   ".join(f"{source}: {self.describe(found)}" for source, found in values.items())
 
     def _hold_out(self, batches: list[Batch]) -> dict[str, float]:
         """Each rank takes every so many-th batch. One that has none left goes along: weights are gathered by all at once."""
-        text = image = 0.0
+        sums = torch.zeros(3, dtype=torch.float64)
         for first in range(0, len(batches), self.ranks.world):
             number = first + self.ranks.rank
             batch = batches[min(number, len(batches) - 1)]
@@ -133,11 +129,9 @@ class Trainer:
             with lower_precision(self.device):
                 losses = objective.losses(self.average, batch.to(self.device), draws, self.run.diffusion)
             if number < len(batches):
-                text, image = text + float(losses.text_sum), image + float(losses.image_sum)
-        text, image = self.ranks.sum(text, image)
-        text_count, image_count = sum(b.text_count for b in batches), sum(b.image_count for b in batches)
-        values = {"text_loss": text / max(1, text_count)}
-        return values | ({"image_loss": image / image_count} if image_count else {})
+                sums += losses.sums.cpu()
+        counts = [sum(counted) for counted in zip(*map(objective.counts, batches), strict=True)]
+        return objective.means(self.ranks.sum(*sums.tolist()), counts)
 
     def preview(self, step: int) -> None:
         """Lets whoever wants to look at the averaged model."""
