@@ -18,7 +18,7 @@ from PIL import Image as Picture
 
 from benchmarks.measuring import Figure, Setting
 from transfusion import objective
-from transfusion.config import SIZES, DataConfig, DiffusionConfig, PrepareConfig
+from transfusion.config import DataConfig, DiffusionConfig, PrepareConfig
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import open_reader
@@ -26,6 +26,7 @@ from transfusion.data.shapes import Shapes
 from transfusion.data.sources import fit, open_sources
 from transfusion.data.topics import Topics
 from transfusion.model.flops import training_flops
+from transfusion.runs import SIZES
 from transfusion.sequence import Batch
 
 H100, MFU = 989e12, 0.4

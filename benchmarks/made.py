@@ -6,12 +6,13 @@ import numpy as np
 
 from benchmarks.measuring import Setting
 from transfusion.checkpoint.open import Opened
-from transfusion.config import SIZES, DataConfig, named_run
+from transfusion.config import DataConfig
 from transfusion.data.loader import Encoder, Loader
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import build
 from transfusion.parallel import lower_weights
+from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 LATENT = 8, 32, 32  # of a picture of 256x256; patches of 2x2 make 256 positions of it

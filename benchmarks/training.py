@@ -15,12 +15,13 @@ import torch
 from benchmarks.made import paper_loader
 from benchmarks.measuring import Figure, Setting, in_turn, memory, number
 from benchmarks.sides import peak_memory
-from transfusion.config import SIZES, Run, named_run
+from transfusion.config import Run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import training_flops
 from transfusion.model.transfusion import blueprint, count_parameters
 from transfusion.parallel import pick_device, precision
+from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch
 from transfusion.training.trainer import Read, Trainer
 

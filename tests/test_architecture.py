@@ -10,10 +10,11 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "transfusion"
 
-GROUND = {"config", "sequence", "page", "chance", "disk"}  # everyone may import these
+GROUND = {"config", "runs", "sequence", "page", "chance", "disk"}  # everyone may import these
 MAY_IMPORT = {  # room or file -> what else it may; a room's own files may import each other
     "chance": set(),
     "config": set(),
+    "runs": {"config"},
     "disk": set(),
     "page": set(),
     "sequence": {"chance"},

@@ -13,8 +13,9 @@ import torch
 from benchmarks import attention, compare, made, sides, training
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.measuring import Figure, Setting, in_turn, number
-from transfusion.config import SIZES, DataConfig, ModelConfig, Run
+from transfusion.config import DataConfig, ModelConfig, Run
 from transfusion.model.mask import packed
+from transfusion.runs import SIZES
 from transfusion.training.trainer import Trainer
 
 CPU = torch.device("cpu")

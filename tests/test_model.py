@@ -26,10 +26,11 @@ from tests.documents import (
     times_of,
     with_all_logits,
 )
-from transfusion.config import SIZES, ModelConfig, RopeScaling
+from transfusion.config import ModelConfig, RopeScaling
 from transfusion.model import transfusion as network
 from transfusion.model.patches import describe_time, patchify, unpatchify
 from transfusion.model.transformer import Norm
+from transfusion.runs import SIZES
 from transfusion.sequence import Batch, Document, Row, Text, collate, lay_out
 
 VARIANTS = {

@@ -28,13 +28,14 @@ from tests.documents import (
 )
 from tests.test_model import changed, images_of, latents_of, numbers, run, same_weights, seers
 from tests.tiny import begin_run, engine, picture, prompt_segments, run_tensors, save, small_run, uncached
-from transfusion.config import SIZES, ModelConfig, from_json, named_run, to_json
+from transfusion.config import ModelConfig, from_json, to_json
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.engine import Request, open_run
 from transfusion.model import flops
 from transfusion.model import transfusion as network
 from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm, to_grid, to_list
 from transfusion.model.patches import FREQUENCIES, patchify
+from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
 from transfusion.training.optimizer import build_optimizer
 

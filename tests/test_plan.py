@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from tests.test_cli import command, fails
 from transfusion import objective, plan
-from transfusion.config import NAMES, SIZES, DataConfig, ModelConfig, ParallelConfig, Run, named_run, to_json
+from transfusion.config import DataConfig, ModelConfig, ParallelConfig, Run, to_json
 from transfusion.model.mask import packed
 from transfusion.model.transformer import Block, Norm, rotation_of
 from transfusion.model.transfusion import blueprint, build, count_parameters
 from transfusion.parallel import Ranks, spread
 from transfusion.plan import BF16, FP32, LOGITS, Machines
+from transfusion.runs import NAMES, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
 KEPT, MOST = 0.05, 0.1  # how far the plan may be off: indices, noise and times are left out, and what is let go early

@@ -1,7 +1,7 @@
-"""Every number: one frozen dataclass per part, and the named runs. Imports nothing heavy, not even torch."""
+"""Every number: one frozen dataclass per part of a run, from and to JSON. Imports nothing heavy, not even torch."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -363,78 +363,6 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-
-
-SIZES = {  # Table 2
-    "0.16b": ModelConfig(width=768, layers=16, heads=12),
-    "0.37b": ModelConfig(width=1024, layers=24, heads=16),
-    "0.76b": ModelConfig(width=1536, layers=24, heads=24),
-    "1.4b": ModelConfig(width=2048, layers=24, heads=16),
-    "7b": ModelConfig(width=4096, layers=32, heads=32),
-}
-
-
-def digits() -> Run:
-    """Real 8x8 scans with their English names, and Python's documentation: learns in five minutes on two cores."""
-    return Run(
-        name="digits",
-        model=ModelConfig(width=192, layers=4, heads=3, hidden=512, qk_norm=True, unet_width=64, latent_channels=1),
-        diffusion=DiffusionConfig(prediction="velocity"),
-        data=DataConfig(
-            sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, rows=13,
-            image_first_max_time=0.3, interleaved=0.15,
-        ),
-        training=TrainingConfig(
-            steps=1500, learning_rate=3e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=2.0,
-            checkpoint_every=500, validate_every=250, preview_every=500,
-        ),
-        generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
-    )  # fmt: skip
-
-
-def shapes() -> Run:
-    """A made world of captioned scenes, 32x32 in colour, that can be checked exactly."""
-    return Run(
-        name="shapes",
-        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, qk_norm=True, unet_width=64, latent_channels=6),
-        diffusion=DiffusionConfig(prediction="velocity"),
-        data=DataConfig(
-            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.3, text_ids=320,
-        ),
-        training=TrainingConfig(
-            steps=2000, learning_rate=4e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=4.0,
-            checkpoint_every=500, validate_every=250, preview_every=500,
-        ),
-        generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
-    )  # fmt: skip
-
-
-def small() -> Run:
-    """For data of one's own on two cores: pictures of 16 to 64 patches with short captions, minutes to an hour."""
-    run = shapes()
-    return replace(
-        run, name="small", model=replace(run.model, width=192, heads=3, hidden=512),
-        data=replace(run.data, sources=(), row_length=256, rows=8),
-        training=replace(run.training, learning_rate=3e-3, image_weight=2.0),
-    )  # fmt: skip
-
-
-def named_run(name: str) -> Run:
-    """The run of that name. KeyError when there is none."""
-    match name:
-        case "digits":
-            return digits()
-        case "shapes":
-            return shapes()
-        case "small":
-            return small()
-        case _ if name in SIZES:
-            return Run(name=name, model=SIZES[name])
-        case _:
-            raise KeyError(name)
-
-
-NAMES = ("digits", "shapes", "small", *SIZES)
 
 
 def to_json(config) -> dict:

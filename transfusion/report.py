@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion.config import named_run
 from transfusion.data.digits import NAMES
 from transfusion.data.loader import Encoder, Source
 from transfusion.data.sources import open_raw
@@ -16,6 +15,7 @@ from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.scenes import ATTRIBUTES, draw_scenes
 from transfusion.inference.engine import Engine, Previewed, Request
 from transfusion.page import Cell, Line, Page
+from transfusion.runs import named_run
 from transfusion.sequence import NO_TARGET, Document, Piece, lay_out
 
 DRAWINGS = 10  # of each digit

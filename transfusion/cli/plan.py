@@ -11,8 +11,6 @@ import tyro
 from transfusion.cli.runs import named, parse_run
 from transfusion.cli.screen import UsageError
 from transfusion.config import (
-    NAMES,
-    SIZES,
     DataConfig,
     DiffusionConfig,
     GenerationConfig,
@@ -21,8 +19,8 @@ from transfusion.config import (
     Run,
     SurvivalConfig,
     TrainingConfig,
-    named_run,
 )  # fmt: skip
+from transfusion.runs import NAMES, SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}

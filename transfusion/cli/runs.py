@@ -4,13 +4,13 @@ import json
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Literal
 
 import tyro
 
 from transfusion.cli.screen import UsageError, nearest, parse, say
 from transfusion.config import (
-    NAMES,
     DataConfig,
     DiffusionConfig,
     GenerationConfig,
@@ -20,10 +20,10 @@ from transfusion.config import (
     SurvivalConfig,
     TrainingConfig,
     from_json,
-    named_run,
     parse_size,
     to_json,
 )  # fmt: skip
+from transfusion.runs import NAMES, named_run
 
 HELDOUT = 256  # documents of each source for the held-out losses
 Device = Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")]
@@ -322,7 +322,8 @@ def _follow(engine, number: int, asked: Generate) -> None:
 def named(verb: str, arguments: list[str]) -> tuple[Run, list[str]]:
     """The run that comes first behind the verb, by name or from a run.json, and the options that follow."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: transfusion {verb} RUN [options]\n\nRUN is one of {', '.join(NAMES)}, or the path of a run.json.\n"
+        names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        print(f"usage: transfusion {verb} RUN [options]\n\nRUN is the path of a run.json, or one of\n{names}\n\n"
               f"transfusion {verb} RUN --help lists every option with the run's own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]

@@ -96,6 +96,7 @@ class _Gathering:
         self.crops = min(self.crops, max(1, self.most // records))
         wanted = min(len(units), -(-self.most * len(units) // (max(self.crops, 1) * records)))
         chosen = np.unique(np.linspace(0, len(units) - 1, wanted).round().astype(int))
+        chosen = [len(units) // 2] if wanted == 1 else chosen  # the first may be held out
         for done, n in enumerate(chosen):
             reader, unit = units[n]
             for one in reader.read(unit):

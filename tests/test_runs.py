@@ -1,0 +1,73 @@
+"""The named runs: every row of the paper's tables is one, of the paper's size, and says how its images were made."""
+
+from dataclasses import replace
+
+import pytest
+
+from transfusion.config import Run, from_json, to_json
+from transfusion.model.transfusion import blueprint, count_parameters
+from transfusion.runs import CHAMELEON_VOCABULARY, CODES, NAMES, PAPER, SIZES, named_run
+from transfusion.sequence import Vocabulary
+
+TRANSFORMERS = {"0.16b": 162, "0.37b": 374, "0.76b": 778, "1.4b": 1364, "7b": 6738}  # millions, with 32,000 ids
+UNET = {"0.16b": 172}  # what Table 7's 106.1 % come to; 0.27 billion for the others
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_run_is_what_its_run_json_says(name):
+    run = named_run(name)
+    assert run.name == name
+    assert from_json(Run, to_json(run)) == run
+
+
+@pytest.mark.parametrize("row", PAPER, ids=lambda row: f"{row.table} {row.label}")
+def test_every_row_of_the_papers_tables_has_its_parameters(row):
+    run = row.to_run()
+    size = next(size for size in SIZES if run.model.layers == SIZES[size].layers and run.model.width == SIZES[size].width)
+    assert size in run.name or run.name == "7b-large"
+    count = count_parameters(blueprint(run.model))
+    own = count_parameters(blueprint(replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocabulary=32_000)))
+    assert own == pytest.approx(TRANSFORMERS[size] * 1e6, rel=3e-3)
+    added = count - own
+    match run.model.patches:
+        case "linear":
+            width = run.model.width  # two layers for patches, and two for the time: 256 -> D -> D
+            assert added == pytest.approx(width * (2 * run.model.patch_width + 256 + width), rel=0.01)
+        case "unet" if run.model.patch_size == 2:
+            assert added == pytest.approx(UNET.get(size, 270) * 1e6, rel=0.05)
+        case "unet":
+            assert added > 0.15e9
+        case "codes":
+            added -= 2 * run.model.layers * run.model.size_of_head  # norms of queries and keys
+            assert added == pytest.approx(2 * (CHAMELEON_VOCABULARY - 32_000) * run.model.width, rel=0.01)
+
+
+def test_the_rows_are_those_of_the_tables():
+    counts = [sum(row.table == table for row in PAPER) for table in range(3, 10)]
+    assert counts == [2, 4, 4, 7, 10, 4, 1]
+    guidance = {row.table: row.guidance_scale for row in PAPER if row.run in ("7b", "0.76b", "7b-unet", "7b-large") and
+                row.fid_images}  # fmt: skip
+    assert guidance == {3: 5.0, 5: 3.0, 6: 3.0, 7: 3.0, 8: 3.0, 9: None}
+    assert {row.table: row.fid_images for row in PAPER if row.fid_images} == {
+        3: 30_000, 5: 5_000, 6: 5_000, 7: 5_000, 8: 5_000, 9: 30_000}  # fmt: skip
+
+
+def test_rows_differ_in_what_their_table_is_about_and_in_nothing_else():
+    runs = {name: to_json(named_run(name)) for name in NAMES}
+
+    def differs(one: str, other: str) -> set[str]:
+        return {f"{part}.{key}" for part, values in runs[one].items() if isinstance(values, dict)
+                for key, value in values.items() if value != runs[other][part][key]}  # fmt: skip
+
+    stability = {"model.qk_norm", "model.post_norm", "model.z_loss", "training.learning_rate"}
+    assert differs("0.76b", "chameleon-text-0.76b") == stability
+    images = {"model.patches", "model.patch_size", "model.vocabulary"}
+    assert differs("chameleon-text-0.76b", "chameleon-0.76b") == images
+    assert differs("0.76b", "0.76b-causal") == differs("0.76b-unet", "0.76b-unet-causal") == {"model.image_attention"}
+    assert differs("0.76b", "0.76b-unet") == {"model.patches"}
+    assert differs("0.76b-unet", "0.76b-unet-limit") == {"data.image_first_max_time"}
+    assert differs("7b-unet", "7b-large") == {"training.steps", "training.accumulate"}
+
+
+def test_chameleons_vocabulary_holds_text_codes_and_markers():
+    assert Vocabulary.build(32_000, [(32, 32)], patch_size=1, codes=CODES).size == CHAMELEON_VOCABULARY
