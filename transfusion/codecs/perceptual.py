@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from transfusion.weights import filled, read_weights, weight_of
+
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-PICKLED = (".pt", ".pth", ".pth.tar")  # how the names of files end that torch.save wrote
 RESNET = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, width
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pictures between 0 and 1
 
@@ -36,15 +35,15 @@ class Perceptual(nn.Module):
     @classmethod
     def from_file(cls, path: Path) -> "Perceptual":
         """ValueError when the file is missing or does not hold it."""
-        found = _load(path)
+        found = read_weights(path)
         own, state, number = cls(), {}, 0  # number: of the layer in the whole of VGG, as their names have it
         for n, part in enumerate(own.slices):
             for layer, module in enumerate(part):
                 for what in ("weight", "bias") if isinstance(module, nn.Conv2d) else ():
-                    state[f"slices.{n}.{layer}.{what}"] = _tensor(found, f"net.slice{n + 1}.{number}.{what}", path)
+                    state[f"slices.{n}.{layer}.{what}"] = weight_of(found, f"net.slice{n + 1}.{number}.{what}", path)
                 number += 1
-            state[f"weights.{n}"] = _tensor(found, f"lin{n}.model.1.weight", path).view(-1)
-        return _filled(own, state, path)
+            state[f"weights.{n}"] = weight_of(found, f"lin{n}.model.1.weight", path).view(-1)
+        return filled(own, state, path)
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         """Pictures (N, 3, Y, X) between -1 and 1 -> how unlike each pair is, (N,)."""
@@ -75,11 +74,11 @@ class Identity(nn.Module):
     @classmethod
     def from_file(cls, path: Path) -> "Identity":
         """ValueError when the file is missing or does not hold it."""
-        found, own = _load(path), cls()
+        found, own = read_weights(path), cls()
         first = min((name for name in found if name.endswith("conv1.weight")), key=len, default="conv1.weight")
         prefix = first.removesuffix("conv1.weight")
         names = [name for name in own.state_dict() if not name.endswith("num_batches_tracked")]
-        return _filled(own, {name: _tensor(found, prefix + name, path) for name in names}, path)
+        return filled(own, {name: weight_of(found, prefix + name, path) for name in names}, path)
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         """Pictures (N, 3, Y, X) between -1 and 1 -> how unlike each pair is, (N,)."""
@@ -111,33 +110,3 @@ class Bottleneck(nn.Module):
         inside = F.relu(self.bn1(self.conv1(x)))
         inside = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(inside)))))
         return F.relu(inside + (x if self.downsample is None else self.downsample(x)))
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name: of a .pth those at its top, or under `state_dict`."""
-    try:
-        if not path.name.endswith(PICKLED):
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the weights in {path}: {str(error).splitlines()[0]}") from None
-    except Exception:  # a damaged one raises whatever; torch's own words would advise to run what it holds
-        raise ValueError(f"{path} holds more than tensors, or is damaged: nothing of it was run") from None
-    if isinstance(found, dict):
-        found = found.get("state_dict", found)
-    items = found.items() if isinstance(found, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
-
-
-def _tensor(found: dict[str, Tensor], name: str, path: Path) -> Tensor:
-    if name not in found:
-        raise ValueError(f"{path} holds no {name}: it is not the network that is asked for")
-    return found[name]
-
-
-def _filled(network: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
-    try:
-        network.load_state_dict({**network.state_dict(), **state})
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from None
-    return network.eval().requires_grad_(False)
