@@ -1,0 +1,119 @@
+"""How far drawn pictures are from real ones, as sets of features: FID (Heusel et al. 2017) and KID (Binkowski et al. 2018).
+
+Features are (N, F) numbers of a network that looks at pictures (`features.py`); all else is computed in float64. Published
+figures are comparable only with features of the same network, and FID only with as many pictures: it falls as they grow.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from transfusion.chance import seed_from
+
+SUBSETS, SUBSET = 100, 1000  # KID's: how many, of how many pictures each
+
+
+class TooFew(ValueError):
+    """A measure needs more pictures than there are; the message says how many."""
+
+
+class Statistics:
+    """Mean (F,) and covariance (F, F) of features that are added a part at a time, and need not be kept."""
+
+    def __init__(self, features: int):
+        self.count, self.mean, self.scatter = 0, np.zeros(features), np.zeros((features, features))
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Statistics":
+        """Those of (N, F) numbers."""
+        return cls(features.shape[1]).add(features)
+
+    def add(self, features: np.ndarray) -> "Statistics":
+        """(N, F) more; how they are cut into parts changes nothing. Each part is centred, so that nothing cancels."""
+        if not len(features):
+            return self
+        features = features.astype(np.float64)  # (N, F)
+        mean = features.mean(0)  # (F,)
+        centred, moved, count = features - mean, mean - self.mean, self.count + len(features)
+        self.scatter += centred.T @ centred + np.outer(moved, moved) * (self.count * len(features) / count)
+        self.mean += moved * (len(features) / count)
+        self.count = count
+        return self
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(F, F), unbiased."""
+        return self.scatter / (self.count - 1)
+
+
+def fid(real: np.ndarray, drawn: np.ndarray) -> float:
+    """The Frechet distance of features (N, F) and (M, F). TooFew as `frechet_distance`."""
+    return frechet_distance(Statistics.of(real), Statistics.of(drawn))
+
+
+def frechet_distance(real: Statistics, drawn: Statistics) -> float:
+    """|mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2)): the squared distance of the two Gaussians.
+
+    With S = A A^T and S' = B B^T the last trace is the sum of the singular values of A^T B, which does without the root of a
+    matrix that is not symmetric, and loses nothing where S is singular. TooFew with fewer pictures than features + 1:
+    their covariance would be singular only because they are few, and the distance would measure that.
+    """
+    features, fewest = len(real.mean), min(real.count, drawn.count)
+    if fewest <= features:
+        raise TooFew(
+            f"FID over {features} features needs at least {features + 1} pictures on both sides, real and drawn,"
+            f" or their covariances are singular: here are {real.count} and {drawn.count}"
+        )
+    moved, one, other = real.mean - drawn.mean, real.covariance, drawn.covariance
+    shared = np.linalg.svd(_root(one).T @ _root(other), compute_uv=False).sum()
+    return max(0.0, float(moved @ moved + np.trace(one) + np.trace(other) - 2 * shared))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """A with A A^T = covariance. An eigenvalue that is only rounding counts as 0: its root would not be small."""
+    values, vectors = np.linalg.eigh(covariance)
+    rounding = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
+    return vectors * np.sqrt(np.where(values > rounding, values, 0))
+
+
+class Spread(NamedTuple):
+    """A figure that was estimated several times."""
+
+    mean: float
+    deviation: float
+
+
+def kid(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> Spread:
+    """The squared maximum mean discrepancy of features (N, F) and (M, F), whose kernel is (x.y / F + 1)^3. It is
+    unbiased: few pictures make it uncertain but not larger, and it may fall below 0.
+
+    Mean and deviation over 100 random subsets of 1,000 pictures of each side, as is usual, or of half of the smaller side where
+    it has fewer. TooFew with fewer than 4 pictures.
+    """
+    fewest = min(len(real), len(drawn))
+    if fewest < 4:
+        raise TooFew(f"KID needs at least 4 pictures on both sides, real and drawn: here are {len(real)} and {len(drawn)}")
+    size = SUBSET if fewest >= SUBSET else fewest // 2
+    chance = np.random.default_rng(seed_from("kid", seed))
+    found = []
+    for _ in range(SUBSETS):
+        one, other = (side[chance.choice(len(side), size, replace=False)] for side in (real, drawn))  # (size, F) each
+        found.append(discrepancy(one, other))
+    return Spread(float(np.mean(found)), float(np.std(found)))
+
+
+def discrepancy(one: np.ndarray, other: np.ndarray) -> float:
+    """KID of two sets of features (N, F) as they are; a picture is not compared with itself."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    within = [(_kernel(x, x).sum() - _kernel_of_itself(x).sum()) / (len(x) * (len(x) - 1)) for x in (one, other)]
+    return float(sum(within) - 2 * _kernel(one, other).mean())
+
+
+def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(N, F), (M, F) -> (N, M)."""
+    return (one @ other.T / one.shape[1] + 1) ** 3
+
+
+def _kernel_of_itself(one: np.ndarray) -> np.ndarray:
+    """(N, F) -> (N,)."""
+    return ((one * one).mean(1) + 1) ** 3
