@@ -87,8 +87,8 @@ def kid(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> Spread:
     """The squared maximum mean discrepancy of features (N, F) and (M, F), whose kernel is (x.y / F + 1)^3. It is
     unbiased: few pictures make it uncertain but not larger, and it may fall below 0.
 
-    Mean and deviation over 100 random subsets of 1,000 pictures of each side, as is usual, or of half of the smaller side where
-    it has fewer. TooFew with fewer than 4 pictures.
+    Mean and deviation over 100 random subsets of 1,000 pictures of each side, as is usual, or of half of the smaller side
+    where it has fewer. TooFew with fewer than 4 pictures.
     """
     fewest = min(len(real), len(drawn))
     if fewest < 4:

@@ -1,8 +1,9 @@
 """Inception v3 as FID uses it (Szegedy et al. 2015, Heusel et al. 2017): 2,048 features of pictures, by weights in a file.
 
 The network is written out here, since no weights come with this package and none are ever fetched. Its parts have the names
-that they have in torchvision and in pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, which holds TensorFlow's network that
-published FIDs are of. It differs from torchvision's in what pools do at a border, and in a maximum for a mean in its last block.
+that they have in torchvision and in pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, which holds the network of
+TensorFlow's that published FIDs are of. It differs from torchvision's in what pools do at a border, and in a maximum for a
+mean in its last block. Features are bit for bit pytorch-fid's.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Inception:
 
 def _prepared(pixels: np.ndarray) -> Tensor:
     """(Y, X, 1 or 3) uint8 -> (1, 3, 299, 299)."""
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).float() / 255  # (1, 3, Y, X)
+    x = torch.tensor(pixels).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).float() / 255  # (1, 3, Y, X)
     return 2 * F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
 
 

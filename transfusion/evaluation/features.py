@@ -1,0 +1,93 @@
+"""Where features of pictures come from: FID's Inception, or any vision model of transformers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from transfusion.disk import sha256_of
+from transfusion.evaluation.inception import Inception
+
+AT_ONCE = 32  # pictures in one forward pass
+
+
+class Extractor(Protocol):
+    """Pictures to features. `name` says of what network; results show it, since other networks give other numbers."""
+
+    name: str
+    features: int
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures (Y, X, 1 or 3) uint8 of any sizes -> (N, features) float32."""
+        ...
+
+
+def open_extractor(source: str, device: torch.device) -> Extractor:
+    """Inception where a file with weights is named (.safetensors, .pth), otherwise a vision model of transformers: a folder,
+    or `owner/name` on the hub. ValueError says why it cannot be opened. The extractor that needs no weights is `SmallNetwork`.
+    """
+    if source.endswith((".safetensors", ".pth", ".pt")):
+        return Inception.from_file(Path(source), device)
+    return VisionModel(source, device)
+
+
+class VisionModel:
+    """A vision model of transformers, DINOv2 or CLIP for example: what it says of a picture as a whole.
+
+    That is its projected embedding of images where it has one, as CLIP has, otherwise its pooled output, as DINOv2's class
+    token is.
+    """
+
+    def __init__(self, source: str, device: torch.device):
+        """From a folder, or `owner/name` on the hub; named with the first digits of its weights' SHA-256.
+
+        ValueError when there is none, it was not written as safetensors, or lacks weights.
+        """
+        self.folder, self.model, self.prepare = _open(source)
+        self.model.eval().requires_grad_(False).to(device)
+        digests = [sha256_of(path)[:8] for path in sorted(self.folder.glob("*.safetensors"))]
+        self.name, self.device = " ".join([type(self.model).__name__, source, *digests]), device
+        self.look = getattr(self.model, "get_image_features", self.model)
+        self.features = self([np.zeros((32, 32, 3), np.uint8)]).shape[1]
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures (Y, X, 1 or 3) uint8 of any sizes, prepared as the model's own files say -> (N, features) float32."""
+        found = []
+        for first in range(0, len(pictures), AT_ONCE):
+            coloured = [np.broadcast_to(pixels, (*pixels.shape[:2], 3)) for pixels in pictures[first : first + AT_ONCE]]
+            pixels = self.prepare(coloured, input_data_format="channels_last", return_tensors="pt")["pixel_values"]  # (N, 3, Y, X)
+            said = self.look(pixel_values=pixels.to(self.device)).pooler_output  # (N, features)
+            if said is None:
+                raise ValueError(f"{self.name} says nothing of a picture as a whole: it has no pooled output")
+            found.append(said.flatten(1).float().cpu().numpy())
+        return np.concatenate(found) if found else np.empty((0, self.features), np.float32)
+
+
+def _open(source: str) -> tuple[Path, nn.Module, Any]:
+    """The folder of a model, the model, and what prepares pictures for it."""
+    try:
+        from transformers import AutoImageProcessor, AutoModel
+    except ImportError:
+        raise ValueError(f"{source} needs transformers: pip install 'transfusion[pretrained]'") from None
+    try:
+        folder = Path(source) if Path(source).is_dir() else _download(source)
+        model, report = AutoModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the hub's client and transformers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"no vision model can be opened at {source}: {reason}") from None
+    if report["missing_keys"]:
+        raise ValueError(f"{source} lacks weights, {min(report['missing_keys'])} for one: chance would stand in for them")
+    return folder, model, prepare
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
