@@ -152,7 +152,7 @@ def test_1000_scenes_with_one_thing_changed_are_rejected():
 
 
 def changed(scene: Scene, what: str, chance: np.random.Generator) -> Scene | None:
-    """The scene with one thing changed and all else where it was. None when it holds no such change, or has no room for it."""
+    """The scene with one thing changed, all else where it was. None when there is no such thing, or no room."""
     things, centres = list(scene.things), list(scene.centres)
     k = int(chance.integers(len(things)))
     match what:
