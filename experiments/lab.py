@@ -1,17 +1,21 @@
-"""What every table is made with: variants of one run, each from several seeds, trained, measured, kept and printed.
+"""What every table is made with: variants of runs, each from several seeds, trained, measured, kept, printed and judged.
 
-A cell is a run's folder, TABLE/VARIANT/seed-N, made by commands that anyone could type, with one file more: measured.json.
-The same command again goes on where it stopped. `--variants` and `--seeds` share a table out among processes or machines.
+A cell is a run's folder, runs/WHAT/seed-N, made by commands that anyone could type, with one file more: measured.json. WHAT is
+the hash of what is typed, so tables that hold the same variant share its cells. The same command again goes on where it
+stopped. `--variants` and `--seeds` share a table out among processes or machines.
 """
 
+import hashlib
 import json
-import re
+import math
+import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -23,35 +27,70 @@ from transfusion.inference.engine import Engine, open_run
 class Options:
     """Make a table, or go on with it, and print what is there of it."""
 
-    out: Path
-    """The folder of the table."""
+    out: Path = Path("runs/lab")
+    """The folder of all tables; variants that several of them hold are trained once."""
     variants: tuple[str, ...] = ()
     """Only these; none: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the weights, the order of the data and all noise."""
     train: tuple[str, ...] = ()
     """Options of `transfusion train` for every cell, after those of the table: --train=--training.steps=20"""
+    show: bool = False
+    """Train nothing: print what is there."""
     device: str = "auto"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: its name, and what is typed behind `transfusion train` for it."""
+    """One row of a table: its name, and what is typed behind `transfusion train` for it.
+
+    `data`: the folder of the lab that it reads, if it reads one. `paper`: what the paper's row says, by column.
+    """
 
     name: str
     arguments: tuple[str, ...]
+    data: str = ""
+    paper: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def folder(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+@dataclass(frozen=True)
+class Column:
+    """What is measured under this name: how it is written, and which is better; `noise`: how far seeds lie apart (standard
+    deviation), where no variant has been run from more than one."""
+
+    form: str
+    better: Literal["higher", "lower"] = "higher"
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of two rows: the first is better than the second in this column (`equal`: as good, to `margin`)."""
+
+    says: str
+    column: str
+    first: str
+    second: str
+    equal: bool = False
+    margin: float = 0.0  # share of the second that the first may be worse by
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper in miniature."""
+
+    name: str
+    variants: Sequence[Variant]
+    columns: Mapping[str, Column]
+    claims: Sequence[Claim] = ()
 
 
 Measure = Callable[[Engine], Mapping[str, float]]
 
 
-def options(about: str, out: str) -> Options:
+def options(about: str) -> Options:
     """What was typed behind a table's name."""
-    return tyro.cli(Options, default=Options(Path(out)), description=about)
+    return tyro.cli(Options, description=about)
 
 
 def transfusion(*arguments: str | Path) -> None:
@@ -60,6 +99,13 @@ def transfusion(*arguments: str | Path) -> None:
     done = subprocess.run([sys.executable, "-m", "transfusion", *map(str, arguments)])
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def make(asked: Options, table: Table, measure: Measure) -> None:
+    """Fill the cells that were asked for, unless it is only to be shown, and print the table."""
+    if not asked.show:
+        fill(asked, table.variants, measure)
+    show(asked, table)
 
 
 def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
@@ -74,39 +120,103 @@ def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
 
 
 def _fill_cell(asked: Options, variant: Variant, seed: int, measure: Measure) -> None:
-    folder, arguments = _cell(asked, variant, seed), [*variant.arguments, *asked.train]
+    folder = cell(asked, variant, seed)
     if (folder / "measured.json").exists():
-        if read_json(folder / "measured.json").get("arguments", arguments) != arguments:
-            sys.exit(f"{folder} was made with other settings: give another --out")
         return
-    transfusion("train", *arguments, "--training.seed", str(seed), "--device", asked.device, "--out", folder)
+    data = ("--data", asked.out / variant.data) if variant.data else ()
+    words = [*variant.arguments, *data, *asked.train, "--training.seed", str(seed)]
+    transfusion("train", *words, "--device", asked.device, "--out", folder)
     engine = open_run(folder, device=asked.device)
     if engine.opened.step < engine.run.training.steps:
         sys.exit("stopped: the same command goes on from here")
-    write_json(folder / "measured.json", {"arguments": arguments, **measure(engine), **_last_losses(folder)})
+    found = {**measure(engine), **_last_losses(folder), "parameters": engine.opened.parameters}
+    write_json(folder / "measured.json", {"arguments": [str(word) for word in words], **_where(), **found})
 
 
 def _last_losses(folder: Path) -> dict[str, float]:
-    """Held out, at the last step, and the time that training took."""
+    """Held out, at the last step, of each source or of the only one; positions read, and the time that training took."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (losses,) = [line["heldout"] for line in lines if "heldout" in line][-1].values()
-    return {**losses, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
+    heldout = [line["heldout"] for line in lines if "heldout" in line][-1]
+    alone = len(heldout) == 1
+    losses = {name if alone else f"{source}_{name}": value for source, of in heldout.items() for name, value in of.items()}
+    seen = read_json(max((folder / "checkpoints").glob("*/state.json")))["seen"]
+    return {**losses, "positions": seen, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
 
 
-def show(asked: Options, variants: Sequence[Variant], columns: Mapping[str, str]) -> None:
-    """Print the table and write it to table.md: per variant and column the mean over its seeds ± their standard deviation.
+def _where() -> dict[str, str]:
+    """With what, and on what, a cell was made."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit or "unknown", "machine": platform.machine()}
 
-    `columns`: what is measured -> how it is written, for example {"image_loss": ".3f"}.
+
+def show(asked: Options, table: Table) -> None:
+    """Print the table and its verdicts, and write them to NAME.md and NAME.json.
+
+    Per variant and column the mean over its seeds ± their standard deviation; below, what the paper has, where it has it.
     """
     rows = []
-    for variant in variants:
+    for variant in table.variants:
         found = measured(asked, variant)
-        cells = [_mean([one[name] for one in found], form) for name, form in columns.items()] if found else []
+        cells = [_mean([one[name] for one in found if name in one], of.form) for name, of in table.columns.items()]
         rows += [[variant.name, str(len(found)), *cells]] if found else []
-    table = markdown(["", "seeds", *columns], rows)
+        if found and variant.paper:
+            rows += [["*paper*", "", *(str(variant.paper.get(name, "")) for name in table.columns)]]
+    text = markdown(["", "seeds", *table.columns], rows)
+    verdicts = [f"- {claim.says}: **{judge(asked, table, claim)}**" for claim in table.claims]
+    text += "\n" + "\n".join(verdicts) + "\n" if verdicts else ""
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "table.md").write_text(table)
-    print(table, end="")
+    (asked.out / f"{table.name}.md").write_text(text)
+    cells = {variant.name: measured(asked, variant) for variant in table.variants}
+    write_json(asked.out / f"{table.name}.json", {"table": table.name, "cells": cells, "verdicts": verdicts})
+    print(text, end="")
+
+
+def judge(asked: Options, table: Table, claim: Claim) -> str:
+    """What became of a claim: "holds", "does not hold", or "within noise" where the difference is below two standard errors.
+
+    The spread of seeds is taken over all variants of the table that have several.
+    """
+    column = table.columns[claim.column]
+    found = {variant.name: values_of(asked, variant, claim.column) for variant in table.variants}
+    first, second = found[claim.first], found[claim.second]
+    if not first or not second:
+        return "not run yet"
+    spread = _pooled([values for values in found.values() if len(values) > 1]) or column.noise
+    error = 2 * spread * math.sqrt(1 / len(first) + 1 / len(second))
+    ahead = statistics.mean(first) - statistics.mean(second)
+    ahead = ahead if column.better == "higher" else -ahead
+    shown = f"{statistics.mean(first):{column.form}} and {statistics.mean(second):{column.form}}"
+    if claim.equal:
+        ahead += claim.margin * abs(statistics.mean(second))
+        error = 0.0
+    if not spread and not claim.equal:
+        return f"one seed each, {shown}: no verdict"
+    return f"{'holds' if ahead > error else 'does not hold' if ahead < -error else 'within noise'} ({shown})"
+
+
+def _pooled(groups: Sequence[Sequence[float]]) -> float:
+    """The standard deviation within groups, 0 where there are none."""
+    freedom = sum(len(values) - 1 for values in groups)
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
+    return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def values_of(asked: Options, variant: Variant, column: str) -> list[float]:
+    """What a variant reached in a column, one number per seed."""
+    return [one[column] for one in measured(asked, variant) if column in one]
+
+
+def measured(asked: Options, variant: Variant) -> list[dict]:
+    """What is known of a variant, by seed."""
+    cells = (cell(asked, variant, seed) / "measured.json" for seed in asked.seeds)
+    return [read_json(path) for path in cells if path.exists()]
+
+
+def cell(asked: Options, variant: Variant, seed: int) -> Path:
+    """The folder of one run of a variant."""
+    words = json.dumps([variant.arguments, variant.data, asked.train])
+    return asked.out / "runs" / hashlib.sha256(words.encode()).hexdigest()[:12] / f"seed-{seed}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,16 +225,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def measured(asked: Options, variant: Variant) -> list[dict]:
-    """What is known of a variant, by seed."""
-    cells = (_cell(asked, variant, seed) / "measured.json" for seed in asked.seeds)
-    return [read_json(path) for path in cells if path.exists()]
-
-
-def _cell(asked: Options, variant: Variant, seed: int) -> Path:
-    return asked.out / variant.folder / f"seed-{seed}"
-
-
 def _mean(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
