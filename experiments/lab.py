@@ -1,7 +1,7 @@
 """What every table is made with: variants of runs, each from several seeds, trained, measured, kept, printed and judged.
 
-A cell is a run's folder, runs/WHAT/seed-N, made by commands that anyone could type, with one file more: measured.json. WHAT is
-the hash of what is typed, so tables that hold the same variant share its cells. The same command again goes on where it
+A cell is a run's folder, runs/WHAT/seed-N, made by commands that anyone could type, with one file more: measured.json. WHAT
+is the hash of what is typed, so tables that hold the same variant share its cells. The same command again goes on where it
 stopped. `--variants` and `--seeds` share a table out among processes or machines.
 """
 
@@ -65,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two rows: the first is better than the second in this column (`equal`: as good, to `margin`)."""
+    """What the paper says of two rows: the first is better than the second (`equal`: as good, to `margin`)."""
 
     says: str
     column: str

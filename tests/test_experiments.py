@@ -1,21 +1,27 @@
 """The room of the tables: cells are made once, kept and shown; what a table types is understood."""
 
 import json
+import math
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from experiments import emoji, lab, patches
-from experiments.lab import Options, Variant
+from experiments import attention, both, emoji, lab, noise, patches, scaling, scenes, text
+from experiments.lab import Claim, Column, Options, Table, Variant, cell
+from experiments.scaling import Law
 from tests.test_cli import TINY
 from transfusion.cli.codec import NAMED, FitCodec
 from transfusion.cli.runs import Train, named, parse_run
 from transfusion.cli.screen import parse
 from transfusion.config import SurvivalConfig
+from transfusion.disk import write_json
 from transfusion.model.transfusion import blueprint, count_parameters
 from transfusion.sequence import Vocabulary
 
@@ -35,40 +41,50 @@ def filled(variants, tmp_path_factory) -> tuple[Options, list[str]]:
 
     def measure(engine):
         seen.append(f"{engine.run.model.width} {engine.run.training.seed}")
-        return {"parameters": engine.opened.parameters}
+        return {"width": engine.run.model.width}
 
     lab.fill(Options(asked.out, seeds=(0,)), variants, measure)
     lab.fill(Options(asked.out, ("Width 48",), (0, 1)), variants, measure)
     return asked, seen
 
 
-def test_each_cell_is_made_once(filled):
+def test_each_cell_is_made_once_whatever_the_table_calls_it(filled, variants):
     asked, seen = filled
     assert seen == ["32 0", "48 0", "48 1"]
-    found = {path.parent.relative_to(asked.out).as_posix() for path in asked.out.rglob("measured.json")}
-    assert found == {"width-32/seed-0", "width-48/seed-0", "width-48/seed-1"}
+    lab.fill(Options(asked.out, seeds=(0,)), [replace(variants[0], name="The narrow one")], lambda engine: 1 / 0)
+    found = {path.parent for path in asked.out.rglob("measured.json")}
+    assert found == {cell(asked, variants[n], seed) for n, seed in ((0, 0), (1, 0), (1, 1))}
+    other = Options(asked.out, train=("--training.steps=5",))
+    assert cell(other, variants[0], 0) != cell(asked, variants[0], 0)  # other settings, another cell
 
 
-def test_a_cell_says_what_was_measured_and_what_was_held_out(filled):
-    cell = filled[0].out / "width-32" / "seed-0"
-    values = json.loads((cell / "measured.json").read_text())
-    last = json.loads((cell / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]["digits"]
+def test_a_cell_says_what_was_measured_and_what_was_held_out(filled, variants):
+    folder = cell(filled[0], variants[0], 0)
+    values = json.loads((folder / "measured.json").read_text())
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]["digits"]
     assert {name: values[name] for name in last} == last
-    assert values["parameters"] > 0 and values["minutes"] > 0
+    assert values["parameters"] > 0 and values["minutes"] > 0 and values["positions"] > 0
+    assert values["commit"] and values["machine"]
 
 
 def test_the_table_shows_means_and_spreads_of_what_is_there(filled, variants, capsys):
     asked, _ = filled
-    cells = [json.loads((asked.out / "width-48" / f"seed-{n}" / "measured.json").read_text()) for n in (0, 1)]
-    lab.show(asked, [*variants, Variant("Not made", ())], {"parameters": ".0f", "text_loss": ".3f"})
+    cells = lab.measured(asked, variants[1])
+    rows = [variants[0], replace(variants[1], paper={"width": "768"}), Variant("Not made", ())]
+    claims = [Claim("wide is better", "text_loss", "Width 48", "Width 32"), Claim("none", "width", "Not made", "Width 32")]
+    lab.show(asked, Table("widths", rows, {"width": Column(".0f"), "text_loss": Column(".3f", "lower")}, claims))
     shown = capsys.readouterr().out
-    assert shown == (asked.out / "table.md").read_text()
-    head, _, narrow, wide = shown.splitlines()
-    assert head == "|  | seeds | parameters | text loss |"
+    assert shown == (asked.out / "widths.md").read_text()
+    head, _, narrow, wide, papers, *rest = shown.splitlines()
+    assert head == "|  | seeds | width | text loss |"
     one, other = (cell["text_loss"] for cell in cells)
     spread = abs(one - other) / 2**0.5
-    assert wide.split(" | ")[1:] == ["2", f"{cells[0]['parameters']} ± 0", f"{(one + other) / 2:.3f} ± {spread:.3f} |"]
+    assert wide.split(" | ")[1:] == ["2", "48 ± 0", f"{(one + other) / 2:.3f} ± {spread:.3f} |"]
     assert narrow.startswith("| Width 32 | 1 | ") and "±" not in narrow
+    assert papers == "| *paper* |  | 768 |  |"
+    assert rest[-1] == "- none: **not run yet**"
+    kept = json.loads((asked.out / "widths.json").read_text())
+    assert kept["cells"]["Width 48"] == cells
 
 
 def test_an_unknown_variant_is_named(filled, variants):
@@ -76,20 +92,17 @@ def test_an_unknown_variant_is_named(filled, variants):
         lab.fill(Options(filled[0].out, ("Width 64",)), variants, lambda engine: {})
 
 
-def test_what_was_stopped_is_not_measured(filled, variants, tmp_path):
+def test_what_was_stopped_is_not_measured(filled, variants, tmp_path, monkeypatch):
     """A stopped command leaves a checkpoint and exit code 0; its cell has to wait for the rest."""
-    shutil.copytree(filled[0].out / "width-32", tmp_path / "width-32")
-    (tmp_path / "width-32" / "seed-0" / "measured.json").unlink()
-    shutil.rmtree(tmp_path / "width-32" / "seed-0" / "checkpoints" / "step-000004")
-    (tmp_path / "width-32" / "seed-0" / "checkpoints" / "latest").write_text("step-000002")
-    before = lab.transfusion
-    try:
-        lab.transfusion = lambda *arguments: None
-        with pytest.raises(SystemExit, match="stopped"):
-            lab.fill(Options(tmp_path, seeds=(0,)), variants[:1], lambda engine: {})
-    finally:
-        lab.transfusion = before
-    assert not (tmp_path / "width-32" / "seed-0" / "measured.json").exists()
+    folder = cell(Options(tmp_path), variants[0], 0)
+    shutil.copytree(cell(filled[0], variants[0], 0), folder)
+    (folder / "measured.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    (folder / "checkpoints" / "latest").write_text("step-000002")
+    monkeypatch.setattr(lab, "transfusion", lambda *arguments: None)
+    with pytest.raises(SystemExit, match="stopped"):
+        lab.fill(Options(tmp_path, seeds=(0,)), variants[:1], lambda engine: {})
+    assert not (folder / "measured.json").exists()
 
 
 def test_a_command_that_fails_ends_the_table_with_its_code():
@@ -98,19 +111,131 @@ def test_a_command_that_fails_ends_the_table_with_its_code():
     assert caught.value.code == 2
 
 
-SIDES = {(1, 2): 8, (2, 4): 16}  # of patches: of the latents that they cut
+# Verdicts
 
 
-@pytest.mark.parametrize("sides", SIDES, ids=str)
-@pytest.mark.parametrize("number", range(4))
-def test_the_patches_are_what_their_names_say(sides, number):
-    """The words are options of `train`, and cut latents into as many patches."""
-    variant, side = patches.variants(sides, "--data", "data")[number], SIDES[sides]
-    run, _ = parse_run(Train, "train", *named("train", list(variant.arguments)))
-    found = Vocabulary.build(300, [(side, side)], run.model.patch_size).patches((side, side))
-    assert found == int(variant.name.split()[1])
-    kind = type(blueprint(run.model).patches).__name__
-    assert kind == {"linear": "LinearPatches", "U-Net": "UNetPatches"}[variant.name.split(",")[0]]
+def judged(folder: Path, first: list[float], second: list[float], column: Column, **claim) -> str:
+    """What becomes of "A is better than B", where each is known from so many seeds."""
+    asked, rows = Options(folder, seeds=tuple(range(9))), [Variant("A", ("a",)), Variant("B", ("b",))]
+    for row, values in zip(rows, (first, second), strict=True):
+        for seed, value in enumerate(values):
+            cell(asked, row, seed).mkdir(parents=True)
+            write_json(cell(asked, row, seed) / "measured.json", {"x": value})
+    return lab.judge(asked, Table("t", rows, {"x": column}), Claim("", "x", "A", "B", **claim))
+
+
+@pytest.mark.parametrize(("first", "second", "better", "verdict"), [
+    ([10, 11, 12], [1, 2, 3], "higher", "holds"),
+    ([10, 11, 12], [1, 2, 3], "lower", "does not hold"),
+    ([1, 2, 3], [1.5, 2.5, 3.5], "higher", "within noise"),
+    ([5], [1], "higher", "no verdict"),
+    ([5], [], "higher", "not run yet"),
+    ([10, 11], [1], "higher", "holds"),
+])  # fmt: skip
+def test_a_verdict_hangs_on_the_spread_of_seeds(tmp_path, first, second, better, verdict):
+    assert verdict in judged(tmp_path, first, second, Column(".1f", better))
+
+
+def test_a_column_may_say_how_far_its_seeds_lie_apart(tmp_path):
+    assert "holds" in judged(tmp_path / "a", [5], [1], Column(".1f", noise=1.0))
+    assert "within noise" in judged(tmp_path / "b", [3], [1], Column(".1f", noise=1.0))
+
+
+def test_as_good_is_to_a_margin(tmp_path):
+    for n, (value, verdict) in enumerate(((0.98, "holds"), (0.96, "does not hold"), (1.2, "holds"))):
+        assert judged(tmp_path / str(n), [value], [1], Column(".2f"), equal=True, margin=0.03).startswith(verdict)
+
+
+# Laws
+
+
+@given(st.floats(-2, 2).filter(lambda slope: abs(slope) > 0.01), st.floats(0.1, 10), st.lists(
+    st.floats(1e9, 1e14), min_size=2, max_size=5, unique=True).filter(lambda xs: max(xs) > 1.5 * min(xs)))  # fmt: skip
+def test_a_law_finds_the_line_that_points_lie_on(slope, factor, flops):
+    found = Law.of([(x, factor * (x / 1e12) ** slope) for x in flops])
+    assert math.isclose(found.slope, slope, rel_tol=1e-4, abs_tol=1e-6)
+    assert math.isclose(found.reaches(found.at(3e12)), 3e12, rel_tol=1e-3)
+
+
+def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
+    """Two families on lines of the same slope, one of which needs a quarter of the compute for the same."""
+    asked = Options(tmp_path, seeds=(0,))
+    for n, row in enumerate(scaling.TABLE.variants):
+        flops, ahead = 6e12 * 2 ** (n % 3), 4 if row.name.startswith("Transfusion") else 1
+        cell(asked, row, 0).mkdir(parents=True)
+        write_json(cell(asked, row, 0) / "measured.json", {
+            "parameters": 1e6, "positions": flops / 6e6, "fid": (flops * ahead) ** -0.5, "cider": 0.0,
+            "bits_per_byte": (flops * ahead) ** 0.1})  # fmt: skip
+    assert math.isclose(scaling.parity(asked, "fid"), 0.25, rel_tol=1e-6)
+    assert scaling.parity(asked, "cider") is None  # no logarithm
+    assert scaling.parity(asked, "bits_per_byte") is None  # it gets worse with size
+    scaling.plot(asked, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    told = scaling.tell(asked)
+    assert "0.25" in told and "paper 0.029" in told and told.count("no line can be drawn") == 2
+
+
+# The tables
+
+
+TABLES = [attention.TABLE, patches.TABLE, noise.TABLE, text.TABLE, scaling.TABLE]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_what_a_table_types_is_understood(table):
+    """Every variant is a run; every claim is about rows and columns that are there."""
+    names = [variant.name for variant in table.variants]
+    assert len(set(names)) == len(names)
+    for variant in table.variants:
+        words = [*variant.arguments, *(("--data", "data") if variant.data else ())]
+        run, _ = parse_run(Train, "train", *named("train", words))
+        built = blueprint(run.model)
+        kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
+        assert type(built.patches).__name__ == kind
+        positions = run.data.row_length * run.data.rows
+        assert positions == 1920 or (positions == 960 and run.data.sources == ("topics",))
+    for claim in table.claims:
+        assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
+
+
+def test_patches_are_as_many_as_their_names_say():
+    for variant in patches.TABLE.variants:
+        run, _ = parse_run(Train, "train", *named("train", list(variant.arguments)))
+        found = Vocabulary.build(300, [(8, 8)], run.model.patch_size).patches((8, 8))
+        assert found == int(variant.name.split()[1])
+
+
+def test_tables_share_what_they_have_in_common():
+    def keys(table: Table) -> set[Path]:
+        return {cell(Options(), variant, 0) for variant in table.variants}
+
+    for one, other, common in ((attention, patches, 2), (attention, noise, 1), (text, scaling, 2)):
+        assert len(keys(one.TABLE) & keys(other.TABLE)) == common
+
+
+def test_what_scenes_measure_is_measured(tmp_path, monkeypatch):
+    """Once through all of it, on a run that has learnt nothing."""
+    monkeypatch.setattr(scenes, "SCENES", 60)
+    monkeypatch.setattr(scenes, "SEEN", 200)
+    scenes.small_network.cache_clear()
+    row = scenes.variant("tiny", "linear", 4, "S", "--generation.steps", "2", "--data.codec-documents", "50",
+                         "--data.rows", "1", "--data.block", "16")  # fmt: skip
+    asked = Options(tmp_path, seeds=(0,), train=("--training.steps=2", "--training.warmup=1"))
+    lab.fill(asked, [row], scenes.measure)
+    scenes.small_network.cache_clear()
+    (found,) = lab.measured(asked, row)
+    assert scenes.COLUMNS.keys() <= found.keys()
+    assert statistics.mean(found[name] for name in ("count", "colour", "shape", "size", "place")) == found["attributes"]
+
+
+def test_both_codecs_are_the_same_network_but_for_the_codebook(tmp_path, monkeypatch):
+    typed = []
+    monkeypatch.setattr(both, "transfusion", lambda *words: typed.append([str(word) for word in words]))
+    both.prepare(Options(tmp_path))
+    fits, prepares = ([words for words in typed if words[1] == verb] for verb in ("fit-codec", "prepare"))
+    assert len(fits) == len(prepares) == 2
+    assert [word for word in fits[1] if word not in fits[0]] == ["--network.codes", "512", str(tmp_path / "vq")]
+    assert prepares[1][prepares[1].index("--tokenizer") + 1] == str(tmp_path / "latents" / "tokenizer.json")
 
 
 def test_the_words_for_emoji_are_options_and_make_what_is_said():

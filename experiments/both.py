@@ -1,0 +1,71 @@
+"""The world of the tables about text and images: scenes of `shapes` and Python's documentation, half of the positions each.
+
+Transfusion and Chameleon read the same: one network with two middles, the autoencoder and its VQ twin, trained on the same
+scenes for equally many steps (4 numbers for a latent pixel, 8x8 of them; 512 codes). Transfusion cuts latents into 16
+patches, Chameleon writes 64 codes, as the paper's 256 and 1,024. The tokenizer is the same.
+
+Chameleon here is the paper's but for its smaller learning rate, which at this size only slows it down, and queries and keys
+are normalised in both.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments import scenes
+from experiments.lab import Column, Options, Variant, transfusion
+from transfusion.disk import read_json
+from transfusion.evaluation.perplexity import heldout_topics
+from transfusion.inference.engine import Engine
+
+WORLD = "shapes", "--shapes-level", str(scenes.LEVEL)
+CODEC = (
+    "--size", "32x32", "--most", "20000", "--training.steps", "1800", "--training.validate-every", "600",
+)  # fmt: skip
+CODECS = {"latents": ("vae", ()), "codes": ("vq", ("--network.codes", "512"))}  # by what they make
+DOCUMENTS = "20000"  # of each source
+STABLE = "--model.post-norm", "True", "--model.z-loss", "1e-5"
+TEXT_ONLY = "--data.sources", "topics", "--data.shares", "1", "--data.rows", "3"
+COLUMNS = {
+    "bits_per_byte": Column(".3f", "lower"), "captions": Column(".1%"), "cider": Column(".2f"),
+    "fid": Column(".2f", "lower"), "right": Column(".1%"), "attributes": Column(".1%"), "gap": Column(".1%"),
+    "minutes": Column(".1f", "lower"),
+}  # fmt: skip
+
+
+def prepare(asked: Options) -> None:
+    """Both codecs and what they make of the scenes; where that is there already, a look."""
+    out = asked.out
+    for data, (codec, more) in CODECS.items():
+        if not (out / codec / "reconstructions.html").exists():
+            transfusion("data", "fit-codec", "small", *WORLD, *CODEC, *more, "--out", out / codec)
+        tokenizer = ("--text-ids", "512") if data == "latents" else ("--tokenizer", out / "latents" / "tokenizer.json")
+        if not (out / data / "dataset.json").exists():
+            transfusion("data", "prepare", *WORLD[:1], "topics", *WORLD[1:], "--limit", DOCUMENTS, "--sizes", "32x32",
+                        "--codec", out / codec, *tokenizer, "--out", out / data)  # fmt: skip
+
+
+def codec_quality(out: Path) -> str:
+    """What comes back through each codec, in a sentence."""
+    psnr = {codec: read_json(out / codec / "codec.json")["heldout"]["psnr"] for codec, _ in CODECS.values()}
+    return f"Held-out scenes come back from the autoencoder at {psnr['vae']:.1f} dB, from its twin at {psnr['vq']:.1f} dB."
+
+
+def variant(name: str, family: str, size: str = "M", *more: str, paper: Mapping[str, float] | None = None) -> Variant:
+    """A run of a family ("transfusion", "chameleon", and "llama" and "chameleon, text" on the text alone)."""
+    codes = family == "chameleon"
+    images = ("--model.patches", "codes", "--model.patch-size", "1") if codes else ("--model.patch-size", "2")
+    arguments = (
+        "small", "--data.sources", "shapes", "topics", "--data.shares", "0.5", "0.5", "--data.row-length", "320",
+        "--data.rows", "6", "--data.image-first-max-time", "1", *scenes.size(size), *images,
+        *(STABLE if family.startswith("chameleon") else ()),
+        *(TEXT_ONLY if family in ("llama", "chameleon, text") else ()),
+        "--training.steps", "1200", "--training.learning-rate", "4e-3", "--training.image-weight", "4",
+        "--training.preview-every", "0", "--generation.sampler", "dpm", "--generation.steps", "20", *more,
+    )  # fmt: skip
+    return Variant(name, arguments, "codes" if codes else "latents", paper or {})
+
+
+def measure(engine: Engine) -> dict[str, float]:
+    """The text; and of runs that have seen scenes, what `scenes` measures."""
+    found = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
+    return found | (scenes.measure(engine) if "shapes" in engine.run.data.sources else {})
