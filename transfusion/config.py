@@ -351,6 +351,44 @@ class GenerationConfig:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
 
 
+TASKS = {  # of evaluation, by name; "quick" ones are done when nobody names any
+    "captions": "held-out pictures, captioned greedily: exact, CIDEr-D, BLEU-4",
+    "drawings": "of digits and shapes: are they what was asked for?",
+    "conditioning": "how much worse pictures are predicted behind others' captions",
+    "text": "bits per byte of held-out text",
+    "images": "FID, KID, precision, recall, density and coverage of drawings from held-out captions",
+    "choice": "ranked multiple choice: how do held-out texts go on, or the questions of a file",
+    "clip": "CLIP score of drawings from held-out captions",
+    "geneval": "of shapes: GenEval's questions, answered from the pixels",
+    "llama": "the seven tasks of the Llama suite, through lm_eval and the hub",
+}
+QUICK = ("captions", "drawings", "conditioning", "text")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What of a run is measured, and how. `results.json` holds it, and can be measured anew from it."""
+
+    tasks: tuple[str, ...] | None = None  # None: what the run supports of the quick ones
+    count: int = 200  # held-out documents of each source that are captioned, drawn, read
+    seed: int = 0
+    sampler: str | None = None  # these three: None, the run's own
+    steps: int | None = None
+    guidance_scale: float | None = None
+    features: str | None = None  # of `images`: Inception's weights (a file), a vision model; None: a small network
+    clip: str | None = None  # a CLIP model, a folder or owner/name
+    questions: str | None = None  # of `choice`: a file of JSON lines
+
+    def __post_init__(self):
+        for task in self.tasks or ():
+            if task not in TASKS:
+                raise ValueError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+        if self.tasks == ():
+            raise ValueError(f"name at least one task behind --tasks: {', '.join(TASKS)}")
+        if self.count < 2:
+            raise ValueError(f"count must be at least 2, not {self.count}")
+
+
 @dataclass(frozen=True)
 class Run:
     """A whole run: what `run.json` holds and `train` takes."""

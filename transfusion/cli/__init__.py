@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from transfusion.cli import data, plan, runs
+from transfusion.cli import data, evaluate, plan, runs
 from transfusion.cli.screen import UsageError, fail, nearest
 
 VERBS = {
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "generate":
                 runs.generate(rest)
             case "evaluate":
-                runs.evaluate(rest)
+                evaluate.evaluate(rest)
             case "report":
                 runs.report(rest)
             case _:

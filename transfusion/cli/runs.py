@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from transfusion.cli.evaluate import measure
 from transfusion.cli.screen import UsageError, nearest, parse, say
 from transfusion.config import (
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
     GenerationConfig,
     ModelConfig,
     ParallelConfig,
@@ -107,7 +109,7 @@ def demo(arguments: list[str]) -> None:
     """From nothing to a report."""
     asked = parse(Demo, "demo", arguments)
     if train_run(named_run("digits"), asked.out, asked.device):
-        _evaluate(asked.out, asked.device)
+        measure(asked.out, EvaluationConfig(), asked.device)
         _report(asked.out, asked.device)
 
 
@@ -177,20 +179,6 @@ def generate(arguments: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     _follow(engine, number, asked)
-
-
-def evaluate(arguments: list[str]) -> None:
-    """Measure a run; the figures go to the screen and to results.json."""
-    asked = parse(OnRun, "evaluate", arguments)
-    _evaluate(asked.run, asked.device)
-
-
-def _evaluate(folder: Path, device: str) -> None:
-    from transfusion.evaluation.suite import evaluate
-    from transfusion.inference.engine import open_run
-
-    evaluate(open_run(folder, device=device), folder, say)
-    say(f"wrote {folder / 'results.json'}")
 
 
 def report(arguments: list[str]) -> None:

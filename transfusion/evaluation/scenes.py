@@ -1,5 +1,7 @@
 """Drawn scenes of `shapes`: are they what their captions say, as read back from the pixels?"""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from transfusion.data.loader import Source
@@ -13,13 +15,23 @@ def draw_scenes(
     engine: Engine, source: Source, count: int, seed: int = 0
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
     """One drawing for each of the first `count` held-out captions: shares that are right, and (caption, pixels, right)."""
-    count = min(count, len(source))
-    captions = [source[n].pair[0] for n in range(count)]
+    captions = [source[n].pair[0] for n in range(min(count, len(source)))]
+    return judge_scenes(captions, draw_captions(engine, captions, seed))
+
+
+def draw_captions(engine: Engine, captions: Sequence[str], seed: int = 0) -> list[np.ndarray]:
+    """One drawing (Y, X, colours) uint8 for each caption, by the run's own defaults; the n-th from seed + n."""
     answers = engine.generate(
         [Request(parts=(caption,), num_images=1, seed=seed + n) for n, caption in enumerate(captions)]
     )
-    pictures = [draws[0].parts[0] for draws in answers]
+    return [draws[0].parts[0] for draws in answers]
+
+
+def judge_scenes(
+    captions: Sequence[str], pictures: Sequence[np.ndarray]
+) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
+    """Shares of the pictures that are what their captions say, and (caption, pixels, right)."""
     judged = [judge(caption, pixels) for caption, pixels in zip(captions, pictures, strict=True)]
-    values = {name: sum(getattr(j, name) for j in judged) / count for name in ATTRIBUTES}
+    values = {name: sum(getattr(j, name) for j in judged) / len(judged) for name in ATTRIBUTES}
     shown = [(c, p, j.everything) for c, p, j in zip(captions, pictures, judged, strict=True)]
-    return values | {"count_drawn": count}, shown
+    return values | {"count_drawn": len(judged)}, shown

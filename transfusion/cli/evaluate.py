@@ -1,0 +1,77 @@
+"""transfusion evaluate: measure a run, or measure again what was measured and see whether it agrees."""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from transfusion.cli.screen import UsageError, parse, say
+from transfusion.config import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run; the figures go to the screen and to its results.json."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """The run's folder."""
+    tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK...")] = None
+    """What to measure; without it what the run supports of captions, drawings, conditioning and text. The others are images,
+    choice, clip, geneval and llama."""
+    again: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """A results.json: measure what it holds once more, as it says, and tell whether the figures agree."""
+    count: int = 200
+    """Held-out documents of each source that are captioned, drawn and read."""
+    seed: int = 0
+    sampler: str | None = None
+    """Of drawings; without these three the run's own."""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    features: str | None = None
+    """Of the task images: Inception's weights (a .safetensors or .pth file), or a vision model of transformers (a folder, or
+    owner/name); without it a small network is trained on the run's data, whose figures are no published FID."""
+    clip: str | None = None
+    """Of the task clip: a CLIP model, a folder or owner/name."""
+    questions: str | None = None
+    """Of the task choice: a file of JSON lines, {"context": ..., "choices": [...], "answer": 0}; without it, how held-out
+    texts go on."""
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps"""
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure a run, or do so again."""
+    asked = parse(Evaluate, "evaluate", arguments)
+    if asked.run is None and asked.again is None:
+        raise UsageError("name a run's folder, or --from the results.json of one")
+    if asked.again is not None:
+        return _again(asked.run or asked.again.parent, asked.again, asked.device)
+    try:
+        config = EvaluationConfig(**{f.name: getattr(asked, f.name) for f in fields(EvaluationConfig)})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    measure(asked.run, config, asked.device)
+
+
+def measure(folder: Path, asked: EvaluationConfig, device: str) -> None:
+    """Measure a run into its results.json."""
+    from transfusion.evaluation.suite import evaluate
+    from transfusion.inference.engine import open_run
+
+    evaluate(open_run(folder, device=device), folder, asked, say)
+    say(f"wrote {folder / 'results.json'}")
+
+
+def _again(folder: Path, path: Path, device: str) -> None:
+    """Figure by figure; exit code 1 when one differs."""
+    from transfusion.evaluation.suite import repeat
+    from transfusion.inference.engine import open_run
+
+    found = repeat(open_run(folder, device=device), folder, path, say)
+    say(f"{path}: " + ("all figures agree" if not found else f"{len(found)} figures differ"))
+    for line in found:
+        say(f"  {line}")
+    if found:
+        sys.exit(1)
