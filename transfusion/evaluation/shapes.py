@@ -103,7 +103,7 @@ def read_scene(pixels: np.ndarray) -> list[Seen]:
 def _find_blobs(step: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     """Connected pixels of one colour, each as a mask (Y, X) and its colour's name."""
     names, steps = tuple(COLOURS), _colour_steps()  # (6, 3)
-    step = np.moveaxis(_soften(np.moveaxis(step, -1, 0)), 0, -1)  # (Y, X, 3)
+    step = np.stack([_soften(channel) for channel in np.moveaxis(step, -1, 0)], -1)  # (Y, X, 3)
     amount = step @ (steps / (steps**2).sum(1, keepdims=True)).T  # (Y, X, 6) how far towards each colour
     amount = np.clip(amount, 0, 1)  # (Y, X, 6)
     missed = ((step[..., None, :] - amount[..., None] * steps) ** 2).sum(-1)  # (Y, X, 6)
@@ -173,15 +173,7 @@ def _liken(
 
 
 def _soften(picture: np.ndarray) -> np.ndarray:
-    """Blurred along the last two axes, which are equally long, (..., Y, X)."""
-    blur = _blur(picture.shape[-1])  # (X, X)
-    return blur @ picture @ blur.T
-
-
-@lru_cache(maxsize=8)
-def _blur(size: int) -> np.ndarray:
-    """Blurs a line of so many pixels: as a matrix it is many times faster than a filter for such small pictures."""
-    return ndimage.gaussian_filter1d(np.eye(size, dtype=np.float32), SOFTNESS * size / CANVAS, axis=0)  # (X, X)
+    return ndimage.gaussian_filter(picture, SOFTNESS * len(picture) / CANVAS)  # (Y, X)
 
 
 def _area(shape: str, box: tuple[float, float]) -> float:
