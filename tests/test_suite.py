@@ -1,0 +1,142 @@
+"""transfusion evaluate: which tasks a run supports, how its results are measured again, and what is said of a bad wish."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.test_cli import TINY, command, fails
+from transfusion.config import QUICK, TASKS, EvaluationConfig, from_json
+from transfusion.disk import read_json, write_json
+from transfusion.evaluation import scenes, small_network, suite
+from transfusion.evaluation.suite import differences
+
+DIGITS = ("digits", *TINY, "--generation.steps", "2")
+SHAPES = (
+    "shapes", *TINY, "--data.sources", "shapes", "--data.shares", "1", "--data.codec-documents", "50", "--data.level", "2",
+    "--model.latent-channels", "6", "--data.text-ids", "300", "--generation.steps", "1", "--data.row-length", "128",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """A small network that learns nothing worth while, and few prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_network, "STEPS", 3)
+        patch.setattr(suite, "SEEN", 100)
+        patch.setattr(suite, "PROMPTS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    command("train", *DIGITS, "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(digits):
+    """All that this run can be asked without a network."""
+    words = "--count", "60", "--seed", "3", "--guidance-scale", "1.5", "--tasks", *QUICK, "choice", "images"
+    command("evaluate", digits, *words)
+    return digits
+
+
+def test_every_task_of_a_run_is_in_its_results(measured):
+    results = read_json(measured / "results.json")
+    assert results["digits"].keys() == {"captions", "drawings", "conditioning", "images"}
+    assert results["topics"].keys() == {"text", "choice"}
+    assert results["digits"]["images"]["drawn"] == results["digits"]["images"]["real"] == 60
+    assert "small network of digits" in results["digits"]["images"]["features"]
+    assert results["digits"]["conditioning"]["count"] == 60
+    assert results["topics"]["choice"]["count"] == 60
+
+
+def test_the_manifest_says_what_it_takes_to_repeat_them(measured):
+    manifest = read_json(measured / "results.json")["manifest"]
+    asked = from_json(EvaluationConfig, manifest["asked"])
+    assert asked == EvaluationConfig(tasks=(*QUICK, "choice", "images"), count=60, seed=3, guidance_scale=1.5)
+    assert manifest["generation"]["guidance_scale"] == 1.5 and manifest["generation"]["steps"] == 2
+    assert manifest["networks"]["digits images"].startswith("small network of digits")
+    assert manifest["dtype"] == "float32" and manifest["versions"]["torch"]
+
+
+def test_what_was_measured_is_measured_again_and_agrees(measured, tmp_path, capsys):
+    before = (measured / "results.json").read_bytes()
+    command("evaluate", "--from", measured / "results.json")
+    assert "all figures agree" in capsys.readouterr().err
+    assert (measured / "results.json").read_bytes() == before
+    results = json.loads(before)
+    results["topics"]["text"]["bits_per_byte"] += 0.01
+    write_json(tmp_path / "changed.json", results)
+    said = fails(capsys, 1, "evaluate", measured, "--from", tmp_path / "changed.json")
+    assert "1 figures differ" in said and "topics text bits_per_byte" in said
+
+
+def test_of_shapes_geneval_is_asked_from_the_pixels(tmp_path, monkeypatch):
+    command("train", *SHAPES, "--out", tmp_path / "run")
+    asked = []
+    real = scenes.draw_captions
+    monkeypatch.setattr(suite, "draw_captions", lambda *given: asked.append(1) or real(*given))
+    command("evaluate", tmp_path / "run", "--count", "50", "--tasks", "drawings", "images", "geneval")
+    results = read_json(tmp_path / "run" / "results.json")["shapes"]
+    assert results["geneval"].keys() >= {"counting", "colors", "position", "overall"}
+    assert results["drawings"]["count_drawn"] == 50
+    assert len(asked) == 1  # both tasks look at the same drawings
+
+
+def test_without_tasks_it_is_the_quick_ones(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "run")
+    command("evaluate", tmp_path / "run", "--count", "20")
+    results = read_json(tmp_path / "run" / "results.json")
+    assert {*results["digits"], *results["topics"]} == set(QUICK)
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (("--tasks", "drawing"), 2, "there is no task 'drawing'"),
+    (("--tasks",), 2, "name at least one task"),
+    (("--count", "1"), 2, "count must be at least 2"),
+    (("--tasks", "geneval"), 1, "nothing in the data of this run for the task geneval"),
+    (("--tasks", "clip"), 1, "--clip"),
+    (("--tasks", "clip", "--clip", "no/such folder"), 1, "no vision model can be opened"),
+    (("--tasks", "images", "--features", "nowhere.safetensors"), 1, "nowhere.safetensors"),
+    (("--tasks", "choice", "--questions", "nowhere.jsonl"), 1, "nowhere.jsonl"),
+    (("--from", "nowhere.json"), 1, "nowhere.json"),
+])  # fmt: skip
+def test_a_bad_wish_is_answered_in_a_line(digits, capsys, words, code, said):
+    found = fails(capsys, code, "evaluate", digits, *words)
+    assert said in found
+    assert not (digits / "results.json.tmp").exists()
+
+
+def test_results_without_a_manifest_are_refused(digits, tmp_path, capsys):
+    for manifest in ({}, {"asked": {"tasks": ["nothing"]}}, {"asked": {"wish": 1}}):
+        write_json(tmp_path / "results.json", {"manifest": manifest})
+        said = fails(capsys, 1, "evaluate", digits, "--from", tmp_path / "results.json")
+        assert "does not say how it was measured" in said
+    assert "name a run's folder" in fails(capsys, 2, "evaluate")
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=False) | st.integers() | st.text(max_size=3) | st.none()
+values = st.recursive(numbers, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.text("abc", min_size=1, max_size=2), inner, max_size=3), max_leaves=8)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(values, values)
+def test_differences_are_none_of_equals_and_some_of_others(one, other):
+    assert not list(differences(one, json.loads(json.dumps(one))))
+    alike = json.dumps(one) == json.dumps(other)
+    close = isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12)
+    if not alike and not isinstance(one, dict | list) and not close and one != other:
+        assert list(differences(one, other, "x"))
+
+
+def test_the_quick_tasks_are_tasks():
+    assert set(QUICK) <= set(TASKS)
+    assert asdict(EvaluationConfig())["tasks"] is None
