@@ -120,17 +120,27 @@ def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
 
 
 def _fill_cell(asked: Options, variant: Variant, seed: int, measure: Measure) -> None:
-    folder = cell(asked, variant, seed)
-    if (folder / "measured.json").exists():
-        return
     data = ("--data", asked.out / variant.data) if variant.data else ()
-    words = [*variant.arguments, *data, *asked.train, "--training.seed", str(seed)]
-    transfusion("train", *words, "--device", asked.device, "--out", folder)
-    engine = open_run(folder, device=asked.device)
+    if not (cell(asked, variant, seed) / "measured.json").exists():
+        measure_run(asked, variant, seed, train(asked, variant, seed, (*variant.arguments, *data)), measure)
+
+
+def train(asked: Options, variant: Variant, seed: int, words: Sequence[str | Path]) -> Path:
+    """The folder of a run that these words train, in the cell of its variant."""
+    folder = cell(asked, variant, seed)
+    transfusion("train", *words, *asked.train, "--training.seed", str(seed), "--device", asked.device, "--out", folder)
+    return folder
+
+
+def measure_run(asked: Options, variant: Variant, seed: int, run: Path, measure: Measure) -> None:
+    """Measure a run for the cell of a variant, whose own it need not be."""
+    engine = open_run(run, device=asked.device)
     if engine.opened.step < engine.run.training.steps:
         sys.exit("stopped: the same command goes on from here")
-    found = {**measure(engine), **_last_losses(folder), "parameters": engine.opened.parameters}
-    write_json(folder / "measured.json", {"arguments": [str(word) for word in words], **_where(), **found})
+    found = {**measure(engine), **_last_losses(run), "parameters": engine.opened.parameters}
+    folder = cell(asked, variant, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "measured.json", {"arguments": [*variant.arguments, *asked.train], **_where(), **found})
 
 
 def _last_losses(folder: Path) -> dict[str, float]:
