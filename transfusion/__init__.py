@@ -1,12 +1,16 @@
 """Transfusion: one transformer over text tokens and image patches, that reads, writes and draws."""
 
-__all__ = ["open_run"]
+from importlib import import_module
+
+PLACES = {  # what `import transfusion` offers, and where it is
+    "open_run": "transfusion.inference.engine", "Request": "transfusion.inference.engine",
+    "Transfusion": "transfusion.model.transfusion",
+}  # fmt: skip
+__all__ = list(PLACES)
 
 
 def __getattr__(name: str):
-    """`transfusion.open_run`, imported only when it is asked for: the package itself loads nothing heavy."""
-    if name == "open_run":
-        from transfusion.inference.engine import open_run
-
-        return open_run
+    """Imported only when it is asked for: the package itself loads nothing heavy."""
+    if name in PLACES:
+        return getattr(import_module(PLACES[name]), name)
     raise AttributeError(f"module 'transfusion' has no attribute {name!r}")

@@ -274,6 +274,9 @@ class TrainingConfig:
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
     average: float = 0.9999  # decay of the moving average of the weights
+    text_rate: float = 1.0  # of embedding and head, times the learning rate; 0: they are frozen, and stay as they began
+    patches_rate: float = 1.0  # of the layers that take patches in and out, likewise
+    transformer_rate: float = 1.0  # of the blocks and the last norm, likewise
     accumulate: int = 1  # forward passes per step
     image_weight: float = 5.0  # the paper's lambda; 5 belongs to noise prediction
     seed: int = 0
@@ -287,6 +290,17 @@ class TrainingConfig:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "validate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("text_rate", "patches_rate", "transformer_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"training.{name} must be a number from 0 up, not {getattr(self, name)}")
+        if not any(self.rates.values()):
+            raise ValueError("training.text_rate, patches_rate and transformer_rate are all 0: nothing would be learnt")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """By the first word of a parameter's name."""
+        text = self.text_rate
+        return {"tokens": text, "head": text, "patches": self.patches_rate, "transformer": self.transformer_rate}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ FP32, BF16 = 4, 2  # bytes of a number
 PAPER_SIDE = 32  # of a latent: 256 x 256 pixels behind an autoencoder that makes one of 8
 AROUND = 4  # positions around the patches of an image by itself: bos, boi, eoi, eos
 LOGITS = 3 * FP32  # bytes, at most, for one: its log-probability and, one from the other, two gradients
-STATES = 4  # numbers that a checkpoint holds of each parameter: weight, average, two moments
 OWN = 2_000_000_000  # bytes that CUDA and NCCL take for themselves, roughly
 MOST_GPUS = 16_384
 
@@ -115,8 +114,10 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on disk."""
-        return STATES * FP32 * sum(self.parameters.values())
+        """Bytes on disk: weight and average, and the two moments of what is learnt."""
+        training = self.run.training
+        rates = (training.transformer_rate, training.text_rate, training.patches_rate)  # in the order of the parameters
+        return FP32 * sum((4 if rate else 2) * n for rate, n in zip(rates, self.parameters.values(), strict=True))
 
 
 def plan(run: Run, machines: Machines) -> Plan:
@@ -173,15 +174,19 @@ def memory(run: Run, machines: Machines) -> Memory:
     the step accumulates)."""
     shapes, ranks = weights_of(run.model), machines.sharing(run.parallel.shard)
     rest = [shape for part in ("norm", "patches", "embeddings") for shape in shapes[part]]
-    held = FP32 * (share(shapes["block"], ranks) * run.model.layers + share(rest, ranks))
+    parts = {part: FP32 * share(shapes[part], ranks) for part in shapes}
+    parts["block"] *= run.model.layers
+    rates = {"block": run.training.transformer_rate, "norm": run.training.transformer_rate,
+             "patches": run.training.patches_rate, "embeddings": run.training.text_rate}  # fmt: skip
+    held, learnt = sum(parts.values()), sum(size for part, size in parts.items() if rates[part])
     root, block = share(rest, 1), share(shapes["block"], 1)
     if ranks == 1:
         gathered = BF16 * (root + block * run.model.layers)  # autocast's copies, until the backward pass is through
     else:  # a block, and the next one on its way; gradients of a block are summed in fp32
         gathered = 2 * BF16 * root + (2 * BF16 + BF16 + FP32) * block
     return Memory(
-        weights=held, gradients=held, moments=2 * held, average=held, gathered=gathered, activations=activations(run),
-        backward=max(logits(run), inside_block(run)),
+        weights=held, gradients=learnt, moments=2 * learnt, average=held, gathered=gathered,
+        activations=activations(run), backward=max(logits(run), inside_block(run)),
     )  # fmt: skip
 
 

@@ -16,9 +16,12 @@ from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
-from transfusion.model.transfusion import Transfusion, count_parameters, empty
+from transfusion.model.transfusion import Transfusion, count_parameters, empty, read_config
+from transfusion.model.weights import CONFIG, find_folder, read_weights
 from transfusion.parallel import ALONE, Ranks, lower_precision, lower_weights, pick_device, precision
 from transfusion.sequence import Vocabulary
+
+GENERATION = "generation_config.json"  # of an exported run: its defaults, which may be edited by hand
 
 
 @dataclass
@@ -54,49 +57,102 @@ class Opened(Described):
         return lower_precision(self.device)
 
 
-def open_checkpoint(folder: Path, weights: str = "average", device: str = "auto") -> Opened:
+def open_checkpoint(place: str | Path, weights: str = "average", device: str = "auto") -> Opened:
     """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from.
 
-    Its matrices are in the precision that the device computes in.
+    Or a run that was exported, a folder or `owner/name` on the hub, with the weights that were chosen then. Matrices are in
+    the precision that the device computes in. OpenError when it is none of these.
     """
     chosen = pick_device(device)
+    folder = find_folder(place)
     described = describe(folder)
-    found = newest(folder)
-    verify(found)
     model = empty(described.run.model, chosen).requires_grad_(False)
-    fill(found, {"average" if weights == "average" else "model": model.state_dict()})
+    if is_exported(folder):
+        step = _read_exported(folder, model, weights)
+    else:
+        found = newest(folder)
+        verify(found)
+        fill(found, {weights_part(weights): model.state_dict()})
+        step = step_of(found)
     lower_weights(model, chosen)
-    step = read_json(found / "state.json").get("step")
-    if not isinstance(step, int):
-        raise OpenError(f"{found / 'state.json'} does not say which step it is")
     return Opened(**vars(described), model=model.eval(), step=step, device=chosen)
 
 
+def is_exported(folder: Path) -> bool:
+    """Is it what `export` wrote, not a run's own folder?"""
+    return not (folder / "run.json").exists() and (folder / CONFIG).exists()
+
+
+def _read_exported(folder: Path, model: Transfusion, weights: str) -> int:
+    """Fill in the weights that were exported: the step from which they are."""
+    check_exported(folder, weights)
+    read_weights(folder, model)
+    return read_json(folder / CONFIG)["weights"]["step"]
+
+
+def check_exported(folder: Path, weights: str) -> None:
+    """Every file of weights is as it was written, and they are those that are asked for. OpenError when not."""
+    held = read_json(folder / CONFIG).get("weights")
+    if not isinstance(held, dict) or not isinstance(held.get("sha256"), dict) or not isinstance(held.get("step"), int):
+        raise OpenError(f"{folder / CONFIG} does not say what weights there are")
+    if weights == "raw" and held.get("kind") != "raw":
+        raise OpenError(f"{folder} was exported with the moving average alone: export the run with --weights raw")
+    for path in sorted(folder.glob("*.safetensors*")):
+        if path.name not in (*held["sha256"], "codec.safetensors"):
+            raise OpenError(f"{folder} holds {path.name}, which its config.json does not name")
+    for name, digest in held["sha256"].items():
+        _check_digest(folder, name, digest)
+
+
+def weights_part(weights: str) -> str:
+    """The part of a checkpoint that holds the moving average, or the raw weights."""
+    return "average" if weights == "average" else "model"
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step it was written. OpenError when it does not say."""
+    step = read_json(checkpoint / "state.json").get("step")
+    if not isinstance(step, int):
+        raise OpenError(f"{checkpoint / 'state.json'} does not say which step it is")
+    return step
+
+
 def describe(folder: Path) -> Described:
-    """What run.json and the files beside it say. OpenError when they are missing, changed or of another format."""
-    if not (folder / "run.json").exists():
+    """What run.json and the files beside it say, or config.json where the run was exported.
+
+    OpenError when they are missing, changed or of another format.
+    """
+    path = folder / "run.json"
+    if is_exported(folder):
+        path = folder / CONFIG
+        read_config(folder)
+    elif not path.exists():
         raise OpenError(f"{folder} is not a run: it has no run.json")
-    values = read_json(folder / "run.json")
+    values = read_json(path)
+    if "format" not in values and is_exported(folder):
+        raise OpenError(f"{folder} holds a network alone, without tokenizer and codec: Transfusion.from_pretrained opens it")
     if values.get("format") != FORMAT:
         written = (values.get("versions") or {}).get("transfusion", "unknown")
         raise OpenError(
             f"{folder} was written in format {values.get('format')} by transfusion {written}; this one reads format {FORMAT}"
         )
     try:
+        if is_exported(folder):
+            values["run"]["generation"] = read_json(folder / GENERATION)
         run = from_json(Run, values["run"])
         vocabulary = Vocabulary.from_json(values["vocabulary"])
         if values["meaning"] != meaning(values["run"], values["vocabulary"]):
-            raise OpenError(f"{folder / 'run.json'}: model, diffusion or vocabulary are no longer those of its weights")
+            raise OpenError(f"{path}: model, diffusion or vocabulary are no longer those of its weights")
         text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
         encoded = read_checked(folder / "codec.safetensors", values["codec"]["sha256"])
         codec = codec_from_bytes(values["codec"]["kind"], encoded)
         return Described(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise OpenError(f"{folder / 'run.json'} is damaged: {error!r}") from None
+        raise OpenError(f"{path} is damaged: {error!r}") from None
     except OpenError:
         raise
     except ValueError as error:
-        raise OpenError(f"{folder / 'run.json'}: {error}") from None
+        raise OpenError(f"{path}: {error}") from None
 
 
 def newest(folder: Path) -> Path:
@@ -120,13 +176,18 @@ def verify(checkpoint: Path, ranks: Ranks = ALONE) -> None:
         if name not in manifest:
             raise OpenError(f"{checkpoint} holds {name}, which its manifest does not name")
     for number, (name, digest) in enumerate(manifest.items()):
-        path = checkpoint / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise OpenError(f"{checkpoint}: its manifest names {name}, which lies outside")
-        if not path.is_file():
-            raise OpenError(f"{checkpoint} is not whole: {name} is missing")
-        if number % ranks.world == ranks.rank and sha256_of(path) != digest:
-            raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
+        _check_digest(checkpoint, name, digest, reads=number % ranks.world == ranks.rank)
+
+
+def _check_digest(folder: Path, name: str, digest: str, reads: bool = True) -> None:
+    """OpenError when a file of the folder is missing, lies outside, or (if it is read) is not as it was written."""
+    path = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise OpenError(f"{folder}: its list of files names {name}, which lies outside")
+    if not path.is_file():
+        raise OpenError(f"{folder} is not whole: {name} is missing")
+    if reads and sha256_of(path) != digest:
+        raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
 
 
 def restore(

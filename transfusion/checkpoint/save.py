@@ -51,14 +51,17 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
         "meaning": meaning(to_json(run), vocabulary.to_json()),
         "codec": {"kind": codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(text.encode()).hexdigest()},
-        "versions": {
-            "transfusion": version("transfusion"), "torch": torch.__version__, "python": platform.python_version(),
-        },
+        "versions": versions(),
         "notes": notes,
     }  # fmt: skip
     write_whole(folder / "codec.safetensors", encoded)
     write_whole(folder / "tokenizer.json", text.encode())
     write_json(folder / "run.json", values)
+
+
+def versions() -> dict[str, str]:
+    """Of what writes it."""
+    return {"transfusion": version("transfusion"), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def meaning(run: dict, vocabulary: dict) -> str:
@@ -118,7 +121,7 @@ class Saver:
                 with warnings.catch_warnings(action="ignore"):  # it warns that one process is one process
                     dcp.save(values, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             files = sorted(path for path in aside.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
-            digests = self._agree(lambda: {path.relative_to(aside).as_posix(): _settle(path) for path in files})
+            digests = self._agree(lambda: {path.relative_to(aside).as_posix(): settle(path) for path in files})
             self._agree(lambda: self._put_in_place(aside, final, state, dict(ChainMap(*digests))))
         except (OSError, RuntimeError, CheckpointException) as error:  # a rank that is gone; a BaseException
             if self.ranks.first:
@@ -152,9 +155,9 @@ class Saver:
         if not self.ranks.first:
             return
         (aside / "state.json").write_text(state + "\n")
-        digests |= {"state.json": _settle(aside / "state.json")}
+        digests |= {"state.json": settle(aside / "state.json")}
         (aside / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n")
-        _settle(aside / "manifest.json")
+        settle(aside / "manifest.json")
         before = final.with_suffix(".old")  # this step, saved once already
         if final.exists():
             shutil.rmtree(before, ignore_errors=True)
@@ -207,7 +210,7 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def _settle(path: Path) -> str:
+def settle(path: Path) -> str:
     """Wait until a file is on the disk, and take its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

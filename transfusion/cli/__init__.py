@@ -1,10 +1,10 @@
-"""The command line: transfusion demo | data | plan | train | generate | evaluate | report."""
+"""The command line: transfusion demo | data | plan | train | generate | evaluate | report | export."""
 
 import os
 import sys
 from collections.abc import Sequence
 
-from transfusion.cli import data, evaluate, plan, runs
+from transfusion.cli import data, evaluate, export, plan, runs
 from transfusion.cli.screen import UsageError, fail, nearest
 
 VERBS = {
@@ -15,6 +15,7 @@ VERBS = {
     "generate": "write and draw from a prompt of text and pictures",
     "evaluate": "measure a run and write results.json",
     "report": "show a run as one page, report.html",
+    "export": "write a run into a folder that others can open",
 }
 
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 evaluate.evaluate(rest)
             case "report":
                 runs.report(rest)
+            case "export":
+                export.export(rest)
             case _:
                 raise UsageError(f"there is no command {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     except UsageError as error:

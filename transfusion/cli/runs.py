@@ -44,6 +44,12 @@ class Train:
     generation: GenerationConfig
     out: Path = Path()
     """The run's folder."""
+    start: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Begin with the weights of another run, or of an exported one (a folder, or owner/name on the hub), and with its
+    tokenizer, codec and ids: data of one's own must be prepared --like its data."""
+    init_from: str | None = None
+    """Begin with a language model: a folder with config.json, safetensors and tokenizer.json of the Llama architecture. It
+    decides the width, layers, heads and so on; its vocabulary grows by what images need."""
     device: Device = "auto"
 
 
@@ -61,7 +67,7 @@ class Generate:
     """Write and draw with a run. Text and pictures come out in the order in which the model makes them."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """The run's folder, or an exported one, or owner/name on the hub."""
     parts: tyro.conf.Positional[tuple[str, ...]] = ()
     """The prompt, in order: text, or @picture.png (write @@ for text that begins with @)."""
     num_images: int | None = None
@@ -117,7 +123,10 @@ def train(arguments: list[str]) -> None:
     """Begin a run, or go on with it."""
     run, rest = named("train", arguments)
     run, asked = parse_run(Train, f"train {run.name}", run, rest, out=Path("runs") / run.name)
-    train_run(run, asked.out, asked.device)
+    starts = [(kind, place) for kind, place in (("run", asked.start), ("llama", asked.init_from)) if place is not None]
+    if len(starts) > 1:
+        raise UsageError("a run begins with one thing: --from or --init-from, not both")
+    train_run(run, asked.out, asked.device, *starts)
 
 
 def parse_run(kind: type, name: str, run: Run, arguments: list[str], **own):
@@ -131,8 +140,11 @@ def parse_run(kind: type, name: str, run: Run, arguments: list[str], **own):
     return replace(run, **{part: getattr(asked, part) for part in parts}), asked
 
 
-def train_run(run: Run, folder: Path, device: str) -> bool:
-    """Begin a run, or go on with it, on all processes that torchrun started. False when a signal stopped it."""
+def train_run(run: Run, folder: Path, device: str, start: tuple[str, str] | None = None) -> bool:
+    """Begin a run, or go on with it, on all processes that torchrun started. False when a signal stopped it.
+
+    `start`: what kind of thing it begins with ("run" or "llama"), and where that is.
+    """
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
     from transfusion.parallel import Ranks, pick_device
@@ -141,13 +153,13 @@ def train_run(run: Run, folder: Path, device: str) -> bool:
     chosen = pick_device(device)
     with Ranks.of_torchrun(chosen) as ranks:
         run = replace(run, data=name_sources(run.data))
-        begun = _begin(run, folder) if ranks.first else None
+        begun = _begin(run, folder, start) if ranks.first else None
         ranks.wait()
-        run, encoder = begun or _begin(run, folder)
+        run, encoder = begun or _begin(run, folder, start)
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {one.name: heldout_batches(one, encoder, HELDOUT) for one in open_sources(run.data, "heldout")}
         look = _previewer(folder, open_raw(run.data, "heldout"), chosen, ranks)
-        trainer = Trainer(run, folder, loader, heldout, chosen, ranks, look)
+        trainer = Trainer(run, folder, loader, heldout, chosen, ranks, look, _first_weights(run, folder, ranks))
         trainer.loop.go_on(say)
         where = f"{ranks.world} processes ({chosen.type})" if ranks.world > 1 else str(chosen)
         tell = say if ranks.first else lambda line: None
@@ -194,43 +206,72 @@ def _report(folder: Path, device: str) -> None:
     say(f"wrote {write_report(folder, open_run(folder, device=device))}")
 
 
-def _begin(run: Run, folder: Path):
+def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     """The run and its encoder: those of the folder if it holds the same run already, else new ones, written there."""
     from transfusion.checkpoint.open import describe
     from transfusion.checkpoint.save import begin
+    from transfusion.checkpoint.start import OtherRun, name_place, note_of, open_start
     from transfusion.data.loader import Encoder, element_weights
-    from transfusion.data.sources import fingerprint, fit, open_sources
+    from transfusion.data.sources import fingerprint, fit, open_sources, reuse
 
     if (folder / "run.json").exists():
         known = describe(folder)
-        _refuse_changes(known.run, run, folder)
+        _refuse_changes(known.run, run, folder, known.notes.get("start"), asked)
         if known.notes.get("prepared") != fingerprint(run.data):
             places = " and ".join(run.data.prepared)
             raise UsageError(f"{places} does not hold the data that {folder} began with: give another --out")
         run = replace(known.run, data=run.data, parallel=run.parallel, survival=run.survival)
         return run, Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
-    if not run.data.prepared:
-        say(f"fitting the tokenizer and the codec of {run.name}")
-    encoder = fit(run.data, run.model.patch_size, run.training.seed)
+    start = None if asked is None else open_start(*asked)
+    if isinstance(start, OtherRun):
+        given = start.described
+        encoder = reuse(run.data, given.tokenizer, given.codec, given.vocabulary, run.training.seed)
+    else:
+        if not run.data.prepared:
+            say(f"fitting the {'codec' if start else 'tokenizer and the codec'} of {run.name}")
+        encoder = fit(run.data, run.model.patch_size, run.training.seed, start and start.tokenizer)
     if (encoder.vocabulary.codes > 0) != (run.model.patches == "codes"):
         wanted = "codes" if encoder.vocabulary.codes else "linear or unet"
         raise UsageError(f"the images of these data are {encoder.codec.kind}: they need --model.patches {wanted}")
     fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
-    run = replace(run, model=replace(run.model, **fitted))
+    model = replace(run.model, **fitted)
+    run = replace(run, model=start.model(model) if start else model)
     sources = open_sources(run.data, "train")
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
     weights = element_weights(sources, encoder)
     notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
     notes |= {"prepared": fingerprint(run.data)} if run.data.prepared else {}
+    notes |= {"start": note_of(start, name_place(*asked))} if start else {}
     begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
     return run, encoder
 
 
-def _refuse_changes(known: Run, asked: Run, folder: Path) -> None:
-    """A run goes on as it began, or not at all. What its data decided (vocabulary, channels) is no change, nor where
-    prepared data lie (they are told by their content), nor how the work is laid out or what is done when it fails."""
+def _first_weights(run: Run, folder: Path, ranks):
+    """What fills in the weights that a run begins with, as its run.json says; None: its seed, or its checkpoint."""
+    from transfusion.checkpoint.open import describe
+    from transfusion.checkpoint.save import list_checkpoints
+    from transfusion.checkpoint.start import reopen
+
+    note = describe(folder).notes.get("start")
+    if note is None or list_checkpoints(folder):
+        return None
+    start = reopen(note, folder)
+    return lambda model: start.fill(model, run.training.seed, ranks)
+
+
+def _refuse_changes(
+    known: Run, asked: Run, folder: Path, began: dict | None, start: tuple[str, str] | None
+) -> None:
+    """A run goes on as it began, or not at all. What its data and its start decided (vocabulary, channels) is no change,
+    nor where prepared data lie (they are told by their content), nor how the work is laid out or what is done when it fails.
+    """
+    from transfusion.checkpoint.start import decided_by, name_place
+
+    if start and (not began or (began["kind"], began["place"]) != (start[0], name_place(*start))):
+        beginning = f"with {began['place']}" if began else "anew"
+        raise UsageError(f"{folder} began {beginning}, not with {start[1]}: give another --out")
     known = replace(known, parallel=asked.parallel, survival=asked.survival)
-    fitted = {"vocabulary": known.model.vocabulary, "latent_channels": known.model.latent_channels}
+    fitted = {name: getattr(known.model, name) for name in decided_by(began)}
     asked = replace(asked, model=replace(asked.model, **fitted))
     if known.data.prepared and asked.data.prepared:
         known = replace(known, data=replace(known.data, prepared=asked.data.prepared))

@@ -5,7 +5,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-from transfusion.codecs.codec import fit_codec
+from transfusion.codecs.codec import Codec, codec_to_bytes, fit_codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import DataConfig
@@ -52,10 +52,16 @@ def fingerprint(config: DataConfig) -> str | None:
     return sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
 
 
-def fit(config: DataConfig, patch_size: int, seed: int) -> Encoder:
-    """What a new run encodes with: what its prepared data were made with, or else a tokenizer and a codec fitted now."""
+def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Encoder:
+    """What a new run encodes with: what its prepared data were made with, or else a tokenizer and a codec fitted now.
+
+    With a tokenizer that is given (a language model's) none is fitted. ValueError when prepared data were made with another.
+    """
     if config.prepared:
         folders = _open_folders(config)
+        if tokenizer is not None and tokenizer.to_json() != folders[0].tokenizer.to_json():
+            raise ValueError(f"{folders[0].folder} was made with another tokenizer than the language model's: prepare it "
+                             "with --tokenizer and the tokenizer.json of that")  # fmt: skip
         tokenizer, codec = folders[0].tokenizer, folders[0].codec
         shapes = sorted({shape for folder in folders for shape in folder.shapes})
         _check_patches(shapes, patch_size)
@@ -70,11 +76,36 @@ def fit(config: DataConfig, patch_size: int, seed: int) -> Encoder:
             pictures += [part.pixels for part in raw.segments if isinstance(part, RawImage)]
     if not pictures:
         raise ValueError(f"the sources {', '.join(config.sources)} hold no image: add one that does")
-    tokenizer = Tokenizer.train(texts, config.text_ids)
+    tokenizer = tokenizer or Tokenizer.train(texts, config.text_ids)
     codec = fit_codec(config.codec, pictures, config.codec_block, config.codec_components)
     shapes = sorted({codec.encode(picture).shape[1:] for picture in pictures})
     _check_patches(shapes, patch_size)
-    return Encoder(tokenizer, codec, Vocabulary.build(tokenizer.size, shapes, patch_size), config, seed)
+    vocabulary = Vocabulary.build(tokenizer.size, shapes, patch_size, **tokenizer.markers)
+    return Encoder(tokenizer, codec, vocabulary, config, seed)
+
+
+def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, seed: int) -> Encoder:
+    """What a run encodes with that begins where another ended: what that one does. ValueError when its data do not suit."""
+    if config.prepared:
+        folders = _open_folders(config)
+        first, shapes = folders[0], sorted({shape for folder in folders for shape in folder.shapes})
+        if (first.tokenizer.to_json(), codec_to_bytes(first.codec)) != (tokenizer.to_json(), codec_to_bytes(codec)):
+            raise ValueError(f"{first.folder} was made with another tokenizer or codec than the run to begin from: prepare "
+                             "it --like the data of that")  # fmt: skip
+        _check_rows(folders, config, vocabulary)
+    else:
+        sources = open_sources(config, "train")
+        firsts = [part.pixels for source in sources for part in source[0].segments if isinstance(part, RawImage)]
+        for pixels in firsts:
+            if pixels.shape[2] != codec.colours:
+                raise ValueError(f"the run to begin from has pictures of {codec.colours} colours, the new data have "
+                                 f"{pixels.shape[2]}")  # fmt: skip
+        shapes = [codec.encode(pixels).shape[-2:] for pixels in firsts]
+    for shape in shapes:
+        if shape not in vocabulary.boi:
+            known = ", ".join(f"{y}x{x}" for y, x in vocabulary.boi)
+            raise ValueError(f"the run to begin from knows latents of {known}, and its new data hold {shape[0]}x{shape[1]}")
+    return Encoder(tokenizer, codec, vocabulary, config, seed)
 
 
 def _check_patches(shapes: list[tuple[int, int]], patch_size: int) -> None:

@@ -23,6 +23,7 @@ from transfusion.checkpoint.open import Opened, open_checkpoint
 from transfusion.codecs.pictures import to_pixels
 from transfusion.config import GenerationConfig
 from transfusion.inference import chameleon, image_mode, text_mode
+from transfusion.inference.answer import Answer, Answers
 from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch
 from transfusion.inference.samplers import sampler_of
@@ -86,14 +87,6 @@ class Finished:
 
 
 Event = Written | Previewed | Drawn | Finished
-
-
-@dataclass
-class Answer:
-    """What one row wrote and drew, in order."""
-
-    parts: list[str | np.ndarray] = field(default_factory=list)
-    reason: str = ""
 
 
 @dataclass
@@ -206,12 +199,12 @@ class Engine:
         for row in [row for row in self.rows if row.number == number]:
             self._remove(row)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[Request]) -> list[Answers]:
         """All requests at once, to their ends: for each its answers, one per draw. ValueError while others are under way."""
         if self.rows:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
         answers = {
-            self.submit(request): [Answer() for _ in range(request.num_images or 1)] for request in requests
+            self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests
         }
         tokens: dict[tuple[int, int], list[int]] = {}
         while self.rows:
@@ -349,5 +342,8 @@ class Engine:
 
 
 def open_run(path: str | Path, weights: str = "average", device: str = "auto") -> Engine:
-    """A run's folder, ready to write and draw. `weights="raw"` instead of the moving average."""
-    return Engine(open_checkpoint(Path(path), weights, device))
+    """A run's folder, or an exported one, or `owner/name` on the hub, ready to write and draw.
+
+    `weights="raw"` instead of the moving average; an exported run has one of them.
+    """
+    return Engine(open_checkpoint(path, weights, device))

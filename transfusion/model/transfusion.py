@@ -1,5 +1,8 @@
 """One transformer, two ways in, two ways out: tokens and patches (section 3)."""
 
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -8,12 +11,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from transfusion.chance import seed_from
-from transfusion.config import ModelConfig
+from transfusion.config import ModelConfig, from_json, to_json
+from transfusion.disk import OpenError, read_json, write_json
 from transfusion.model.mask import Mask, packed
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet import UNetPatches
+from transfusion.model.weights import CONFIG, find_folder, read_weights, write_weights
 from transfusion.sequence import Batch
+
+KIND = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # of a config.json
 
 
 class Prediction(NamedTuple):
@@ -71,6 +78,45 @@ class Transfusion(nn.Module):
             for g, (_, carried) in zip(batch.groups, entered, strict=True)
         ])  # fmt: skip
 
+    @classmethod
+    def from_pretrained(cls, place: str | Path, device: str | torch.device = "cpu") -> "Transfusion":
+        """The network of an exported run, or what `save_pretrained` wrote: a folder, or `owner/name` on the hub.
+
+        OpenError when it is neither. To write and draw with it, `transfusion.open_run` opens the whole run.
+        """
+        folder = find_folder(place)
+        model = empty(read_config(folder), device)
+        read_weights(folder, model)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The network alone, without tokenizer and codec: config.json and model*.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights(self.state_dict(), folder)
+        write_json(folder / CONFIG, {**KIND, "run": {"model": to_json(self.config)}})
+
+    def push_to_hub(self, name: str, private: bool = False) -> None:
+        """The same into the hub's repository `owner/name`, which is made if it is not there."""
+        from huggingface_hub import HfApi
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            hub = HfApi()
+            hub.create_repo(name, private=private, exist_ok=True)
+            hub.upload_folder(repo_id=name, folder_path=folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """What config.json says of the network. OpenError when it is not of this kind."""
+    values = read_json(folder / CONFIG)
+    if values.get("model_type") != KIND["model_type"]:
+        raise OpenError(f"{folder} holds a model of type {values.get('model_type')}, not {KIND['model_type']}")
+    try:
+        return from_json(ModelConfig, values["run"]["model"], "model.")
+    except (KeyError, TypeError, ValueError) as error:
+        raise OpenError(f"{folder / CONFIG} is damaged: {error}") from None
+
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> Transfusion:
     """A new model with its starting weights, the same on any device or number of ranks."""
@@ -91,9 +137,9 @@ def blueprint(config: ModelConfig) -> Transfusion:
 
 
 @torch.no_grad()
-def init_weights(model: Transfusion, seed: int) -> None:
+def init_weights(model: Transfusion, seed: int, given: Callable[[str, Tensor], None] | None = None) -> None:
     """Fill in the starting weights, fp32 on the CPU, each parameter's chance from (seed, its name). Of weights that are
-    sharded over ranks each takes its own part.
+    sharded over ranks each takes its own part. `given` may put other numbers into a parameter, by name, or into some rows.
 
     Matrices and kernels start as large as keeps a signal's size. Layers that write to a residual stream start smaller, so
     that depth does not make it grow; the image head starts at zero: its first guess is 0, the mean of what it learns to say.
@@ -116,6 +162,8 @@ def init_weights(model: Transfusion, seed: int) -> None:
                 fresh.normal_(0, (2 * config.layers * fan_in) ** -0.5, generator=generator)
             case _:
                 fresh.normal_(0, fan_in**-0.5, generator=generator)
+        if given is not None:
+            given(name, fresh)
         if isinstance(parameter, DTensor):
             fresh = distribute_tensor(fresh, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(fresh)

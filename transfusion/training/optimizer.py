@@ -1,6 +1,7 @@
 """AdamW, warm-up and cosine, and the moving average of the weights (section 4.1)."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,15 +9,30 @@ from torch import nn
 from transfusion.config import TrainingConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only: norms and biases have nothing to gain from being near zero."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only: norms and biases have nothing to gain from being near zero.
+
+    `rates` multiplies the learning rate by part, the first word of a parameter's name; it stands in each group as "rate".
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = (rates or {}).get(name.partition(".")[0], 1.0)
+            groups.setdefault((rate, parameter.dim() < 2), []).append(parameter)
+    ordered = [
+        {"params": parameters, "rate": rate, "weight_decay": 0.0 if flat else config.weight_decay}
+        for (rate, flat), parameters in sorted(groups.items(), key=lambda one: one[0])
     ]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    fused = ordered[0]["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(ordered, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def freeze(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Parts whose rate is 0 are not learnt: no gradient, no moments, no decay."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates.get(name.partition(".")[0], 1.0) > 0)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -36,9 +52,15 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: both moments, and the step as a 0-d tensor. Made if there is none yet."""
+    """The optimizer's state by parameter name: both moments, and the step as a 0-d tensor. Made if there is none yet.
+
+    What is frozen has none.
+    """
     found = {}
+    learnt = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
+        if parameter not in learnt:
+            continue
         state = optimizer.state[parameter]
         if not state:
             # Where AdamW keeps it: fused it counts on the device.

@@ -15,7 +15,7 @@ from transfusion.objective import Draw
 from transfusion.parallel import ALONE, Ranks, lower_precision, spread
 from transfusion.sequence import Batch
 from transfusion.training.loop import Loop
-from transfusion.training.optimizer import build_optimizer, learning_rate, optimizer_tensors, update_average
+from transfusion.training.optimizer import build_optimizer, freeze, learning_rate, optimizer_tensors, update_average
 
 GRID = 10  # held-out times per walk from clean to noise
 
@@ -23,30 +23,37 @@ Read = list[tuple[Batch, list[Draw]]]  # the micro-batches of a step, each with 
 
 
 class Trainer:
-    """One run. `look(model, step)` may look at the averaged model; it cannot change what is learnt. All ranks call it."""
+    """One run. `look(model, step)` may look at the averaged model; it cannot change what is learnt. All ranks call it.
+
+    `start(model)` fills in the first weights, of each rank its part; without it they are those of the run's seed.
+    """
 
     seen_in = "positions"
 
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
         ranks: Ranks = ALONE, look: Callable[[Transfusion, int], None] | None = None,
+        start: Callable[[Transfusion], None] | None = None,
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
-        self.ranks, self.look = ranks, look
+        self.ranks, self.look, self.start = ranks, look, start
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
         self.model.transformer.recompute = run.parallel.recompute
         self.average = self._build(compiled=False, like=self.model).requires_grad_(False)
-        self.optimizer = build_optimizer(self.model, run.training)
+        freeze(self.model, run.training.rates)
+        self.optimizer = build_optimizer(self.model, run.training, run.training.rates)
         self.loop = Loop(self, run.training, run.survival, folder, ranks, run.training.preview_every if look else 0)
 
     def _build(self, compiled: bool, like: Transfusion | None = None) -> Transfusion:
-        """The starting weights or those of another, each rank's part of them: no rank ever holds the whole."""
+        """The first weights or those of another, each rank's part of them: no rank ever holds the whole."""
         model = blueprint(self.run.model)
         spread(model, model.transformer.blocks, self.device, self.mesh, compiled)
         model.to_empty(device=self.device)
-        if like is None:
+        if like is None and self.start is not None:
+            self.start(model)
+        elif like is None:
             init_weights(model, self.run.training.seed)
         else:
             with torch.no_grad():
@@ -83,7 +90,7 @@ class Trainer:
         *counts, positions = map(round, self.ranks.sum(*map(sum, counted)))
         rate = learning_rate(number, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         sums = self.ranks.sum(*self._backward(read, *counts[:2]).tolist())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

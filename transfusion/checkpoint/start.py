@@ -1,0 +1,122 @@
+"""The first weights of a run where they are not its seed's: those of another run, here or exported, or of a language model."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from transfusion.checkpoint.open import (
+    Described,
+    check_exported,
+    describe,
+    fill,
+    is_exported,
+    newest,
+    step_of,
+    verify,
+    weights_part,
+)
+from transfusion.codecs.text import Tokenizer
+from transfusion.config import ModelConfig
+from transfusion.disk import OpenError, read_json
+from transfusion.model.llama import DECIDED, Llama
+from transfusion.model.transfusion import Transfusion, blueprint, init_weights
+from transfusion.model.weights import CONFIG, Weights, find_folder
+from transfusion.parallel import Ranks
+
+
+class OtherRun:
+    """A run's folder, or an exported one, here or on the hub: its moving average (an exported one has what it has).
+
+    Tokenizer, codec and ids of the new run must be its own: `described` has them.
+    """
+
+    kind = "run"
+    decides = ("vocabulary", "latent_channels")
+
+    def __init__(self, place: str):
+        self.folder = find_folder(place)
+        self.described: Described = describe(self.folder)
+        self.exported = is_exported(self.folder)
+        about = read_json(self.folder / CONFIG)["weights"] if self.exported else {}
+        self.step = about["step"] if self.exported else step_of(newest(self.folder))
+
+    def model(self, model: ModelConfig) -> ModelConfig:
+        """The config with what the other run's data decided. ValueError when its weights are of other shapes."""
+        theirs = self.described.run.model
+        model = replace(model, **{name: getattr(theirs, name) for name in self.decides})
+        if _shapes(model) != _shapes(theirs):
+            names = [f.name for f in fields(ModelConfig) if getattr(model, f.name) != getattr(theirs, f.name)]
+            differ = [f"model.{name} is {getattr(theirs, name)} there, {getattr(model, name)} here" for name in names]
+            raise ValueError(f"the weights of {self.folder} are of other shapes: {'; '.join(differ)}")
+        return model
+
+    def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
+        """Put its weights into the model, of each rank its part."""
+        if self.exported:
+            check_exported(self.folder, "average")
+            weights = Weights(self.folder)
+            init_weights(model, seed, lambda name, fresh: fresh.copy_(weights.read(name)))
+        else:
+            found = newest(self.folder)
+            verify(found, ranks)
+            fill(found, {weights_part("average"): model.state_dict()}, ranks)
+
+
+class LanguageModel:
+    """A folder with a language model of the Llama architecture, and its tokenizer: the text side of the new run."""
+
+    kind = "llama"
+    decides = ("vocabulary", "latent_channels", *DECIDED)
+    step = None
+
+    def __init__(self, place: str):
+        self.folder = Path(place)
+        self.llama = Llama(self.folder)
+        if not (self.folder / "tokenizer.json").exists():
+            raise OpenError(f"{self.folder} has no tokenizer.json")
+        self.tokenizer = Tokenizer.from_file(self.folder / "tokenizer.json")
+
+    def model(self, model: ModelConfig) -> ModelConfig:
+        """The config with the folder's sizes. OpenError when its weights are not of these."""
+        model = self.llama.config(model)
+        self.llama.check_weights(model, self.tokenizer.size)
+        return model
+
+    def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
+        """Put its weights into the model; what it has not (patches, new ids) begins as in any run."""
+        init_weights(model, seed, lambda name, fresh: self.llama.fill(model.config, self.tokenizer.size, name, fresh))
+
+
+Start = OtherRun | LanguageModel
+
+
+def open_start(kind: str, place: str) -> Start:
+    """Where a run is to begin."""
+    return OtherRun(place) if kind == OtherRun.kind else LanguageModel(place)
+
+
+def name_place(kind: str, place: str) -> str:
+    """The folder in full; a name on the hub as it is."""
+    return str(Path(place).resolve()) if kind == LanguageModel.kind or Path(place).exists() else place
+
+
+def note_of(start: Start, place: str) -> dict:
+    """What run.json remembers of it."""
+    return {"kind": start.kind, "place": place, "name": Path(place).name, "step": start.step}
+
+
+def reopen(note: dict, folder: Path) -> Start:
+    """The same once more, for a run that was begun but has no checkpoint yet. OpenError when it is no longer the same."""
+    start = open_start(note["kind"], note["place"])
+    if start.step != note["step"]:
+        raise OpenError(f"{note['place']} was at step {note['step']} when {folder} began from it, and is at {start.step} "
+                        "now: give another --out")  # fmt: skip
+    return start
+
+
+def decided_by(note: dict | None) -> tuple[str, ...]:
+    """Fields of a run's ModelConfig that its data, and where it began, have decided."""
+    return LanguageModel.decides if note and note["kind"] == LanguageModel.kind else OtherRun.decides
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in blueprint(model).named_parameters()}

@@ -1,0 +1,31 @@
+"""transfusion export: a run as a folder that others open."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from transfusion.cli.screen import parse, say
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run into a new folder for others: config, safetensors, tokenizer, codec and a model card. Every command that
+    takes a run to use it takes that folder too, or owner/name once it lies on Hugging Face's hub."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    out: Path
+    """The folder that is made."""
+    weights: Literal["average", "raw"] = "average"
+    """The moving average of the weights, or the last ones."""
+
+
+def export(arguments: list[str]) -> None:
+    """Write the folder, and say what is to be done with it."""
+    from transfusion.checkpoint.export import export as write
+
+    asked = parse(Export, "export", arguments)
+    out = write(asked.run, asked.out, asked.weights)
+    say(f"wrote {out}; to publish it, look at its README.md, and: hf upload OWNER/NAME {out}")

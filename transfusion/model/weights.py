@@ -1,0 +1,102 @@
+"""Weights in a folder as others read them, safetensors and JSON alone: found (here or on the hub), written, read."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from transfusion.disk import OpenError, read_json, write_json
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = 5 * 10**9  # bytes of one file, at most
+
+
+def find_folder(place: str | Path) -> Path:
+    """The folder of this name, or else that of the hub's repository `owner/name`, of which only safetensors and JSON come.
+
+    What is on this disk is never taken for a name on the hub. OpenError when the hub has nothing of that name, or is out of
+    reach.
+    """
+    if Path(place).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(place), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no network, or no such name: whatever the hub's client raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OpenError(f"{place} is not a run: there is no such folder, and the hub says: {reason}") from None
+
+
+def write_weights(tensors: dict[str, Tensor], folder: Path, shard: int = SHARD) -> list[Path]:
+    """model.safetensors, or so many shards of that size and their index: the files, all of them on the disk."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
+    files = []
+    for name, held in split.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in held}, folder / name, metadata={"format": "pt"})
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+        files.append(folder / name)
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        files.append(folder / INDEX)
+    return files
+
+
+class Weights:
+    """The tensors of a folder by name, each read when it is asked for. OpenError when they are not there or not whole."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._files = folder, {}
+        if (folder / INDEX).exists():
+            self._file_of = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(self._file_of, dict) or any(Path(str(n)).name != n for n in self._file_of.values()):
+                raise OpenError(f"{folder / INDEX} does not say in which of its files each tensor lies")
+        elif (folder / SINGLE).exists():
+            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        else:
+            raise OpenError(f"{folder} holds no weights: it has neither {SINGLE} nor {INDEX}")
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._of(name).get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        try:
+            return self._of(name).get_tensor(name)
+        except SafetensorError as error:
+            raise OpenError(f"{self.folder / self._file_of[name]} does not hold {name}: {error}") from None
+
+    def _of(self, name: str):
+        return self._open(self._file_of[name])
+
+    def _open(self, file: str):
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.folder / file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise OpenError(f"cannot read {self.folder / file}: {str(error).splitlines()[0]}") from None
+        return self._files[file]
+
+
+@torch.no_grad()
+def read_weights(folder: Path, model: nn.Module) -> None:
+    """Fill in all of a model's weights. OpenError when names or shapes are not those of the folder."""
+    weights, wanted = Weights(folder), model.state_dict()
+    for name in sorted(weights.names ^ wanted.keys()):
+        wrong = "not one of its weights" if name in weights.names else "missing"
+        raise OpenError(f"{folder} does not hold the model of its config.json: {name} is {wrong}")
+    for name, tensor in wanted.items():
+        if weights.shape(name) != tuple(tensor.shape):
+            sides = f"{weights.shape(name)}, not {tuple(tensor.shape)}"
+            raise OpenError(f"{folder} does not hold the model of its config.json: {name} is {sides}")
+        tensor.copy_(weights.read(name))
