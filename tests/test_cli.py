@@ -207,7 +207,7 @@ def test_a_flipped_byte_is_found_and_the_run_stays_as_it_was(run, tmp_path, caps
     command("generate", run, "three", "--num-images", 1, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["", "demo", "train digits", "generate", "evaluate", "report"])
+@pytest.mark.parametrize("verb", ["", "demo", "train digits", "generate", "evaluate", "report", "export"])
 def test_every_command_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*verb.split(), "--help"])

@@ -19,20 +19,24 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from tests.documents import in_double
+from tests.llama import write_llama
 from tests.ranks import PATIENCE, World, precision
 from tests.sources import write_photos
 from tests.test_cli import TINY, command
 from tests.test_training import looking, new_trainer, resumed, rows_of, stopping
 from tests.test_vq import FIT
-from tests.tiny import prepared, small_run
+from tests.tiny import prepared, small_run, write_run
 from transfusion import parallel
 from transfusion.chance import seed_from
+from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import newest, open_checkpoint, restore
+from transfusion.checkpoint.start import open_start
 from transfusion.cli import runs
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig, ParallelConfig, Run
 from transfusion.data.loader import Place
 from transfusion.data.sources import open_raw
 from transfusion.disk import read_json
+from transfusion.model.transfusion import blueprint
 from transfusion.parallel import ALONE, Ranks
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
 from transfusion.training.codec import CodecTrainer
@@ -123,6 +127,45 @@ def test_two_ranks_learn_what_one_learns(pair, tmp_path, patches, dtype):
     found, other = pair(train, tmp_path / "two", a_run(2, patches), dtype)
     same(found, expected, WITHIN[dtype])
     same(other, found, 0)
+
+
+@pytest.mark.parametrize("frozen", ["text_rate", "patches_rate", "transformer_rate"])
+def test_two_ranks_leave_alone_what_one_does(pair, tmp_path, frozen):
+    """Parts that are frozen hang no rank, with and without images on it, and the rest is learnt as by one."""
+    rates = {frozen: 0.0}
+    expected = train(ALONE, tmp_path / "one", a_run(4, steps=3, **rates), torch.float64)
+    found, other = pair(train, tmp_path / "two", a_run(2, steps=3, **rates), torch.float64)
+    same(found, expected, 1e-9)
+    same(other, found, 0)
+
+
+def begun(ranks: Ranks, kind: str, place: Path) -> dict[str, np.ndarray]:
+    """The weights that a run begins with, put together from all ranks."""
+    start = open_start(kind, str(place))
+    own = a_run().model if kind == "run" else replace(a_run().model, vocabulary=384)
+    model = blueprint(start.model(own))
+    mesh = ranks.mesh("cpu", "full") if ranks.world > 1 else None
+    parallel.spread(model, model.transformer.blocks, torch.device("cpu"), mesh, compiled=False)
+    model.to_empty(device="cpu")
+    start.fill(model, 3, ranks)
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    return {name: value.detach().numpy().copy() for name, value in whole.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "run", "exported"])
+def test_two_ranks_begin_with_what_one_does(pair, tmp_path, kind):
+    """Bit for bit."""
+    if kind == "llama":
+        write_llama(tmp_path / "it", shard="20KB")
+    else:
+        write_run(tmp_path / "it", (3,))
+    if kind == "exported":
+        export(tmp_path / "it", tmp_path / "exported", shard=20_000)
+    place, kind = tmp_path / ("exported" if kind == "exported" else "it"), "llama" if kind == "llama" else "run"
+    expected = begun(ALONE, kind, place)
+    for found in pair(begun, kind, place):
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(value, expected[name]) for name, value in found.items())
 
 
 class Made:

@@ -21,7 +21,7 @@ from transfusion.model.transfusion import blueprint, build, count_parameters
 from transfusion.parallel import Ranks, spread
 from transfusion.plan import BF16, FP32, LOGITS, Machines
 from transfusion.runs import NAMES, SIZES, named_run
-from transfusion.training.optimizer import build_optimizer, optimizer_tensors
+from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
 KEPT, MOST = 0.05, 0.1  # how far the plan may be off: indices, noise and times are left out, and what is let go early
 
@@ -86,21 +86,26 @@ def planned(run: Run) -> tuple[int, int]:
 # Memory
 
 
-def test_weights_gradients_moments_and_average_are_exact():
+@pytest.mark.parametrize("rates", [{}, {"text_rate": 0.0}, {"patches_rate": 0.0}, {"transformer_rate": 0.0}], ids=str)
+def test_weights_gradients_moments_and_average_are_exact(rates):
     run = named_run("shapes")
+    run = replace(run, training=replace(run.training, **rates))
     model, average = build(run.model, 0), build(run.model, 0)
+    freeze(model, run.training.rates)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer = build_optimizer(model, run.training)
     optimizer.step()
     moments = [value for name, value in optimizer_tensors(model, optimizer).items() if not name.endswith("step")]
     found = plan.plan(run, Machines()).memory
     held = {
-        "weights": model.parameters(), "gradients": [p.grad for p in model.parameters()],
-        "moments": moments, "average": average.parameters(),
+        "weights": list(model.parameters()), "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+        "moments": moments, "average": list(average.parameters()),
     }  # fmt: skip
     assert {name: sum(t.nbytes for t in tensors) for name, tensors in held.items()} == {
         name: getattr(found, name) for name in held
     }
+    states = sum(t.nbytes for part in ("weights", "moments", "average") for t in held[part])
+    assert plan.plan(run, Machines()).checkpoint == states
 
 
 @pytest.mark.parametrize("model", [

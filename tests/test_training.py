@@ -515,3 +515,59 @@ def test_a_small_run_learns_to_read_digits_and_to_draw_them(tmp_path):
     assert last["captions"]["text_loss"] < 0.65 < 4 < first["captions"]["text_loss"]
     assert last["captions"]["text_loss"] < 0.7 * last["drawings"]["text_loss"]  # it is read from the image
     assert last["drawings"]["image_loss"] < 0.42 < 0.95 < first["drawings"]["image_loss"]
+
+
+# Parts that learn faster, slower, or not at all
+
+PARTS = {"text_rate": ("tokens.", "head."), "patches_rate": ("patches.",), "transformer_rate": ("transformer.",)}
+
+
+def of_part(tensors: dict[str, torch.Tensor], rate: str) -> dict[str, torch.Tensor]:
+    """Those of the raw and averaged weights, and of the optimizer."""
+    return {name: value for name, value in tensors.items() if name.split(" ")[1].startswith(PARTS[rate])}
+
+
+@pytest.mark.parametrize("frozen", PARTS)
+def test_a_frozen_part_stays_bit_for_bit_as_it_began(tmp_path, frozen):
+    """Weight decay does not touch it either, and it has no moments. All else learns; stopped and resumed it is the same."""
+    run = small_run(STEPS, weight_decay=0.5, **{frozen: 0.0})
+    trainer = new_trainer(tmp_path / "whole", run)
+    before = copied(trainer)
+    assert trainer.train()
+    after = copied(trainer)
+    same_tensors(of_part(after, frozen), of_part(before, frozen))
+    assert {name.split(" ")[0] for name in of_part(after, frozen)} == {"model", "average"}
+    for other in PARTS.keys() - {frozen}:
+        learnt = of_part(after, other)
+        assert {name.split(" ")[0] for name in learnt} == {"model", "average", "optimizer"}
+        assert not any(torch.equal(value, before[name]) for name, value in learnt.items() if name.endswith("weight"))
+    stopping(new_trainer(tmp_path / "stopped", run), 3).train()
+    again = resumed(tmp_path / "stopped", run)
+    assert again.train()
+    same_tensors(copied(again), after)
+
+
+@pytest.mark.parametrize("slower", PARTS)
+def test_a_rate_scales_the_steps_of_its_part_alone(tmp_path, slower):
+    """The first update of AdamW is proportional to the learning rate, decay and all."""
+    steps = []
+    for name, rate in (("plain", 1.0), ("slower", 0.25)):
+        trainer = new_trainer(tmp_path / name, small_run(1, **{slower: rate}))
+        before = copied(trainer)
+        trainer.train()
+        after = copied(trainer)
+        steps.append({name: after[name] - before[name] for name in before if name.startswith("model")})
+    for part in PARTS:
+        for name, step in of_part(steps[0], part).items():
+            expected = step * (0.25 if part == slower else 1.0)
+            torch.testing.assert_close(steps[1][name], expected, rtol=1e-3, atol=1e-6)
+            assert step.abs().max() > 1e-4 or not name.endswith("weight")
+
+
+@pytest.mark.parametrize(("rates", "words"), [
+    ({"text_rate": -1.0}, "from 0 up"), ({"patches_rate": math.nan}, "from 0 up"),
+    ({"transformer_rate": math.inf}, "from 0 up"), (dict.fromkeys(PARTS, 0.0), "nothing would be learnt"),
+])  # fmt: skip
+def test_rates_that_make_no_sense(rates, words):
+    with pytest.raises(ValueError, match=words):
+        TrainingConfig(**rates)

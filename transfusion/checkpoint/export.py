@@ -21,8 +21,8 @@ CARD = "README.md"
 def export(run: str | Path, out: Path, weights: str = "average", shard: int = SHARD) -> Path:
     """Write a run's newest checkpoint in float32 into a new folder, all of it or nothing: `open_run` opens it like the run.
 
-    Its moving average, or with weights="raw" what training goes on from; in files of `shard` bytes at most. Where prepared
-    data lie on this machine is left out. ValueError when the folder is there already, OpenError and OSError as they come.
+    Its moving average, or with weights="raw" what training goes on from; in files of `shard` bytes at most. Where its data
+    and its start lie on this machine is left out. ValueError when the folder is there already.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: give another --out")
@@ -48,6 +48,9 @@ def _write(opened: Opened, folder: Path, weights: str, shard: int) -> None:
     encoded, text = codec_to_bytes(opened.codec), opened.tokenizer.to_json().encode()
     values = to_json(replace(opened.run, data=replace(opened.run.data, prepared=())))
     generation, ids = values.pop("generation"), opened.vocabulary.to_json()
+    notes = opened.notes
+    if "start" in notes:
+        notes = notes | {"start": {name: value for name, value in notes["start"].items() if name != "place"}}
     write_whole(folder / "codec.safetensors", encoded)
     write_whole(folder / "tokenizer.json", text)
     write_json(folder / GENERATION, generation)
@@ -55,7 +58,7 @@ def _write(opened: Opened, folder: Path, weights: str, shard: int) -> None:
         **KIND, "format": FORMAT, "run": values, "vocabulary": ids, "meaning": meaning(values, ids),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: settle(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
-        "tokenizer": {"sha256": hashlib.sha256(text).hexdigest()}, "versions": versions(), "notes": opened.notes,
+        "tokenizer": {"sha256": hashlib.sha256(text).hexdigest()}, "versions": versions(), "notes": notes,
     })  # fmt: skip
 
 
@@ -80,8 +83,8 @@ tags:
 # {run.name}
 
 A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that reads and writes text, and reads and draws
-pictures of {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers, {model.heads} heads,
-{model.patches} patches of side {model.patch_size}, {vocabulary.size:,} ids. Weights are float32, {kept}.
+pictures of {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers, {model.heads}
+heads, {model.patches} patches of side {model.patch_size}, {vocabulary.size:,} ids. Weights are float32, {kept}.
 
 ## What it was trained on
 
@@ -89,7 +92,7 @@ pictures of {sizes} pixels. {opened.parameters:,} parameters: width {model.width
 {run.data.row_length} positions on each process, {run.diffusion.prediction} prediction on the {run.diffusion.path} path, \
 image_weight {run.training.image_weight:g}.{began} `config.json` has every number.
 
-Pictures go through the codec `{codec.kind}`{_source_of(codec)}. `config.json` has the SHA-256 of weights, codec and tokenizer.
+Pictures go through the codec `{codec.kind}`{_source_of(codec)}. `config.json` has the SHA-256 of each file.
 
 ## How it was measured
 

@@ -1,4 +1,4 @@
-"""The first weights of a run where they are not its seed's: those of another run, here or exported, or of a language model."""
+"""The first weights of a run, if they are not its seed's: those of another run, maybe exported, or of a language model."""
 
 from dataclasses import fields, replace
 from pathlib import Path

@@ -11,8 +11,8 @@ from transfusion.cli.screen import parse, say
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run into a new folder for others: config, safetensors, tokenizer, codec and a model card. Every command that
-    takes a run to use it takes that folder too, or owner/name once it lies on Hugging Face's hub."""
+    """Write a run into a new folder for others: config, safetensors, tokenizer, codec and a model card. `generate` takes
+    that folder like the run's, or owner/name once it lies on Hugging Face's hub; `train --from` begins with its weights."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""

@@ -75,7 +75,7 @@ class Llama:
                 raise OpenError(f"{self.folder}: {names[ours]} is {shape}, and its config.json and tokenizer say {expected}")
 
     def fill(self, config: ModelConfig, text: int, name: str, fresh: Tensor) -> None:
-        """Put its numbers into the parameter of this name, if it has it; of embedding and head into the first `text` rows."""
+        """Put its numbers into the parameter of this name, if it has it; of what has rows for ids into the first `text`."""
         theirs = names_of(config).get(name)
         if theirs is not None:
             found = self.weights.read(theirs)

@@ -1,0 +1,41 @@
+"""A small random language model of the Llama architecture on the disk, as transformers writes it."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Engine
+
+from tests.test_model import sizes_of
+from transfusion.codecs.text import Tokenizer
+from transfusion.config import ModelConfig
+
+SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
+CONFIG = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, hidden=48)
+
+
+def write_tokenizer(folder: Path) -> Tokenizer:
+    """All bytes, and two special tokens behind them."""
+    engine = Engine.from_str(Tokenizer.train(["a small house"] * 3, 260).to_json())
+    engine.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    engine.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_file(folder / "tokenizer.json")
+
+
+def write_llama(folder: Path, config: ModelConfig = CONFIG, rows: int = 300, shard: str = "5GB", **changed):
+    """A small random language model as transformers writes it, its config.json with some changes; the model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(exist_ok=True)
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes_of(config) | {"vocab_size": rows}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1, 0.3)
+    model.save_pretrained(folder, max_shard_size=shard)
+    about = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in about.items() if v is not ...}))
+    return model.eval()
