@@ -66,6 +66,7 @@ def write_card(opened: Opened, weights: str, results: dict) -> str:
     """The model card: what it is, what it was trained on, how it was measured, how to use it."""
     run, model, vocabulary, codec = opened.run, opened.run.model, opened.vocabulary, opened.codec
     sizes = ", ".join(f"{x * codec.scale}x{y * codec.scale}" for y, x in vocabulary.boi)
+    pictures = "codes" if model.patches == "codes" else f"{model.patches} patches of side {model.patch_size}"
     kept = "their moving average" if weights == "average" else "the last ones, not their moving average"
     shares = run.data.shares or (1.0,) * len(run.data.sources)
     sources = ", ".join(f"{name} ({share / sum(shares):.0%} of the positions)"
@@ -84,7 +85,7 @@ tags:
 
 A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that reads and writes text, and reads and draws
 pictures of {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers, {model.heads}
-heads, {model.patches} patches of side {model.patch_size}, {vocabulary.size:,} ids. Weights are float32, {kept}.
+heads, {vocabulary.size:,} ids, pictures as {pictures}. Weights are float32, {kept}.
 
 ## What it was trained on
 

@@ -25,6 +25,8 @@ def build_optimizer(
         {"params": parameters, "rate": rate, "weight_decay": 0.0 if flat else config.weight_decay}
         for (rate, flat), parameters in sorted(groups.items(), key=lambda one: one[0])
     ]
+    if not ordered:
+        raise ValueError("all that this model has is frozen: nothing would be learnt")
     fused = ordered[0]["params"][0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(ordered, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
