@@ -22,6 +22,7 @@ from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import LanguageModel
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
+from transfusion.disk import read_json
 from transfusion.model.transfusion import Transfusion, build, empty
 from transfusion.parallel import ALONE
 from transfusion.sequence import Document, Row, Text, Vocabulary, collate, lay_out
@@ -238,12 +239,25 @@ def test_runs_that_cannot_be_begun_from(base, tmp_path, capsys):
     assert "began anew, not with" in fails(capsys, 2, "train", "digits", "--out", tmp_path / "anew", *FAST, "--from", base)
 
 
-def test_prepared_data_of_another_run_are_read(tmp_path):
-    """Fine-tuning: data prepared --like those that the run to begin from had."""
+@pytest.mark.parametrize("like", ["data", "first", "exported"])
+def test_prepared_data_of_another_run_are_read(tmp_path, like):
+    """Fine-tuning: on data prepared --like those that the run to begin from had, or like itself, exported or not."""
     write_photos(tmp_path / "photos", 40)
     write_photos(tmp_path / "more", 44)
     command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "data")
-    command("data", "prepare", tmp_path / "more", "--like", tmp_path / "data", "--out", tmp_path / "like")
-    first = train(tmp_path / "first", "--data", tmp_path / "data")
-    found = train(tmp_path / "second", "--data", tmp_path / "like", "--from", tmp_path / "first", *STILL)
-    same(averages(found, "model"), averages(first))
+    first = train(tmp_path / "first", "--data", tmp_path / "data", "--training.steps", 1)
+    export(tmp_path / "first", tmp_path / "exported")
+    command("data", "prepare", tmp_path / "more", "--like", tmp_path / like, "--out", tmp_path / "like")
+    for name in ("tokenizer.json", "codec.safetensors"):
+        assert (tmp_path / "like" / name).read_bytes() == (tmp_path / "data" / name).read_bytes()
+    assert read_json(tmp_path / "like" / "fitted.json") == read_json(tmp_path / "data" / "fitted.json")
+    options = ("--data", tmp_path / "like", "--from", tmp_path / "first", *STILL, "--training.steps", 1)
+    same(averages(train(tmp_path / "second", *options), "model"), averages(first))
+
+
+def test_data_cannot_be_prepared_like_anything(tmp_path, capsys):
+    write_photos(tmp_path / "photos", 20)
+    write_llama(tmp_path / "llama")
+    for like, words in (("llama", "neither a run's"), ("nowhere", "is no prepared data")):
+        asked = ("data", "prepare", tmp_path / "photos", "--like", tmp_path / like, "--out", tmp_path / "out")
+        assert words in fails(capsys, 1, *asked)

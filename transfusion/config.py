@@ -155,7 +155,7 @@ class DataConfig:
 class PrepareConfig:
     """How files become a prepared data set: the same files and numbers always give the same one."""
 
-    like: str | None = None  # a prepared folder whose tokenizer, codec and sizes are used, so that one run can read both
+    like: str | None = None  # a prepared folder or a run whose tokenizer, codec and sizes are used: one run can read both
     tokenizer: str | None = None  # a tokenizer.json to be used; None: one is trained on the first documents
     text_ids: int | None = None  # size of one that is trained, at most; None: 8192, less where there is little text
     sizes: tuple[str, ...] = ()  # width x height of pictures; none: as they are, if all are alike and small, else 256x256

@@ -46,7 +46,7 @@ class Train:
     """The run's folder."""
     start: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Begin with the weights of another run, or of an exported one (a folder, or owner/name on the hub), and with its
-    tokenizer, codec and ids: data of one's own must be prepared --like its data."""
+    tokenizer, codec and ids: data of one's own must be prepared --like it."""
     init_from: str | None = None
     """Begin with a language model: a folder with config.json, safetensors and tokenizer.json of the Llama architecture. It
     decides the width, layers, heads and so on; its vocabulary grows by what images need."""

@@ -16,9 +16,9 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig, parse_size
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.data.store import Prepared, open_prepared
+from transfusion.data.store import open_prepared
 from transfusion.disk import OpenError, read_checked, read_json, write_json, write_whole
-from transfusion.sequence import Document, Image, Text
+from transfusion.sequence import Document, Image, Text, Vocabulary
 
 FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
 FIT_LETTERS = 20_000_000  # of text that the tokenizer is trained on
@@ -64,7 +64,7 @@ class Tools:
 def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
     """Train or take the tokenizer, fit or open the codec, on training documents only; write both, and what was decided."""
     if config.like is not None:
-        return _take(open_prepared(Path(config.like)), folder)
+        return _take(Path(config.like), folder)
     sizes, colours = _geometry(firsts, config)
     brought = is_brought(config.codec)
     if brought:
@@ -137,11 +137,33 @@ def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], pictures
     return fit_codec(kind, pictures, block, config.codec_components or (6 if block <= 4 else 8))
 
 
-def _take(other: Prepared, folder: Path) -> None:
-    """What another prepared folder was made with."""
+def _take(like: Path, folder: Path) -> None:
+    """What another prepared folder, or a run, encodes with."""
+    about = about_like(like)
     for name in ("tokenizer.json", "codec.safetensors"):
-        write_whole(folder / name, (other.folder / name).read_bytes())
-    write_json(folder / "fitted.json", {name: other.about[name] for name in ("tokenizer", "codec", "sizes", "colours")})
+        write_whole(folder / name, (like / name).read_bytes())
+    write_json(folder / "fitted.json", {name: about[name] for name in ("tokenizer", "codec", "sizes", "colours")})
+
+
+def about_like(like: Path) -> dict:
+    """What a prepared folder says of its tokenizer, codec and pictures, or a run, also an exported one. OpenError when it is
+    none of these, or was changed."""
+    found = next((like / name for name in ("dataset.json", "run.json", "config.json") if (like / name).exists()), None)
+    if found is None or found.name == "dataset.json":
+        return open_prepared(like).about
+    values = read_json(found)
+    try:
+        kind, ids = values["codec"]["kind"], values["vocabulary"]
+        codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))
+        text = read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"]).decode()
+        shapes = Vocabulary.from_json(ids).boi
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OpenError(f"{found} is neither a run's nor that of an exported one: {error!r}") from None
+    return {
+        "tokenizer": {"size": Tokenizer.from_json(text).size, "sha256": values["tokenizer"]["sha256"]},
+        "codec": {"kind": kind, "channels": codec.channels, "sha256": values["codec"]["sha256"]},
+        "sizes": [(x * codec.scale, y * codec.scale) for y, x in shapes], "colours": codec.colours,
+    }  # fmt: skip
 
 
 def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:

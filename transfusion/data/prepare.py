@@ -21,10 +21,10 @@ import pyarrow as pa
 from transfusion.chance import fraction_from
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
-from transfusion.data.fitting import PrepareError, Tools, about_codec, fit, is_brought, open_tools
+from transfusion.data.fitting import PrepareError, Tools, about_codec, about_like, fit, is_brought, open_tools
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.readers import Reader, Unit
-from transfusion.data.store import FORMAT, SPLITS, ShardWriter, open_prepared
+from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
@@ -134,7 +134,7 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
     settings = asdict(config)
     del settings["max_faults"]  # what is finished stays as it is, however many of the rest may be left out
     if config.like is not None:
-        settings["like"] = open_prepared(Path(config.like)).about["codec"]["sha256"]
+        settings["like"] = about_like(Path(config.like))["codec"]["sha256"]
     if is_brought(config.codec):
         settings["codec"] = about_codec(Path(config.codec)).get("sha256")
     if config.tokenizer is not None:

@@ -91,7 +91,7 @@ def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vo
         first, shapes = folders[0], sorted({shape for folder in folders for shape in folder.shapes})
         if (first.tokenizer.to_json(), codec_to_bytes(first.codec)) != (tokenizer.to_json(), codec_to_bytes(codec)):
             raise ValueError(f"{first.folder} was made with another tokenizer or codec than the run to begin from: prepare "
-                             "it --like the data of that")  # fmt: skip
+                             "it --like that run")  # fmt: skip
         _check_rows(folders, config, vocabulary)
     else:
         sources = open_sources(config, "train")
