@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transfusion.evaluation.features import VisionModel
 
 AT_ONCE = 32  # captions in one forward pass
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # without them transformers would make an empty one, and say nothing
 
 
 class ClipScore:
@@ -25,12 +26,11 @@ class ClipScore:
         self.name, self.model = self.vision.name, self.vision.model
         if not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{source} reads no text: a CLIP score needs both halves of a CLIP")
+        if not any((self.vision.folder / name).exists() for name in TOKENIZERS):
+            raise ValueError(f"{source} has no tokenizer: {' or '.join(TOKENIZERS)} should be there")
         from transformers import AutoTokenizer
 
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.vision.folder, local_files_only=True)
-        except Exception as error:  # whatever transformers raises
-            raise ValueError(f"{source} has no tokenizer: {str(error).strip().partition(chr(10))[0]}") from None
+        self.tokenizer = AutoTokenizer.from_pretrained(self.vision.folder, local_files_only=True)
         self.longest = self.model.config.text_config.max_position_embeddings
 
     def __call__(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> float:

@@ -27,7 +27,7 @@ class Extractor(Protocol):
 
 def open_extractor(source: str, device: torch.device) -> Extractor:
     """Inception where a file with weights is named (.safetensors, .pth), otherwise a vision model of transformers: a folder,
-    or `owner/name` on the hub. ValueError says why it cannot be opened. The extractor that needs no weights is `SmallNetwork`.
+    or `owner/name` on the hub. ValueError says why it cannot be opened. The one that needs no weights is `SmallNetwork`.
     """
     if source.endswith((".safetensors", ".pth", ".pt")):
         return Inception.from_file(Path(source), device)
@@ -59,8 +59,8 @@ class VisionModel:
         found = []
         for first in range(0, len(pictures), AT_ONCE):
             coloured = [np.broadcast_to(pixels, (*pixels.shape[:2], 3)) for pixels in pictures[first : first + AT_ONCE]]
-            pixels = self.prepare(coloured, input_data_format="channels_last", return_tensors="pt")["pixel_values"]  # (N, 3, Y, X)
-            said = self.look(pixel_values=pixels.to(self.device)).pooler_output  # (N, features)
+            inputs = self.prepare(coloured, input_data_format="channels_last", return_tensors="pt").to(self.device)
+            said = self.look(pixel_values=inputs["pixel_values"]).pooler_output  # (N, features)
             if said is None:
                 raise ValueError(f"{self.name} says nothing of a picture as a whole: it has no pooled output")
             found.append(said.flatten(1).float().cpu().numpy())

@@ -18,7 +18,8 @@ SIDE = 32  # pictures are brought to this size
 FEATURES = 48
 MOST = 256  # words and pairs of words that are learnt
 FAULTS = 3  # kinds of faults that pictures get
-STEPS, ROWS, RATE = 500, 64, 5e-3
+WORDS = 2.0  # weight of the loss on words: with less, faults are learnt first and words late
+STEPS, ROWS, RATE = 400, 48, 1e-2
 
 
 class SmallNetwork:
@@ -57,7 +58,7 @@ class SmallNetwork:
             rows = torch.randint(len(pixels), (ROWS,))  # (B,)
             seen, faults = _spoilt(pixels[rows])  # (B, 3, 32, 32), (B, 3)
             words, guessed = self.head(self.body(seen)).split([said.shape[1], FAULTS], 1)  # (B, words), (B, 3)
-            loss = F.binary_cross_entropy_with_logits(words, said[rows]) + F.mse_loss(guessed, faults)
+            loss = WORDS * F.binary_cross_entropy_with_logits(words, said[rows]) + F.mse_loss(guessed, faults)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -82,7 +83,7 @@ class SmallNetwork:
 def _body() -> nn.Sequential:
     """(N, 3, 32, 32) -> (N, 48). Where things are is kept, for the sake of words such as "above"."""
     layers: list[nn.Module] = []
-    for before, after in ((3, 32), (32, 48), (48, 64)):
+    for before, after in ((3, 24), (24, 48), (48, 64)):
         layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, FEATURES))
 
