@@ -1,4 +1,4 @@
-# make demo: from nothing to a report.  make test: everything CI runs.
+# make demo: from nothing to a report.  make test: everything CI runs, a file of tests on each core.
 # TORCH_INDEX: another package index for torch alone, e.g. the one with CPU wheels that PyTorch's install page names.
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -11,7 +11,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The longer runs behind the README's figures, each five minutes on two cores.
 proof: demo
