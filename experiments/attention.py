@@ -6,28 +6,35 @@ Claim (section 4.3.1): with linear patches attention in both directions is much 
     python -m experiments.attention
 """
 
+from functools import partial
+
 from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, measure, variant
 
 CAUSAL = "--model.image-attention", "causal"
-TABLE = Table(
-    "attention",
-    (
-        variant("linear, causal", "linear", 2, "L", *CAUSAL, paper={"fid": 61.3}),
-        variant("linear, bidirectional", paper={"fid": 20.3}),
-        variant("U-Net, causal", "unet", 2, "L", *CAUSAL, paper={"fid": 16.8}),
-        variant("U-Net, bidirectional", "unet", paper={"fid": 16.7}),
-    ),
-    COLUMNS,
-    (
-        Claim("bidirectional beats causal for linear patches, by FID", "fid", "linear, bidirectional", "linear, causal"),
-        Claim("bidirectional beats causal for linear patches, by the checker", "right", "linear, bidirectional",
-              "linear, causal"),
-        Claim("bidirectional beats causal for a U-Net, by FID", "fid", "U-Net, bidirectional", "U-Net, causal"),
-        Claim("a U-Net beats linear patches, by FID", "fid", "U-Net, bidirectional", "linear, bidirectional"),
-    ),
-)  # fmt: skip
+
+
+def table(scale: str) -> Table:
+    return Table(
+        "attention",
+        (
+            variant(scale, "linear, causal", "linear", 2, "L", *CAUSAL, paper={"fid": 61.3}),
+            variant(scale, "linear, bidirectional", paper={"fid": 20.3}),
+            variant(scale, "U-Net, causal", "unet", 2, "L", *CAUSAL, paper={"fid": 16.8}),
+            variant(scale, "U-Net, bidirectional", "unet", paper={"fid": 16.7}),
+        ),
+        COLUMNS,
+        (
+            Claim("bidirectional beats causal for linear patches, by FID", "fid", "linear, bidirectional", "linear, causal"),
+            Claim("bidirectional beats causal for linear patches, by the checker", "right", "linear, bidirectional",
+                  "linear, causal"),
+            Claim("bidirectional beats causal for a U-Net, by FID", "fid", "U-Net, bidirectional", "U-Net, causal"),
+            Claim("a U-Net beats linear patches, by FID", "fid", "U-Net, bidirectional", "linear, bidirectional"),
+        ),
+    )  # fmt: skip
+
 
 if __name__ == "__main__":
-    lab.make(lab.options(__doc__), TABLE, measure)
+    asked = lab.options(__doc__)
+    lab.make(asked, table(asked.scale), partial(measure, asked.scale))

@@ -13,18 +13,18 @@ from pathlib import Path
 
 from experiments import scenes
 from experiments.lab import Column, Options, Variant, transfusion
+from experiments.scenes import SCALES
 from transfusion.disk import read_json
 from transfusion.evaluation.perplexity import heldout_topics
 from transfusion.inference.engine import Engine
 
-WORLD = "shapes", "--shapes-level", str(scenes.LEVEL)
 CODEC = (
     "--size", "32x32", "--most", "20000", "--training.steps", "1800", "--training.validate-every", "600",
 )  # fmt: skip
 CODECS = {"latents": ("vae", ()), "codes": ("vq", ("--network.codes", "512"))}  # by what they make
 DOCUMENTS = "20000"  # of each source
-STABLE = "--model.post-norm", "True", "--model.z-loss", "1e-5"
-TEXT_ONLY = "--data.sources", "topics", "--data.shares", "1", "--data.rows", "3"
+STABLE = "--model.post-norm", "--model.z-loss", "1e-5"
+TEXT_ONLY = "--data.sources", "topics", "--data.shares", "1"
 COLUMNS = {
     "bits_per_byte": Column(".3f", "lower"), "captions": Column(".1%"), "cider": Column(".2f"),
     "fid": Column(".2f", "lower"), "right": Column(".1%"), "attributes": Column(".1%"), "gap": Column(".1%"),
@@ -34,38 +34,52 @@ COLUMNS = {
 
 def prepare(asked: Options) -> None:
     """Both codecs and what they make of the scenes; where that is there already, a look."""
-    out = asked.out
+    level = "--shapes-level", str(SCALES[asked.scale].level)
     for data, (codec, more) in CODECS.items():
-        if not (out / codec / "reconstructions.html").exists():
-            transfusion("data", "fit-codec", "small", *WORLD, *CODEC, *more, "--out", out / codec)
-        tokenizer = ("--text-ids", "512") if data == "latents" else ("--tokenizer", out / "latents" / "tokenizer.json")
-        if not (out / data / "dataset.json").exists():
-            transfusion("data", "prepare", *WORLD[:1], "topics", *WORLD[1:], "--limit", DOCUMENTS, "--sizes", "32x32",
-                        "--codec", out / codec, *tokenizer, "--out", out / data)  # fmt: skip
+        folder, made = folder_of(asked, codec), folder_of(asked, data)
+        if not (folder / "reconstructions.html").exists():
+            transfusion("data", "fit-codec", "small", "shapes", *level, *CODEC, *more, "--out", folder)
+        known = folder_of(asked, "latents") / "tokenizer.json"
+        tokenizer = ("--text-ids", "512") if data == "latents" else ("--tokenizer", known)
+        if not (made / "dataset.json").exists():
+            transfusion("data", "prepare", "shapes", "topics", *level, "--limit", DOCUMENTS, "--sizes", "32x32",
+                        "--codec", folder, *tokenizer, "--out", made)  # fmt: skip
 
 
-def codec_quality(out: Path) -> str:
+def folder_of(asked: Options, name: str) -> Path:
+    """Where the lab keeps a codec, or what it made."""
+    return asked.out / at(asked.scale, name)
+
+
+def at(scale: str, name: str) -> str:
+    """The name of a folder at this scale."""
+    return name if scale == "cpu" else f"{name}-{scale}"
+
+
+def codec_quality(asked: Options) -> str:
     """What comes back through each codec, in a sentence."""
-    psnr = {codec: read_json(out / codec / "codec.json")["heldout"]["psnr"] for codec, _ in CODECS.values()}
+    psnr = {codec: read_json(folder_of(asked, codec) / "codec.json")["heldout"]["psnr"] for codec, _ in CODECS.values()}
     return f"Held-out scenes come back from the autoencoder at {psnr['vae']:.1f} dB, from its twin at {psnr['vq']:.1f} dB."
 
 
-def variant(name: str, family: str, size: str = "M", *more: str, paper: Mapping[str, float] | None = None) -> Variant:
+def variant(
+    scale: str, name: str, family: str, size: str = "M", *more: str, paper: Mapping[str, float] | None = None
+) -> Variant:
     """A run of a family ("transfusion", "chameleon", and "llama" and "chameleon, text" on the text alone)."""
-    codes = family == "chameleon"
+    of, codes = SCALES[scale], family == "chameleon"
     images = ("--model.patches", "codes", "--model.patch-size", "1") if codes else ("--model.patch-size", "2")
     arguments = (
         "small", "--data.sources", "shapes", "topics", "--data.shares", "0.5", "0.5", "--data.row-length", "320",
-        "--data.rows", "6", "--data.image-first-max-time", "1", *scenes.size(size), *images,
+        "--data.rows", str(of.rows), "--data.image-first-max-time", "1", *scenes.size(scale, size), *images,
         *(STABLE if family.startswith("chameleon") else ()),
-        *(TEXT_ONLY if family in ("llama", "chameleon, text") else ()),
-        "--training.steps", "1200", "--training.learning-rate", "4e-3", "--training.image-weight", "4",
+        *((*TEXT_ONLY, "--data.rows", str(of.rows // 2)) if family in ("llama", "chameleon, text") else ()),
+        "--training.steps", str(of.steps), "--training.learning-rate", scenes.rate(of.rate), "--training.image-weight", "4",
         "--training.preview-every", "0", "--generation.sampler", "dpm", "--generation.steps", "20", *more,
     )  # fmt: skip
-    return Variant(name, arguments, "codes" if codes else "latents", paper or {})
+    return Variant(name, arguments, at(scale, "codes" if codes else "latents"), paper or {})
 
 
-def measure(engine: Engine) -> dict[str, float]:
+def measure(scale: str, engine: Engine) -> dict[str, float]:
     """The text; and of runs that have seen scenes, what `scenes` measures."""
     found = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
-    return found | (scenes.measure(engine) if "shapes" in engine.run.data.sources else {})
+    return found | (scenes.measure(scale, engine) if "shapes" in engine.run.data.sources else {})

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Picture
 
-from experiments import both, lab, scaling, scenes
+from experiments import both, lab, scaling
 from experiments.lab import Claim, Column, Options, Table, Variant, cell, transfusion
 from transfusion.chance import seed_from
 from transfusion.data.shapes import COLOURS, SHAPES, Description, Scene, Shapes, caption, render
@@ -32,17 +32,21 @@ TUNE = (
     "--training.steps", "600", "--training.learning-rate", "1e-3", "--training.warmup", "50", "--data.sources", "edits",
     "--data.shares", "1",
 )  # fmt: skip
-TABLE = Table(
-    "editing",
-    (Variant("untrained for it", ()), Variant("fine-tuned on 8,000 edits", TUNE)),
-    {"right": Column(".1%"), "changed": Column(".1%"), "stayed": Column(".1%"), "minutes": Column(".1f", "lower")},
-    (Claim("fine-tuning teaches to edit", "right", "fine-tuned on 8,000 edits", "untrained for it"),),
-)
+
+
+def table(scale: str) -> Table:
+    data = both.at(scale, "edits")
+    return Table(
+        "editing",
+        (Variant("untrained for it", (), data), Variant("fine-tuned on 8,000 edits", TUNE, data)),
+        {"right": Column(".1%"), "changed": Column(".1%"), "stayed": Column(".1%"), "minutes": Column(".1f", "lower")},
+        (Claim("fine-tuning teaches to edit", "right", "fine-tuned on 8,000 edits", "untrained for it"),),
+    )
 
 
 def edits(split: str, count: int) -> Iterator[tuple[Scene, str, Scene]]:
     """A scene, what to change, and what comes of it; all chance from the scene's number."""
-    source = Shapes(scenes.LEVEL, split=split)
+    source = Shapes(level=0, split=split)
     for n in range(count):
         chance = np.random.default_rng(seed_from("edit", split, n))
         scene = source.scene(n)
@@ -91,16 +95,16 @@ def _is_near(pixels: np.ndarray, before: Scene) -> bool:
 def main(asked: Options) -> None:
     """Prepare the edits like the base run's data, go on from its weights, and measure both."""
     both.prepare(asked)
-    base = next(variant for variant in scaling.TABLE.variants if variant.name == "Transfusion L")
-    data = asked.out / "edits"
+    base = next(variant for variant in scaling.table(asked.scale).variants if variant.name == "Transfusion L")
+    before, tuned = table(asked.scale).variants
+    data = asked.out / tuned.data
     if not (data / "dataset.json").exists():
         files = write_edits(asked.out / "edits-files")
-        transfusion("data", "prepare", files, "--like", asked.out / "latents", "--out", data)
+        transfusion("data", "prepare", files, "--like", both.folder_of(asked, "latents"), "--out", data)
     for seed in asked.seeds:
         run = cell(asked, base, seed)
         if not (run / "measured.json").exists():
             sys.exit("first python -m experiments.scaling --variants 'Transfusion L'")
-        before, tuned = (variant for variant in TABLE.variants)
         if not (cell(asked, before, seed) / "measured.json").exists():
             lab.measure_run(asked, before, seed, run, measure)
         if not (cell(asked, tuned, seed) / "measured.json").exists():
@@ -112,4 +116,4 @@ if __name__ == "__main__":
     asked = lab.options(__doc__)
     if not asked.show:
         main(asked)
-    lab.show(asked, TABLE)
+    lab.show(asked, table(asked.scale))

@@ -35,6 +35,8 @@ class Options:
     """Of the weights, the order of the data and all noise."""
     train: tuple[str, ...] = ()
     """Options of `transfusion train` for every cell, after those of the table: --train=--training.steps=20"""
+    scale: Literal["cpu", "gpu"] = "cpu"
+    """Networks and steps for two cores, or for one GPU."""
     show: bool = False
     """Train nothing: print what is there."""
     device: str = "auto"
@@ -176,10 +178,15 @@ def show(asked: Options, table: Table) -> None:
     verdicts = [f"- {claim.says}: **{judge(asked, table, claim)}**" for claim in table.claims]
     text += "\n" + "\n".join(verdicts) + "\n" if verdicts else ""
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"{table.name}.md").write_text(text)
-    cells = {variant.name: measured(asked, variant) for variant in table.variants}
-    write_json(asked.out / f"{table.name}.json", {"table": table.name, "cells": cells, "verdicts": verdicts})
+    path(asked, table, ".md").write_text(text)
+    kept = {"cells": {variant.name: measured(asked, variant) for variant in table.variants}, "verdicts": verdicts}
+    write_json(path(asked, table, ".json"), {"table": table.name, "scale": asked.scale, **kept})
     print(text, end="")
+
+
+def path(asked: Options, table: Table, ending: str) -> Path:
+    """Where a table is written."""
+    return asked.out / f"{table.name}{'' if asked.scale == 'cpu' else f'-{asked.scale}'}{ending}"
 
 
 def judge(asked: Options, table: Table, claim: Claim) -> str:

@@ -6,25 +6,33 @@ paper shows them clean.
     python -m experiments.noise
 """
 
+from functools import partial
+
 from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, measure, variant
 
 LIMIT = "--data.image-first-max-time"
-TABLE = Table(
-    "noise",
-    (
-        variant("no limit", "unet", paper={"fid": 16.7}),
-        variant("t up to 0.5", "unet", 2, "L", LIMIT, "0.5", paper={"fid": 16.5}),
-        variant("clean", "unet", 2, "L", LIMIT, "0"),
-    ),
-    COLUMNS,
-    (
-        Claim("the limit helps captions", "captions", "t up to 0.5", "no limit"),
-        Claim("the limit does not hurt drawing, by FID, to 10 %", "fid", "t up to 0.5", "no limit", equal=True, margin=0.1),
-        Claim("clean images help captions", "captions", "clean", "no limit"),
-    ),
-)
+
+
+def table(scale: str) -> Table:
+    return Table(
+        "noise",
+        (
+            variant(scale, "no limit", "unet", paper={"fid": 16.7}),
+            variant(scale, "t up to 0.5", "unet", 2, "L", LIMIT, "0.5", paper={"fid": 16.5}),
+            variant(scale, "clean", "unet", 2, "L", LIMIT, "0"),
+        ),
+        COLUMNS,
+        (
+            Claim("the limit helps captions", "captions", "t up to 0.5", "no limit"),
+            Claim("the limit does not hurt drawing, by FID, to 10 %", "fid", "t up to 0.5", "no limit", equal=True,
+                  margin=0.1),
+            Claim("clean images help captions", "captions", "clean", "no limit"),
+        ),
+    )  # fmt: skip
+
 
 if __name__ == "__main__":
-    lab.make(lab.options(__doc__), TABLE, measure)
+    asked = lab.options(__doc__)
+    lab.make(asked, table(asked.scale), partial(measure, asked.scale))

@@ -7,32 +7,38 @@ step, so that larger patches see more images.
     python -m experiments.patches
 """
 
+from functools import partial
+
 from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, measure, variant
 
-TABLE = Table(
-    "patches",
-    (
-        variant("linear, 64 patches", "linear", 1, paper={"fid": 21.0}),
-        variant("linear, 16 patches", paper={"fid": 20.3}),
-        variant("linear, 4 patches", "linear", 4, paper={"fid": 25.6}),
-        variant("U-Net, 64 patches", "unet", 1),
-        variant("U-Net, 16 patches", "unet", paper={"fid": 16.7}),
-        variant("U-Net, 4 patches", "unet", 4, paper={"fid": 16.0}),
-        variant("linear, 16 patches, S", "linear", 2, "S", paper={"fid": 37.6}),
-        variant("U-Net, 16 patches, S", "unet", 2, "S", paper={"fid": 18.8}),
-        variant("linear, 16 patches, M", "linear", 2, "M", paper={"fid": 21.5}),
-        variant("U-Net, 16 patches, M", "unet", 2, "M", paper={"fid": 18.1}),
-    ),
-    COLUMNS,
-    (
-        *(Claim(f"a U-Net beats linear patches, by FID, {rest}", "fid", f"U-Net, {rest}", f"linear, {rest}")
-          for rest in ("64 patches", "16 patches", "4 patches", "16 patches, S", "16 patches, M")),
-        Claim("a U-Net at 16 patches draws as well as at 64, to 15 %", "right", "U-Net, 16 patches", "U-Net, 64 patches",
-              equal=True, margin=0.15),
-    ),
-)  # fmt: skip
+
+def table(scale: str) -> Table:
+    return Table(
+        "patches",
+        (
+            variant(scale, "linear, 64 patches", "linear", 1, paper={"fid": 21.0}),
+            variant(scale, "linear, 16 patches", paper={"fid": 20.3}),
+            variant(scale, "linear, 4 patches", "linear", 4, paper={"fid": 25.6}),
+            variant(scale, "U-Net, 64 patches", "unet", 1),
+            variant(scale, "U-Net, 16 patches", "unet", paper={"fid": 16.7}),
+            variant(scale, "U-Net, 4 patches", "unet", 4, paper={"fid": 16.0}),
+            variant(scale, "linear, 16 patches, S", "linear", 2, "S", paper={"fid": 37.6}),
+            variant(scale, "U-Net, 16 patches, S", "unet", 2, "S", paper={"fid": 18.8}),
+            variant(scale, "linear, 16 patches, M", "linear", 2, "M", paper={"fid": 21.5}),
+            variant(scale, "U-Net, 16 patches, M", "unet", 2, "M", paper={"fid": 18.1}),
+        ),
+        COLUMNS,
+        (
+            *(Claim(f"a U-Net beats linear patches, by FID, {rest}", "fid", f"U-Net, {rest}", f"linear, {rest}")
+              for rest in ("64 patches", "16 patches", "4 patches", "16 patches, S", "16 patches, M")),
+            Claim("a U-Net at 16 patches draws as well as at 64, to 15 %", "right", "U-Net, 16 patches", "U-Net, 64 patches",
+                  equal=True, margin=0.15),
+        ),
+    )  # fmt: skip
+
 
 if __name__ == "__main__":
-    lab.make(lab.options(__doc__), TABLE, measure)
+    asked = lab.options(__doc__)
+    lab.make(asked, table(asked.scale), partial(measure, asked.scale))

@@ -37,13 +37,13 @@ def write(asked: Options) -> Path:
     (DOCS / "results").mkdir(exist_ok=True)
     parts = [ABOVE]
     for module in TABLES:
-        cells = [one for variant in module.TABLE.variants for one in measured(asked, variant)]
+        table = module.table(asked.scale)
+        cells = [one for variant in table.variants for one in measured(asked, variant)]
         if not cells:
             continue
-        lab.show(asked, module.TABLE)
-        name = module.TABLE.name
-        shutil.copy(asked.out / f"{name}.json", DOCS / "results" / f"{name}.json")
-        parts.append(_section(asked, module, (asked.out / f"{name}.md").read_text(), cells))
+        lab.show(asked, table)
+        shutil.copy(lab.path(asked, table, ".json"), DOCS / "results")
+        parts.append(_section(asked, module, lab.path(asked, table, ".md").read_text(), cells))
     path = DOCS / "results.md"
     path.write_text("\n".join(parts))
     return path
@@ -57,8 +57,8 @@ def _section(asked: Options, module: ModuleType, table: str, cells: list[dict]) 
     minutes = sum(one["minutes"] for one in cells)
     made = f"`{command}`: {len(cells)} runs, {minutes:.0f} minutes of training, one thread each; commits {commits}."
     lines = [f"## {title}", claim, table, made]
-    if module in (scaling, text, editing) and (asked.out / "vq" / "codec.json").exists():
-        lines.insert(3, both.codec_quality(asked.out))
+    if module in (scaling, text, editing) and (both.folder_of(asked, "vq") / "codec.json").exists():
+        lines.insert(3, both.codec_quality(asked))
     if module is scaling:
         scaling.plot(asked, DOCS / "scaling.png")
         lines.insert(3, scaling.tell(asked) + "\n![Metrics over compute, with fitted lines](scaling.png)")

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from experiments import both, lab
@@ -26,14 +27,17 @@ PAPER = {
     "Chameleon L": {"bits_per_byte": "8.41", "cider": 18.0, "fid": 29.6},
 }
 PARITY = {"bits_per_byte": 0.489, "cider": 0.218, "fid": 0.029}  # Table 3
-TABLE = Table(
-    "scaling",
-    tuple(variant(f"{name} {size}", family, size, paper=PAPER.get(f"{name} {size}"))
-          for name, family in FAMILIES.items() for size in SIZES),
-    COLUMNS,
-    tuple(Claim(f"Transfusion beats Chameleon at {size}, by {column.replace('_', ' ')}", column, f"Transfusion {size}",
-                f"Chameleon {size}") for size in SIZES for column in PARITY),
-)  # fmt: skip
+
+
+def table(scale: str) -> Table:
+    return Table(
+        "scaling",
+        tuple(variant(scale, f"{name} {size}", family, size, paper=PAPER.get(f"{name} {size}"))
+              for name, family in FAMILIES.items() for size in SIZES),
+        COLUMNS,
+        tuple(Claim(f"Transfusion beats Chameleon at {size}, by {column.replace('_', ' ')}", column, f"Transfusion {size}",
+                    f"Chameleon {size}") for size in SIZES for column in PARITY),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Law:
 
 def points(asked: Options, family: str, column: str) -> list[tuple[float, float]]:
     """(FLOPs, metric) of every run of a family."""
-    runs = [one for row in TABLE.variants if row.name.startswith(family) for one in measured(asked, row)]
+    runs = [one for row in table(asked.scale).variants if row.name.startswith(family) for one in measured(asked, row)]
     return [(6 * one["parameters"] * one["positions"], one[column]) for one in runs if column in one]
 
 
@@ -97,20 +101,23 @@ def plot(asked: Options, path: Path) -> None:
     for axes, column in zip(figure.subplots(1, len(PARITY)), PARITY, strict=True):
         for family, colour in zip(FAMILIES, ("#2c5bcb", "#b0500a"), strict=True):
             found = sorted(points(asked, family, column))
-            axes.loglog(*zip(*found, strict=True), "o", color=colour, label=family) if found else None
+            if not found or min(y for _, y in found) <= 0:
+                continue
+            axes.loglog(*zip(*found, strict=True), "o", color=colour, label=family)
             law = Law.of(found)
             if law is not None:
                 ends = [found[0][0], found[-1][0]]
                 axes.loglog(ends, [law.at(x) for x in ends], color=colour)
         axes.set(title=column.replace("_", " "), xlabel="FLOPs (6ND)")
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
     asked = lab.options(__doc__)
     both.prepare(asked)
-    lab.make(asked, TABLE, measure)
-    print(both.codec_quality(asked.out), tell(asked), sep="\n")
+    lab.make(asked, table(asked.scale), partial(measure, asked.scale))
+    print(both.codec_quality(asked), tell(asked), sep="\n")
     plot(asked, asked.out / "scaling.png")

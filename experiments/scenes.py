@@ -5,6 +5,7 @@ What is measured is the same for all of them, so that tables share their variant
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -21,11 +22,24 @@ from transfusion.inference.engine import Engine
 
 SCENES = 400  # held-out captions, one drawing each
 SEEN = 2_000  # training scenes that the small network for features learns from
-LEVEL = 0
-SIZES = {  # width, layers, heads, hidden, unet_width
-    "S": (64, 3, 2, 176, 32),
-    "M": (96, 4, 3, 256, 48),
-    "L": (128, 4, 4, 344, 64),
+SIZES = ("S", "M", "L")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the miniatures are: for two cores, or for one GPU."""
+
+    level: int  # of `shapes`
+    sizes: Mapping[str, tuple[int, int, int, int, int]]  # width, layers, heads, hidden, unet_width
+    rows: int  # of 320 positions
+    steps: int
+    rate: float  # of linear patches; a U-Net's convolutions want half of it
+
+
+SCALES = {
+    "cpu": Scale(0, {"S": (64, 3, 2, 176, 32), "M": (96, 4, 3, 256, 48), "L": (128, 4, 4, 344, 64)}, 6, 1_200, 4e-3),
+    "gpu": Scale(1, {"S": (256, 8, 4, 704, 128), "M": (384, 10, 6, 1024, 192), "L": (512, 12, 8, 1408, 256)}, 64, 5_000,
+                 1e-3),
 }
 COLUMNS = {
     "right": Column(".1%"), "attributes": Column(".1%"), "fid": Column(".2f", "lower"),
@@ -34,32 +48,35 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def size(name: str) -> tuple[str, ...]:
+def size(scale: str, name: str) -> tuple[str, ...]:
     """The network of this size."""
     names = ("width", "layers", "heads", "hidden", "unet-width")
-    return tuple(word for pair in zip(names, SIZES[name], strict=True) for word in (f"--model.{pair[0]}", str(pair[1])))
+    found = zip(names, SCALES[scale].sizes[name], strict=True)
+    return tuple(word for field, value in found for word in (f"--model.{field}", str(value)))
 
 
 def variant(
-    name: str, kind: str = "linear", side: int = 2, of_size: str = "L", *more: str, paper: Mapping[str, float] | None = None
-) -> Variant:
-    """A run on scenes: patches of this kind and side. A U-Net's convolutions want a smaller rate than linear patches."""
+    scale: str, name: str, kind: str = "linear", side: int = 2, of_size: str = "L", *more: str,
+    paper: Mapping[str, float] | None = None,
+) -> Variant:  # fmt: skip
+    """A run on scenes: patches of this kind and side."""
+    of = SCALES[scale]
     arguments = (
-        "shapes", "--data.level", str(LEVEL), "--data.row-length", "320", "--data.rows", "6",
-        "--data.image-first-max-time", "1", *size(of_size), "--model.patches", kind, "--model.patch-size", str(side),
-        "--training.steps", "1200", "--training.learning-rate", "4e-3" if kind == "linear" else "2e-3",
+        "shapes", "--data.level", str(of.level), "--data.row-length", "320", "--data.rows", str(of.rows),
+        "--data.image-first-max-time", "1", *size(scale, of_size), "--model.patches", kind, "--model.patch-size", str(side),
+        "--training.steps", str(of.steps), "--training.learning-rate", rate(of.rate if kind == "linear" else of.rate / 2),
         "--training.preview-every", "0", "--generation.sampler", "dpm", "--generation.steps", "20", *more,
     )  # fmt: skip
     return Variant(name, arguments, paper=paper or {})
 
 
-def measure(engine: Engine) -> dict[str, float]:
+def measure(scale: str, engine: Engine) -> dict[str, float]:
     """Drawings as the checker reads them, and beside real ones; captions; how much the model listens."""
     sources = {source.name: source for source in open_raw(engine.run.data, "heldout")}
     source = sources["shapes"]
     judged, shown = draw_scenes(engine, source, SCENES)
     real = [source[n].pair[1] for n in range(SCENES)]
-    features = small_network()
+    features = small_network(SCALES[scale].level)
     beside = image_scores(features(real), features([pixels for _, pixels, _ in shown]))
     captions = caption_heldout(engine, source, SCENES)
     attributes = [judged[name] for name in ("count", "colour", "shape", "size", "place")]
@@ -72,10 +89,16 @@ def measure(engine: Engine) -> dict[str, float]:
     }  # fmt: skip
 
 
+def rate(value: float) -> str:
+    """0.004 -> "4e-3"."""
+    digits, power = f"{value:.0e}".split("e")
+    return f"{digits}e{int(power)}"
+
+
 @cache
-def small_network() -> SmallNetwork:
-    """What features are of: the same network for all tables, in less than half a minute."""
-    scenes = Shapes(LEVEL, split="train")
+def small_network(level: int) -> SmallNetwork:
+    """What features are of: the same network for all tables of a scale, in less than half a minute."""
+    scenes = Shapes(level, split="train")
     captions, pictures = zip(*(scenes[n].pair for n in range(SEEN)), strict=True)
     with torch.random.fork_rng(devices=[]):
         return SmallNetwork("shapes", pictures, captions)

@@ -6,30 +6,35 @@ image tokens about half each of a larger cost (11.0, 11.8). All read equally man
     python -m experiments.text
 """
 
+from functools import partial
+
 from experiments import both, lab
 from experiments.both import COLUMNS, measure, variant
 from experiments.lab import Claim, Table
 
-TABLE = Table(
-    "text",
-    (
-        variant("Llama, text alone", "llama", paper={"bits_per_byte": "10.1 (C4)"}),
-        variant("Transfusion: + diffusion", "transfusion", paper={"bits_per_byte": "10.4"}),
-        variant("Chameleon, text alone: + stability", "chameleon, text", paper={"bits_per_byte": "11.0"}),
-        variant("Chameleon: + codes", "chameleon", paper={"bits_per_byte": "11.8"}),
-    ),
-    {"bits_per_byte": COLUMNS["bits_per_byte"], "minutes": COLUMNS["minutes"]},
-    (
-        Claim("text as good as of text alone, to 3 %", "bits_per_byte", "Transfusion: + diffusion", "Llama, text alone",
-              equal=True, margin=0.03),
-        Claim("Transfusion's text beats Chameleon's", "bits_per_byte", "Transfusion: + diffusion", "Chameleon: + codes"),
-        Claim("the changes for stability cost text", "bits_per_byte", "Llama, text alone",
-              "Chameleon, text alone: + stability"),
-    ),
-)  # fmt: skip
+
+def table(scale: str) -> Table:
+    return Table(
+        "text",
+        (
+            variant(scale, "Llama, text alone", "llama", paper={"bits_per_byte": "10.1 (C4)"}),
+            variant(scale, "Transfusion: + diffusion", "transfusion", paper={"bits_per_byte": "10.4"}),
+            variant(scale, "Chameleon, text alone: + stability", "chameleon, text", paper={"bits_per_byte": "11.0"}),
+            variant(scale, "Chameleon: + codes", "chameleon", paper={"bits_per_byte": "11.8"}),
+        ),
+        {"bits_per_byte": COLUMNS["bits_per_byte"], "minutes": COLUMNS["minutes"]},
+        (
+            Claim("text as good as of text alone, to 3 %", "bits_per_byte", "Transfusion: + diffusion", "Llama, text alone",
+                  equal=True, margin=0.03),
+            Claim("Transfusion's text beats Chameleon's", "bits_per_byte", "Transfusion: + diffusion", "Chameleon: + codes"),
+            Claim("the changes for stability cost text", "bits_per_byte", "Llama, text alone",
+                  "Chameleon, text alone: + stability"),
+        ),
+    )  # fmt: skip
+
 
 if __name__ == "__main__":
     asked = lab.options(__doc__)
     both.prepare(asked)
-    lab.make(asked, TABLE, measure)
-    print(both.codec_quality(asked.out))
+    lab.make(asked, table(asked.scale), partial(measure, asked.scale))
+    print(both.codec_quality(asked))

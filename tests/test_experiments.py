@@ -7,13 +7,14 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import attention, both, emoji, lab, noise, patches, scaling, scenes, text
+from experiments import attention, both, editing, emoji, lab, noise, patches, results, scaling, scenes, text
 from experiments.lab import Claim, Column, Options, Table, Variant, cell
 from experiments.scaling import Law
 from tests.test_cli import TINY
@@ -160,7 +161,7 @@ def test_a_law_finds_the_line_that_points_lie_on(slope, factor, flops):
 def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
     """Two families on lines of the same slope, one of which needs a quarter of the compute for the same."""
     asked = Options(tmp_path, seeds=(0,))
-    for n, row in enumerate(scaling.TABLE.variants):
+    for n, row in enumerate(scaling.table("cpu").variants):
         flops, ahead = 6e12 * 2 ** (n % 3), 4 if row.name.startswith("Transfusion") else 1
         cell(asked, row, 0).mkdir(parents=True)
         write_json(cell(asked, row, 0) / "measured.json", {
@@ -178,12 +179,15 @@ def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
 # The tables
 
 
-TABLES = [attention.TABLE, patches.TABLE, noise.TABLE, text.TABLE, scaling.TABLE]
+TABLES = [attention, patches, noise, text, scaling]
+SCALES = ["cpu", "gpu"]
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_what_a_table_types_is_understood(table):
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("module", TABLES, ids=lambda module: module.__name__)
+def test_what_a_table_types_is_understood(module, scale):
     """Every variant is a run; every claim is about rows and columns that are there."""
+    table, of = module.table(scale), scenes.SCALES[scale]
     names = [variant.name for variant in table.variants]
     assert len(set(names)) == len(names)
     for variant in table.variants:
@@ -192,25 +196,31 @@ def test_what_a_table_types_is_understood(table):
         built = blueprint(run.model)
         kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
         assert type(built.patches).__name__ == kind
-        positions = run.data.row_length * run.data.rows
-        assert positions == 1920 or (positions == 960 and run.data.sources == ("topics",))
+        assert (run.data.row_length, run.training.steps) == (320, of.steps)
+        assert run.data.rows == of.rows // (2 if run.data.sources == ("topics",) else 1)
     for claim in table.claims:
         assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
 
 
-def test_patches_are_as_many_as_their_names_say():
-    for variant in patches.TABLE.variants:
+@pytest.mark.parametrize("scale", SCALES)
+def test_patches_are_as_many_as_their_names_say(scale):
+    for variant in patches.table(scale).variants:
         run, _ = parse_run(Train, "train", *named("train", list(variant.arguments)))
         found = Vocabulary.build(300, [(8, 8)], run.model.patch_size).patches((8, 8))
         assert found == int(variant.name.split()[1])
 
 
-def test_tables_share_what_they_have_in_common():
-    def keys(table: Table) -> set[Path]:
-        return {cell(Options(), variant, 0) for variant in table.variants}
+@pytest.mark.parametrize("scale", SCALES)
+def test_tables_share_what_they_have_in_common(scale):
+    def keys(module) -> set[Path]:
+        return {cell(Options(), variant, 0) for variant in module.table(scale).variants}
 
     for one, other, common in ((attention, patches, 2), (attention, noise, 1), (text, scaling, 2)):
-        assert len(keys(one.TABLE) & keys(other.TABLE)) == common
+        assert len(keys(one) & keys(other)) == common
+
+
+def test_rates_are_written_as_people_write_them():
+    assert [scenes.rate(value) for value in (4e-3, 2e-3, 1e-3, 5e-4)] == ["4e-3", "2e-3", "1e-3", "5e-4"]
 
 
 def test_what_scenes_measure_is_measured(tmp_path, monkeypatch):
@@ -218,10 +228,10 @@ def test_what_scenes_measure_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "SCENES", 60)
     monkeypatch.setattr(scenes, "SEEN", 200)
     scenes.small_network.cache_clear()
-    row = scenes.variant("tiny", "linear", 4, "S", "--generation.steps", "2", "--data.codec-documents", "50",
+    row = scenes.variant("cpu", "tiny", "linear", 4, "S", "--generation.steps", "2", "--data.codec-documents", "50",
                          "--data.rows", "1", "--data.block", "16")  # fmt: skip
     asked = Options(tmp_path, seeds=(0,), train=("--training.steps=2", "--training.warmup=1"))
-    lab.fill(asked, [row], scenes.measure)
+    lab.fill(asked, [row], partial(scenes.measure, "cpu"))
     scenes.small_network.cache_clear()
     (found,) = lab.measured(asked, row)
     assert scenes.COLUMNS.keys() <= found.keys()
@@ -236,6 +246,34 @@ def test_both_codecs_are_the_same_network_but_for_the_codebook(tmp_path, monkeyp
     assert len(fits) == len(prepares) == 2
     assert [word for word in fits[1] if word not in fits[0]] == ["--network.codes", "512", str(tmp_path / "vq")]
     assert prepares[1][prepares[1].index("--tokenizer") + 1] == str(tmp_path / "latents" / "tokenizer.json")
+
+
+def test_an_edit_changes_one_thing_and_says_which(tmp_path, monkeypatch):
+    for before, words, after in editing.edits("heldout", 50):
+        (one,), (other,) = before.things, after.things
+        assert before.centres == after.centres and one.size == other.size
+        asked = words.split()[2] if words.startswith("make it a ") is False else words.split()[3]
+        assert asked in (other.colour, other.shape) and asked not in (one.colour, one.shape)
+        assert (one.colour == other.colour) != (one.shape == other.shape)
+    monkeypatch.setattr(editing, "EDITS", 3)
+    lines = editing.write_edits(tmp_path / "files").read_text().splitlines()
+    assert len(lines) == 3 and (tmp_path / "files" / json.loads(lines[2])["target"]).exists()
+
+
+def test_what_is_there_becomes_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    asked = Options(tmp_path / "lab", seeds=(0,))
+    for row in (*noise.table("cpu").variants, *text.table("cpu").variants):
+        cell(asked, row, 0).mkdir(parents=True, exist_ok=True)
+        write_json(cell(asked, row, 0) / "measured.json", {
+            "commit": "abc", "minutes": 2.0, "fid": 3.0, "captions": 0.5, "right": 0.5, "attributes": 0.5, "gap": 0.1,
+            "image_loss": 0.1, "text_loss": 1.0, "bits_per_byte": 2.0, "cider": 1.0, "parameters": 10, "positions": 10,
+        })  # fmt: skip
+    page = results.write(asked).read_text()
+    assert "## Table 8 in miniature" in page and "## Table 4 in miniature" in page and "Table 5" not in page
+    assert "`python -m experiments.noise`: 3 runs, 6 minutes" in page and "no verdict" in page
+    assert "parity-FLOP ratio" in page  # two of the rows of Table 4 are of Table 3
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"noise.json", "text.json", "scaling.json"}
 
 
 def test_the_words_for_emoji_are_options_and_make_what_is_said():
