@@ -5,14 +5,17 @@ import math
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as Picture
 
 from tests.test_cli import TINY, command, fails
 from transfusion.config import QUICK, TASKS, EvaluationConfig, from_json
-from transfusion.disk import read_json, write_json
+from transfusion.disk import OpenError, read_json, write_json
 from transfusion.evaluation import scenes, small_network, suite
+from transfusion.evaluation.coco import read_coco, read_pictures
 from transfusion.evaluation.suite import differences
 
 DIGITS = ("digits", *TINY, "--generation.steps", "2")
@@ -97,6 +100,41 @@ def test_without_tasks_it_is_the_quick_ones(digits, tmp_path):
     assert {*results["digits"], *results["topics"]} == set(QUICK)
 
 
+def test_captions_of_coco_stand_beside_all_that_people_said(digits, tmp_path, capsys):
+    """Karpathy's file and COCO's own name the same pictures, which are of any size."""
+    (tmp_path / "val").mkdir()
+    for n in range(3):
+        Picture.fromarray(np.full((10 + n, 20, 3), 60 * n, np.uint8)).save(tmp_path / "val" / f"{n}.png")
+    texts = [[f"there are {n} things in it", f"a picture of {n} small things"] for n in range(3)]
+    write_json(tmp_path / "dataset_coco.json", {"images": [
+        {"filepath": "val", "filename": f"{n}.png", "split": "test" if n else "train",
+         "sentences": [{"raw": text} for text in texts[n]]} for n in range(3)]})  # fmt: skip
+    write_json(tmp_path / "val" / "captions.json", {
+        "images": [{"id": 7 * n, "file_name": f"{n}.png"} for n in range(3)],
+        "annotations": [{"image_id": 7 * n, "caption": text} for n in (1, 2) for text in texts[n]]})  # fmt: skip
+    found = []
+    for path in (tmp_path / "dataset_coco.json", tmp_path / "val" / "captions.json"):
+        captioned = read_coco(path, 10)
+        assert [list(one.references) for one in captioned] == texts[1:]
+        assert [pixels.shape for pixels in read_pictures(captioned, path, None)] == [(11, 20, 3), (12, 20, 3)]
+        command("evaluate", digits, "--tasks", "coco", "--coco", path)
+        found.append(read_json(digits / "results.json")["coco"]["coco"])
+    assert found[0]["cider"] == found[1]["cider"] and found[0]["count"] == 2
+    (tmp_path / "val" / "2.png").unlink()
+    for name in ("dataset_coco.json", "val/captions.json"):
+        assert "2.png" in fails(capsys, 1, "evaluate", digits, "--tasks", "coco", "--coco", tmp_path / name)
+
+
+NO_COCO = {}, {"images": 3}, {"images": [{}]}, {"images": [], "annotations": [{}]}, {"images": []}
+
+
+@pytest.mark.parametrize("values", NO_COCO)
+def test_what_is_no_file_of_coco_is_refused(tmp_path, values):
+    write_json(tmp_path / "coco.json", values)
+    with pytest.raises(OpenError, match="coco"):
+        read_coco(tmp_path / "coco.json", 10)
+
+
 @pytest.mark.parametrize(("words", "code", "said"), [
     (("--tasks", "drawing"), 2, "there is no task 'drawing'"),
     (("--tasks",), 2, "name at least one task"),
@@ -106,6 +144,8 @@ def test_without_tasks_it_is_the_quick_ones(digits, tmp_path):
     (("--tasks", "clip", "--clip", "no/such folder"), 1, "no vision model can be opened"),
     (("--tasks", "images", "--features", "nowhere.safetensors"), 1, "nowhere.safetensors"),
     (("--tasks", "choice", "--questions", "nowhere.jsonl"), 1, "nowhere.jsonl"),
+    (("--tasks", "coco"), 1, "--coco"),
+    (("--tasks", "coco", "--coco", "nowhere.json"), 1, "nowhere.json"),
     (("--from", "nowhere.json"), 1, "nowhere.json"),
 ])  # fmt: skip
 def test_a_bad_wish_is_answered_in_a_line(digits, capsys, words, code, said):

@@ -368,6 +368,7 @@ class GenerationConfig:
 TASKS = {  # of evaluation, by name; "quick" ones are done when nobody names any
     "captions": "held-out pictures, captioned greedily: exact, CIDEr-D, BLEU-4",
     "drawings": "of digits and shapes: are they what was asked for?",
+    "coco": "captions of COCO's pictures beside what people said of them: CIDEr-D, BLEU-4 (Karpathy's test split)",
     "conditioning": "how much worse pictures are predicted behind others' captions",
     "text": "bits per byte of held-out text",
     "images": "FID, KID, precision, recall, density and coverage of drawings from held-out captions",
@@ -392,6 +393,8 @@ class EvaluationConfig:
     features: str | None = None  # of `images`: Inception's weights (a file), a vision model; None: a small network
     clip: str | None = None  # a CLIP model, a folder or owner/name
     questions: str | None = None  # of `choice`: a file of JSON lines
+    coco: str | None = None  # of `coco`: Karpathy's dataset_coco.json, or COCO's annotations
+    pictures: str | None = None  # of `coco`: the folder from which its paths count; None: the file's own
 
     def __post_init__(self):
         for task in self.tasks or ():

@@ -19,7 +19,7 @@ class Evaluate:
     """The run's folder."""
     tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK...")] = None
     """What to measure; without it what the run supports of captions, drawings, conditioning and text. The others are images,
-    choice, clip, geneval and llama."""
+    choice, clip, geneval, coco and llama."""
     again: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """A results.json: measure what it holds once more, as it says, and tell whether the figures agree."""
     count: int = 200
@@ -37,6 +37,10 @@ class Evaluate:
     questions: str | None = None
     """Of the task choice: a file of JSON lines, {"context": ..., "choices": [...], "answer": 0}; without it, how held-out
     texts go on."""
+    coco: str | None = None
+    """Of the task coco: Karpathy's dataset_coco.json (its test split; all of it: --count 5000), or COCO's annotations."""
+    pictures: str | None = None
+    """Of the task coco: the folder from which its paths count, if not that of the file."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps"""
 

@@ -108,6 +108,8 @@ class Suite:
         for source in open_raw(self.engine.run.data, "heldout"):
             tasks = self._tasks_of(source)
             found |= {(source.name, name): tasks[name] for name in wanted if name in tasks}
+        if "coco" in wanted:
+            found["coco", "coco"] = self._coco
         if "llama" in wanted:
             found["lm_eval", "llama"] = self._llama
         missing = [name for name in self.asked.tasks or () if name not in {what for _, what in found}]
@@ -116,6 +118,8 @@ class Suite:
             raise ValueError(f"{sources}: there is nothing in the data of this run for the task {missing[0]}")
         if "clip" in wanted and self.asked.clip is None:
             raise ValueError("the task clip needs --clip: the folder of a CLIP model, or owner/name")
+        if "coco" in wanted and self.asked.coco is None:
+            raise ValueError("the task coco needs --coco: Karpathy's dataset_coco.json, or COCO's annotations")
         return found
 
     def _tasks_of(self, source: Source) -> dict[str, Callable[[], dict]]:
@@ -188,6 +192,17 @@ class Suite:
 
         prompts = shapes_prompts((source[n].pair[0] for n in range(len(source))), PROMPTS)
         return draw_geneval(self.engine, prompts, find_things, self.asked.seed)[0]
+
+    def _coco(self) -> dict:
+        from transfusion.evaluation.captions import by_words, caption_pictures
+        from transfusion.evaluation.coco import read_coco, read_pictures
+
+        path = Path(self.asked.coco)
+        captioned = read_coco(path, self.asked.count)
+        said = caption_pictures(self.engine, read_pictures(captioned, path, self.asked.pictures))
+        references = [one.references for one in captioned]
+        answers = [{"picture": one.path, "said": text} for one, text in zip(captioned, said, strict=True)]
+        return {**by_words(said, references), "count": len(said), "answers": answers}
 
     def _llama(self) -> dict:
         from transfusion.evaluation.multiple_choice import llama_suite
