@@ -439,6 +439,16 @@ def test_a_free_run_ends_with_eos_or_at_its_limit(parts, seed, liking):
     assert liking == 0 or events[-1].reason == ("length" if liking < 0 else "eos") or written == 12
 
 
+def test_a_request_that_may_not_draw_only_writes():
+    """Even with a model that wants nothing else, and beside one that may."""
+    ours = engine(lambda v: {v.eos: -1e4} | dict.fromkeys(v.boi.values(), 1e3))
+    requests = [Request(("a house",), seed=3, may_draw=may) for may in (True, False)]
+    (free,), (text,) = ours.generate(requests)
+    assert all(isinstance(part, np.ndarray) for part in free.parts)
+    assert text.reason == "length" and [type(part) for part in text.parts] == [str]
+    same_answers([text], ours.generate(requests[1:])[0])
+
+
 @few
 @given(prompts, seeds, st.sampled_from((0.0, 0.5, 1.0)), st.sampled_from((0.01, 0.9, 1.0)))
 def test_markers_padding_and_unused_ids_are_never_written(parts, seed, temperature, top_p):

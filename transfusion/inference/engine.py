@@ -36,7 +36,8 @@ class Request:
 
     parts: the prompt in order, text or pictures (PIL, or (Y, X, colours) uint8 of a size the run knows). num_images: so
     many independent draws of one image each (boi is forced), of `size` (width, height) in pixels; without it one row runs
-    free until eos. previews: every so many denoising steps an event shows the image; 0: never.
+    free until eos, and draws where it likes unless may_draw is False. previews: every so many denoising steps an event
+    shows the image; 0: never.
     """
 
     parts: tuple[str | np.ndarray | Picture.Image, ...] = ()
@@ -45,6 +46,7 @@ class Request:
     generation: GenerationConfig | None = None  # the run's own
     size: tuple[int, int] | None = None  # the run's first
     previews: int = 0
+    may_draw: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Engine:
         self.context = self.run.data.row_length  # positions: a row never grows beyond what was trained on
         self.cache = Cache(self.run.model, self.device, opened.precision)
         self.allowed = text_mode.allowed_tokens(self.vocabulary)
+        self.allowed_text = self.allowed.index_fill(0, torch.tensor([*self.vocabulary.boi.values()]), False)
         codec = opened.codec
         self.codes = self.vocabulary.codes > 0  # images are drawn code by code
         self.bound = () if self.codes else tuple(
@@ -265,7 +268,8 @@ class Engine:
 
     def _write(self, row: Row, logits: torch.Tensor, events: list[Event]) -> None:
         vocabulary = self.vocabulary
-        token = text_mode.choose(logits, self.allowed, row.generation, row.generator)
+        allowed = self.allowed if row.request.may_draw else self.allowed_text
+        token = text_mode.choose(logits, allowed, row.generation, row.generator)
         if token == vocabulary.eos:
             return self._end(row, "eos", events)
         shape = vocabulary.shape_of(token)
