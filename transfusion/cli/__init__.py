@@ -1,10 +1,10 @@
-"""The command line: transfusion demo | data | plan | train | generate | evaluate | report | export."""
+"""The command line: transfusion demo | data | plan | train | generate | evaluate | report | export | serve."""
 
 import os
 import sys
 from collections.abc import Sequence
 
-from transfusion.cli import data, evaluate, export, plan, runs
+from transfusion.cli import data, evaluate, export, plan, runs, serve
 from transfusion.cli.screen import UsageError, fail, nearest
 
 VERBS = {
@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "measure a run and write results.json",
     "report": "show a run as one page, report.html",
     "export": "write a run into a folder that others can open",
+    "serve": "answer over HTTP, in the words of OpenAI's API",
 }
 
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs.report(rest)
             case "export":
                 export.export(rest)
+            case "serve":
+                serve.serve(rest)
             case _:
                 raise UsageError(f"there is no command {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     except UsageError as error:

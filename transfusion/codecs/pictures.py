@@ -16,7 +16,7 @@ class PictureError(ValueError):
     """A file is no picture that can be read; the message says why in one line."""
 
 
-def read_picture(source: Path | bytes, name: str = "") -> Picture.Image:
+def read_picture(source: Path | bytes, name: str = "", most_pixels: int = MOST_PIXELS) -> Picture.Image:
     """The picture in a file (or in its bytes, with a name for messages), upright.
 
     PictureError when it is missing, no picture, cut short or too large. Of a film the first frame is read.
@@ -27,8 +27,8 @@ def read_picture(source: Path | bytes, name: str = "") -> Picture.Image:
             width, height = picture.size
             if not width * height:
                 raise PictureError(f"{name} has no pixels")
-            if width * height > MOST_PIXELS:
-                raise PictureError(f"{name} is {width}x{height} pixels; at most {MOST_PIXELS:,} are read")
+            if width * height > most_pixels:
+                raise PictureError(f"{name} is {width}x{height} pixels; at most {most_pixels:,} are read")
             picture.load()
             return ImageOps.exif_transpose(picture)
     except PictureError:
@@ -36,7 +36,7 @@ def read_picture(source: Path | bytes, name: str = "") -> Picture.Image:
     except UnidentifiedImageError:
         raise PictureError(f"{name} is not a picture ({', '.join(FORMATS)})") from None
     except Picture.DecompressionBombError:
-        raise PictureError(f"{name} holds too many pixels; at most {MOST_PIXELS:,} are read") from None
+        raise PictureError(f"{name} holds too many pixels; at most {most_pixels:,} are read") from None
     except Exception as error:  # what is damaged makes decoders raise whatever
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or "it is damaged"
         raise PictureError(f"cannot read the picture {name}: {reason}") from None

@@ -86,14 +86,26 @@ def arrange(document: Document, config: DataConfig) -> Document:
 
 def _drop_conditions(document: Document, config: DataConfig) -> Document:
     """For guidance by text and by image: what the drawn image follows from is left out in some documents."""
-    *given, drawn = document.segments or (None,)
-    if not (isinstance(drawn, Image) and drawn.loss and any(isinstance(p, Image) and not p.loss for p in given)):
+    if not draws_from_images(document):
         return document
+    *given, drawn = document.segments
     chance = fraction_from(document.key, "condition")
     if chance >= config.condition_text_dropout + config.condition_dropout:
         return document
     kept = [part for part in given if isinstance(part, Image)] if chance < config.condition_text_dropout else []
     return replace(document, segments=(*kept, drawn, Text((), loss=False)))
+
+
+def draws_from_images(document: RawDocument | Document) -> bool:
+    """Whether its last image is learnt behind images that are only given: an edit, say."""
+    *given, drawn = document.segments or (None,)
+    images = [part for part in given if isinstance(part, Image | RawImage)]
+    return isinstance(drawn, Image | RawImage) and drawn.loss and any(not image.loss for image in images)
+
+
+def holds_edits(source: Source) -> bool:
+    """Whether any of its documents draws from a given image, as far as the first ones show."""
+    return any(draws_from_images(source[n]) for n in range(min(SAMPLE, len(source))))
 
 
 class Loader:

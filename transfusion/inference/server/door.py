@@ -1,0 +1,165 @@
+"""What every request passes before anything is done for it, and what every answer passes on its way out."""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import time
+from hashlib import sha256
+from urllib.parse import urlsplit
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from transfusion.inference.server.errors import Refused
+from transfusion.inference.server.limits import Limits
+from transfusion.inference.server.metrics import Metrics
+
+LOCAL = {"localhost", "127.0.0.1", "::1"}
+BODIES = 8  # largest bodies that are held at once, all requests together
+DRAINED = 4  # largest bodies that are read and thrown away, so that a client sees why it is refused
+PATHS = {"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/images/generations",
+         "/v1/images/edits", "/"}  # fmt: skip
+HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; frame-ancestors 'none'",
+}  # fmt: skip
+
+
+class Door:
+    """The key, other sites' pages, how many are inside, how much they bring, how long they take.
+
+    With a key every path but /health asks for it: as Bearer, which OpenAI's clients send, or as the password of Basic, for
+    which a browser asks its user. Without one, only names of this machine are answered to, so that no page that a browser
+    shows can reach the server under a name of its own (DNS rebinding); none may send requests from elsewhere in any case.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None):
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.key = None if api_key is None else sha256(api_key.encode()).digest()
+        self.inside = self.held = 0  # requests with a body, and its bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        visit = Visit(self, scope, receive, send)
+        works = scope["method"] not in ("GET", "HEAD")
+        refused = self._refusal(scope)
+        if refused is None and works and self.inside >= self.limits.rows + self.limits.waiting:
+            refused = Refused(429, f"{self.inside} requests are under way or wait: come back a little later", code="busy")
+        self.inside += works
+        try:
+            if refused is not None:
+                await visit.turn_away(refused)
+            else:
+                await self.app(scope, visit.receive, visit.send)
+        except ClientIsStuck:
+            pass  # the server closes the connection
+        finally:
+            self.inside -= works
+            self.held -= visit.size
+            visit.count()
+
+    def _refusal(self, scope: Scope) -> Refused | None:
+        headers = Headers(scope=scope)
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return Refused(403, "pages of other sites may not use this server")
+        if self.key is None:
+            if _name(host) not in LOCAL:
+                return Refused(403, "without an API key this server answers to localhost and 127.0.0.1 alone")
+        elif scope["path"] != "/health" and not self._has_key(headers.get("authorization", "")):
+            return Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+        return None
+
+    def _has_key(self, said: str) -> bool:
+        """Compared as hashes, in a time that depends on neither."""
+        scheme, _, given = said.partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+            except (binascii.Error, ValueError):
+                given = ""
+        return hmac.compare_digest(sha256(given.strip().encode("utf-8", "replace")).digest(), self.key)
+
+
+class ClientIsStuck(Exception):
+    """It does not take what it is sent."""
+
+
+class Visit:
+    """One request: what is read and sent for it, within limits."""
+
+    def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send):
+        self.door, self.scope, self._receive, self._send = door, scope, receive, send
+        self.begun, self.size, self.whole, self.status = time.monotonic(), 0, False, 500
+
+    async def receive(self) -> Message:
+        """The next part of the body. HTTPException when there is too much, or it takes too long."""
+        limits = self.door.limits
+        if self.whole:
+            return await self._receive()
+        message = await self._next()
+        if message["type"] != "http.request":
+            return message
+        size = len(message.get("body", b""))
+        self.size += size
+        self.door.held += size
+        length = Headers(scope=self.scope).get("content-length", "0")
+        if self.size > limits.body_bytes or int(length) > limits.body_bytes:
+            await self._drain()
+            raise HTTPException(413, f"the body is larger than {limits.body_bytes:,} bytes")
+        if self.door.held > BODIES * limits.body_bytes:
+            await self._drain()
+            raise HTTPException(429, "too much is being sent to this server: come back a little later")
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+        try:
+            async with asyncio.timeout(self.door.limits.patience):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientIsStuck from None
+
+    async def turn_away(self, refused: Refused) -> None:
+        try:
+            await self._drain()
+        except HTTPException:
+            pass  # it gets the first reason
+        asks = {"WWW-Authenticate": 'Basic realm="transfusion"'} if refused.status == 401 else None
+        await refused.response(asks)(self.scope, self._receive, self.send)
+
+    def count(self) -> None:
+        path = self.scope["path"] if self.scope["path"] in PATHS else "other"
+        self.door.metrics.requests.labels(path, self.status).inc()
+        self.door.metrics.seconds.labels(path).observe(time.monotonic() - self.begun)
+
+    async def _next(self) -> Message:
+        left = self.begun + self.door.limits.patience - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not come within {self.door.limits.patience:g} seconds") from None
+        self.whole = not message.get("more_body", False)
+        return message
+
+    async def _drain(self) -> None:
+        """Read on, keep nothing: a client that still sends would not see an answer."""
+        read = 0
+        while not self.whole and read < DRAINED * self.door.limits.body_bytes:
+            read += len((await self._next()).get("body", b""))
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
