@@ -14,7 +14,8 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = readable(message), None if param is None else readable(param)
 
     def body(self) -> dict:
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -24,6 +25,11 @@ class Refused(Exception):
         if self.status == 429:
             headers = {"Retry-After": "1", **(headers or {})}
         return JSONResponse(self.body(), self.status, headers)
+
+
+def readable(text: str) -> str:
+    """One line without what a terminal would act on."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:LONGEST])
 
 
 def misread(errors: Sequence[Mapping]) -> Refused:
@@ -40,7 +46,7 @@ def misread(errors: Sequence[Mapping]) -> Refused:
     elif kind == "missing":
         reason = "is missing"
     reason = reason.removeprefix("Value error, ").replace("Input should", "should", 1)
-    return Refused(400, f"{where} {reason}".strip()[:LONGEST], where or None)
+    return Refused(400, f"{where} {reason}".strip(), where or None)
 
 
 def _place(loc: Sequence[str | int], unknown: bool) -> str:

@@ -7,7 +7,7 @@ refused: a misspelt field would else do nothing, silently.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 IGNORED = {
@@ -15,6 +15,16 @@ IGNORED = {
     "prompt_cache_retention", "parallel_tool_calls", "moderation",
 }  # fmt: skip
 
+
+def _whole_letters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a letter (a lone surrogate)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_letters)]
 LONG = Field(ge=-(2**63), lt=2**63)
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -70,7 +80,7 @@ class StreamOptions(Strict):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageURL(Strict):
@@ -92,7 +102,7 @@ class Message(Strict):
     """What was said. An assistant's message may be given back as it came: `parts` keep the order of its text and images."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
+    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
     images: list[ImagePart] | None = None
     parts: list[Annotated[TextPart | ShownPart, Field(discriminator="type")]] | None = None
     name: Any = None
@@ -140,7 +150,7 @@ class CompletionRequest(Asked, Writing):
         "echo": (False,), "suffix": ("",),
     }  # fmt: skip
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class ImageRequest(Asked, Drawing):
@@ -150,6 +160,6 @@ class ImageRequest(Asked, Drawing):
         "svg": (), "complexity": (), "frame_count": (1,), "frame_duration_ms": (),
     }  # fmt: skip
 
-    prompt: str
+    prompt: Text
     size: str | None = None  # "auto": the run's first
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
