@@ -16,7 +16,7 @@ from transfusion.inference.server.app import build_app
 from transfusion.inference.server.limits import Limits
 from transfusion.inference.server.scheduler import Scheduler
 
-SECONDS = 60  # after which something that should have happened has not
+SECONDS = 30  # after which something that should have happened has not
 
 
 @dataclass
@@ -44,8 +44,14 @@ class Server:
         idle = not (engine.rows or self.scheduler.flows or self.scheduler.waiting or self.scheduler.arrived)
         return idle and sorted(engine.cache.free + held) == list(range(len(engine.cache.lengths)))
 
-    def vanish(self, path: str, body: bytes, read: int = 0) -> None:
-        """Send a request, read so many bytes of its answer, go away."""
+    @property
+    def asked(self) -> int:
+        """Answers that are under way or wait."""
+        scheduler = self.scheduler
+        return len(scheduler.arrived) + len(scheduler.waiting) + len(scheduler.flows)
+
+    def vanish(self, path: str, body: bytes, read: int = 0, when: threading.Event | None = None) -> None:
+        """Send a request, read so many bytes of its answer, go away (then, or when it is said)."""
         with socket.create_connection(("127.0.0.1", self.port)) as place:
             place.sendall(
                 f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -55,6 +61,8 @@ class Server:
                 got = place.recv(min(read, 4096))
                 assert got
                 read -= len(got)
+            if when is not None:
+                when.wait(SECONDS)
 
 
 @contextmanager
@@ -68,6 +76,8 @@ def serving(engine: Engine, limits: Limits = Limits(), api_key: str | None = Non
         try:
             yield Server(f"http://127.0.0.1:{place.getsockname()[1]}", app.state.service.scheduler)
         finally:
+            if isinstance(gate := getattr(engine.step, "__self__", None), Gate):
+                gate.open()
             server.should_exit = True
             thread.join()
 

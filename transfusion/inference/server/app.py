@@ -94,7 +94,7 @@ class Service:
                 else:
                     fields[name] = value
         try:
-            asked = ImageRequest.model_validate_strings(fields)
+            asked = ImageRequest.model_validate_strings(fields, strict=False)  # in a form all is words
         except ValidationError as error:
             raise misread(error.errors()) from None
         drawing = await self._unless_gone(request, self.served.edit(asked, files))

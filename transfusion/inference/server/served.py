@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from transfusion.chance import seed_from
-from transfusion.config import GenerationConfig, parse_size, to_json
+from transfusion.config import GenerationConfig, to_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.inference.server.errors import Refused
 from transfusion.inference.server.limits import Limits
@@ -125,16 +125,11 @@ class Served:
             raise Refused(400, f"{count} pictures are too many: at most {self.limits.pictures} in one request", param)
 
     def _size(self, asked: str | None) -> tuple[int, int]:
-        if asked in (None, "auto"):
-            return self.sizes[0]
-        try:
-            size = parse_size(asked)
-        except ValueError:
-            size = None
-        if size not in self.sizes:
-            known = ", ".join(map(size_name, self.sizes))
-            raise Refused(400, f"size must be auto or one that this run draws: {known}", "size")
-        return size
+        known = {size_name(size): size for size in self.sizes} | {None: self.sizes[0], "auto": self.sizes[0]}
+        if asked not in known:
+            drawn = ", ".join(map(size_name, self.sizes))
+            raise Refused(400, f"size must be auto or one that this run draws: {drawn}", "size")
+        return known[asked]
 
     def _drawing(self, generation: GenerationConfig, asked: Drawing) -> GenerationConfig:
         for name in ("steps", "preview_every"):
