@@ -634,7 +634,7 @@ def test_the_readmes_server_answers_the_readmes_requests_and_ends_well(run, tmp_
     ((), {"TRANSFUSION_API_KEY": ""}, "the API key is empty"),
     (("--limits.rows", "0"), {}, "limits.rows must be at least 1"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),
-    (("--port", "99999"), {}, "cannot listen"), (("--port", "x"), {}, "port"),
+    (("--port", "99999"), {}, "0 to 65535"), (("--port", "x"), {}, "port"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_said_in_one_line(run, capsys, monkeypatch, options, environment, words):
     from transfusion.cli import main

@@ -37,6 +37,8 @@ class Serve:
 def serve(arguments: list[str]) -> None:
     """Listen until told to stop."""
     asked = parse(Serve, "serve", arguments)
+    if not 0 <= asked.port < 2**16:
+        raise UsageError(f"a port is a number from 0 to 65535, not {asked.port}")
     key = asked.api_key if asked.api_key is not None else os.environ.get(KEY)
     if key is not None and not key.strip():
         raise UsageError("the API key is empty")
@@ -74,6 +76,5 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"cannot listen at {host}, port {port}: {reason}") from None
+    except OSError as error:
+        raise UsageError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None

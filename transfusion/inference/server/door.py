@@ -75,13 +75,13 @@ class Door:
 
     def _has_key(self, said: str) -> bool:
         """Compared as hashes, in a time that depends on neither."""
-        scheme, _, given = said.partition(" ")
-        if scheme.lower() == "basic":
+        scheme, _, given = said.encode("latin-1").partition(b" ")  # the bytes that were sent
+        if scheme.lower() == b"basic":
             try:
-                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
-            except (binascii.Error, ValueError):
-                given = ""
-        return hmac.compare_digest(sha256(given.strip().encode("utf-8", "replace")).digest(), self.key)
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                given = b""
+        return hmac.compare_digest(sha256(given).digest(), self.key)
 
 
 class ClientIsStuck(Exception):
