@@ -2,8 +2,8 @@
 
 `python -m benchmarks.serving RUN` starts a server of its own on this machine's loopback. Every answer is compared with what
 the engine alone gives for the same request and seed: pixels may differ by 2 of 255; text not at all, unless the two best
-scores were less than 1e-4 apart where it parts (a batch adds in another order). Times are wall times; beside them stands what
-the server's process computed, which other work on the machine does not change.
+scores of some token were less than 1e-4 apart (a batch adds in another order). Times are wall times; beside them stands
+what the server's process computed, which other work on the machine hardly changes.
 """
 
 import base64
@@ -175,8 +175,8 @@ def summary(many: Took, single: Took, options: Options) -> list[str]:
     for took, name in ((many, f"{options.at_once} at once"), (single, "one at a time")):
         p50, p95 = np.percentile(took.seconds, [50, 95])
         lines.append(
-            f"{name}: {len(took.seconds) / took.wall:.1f} requests a second, {len(took.seconds) / took.processor:.1f} a second "
-            f"of computing; p50 {1e3 * p50:.0f} ms, p95 {1e3 * p95:.0f} ms"
+            f"{name}: {len(took.seconds) / took.wall:.1f} requests a second, {len(took.seconds) / took.processor:.1f} a "
+            f"second of computing; p50 {1e3 * p50:.0f} ms, p95 {1e3 * p95:.0f} ms"
         )
     ratios = single.wall / many.wall, single.processor / many.processor
     lines.append(f"{ratios[0]:.2f} times the throughput of one at a time ({ratios[1]:.2f} times by time computed)")

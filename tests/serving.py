@@ -35,7 +35,7 @@ class Server:
         return urlsplit(self.url).port
 
     def client(self, **options) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=SECONDS, **options)
+        return httpx2.Client(base_url=self.url, timeout=2 * SECONDS, verify=False, **options)  # no certificates to load
 
     def settled(self) -> bool:
         """Nothing is under way or waits, and all of the cache is free but what every image shares."""

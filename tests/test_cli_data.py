@@ -166,6 +166,7 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     values = json.loads((run / "run.json").read_text())
     assert values["run"]["data"]["sources"] == ["photos", "texts"]
     assert set(values["notes"]["element_weights"]) == {"photos", "texts"}
+    assert values["notes"]["edits"] is False
     before = open_prepared(data)
     assert values["codec"]["sha256"] == before.about["codec"]["sha256"]
     assert values["tokenizer"]["sha256"] == before.about["tokenizer"]["sha256"]

@@ -27,7 +27,15 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data import prepare as preparing
-from transfusion.data.loader import BEGINNING, Encoder, Loader, arrange, element_weights, heldout_batches
+from transfusion.data.loader import (
+    BEGINNING,
+    Encoder,
+    Loader,
+    arrange,
+    element_weights,
+    heldout_batches,
+    holds_edits,
+)  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument
 from transfusion.data.reading.readers import open_reader
@@ -742,6 +750,14 @@ def test_conditions_are_dropped_as_often_as_asked():
     assert abs(kinds["Image", "Image"] / 4000 - 0.2) < 0.02
     assert abs(kinds["Image",] / 4000 - 0.1) < 0.02
     assert kinds["Image", "Text", "Image"] == 4000 - kinds["Image", "Image"] - kinds["Image",]
+
+
+def test_a_source_with_edits_is_known_by_them():
+    """Only then does a server take edits."""
+    picture, text = Image(np.zeros((3, 4, 4))), Text((1,))
+    others = [Document((text, picture)), Document((picture, text, picture)), Document((text,)), Document(())]
+    assert holds_edits([*others, edit(1)])
+    assert not holds_edits(others)
 
 
 @pytest.mark.parametrize("segments", [

@@ -1,5 +1,6 @@
 """The server: OpenAI's client as its judge, requests that join and leave, and what it withstands."""
 
+import asyncio
 import base64
 import io
 import json
@@ -28,7 +29,10 @@ from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, Request, open_run
 from transfusion.inference.server.answers import Reading
+from transfusion.inference.server.app import Stream
+from transfusion.inference.server.door import Door
 from transfusion.inference.server.limits import Limits
+from transfusion.inference.server.metrics import Metrics
 
 FEW = Limits(rows=4, waiting=4, n=3)
 
@@ -485,6 +489,32 @@ def test_a_body_that_does_not_come_is_not_waited_for(engine):
         fine(client)
 
 
+def test_a_client_that_takes_nothing_is_left():
+    """The answer's generator is closed, and its place is free again."""
+    closed = []
+
+    async def lines():
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def app(scope, receive, send):
+        await Stream(lines())(scope, receive, send)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        await asyncio.sleep(60 if message["type"] == "http.response.body" else 0)
+
+    door = Door(app, Limits(patience=0.05), Metrics())
+    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": [(b"host", b"localhost")]}
+    asyncio.run(asyncio.wait_for(door(scope, receive, send), 30))
+    assert closed and (door.inside, door.held) == (0, 0)
+
+
 def test_a_full_queue_says_come_back_later(engine):
     gate = Gate(engine)
     with serving(engine, FEW) as server, server.client() as client:
@@ -524,15 +554,16 @@ def test_a_step_that_fails_fails_its_requests_alone(opened):
         fine(client)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(malformed)
-def test_malformed_requests_get_one_clear_sentence(server, sent):
+def test_malformed_requests_get_one_clear_sentence_and_it_still_serves(server):
+    """`python -m tests.abuse` sends 2,000, and looks at the memory."""
     with server.client() as client:
-        is_clear(sent.to(client))
 
+        @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(malformed)
+        def send(sent):
+            is_clear(sent.to(client))
 
-def test_after_all_that_it_still_serves(server):
-    with server.client() as client:
+        send()
         fine(client)
     until(server.settled)
 
