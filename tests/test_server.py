@@ -501,10 +501,14 @@ def test_a_client_that_takes_nothing_is_left():
             closed.append(True)
 
     async def app(scope, receive, send):
+        await receive()
         await Stream(lines())(scope, receive, send)
 
+    messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
     async def receive():
-        await asyncio.sleep(60)
+        await asyncio.sleep(0 if messages else 60)
+        return messages.pop()
 
     async def send(message):
         await asyncio.sleep(60 if message["type"] == "http.response.body" else 0)
