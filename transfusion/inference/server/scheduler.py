@@ -186,10 +186,10 @@ class Scheduler:
         except Exception:
             log.exception("a step of the engine failed; what was under way is given up, and it begins anew")
             self.metrics.failures.inc()
-            for ticket in {flow.ticket for flow in self.flows.values()}:
-                self._give_up(ticket, Refused(500, "the engine failed while it answered this; others can be asked"))
-            self.flows.clear()
             self.engine = Engine(self.engine.opened)
+            failed, self.flows = {flow.ticket for flow in self.flows.values()}, {}
+            for ticket in failed:
+                self._give_up(ticket, Refused(500, "the engine failed while it answered this; it can be asked again"))
             return
         found = []
         for event in events:
