@@ -74,7 +74,7 @@ def look(engine: Engine, source: Source) -> list[tuple[str, np.ndarray, bool]]:
     """The first emoji of a source, each beside what is drawn from its name: caption, pixels, is it named rightly?"""
     pairs = [source[n].pair for n in range(min(SHOWN, len(source)))]
     said = [answer["said"] for answer in caption_heldout(engine, source, len(pairs))["answers"]]
-    drawn = engine.generate([Request((name,), num_images=1) for name, _ in pairs])
+    drawn = engine.generate([Request((name,), num_images=1, seed=n) for n, (name, _) in enumerate(pairs)])
     return [
         (name if called == name else f"{name}\nsaid: {called}",
          np.concatenate([pixels, answer.parts[-1]], 1), called == name)

@@ -256,6 +256,7 @@ def test_commands_of_the_readme_run(line, run, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transfusion.evaluation.small_network.STEPS", 3)
     for name in ("digits", "shapes"):
         shutil.copytree(run, tmp_path / "runs" / name)
     Picture.new("L", (20, 20), 128).save(tmp_path / "photo.png")
@@ -270,4 +271,6 @@ def test_commands_of_the_readme_run(line, run, tmp_path, monkeypatch):
         else:
             words += ["--out", "runs/new"]
         words = [*words, *TINY]
+    if "--from" in words and words[0] == "evaluate":
+        command("evaluate", Path(words[words.index("--from") + 1]).parent)
     command(*words)
