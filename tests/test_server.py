@@ -575,9 +575,9 @@ def test_malformed_requests_get_one_clear_sentence_and_it_still_serves(server):
 # Who may ask
 
 
-def test_a_key_is_asked_for_on_every_path_but_health(engine):
+def test_a_key_is_asked_for_on_every_path_but_health_and_the_page(engine):
     with serving(engine, api_key="secret-é") as server, server.client() as client:
-        paths = [("GET", "/"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/none"),
+        paths = [("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/none"),
                  *[("POST", path) for path in (CHAT, TEXT, DRAW, EDIT)]]  # fmt: skip
         basic = base64.b64encode(b"me:wrong").decode()
         for said in (None, "Bearer wrong", "Bearer", "Bearer secret", "Basic !", f"Basic {basic}", "secret-é".encode()):
@@ -586,7 +586,8 @@ def test_a_key_is_asked_for_on_every_path_but_health(engine):
                 answer = client.request(method, path, headers=headers)
                 assert answer.status_code == 401, (said, path)
                 is_clear(answer)
-        assert client.get("/health").status_code == 200
+        for path in ("/health", "/", "/index.html", "/main.js"):
+            assert client.get(path).status_code == 200
         for said in ("Bearer secret-é", "Basic " + base64.b64encode("me:secret-é".encode()).decode()):
             headers = {"authorization": said.encode()}
             assert client.get("/v1/models", headers=headers).status_code == 200

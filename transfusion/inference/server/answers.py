@@ -178,7 +178,7 @@ class Images:
         return {"created": int(time.time()), "data": data, **self._about, "usage": usage}
 
     async def stream(self, ticket: Ticket, most: int | None) -> AsyncIterator[str]:
-        """Images on their way and done. most: so many previews of each, None: all."""
+        """Images on their way and done. most: so many previews of each; None: all, and as noisy as they still are, too."""
         shown = [0] * self.request.num_images
         begun = False
         try:
@@ -188,6 +188,7 @@ class Images:
                 if isinstance(what, Previewed) and (most is None or shown[choice] < most):
                     about |= {"partial_image_index": shown[choice], "step": what.step}
                     shown[choice] += 1
+                    about |= {"noisy_b64_json": await base64_of(what.noisy)} if most is None else {}
                     yield named_event(f"{self.kind}.partial_image", about | {"b64_json": await base64_of(what.clean)})
                 elif isinstance(what, Drawn):
                     about |= {"usage": self._usage(ticket, self.patches(what.pixels))}

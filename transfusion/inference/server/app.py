@@ -26,6 +26,7 @@ from transfusion.inference.server.schemas import ChatRequest, CompletionRequest,
 from transfusion.inference.server.served import Served, size_name
 
 PAGE = Path(__file__).parent.parent / "web"
+OPEN = frozenset({"/health", "/", *(f"/{path.name}" for path in PAGE.iterdir())})  # without a key
 FIELDS, FIELD = 32, 64 * 2**10  # of a form: how many, and the bytes of one that is no file
 
 
@@ -42,7 +43,7 @@ def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | 
 
     # Without FastAPI's pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="transfusion", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Door, limits=limits, metrics=metrics, api_key=api_key)
+    app.add_middleware(Door, limits=limits, metrics=metrics, api_key=api_key, open=OPEN)
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", service.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/images/generations", service.generate, methods=["POST"], response_model=None)

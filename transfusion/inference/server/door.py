@@ -5,6 +5,7 @@ import base64
 import binascii
 import hmac
 import time
+from collections.abc import Set
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ PATHS = {"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/compl
          "/v1/images/edits", "/"}  # fmt: skip
 HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
+    "Cache-Control": "no-cache",  # of the page: a newer server's scripts are not mixed with older ones
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; frame-ancestors 'none'",
 }  # fmt: skip
 
@@ -30,13 +32,13 @@ HEADERS = {
 class Door:
     """The key, other sites' pages, how many are inside, how much they bring, how long they take.
 
-    With a key every path but /health asks for it: as Bearer, which OpenAI's clients send, or as the password of Basic, for
-    which a browser asks its user. Without one, only names of this machine are answered to, so that no page that a browser
+    With a key every path asks for it but the `open` ones (/health, and the page, which asks its user for the key): as Bearer,
+    which OpenAI's clients send, or as the password of Basic, for which a browser asks its user. Without one, only names of this machine are answered to, so that no page that a browser
     shows can reach the server under a name of its own (DNS rebinding); none may send requests from elsewhere in any case.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None):
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None, open: Set[str]):
+        self.app, self.limits, self.metrics, self.open = app, limits, metrics, open
         self.key = None if api_key is None else sha256(api_key.encode()).digest()
         self.inside = self.held = 0  # requests with a body, and its bytes
 
@@ -69,7 +71,7 @@ class Door:
         if self.key is None:
             if _name(host) not in LOCAL:
                 return Refused(403, "without an API key this server answers to localhost and 127.0.0.1 alone")
-        elif scope["path"] != "/health" and not self._has_key(headers.get("authorization", "")):
+        elif scope["path"] not in self.open and not self._has_key(headers.get("authorization", "")):
             return Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
         return None
 

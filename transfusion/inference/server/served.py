@@ -35,6 +35,10 @@ class Served:
         self.name, self.generation, self.context = engine.run.name, engine.run.generation, engine.context
         self.step, self.sizes, self.limits = engine.opened.step, engine.sizes, limits
         self.edits = engine.opened.notes.get("edits") is True  # its data held documents that draw from a given image
+        self.about = {
+            "parameters": engine.opened.parameters, "colours": engine.opened.codec.colours,
+            "sources": [*engine.opened.notes.get("element_weights", engine.run.data.sources)],
+        }  # fmt: skip
         self.created = int(time.time())
         self.pictures = PictureReader(self.sizes, engine.opened.codec.colours, limits.pixels)
         self._patch = engine.opened.codec.scale * engine.vocabulary.patch_size  # pixels along one side of a patch
@@ -43,7 +47,7 @@ class Served:
         """One entry of /v1/models: OpenAI's four fields, then what a page or a program wants to know."""
         return {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion", "step": self.step,
-            "sizes": [size_name(size) for size in self.sizes], "row_length": self.context, "edits": self.edits,
+            "sizes": [size_name(size) for size in self.sizes], "row_length": self.context, "edits": self.edits, **self.about,
             "generation": to_json(self.generation), "most_answers": self.limits.answers,
         }  # fmt: skip
 

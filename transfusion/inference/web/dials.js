@@ -1,0 +1,54 @@
+// How a picture is drawn: the sliders' values, set to what the run was made for.
+import { at, make } from "./parts.js";
+
+const SLIDERS = ["guidance", "steps", "count", "seed"];
+const [guidance, steps, count, seed] = SLIDERS.map(at);
+
+for (const name of SLIDERS) at(name).addEventListener("input", showValues);
+seed.addEventListener("input", () => (at("fresh").checked = false));
+
+/** What the sliders say, as fields of a request. A fresh seed is drawn here, so that it can be shown and used again. */
+export function settings() {
+  if (at("fresh").checked) seed.value = Math.floor(Math.random() * (Number(seed.max) + 1));
+  showValues();
+  return {
+    guidance_scale: guidance.valueAsNumber,
+    steps: steps.valueAsNumber,
+    seed: seed.valueAsNumber,
+    n: count.valueAsNumber,
+    size: at("size").value || "auto",
+  };
+}
+
+/** Set the sliders to these fields of a request. */
+export function set(fields) {
+  guidance.value = fields.guidance_scale;
+  steps.value = fields.steps;
+  seed.value = fields.seed;
+  count.value = fields.n;
+  at("size").value = fields.size;
+  at("fresh").checked = false;
+  showValues();
+}
+
+/** These fields for a reader. */
+export function inWords({ guidance_scale, steps, seed }) {
+  return `guidance ${guidance_scale}, ${steps} steps, seed ${seed}`;
+}
+
+/** What this run allows, and what it was made for. */
+export function fit(model) {
+  const { guidance_scale, steps: usual } = model.generation;
+  guidance.max = Math.max(10, 2 * guidance_scale);
+  guidance.value = guidance_scale;
+  steps.max = Math.max(100, 2 * usual);
+  steps.value = usual;
+  count.max = model.most_answers;
+  at("size").replaceChildren(...model.sizes.map((size) => make("option", { value: size }, size)));
+  at("size-dial").hidden = model.sizes.length < 2;
+  showValues();
+}
+
+function showValues() {
+  for (const name of SLIDERS) at(`${name}-value`).value = at(name).value;
+}
