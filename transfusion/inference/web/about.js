@@ -17,20 +17,19 @@ export function tellOf(model) {
   const size = sizes.join(", ").replaceAll("x", " × ");
   document.title = `${id} · transfusion`;
   at("name").textContent = id;
-  at("summary").textContent = `${short(parameters)} parameters that read, write and draw, after ${number.format(step)} steps of training`
-    + `${read ? ` on ${sources.join(" and ")}` : ""}.`;
+  at("summary").textContent = `${short(parameters)} parameters that read, write and draw, trained${read ? ` on ${sources.join(" and ")}` : ""}.`;
   at("sees").textContent = `It sees pictures in ${size} pixels${colours === 1 ? ", in grey" : ""}: yours is cut to its middle and made as small.`;
   const example = sources.map((name) => BUILT_IN[name]?.[1]).find(Boolean);
   at("prompt").placeholder = at("message").placeholder = example ? `for example: ${example}` : "";
   const facts = {
     Name: id,
     Parameters: number.format(parameters),
-    "Trained for": `${number.format(step)} steps`,
+    "Steps of training": number.format(step),
     "Trained on": read || "not said",
     "Draws and sees": `${size} pixels, ${colours === 1 ? "grey" : "in colour"}`,
     "Reads and writes": `at most ${number.format(model.row_length)} positions: pieces of words, and patches of pictures`,
-    "Draws, if not told otherwise": `${generation.steps} steps of ${generation.sampler}, guidance ${generation.guidance_scale}`,
-    "Writes, if not told otherwise": `at most ${generation.max_tokens} tokens, temperature ${generation.temperature}, top_p ${generation.top_p}`,
+    "Draws, unless told": `${generation.steps} steps of ${generation.sampler}, guidance ${generation.guidance_scale}`,
+    "Writes, unless told": `at most ${generation.max_tokens} tokens, temperature ${generation.temperature}, top_p ${generation.top_p}`,
   };
   const rows = Object.entries(facts).map(([name, fact]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, fact)));
   at("facts").replaceChildren(...rows);

@@ -1,6 +1,6 @@
 // Describing: a picture goes in, by drop, paste or choice, and the model's words come out.
 import { at, make, readPicture } from "./parts.js";
-import { stream } from "./server.js";
+import { answerTo } from "./server.js";
 import { workOf } from "./work.js";
 
 const begin = workOf(at("describe-form"), work);
@@ -10,17 +10,25 @@ at("file").addEventListener("change", ({ target }) => {
   if (target.files.length) begin(target.files[0]);
   target.value = ""; // the same file may be chosen again
 });
-drop.addEventListener("dragover", (event) => {
+// Anywhere on the page: beside the marked place, a browser would leave the page and show the file.
+document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   drop.classList.add("over");
 });
-for (const end of ["dragleave", "drop"]) drop.addEventListener(end, () => drop.classList.remove("over"));
-drop.addEventListener("drop", (event) => {
-  event.preventDefault();
-  if (event.dataTransfer.files.length) begin(event.dataTransfer.files[0]);
+document.addEventListener("dragleave", ({ relatedTarget }) => {
+  if (relatedTarget === null) drop.classList.remove("over");
 });
-document.addEventListener("paste", ({ clipboardData }) => {
-  if (clipboardData.files.length) describe(clipboardData.files[0]);
+document.addEventListener("drop", (event) => {
+  drop.classList.remove("over");
+  const [file] = event.dataTransfer.files;
+  if (!file) return;
+  event.preventDefault();
+  describe(file);
+});
+document.addEventListener("paste", (event) => {
+  const [file] = event.clipboardData.files;
+  if (file && !event.defaultPrevented) describe(file);
 });
 
 /** Describe a file, or a drawn picture by its data: URL. */
@@ -38,6 +46,6 @@ async function work(say, signal, given) {
   at("described").replaceChildren(picture, words);
   const content = [{ type: "image_url", image_url: { url } }];
   const asked = { messages: [{ role: "user", content }], modalities: ["text"], temperature: 0 }; // the likeliest words
-  for await (const { choices } of stream("v1/chat/completions", asked, signal)) words.append(choices[0].delta.content ?? "");
+  for await (const { content: more } of answerTo(asked, signal)) words.append(more ?? "");
   say(words.textContent ? `The model says: ${words.textContent}` : "The model said nothing.");
 }

@@ -33,7 +33,7 @@ export function set(fields) {
 
 /** These fields for a reader. */
 export function inWords({ guidance_scale, steps, seed }) {
-  return `guidance ${guidance_scale}, ${steps} steps, seed ${seed}`;
+  return `guidance\u00a0${guidance_scale}, ${steps}\u00a0steps, seed\u00a0${seed}`;
 }
 
 /** What this run allows, and what it was made for. */

@@ -65,7 +65,7 @@ function framesFor(name, { n, size }) {
   const [width, height] = size === "auto" ? [1, 1] : size.split("x");
   const places = Array.from({ length: n }, () => make("img", { className: "drawn", alt: `${name}, on its way` }));
   for (const place of places) place.style.aspectRatio = `${width} / ${height}`;
-  at("pictures").className = n === 1 ? "one" : n <= 4 ? "few" : "many";
+  at("pictures").className = n === 1 ? "" : n <= 4 ? "few" : "many";
   at("pictures").replaceChildren(...places);
   return places;
 }
@@ -73,16 +73,18 @@ function framesFor(name, { n, size }) {
 /** The strip below: what the model saw at a few of its steps, and what it took the picture to be. */
 class Film {
   constructor(name, { steps, n }) {
-    [this.steps, this.name, this.frames] = [steps, name, 0];
+    [this.steps, this.name, this.frame] = [steps, name, -1];
     this.rows = ["step", "it sees", "it expects"].map((word) => [make("b", {}, word)]);
     at("film-title").textContent = n === 1 ? "How it came" : "How the first one came";
     at("film").hidden = true;
   }
 
+  /** Shows this step when it is the next of a few that lie evenly from the first to the last. */
   add({ step, noisy_b64_json, b64_json }) {
-    const frames = Math.floor((step * FRAMES) / this.steps);
-    if (frames === this.frames) return;
-    this.frames = frames;
+    this.first ??= step;
+    const frame = Math.floor(((step - this.first) * (FRAMES - 1)) / Math.max(1, this.steps - this.first));
+    if (frame === this.frame) return;
+    this.frame = frame;
     const [numbers, seen, expected] = this.rows;
     numbers.push(make("small", {}, String(step)));
     seen.push(drawn(noisy_b64_json, `${this.name}, as noisy as it is at step ${step}`));

@@ -39,6 +39,16 @@ export async function* stream(path, body, signal) {
   }
 }
 
+/** What a model says to these messages, piece by piece: { content }, { preview } or { images }. */
+export async function* answerTo(body, signal) {
+  let ended = false;
+  for await (const { choices: [{ delta, finish_reason }] } of stream("v1/chat/completions", body, signal)) {
+    ended ||= Boolean(finish_reason);
+    yield delta;
+  }
+  if (!ended) throw new Error("the answer broke off before its end");
+}
+
 async function ask(path, options) {
   for (;;) {
     const answer = await send(path, options);

@@ -2,7 +2,7 @@
 import { inWords, settings } from "./dials.js";
 import { keepDrawn } from "./draw.js";
 import { at, make, readPicture } from "./parts.js";
-import { stream } from "./server.js";
+import { answerTo } from "./server.js";
 import { workOf } from "./work.js";
 
 const PREVIEWS = 12; // of each picture on its way
@@ -23,15 +23,15 @@ field.addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
-at("attachment").addEventListener("change", async ({ target }) => {
-  const [file] = target.files;
-  form.querySelector(".error").textContent = "";
-  try {
-    attach(file ? await readPicture(file) : null);
-  } catch (problem) {
-    form.querySelector(".error").textContent = problem.message;
-  }
+at("attachment").addEventListener("change", ({ target }) => {
+  if (target.files.length) attachFile(target.files[0]);
   target.value = ""; // the same file may be chosen again
+});
+field.addEventListener("paste", (event) => {
+  const [file] = event.clipboardData.files;
+  if (!file) return;
+  event.preventDefault();
+  attachFile(file);
 });
 at("over").addEventListener("click", () => {
   form.querySelector(".stop").click();
@@ -41,6 +41,16 @@ at("over").addEventListener("click", () => {
   attach(null);
   field.focus();
 });
+
+async function attachFile(file) {
+  const error = form.querySelector(".error");
+  error.textContent = "";
+  try {
+    attach(await readPicture(file));
+  } catch (problem) {
+    error.textContent = problem.message;
+  }
+}
 
 function attach(url) {
   attached = url;
@@ -73,8 +83,8 @@ async function answer(say, signal, text, picture) {
   say("The model answers.");
   log.ariaBusy = "true"; // read out when it is whole, not word by word
   try {
-    for await (const { choices } of stream("v1/chat/completions", asked, signal)) {
-      back.add(choices[0].delta);
+    for await (const delta of answerTo(asked, signal)) {
+      back.add(delta);
       log.scrollTop = log.scrollHeight;
     }
     if (!back.parts.length) back.place.append(make("i", {}, "nothing"));
