@@ -32,10 +32,10 @@ HEADERS = {
 class Door:
     """The key, other sites' pages, how many are inside, how much they bring, how long they take.
 
-    With a key every path asks for it but the `open` ones (/health, and the page, which asks its user for it): as Bearer, which
-    OpenAI's clients send, or as the password of Basic, for which a browser asks its user. Without one, only names of this
-    machine are answered to, so that no page that a browser shows can reach the server under a name of its own (DNS rebinding);
-    none may send requests from elsewhere in any case.
+    With a key every path asks for it but the `open` ones (/health, and the page, which asks its user for it): as Bearer,
+    which OpenAI's clients send, or as the password of Basic, for which a browser asks its user. Without one, only names of
+    this machine are answered to, so that no page that a browser shows can reach the server under a name of its own (DNS
+    rebinding); none may send requests from elsewhere in any case.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None, open: Set[str]):
