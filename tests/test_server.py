@@ -27,7 +27,7 @@ from tests.serving import Gate, serving, until
 from tests.tiny import write_run
 from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
-from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.inference.engine import Engine, Previewed, Request, open_run
 from transfusion.inference.server.answers import Reading
 from transfusion.inference.server.app import Stream
 from transfusion.inference.server.door import Door
@@ -266,6 +266,19 @@ def test_edits(client, opened, pictures):
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
+def test_every_preview_shows_the_noise_and_what_is_expected(client, opened):
+    options = {"preview_every": 1, "seed": 4, "steps": 3}
+    events = list(client.images.generate(prompt="a", stream=True, extra_body=options))[:-1]
+    alone = Engine(opened)
+    alone.submit(Request(("a",), 1, 4, replace(opened.run.generation, steps=3), previews=1))
+    expected = [event for _ in range(9) for event in alone.step() if isinstance(event, Previewed)]
+    assert [event.step for event in events] == [event.step for event in expected] == [1, 2, 3]
+    for event, other in zip(events, expected, strict=True):
+        same([pixels_of(event.noisy_b64_json), pixels_of(event.b64_json)], [other.noisy, other.clean])
+    few = client.images.generate(prompt="a", stream=True, partial_images=1)
+    assert not any(hasattr(event, "noisy_b64_json") for event in few)
+
+
 def test_a_run_that_cannot_edit_says_so(opened):
     with serving(Engine(opened)) as server, server.client() as client:
         answer = form({"prompt": "a"}, [picture()]).to(client)
@@ -276,6 +289,7 @@ def test_a_run_that_cannot_edit_says_so(opened):
 def test_models_health_and_metrics(client, server):
     (model,) = client.models.list().data
     assert (model.id, model.sizes, model.edits, model.row_length) == ("tiny", ["8x8"], True, 64)
+    assert (model.parameters, model.colours, model.sources) == (server.engine.opened.parameters, 1, ["digits"])
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("none")
