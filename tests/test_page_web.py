@@ -332,9 +332,13 @@ def test_what_the_server_refuses_is_said_in_its_own_sentence(look, server):
 
 def test_an_answer_that_breaks_off_is_no_whole_one(look):
     seen = look()
-    seen.answer("images/generations", [])
+    about = {"type": "image_generation.partial_image", "index": 0, "step": 1, "noisy_b64_json": "bm9pc3k="}
+    seen.answer("images/generations", [about | {"b64_json": "Y2xlYW4="}])
     seen.draw("three")
     expect(seen.error("draw")).to_have_text("the answer broke off before all was drawn")
+    pictures = seen.page.locator("#pictures img, #film-strip img")
+    shown = pictures.evaluate_all("all => all.map(one => atob(one.src.split(',')[1]))")
+    assert shown == ["noisy", "noisy", "clean"]  # what came stays: large, and as it sees and expects it
     seen.answer("chat/completions", [{"choices": [{"delta": {"content": "a"}, "finish_reason": None}]}])
     seen.page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": picture()})
     expect(seen.error("describe")).to_have_text("the answer broke off before its end")
