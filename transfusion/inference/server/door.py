@@ -38,7 +38,9 @@ class Door:
     rebinding); none may send requests from elsewhere in any case.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None, open: Set[str]):
+    def __init__(
+        self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None, open: Set[str] = frozenset()
+    ):
         self.app, self.limits, self.metrics, self.open = app, limits, metrics, open
         self.key = None if api_key is None else sha256(api_key.encode()).digest()
         self.inside = self.held = 0  # requests with a body, and its bytes
