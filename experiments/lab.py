@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from scipy import stats
 
 from transfusion.disk import read_json, write_json
 from transfusion.inference.engine import Engine, open_run
@@ -67,14 +68,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two rows: the first is better than the second (`equal`: as good, to `margin`)."""
+    """What the paper says of two rows: the first is better than the second, or with a margin worse by no more than that."""
 
     says: str
     column: str
     first: str
     second: str
-    equal: bool = False
-    margin: float = 0.0  # share of the second that the first may be worse by
+    margin: float = 0.0  # share of the second
 
 
 @dataclass(frozen=True)
@@ -190,33 +190,29 @@ def path(asked: Options, table: Table, ending: str) -> Path:
 
 
 def judge(asked: Options, table: Table, claim: Claim) -> str:
-    """What became of a claim: "holds", "does not hold", or "within noise" where the difference is below two standard errors.
-
-    The spread of seeds is taken over all variants of the table that have several.
+    """What became of a claim: "holds", "does not hold", or "within noise" where the difference lies in its own 95 % interval
+    (Student's t, with the spread of both rows' seeds). With one seed each there is no verdict.
     """
     column = table.columns[claim.column]
     found = {variant.name: values_of(asked, variant, claim.column) for variant in table.variants}
     first, second = found[claim.first], found[claim.second]
     if not first or not second:
         return "not run yet"
-    spread = _pooled([values for values in found.values() if len(values) > 1]) or column.noise
-    error = 2 * spread * math.sqrt(1 / len(first) + 1 / len(second))
+
+    def shown(values: Sequence[float]) -> str:
+        return f"{statistics.mean(values):{column.form}}"
+
+    freedom = len(first) + len(second) - 2
+    if not freedom and not column.noise:
+        return f"one seed each ({shown(first)} and {shown(second)}): no verdict"
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in (first, second) if len(values) > 1)
+    spread = math.sqrt(squares / freedom) if freedom else column.noise
+    error = (stats.t.ppf(0.975, freedom) if freedom else 2) * spread * math.sqrt(1 / len(first) + 1 / len(second))
     ahead = statistics.mean(first) - statistics.mean(second)
     ahead = ahead if column.better == "higher" else -ahead
-    shown = f"{statistics.mean(first):{column.form}} and {statistics.mean(second):{column.form}}"
-    if claim.equal:
-        ahead += claim.margin * abs(statistics.mean(second))
-        error = 0.0
-    if not spread and not claim.equal:
-        return f"one seed each, {shown}: no verdict"
-    return f"{'holds' if ahead > error else 'does not hold' if ahead < -error else 'within noise'} ({shown})"
-
-
-def _pooled(groups: Sequence[Sequence[float]]) -> float:
-    """The standard deviation within groups, 0 where there are none."""
-    freedom = sum(len(values) - 1 for values in groups)
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+    ahead += claim.margin * abs(statistics.mean(second))
+    verdict = "holds" if ahead > error else "does not hold" if ahead < -error else "within noise"
+    return f"{verdict} ({shown(first)} and {shown(second)})"
 
 
 def values_of(asked: Options, variant: Variant, column: str) -> list[float]:

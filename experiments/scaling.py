@@ -40,6 +40,9 @@ def table(scale: str) -> Table:
     )  # fmt: skip
 
 
+FARTHEST = math.log(1e30)  # FLOPs
+
+
 @dataclass(frozen=True)
 class Law:
     """log metric = intercept + slope log FLOPs, fitted to some runs."""
@@ -59,9 +62,10 @@ class Law:
     def at(self, flops: float) -> float:
         return math.exp(self.intercept + self.slope * math.log(flops))
 
-    def reaches(self, metric: float) -> float:
-        """The FLOPs at which it says this."""
-        return math.exp((math.log(metric) - self.intercept) / self.slope)
+    def reaches(self, metric: float) -> float | None:
+        """The FLOPs at which it says this; None where that is farther off than anything can be foretold."""
+        exponent = (math.log(metric) - self.intercept) / self.slope if self.slope else math.inf
+        return math.exp(exponent) if abs(exponent) < FARTHEST else None
 
 
 def points(asked: Options, family: str, column: str) -> list[tuple[float, float]]:
@@ -72,15 +76,16 @@ def points(asked: Options, family: str, column: str) -> list[tuple[float, float]
 
 def parity(asked: Options, column: str) -> float | None:
     """The share of Chameleon's largest compute that Transfusion needs to do as well; None where no line can be drawn, or
-    where Transfusion does not get better with size."""
+    where Transfusion does not get better with size, or hardly."""
     ours, theirs = (points(asked, family, column) for family in FAMILIES)
     our_law, their_law = Law.of(ours), Law.of(theirs)
-    if our_law is None or their_law is None or our_law.slope == 0:
+    if our_law is None or their_law is None:
         return None
     if (our_law.slope > 0) != (COLUMNS[column].better == "higher"):
         return None
     largest = max(x for x, _ in theirs)
-    return our_law.reaches(their_law.at(largest)) / largest
+    reached = our_law.reaches(their_law.at(largest))
+    return None if reached is None else reached / largest
 
 
 def tell(asked: Options) -> str:

@@ -12,7 +12,6 @@ import torch
 
 from experiments.lab import Column, Variant
 from transfusion.data.shapes import Shapes
-from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
@@ -71,9 +70,11 @@ def variant(
 
 
 def measure(scale: str, engine: Engine) -> dict[str, float]:
-    """Drawings as the checker reads them, and beside real ones; captions; how much the model listens."""
-    sources = {source.name: source for source in open_raw(engine.run.data, "heldout")}
-    source = sources["shapes"]
+    """Drawings as the checker reads them, and beside real ones; captions; how much the model listens.
+
+    Pictures are as they were rendered, whatever the run's codec makes of them.
+    """
+    source = Shapes(SCALES[scale].level, split="heldout")
     judged, shown = draw_scenes(engine, source, SCENES)
     real = [source[n].pair[1] for n in range(SCENES)]
     features = small_network(SCALES[scale].level)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_ind
 
 from experiments import attention, both, editing, emoji, lab, noise, patches, results, scaling, scenes, text
 from experiments.lab import Claim, Column, Options, Table, Variant, cell
@@ -131,7 +132,8 @@ def judged(folder: Path, first: list[float], second: list[float], column: Column
     ([1, 2, 3], [1.5, 2.5, 3.5], "higher", "within noise"),
     ([5], [1], "higher", "no verdict"),
     ([5], [], "higher", "not run yet"),
-    ([10, 11], [1], "higher", "holds"),
+    ([10, 11], [1], "higher", "within noise"),  # one degree of freedom: Student's t is 12.7
+    ([10, 10.1], [1], "higher", "holds"),
 ])  # fmt: skip
 def test_a_verdict_hangs_on_the_spread_of_seeds(tmp_path, first, second, better, verdict):
     assert verdict in judged(tmp_path, first, second, Column(".1f", better))
@@ -142,9 +144,17 @@ def test_a_column_may_say_how_far_its_seeds_lie_apart(tmp_path):
     assert "within noise" in judged(tmp_path / "b", [3], [1], Column(".1f", noise=1.0))
 
 
-def test_as_good_is_to_a_margin(tmp_path):
-    for n, (value, verdict) in enumerate(((0.98, "holds"), (0.96, "does not hold"), (1.2, "holds"))):
-        assert judged(tmp_path / str(n), [value], [1], Column(".2f"), equal=True, margin=0.03).startswith(verdict)
+@pytest.mark.parametrize(("value", "verdict"), [(0.98, "holds"), (0.96, "does not hold"), (0.97001, "within noise")])
+def test_as_good_is_to_a_margin_and_to_the_noise(tmp_path, value, verdict):
+    found = judged(tmp_path, [value - 1e-4, value + 1e-4], [1 - 1e-4, 1 + 1e-4], Column(".2f"), margin=0.03)
+    assert found.startswith(verdict)
+
+
+def test_a_welch_of_equal_spreads_agrees(tmp_path):
+    """An independent two-sample t-test, one-sided at 2.5 %, decides alike."""
+    first, second = [3.1, 3.5, 3.9], [2.2, 2.9, 3.3]
+    p = ttest_ind(first, second).pvalue
+    assert ("within noise" in judged(tmp_path, first, second, Column(".1f"))) == (p > 0.05)
 
 
 # Laws
@@ -169,6 +179,7 @@ def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
             "bits_per_byte": (flops * ahead) ** 0.1})  # fmt: skip
     assert math.isclose(scaling.parity(asked, "fid"), 0.25, rel_tol=1e-6)
     assert scaling.parity(asked, "cider") is None  # no logarithm
+    assert Law(0.0, -1e-3).reaches(5.0) is None and Law(0.0, 0.0).reaches(5.0) is None  # flat
     assert scaling.parity(asked, "bits_per_byte") is None  # it gets worse with size
     scaling.plot(asked, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -270,3 +270,14 @@ def test_a_notebook_shows_pictures_and_plain_text(run):
     shown = Answer(["<b>not bold</b>", np.zeros((4, 4, 3), np.uint8)])._repr_html_()
     assert "&lt;b&gt;not bold&lt;/b&gt;" in shown
     assert shown.count("<img") == 1
+
+
+def test_what_lies_beside_the_new_folder_is_left_alone_and_others_may_read_it(run, tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("kept")
+    export(run, tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "mine").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.tmp"}
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()} == {usual}

@@ -160,6 +160,14 @@ def test_results_without_a_manifest_are_refused(digits, tmp_path, capsys):
         said = fails(capsys, 1, "evaluate", digits, "--from", tmp_path / "results.json")
         assert "does not say how it was measured" in said
     assert "name a run's folder" in fails(capsys, 2, "evaluate")
+    assert "name nothing else" in fails(capsys, 2, "evaluate", digits, "--from", "results.json", "--count", "7")
+
+
+def test_an_exported_run_is_measured_where_it_lies(digits, tmp_path):
+    command("export", digits, "--out", tmp_path / "exported")
+    command("evaluate", tmp_path / "exported", "--count", "20", "--tasks", "captions")
+    results = read_json(tmp_path / "exported" / "results.json")
+    assert results["digits"]["captions"]["count"] and "training_seconds" not in results
 
 
 numbers = st.floats(allow_nan=True, allow_infinity=False) | st.integers() | st.text(max_size=3) | st.none()

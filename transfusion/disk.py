@@ -24,6 +24,13 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+def open_to_others(path: Path) -> None:
+    """As readable as any new file or folder, whoever made it only for this user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def write_json(path: Path, values: dict) -> None:
     """An object as JSON that a person can read: whole, or as it was before."""
     write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

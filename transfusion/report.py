@@ -294,7 +294,8 @@ def tell_curves(page: Page, material: Material) -> None:
         return
     page.heading("How it learnt")
     page.plot("Text loss (nats per token)", _curves(material, "text_loss", "text"), log=True)
-    page.plot("Image loss (mean squared error)", _curves(material, "image_loss", "image"), log=True)
+    unit = "nats per code" if material.engine.vocabulary.codes else "mean squared error"
+    page.plot(f"Image loss ({unit})", _curves(material, "image_loss", "image"), log=True)
     uneven = " Text loss jumps from batch to batch because the sources differ and come in uneven portions."
     page.say(
         "Grey is training: batches, and their running mean. In colour is what was held out, seen by the "
@@ -306,8 +307,9 @@ def tell_curves(page: Page, material: Material) -> None:
 
 def _curves(material: Material, name: str, colour: str) -> dict[str, Line]:
     lines = {}
-    if material.trained:
-        steps, losses = [line["step"] for line in material.trained], [line[name] for line in material.trained]
+    trained = [line for line in material.trained if name in line]  # a step without images has no image loss
+    if trained:
+        steps, losses = [line["step"] for line in trained], [line[name] for line in trained]
         around = [losses[max(0, n - SMOOTHED // 2) : n + SMOOTHED // 2 + 1] for n in range(len(losses))]
         every = -(-len(steps) // POINTS)
         lines["batches"] = Line(steps[::every], losses[::every], faint=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transfusion.checkpoint.open import GENERATION, Opened, open_checkpoint
 from transfusion.checkpoint.save import FORMAT, meaning, settle, versions
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.config import to_json
-from transfusion.disk import read_json, write_json, write_whole
+from transfusion.disk import open_to_others, read_json, write_json, write_whole
 from transfusion.model.transfusion import KIND
 from transfusion.model.weights import CONFIG, SHARD, write_weights
 
@@ -27,10 +28,10 @@ def export(run: str | Path, out: Path, weights: str = "average", shard: int = SH
     if out.exists():
         raise ValueError(f"{out} is there already: give another --out")
     opened = open_checkpoint(run, weights, "cpu")
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        aside.mkdir(parents=True)
+        open_to_others(aside)
         _write(opened, aside, weights, shard)
         results = Path(run) / "results.json"
         card = write_card(opened, weights, read_json(results) if results.exists() else {})

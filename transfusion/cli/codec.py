@@ -39,7 +39,7 @@ class FitCodec:
     """Train an autoencoder on the pictures of some sources; the same command again goes on where it stopped.
 
     It writes a folder that `transfusion data prepare --codec FOLDER` takes, with a page of originals beside reconstructions.
-    With --network.codes N it has a codebook of N codes (VQ), which `data prepare` doesn't take yet.
+    With --network.codes N it has a codebook of N codes (VQ), for runs with --model.patches codes.
     """
 
     out: Path

@@ -1,7 +1,7 @@
 """transfusion evaluate: measure a run, or measure again what was measured and see whether it agrees."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +51,8 @@ def evaluate(arguments: list[str]) -> None:
     if asked.run is None and asked.again is None:
         raise UsageError("name a run's folder, or --from the results.json of one")
     if asked.again is not None:
+        if replace(asked, run=None, again=None, device="auto") != Evaluate():
+            raise UsageError("--from says what is measured and how: name nothing else but the run and --device")
         return _again(asked.run or asked.again.parent, asked.again, asked.device)
     try:
         config = EvaluationConfig(**{f.name: getattr(asked, f.name) for f in fields(EvaluationConfig)})

@@ -33,7 +33,8 @@ def caption_pictures(engine: Engine, pictures: Iterable[np.ndarray]) -> list[str
     greedy = replace(engine.run.generation, temperature=0.0)
     said, left = [], iter(pictures)
     while some := list(islice(left, ROWS)):
-        answers = engine.generate([Request(parts=(_fitting(engine, pixels),), generation=greedy) for pixels in some])
+        fitted = [_fitting(engine, pixels) for pixels in some]
+        answers = engine.generate([Request(parts=(part,), generation=greedy, may_draw=False) for part in fitted])
         said += [next((part for part in answer.parts if isinstance(part, str)), "") for (answer,) in answers]
     return said
 

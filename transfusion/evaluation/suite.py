@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion.checkpoint.open import newest
+from transfusion.checkpoint.open import is_exported, newest
 from transfusion.config import QUICK, EvaluationConfig, from_json
 from transfusion.data.loader import Source
 from transfusion.data.raw import RawText
@@ -43,12 +43,10 @@ def measure(engine: Engine, folder: Path, asked: EvaluationConfig, say: Say = pr
     """All figures that were asked for, by source and task, and the manifest; nothing is written."""
     suite = Suite(engine, asked)
     tasks = suite.tasks()
-    state = read_json(newest(folder) / "state.json")
-    results: dict = {
-        "run": engine.run.name, "step": engine.opened.step,
-        "parameters": engine.opened.parameters,
-        "training_seconds": round(state["seconds"]), "training_positions": state["seen"],
-    }  # fmt: skip
+    results: dict = {"run": engine.run.name, "step": engine.opened.step, "parameters": engine.opened.parameters}
+    if not is_exported(folder):
+        state = read_json(newest(folder) / "state.json")
+        results |= {"training_seconds": round(state["seconds"]), "training_positions": state["seen"]}
     for (source, what), task in tasks.items():
         results.setdefault(source, {})[what] = values = task()
         say(f"{source} {what}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)))
@@ -65,7 +63,8 @@ def repeat(engine: Engine, folder: Path, path: Path, say: Say = print) -> list[s
     except (KeyError, TypeError, ValueError) as error:
         raise OpenError(f"{path} does not say how it was measured: {error}") from None
     now = measure(engine, folder, asked, say)
-    return list(differences(before, now))
+    others = before["manifest"].get("data") != now["manifest"]["data"]
+    return (["the run's data are others than they were"] if others else []) + list(differences(before, now))
 
 
 def differences(before: object, now: object, where: str = ""):
@@ -116,6 +115,8 @@ class Suite:
         if missing:
             sources = ", ".join(self.engine.run.data.sources)
             raise ValueError(f"{sources}: there is nothing in the data of this run for the task {missing[0]}")
+        if not found:
+            raise ValueError(f"nothing in the data of this run can be asked for {', '.join(wanted)}")
         if "clip" in wanted and self.asked.clip is None:
             raise ValueError("the task clip needs --clip: the folder of a CLIP model, or owner/name")
         if "coco" in wanted and self.asked.coco is None:
@@ -168,7 +169,8 @@ class Suite:
             features = open_extractor(self.asked.features, self.engine.device)
         self.networks[f"{source.name} images"] = features.name
         _, drawn, real = self._draw(source)
-        return {"features": features.name, **image_scores(features(real), features(drawn), self.asked.seed)}
+        scores = image_scores(features(real), features(drawn), self.asked.seed)
+        return {"features": features.name, "real_pictures": self._pictures(), **scores}
 
     def _clip(self, source: Source) -> dict:
         from transfusion.evaluation.clip_score import ClipScore
@@ -213,12 +215,17 @@ class Suite:
         """What another machine needs to repeat the figures, and what they depend on."""
         opened = self.engine.opened
         return {
-            "asked": asdict(self.asked), "weights": "average", "generation": asdict(self.engine.run.generation),
+            "asked": asdict(self.asked), "data": opened.notes.get("prepared"), "real_pictures": self._pictures(),
+            "generation": asdict(self.engine.run.generation),
             "captions": "greedy", "networks": self.networks,
             "dtype": str(opened.precision).removeprefix("torch."), "device": str(self.engine.device),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
             "versions": {name: found for name in PACKAGES if (found := _version(name))},
         }  # fmt: skip
+
+    def _pictures(self) -> str:
+        """What stands for real pictures: of prepared data, which hold nothing else, what the codec gives back."""
+        return f"as {self.engine.opened.codec.kind} gives them back" if self.engine.run.data.prepared else "as they are"
 
 
 def _texts(source: Source, count: int) -> list[str]:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from transfusion.disk import OpenError, read_json, write_json
+from transfusion.disk import OpenError, open_to_others, read_json, write_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of one file, at most
@@ -42,7 +42,9 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, shard: int = SHARD) 
         save_file({key: tensors[key].contiguous() for key in held}, folder / name, metadata={"format": "pt"})
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
+        open_to_others(folder / name)
         files.append(folder / name)
+    (folder / INDEX).unlink(missing_ok=True)  # of weights that lay there before
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         files.append(folder / INDEX)
