@@ -7,10 +7,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +23,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
+from pydantic import ValidationError
 
 from tests.abuse import CHAT, DRAW, EDIT, TEXT, fine, form, is_clear, malformed, picture, png, url, valid
 from tests.serving import Gate, serving, until
+from tests.test_chameleon import engine as engine_with_codes
 from tests.tiny import write_run
 from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
@@ -33,6 +37,7 @@ from transfusion.inference.server.app import Stream
 from transfusion.inference.server.door import Door
 from transfusion.inference.server.limits import Limits
 from transfusion.inference.server.metrics import Metrics
+from transfusion.inference.server.schemas import ChatRequest, CompletionRequest, Strict
 
 FEW = Limits(rows=4, waiting=4, n=3)
 
@@ -477,6 +482,50 @@ def test_what_is_too_much_is_refused_before_any_work(server):
             is_clear(answer)
 
 
+@pytest.mark.parametrize(("path", "body", "words"), [
+    (TEXT, {"prompt": [1] * 100_000}, "prompt has 100,000 elements; at most 256 are read"),
+    (TEXT, {"prompt": "a", "stop": [1] * 100_000}, "stop has 100,000 elements; at most 4 are read"),
+    (TEXT, {"prompt": "a"} | {f"x{n}": 1 for n in range(50_000)}, "an object has 50,001 fields; at most 64 are read"),
+    (CHAT, {"messages": [{}] * 100_000}, "messages has 100,000 elements; at most 256 are read"),
+    (CHAT, {"messages": [{}] * 256}, "messages[0].role is missing"),
+    *[(CHAT, {"messages": [{"role": "user", name: [{}] * 100_000}]}, f"messages[0].{name} has 100,000 elements")
+      for name in ("content", "images", "parts")],
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "modalities": [1] * 100_000}, "modalities has 100,000 elements"),
+])  # fmt: skip
+def test_a_long_list_costs_one_error_not_one_for_each_element(server, path, body, words):
+    with server.client() as client:
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+        is_clear(answer)
+    with pytest.raises(ValidationError) as caught:
+        (CompletionRequest if path == TEXT else ChatRequest).model_validate(body)
+    assert caught.value.error_count() <= 2
+
+
+def test_every_list_that_may_be_sent_is_short():
+    """A list that is added later is found here."""
+
+    def lists(schema) -> list[dict]:
+        if isinstance(schema, list):
+            return [found for one in schema for found in lists(one)]
+        if not isinstance(schema, dict):
+            return []
+        own = [schema] if schema.get("type") == "list" else []
+        return own + [found for one in schema.values() for found in lists(one)]
+
+    kinds = [kind for kind in Strict.__subclasses__() if kind.__module__ == Strict.__module__]
+    found = [one for kind in (*kinds, ChatRequest, CompletionRequest) for one in lists(kind.__pydantic_core_schema__)]
+    assert len(found) > 5 and all(one.get("fail_fast") for one in found)
+
+
+@pytest.mark.parametrize("path", [TEXT, DRAW])
+def test_a_body_without_pictures_is_small(server, path):
+    with server.client() as client:
+        answer = client.post(path, json=valid(path) | {"user": "a" * 2**20})
+        assert (answer.status_code, "1,048,576 bytes" in answer.text) == (413, True)
+        is_clear(answer)
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_that_is_too_large_is_not_kept(engine, declared):
     with serving(engine, Limits(body_bytes=10_000)) as server, server.client() as client:
@@ -548,6 +597,58 @@ def test_a_full_queue_says_come_back_later(engine):
             assert found[0].status_code == 200
 
 
+def test_who_is_turned_away_takes_no_place_of_those_who_are_let_in(engine):
+    """More clients without the key than there are places, whose bodies never end; each is told no, and soon let go."""
+    with serving(engine, FEW, api_key="secret") as server, server.client() as client, ExitStack() as stack:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{{".encode()
+        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(12)]
+        for stranger in strangers:
+            stranger.sendall(head)
+        known = {"authorization": "Bearer secret"}
+        assert client.post(TEXT, headers=known, json=valid(TEXT)).status_code == 200
+        for stranger in strangers:
+            stranger.settimeout(10)  # less than the patience that others get
+            with stranger.makefile("rb") as answer:
+                said = answer.read().lower()  # to the connection's end
+            assert said.startswith(b"http/1.1 401") and b"connection: close" in said
+
+
+def test_a_client_that_vanishes_while_it_sends_a_form_is_no_fault(engine, caplog):
+    sent = form({"prompt": "a"}, [picture()])
+    with serving(engine) as server, server.client() as client:
+        with socket.create_connection(("127.0.0.1", server.port)) as place:
+            place.sendall(
+                f"POST {EDIT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {sent.kind}\r\n"
+                f"Content-Length: 100000\r\n\r\n".encode() + sent.body[:200]
+            )
+        counted = f'requests_total{{path="{EDIT}",status="499"}} 1.0'
+        until(lambda: counted in client.get("/metrics").text)
+    assert not caplog.records
+
+
+def test_what_nobody_asks_for_stays_within_the_limits_too(opened):
+    with serving(Engine(opened), Limits(steps=2, tokens=1)) as server, server.client() as client:
+        usual = client.get("/v1/models").json()["data"][0]["generation"]
+        assert (usual["steps"], usual["max_tokens"]) == (2, 1) < (opened.run.generation.steps, 1)
+        for path, words in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": [{"role": "user", "content": "a"}]})):
+            assert client.post(path, json=words | {"seed": 1}).json()["usage"]["completion_tokens"] <= 1
+        body = {"prompt": "a", "stream": True, "preview_every": 1}
+        assert client.post(DRAW, json=body).text.count("event: image_generation.partial_image") == 2
+
+
+def test_images_of_codes_have_as_many_steps_as_codes(opened):
+    with serving(engine_with_codes()) as server, server.client() as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["image_steps"] == {"3x2": 6, "4x4": 16}
+        body = {"prompt": "a", "size": "4x4", "stream": True, "partial_images": 3, "seed": 1}
+        found = re.findall(r'"step":\s*(\d+)', client.post(DRAW, json=body).text)
+        assert found == ["4", "8", "12"]
+        for path, asked in ((DRAW, {"prompt": "a", "steps": 5}), (CHAT, valid(CHAT) | {"steps": 5})):
+            answer = client.post(path, json=asked)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "steps")
+            is_clear(answer)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_given_up(engine, stream):
     gate = Gate(engine)
@@ -611,7 +712,7 @@ def test_a_key_is_asked_for_on_every_path_but_health_and_the_page(engine):
 def test_other_sites_may_not_ask(server):
     with server.client() as client:
         own = server.url
-        for origin in ("https://example.org", "null", "http://127.0.0.1:1", "http://localhost.example.org"):
+        for origin in ("https://example.org", "null", "http://127.0.0.1:1", "http://localhost.example.org", "http://["):
             answer = client.post(TEXT, json=valid(TEXT), headers={"origin": origin})
             assert answer.status_code == 403
             is_clear(answer)
@@ -683,6 +784,7 @@ def test_the_readmes_server_answers_the_readmes_requests_and_ends_well(run, tmp_
     (("--host", "0.0.0.0"), {}, "--api-key"), (("--api-key", " "), {}, "the API key is empty"),
     ((), {"TRANSFUSION_API_KEY": ""}, "the API key is empty"),
     (("--limits.rows", "0"), {}, "limits.rows must be at least 1"),
+    (("--limits.drain", "inf"), {}, "limits.drain must be"), (("--limits.drain", "nan"), {}, "limits.drain must be"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),
     (("--port", "99999"), {}, "0 to 65535"), (("--port", "x"), {}, "port"),
 ])  # fmt: skip

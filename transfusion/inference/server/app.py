@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteException
+from starlette.requests import ClientDisconnect
 
 from transfusion.inference import engine as engines
 from transfusion.inference.server.answers import Images, Reading, Writer
@@ -84,8 +85,21 @@ class Service:
         """A form, as OpenAI's: image (one or more files), prompt, and the fields of /v1/images/generations."""
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise Refused(400, "an edit is sent as multipart/form-data, with image and prompt")
-        fields: dict[str, str] = {}
-        files = []
+        self.served.check_edits()
+        try:
+            fields, files = await self._form(request)
+        except ClientDisconnect:
+            return self._gone()
+        try:
+            asked = ImageRequest.model_validate_strings(fields, strict=False)  # in a form all is words
+        except ValidationError as error:
+            raise misread(error.errors()) from None
+        drawing = await self._unless_gone(request, self.served.edit(asked, files))
+        return await self._draw(request, drawing, asked, "image_edit")
+
+    async def _form(self, request: Request) -> tuple[dict[str, str], list[bytes]]:
+        """Its fields, and its pictures."""
+        fields, files = {}, []
         async with request.form(max_files=self.served.limits.pictures, max_fields=FIELDS, max_part_size=FIELD) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) != (name in ("image", "image[]")):
@@ -94,12 +108,11 @@ class Service:
                     files.append(await value.read())
                 else:
                     fields[name] = value
-        try:
-            asked = ImageRequest.model_validate_strings(fields, strict=False)  # in a form all is words
-        except ValidationError as error:
-            raise misread(error.errors()) from None
-        drawing = await self._unless_gone(request, self.served.edit(asked, files))
-        return await self._draw(request, drawing, asked, "image_edit")
+        return fields, files
+
+    def _gone(self) -> Response:
+        self.metrics.gone.inc()
+        return Response(status_code=499)  # nobody reads it; proxies' word for this in logs and metrics
 
     async def models(self) -> dict:
         return {"object": "list", "data": [self.served.describe()]}
@@ -158,8 +171,7 @@ class Service:
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                self.metrics.gone.inc()
-                return Response(status_code=499)  # nobody reads it; proxies' word for this in logs and metrics
+                return self._gone()
             return task.result()
         finally:
             task.cancel()

@@ -6,6 +6,7 @@ import binascii
 import hmac
 import time
 from collections.abc import Set
+from contextlib import suppress
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -20,6 +21,9 @@ from transfusion.inference.server.metrics import Metrics
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 BODIES = 8  # largest bodies that are held at once, all requests together
 DRAINED = 4  # largest bodies that are read and thrown away, so that a client sees why it is refused
+GRACE = 1.0  # seconds in which a client that is turned away may end its sending
+WORDS = 2**20  # largest body where no pictures are sent
+PICTURES = {"/v1/chat/completions", "/v1/images/edits"}  # where they are
 PATHS = {"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/images/generations",
          "/v1/images/edits", "/"}  # fmt: skip
 HEADERS = {
@@ -43,7 +47,7 @@ class Door:
     ):
         self.app, self.limits, self.metrics, self.open = app, limits, metrics, open
         self.key = None if api_key is None else sha256(api_key.encode()).digest()
-        self.inside = self.held = 0  # requests with a body, and its bytes
+        self.inside = self.held = 0  # requests with a body that were let in, and its bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +57,8 @@ class Door:
         refused = self._refusal(scope)
         if refused is None and works and self.inside >= self.limits.rows + self.limits.waiting:
             refused = Refused(429, f"{self.inside} requests are under way or wait: come back a little later", code="busy")
-        self.inside += works
+        counted = works and refused is None  # who is turned away takes nobody's place
+        self.inside += counted
         try:
             if refused is not None:
                 await visit.turn_away(refused)
@@ -62,14 +67,14 @@ class Door:
         except ClientIsStuck:
             pass  # the server closes the connection
         finally:
-            self.inside -= works
+            self.inside -= counted
             self.held -= visit.size
             visit.count()
 
     def _refusal(self, scope: Scope) -> Refused | None:
         headers = Headers(scope=scope)
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _site(origin) != host:
             return Refused(403, "pages of other sites may not use this server")
         if self.key is None:
             if _name(host) not in LOCAL:
@@ -99,6 +104,8 @@ class Visit:
     def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send):
         self.door, self.scope, self._receive, self._send = door, scope, receive, send
         self.begun, self.size, self.whole, self.status = time.monotonic(), 0, False, 500
+        most = door.limits.body_bytes
+        self.most = most if scope["path"] in PICTURES else min(most, WORDS)
 
     async def receive(self) -> Message:
         """The next part of the body. HTTPException when there is too much, or it takes too long."""
@@ -112,9 +119,9 @@ class Visit:
         self.size += size
         self.door.held += size
         length = Headers(scope=self.scope).get("content-length", "0")
-        if self.size > limits.body_bytes or int(length) > limits.body_bytes:
+        if self.size > self.most or int(length) > self.most:
             await self._drain()
-            raise HTTPException(413, f"the body is larger than {limits.body_bytes:,} bytes")
+            raise HTTPException(413, f"the body is larger than {self.most:,} bytes")
         if self.door.held > BODIES * limits.body_bytes:
             await self._drain()
             raise HTTPException(429, "too much is being sent to this server: come back a little later")
@@ -133,12 +140,13 @@ class Visit:
             raise ClientIsStuck from None
 
     async def turn_away(self, refused: Refused) -> None:
-        try:
-            await self._drain()
-        except HTTPException:
-            pass  # it gets the first reason
-        asks = {"WWW-Authenticate": 'Basic realm="transfusion"'} if refused.status == 401 else None
-        await refused.response(asks)(self.scope, self._receive, self.send)
+        with suppress(HTTPException, TimeoutError):  # it gets the first reason
+            async with asyncio.timeout(GRACE):
+                await self._drain()
+        headers = {"WWW-Authenticate": 'Basic realm="transfusion"'} if refused.status == 401 else {}
+        if not self.whole:
+            headers["Connection"] = "close"
+        await refused.response(headers)(self.scope, self._receive, self.send)
 
     def count(self) -> None:
         path = self.scope["path"] if self.scope["path"] in PATHS else "other"
@@ -160,6 +168,14 @@ class Visit:
         read = 0
         while not self.whole and read < DRAINED * self.door.limits.body_bytes:
             read += len((await self._next()).get("body", b""))
+
+
+def _site(origin: str) -> str | None:
+    """The host and port of an Origin header."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:

@@ -34,7 +34,7 @@ def readable(text: str) -> str:
 
 def misread(errors: Sequence[Mapping]) -> Refused:
     """What pydantic says of a body as one sentence. Of several ways to read a value, the one that came farthest is told."""
-    found = max(errors, key=lambda error: len(error["loc"]))
+    found = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     kind, reason = found["type"], " ".join(found["msg"].split())
     where = _place(found["loc"], kind == "extra_forbidden")
     if kind == "unsupported":

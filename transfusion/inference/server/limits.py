@@ -1,5 +1,6 @@
 """What one request may ask for, and what the server does at once. Checked before any work is done."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -25,8 +26,8 @@ class Limits:
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("waiting", "drain"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"limits.{name} must not be negative, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"limits.{name} must be a number that is not negative, not {getattr(self, name)}")
         for name in ("deadline", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"limits.{name} must be above 0, not {getattr(self, name)}")

@@ -7,13 +7,33 @@ refused: a misspelt field would else do nothing, silently.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "parallel_tool_calls", "moderation",
 }  # fmt: skip
+ELEMENTS, KEYS = 256, 64  # at most, of one list and of one object
+
+
+def few(most: int, least: int = 0) -> tuple:
+    """What makes a list short, looked at before its elements are, and the first wrong one ends it: each would else cost."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > most:
+            raise ValueError(f"has {len(value):,} elements; at most {most:,} are read")
+        return value
+
+    return Field(min_length=least, fail_fast=True), BeforeValidator(check)
 
 
 def _whole_letters(text: str) -> str:
@@ -26,6 +46,7 @@ def _whole_letters(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_whole_letters)]
 LONG = Field(ge=-(2**63), lt=2**63)
+BY_TYPE = Field(discriminator="type")
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
@@ -34,6 +55,13 @@ class Strict(BaseModel):
     """No field that is not known, and no value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > KEYS:
+            raise ValueError(f"an object has {len(values):,} fields; at most {KEYS} are read")
+        return values
 
 
 class Asked(Strict):
@@ -69,7 +97,7 @@ class Writing(Strict):
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: str | Annotated[list[str], *few(4)] | None = None
     stream_options: "StreamOptions | None" = None
 
 
@@ -102,9 +130,9 @@ class Message(Strict):
     """What was said. An assistant's message may be given back as it came: `parts` keep the order of its text and images."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
-    images: list[ImagePart] | None = None
-    parts: list[Annotated[TextPart | ShownPart, Field(discriminator="type")]] | None = None
+    content: Text | Annotated[list[Annotated[TextPart | ImagePart, BY_TYPE]], *few(ELEMENTS)] | None = None
+    images: Annotated[list[ImagePart], *few(ELEMENTS)] | None = None
+    parts: Annotated[list[Annotated[TextPart | ShownPart, BY_TYPE]], *few(ELEMENTS)] | None = None
     name: Any = None
     refusal: Any = None
     annotations: Any = None
@@ -139,8 +167,8 @@ class ChatRequest(Asked, Writing, Drawing):
         "verbosity": ("medium",), "web_search_options": (),
     }  # fmt: skip
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], *few(ELEMENTS, least=1)]
+    modalities: Annotated[list[Literal["text", "image"]], *few(ELEMENTS, least=1)] | None = None
     max_completion_tokens: Positive | None = None
 
 
@@ -150,7 +178,7 @@ class CompletionRequest(Asked, Writing):
         "echo": (False,), "suffix": ("",),
     }  # fmt: skip
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], *few(ELEMENTS, least=1)]
 
 
 class ImageRequest(Asked, Drawing):

@@ -32,7 +32,10 @@ class Served:
     """
 
     def __init__(self, engine: Engine, limits: Limits):
-        self.name, self.generation, self.context = engine.run.name, engine.run.generation, engine.context
+        self.name, self.context, usual = engine.run.name, engine.context, engine.run.generation
+        # What nobody asks for stays within the limits too.
+        steps, tokens = min(usual.steps, limits.steps), min(usual.max_tokens, limits.tokens)
+        self.generation = replace(usual, steps=steps, max_tokens=tokens)
         self.step, self.sizes, self.limits = engine.opened.step, engine.sizes, limits
         self.edits = engine.opened.notes.get("edits") is True  # its data held documents that draw from a given image
         self.about = {
@@ -42,13 +45,19 @@ class Served:
         self.created = int(time.time())
         self.pictures = PictureReader(self.sizes, engine.opened.codec.colours, limits.pixels)
         self._patch = engine.opened.codec.scale * engine.vocabulary.patch_size  # pixels along one side of a patch
+        codes = {(x, y): (x // self._patch) * (y // self._patch) for x, y in self.sizes}
+        self.codes = codes if engine.codes else None  # of an image, by its size
 
     def describe(self) -> dict:
-        """One entry of /v1/models: OpenAI's four fields, then what a page or a program wants to know."""
+        """One entry of /v1/models: OpenAI's four fields, then what a page or a program wants to know.
+
+        image_steps: where images are drawn code by code, how many codes each size has: such a run takes no `steps`.
+        """
         return {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion", "step": self.step,
             "sizes": [size_name(size) for size in self.sizes], "row_length": self.context, "edits": self.edits, **self.about,
             "generation": to_json(self.generation), "most_answers": self.limits.answers,
+            "image_steps": self.codes and {size_name(size): codes for size, codes in self.codes.items()},
         }  # fmt: skip
 
     def patches(self, pixels: np.ndarray) -> int:
@@ -97,21 +106,25 @@ class Served:
             raise Refused(400, "partial_images and preview_every are two ways to say the same: give one", "partial_images")
         if (asked.partial_images or asked.preview_every) and not asked.stream:
             raise Refused(400, "images on their way come only with stream: true", "stream")
-        previews = asked.preview_every or 0
+        previews, size = asked.preview_every or 0, self._size(asked.size)
         if asked.partial_images:
-            previews = max(1, generation.steps // (asked.partial_images + 1))
+            steps = self.codes[size] if self.codes else generation.steps
+            previews = max(1, steps // (asked.partial_images + 1))
         parts = joined([*given, asked.prompt])
-        return Request(parts, asked.n or 1, seed_of(asked.seed), generation, self._size(asked.size), previews)
+        return Request(parts, asked.n or 1, seed_of(asked.seed), generation, size, previews)
 
     async def edit(self, asked: ImageRequest, files: Sequence[bytes]) -> Request:
         """The same behind pictures that were sent."""
-        if not self.edits:
-            raise Refused(400, f"{self.name} cannot edit: its training data held no image that is drawn from a given one")
         if not files:
             raise Refused(400, "image is missing: send one or more picture files", "image")
         self._check_pictures(len(files), "image")
         self.draw(asked)  # whatever is wrong with the rest is found before anything is decoded
         return self.draw(asked, [await self.pictures.read(file, "image") for file in files])
+
+    def check_edits(self) -> None:
+        """Before any picture is taken."""
+        if not self.edits:
+            raise Refused(400, f"{self.name} cannot edit: its training data held no image that is drawn from a given one")
 
     def _check(self, model: str | None, n: int | None) -> None:
         if model is not None and model != self.name:
@@ -139,6 +152,8 @@ class Served:
         for name in ("steps", "preview_every"):
             if (getattr(asked, name) or 1) > self.limits.steps:
                 raise Refused(400, f"{name} must be at most {self.limits.steps}", name)
+        if self.codes and asked.steps is not None:
+            raise Refused(400, f"{self.name} draws an image code by code: leave steps out", "steps")
         return changed(generation, steps=asked.steps, guidance_scale=asked.guidance_scale)
 
     def _writing(self, generation: GenerationConfig, asked: Writing, completion_tokens: int | None) -> GenerationConfig:
