@@ -13,6 +13,7 @@ import pytest
 
 from tests.abuse import picture
 from tests.serving import Gate, Server, serving, until
+from tests.test_chameleon import engine as engine_with_codes
 from tests.tiny import write_run
 from transfusion import page as reports
 from transfusion.inference import server as room
@@ -226,6 +227,27 @@ def test_a_picture_comes_out_of_the_noise(look, server):
         seen.page.locator("#shelf li").first.get_by_role("link", name="Save").click()
     assert download.value.suggested_filename == "three-b-.png"
     until(server.settled)
+
+
+def test_a_picture_of_codes_comes_in_as_many_steps_as_it_has(look):
+    with serving(engine_with_codes()) as server:
+        seen = look(server)
+        expect(seen.page.locator("#facts")).to_contain_text("code by code")
+        expect(seen.page.locator("#steps")).to_be_hidden()
+        sent = []
+        seen.page.on("request", lambda request: sent.append(request.post_data_json))
+        seen.page.get_by_label("How large").select_option("4x4")
+        gate = Gate(server.engine)
+        seen.draw("a")
+        gate.let(9)  # the prompt is read in the first
+        expect(seen.page.locator("#film-strip img")).not_to_have_count(0)
+        shares = seen.page.locator("#progress").evaluate("bar => bar.value * 16")
+        assert shares == int(shares) <= 9
+        gate.open()
+        expect(seen.status("draw")).to_contain_text("Drawn: a, 1 picture, seed ")
+        assert seen.page.locator("#film-strip img").count() == 2 * 8
+        assert "steps" not in sent[0] and sent[0]["preview_every"] == 1
+        until(server.settled)
 
 
 def test_a_picture_is_dropped_and_described(look, server, tmp_path):

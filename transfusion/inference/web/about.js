@@ -28,7 +28,7 @@ export function tellOf(model) {
     "Trained on": read || "not said",
     "Draws and sees": `${size} pixels, ${colours === 1 ? "grey" : "in colour"}`,
     "Reads and writes": `at most ${number.format(model.row_length)} positions: pieces of words, and patches of pictures`,
-    "Draws, unless told": `${generation.steps} steps of ${generation.sampler}, guidance ${generation.guidance_scale}`,
+    "Draws, unless told": `${model.image_steps ? "code by code" : `${generation.steps} steps of ${generation.sampler}`}, guidance ${generation.guidance_scale}`,
     "Writes, unless told": `at most ${generation.max_tokens} tokens, temperature ${generation.temperature}, top_p ${generation.top_p}`,
   };
   const rows = Object.entries(facts).map(([name, fact]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, fact)));

@@ -3,6 +3,7 @@ import { at, make } from "./parts.js";
 
 const SLIDERS = ["guidance", "steps", "count", "seed"];
 const [guidance, steps, count, seed] = SLIDERS.map(at);
+let codes = null; // by size: how many an image has, where it is drawn code by code; nobody chooses its steps then
 
 for (const name of SLIDERS) at(name).addEventListener("input", showValues);
 seed.addEventListener("input", () => (at("fresh").checked = false));
@@ -13,7 +14,7 @@ export function settings() {
   showValues();
   return {
     guidance_scale: guidance.valueAsNumber,
-    steps: steps.valueAsNumber,
+    ...(codes ? {} : { steps: steps.valueAsNumber }),
     seed: seed.valueAsNumber,
     n: count.valueAsNumber,
     size: at("size").value || "auto",
@@ -23,7 +24,7 @@ export function settings() {
 /** Set the sliders to these fields of a request. */
 export function set(fields) {
   guidance.value = fields.guidance_scale;
-  steps.value = fields.steps;
+  if (!codes) steps.value = fields.steps;
   seed.value = fields.seed;
   count.value = fields.n;
   at("size").value = fields.size;
@@ -33,7 +34,12 @@ export function set(fields) {
 
 /** These fields for a reader. */
 export function inWords({ guidance_scale, steps, seed }) {
-  return `guidance\u00a0${guidance_scale}, ${steps}\u00a0steps, seed\u00a0${seed}`;
+  return `guidance\u00a0${guidance_scale}, ${codes ? "" : `${steps}\u00a0steps, `}seed\u00a0${seed}`;
+}
+
+/** How many steps an image takes that is drawn with these settings. */
+export function stepsOf(settings) {
+  return codes ? codes[settings.size] : settings.steps;
 }
 
 /** What this run allows, and what it was made for. */
@@ -43,6 +49,8 @@ export function fit(model) {
   guidance.value = guidance_scale;
   steps.max = Math.max(100, 2 * usual);
   steps.value = usual;
+  codes = model.image_steps;
+  at("steps-dial").hidden = Boolean(codes);
   count.max = model.most_answers;
   at("size").replaceChildren(...model.sizes.map((size) => make("option", { value: size }, size)));
   at("size-dial").hidden = model.sizes.length < 2;

@@ -32,17 +32,18 @@ function drawAgain(prompt, settings) {
 async function draw(say, signal, prompt, settings) {
   const name = prompt || "whatever comes to its mind";
   const [progress, places] = [at("progress"), framesFor(name, settings)];
-  const film = new Film(name, settings);
+  const steps = dials.stepsOf(settings);
+  const film = new Film(name, steps, settings.n);
   say(`Waiting for its turn to draw ${name}.`);
   let finished = 0;
   try {
-    const asked = { prompt, ...settings, preview_every: Math.ceil(settings.steps / SHOWN) };
+    const asked = { prompt, ...settings, preview_every: Math.ceil(steps / SHOWN) };
     for await (const event of stream("v1/images/generations", asked, signal)) {
       const picture = places[event.index];
       if (event.type.endsWith(".partial_image")) {
         say(`Drawing ${name}.`);
         progress.hidden = false;
-        progress.value = event.step / settings.steps;
+        progress.value = event.step / steps;
         picture.src = pngUrl(event.noisy_b64_json);
         if (event.index === 0) film.add(event);
       } else {
@@ -72,7 +73,7 @@ function framesFor(name, { n, size }) {
 
 /** The strip below: what the model saw at a few of its steps, and what it took the picture to be. */
 class Film {
-  constructor(name, { steps, n }) {
+  constructor(name, steps, n) {
     [this.steps, this.name, this.frame] = [steps, name, -1];
     this.rows = ["step", "it sees", "it expects"].map((word) => [make("b", {}, word)]);
     at("film-title").textContent = n === 1 ? "How it came" : "How the first one came";

@@ -1,5 +1,5 @@
 // Talking: what was said so far goes out, and text and pictures come back in their order.
-import { inWords, settings } from "./dials.js";
+import { inWords, settings, stepsOf } from "./dials.js";
 import { keepDrawn } from "./draw.js";
 import { at, make, readPicture } from "./parts.js";
 import { answerTo } from "./server.js";
@@ -73,11 +73,12 @@ async function answer(say, signal, text, picture) {
   const own = turn("You");
   if (text) own.append(make("q", {}, text));
   if (picture) own.append(make("img", { src: picture, alt: "your picture", className: "photo" }));
-  const { guidance_scale, steps, seed } = settings();
+  const chosen = settings();
+  const { guidance_scale, steps, seed } = chosen;
   const asked = {
     messages: [...mine.messages, { role: "user", content }],
     modalities: at("may-draw").checked ? ["text", "image"] : ["text"],
-    guidance_scale, steps, seed, preview_every: Math.ceil(steps / PREVIEWS),
+    guidance_scale, steps, seed, preview_every: Math.ceil(stepsOf(chosen) / PREVIEWS),
   };
   const back = new Answer(text, inWords(asked));
   say("The model answers.");
