@@ -87,6 +87,8 @@ class Table:
     claims: Sequence[Claim] = ()
 
 
+NOT_RUN = "not run yet"
+
 Measure = Callable[[Engine], Mapping[str, float]]
 
 
@@ -175,7 +177,10 @@ def show(asked: Options, table: Table) -> None:
         if found and variant.paper:
             rows += [["*paper*", "", *(str(variant.paper.get(name, "")) for name in table.columns)]]
     text = markdown(["", "seeds", *table.columns], rows)
-    verdicts = [f"- {claim.says}: **{judge(asked, table, claim)}**" for claim in table.claims]
+    judged = [(claim.says, judge(asked, table, claim)) for claim in table.claims]
+    verdicts = [f"- {says}: **{verdict}**" for says, verdict in judged if verdict != NOT_RUN]
+    if waiting := len(judged) - len(verdicts):
+        verdicts.append(f"- {waiting} claim{'s wait' if waiting > 1 else ' waits'} for rows that are not run yet")
     text += "\n" + "\n".join(verdicts) + "\n" if verdicts else ""
     asked.out.mkdir(parents=True, exist_ok=True)
     path(asked, table, ".md").write_text(text)
@@ -197,7 +202,7 @@ def judge(asked: Options, table: Table, claim: Claim) -> str:
     found = {variant.name: values_of(asked, variant, claim.column) for variant in table.variants}
     first, second = found[claim.first], found[claim.second]
     if not first or not second:
-        return "not run yet"
+        return NOT_RUN
 
     def shown(values: Sequence[float]) -> str:
         return f"{statistics.mean(values):{column.form}}"

@@ -61,8 +61,11 @@ def _section(asked: Options, module: ModuleType, table: str, cells: list[dict]) 
     if module in (scaling, text, editing) and (both.folder_of(asked, "vq") / "codec.json").exists():
         lines.insert(3, both.codec_quality(asked))
     if module is scaling:
-        scaling.plot(asked, DOCS / "scaling.png")
-        lines.insert(3, scaling.tell(asked) + "\n![Metrics over compute, with fitted lines](scaling.png)")
+        picture = ""
+        if scaling.is_known(asked):
+            scaling.plot(asked, DOCS / "scaling.png")
+            picture = "\n![Metrics over compute, with fitted lines](scaling.png)"
+        lines.insert(3, scaling.tell(asked) + picture)
     return "\n\n".join(line.strip() for line in lines) + "\n"
 
 

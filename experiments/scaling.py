@@ -88,8 +88,15 @@ def parity(asked: Options, column: str) -> float | None:
     return None if reached is None else reached / largest
 
 
+def is_known(asked: Options) -> bool:
+    """Are there runs of several sizes of both families?"""
+    return all(len({x for x, _ in points(asked, family, "fid")}) > 1 for family in FAMILIES)
+
+
 def tell(asked: Options) -> str:
     """The parity ratios, beside the paper's."""
+    if not is_known(asked):
+        return "For lines and parity ratios it takes several sizes of both."
     lines = []
     for column, papers in PARITY.items():
         ratio = parity(asked, column)
@@ -125,4 +132,5 @@ if __name__ == "__main__":
     both.prepare(asked)
     lab.make(asked, table(asked.scale), partial(measure, asked.scale))
     print(both.codec_quality(asked), tell(asked), sep="\n")
-    plot(asked, asked.out / "scaling.png")
+    if is_known(asked):
+        plot(asked, asked.out / "scaling.png")
