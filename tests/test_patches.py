@@ -114,7 +114,7 @@ def test_a_u_net_that_cannot_be_is_refused_in_one_line(changes, message):
 
 
 def test_a_kind_of_patches_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="patches must be one of linear, unet, not 'convolutions'"):
+    with pytest.raises(ValueError, match="patches must be one of linear, unet, codes, not 'convolutions'"):
         from_json(ModelConfig, to_json(TINY) | {"patches": "convolutions"})
 
 

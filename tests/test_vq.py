@@ -363,12 +363,3 @@ def test_a_fit_from_before_there_were_codebooks_goes_on(fitted, tmp_path, capsys
     (tmp_path / "codec" / "fit.json").write_text(json.dumps(about))
     command(*fit)
     assert "network.codes None, not 32" in fails(capsys, 2, *fit, "--network.codes", 32)
-
-
-def test_a_data_set_refuses_it_in_one_line_and_leaves_nothing(fitted, tmp_path, capsys):
-    prepared = ("data", "prepare", fitted / "photos", "--out", tmp_path / "data")
-    said = fails(capsys, 1, *prepared, "--codec", fitted / "codec")
-    assert "vq codec" in said
-    assert "--network.codes" in said
-    assert len([line for line in said.splitlines() if "vq codec" in line or "codes" in line]) == 1
-    command(*prepared)  # with a codec that suits it, into the same folder

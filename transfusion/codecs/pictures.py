@@ -16,12 +16,12 @@ class PictureError(ValueError):
     """A file is no picture that can be read; the message says why in one line."""
 
 
-def read_picture(source: Path | bytes, name: str = "", most_pixels: int = MOST_PIXELS) -> Picture.Image:
+def read_picture(source: Path | bytes, name: str = "", most_pixels: int | None = None) -> Picture.Image:
     """The picture in a file (or in its bytes, with a name for messages), upright.
 
     PictureError when it is missing, no picture, cut short or too large. Of a film the first frame is read.
     """
-    name = name or str(source)
+    name, most_pixels = name or str(source), most_pixels or MOST_PIXELS
     try:
         with Picture.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
             width, height = picture.size
