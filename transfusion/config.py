@@ -367,12 +367,12 @@ class GenerationConfig:
 
 TASKS = {  # of evaluation, by name; "quick" ones are done when nobody names any
     "captions": "held-out pictures, captioned greedily: exact, CIDEr-D, BLEU-4",
-    "drawings": "of digits and shapes: are they what was asked for?",
+    "drawings": "of digits and shapes, read back: the share that is what was asked for",
     "coco": "captions of COCO's pictures beside what people said of them: CIDEr-D, BLEU-4 (Karpathy's test split)",
     "conditioning": "how much worse pictures are predicted behind others' captions",
     "text": "bits per byte of held-out text",
     "images": "FID, KID, precision, recall, density and coverage of drawings from held-out captions",
-    "choice": "ranked multiple choice: how do held-out texts go on, or the questions of a file",
+    "choice": "ranked multiple choice: how held-out texts go on, or the questions of a file",
     "clip": "CLIP score of drawings from held-out captions",
     "geneval": "of shapes: GenEval's questions, answered from the pixels",
     "llama": "the seven tasks of the Llama suite, through lm_eval and the hub",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from transfusion.cli.screen import UsageError, nearest, parse, progress, say
+from transfusion.cli.screen import Device, UsageError, nearest, parse, progress, say
 from transfusion.cli.sources import Reading, Sources, open_readers
 from transfusion.config import AutoencoderConfig, CodecTrainingConfig, SurvivalConfig, from_json, parse_size
 
@@ -57,7 +57,7 @@ class FitCodec:
     crops: int = 0
     """So many crops of each picture, at random places and scales; 0: the picture itself, resized and its middle cut out.
     Unless the source holds pictures out, held-out crops are of those that are learnt from, and may overlap others."""
-    device: Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")] = "auto"
+    device: Device = "auto"
 
 
 def fit_codec(arguments: list[str]) -> None:

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from transfusion.cli.screen import UsageError, parse, say
-from transfusion.config import EvaluationConfig
+from transfusion.cli.screen import Device, UsageError, parse, say
+from transfusion.config import QUICK, TASKS, EvaluationConfig
+
+WANTED = f"What to measure; without it what the run supports of {', '.join(QUICK)}. " + " ".join(
+    f"{name}: {what}." for name, what in TASKS.items()
+)
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,7 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path | None] = None
     """The run's folder."""
-    tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK...")] = None
-    """What to measure; without it what the run supports of captions, drawings, conditioning and text. The others are images,
-    choice, clip, geneval, coco and llama."""
+    tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK...", help=WANTED)] = None
     again: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """A results.json: measure what it holds once more, as it says, and tell whether the figures agree."""
     count: int = 200
@@ -41,8 +43,7 @@ class Evaluate:
     """Of the task coco: Karpathy's dataset_coco.json (its test split; all of it: --count 5000), or COCO's annotations."""
     pictures: str | None = None
     """Of the task coco: the folder from which its paths count, if not that of the file."""
-    device: str = "auto"
-    """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps"""
+    device: Device = "auto"
 
 
 def evaluate(arguments: list[str]) -> None:

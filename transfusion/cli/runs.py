@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from transfusion.cli.evaluate import measure
-from transfusion.cli.screen import UsageError, nearest, parse, say
+from transfusion.cli.screen import Device, UsageError, nearest, parse, say
 from transfusion.config import (
     DataConfig,
     DiffusionConfig,
@@ -28,7 +28,6 @@ from transfusion.config import (
 from transfusion.runs import NAMES, named_run
 
 HELDOUT = 256  # documents of each source for the held-out losses
-Device = Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
-from transfusion.cli.screen import UsageError, parse, say
+from transfusion.cli.screen import Device, UsageError, parse, say
 from transfusion.inference.server.limits import Limits
 
 KEY = "TRANSFUSION_API_KEY"
@@ -31,7 +31,7 @@ class Serve:
     limits: Limits = field(default_factory=Limits)
     weights: Literal["average", "raw"] = "average"
     """The moving average of the weights, or the last ones."""
-    device: Annotated[str, tyro.conf.arg(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")] = "auto"
+    device: Device = "auto"
 
 
 def serve(arguments: list[str]) -> None:
