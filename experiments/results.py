@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 TABLES = (scaling, text, attention, patches, noise, editing)
 ABOVE = """# The paper's tables in miniature
 
-What the paper claims, tried on two cores: made scenes of 32x32 pixels and Python's documentation, networks of 0.2 to 1.2
+What the paper claims, tried on two cores: made scenes of 32x32 pixels and Python's documentation, networks of 0.26 to 1.7
 million parameters, 1,200 steps of 1,920 positions each. Absolute numbers mean nothing beside the paper's; what is compared
 are rows. Negative results stay in. Every table can be made again, and gone on with, by the command below it (`--seeds`,
 `--variants`); this page is what `python -m experiments.results` writes.
