@@ -303,7 +303,8 @@ def test_models_health_and_metrics(client, server):
         before = float(re.search(r"\ntransfusion_images_total (\S+)", http.get("/metrics").text)[1])
         client.images.generate(prompt="a", n=2)
         assert f"transfusion_images_total {before + 2}" in http.get("/metrics").text
-        assert 'requests_total{path="/v1/images/generations",status="200"}' in http.get("/metrics").text
+        counted = 'requests_total{path="/v1/images/generations",status="200"}'
+        until(lambda: counted in http.get("/metrics").text)  # once the last byte is sent
         page = http.get("/")
         assert "<html" in page.text and page.headers["content-security-policy"].startswith("default-src 'self'")
 

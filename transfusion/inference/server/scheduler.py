@@ -195,12 +195,12 @@ class Scheduler:
         for event in events:
             flow = self.flows[event.request]
             found.append((flow.ticket, (flow.choice + event.draw, event)))
-        self._tell(found)
         for number in self.flows.keys() - {row.number for row in self.engine.rows}:
             del self.flows[number]
         self.metrics.steps.inc()
         self.metrics.tokens.inc(sum(isinstance(event, Written) for event in events))
         self.metrics.images.inc(sum(isinstance(event, Drawn) for event in events))
+        self._tell(found)  # last: who has an answer finds it counted
 
     def _tell(self, found: list[tuple[Ticket, tuple[int, Event] | Refused]]) -> None:
         """Hand these over to the loops that wait for them; one that has ended waits no more."""
