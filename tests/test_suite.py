@@ -58,6 +58,8 @@ def test_every_task_of_a_run_is_in_its_results(measured):
     assert "small network of digits" in results["digits"]["images"]["features"]
     assert results["digits"]["conditioning"]["count"] == 60
     assert results["topics"]["choice"]["count"] == 60
+    text = results["topics"]["text"]
+    assert text["perplexity"] == pytest.approx(2 ** (text["bits_per_byte"] * text["bytes"] / text["tokens"]))
 
 
 def test_the_manifest_says_what_it_takes_to_repeat_them(measured):

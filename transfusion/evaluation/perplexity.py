@@ -1,4 +1,6 @@
-"""Text: how surprised is the model? In bits per byte, so that tokenizers do not matter, beside what xz makes of it."""
+"""Text: how surprised is the model? In bits per byte, so that tokenizers do not matter, beside what xz makes of it; and as
+perplexity, which is per token of this tokenizer.
+"""
 
 import lzma
 import math
@@ -34,7 +36,7 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
         tokens += batch.text_count
     size = sum(len(text.encode()) for text in texts)
     return {
-        "bits_per_byte": nats / math.log(2) / size, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,
+        "bits_per_byte": nats / math.log(2) / size, "perplexity": math.exp(nats / tokens), "tokens": tokens, "bytes": size,
     }  # fmt: skip
 
 
