@@ -20,7 +20,7 @@ from transfusion.model.transformer import Block, Norm, rotation_of
 from transfusion.model.transfusion import blueprint, build, count_parameters
 from transfusion.parallel import Ranks, spread
 from transfusion.plan import BF16, FP32, LOGITS, Machines
-from transfusion.runs import NAMES, SIZES, named_run
+from transfusion.runs import NAMES, PAPER, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
 KEPT, MOST = 0.05, 0.1  # how far the plan may be off: indices, noise and times are left out, and what is let go early
@@ -268,6 +268,19 @@ def test_the_table_says_what_the_json_says(capsys):
     assert values["memory"]["all"] == sum(v for name, v in values["memory"].items() if name != "all")
     assert not values["fits"]
     assert "it would with --parallel.recompute or" in table
+
+
+def test_the_rows_of_the_papers_tables_are_listed(capsys):
+    command("plan", "--tables", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == len(PAPER)
+    unet = next(row for row in rows if row["label"] == "0.16b, U-Net")
+    assert (unet["table"], unet["run"], unet["guidance_scale"], unet["fid_images"]) == (7, "0.16b-unet", 3.0, 5000)
+    command("plan", "--tables")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(PAPER) and max(map(len, lines)) <= 120
+    assert any("0.16b, U-Net" in line and f"{unet['parameters']:,}" in line for line in lines)
+    assert "leave the run out" in fails(capsys, 2, "plan", "digits", "--tables")
 
 
 def test_without_a_run_the_five_sizes_stand_side_by_side(capsys):

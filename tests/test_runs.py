@@ -22,7 +22,7 @@ def test_a_named_run_is_what_its_run_json_says(name):
 
 @pytest.mark.parametrize("row", PAPER, ids=lambda row: f"{row.table} {row.label}")
 def test_every_row_of_the_papers_tables_has_its_parameters(row):
-    run = row.to_run()
+    run = named_run(row.run)
     size = next(size for size in SIZES if run.model.layers == SIZES[size].layers and run.model.width == SIZES[size].width)
     assert size in run.name or run.name == "7b-large"
     count = count_parameters(blueprint(run.model))

@@ -124,13 +124,6 @@ class PaperRow:
     guidance_scale: float | None = 3.0  # None: tuned, or nothing is drawn
     fid_images: int | None = 5_000
 
-    def to_run(self) -> Run:
-        """The run, drawing as this row did."""
-        run = named_run(self.run)
-        if self.guidance_scale is None:
-            return run
-        return replace(run, generation=replace(run.generation, guidance_scale=self.guidance_scale))
-
 
 PAPER: tuple[PaperRow, ...] = (
     PaperRow(3, "Transfusion", "7b", guidance_scale=5.0, fid_images=30_000),

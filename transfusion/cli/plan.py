@@ -20,7 +20,7 @@ from transfusion.config import (
     SurvivalConfig,
     TrainingConfig,
 )  # fmt: skip
-from transfusion.runs import NAMES, SIZES, named_run
+from transfusion.runs import NAMES, PAPER, SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -53,6 +53,8 @@ class Asked:
     """Positions per step, for example 2M; training.accumulate follows."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of a table."""
+    tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Without RUN: the named run of every row of the paper's Tables 3 to 9, its size, and how its images were drawn."""
 
 
 class Line(NamedTuple):
@@ -75,7 +77,12 @@ def plan(arguments: list[str]) -> None:
         plans = [plan_of(run, machines) for run, machines, _ in read]
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if read[0][2].json:
+    if read[0][2].tables and alone:
+        raise UsageError("--tables lists the paper's rows: leave the run out")
+    if read[0][2].tables:
+        rows = list(_paper())
+        print(json.dumps(rows, indent=2) if read[0][2].json else "\n".join(_aligned(rows)))
+    elif read[0][2].json:
         found = [_values(one) for one in plans]
         print(json.dumps(found[0] if alone else found, indent=2))
     else:
@@ -127,6 +134,22 @@ def _table(plans: list) -> Iterator[str]:
             yield f"  {name:{NAME - 2}}{figures}   {remark if alone else ''}".rstrip()
         else:
             yield f"\n{name}"
+
+
+def _paper() -> Iterator[dict]:
+    """The rows of the paper's tables."""
+    from transfusion.model.transfusion import blueprint, count_parameters
+
+    for row in PAPER:
+        yield asdict(row) | {"parameters": count_parameters(blueprint(named_run(row.run).model))}
+
+
+def _aligned(rows: list[dict]) -> Iterator[str]:
+    yield f"{'':8} {'row':38} {'transfusion train':22} {'parameters':>14} {'sources':>8} {'guidance':>9} {'FID over':>9}"
+    for row in rows:
+        guidance, images = row["guidance_scale"] or "", f"{row['fid_images']:,}" if row["fid_images"] else ""
+        yield (f"Table {row['table']}  {row['label']:38} {row['run']:22} {row['parameters']:>14,} {row['sources']:>8} "
+               f"{guidance:>9} {images:>9}").rstrip()  # fmt: skip
 
 
 def _lines(one, unit: str) -> list[Line]:
