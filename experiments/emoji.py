@@ -42,9 +42,9 @@ class Options:
     """The folder of autoencoder, data, run and page; the same command goes on where it stopped."""
     large: bool = False
     """For a GPU: 40 million parameters instead of 2, on eight times as many positions a step."""
-    train: tuple[str, ...] = ()
+    train: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """More options of `transfusion train`: --train=--training.steps=20"""
-    codec: tuple[str, ...] = ()
+    codec: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """More options of `transfusion data fit-codec`."""
     device: str = "auto"
 

@@ -34,7 +34,7 @@ class Options:
     """Only these; none: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the weights, the order of the data and all noise."""
-    train: tuple[str, ...] = ()
+    train: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Options of `transfusion train` for every cell, after those of the table: --train=--training.steps=20"""
     scale: Literal["cpu", "gpu"] = "cpu"
     """Networks and steps for two cores, or for one GPU."""

@@ -60,6 +60,13 @@ def test_each_cell_is_made_once_whatever_the_table_calls_it(filled, variants):
     assert cell(other, variants[0], 0) != cell(asked, variants[0], 0)  # other settings, another cell
 
 
+def test_options_for_training_add_up(monkeypatch):
+    words = "--train=--training.steps=5", "--seeds", "0", "1", "--train=--training.warmup=2"
+    monkeypatch.setattr("sys.argv", ["table", *words])
+    asked = lab.options("A table.")
+    assert (asked.train, asked.seeds) == (("--training.steps=5", "--training.warmup=2"), (0, 1))
+
+
 def test_a_cell_says_what_was_measured_and_what_was_held_out(filled, variants):
     folder = cell(filled[0], variants[0], 0)
     values = json.loads((folder / "measured.json").read_text())
