@@ -7,16 +7,22 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from tests.test_cli import TINY, command, fails
+from tests.test_features import clip, dino
 from transfusion.config import QUICK, TASKS, EvaluationConfig, from_json
 from transfusion.disk import OpenError, read_json, write_json
 from transfusion.evaluation import scenes, small_network, suite
+from transfusion.evaluation.clip_score import ClipScore
 from transfusion.evaluation.coco import read_coco, read_pictures
+from transfusion.evaluation.features import open_extractor
+from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.suite import differences
+from transfusion.inference.engine import open_run
 
 DIGITS = ("digits", *TINY, "--generation.steps", "2")
 SHAPES = (
@@ -127,6 +133,29 @@ def test_captions_of_coco_stand_beside_all_that_people_said(digits, tmp_path, ca
         assert "2.png" in fails(capsys, 1, "evaluate", digits, "--tasks", "coco", "--coco", tmp_path / name)
 
 
+def test_drawings_from_cocos_captions_are_scored_some_at_a_time(digits, tmp_path, monkeypatch):
+    """30,000 do not fit into memory; the figures are those of all at once."""
+    count = 30
+    real = list(np.random.default_rng(0).integers(0, 256, (count, 12, 10, 3), np.uint8))
+    for n, pixels in enumerate(real):
+        Picture.fromarray(pixels).save(tmp_path / f"{n}.png")
+    captions = [("a red", "a blue", "a green circle")[n % 3] for n in range(count)]
+    write_json(tmp_path / "captions.json", {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(count)],
+        "annotations": [{"image_id": n, "caption": text} for n in range(count) for text in (captions[n], "the second")]})
+    monkeypatch.setattr(suite, "AT_ONCE", 7)
+    words = "--coco", tmp_path / "captions.json", "--features", dino(), "--clip", clip(), "--seed", 2
+    command("evaluate", digits, "--tasks", "coco-images", *words)
+    results = read_json(digits / "results.json")
+    found, features = results["coco"]["coco-images"], open_extractor(str(dino()), torch.device("cpu"))
+    drawn = scenes.draw_captions(open_run(digits, device="cpu"), captions, seed=2)
+    for name, value in image_scores(features(real), features(drawn), seed=2).items():
+        assert found[name] == pytest.approx(value, rel=1e-5)
+    assert found["fid"] > 0 and found["drawn"] == count
+    assert found["clip"] == pytest.approx(ClipScore(str(clip()), torch.device("cpu"))(drawn, captions))
+    assert "Dinov2Model" in results["manifest"]["networks"]["coco coco-images"]
+
+
 NO_COCO = {}, {"images": 3}, {"images": [{}]}, {"images": [], "annotations": [{}]}, {"images": []}
 
 
@@ -148,6 +177,7 @@ def test_what_is_no_file_of_coco_is_refused(tmp_path, values):
     (("--tasks", "choice", "--questions", "nowhere.jsonl"), 1, "nowhere.jsonl"),
     (("--tasks", "coco"), 1, "--coco"),
     (("--tasks", "coco", "--coco", "nowhere.json"), 1, "nowhere.json"),
+    (("--tasks", "coco-images", "--coco", "nowhere.json"), 1, "--features"),
     (("--from", "nowhere.json"), 1, "nowhere.json"),
 ])  # fmt: skip
 def test_a_bad_wish_is_answered_in_a_line(digits, capsys, words, code, said):

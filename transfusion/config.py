@@ -369,8 +369,9 @@ TASKS = {  # of evaluation, by name; "quick" ones are done when nobody names any
     "captions": "held-out pictures, captioned greedily: exact, CIDEr-D, BLEU-4",
     "drawings": "of digits and shapes, read back: the share that is what was asked for",
     "coco": "captions of COCO's pictures beside what people said of them: CIDEr-D, BLEU-4 (Karpathy's test split)",
+    "coco-images": "FID and the rest, and CLIP score, of drawings from a caption of each of COCO's pictures",
     "conditioning": "how much worse pictures are predicted behind others' captions",
-    "text": "bits per byte of held-out text",
+    "text": "bits per byte and perplexity of held-out text",
     "images": "FID, KID, precision, recall, density and coverage of drawings from held-out captions",
     "choice": "ranked multiple choice: how held-out texts go on, or the questions of a file",
     "clip": "CLIP score of drawings from held-out captions",
@@ -390,11 +391,11 @@ class EvaluationConfig:
     sampler: str | None = None  # these three: None, the run's own
     steps: int | None = None
     guidance_scale: float | None = None
-    features: str | None = None  # of `images`: Inception's weights (a file), a vision model; None: a small network
+    features: str | None = None  # of images: Inception's weights (a file), a vision model; None: a small network
     clip: str | None = None  # a CLIP model, a folder or owner/name
     questions: str | None = None  # of `choice`: a file of JSON lines
-    coco: str | None = None  # of `coco`: Karpathy's dataset_coco.json, or COCO's annotations
-    pictures: str | None = None  # of `coco`: the folder from which its paths count; None: the file's own
+    coco: str | None = None  # Karpathy's dataset_coco.json, or COCO's annotations
+    pictures: str | None = None  # of COCO: the folder from which its paths count; None: the file's own
 
     def __post_init__(self):
         for task in self.tasks or ():

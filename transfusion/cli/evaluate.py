@@ -40,9 +40,9 @@ class Evaluate:
     """Of the task choice: a file of JSON lines, {"context": ..., "choices": [...], "answer": 0}; without it, how held-out
     texts go on."""
     coco: str | None = None
-    """Of the task coco: Karpathy's dataset_coco.json (its test split; all of it: --count 5000), or COCO's annotations."""
+    """Of coco and coco-images: Karpathy's dataset_coco.json (its test split; all: --count 5000), or COCO's annotations."""
     pictures: str | None = None
-    """Of the task coco: the folder from which its paths count, if not that of the file."""
+    """Of coco and coco-images: the folder from which its paths count, if not that of the file."""
     device: Device = "auto"
 
 

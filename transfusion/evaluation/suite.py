@@ -3,9 +3,10 @@
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from transfusion.data.sources import open_raw
 from transfusion.data.topics import Topics
 from transfusion.disk import OpenError, read_json, write_json
 from transfusion.evaluation.captions import caption_heldout
+from transfusion.evaluation.coco import Captioned, read_coco, read_pictures
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.digits import draw_digits
 from transfusion.evaluation.perplexity import bits_per_byte, heldout_topics
@@ -28,6 +30,13 @@ SEEN = 2_000  # training pictures that the small network for features learns fro
 PROMPTS = 25  # of each of GenEval's questions about shapes
 CLOSE = 1e-6  # relative: figures that lie no farther apart agree
 PACKAGES = ("transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
+
+COCO = "Karpathy's dataset_coco.json, or COCO's annotations"
+NEEDS = (  # task, option, what that is
+    ("clip", "clip", "the folder of a CLIP model, or owner/name"), ("coco", "coco", COCO), ("coco-images", "coco", COCO),
+    ("coco-images", "features", "Inception's weights (a file), or a vision model"),
+)  # fmt: skip
+AT_ONCE = 64  # pictures of COCO: 30,000 would not fit into memory
 
 Say = Callable[[str], None]
 
@@ -107,8 +116,9 @@ class Suite:
         for source in open_raw(self.engine.run.data, "heldout"):
             tasks = self._tasks_of(source)
             found |= {(source.name, name): tasks[name] for name in wanted if name in tasks}
-        if "coco" in wanted:
-            found["coco", "coco"] = self._coco
+        for name, task in (("coco", self._coco), ("coco-images", self._coco_images)):
+            if name in wanted:
+                found["coco", name] = task
         if "llama" in wanted:
             found["lm_eval", "llama"] = self._llama
         missing = [name for name in self.asked.tasks or () if name not in {what for _, what in found}]
@@ -117,10 +127,9 @@ class Suite:
             raise ValueError(f"{sources}: there is nothing in the data of this run for the task {missing[0]}")
         if not found:
             raise ValueError(f"nothing in the data of this run can be asked for {', '.join(wanted)}")
-        if "clip" in wanted and self.asked.clip is None:
-            raise ValueError("the task clip needs --clip: the folder of a CLIP model, or owner/name")
-        if "coco" in wanted and self.asked.coco is None:
-            raise ValueError("the task coco needs --coco: Karpathy's dataset_coco.json, or COCO's annotations")
+        for name, option, what in NEEDS:
+            if name in wanted and getattr(self.asked, option) is None:
+                raise ValueError(f"the task {name} needs --{option}: {what}")
         return found
 
     def _tasks_of(self, source: Source) -> dict[str, Callable[[], dict]]:
@@ -197,14 +206,37 @@ class Suite:
 
     def _coco(self) -> dict:
         from transfusion.evaluation.captions import by_words, caption_pictures
-        from transfusion.evaluation.coco import read_coco, read_pictures
 
-        path = Path(self.asked.coco)
-        captioned = read_coco(path, self.asked.count)
-        said = caption_pictures(self.engine, read_pictures(captioned, path, self.asked.pictures))
+        captioned, pictures = self._read_coco()
+        said = caption_pictures(self.engine, pictures)
         references = [one.references for one in captioned]
         answers = [{"picture": one.path, "said": text} for one, text in zip(captioned, said, strict=True)]
         return {**by_words(said, references), "count": len(said), "answers": answers}
+
+    def _coco_images(self) -> dict:
+        """A drawing from the first of each picture's captions, beside the pictures."""
+        from transfusion.evaluation.clip_score import ClipScore
+        from transfusion.evaluation.features import open_extractor
+        from transfusion.evaluation.image_scores import image_scores
+
+        captioned, pictures = self._read_coco()
+        features = open_extractor(self.asked.features, self.engine.device)
+        clip = ClipScore(self.asked.clip, self.engine.device) if self.asked.clip else None
+        self.networks["coco coco-images"] = " and ".join(network.name for network in (features, clip) if network)
+        real, drawn, scores = [], [], []  # features twice, and CLIP's
+        for first in range(0, len(captioned), AT_ONCE):
+            captions = [one.references[0] for one in captioned[first : first + AT_ONCE]]
+            made = draw_captions(self.engine, captions, self.asked.seed + first)
+            drawn.append(features(made))
+            real.append(features(list(islice(pictures, len(made)))))
+            scores += [clip.each(made, captions)] if clip else []
+        found = image_scores(np.concatenate(real), np.concatenate(drawn), self.asked.seed)
+        return {"features": features.name, **found} | ({"clip": float(np.concatenate(scores).mean())} if clip else {})
+
+    def _read_coco(self) -> tuple[list[Captioned], Iterator[np.ndarray]]:
+        path = Path(self.asked.coco)
+        captioned = read_coco(path, self.asked.count)
+        return captioned, read_pictures(captioned, path, self.asked.pictures)
 
     def _llama(self) -> dict:
         from transfusion.evaluation.multiple_choice import llama_suite
