@@ -214,8 +214,8 @@ def test_what_a_table_types_is_understood(module, scale):
         built = blueprint(run.model)
         kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
         assert type(built.patches).__name__ == kind
-        assert (run.data.row_length, run.training.steps) == (320, of.steps)
-        assert run.data.rows == of.rows // (2 if run.data.sources == ("topics",) else 1)
+        assert (run.data.row_length, run.training.steps) == (320, (2 if run.data.prepared else 1) * of.steps)
+        assert run.data.rows == of.rows // (3 if run.data.sources == ("topics",) else 1)
     for claim in table.claims:
         assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
 
