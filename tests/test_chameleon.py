@@ -256,7 +256,7 @@ def test_a_grid_of_codes_goes_to_the_disk_and_comes_back(folders):
     assert len({codes.tobytes() for codes in known}) > 1  # the codec tells scenes apart
 
 
-def test_the_same_commands_train_draw_and_measure(folders):
+def test_the_same_commands_train_draw_and_measure(folders, capsys):
     command(*train(folders, "run", "--model.patches", "codes", "--model.patch-size", "1"))
     heldout = [line for line in (folders / "run" / "metrics.jsonl").read_text().splitlines() if "heldout" in line]
     assert '"image_loss"' in heldout[-1]
@@ -267,6 +267,9 @@ def test_the_same_commands_train_draw_and_measure(folders):
     assert 0 <= results["shapes"]["drawings"]["everything"] <= 1
     assert results["shapes"]["conditioning"]["image_loss"] > 0
     command("report", str(folders / "run"))
+    for words in (("generate", "--num-images", "1", "--sampler", "ddim"), ("evaluate", "--steps", "5")):
+        said = fails(capsys, 2 if words[0] == "generate" else 1, words[0], str(folders / "run"), *words[1:])
+        assert "code by code" in said and words[-2].removeprefix("--") in said
 
 
 def test_a_model_that_does_not_suit_the_data_is_refused(folders, capsys):

@@ -184,7 +184,7 @@ def generate(arguments: list[str]) -> None:
     names = [f.name for f in fields(GenerationConfig) if getattr(asked, f.name, None) is not None]
     engine = open_run(asked.run, asked.weights, asked.device)
     try:
-        generation = replace(engine.run.generation, **{name: getattr(asked, name) for name in names})
+        generation = engine.generation(**{name: getattr(asked, name) for name in names})
         size = None if asked.size is None else parse_size(asked.size)
         number = engine.submit(Request(parts, asked.num_images, asked.seed, generation, size))
     except ValueError as error:

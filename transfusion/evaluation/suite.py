@@ -106,8 +106,7 @@ class Suite:
     def __post_init__(self):
         chosen = {name: getattr(self.asked, name) for name in ("sampler", "steps", "guidance_scale")}
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        run = self.engine.run
-        self.engine.run = replace(run, generation=replace(run.generation, **chosen))
+        self.engine.run = replace(self.engine.run, generation=self.engine.generation(**chosen))
 
     def tasks(self) -> dict[tuple[str, str], Callable[[], dict]]:
         """By source and name, what was asked for and can be done. ValueError names what cannot."""

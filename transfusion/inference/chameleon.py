@@ -19,6 +19,7 @@ from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import NOTHING, Vocabulary
 
 GREY = 128  # of what is not drawn yet
+OF_NOISE = frozenset({"sampler", "steps", "shift", "guidance_interval", "guidance_rescale", "clip_clean"})  # no use here
 
 
 @dataclass

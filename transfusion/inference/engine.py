@@ -11,8 +11,9 @@ the text was dropped: bos, the prompt's images, boi. It is read in the same forw
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,6 +140,13 @@ class Engine:
         self.rows: list[Row] = []
         self.requests = 0
         self.free_slots: dict[tuple[int, int], int] = {}  # by shape: bos and boi, read once
+
+    def generation(self, **chosen: Any) -> GenerationConfig:
+        """The run's own, with what was chosen. ValueError when that is out of bounds, or of no use to a run of codes."""
+        useless = sorted(chosen.keys() & chameleon.OF_NOISE) if self.codes else ()
+        if useless:
+            raise ValueError(f"this run draws an image code by code, without noise: {useless[0]} has no use")
+        return replace(self.run.generation, **chosen)
 
     def submit(self, request: Request) -> int:
         """Take a request; its number comes back with every event. ValueError when it cannot be done."""
