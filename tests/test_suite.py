@@ -84,9 +84,11 @@ def test_what_was_measured_is_measured_again_and_agrees(measured, tmp_path, caps
     assert (measured / "results.json").read_bytes() == before
     results = json.loads(before)
     results["topics"]["text"]["bits_per_byte"] += 0.01
+    results["manifest"]["versions"]["torch"] = "1.0"
     write_json(tmp_path / "changed.json", results)
     said = fails(capsys, 1, "evaluate", measured, "--from", tmp_path / "changed.json")
     assert "1 figures differ" in said and "topics text bits_per_byte" in said
+    assert "versions torch: '1.0' there" in said
 
 
 def test_of_shapes_geneval_is_asked_from_the_pixels(tmp_path, monkeypatch):

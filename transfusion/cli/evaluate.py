@@ -76,9 +76,9 @@ def _again(folder: Path, path: Path, device: str) -> None:
     from transfusion.evaluation.suite import repeat
     from transfusion.inference.engine import open_run
 
-    found = repeat(open_run(folder, device=device), folder, path, say)
+    found, why = repeat(open_run(folder, device=device), folder, path, say)
     say(f"{path}: " + ("all figures agree" if not found else f"{len(found)} figures differ"))
-    for line in found:
+    for line in [*found, *why] if found else ():
         say(f"  {line}")
     if found:
         sys.exit(1)

@@ -28,6 +28,7 @@ from transfusion.inference.engine import Engine
 
 SEEN = 2_000  # training pictures that the small network for features learns from
 PROMPTS = 25  # of each of GenEval's questions about shapes
+CIRCUMSTANCES = "dtype", "device", "machine", "python", "versions"  # of a manifest: they may change the last digits
 CLOSE = 1e-6  # relative: figures that lie no farther apart agree
 PACKAGES = ("transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
 
@@ -63,9 +64,9 @@ def measure(engine: Engine, folder: Path, asked: EvaluationConfig, say: Say = pr
     return results
 
 
-def repeat(engine: Engine, folder: Path, path: Path, say: Say = print) -> list[str]:
-    """Measure again what a results.json holds, by its manifest: in what the figures differ, in words. OpenError when it
-    holds no manifest that can be followed."""
+def repeat(engine: Engine, folder: Path, path: Path, say: Say = print) -> tuple[list[str], list[str]]:
+    """Measure again what a results.json holds, by its manifest: in what the figures differ, in words, and what else is not
+    as it was, which may be why. OpenError when it holds no manifest that can be followed."""
     before = read_json(path)
     try:
         asked = from_json(EvaluationConfig, before["manifest"]["asked"])
@@ -73,7 +74,9 @@ def repeat(engine: Engine, folder: Path, path: Path, say: Say = print) -> list[s
         raise OpenError(f"{path} does not say how it was measured: {error}") from None
     now = measure(engine, folder, asked, say)
     others = before["manifest"].get("data") != now["manifest"]["data"]
-    return (["the run's data are others than they were"] if others else []) + list(differences(before, now))
+    found = (["the run's data are others than they were"] if others else []) + list(differences(before, now))
+    then, today = ({name: one["manifest"].get(name) for name in CIRCUMSTANCES} for one in (before, now))
+    return found, list(differences(then, today))
 
 
 def differences(before: object, now: object, where: str = ""):
