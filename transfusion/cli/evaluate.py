@@ -32,10 +32,10 @@ class Evaluate:
     steps: int | None = None
     guidance_scale: float | None = None
     features: str | None = None
-    """Of the task images: Inception's weights (a .safetensors or .pth file), or a vision model of transformers (a folder, or
-    owner/name); without it a small network is trained on the run's data, whose figures are no published FID."""
+    """Of images and coco-images: Inception's weights (a .safetensors or .pth file), or a vision model of transformers (a
+    folder, or owner/name); without it a small network is trained on the run's data: no published FID."""
     clip: str | None = None
-    """Of the task clip: a CLIP model, a folder or owner/name."""
+    """Of clip and coco-images: a CLIP model, a folder or owner/name."""
     questions: str | None = None
     """Of the task choice: a file of JSON lines, {"context": ..., "choices": [...], "answer": 0}; without it, how held-out
     texts go on."""
