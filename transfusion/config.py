@@ -375,7 +375,7 @@ TASKS = {  # of evaluation, by name; "quick" ones are done when nobody names any
     "images": "FID, KID, precision, recall, density and coverage of drawings from held-out captions",
     "choice": "ranked multiple choice: how held-out texts go on, or the questions of a file",
     "clip": "CLIP score of drawings from held-out captions",
-    "geneval": "of shapes: GenEval's questions, answered from the pixels",
+    "geneval": "GenEval: of shapes, answered from the pixels; with --detector its 553 prompts",
     "llama": "the seven tasks of the Llama suite, through lm_eval and the hub",
 }
 QUICK = ("captions", "drawings", "conditioning", "text")
@@ -393,6 +393,7 @@ class EvaluationConfig:
     guidance_scale: float | None = None
     features: str | None = None  # of images: Inception's weights (a file), a vision model; None: a small network
     clip: str | None = None  # a CLIP model, a folder or owner/name
+    detector: str | None = None  # of GenEval's 553 prompts: a model that segments instances, a folder or owner/name
     questions: str | None = None  # of `choice`: a file of JSON lines
     coco: str | None = None  # Karpathy's dataset_coco.json, or COCO's annotations
     pictures: str | None = None  # of COCO: the folder from which its paths count; None: the file's own

@@ -35,7 +35,10 @@ class Evaluate:
     """Of images and coco-images: Inception's weights (a .safetensors or .pth file), or a vision model of transformers (a
     folder, or owner/name); without it a small network is trained on the run's data: no published FID."""
     clip: str | None = None
-    """Of clip and coco-images: a CLIP model, a folder or owner/name."""
+    """Of clip, coco-images and geneval: a CLIP model, a folder or owner/name."""
+    detector: str | None = None
+    """Of geneval: a model of transformers that segments instances of COCO's 80 kinds, a folder or owner/name; with --clip,
+    which tells colours. Published figures: Mask2Former with Swin-S, CLIP ViT-L/14."""
     questions: str | None = None
     """Of the task choice: a file of JSON lines, {"context": ..., "choices": [...], "answer": 0}; without it, how held-out
     texts go on."""

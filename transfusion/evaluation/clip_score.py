@@ -45,12 +45,12 @@ class ClipScore:
         if len(pictures) != len(captions) or not captions:
             raise ValueError(f"{len(pictures)} pictures need one caption each, not {len(captions)}")
         shown = torch.from_numpy(self.vision(pictures))  # (N, D)
-        said = torch.cat([self._read(captions[n : n + AT_ONCE]) for n in range(0, len(captions), AT_ONCE)])  # (N, D)
+        said = torch.cat([self.read(captions[n : n + AT_ONCE]) for n in range(0, len(captions), AT_ONCE)])  # (N, D)
         return 100 * F.cosine_similarity(shown.double(), said.double()).clamp(min=0).numpy()
 
     @torch.inference_mode()
-    def _read(self, captions: Sequence[str]) -> torch.Tensor:
-        """(N, D) embeddings."""
+    def read(self, captions: Sequence[str]) -> torch.Tensor:
+        """Their embeddings, (N, D)."""
         tokens = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
         ).to(self.device)  # (N, L)

@@ -46,10 +46,8 @@ class VisionModel:
 
         ValueError when there is none, it was not written as safetensors, or lacks weights.
         """
-        self.folder, self.model, self.prepare = _open(source)
-        self.model.eval().requires_grad_(False).to(device)
-        digests = [sha256_of(path)[:8] for path in sorted(self.folder.glob("*.safetensors"))]
-        self.name, self.device = " ".join([type(self.model).__name__, source, *digests]), device
+        self.folder, self.model, self.prepare, self.name = open_pretrained(source, "AutoModel", device)
+        self.device = device
         self.look = getattr(self.model, "get_image_features", self.model)
         self.features = self([np.zeros((32, 32, 3), np.uint8)]).shape[1]
 
@@ -67,24 +65,27 @@ class VisionModel:
         return np.concatenate(found) if found else np.empty((0, self.features), np.float32)
 
 
-def _open(source: str) -> tuple[Path, nn.Module, Any]:
-    """The folder of a model, the model, and what prepares pictures for it."""
+def open_pretrained(source: str, kind: str, device: torch.device) -> tuple[Path, nn.Module, Any, str]:
+    """A model of transformers that looks at pictures, by one of its auto classes: its folder, the model, what prepares
+    pictures for it, and its name with the first digits of its weights' SHA-256. ValueError says why it cannot be opened."""
     try:
-        from transformers import AutoImageProcessor, AutoModel
+        import transformers
     except ImportError:
         raise ValueError(f"{source} needs transformers: pip install 'transfusion[pretrained]'") from None
     try:
         folder = Path(source) if Path(source).is_dir() else _download(source)
-        model, report = AutoModel.from_pretrained(
+        model, report = getattr(transformers, kind).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-        prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        prepare = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the hub's client and transformers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no vision model can be opened at {source}: {reason}") from None
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights, {min(report['missing_keys'])} for one: chance would stand in for them")
-    return folder, model, prepare
+    digests = [sha256_of(path)[:8] for path in sorted(folder.glob("*.safetensors"))]
+    name = " ".join([type(model).__name__, source, *digests])
+    return folder, model.eval().requires_grad_(False).to(device), prepare, name
 
 
 def _download(source: str) -> Path:

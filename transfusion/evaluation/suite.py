@@ -33,9 +33,10 @@ CLOSE = 1e-6  # relative: figures that lie no farther apart agree
 PACKAGES = ("transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
 
 COCO = "Karpathy's dataset_coco.json, or COCO's annotations"
-NEEDS = (  # task, option, what that is
+NEEDS = (  # task or option, the option that it needs, what that is
     ("clip", "clip", "the folder of a CLIP model, or owner/name"), ("coco", "coco", COCO), ("coco-images", "coco", COCO),
     ("coco-images", "features", "Inception's weights (a file), or a vision model"),
+    ("detector", "clip", "the folder of a CLIP model, or owner/name, which tells colours"),
 )  # fmt: skip
 AT_ONCE = 64  # pictures of COCO: 30,000 would not fit into memory
 
@@ -121,17 +122,21 @@ class Suite:
         for name, task in (("coco", self._coco), ("coco-images", self._coco_images)):
             if name in wanted:
                 found["coco", name] = task
+        if "geneval" in wanted and self.asked.detector is not None:
+            found["geneval", "geneval"] = self._geneval_published
         if "llama" in wanted:
             found["lm_eval", "llama"] = self._llama
         missing = [name for name in self.asked.tasks or () if name not in {what for _, what in found}]
         if missing:
             sources = ", ".join(self.engine.run.data.sources)
-            raise ValueError(f"{sources}: there is nothing in the data of this run for the task {missing[0]}")
+            hint = " without --detector" if missing[0] == "geneval" else ""
+            raise ValueError(f"{sources}: there is nothing in the data of this run for the task {missing[0]}{hint}")
         if not found:
             raise ValueError(f"nothing in the data of this run can be asked for {', '.join(wanted)}")
+        asked_for = {*wanted, "detector"} if self.asked.detector else wanted
         for name, option, what in NEEDS:
-            if name in wanted and getattr(self.asked, option) is None:
-                raise ValueError(f"the task {name} needs --{option}: {what}")
+            if name in asked_for and getattr(self.asked, option) is None:
+                raise ValueError(f"{name} needs --{option}: {what}")
         return found
 
     def _tasks_of(self, source: Source) -> dict[str, Callable[[], dict]]:
@@ -205,6 +210,15 @@ class Suite:
 
         prompts = shapes_prompts((source[n].pair[0] for n in range(len(source))), PROMPTS)
         return draw_geneval(self.engine, prompts, find_things, self.asked.seed)[0]
+
+    def _geneval_published(self) -> dict:
+        from transfusion.evaluation.detector import InstanceDetector
+        from transfusion.evaluation.geneval import draw_geneval
+        from transfusion.evaluation.geneval_prompts import published_prompts
+
+        detect = InstanceDetector(self.asked.detector, self.asked.clip, self.engine.device)
+        self.networks["geneval geneval"] = detect.name
+        return draw_geneval(self.engine, published_prompts(), detect, self.asked.seed)[0]
 
     def _coco(self) -> dict:
         from transfusion.evaluation.captions import by_words, caption_pictures
