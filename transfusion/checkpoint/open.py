@@ -17,7 +17,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.model.transfusion import Transfusion, count_parameters, empty, read_config
-from transfusion.model.weights import CONFIG, find_folder, read_weights
+from transfusion.model.weights import CONFIG, find_folder, load_weights
 from transfusion.parallel import ALONE, Ranks, lower_precision, lower_weights, pick_device, precision
 from transfusion.sequence import Vocabulary
 
@@ -86,7 +86,7 @@ def is_exported(folder: Path) -> bool:
 def _read_exported(folder: Path, model: Transfusion, weights: str) -> int:
     """Fill in the weights that were exported: the step from which they are."""
     check_exported(folder, weights)
-    read_weights(folder, model)
+    load_weights(folder, model)
     return read_json(folder / CONFIG)["weights"]["step"]
 
 

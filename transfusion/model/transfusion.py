@@ -17,7 +17,7 @@ from transfusion.model.mask import Mask, packed
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet import UNetPatches
-from transfusion.model.weights import CONFIG, find_folder, read_weights, write_weights
+from transfusion.model.weights import CONFIG, find_folder, load_weights, write_weights
 from transfusion.sequence import Batch
 
 KIND = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # of a config.json
@@ -86,7 +86,7 @@ class Transfusion(nn.Module):
         """
         folder = find_folder(place)
         model = empty(read_config(folder), device)
-        read_weights(folder, model)
+        load_weights(folder, model)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

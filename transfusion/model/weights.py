@@ -91,7 +91,7 @@ class Weights:
 
 
 @torch.no_grad()
-def read_weights(folder: Path, model: nn.Module) -> None:
+def load_weights(folder: Path, model: nn.Module) -> None:
     """Fill in all of a model's weights. OpenError when names or shapes are not those of the folder."""
     weights, wanted = Weights(folder), model.state_dict()
     for name in sorted(weights.names ^ wanted.keys()):
