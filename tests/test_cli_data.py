@@ -175,6 +175,11 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     results = json.loads((run / "results.json").read_text())
     assert results["photos"]["captions"]["count"] > 3
     assert results["texts"]["text"]["bits_per_byte"] > 0
+    exported = tmp_path / "exported"
+    command("export", run, "--out", exported)
+    assert "--data" in fails(capsys, 1, "evaluate", exported)  # they are not part of what is exported
+    command("evaluate", exported, "--data", data)
+    assert json.loads((exported / "results.json").read_text())["photos"] == results["photos"]
     command("report", run)
     assert "photos" in (run / "report.html").read_text()
     command("generate", run, "red above blue", "--num-images", 1, "--steps", 2, "--out", tmp_path / "out")

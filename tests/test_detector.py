@@ -23,15 +23,16 @@ from transformers import (
 from tests.test_cli import TINY, command, fails
 from tests.test_features import clip
 from transfusion.disk import read_json
-from transfusion.evaluation import geneval_prompts
+from transfusion.evaluation import suite
 from transfusion.evaluation.detector import InstanceDetector
 from transfusion.evaluation.geneval_prompts import COLOURS, NAMES, published_prompts
 
 CPU = torch.device("cpu")
+OTHERS = tuple({"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa"}.get(name, name) for name in NAMES)
 
 
 @cache
-def mask2former(kinds: int = len(NAMES)) -> Path:
+def mask2former(names: tuple[str, ...] = OTHERS) -> Path:
     """A small one of chance, made sure of itself."""
     torch.manual_seed(3)
     swin = SwinConfig(
@@ -41,7 +42,7 @@ def mask2former(kinds: int = len(NAMES)) -> Path:
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
         backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1, decoder_layers=2,
         num_attention_heads=2, encoder_feedforward_dim=32, dim_feedforward=32, num_queries=6,
-        id2label={n: str(n) for n in range(kinds)},
+        id2label=dict(enumerate(names)),
     ))  # fmt: skip
     with torch.no_grad():
         model.class_predictor.weight.normal_(0, 8)
@@ -113,11 +114,19 @@ def test_its_name_says_by_which_weights():
 
 def test_one_that_knows_other_things_than_coco_is_refused():
     with pytest.raises(ValueError, match="tells 7 kinds of things apart: GenEval asks for COCO's 80"):
-        InstanceDetector(str(mask2former(7)), str(clip()), CPU)
+        InstanceDetector(str(mask2former(NAMES[:7])), str(clip()), CPU)
+    with pytest.raises(ValueError, match="calls its kind 0 'toothbrush', which in COCO is 'person'"):
+        InstanceDetector(str(mask2former(NAMES[::-1])), str(clip()), CPU)
+
+
+def test_one_that_gives_no_masks_is_refused(monkeypatch):
+    monkeypatch.setattr(Mask2FormerImageProcessorPil, "post_process_instance_segmentation", lambda self, outputs: [])
+    with pytest.raises(ValueError, match="gives no mask for each thing"):
+        InstanceDetector(str(mask2former()), str(clip()), CPU)
 
 
 def test_a_run_is_asked_the_published_prompts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(geneval_prompts, "published_prompts", lambda: published_prompts()[:2])
+    monkeypatch.setattr(suite, "published_prompts", lambda: published_prompts()[:2])
     run = tmp_path / "run"
     command("train", "digits", *TINY, "--generation.steps", "1", "--out", run)
     words = "evaluate", run, "--tasks", "geneval", "--detector", mask2former()
@@ -126,4 +135,4 @@ def test_a_run_is_asked_the_published_prompts(tmp_path, monkeypatch, capsys):
     results = read_json(run / "results.json")
     assert results["geneval"]["geneval"]["count_drawn"] == 8
     assert 0 <= results["geneval"]["geneval"]["overall"] <= 1
-    assert results["manifest"]["networks"]["geneval geneval"].startswith("Mask2Former")
+    assert results["manifest"][0]["networks"]["geneval geneval"].startswith("Mask2Former")

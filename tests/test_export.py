@@ -120,7 +120,7 @@ def test_where_data_lie_on_this_machine_stays_at_home(run, tmp_path):
 def test_the_card_has_the_figures(run, tmp_path):
     assert "has not been measured" in (export(run, tmp_path / "before") / "README.md").read_text()
     home = shutil.copytree(run, tmp_path / "run")
-    results = {"step": 7, "digits": {"captions": {"exact": 0.9697, "documents": 2970}}, "manifest": {"torch": "9.9"}}
+    results = {"step": 7, "digits": {"captions": {"exact": 0.9697, "documents": 2970}}, "manifest": [{"torch": "9.9"}]}
     (home / "results.json").write_text(json.dumps(results))
     card = (export(home, tmp_path / "after") / "README.md").read_text()
     assert "| digits captions exact | 0.9697 |" in card

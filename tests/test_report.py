@@ -184,7 +184,7 @@ def digits_run(folder: Path) -> Run:
         },
         "topics": {"text": {"bits_per_byte": 2.4516, "bytes": 18025,
                             "xz_alone": 2.9523, "xz_after_training_text": 1.747}},
-        "manifest": {"machine": "x86_64, 2 cores", "device": "cpu"},
+        "manifest": [{"machine": "x86_64, 2 cores", "device": "cpu"}],
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
     return run

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
+from PIL import ImageOps
 
 from tests.test_cli import TINY, command, fails
 from tests.test_features import clip, dino
@@ -21,7 +22,7 @@ from transfusion.evaluation.clip_score import ClipScore
 from transfusion.evaluation.coco import read_coco, read_pictures
 from transfusion.evaluation.features import open_extractor
 from transfusion.evaluation.image_scores import image_scores
-from transfusion.evaluation.suite import differences
+from transfusion.evaluation.results import differences
 from transfusion.inference.engine import open_run
 
 DIGITS = ("digits", *TINY, "--generation.steps", "2")
@@ -69,7 +70,7 @@ def test_every_task_of_a_run_is_in_its_results(measured):
 
 
 def test_the_manifest_says_what_it_takes_to_repeat_them(measured):
-    manifest = read_json(measured / "results.json")["manifest"]
+    (manifest,) = read_json(measured / "results.json")["manifest"]
     asked = from_json(EvaluationConfig, manifest["asked"])
     assert asked == EvaluationConfig(tasks=(*QUICK, "choice", "images"), count=60, seed=3, guidance_scale=1.5)
     assert manifest["generation"]["guidance_scale"] == 1.5 and manifest["generation"]["steps"] == 2
@@ -84,7 +85,7 @@ def test_what_was_measured_is_measured_again_and_agrees(measured, tmp_path, caps
     assert (measured / "results.json").read_bytes() == before
     results = json.loads(before)
     results["topics"]["text"]["bits_per_byte"] += 0.01
-    results["manifest"]["versions"]["torch"] = "1.0"
+    results["manifest"][0]["versions"]["torch"] = "1.0"
     write_json(tmp_path / "changed.json", results)
     said = fails(capsys, 1, "evaluate", measured, "--from", tmp_path / "changed.json")
     assert "1 figures differ" in said and "topics text bits_per_byte" in said
@@ -105,9 +106,44 @@ def test_of_shapes_geneval_is_asked_from_the_pixels(tmp_path, monkeypatch):
 
 def test_without_tasks_it_is_the_quick_ones(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink(missing_ok=True)
     command("evaluate", tmp_path / "run", "--count", "20")
     results = read_json(tmp_path / "run" / "results.json")
     assert {*results["digits"], *results["topics"]} == set(QUICK)
+
+
+def test_figures_stay_until_they_are_measured_anew(digits, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(digits, run)
+    write_json(run / "results.json", {"run": "digits", "step": 1, "digits": {"drawings": {}}, "manifest": []})
+    command("evaluate", run, "--count", "20", "--tasks", "conditioning", "text")  # those of another step are gone
+    assert read_json(run / "results.json").keys() & {"digits", "topics", "shapes"} == {"digits", "topics"}
+    command("evaluate", run, "--count", "30", "--tasks", "conditioning")
+    results = read_json(run / "results.json")
+    assert results["digits"].keys() == {"conditioning"} and results["digits"]["conditioning"]["count"] == 30
+    assert [entry["measured"] for entry in results["manifest"]] == [[["topics", "text"]], [["digits", "conditioning"]]]
+    assert [entry["asked"]["tasks"] for entry in results["manifest"]] == [["text"], ["conditioning"]]
+    command("evaluate", "--from", run / "results.json")
+    assert "all figures agree" in capsys.readouterr().err
+    monkeypatch.setattr(suite, "heldout_topics", lambda engine: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("evaluate", run, "--count", "25", "--tasks", "conditioning", "text")
+    after = read_json(run / "results.json")
+    assert after["digits"]["conditioning"]["count"] == 25 and after["topics"] == results["topics"]  # kept as they come
+
+
+def test_what_is_not_there_is_said_before_anything_is_measured(digits, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "conditioning_gap", lambda *given: 1 / 0)
+    for words in (("choice", "--questions", "nowhere.jsonl"), ("images", "--features", "nowhere.pth")):
+        assert words[-1] in fails(capsys, 1, "evaluate", digits, "--tasks", "conditioning", *words)
+
+
+def test_questions_need_nothing_but_the_run(tmp_path):
+    """A run of pictures alone can read."""
+    command("train", *SHAPES, "--out", tmp_path / "run")
+    (tmp_path / "q.jsonl").write_text('{"context": "a red", "choices": [" disc", " square"], "answer": 0}\n')
+    command("evaluate", tmp_path / "run", "--tasks", "choice", "--questions", tmp_path / "q.jsonl")
+    assert read_json(tmp_path / "run" / "results.json")["questions"]["choice"]["count"] == 1
 
 
 def test_captions_of_coco_stand_beside_all_that_people_said(digits, tmp_path, capsys):
@@ -136,7 +172,8 @@ def test_captions_of_coco_stand_beside_all_that_people_said(digits, tmp_path, ca
 
 
 def test_drawings_from_cocos_captions_are_scored_some_at_a_time(digits, tmp_path, monkeypatch):
-    """30,000 do not fit into memory; the figures are those of all at once."""
+    """30,000 do not fit into memory; the figures are those of all at once. Real ones are cut to what is drawn: a model that
+    draws them just so is no way off."""
     count = 30
     real = list(np.random.default_rng(0).integers(0, 256, (count, 12, 10, 3), np.uint8))
     for n, pixels in enumerate(real):
@@ -151,11 +188,16 @@ def test_drawings_from_cocos_captions_are_scored_some_at_a_time(digits, tmp_path
     results = read_json(digits / "results.json")
     found, features = results["coco"]["coco-images"], open_extractor(str(dino()), torch.device("cpu"))
     drawn = scenes.draw_captions(open_run(digits, device="cpu"), captions, seed=2)
-    for name, value in image_scores(features(real), features(drawn), seed=2).items():
+    cut = [np.asarray(ImageOps.fit(Picture.fromarray(pixels), (8, 8), Picture.Resampling.LANCZOS)) for pixels in real]
+    for name, value in image_scores(features(cut), features(drawn), seed=2).items():
         assert found[name] == pytest.approx(value, rel=1e-5)
     assert found["fid"] > 0 and found["drawn"] == count
     assert found["clip"] == pytest.approx(ClipScore(str(clip()), torch.device("cpu"))(drawn, captions))
-    assert "Dinov2Model" in results["manifest"]["networks"]["coco coco-images"]
+    assert "Dinov2Model" in results["manifest"][-1]["networks"]["coco coco-images"]
+    left = iter(cut)
+    monkeypatch.setattr(suite, "draw_captions", lambda engine, captions, seed: [next(left) for _ in captions])
+    command("evaluate", digits, "--tasks", "coco-images", *words)
+    assert read_json(digits / "results.json")["coco"]["coco-images"]["fid"] == pytest.approx(0, abs=1e-4)
 
 
 NO_COCO = {}, {"images": 3}, {"images": [{}]}, {"images": [], "annotations": [{}]}, {"images": []}
@@ -180,6 +222,8 @@ def test_what_is_no_file_of_coco_is_refused(tmp_path, values):
     (("--tasks", "coco"), 1, "--coco"),
     (("--tasks", "coco", "--coco", "nowhere.json"), 1, "nowhere.json"),
     (("--tasks", "coco-images", "--coco", "nowhere.json"), 1, "--features"),
+    (("--tasks", "edits"), 1, "nothing in the data of this run for the task edits"),
+    (("--tasks", "text", "--sampler", "best"), 1, "there is no sampler 'best'"),
     (("--from", "nowhere.json"), 1, "nowhere.json"),
 ])  # fmt: skip
 def test_a_bad_wish_is_answered_in_a_line(digits, capsys, words, code, said):
@@ -189,7 +233,8 @@ def test_a_bad_wish_is_answered_in_a_line(digits, capsys, words, code, said):
 
 
 def test_results_without_a_manifest_are_refused(digits, tmp_path, capsys):
-    for manifest in ({}, {"asked": {"tasks": ["nothing"]}}, {"asked": {"wish": 1}}):
+    for asked in ({}, {"tasks": ["nothing"]}, {"wish": 1}, None):
+        manifest = [] if asked is None else [{"asked": asked, "measured": []}] if asked else [{}]
         write_json(tmp_path / "results.json", {"manifest": manifest})
         said = fails(capsys, 1, "evaluate", digits, "--from", tmp_path / "results.json")
         assert "does not say how it was measured" in said

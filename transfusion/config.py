@@ -370,6 +370,7 @@ TASKS = {  # of evaluation, by name; "quick" ones are done when nobody names any
     "drawings": "of digits and shapes, read back: the share that is what was asked for",
     "coco": "captions of COCO's pictures beside what people said of them: CIDEr-D, BLEU-4 (Karpathy's test split)",
     "coco-images": "FID and the rest, and CLIP score, of drawings from a caption of each of COCO's pictures",
+    "edits": "held-out edits, drawn: how near they come to the picture that was asked for",
     "conditioning": "how much worse pictures are predicted behind others' captions",
     "text": "bits per byte and perplexity of held-out text",
     "images": "FID, KID, precision, recall, density and coverage of drawings from held-out captions",
@@ -386,6 +387,7 @@ class EvaluationConfig:
     """What of a run is measured, and how. `results.json` holds it, and can be measured anew from it."""
 
     tasks: tuple[str, ...] | None = None  # None: what the run supports of the quick ones
+    data: tuple[str, ...] | None = None  # prepared data; None: the run's own
     count: int = 200  # held-out documents of each source that are captioned, drawn, read
     seed: int = 0
     sampler: str | None = None  # these three: None, the run's own

@@ -215,7 +215,8 @@ def tell_results(page: Page, material: Material) -> None:
     if figures:
         page.figures(figures)
     else:
-        page.say("This run is not measured yet: `transfusion evaluate` does that and writes `results.json`.")
+        told = "What was measured of it has no figures here" if material.results else "This run is not measured yet"
+        page.say(f"{told}: `transfusion evaluate` writes them all to `results.json`.")
     drawings, text = _result(material, "digits", "drawings"), _result(material, "topics", "text")
     if drawings:
         page.bars(
@@ -270,7 +271,7 @@ def _figures(material: Material) -> Iterator[tuple[str, str, str]]:
 
 
 def _costs(material: Material) -> list[tuple[str, str]]:
-    run, manifest = material.engine.run, material.results.get("manifest")
+    run, manifests = material.engine.run, material.results.get("manifest")
     size = f"{material.engine.opened.parameters:,}: {run.model.layers} layers, {run.model.width} wide"
     read = f"{material.engine.opened.step:,} steps of {run.data.rows} × {run.data.row_length} positions"
     rows = [("Parameters", size), ("Training", read)]
@@ -278,8 +279,8 @@ def _costs(material: Material) -> list[tuple[str, str]]:
         speed = np.median([line["positions_per_second"] for line in material.trained])
         took = _duration(material.trained[-1]["seconds"])
         rows.append(("Time", f"{took}, {speed:,.0f} positions a second"))
-    if manifest:
-        rows.append(("Measured on", f"{manifest['machine']}, {manifest['device']}"))
+    if manifests:
+        rows.append(("Measured on", f"{manifests[-1]['machine']}, {manifests[-1]['device']}"))
     return rows
 
 

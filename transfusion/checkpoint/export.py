@@ -128,7 +128,7 @@ def _measured(results: dict) -> str:
     if not figures:
         return "It has not been measured: the run had no results.json."
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in figures)]
-    return "\n".join([*table, "", "Measured with", "", "```", json.dumps(results.get(MANIFEST, {}), indent=2), "```"])
+    return "\n".join([*table, "", "Measured with", "", "```", json.dumps(results.get(MANIFEST, []), indent=2), "```"])
 
 
 def _figures(values: dict, before: str = ""):

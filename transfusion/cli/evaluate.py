@@ -24,6 +24,8 @@ class Evaluate:
     tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK...", help=WANTED)] = None
     again: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """A results.json: measure what it holds once more, as it says, and tell whether the figures agree."""
+    data: tuple[str, ...] | None = None
+    """Prepared data to measure on, if not the run's own (where those lie now, or others prepared --like it)."""
     count: int = 200
     """Held-out documents of each source that are captioned, drawn and read."""
     seed: int = 0
@@ -55,9 +57,9 @@ def evaluate(arguments: list[str]) -> None:
     if asked.run is None and asked.again is None:
         raise UsageError("name a run's folder, or --from the results.json of one")
     if asked.again is not None:
-        if replace(asked, run=None, again=None, device="auto") != Evaluate():
-            raise UsageError("--from says what is measured and how: name nothing else but the run and --device")
-        return _again(asked.run or asked.again.parent, asked.again, asked.device)
+        if replace(asked, run=None, again=None, data=None, device="auto") != Evaluate():
+            raise UsageError("--from says what is measured and how: name nothing else but the run, --data and --device")
+        return _again(asked.run or asked.again.parent, asked.again, asked.data, asked.device)
     try:
         config = EvaluationConfig(**{f.name: getattr(asked, f.name) for f in fields(EvaluationConfig)})
     except ValueError as error:
@@ -67,21 +69,23 @@ def evaluate(arguments: list[str]) -> None:
 
 def measure(folder: Path, asked: EvaluationConfig, device: str) -> None:
     """Measure a run into its results.json."""
-    from transfusion.evaluation.suite import evaluate
+    from transfusion.evaluation.results import evaluate
     from transfusion.inference.engine import open_run
 
     evaluate(open_run(folder, device=device), folder, asked, say)
     say(f"wrote {folder / 'results.json'}")
 
 
-def _again(folder: Path, path: Path, device: str) -> None:
+def _again(folder: Path, path: Path, data: tuple[str, ...] | None, device: str) -> None:
     """Figure by figure; exit code 1 when one differs."""
-    from transfusion.evaluation.suite import repeat
+    from transfusion.evaluation.results import repeat
     from transfusion.inference.engine import open_run
 
-    found, why = repeat(open_run(folder, device=device), folder, path, say)
+    found, why = repeat(open_run(folder, device=device), folder, path, data, say)
     say(f"{path}: " + ("all figures agree" if not found else f"{len(found)} figures differ"))
-    for line in [*found, *why] if found else ():
+    for line in found:
         say(f"  {line}")
+    for line in why if found else ():
+        say(f"  not as it was: {line}")
     if found:
         sys.exit(1)

@@ -49,6 +49,14 @@ def read_pictures(captioned: Sequence[Captioned], path: Path, pictures: str | No
             raise OpenError(f"{path}: {fault.message}") from None
 
 
+def find_missing(captioned: Sequence[Captioned], path: Path, pictures: str | None) -> None:
+    """OpenError names the first picture that is not there."""
+    beside = Files.at(str(path), pictures).beside(str(path.resolve()))
+    for one in captioned:
+        if not beside.has(one.path):
+            raise OpenError(f"{path}: there is no picture {one.path}")
+
+
 def _karpathy(values: dict) -> list[Captioned]:
     """Paths as he lists them: val2014/COCO_val2014_000000391895.jpg."""
     return [

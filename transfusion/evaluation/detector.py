@@ -5,6 +5,8 @@ colour of each thing with its surroundings made grey.
 """
 
 from functools import cache
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,10 @@ from transfusion.evaluation.geneval import CONFIDENCE, Found
 from transfusion.evaluation.geneval_prompts import COLOURS, NAMES
 
 SURROUNDINGS = 0x99  # grey
+SAME = {  # what others call COCO's kinds
+    "motorcycle": ("motorbike",), "airplane": ("aeroplane",), "couch": ("sofa",), "potted plant": ("pottedplant",),
+    "dining table": ("diningtable",), "tv": ("tvmonitor",), "hair drier": ("hair dryer",),
+}  # fmt: skip
 ASKED = "a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object"
 
 
@@ -25,9 +31,7 @@ class InstanceDetector:
     def __init__(self, source: str, clip: str, device: torch.device):
         """Both from a folder, or the hub. ValueError says why one cannot be opened, or knows other things than COCO's."""
         _, self.model, self.prepare, name = open_pretrained(source, "AutoModelForUniversalSegmentation", device)
-        if self.model.config.num_labels != len(NAMES):
-            known = self.model.config.num_labels
-            raise ValueError(f"{source} tells {known} kinds of things apart: GenEval asks for COCO's {len(NAMES)}")
+        _check(source, self.model.config.id2label, self.prepare)
         self.clip, self.device = ClipScore(clip, device), device
         self.name = f"{name}, colours by {self.clip.name}"
         self._colours_of = cache(self._colours_of)
@@ -59,6 +63,18 @@ class InstanceDetector:
         asked = [words.format(colour=colour, name=name) for colour in COLOURS for words in ASKED]
         said = F.normalize(self.clip.read(asked), dim=1).unflatten(0, (len(COLOURS), len(ASKED)))
         return F.normalize(said.mean(1), dim=1)
+
+
+def _check(source: str, kinds: dict[int, str], prepare: Any) -> None:
+    """ValueError when it finds other things than COCO's, calls them in another order, or does not give each one's mask."""
+    if len(kinds) != len(NAMES):
+        raise ValueError(f"{source} tells {len(kinds)} kinds of things apart: GenEval asks for COCO's {len(NAMES)}")
+    others = [n for n, name in enumerate(NAMES) if name.split()[-1] not in kinds[n] and kinds[n] not in SAME.get(name, ())]
+    if others:
+        raise ValueError(f"{source} calls its kind {others[0]} {kinds[others[0]]!r}, which in COCO is {NAMES[others[0]]!r}")
+    read = getattr(prepare, "post_process_instance_segmentation", None)
+    if read is None or "return_binary_maps" not in signature(read).parameters:
+        raise ValueError(f"{source} gives no mask for each thing it finds: take a Mask2Former or a MaskFormer")
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

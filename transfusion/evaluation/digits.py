@@ -6,6 +6,7 @@ from transfusion.data.digits import NAMES, scans
 from transfusion.inference.engine import Engine, Request
 
 PER_NAME = 20
+SIDE = 8  # pixels
 
 
 def draw_digits(engine: Engine, seed: int = 0) -> tuple[dict, np.ndarray]:

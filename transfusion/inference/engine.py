@@ -130,7 +130,8 @@ class Engine:
         self.context = self.run.data.row_length  # positions: a row never grows beyond what was trained on
         self.cache = Cache(self.run.model, self.device, opened.precision)
         self.allowed = text_mode.allowed_tokens(self.vocabulary)
-        self.allowed_text = self.allowed.index_fill(0, torch.tensor([*self.vocabulary.boi.values()]), False)
+        boi = torch.tensor([*self.vocabulary.boi.values()], dtype=torch.int64)  # (none, of a run that knows no pictures)
+        self.allowed_text = self.allowed.index_fill(0, boi, False)
         codec = opened.codec
         self.codes = self.vocabulary.codes > 0  # images are drawn code by code
         self.bound = () if self.codes else tuple(
@@ -146,7 +147,13 @@ class Engine:
         useless = sorted(chosen.keys() & chameleon.OF_NOISE) if self.codes else ()
         if useless:
             raise ValueError(f"this run draws an image code by code, without noise: {useless[0]} has no use")
-        return replace(self.run.generation, **chosen)
+        generation = replace(self.run.generation, **chosen)
+        sampler_of(generation.sampler, self.run.diffusion)
+        return generation
+
+    def draws(self, size: tuple[int, int], colours: int) -> bool:
+        """Are pictures of this (width, height) and so many colours what this run draws when nobody names a size?"""
+        return self.sizes[:1] == [size] and self.opened.codec.colours == colours
 
     def submit(self, request: Request) -> int:
         """Take a request; its number comes back with every event. ValueError when it cannot be done."""
@@ -237,6 +244,8 @@ class Engine:
         if isinstance(part, str):
             return Text(self.opened.tokenizer.encode(part))
         codec = self.opened.codec
+        if not self.sizes:
+            raise ValueError("this run knows no pictures")
         if isinstance(part, Picture.Image):
             part = to_pixels(part, self.sizes, codec.colours)
         if part.shape[1::-1] not in self.sizes or part.shape[2:] != (codec.colours,):
@@ -245,6 +254,8 @@ class Engine:
 
     def _shape(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The latent shape (Y, X) of a picture of this (width, height)."""
+        if not self.sizes:
+            raise ValueError("this run knows no pictures")
         if size is None:
             return next(iter(self.vocabulary.boi))
         if size not in self.sizes:

@@ -195,6 +195,14 @@ class Beside:
         except PictureError as error:
             raise Fault("unreadable picture", str(error)) from None
 
+    def has(self, address: str) -> bool:
+        """Is there anything at this path beside the record, or at this address?"""
+        try:
+            fs, path = self._locate(address)
+            return fs.exists(path)
+        except (Fault, OSError):
+            return False
+
     def _fetch(self, address: str, found: bool = False) -> bytes:
         """What lies at a path beside the record, at an address, or where a listing found it."""
         try:
