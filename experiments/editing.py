@@ -35,13 +35,18 @@ TUNE = (
 
 
 def table(scale: str) -> Table:
-    data = both.at(scale, "edits")
+    data, base = both.at(scale, "edits"), base_of(scale).arguments
     return Table(
         "editing",
-        (Variant("untrained for it", (), data), Variant("fine-tuned on 8,000 edits", TUNE, data)),
+        (Variant("untrained for it", base, data), Variant("fine-tuned on 8,000 edits", (*base, *TUNE), data)),
         {"right": Column(".1%"), "changed": Column(".1%"), "stayed": Column(".1%"), "minutes": Column(".1f", "lower")},
         (Claim("fine-tuning teaches to edit", "right", "fine-tuned on 8,000 edits", "untrained for it"),),
     )
+
+
+def base_of(scale: str) -> Variant:
+    """The run that learns to edit."""
+    return next(variant for variant in scaling.table(scale).variants if variant.name == "Transfusion L")
 
 
 def edits(split: str, count: int) -> Iterator[tuple[Scene, str, Scene]]:
@@ -95,8 +100,7 @@ def _is_near(pixels: np.ndarray, before: Scene) -> bool:
 def main(asked: Options) -> None:
     """Prepare the edits like the base run's data, go on from its weights, and measure both."""
     both.prepare(asked)
-    base = next(variant for variant in scaling.table(asked.scale).variants if variant.name == "Transfusion L")
-    before, tuned = table(asked.scale).variants
+    base, (before, tuned) = base_of(asked.scale), table(asked.scale).variants
     data = asked.out / tuned.data
     if not (data / "dataset.json").exists():
         files = write_edits(asked.out / "edits-files")
@@ -108,7 +112,7 @@ def main(asked: Options) -> None:
         if not (cell(asked, before, seed) / "measured.json").exists():
             lab.measure_run(asked, before, seed, run, measure)
         if not (cell(asked, tuned, seed) / "measured.json").exists():
-            words = (*base.arguments, "--from", run, "--data", data, *tuned.arguments)
+            words = (*tuned.arguments, "--from", run, "--data", data)
             lab.measure_run(asked, tuned, seed, lab.train(asked, tuned, seed, words), measure)
 
 

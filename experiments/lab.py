@@ -1,13 +1,14 @@
 """What every table is made with: variants of runs, each from several seeds, trained, measured, kept, printed and judged.
 
 A cell is a run's folder, runs/WHAT/seed-N, made by commands that anyone could type, with one file more: measured.json. WHAT
-is the hash of what is typed, so tables that hold the same variant share its cells. The same command again goes on where it
-stopped. `--variants` and `--seeds` share a table out among processes or machines.
+is the hash of what is typed and of how its data were made, so tables that hold the same variant share its cells. The same
+command again goes on where it stopped. `--variants` and `--seeds` share a table out among processes or machines.
 """
 
 import hashlib
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from scipy import stats
 
@@ -58,12 +60,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Column:
-    """What is measured under this name: how it is written, and which is better; `noise`: how far seeds lie apart (standard
-    deviation), where no variant has been run from more than one."""
+    """What is measured under this name: how it is written, and which is better."""
 
     form: str
     better: Literal["higher", "lower"] = "higher"
-    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,27 @@ def transfusion(*arguments: str | Path) -> None:
         sys.exit(done.returncode)
 
 
-def make(asked: Options, table: Table, measure: Measure) -> None:
-    """Fill the cells that were asked for, unless it is only to be shown, and print the table."""
+def make(asked: Options, table: Table, measure: Measure, prepare: Callable[[Options], None] | None = None) -> None:
+    """Fill the cells that were asked for, unless it is only to be shown, and print the table. `prepare` makes what all of
+    them read, before the first one."""
     if not asked.show:
+        check_names(asked, table.variants)
+        if prepare is not None:
+            prepare(asked)
         fill(asked, table.variants, measure)
     show(asked, table)
 
 
-def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
-    """Train and measure every cell that was asked for and is not there yet."""
+def check_names(asked: Options, variants: Sequence[Variant]) -> None:
+    """End with a line when a variant was asked for that is none."""
     unknown = set(asked.variants) - {variant.name for variant in variants}
     if unknown:
         sys.exit(f"there is no variant {min(unknown)!r}; there are {', '.join(repr(one.name) for one in variants)}")
+
+
+def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
+    """Train and measure every cell that was asked for and is not there yet."""
+    check_names(asked, variants)
     for seed in asked.seeds:
         for variant in variants:
             if not asked.variants or variant.name in asked.variants:
@@ -144,7 +153,8 @@ def measure_run(asked: Options, variant: Variant, seed: int, run: Path, measure:
     found = {**measure(engine), **_last_losses(run), "parameters": engine.opened.parameters}
     folder = cell(asked, variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "measured.json", {"arguments": [*variant.arguments, *asked.train], **_where(), **found})
+    typed = [*variant.arguments, *asked.train]
+    write_json(folder / "measured.json", {"arguments": typed, **_where(str(engine.device)), **found})
 
 
 def _last_losses(folder: Path) -> dict[str, float]:
@@ -157,11 +167,12 @@ def _last_losses(folder: Path) -> dict[str, float]:
     return {**losses, "positions": seen, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
 
 
-def _where() -> dict[str, str]:
+def _where(device: str) -> dict[str, str | int]:
     """With what, and on what, a cell was made."""
     asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit or "unknown", "machine": platform.machine()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
+    return {"commit": commit or "unknown", "machine": machine, "threads": torch.get_num_threads()}
 
 
 def show(asked: Options, table: Table) -> None:
@@ -208,11 +219,10 @@ def judge(asked: Options, table: Table, claim: Claim) -> str:
         return f"{statistics.mean(values):{column.form}}"
 
     freedom = len(first) + len(second) - 2
-    if not freedom and not column.noise:
+    if not freedom:
         return f"one seed each ({shown(first)} and {shown(second)}): no verdict"
     squares = sum((len(values) - 1) * statistics.variance(values) for values in (first, second) if len(values) > 1)
-    spread = math.sqrt(squares / freedom) if freedom else column.noise
-    error = (stats.t.ppf(0.975, freedom) if freedom else 2) * spread * math.sqrt(1 / len(first) + 1 / len(second))
+    error = stats.t.ppf(0.975, freedom) * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second)))
     ahead = statistics.mean(first) - statistics.mean(second)
     ahead = ahead if column.better == "higher" else -ahead
     ahead += claim.margin * abs(statistics.mean(second))

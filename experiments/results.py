@@ -2,10 +2,13 @@
 
     python -m experiments.results
 
-writes docs/results.md, docs/scaling.png and, beside them, docs/results/TABLE.json with every figure of every cell.
+writes docs/results.md (--scale gpu: results-gpu.md), docs/scaling.png and, beside them, docs/results/TABLE.json with every
+figure of every cell.
 """
 
 import shutil
+import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,27 +19,28 @@ from transfusion.disk import read_json
 
 DOCS = Path(__file__).parent.parent / "docs"
 TABLES = (scaling, text, attention, patches, noise, editing)
+PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 ABOVE = """# The paper's tables in miniature
 
-What the paper claims, tried on two cores: made scenes of 32x32 pixels and Python's documentation, networks of 0.26 to 1.7
-million parameters, 1,200 steps of 1,920 positions each. Absolute numbers mean nothing beside the paper's; what is compared
-are rows. Negative results stay in. Every table can be made again, and gone on with, by the command below it (`--seeds`,
-`--variants`); this page is what `python -m experiments.results` writes.
+What the paper claims, tried {where}: made scenes of 32x32 pixels and Python's documentation, networks of {smallest:.2f}
+to {largest:.2f} million parameters. Absolute numbers mean nothing beside the paper's; what is compared are rows. Negative
+results stay in. Every table can be made again, and gone on with, by the command below it (`--seeds`, `--variants`); this
+page is what `python -m experiments.results` writes.
 
 FID here is over 48 features of a small network that learnt to read captions off these scenes (see
 `transfusion/evaluation/small_network.py`): it ranks runs on these data and is no FID that anybody publishes. "right" is the
 share of 400 drawings from captions of held-out pictures in which a program finds all that the caption says, "attributes" the
 mean share for count, colour, shape, size and place; "captions" the share of held-out pictures whose caption the model writes
-to the letter; "gap" how much worse it predicts a picture behind another picture's caption. (There are 36 captions of one
-thing, and all occur in training: what is held out are pictures.) "minutes" are those of a busy machine. A verdict is
-Student's at 95 %, with the spread of both rows' seeds; with one seed each there is none.
+to the letter; "gap" how much worse it predicts a picture behind another picture's caption. (Captions of one thing are few,
+and all occur in training: what is held out are pictures.) "minutes" are those of a shared machine. A verdict is Student's at
+95 %, with the spread of both rows' seeds; with one seed each there is none.
 """
 
 
 def write(asked: Options) -> Path:
     """The page, from what is there."""
     (DOCS / "results").mkdir(exist_ok=True)
-    parts = [ABOVE]
+    parts, sizes = [], []
     for module in TABLES:
         table = module.table(asked.scale)
         cells = [one for variant in table.variants for one in measured(asked, variant)]
@@ -45,9 +49,12 @@ def write(asked: Options) -> Path:
         lab.show(asked, table)
         shutil.copy(lab.path(asked, table, ".json"), DOCS / "results")
         parts.append(_section(asked, module, lab.path(asked, table, ".md").read_text(), cells))
-    path = DOCS / "results.md"
-    path.write_text("\n".join(parts))
-    return path
+        sizes += [one["parameters"] / 1e6 for one in cells]
+    if not parts:
+        sys.exit(f"there is no cell of any table in {asked.out}")
+    name, where = PAGES[asked.scale]
+    (DOCS / name).write_text("\n".join([ABOVE.format(where=where, smallest=min(sizes), largest=max(sizes)), *parts]))
+    return DOCS / name
 
 
 def _section(asked: Options, module: ModuleType, table: str, cells: list[dict]) -> str:
@@ -55,16 +62,19 @@ def _section(asked: Options, module: ModuleType, table: str, cells: list[dict]) 
     title, *rest = module.__doc__.strip().split("\n\n")
     command, claim = rest.pop().strip(), "\n\n".join(rest)
     commits = ", ".join(sorted({one["commit"] for one in cells}))
-    minutes = sum(one["minutes"] for one in cells)
-    made = f"`{command}`: {len(cells)} runs, {minutes:.0f} minutes of training, one thread each; commits {commits}."
+    minutes, positions = sum(one["minutes"] for one in cells), statistics.mean(one["positions"] for one in cells)
+    machines = "; ".join(sorted({f"{one['machine']}, threads {one['threads']}" for one in cells}))
+    made = (f"`{command}`: {len(cells)} runs of {positions / 1e6:.1f} million positions, {minutes:.0f} minutes of training; "
+            f"commits {commits}; {machines}.")  # fmt: skip
     lines = [f"## {title}", claim, table, made]
-    if module in (scaling, text, editing) and (both.folder_of(asked, "vq") / "codec.json").exists():
-        lines.insert(3, both.codec_quality(asked))
+    if module in (scaling, text, editing) and (quality := both.codec_quality(asked)):
+        lines.insert(3, quality)
     if module is scaling:
         picture = ""
         if scaling.is_known(asked):
-            scaling.plot(asked, DOCS / "scaling.png")
-            picture = "\n![Metrics over compute, with fitted lines](scaling.png)"
+            name = "scaling.png" if asked.scale == "cpu" else f"scaling-{asked.scale}.png"
+            scaling.plot(asked, DOCS / name)
+            picture = f"\n![Metrics over compute, with fitted lines]({name})"
         lines.insert(3, scaling.tell(asked) + picture)
     return "\n\n".join(line.strip() for line in lines) + "\n"
 

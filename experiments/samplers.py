@@ -3,9 +3,10 @@
 Claim (DPM-Solver++, 2211.01095): about 20 steps of a second-order solver are as good as hundreds of first-order ones.
 Here: a trained run of `shapes`, the same held-out captions, seeds and guidance for every sampler.
 
-    python -m experiments.samplers runs/patches/u-net-64-patches/seed-0
+    python -m experiments.samplers runs/shapes
 """
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,9 @@ class Options:
 def main(asked: Options) -> None:
     """Draw with each sampler, print the table, and write it to samplers.md in the run's folder."""
     engine, rows = open_run(asked.run, device=asked.device), []
-    (source,) = open_raw(engine.run.data, "heldout")
+    source = next((one for one in open_raw(engine.run.data, "heldout") if one.name == "shapes"), None)
+    if source is None or engine.codes:
+        sys.exit(f"{asked.run} has not learnt to draw shapes out of noise")
     for sampler, steps in SAMPLERS:
         engine.run = replace(engine.run, generation=replace(engine.run.generation, sampler=sampler, steps=steps))
         begun = time.monotonic()

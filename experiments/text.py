@@ -17,7 +17,7 @@ def table(scale: str) -> Table:
     return Table(
         "text",
         (
-            variant(scale, "Llama, text alone", "llama", paper={"bits_per_byte": "10.1 (C4)"}),
+            variant(scale, "Llama, text alone", "llama", paper={"bits_per_byte": "10.1 (C4, perplexity)"}),
             variant(scale, "Transfusion: + diffusion", "transfusion", paper={"bits_per_byte": "10.4"}),
             variant(scale, "Chameleon, text alone: + stability", "chameleon, text", paper={"bits_per_byte": "11.0"}),
             variant(scale, "Chameleon: + codes", "chameleon", paper={"bits_per_byte": "11.8"}),
@@ -35,6 +35,5 @@ def table(scale: str) -> Table:
 
 if __name__ == "__main__":
     asked = lab.options(__doc__)
-    both.prepare(asked)
-    lab.make(asked, table(asked.scale), partial(measure, asked.scale))
+    lab.make(asked, table(asked.scale), partial(measure, asked.scale), both.prepare)
     print(both.codec_quality(asked))

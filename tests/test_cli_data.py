@@ -157,6 +157,20 @@ def test_every_data_command_explains_itself(verb, capsys):
 # A run on prepared data
 
 
+def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for n in range(150):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"text {n} about red and blue things " * 5)
+    command("data", "prepare", tmp_path / "texts", "--like", place / "prepared", "--out", tmp_path / "data")
+    run = tmp_path / "run"
+    command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY)
+    command("evaluate", run, "--tasks", "text")
+    command("generate", run, "text", "--out", tmp_path / "out")
+    assert "this run knows no pictures" in fails(capsys, 2, "generate", run, "text", "--num-images", 1)
+    (tmp_path / "a.png").write_bytes(png(picture(0)[1]))
+    assert "this run knows no pictures" in fails(capsys, 2, "generate", run, f"@{tmp_path / 'a.png'}")
+
+
 def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     """Trained, moved, gone on with, evaluated, shown, and drawn from."""
     data, run = tmp_path / "data", tmp_path / "run"

@@ -280,7 +280,8 @@ def test_the_rows_of_the_papers_tables_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(PAPER) and max(map(len, lines)) <= 120
     assert any("0.16b, U-Net" in line and f"{unet['parameters']:,}" in line for line in lines)
-    assert "leave the run out" in fails(capsys, 2, "plan", "digits", "--tables")
+    for words in (("digits", "--tables"), ("--tables", "--gpus", "64")):
+        assert "nothing but --json" in fails(capsys, 2, "plan", *words)
 
 
 def test_without_a_run_the_five_sizes_stand_side_by_side(capsys):

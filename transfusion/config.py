@@ -396,6 +396,7 @@ class EvaluationConfig:
     features: str | None = None  # of images: Inception's weights (a file), a vision model; None: a small network
     clip: str | None = None  # a CLIP model, a folder or owner/name
     detector: str | None = None  # of GenEval's 553 prompts: a model that segments instances, a folder or owner/name
+    prompts: str | None = None  # of GenEval: a file like its evaluation_metadata.jsonl; None: its 553
     questions: str | None = None  # of `choice`: a file of JSON lines
     coco: str | None = None  # Karpathy's dataset_coco.json, or COCO's annotations
     pictures: str | None = None  # of COCO: the folder from which its paths count; None: the file's own

@@ -41,6 +41,8 @@ class Evaluate:
     detector: str | None = None
     """Of geneval: a model of transformers that segments instances of COCO's 80 kinds, a folder or owner/name; with --clip,
     which tells colours. Published figures: Mask2Former with Swin-S, CLIP ViT-L/14."""
+    prompts: str | None = None
+    """Of geneval with --detector: a file like GenEval's evaluation_metadata.jsonl, instead of its 553 prompts."""
     questions: str | None = None
     """Of the task choice: a file of JSON lines, {"context": ..., "choices": [...], "answer": 0}; without it, how held-out
     texts go on."""

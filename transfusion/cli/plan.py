@@ -69,6 +69,11 @@ def plan(arguments: list[str]) -> None:
     """Print what a run costs, or the paper's five."""
     from transfusion.plan import plan as plan_of
 
+    if "--tables" in arguments:
+        if {*arguments} - {"--tables", "--json"}:
+            raise UsageError("--tables lists the paper's rows: it takes nothing but --json")
+        rows = list(_paper())
+        return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_aligned(rows)))
     alone = bool(arguments) and not arguments[0].startswith("-")
     asked = [named("plan", arguments)] if alone else [(named_run(size), arguments) for size in SIZES]
     known = not alone or arguments[0] in NAMES
@@ -77,12 +82,7 @@ def plan(arguments: list[str]) -> None:
         plans = [plan_of(run, machines) for run, machines, _ in read]
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if read[0][2].tables and alone:
-        raise UsageError("--tables lists the paper's rows: leave the run out")
-    if read[0][2].tables:
-        rows = list(_paper())
-        print(json.dumps(rows, indent=2) if read[0][2].json else "\n".join(_aligned(rows)))
-    elif read[0][2].json:
+    if read[0][2].json:
         found = [_values(one) for one in plans]
         print(json.dumps(found[0] if alone else found, indent=2))
     else:

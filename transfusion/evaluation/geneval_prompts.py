@@ -35,7 +35,7 @@ def published_prompts() -> list[Prompt]:
     text = "".join(line + "\n" for line in dict.fromkeys(map(json.dumps, _draw(np.random.default_rng(SEED)))))
     if hashlib.sha256(text.encode()).hexdigest() != PUBLISHED:
         raise ValueError(
-            f"numpy {np.__version__} does not draw GenEval's prompts any more: give its evaluation_metadata.jsonl instead"
+            f"numpy {np.__version__} does not draw GenEval's prompts any more: --prompts takes its evaluation_metadata.jsonl"
         )
     return [_to_prompt(json.loads(line)) for line in text.splitlines()]
 

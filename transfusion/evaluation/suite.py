@@ -25,8 +25,8 @@ from transfusion.evaluation.detector import InstanceDetector
 from transfusion.evaluation.digits import SIDE, draw_digits
 from transfusion.evaluation.edits import edit_heldout, is_edit
 from transfusion.evaluation.features import Extractor, open_extractor
-from transfusion.evaluation.geneval import draw_geneval
-from transfusion.evaluation.geneval_prompts import published_prompts
+from transfusion.evaluation.geneval import Prompt, draw_geneval
+from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
 from transfusion.evaluation.geneval_shapes import find_things, shapes_prompts
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.multiple_choice import (
@@ -52,7 +52,7 @@ NEEDS = {  # by task: options, and what they are
 }
 OPENED = {  # by task, what of the suite it uses
     "images": ("features",), "clip": ("clip",), "coco": ("captioned",), "coco-images": ("captioned", "features", "clip"),
-    "geneval": ("detector",), "choice": ("questions",),
+    "geneval": ("detector", "prompts"), "choice": ("questions",),
 }  # fmt: skip
 
 Task = Callable[[], dict]
@@ -94,6 +94,10 @@ class Suite:
     @cached_property
     def detector(self) -> InstanceDetector | None:
         return InstanceDetector(self.asked.detector, self.asked.clip, self.engine.device) if self.asked.detector else None
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return read_prompts(Path(self.asked.prompts)) if self.asked.prompts else published_prompts()
 
     @cached_property
     def questions(self) -> list[Question] | None:
@@ -202,7 +206,7 @@ class Suite:
 
     def _geneval(self) -> dict:
         self.networks["geneval geneval"] = self.detector.name
-        return draw_geneval(self.engine, published_prompts(), self.detector, self.asked.seed)[0]
+        return draw_geneval(self.engine, self.prompts, self.detector, self.asked.seed)[0]
 
     def _coco(self) -> dict:
         said = caption_pictures(self.engine, self._read_pictures())
