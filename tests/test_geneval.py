@@ -38,7 +38,7 @@ def test_the_553_published_prompts_are_drawn_again():
 
 def test_another_numpy_that_draws_otherwise_is_told(monkeypatch):
     monkeypatch.setattr(geneval_prompts, "SEED", 44)
-    with pytest.raises(ValueError, match="give its evaluation_metadata.jsonl"):
+    with pytest.raises(ValueError, match="--prompts takes its evaluation_metadata.jsonl"):
         published_prompts()
 
 

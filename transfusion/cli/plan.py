@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Annotated, NamedTuple
 
 import tyro
@@ -138,10 +139,15 @@ def _table(plans: list) -> Iterator[str]:
 
 def _paper() -> Iterator[dict]:
     """The rows of the paper's tables."""
+    for row in PAPER:
+        yield asdict(row) | {"parameters": _parameters(row.run)}
+
+
+@cache
+def _parameters(name: str) -> int:
     from transfusion.model.transfusion import blueprint, count_parameters
 
-    for row in PAPER:
-        yield asdict(row) | {"parameters": count_parameters(blueprint(named_run(row.run).model))}
+    return count_parameters(blueprint(named_run(name).model))
 
 
 def _aligned(rows: list[dict]) -> Iterator[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image as Picture
+from PIL import ImageOps
 
 from transfusion.data.raw import Fault
 from transfusion.data.reading.files import Files
@@ -55,6 +57,12 @@ def find_missing(captioned: Sequence[Captioned], path: Path, pictures: str | Non
     for one in captioned:
         if not beside.has(one.path):
             raise OpenError(f"{path}: there is no picture {one.path}")
+
+
+def middle(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle of a picture (Y, X, 1 or 3), of the shape of this (width, height) and resized to it: (Y, X, 3) uint8."""
+    coloured = Picture.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))
+    return np.asarray(ImageOps.fit(coloured, size, Picture.Resampling.LANCZOS))
 
 
 def _karpathy(values: dict) -> list[Captioned]:

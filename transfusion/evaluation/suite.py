@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion.codecs.pictures import to_pixels
 from transfusion.config import QUICK, EvaluationConfig
 from transfusion.data.loader import Source
 from transfusion.data.raw import RawText
@@ -19,7 +18,7 @@ from transfusion.data.sources import fingerprint, name_sources, open_raw
 from transfusion.data.topics import Topics
 from transfusion.evaluation.captions import by_words, caption_heldout, caption_pictures
 from transfusion.evaluation.clip_score import ClipScore
-from transfusion.evaluation.coco import Captioned, find_missing, read_coco, read_pictures
+from transfusion.evaluation.coco import Captioned, find_missing, middle, read_coco, read_pictures
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.detector import InstanceDetector
 from transfusion.evaluation.digits import SIDE, draw_digits
@@ -223,7 +222,7 @@ class Suite:
         real, drawn, scores = [], [], []  # features twice, and CLIP's
         for first in range(0, len(self.captioned), AT_ONCE):
             captions = [one.references[0] for one in self.captioned[first : first + AT_ONCE]]
-            real.append(features([to_pixels(pixels, [size], 3) for pixels in islice(pictures, len(captions))]))
+            real.append(features([middle(pixels, size) for pixels in islice(pictures, len(captions))]))
             made = draw_captions(self.engine, captions, self.asked.seed + first)
             drawn.append(features(made))
             scores += [clip.each(made, captions)] if clip else []
