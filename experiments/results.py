@@ -64,8 +64,8 @@ def _section(asked: Options, module: ModuleType, table: str, cells: list[dict]) 
     commits = ", ".join(sorted({one["commit"] for one in cells}))
     minutes, positions = sum(one["minutes"] for one in cells), statistics.mean(one["positions"] for one in cells)
     machines = "; ".join(sorted({f"{one['machine']}, threads {one['threads']}" for one in cells}))
-    made = (f"`{command}`: {len(cells)} runs of {positions / 1e6:.1f} million positions, {minutes:.0f} minutes of training; "
-            f"commits {commits}; {machines}.")  # fmt: skip
+    runs = f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {positions / 1e6:.1f} million positions"
+    made = f"`{command}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
     lines = [f"## {title}", claim, table, made]
     if module in (scaling, text, editing) and (quality := both.codec_quality(asked)):
         lines.insert(3, quality)
