@@ -3,8 +3,8 @@
 Claim (section 4.2): images by diffusion cost little (C4 10.1 to 10.4), Chameleon's changes for stability and its loss on
 image tokens about half each of a larger cost (11.0, 11.8). All read equally many positions of text.
 
-So far (one seed) text beside images is as good as text alone, and better than Chameleon's. What is done for stability costs
-nothing here, where nothing is unstable. (3 minutes of one core for text alone, 9 with images.)
+So far (one seed or two) text beside images is as good as text alone, and better than Chameleon's. What is done for stability
+costs nothing here, where nothing is unstable. (3 minutes of one core for text alone, 9 with images.)
 
     python -m experiments.text
 """
