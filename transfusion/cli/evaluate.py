@@ -71,11 +71,11 @@ def evaluate(arguments: list[str]) -> None:
 
 def measure(folder: Path, asked: EvaluationConfig, device: str) -> None:
     """Measure a run into its results.json."""
-    from transfusion.evaluation.results import evaluate
+    from transfusion.evaluation.results import NAME, evaluate
     from transfusion.inference.engine import open_run
 
     evaluate(open_run(folder, device=device), folder, asked, say)
-    say(f"wrote {folder / 'results.json'}")
+    say(f"wrote {folder / NAME}")
 
 
 def _again(folder: Path, path: Path, data: tuple[str, ...] | None, device: str) -> None:

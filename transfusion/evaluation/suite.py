@@ -96,6 +96,9 @@ class Suite:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
+        """What a detector answers; `shapes` has questions of its own."""
+        if not self.asked.detector:
+            return []
         return read_prompts(Path(self.asked.prompts)) if self.asked.prompts else published_prompts()
 
     @cached_property
