@@ -10,7 +10,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "transfusion"
 
-GROUND = {"config", "runs", "sequence", "page", "chance", "disk", "weights"}  # everyone may import these
+GROUND = {"config", "runs", "sequence", "page", "chance", "disk", "weight_files"}  # everyone may import these
 MAY_IMPORT = {  # room or file -> what else it may; a room's own files may import each other
     "chance": set(),
     "config": set(),
@@ -18,7 +18,7 @@ MAY_IMPORT = {  # room or file -> what else it may; a room's own files may impor
     "disk": set(),
     "page": set(),
     "sequence": {"chance"},
-    "weights": set(),
+    "weight_files": set(),
     "model": set(),
     "codecs": {"model.conv"},  # blocks of convolutions, where they are shared
     "diffusion": set(),
@@ -36,7 +36,7 @@ TOP = {"cli", "__main__", "__init__"}  # may import anything; nothing imports th
 NAMELESS = {"utils", "util", "common", "base", "manager", "helpers", "helper", "misc"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 UNPICKLING = {"torch.load", "torch.save"}
-TENSORS_ONLY = "torch.load(path, map_location='cpu', weights_only=True)"  # once, in weights.py: it runs nothing
+TENSORS_ONLY = "torch.load(path, map_location='cpu', weights_only=True)"  # once, in weight_files.py: it runs nothing
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 
 
@@ -195,7 +195,7 @@ def test_no_name_says_nothing():
 def but_tensors(name: str, tree: ast.Module) -> list[ast.AST]:
     """All of a file but its one reading of tensors from a pickle, if it is the file that may."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == TENSORS_ONLY]
-    allowed = {id(part) for call in calls[:1] for part in ast.walk(call)} if name == "weights" else set()
+    allowed = {id(part) for call in calls[:1] for part in ast.walk(call)} if name == "weight_files" else set()
     return [node for node in ast.walk(tree) if id(node) not in allowed]
 
 
@@ -226,12 +226,12 @@ def test_nothing_reads_or_writes_a_pickle(name):
 ])  # fmt: skip
 def test_a_pickle_is_found_however_it_is_spelt(code):
     assert unpickles("file", ast.parse(code))
-    assert unpickles("weights", ast.parse(code))
+    assert unpickles("weight_files", ast.parse(code))
 
 
 def test_tensors_alone_are_read_from_a_pickle_in_one_place():
-    assert not unpickles("weights", ast.parse(TENSORS_ONLY))
+    assert not unpickles("weight_files", ast.parse(TENSORS_ONLY))
     assert unpickles("codecs.vq", ast.parse(TENSORS_ONLY))
-    assert unpickles("weights", ast.parse(f"{TENSORS_ONLY}\n{TENSORS_ONLY}"))
-    assert unpickles("weights", ast.parse(TENSORS_ONLY.replace("True", "False")))
-    assert unpickles("weights", ast.parse(TENSORS_ONLY.replace(", weights_only=True", "")))
+    assert unpickles("weight_files", ast.parse(f"{TENSORS_ONLY}\n{TENSORS_ONLY}"))
+    assert unpickles("weight_files", ast.parse(TENSORS_ONLY.replace("True", "False")))
+    assert unpickles("weight_files", ast.parse(TENSORS_ONLY.replace(", weights_only=True", "")))

@@ -22,7 +22,7 @@ from transfusion.inference.samplers import Walk, sampler_of
 torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
 
 few = settings(max_examples=12, deadline=None)
-some = settings(max_examples=40, deadline=None)
+some = settings(max_examples=15, deadline=None)
 
 SHAPE = (1, 3, 2, 2)
 COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; they divide 1000, for diffusers walks whole ones

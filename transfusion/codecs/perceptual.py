@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfusion.weights import filled, read_weights, weight_of
+from transfusion.weight_files import filled, read_weights, weight_of
 
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 RESNET = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, width

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.disk import sha256_of
-from transfusion.weights import filled, read_weights, weight_of
+from transfusion.weight_files import filled, read_weights, weight_of
 
 SIDE = 299
 CLASSES = 1008  # of the network that published FIDs are of; torchvision's own has 1,000
