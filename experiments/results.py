@@ -9,12 +9,13 @@ figure of every cell.
 import shutil
 import statistics
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from experiments import attention, both, editing, lab, noise, patches, scaling, text
-from experiments.lab import Options, measured
+from experiments.lab import Options, Table, measured
 from transfusion.disk import read_json
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -34,13 +35,17 @@ mean share for count, colour, shape, size and place; "captions" the share of hel
 to the letter; "gap" how much worse it predicts a picture behind another picture's caption. (Captions of one thing are few,
 and all occur in training: what is held out are pictures.) "minutes" are those of a shared machine. A verdict is Student's at
 95 %, with the spread of both rows' seeds; with one seed each there is none.
+
+Claims of each table, and what became of them:
+
 """
+VERDICTS = "holds", "within noise", "does not hold", "one seed each", lab.NOT_RUN
 
 
 def write(asked: Options) -> Path:
     """The page, from what is there."""
     (DOCS / "results").mkdir(exist_ok=True)
-    parts, sizes = [], []
+    parts, sizes, counts = [], [], []
     for module in TABLES:
         table = module.table(asked.scale)
         cells = [one for variant in table.variants for one in measured(asked, variant)]
@@ -50,23 +55,35 @@ def write(asked: Options) -> Path:
         shutil.copy(lab.path(asked, table, ".json"), DOCS / "results")
         parts.append(_section(asked, module, lab.path(asked, table, ".md").read_text(), cells))
         sizes += [one["parameters"] / 1e6 for one in cells]
+        counts.append([_title(module), *_verdicts(asked, table)])
     if not parts:
         sys.exit(f"there is no cell of any table in {asked.out}")
     name, where = PAGES[asked.scale]
-    (DOCS / name).write_text("\n".join([ABOVE.format(where=where, smallest=min(sizes), largest=max(sizes)), *parts]))
+    above = ABOVE.format(where=where, smallest=min(sizes), largest=max(sizes)) + lab.markdown(["", *VERDICTS], counts)
+    (DOCS / name).write_text("\n".join([above, *parts]))
     return DOCS / name
+
+
+def _title(module: ModuleType) -> str:
+    return module.__doc__.strip().partition("\n")[0].rstrip(".")
+
+
+def _verdicts(asked: Options, table: Table) -> list[str]:
+    """How many of a table's claims came out each way."""
+    found = Counter(lab.judge(asked, table, claim).partition(" (")[0] for claim in table.claims)
+    return [str(found[verdict] or "") for verdict in VERDICTS]
 
 
 def _section(asked: Options, module: ModuleType, table: str, cells: list[dict]) -> str:
     """One table, from the docstring of its file to its verdicts."""
-    title, *rest = module.__doc__.strip().split("\n\n")
+    _, *rest = module.__doc__.strip().split("\n\n")
     command, claim = rest.pop().strip(), "\n\n".join(rest)
     commits = ", ".join(sorted({one["commit"] for one in cells}))
     minutes, positions = sum(one["minutes"] for one in cells), statistics.mean(one["positions"] for one in cells)
     machines = "; ".join(sorted({f"{one['machine']}, threads {one['threads']}" for one in cells}))
     runs = f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {positions / 1e6:.1f} million positions"
     made = f"`{command}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
-    lines = [f"## {title}", claim, table, made]
+    lines = [f"## {_title(module)}", claim, table, made]
     if module in (scaling, text, editing) and (quality := both.codec_quality(asked)):
         lines.insert(3, quality)
     if module is scaling:

@@ -288,6 +288,8 @@ def test_what_is_there_becomes_a_page(tmp_path, monkeypatch):
             "image_loss": 0.1, "text_loss": 1.0, "bits_per_byte": 2.0, "cider": 1.0, "parameters": 10, "positions": 10,
         })  # fmt: skip
     page = results.write(asked).read_text()
+    (counts,) = (line.split(" | ") for line in page.splitlines() if line.startswith("| Table 8 in miniature"))
+    assert counts[1:] == ["", "", "", "3", " |"]  # none holds: of each row there is one seed
     assert "## Table 8 in miniature" in page and "## Table 4 in miniature" in page and "## Section 4.5" not in page
     assert "`python -m experiments.noise`: 3 runs of 0.0 million positions, 6 minutes" in page and "no verdict" in page
     assert "several sizes of both" in page  # rows that others share are there too: two of Table 3, one of 5 and of 6
