@@ -88,6 +88,7 @@ class Table:
 
 
 NOT_RUN = "not run yet"
+DOCS = Path(__file__).parent.parent / "docs"
 
 Measure = Callable[[Engine], Mapping[str, float]]
 

@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from experiments import attention, both, editing, lab, noise, patches, scaling, text
-from experiments.lab import Options, Table, measured
+from experiments import attention, both, drawings, editing, lab, noise, patches, scaling, text
+from experiments.lab import DOCS, Options, Table, measured
 from transfusion.disk import read_json
 
-DOCS = Path(__file__).parent.parent / "docs"
 TABLES = (scaling, text, attention, patches, noise, editing)
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 ABOVE = """# The paper's tables in miniature
@@ -60,6 +59,9 @@ def write(asked: Options) -> Path:
         sys.exit(f"there is no cell of any table in {asked.out}")
     name, where = PAGES[asked.scale]
     above = ABOVE.format(where=where, smallest=min(sizes), largest=max(sizes)) + lab.markdown(["", *VERDICTS], counts)
+    drawn = drawings.NAMES[asked.scale]
+    if (DOCS / drawn).exists():
+        above += f"\n![The first held-out captions drawn by each row, none picked; what is wrong is framed]({drawn})\n"
     (DOCS / name).write_text("\n".join([above, *parts]))
     return DOCS / name
 

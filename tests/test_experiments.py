@@ -9,13 +9,15 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Picture
 from scipy.stats import ttest_ind
 
-from experiments import attention, both, editing, emoji, lab, noise, patches, results, scaling, scenes, text
+from experiments import attention, both, drawings, editing, emoji, lab, noise, patches, results, scaling, scenes, text
 from experiments.lab import Claim, Column, Options, Table, Variant, cell
 from experiments.scaling import Law
 from tests.test_cli import TINY
@@ -237,7 +239,7 @@ def test_rates_are_written_as_people_write_them():
 
 
 def test_what_scenes_measure_is_measured(tmp_path, monkeypatch):
-    """Once through all of it, on a run that has learnt nothing."""
+    """Once through all of it, on a run that has learnt nothing; and its drawings beside those of no other."""
     monkeypatch.setattr(scenes, "SCENES", 60)
     monkeypatch.setattr(scenes, "SEEN", 200)
     scenes.small_network.cache_clear()
@@ -249,6 +251,13 @@ def test_what_scenes_measure_is_measured(tmp_path, monkeypatch):
     (found,) = lab.measured(asked, row)
     assert scenes.COLUMNS.keys() <= found.keys()
     assert statistics.mean(found[name] for name in ("count", "colour", "shape", "size", "place")) == found["attributes"]
+
+    both_rows = Table("t", [row, replace(row, name="the same"), replace(row, name="not made", arguments=())], {})
+    monkeypatch.setattr(drawings, "TABLES", [SimpleNamespace(table=lambda scale: both_rows)])
+    drawn = drawings.draw(asked)
+    assert {name: len(row) for name, row in drawn.items()} == {"tiny": drawings.COUNT}
+    drawings.picture(drawn, tmp_path / "drawings.png")
+    assert Picture.open(tmp_path / "drawings.png").width > 1000
 
 
 def test_both_codecs_are_the_same_network_but_for_the_codebook(tmp_path, monkeypatch):
