@@ -102,21 +102,26 @@ def _is_near(pixels: np.ndarray, before: Scene) -> bool:
 
 def main(asked: Options) -> None:
     """Prepare the edits like the base run's data, go on from its weights, and measure both."""
-    both.prepare(asked)
     base, (before, tuned) = base_of(asked.scale), table(asked.scale).variants
+    lab.check_names(asked, (before, tuned))
+    missing = [str(seed) for seed in asked.seeds if not (cell(asked, base, seed) / "measured.json").exists()]
+    if missing:
+        lab.show(asked, table(asked.scale))
+        sys.exit(f"first python -m experiments.scaling --variants 'Transfusion L' --seeds {' '.join(missing)}")
+    both.prepare(asked)
+    wanted = [variant for variant in (before, tuned) if not asked.variants or variant.name in asked.variants]
     data = asked.out / tuned.data
     if not (data / "dataset.json").exists():
         files = write_edits(asked.out / "edits-files")
         transfusion("data", "prepare", files, "--like", both.folder_of(asked, "latents"), "--out", data)
     for seed in asked.seeds:
         run = cell(asked, base, seed)
-        if not (run / "measured.json").exists():
-            sys.exit("first python -m experiments.scaling --variants 'Transfusion L'")
-        if not (cell(asked, before, seed) / "measured.json").exists():
-            lab.measure_run(asked, before, seed, run, measure)
-        if not (cell(asked, tuned, seed) / "measured.json").exists():
-            words = (*tuned.arguments, "--from", run, "--data", data)
-            lab.measure_run(asked, tuned, seed, lab.train(asked, tuned, seed, words), measure)
+        for variant in wanted:
+            if (cell(asked, variant, seed) / "measured.json").exists():
+                continue
+            words = (*variant.arguments, "--from", run, "--data", data)
+            measured = run if variant is before else lab.train(asked, variant, seed, words)
+            lab.measure_run(asked, variant, seed, measured, measure)
 
 
 if __name__ == "__main__":

@@ -237,9 +237,14 @@ def values_of(asked: Options, variant: Variant, column: str) -> list[float]:
 
 
 def measured(asked: Options, variant: Variant) -> list[dict]:
-    """What is known of a variant, by seed."""
-    cells = (cell(asked, variant, seed) / "measured.json" for seed in asked.seeds)
-    return [read_json(path) for path in cells if path.exists()]
+    """What is known of a variant, seed by seed."""
+    return list(by_seed(asked, variant).values())
+
+
+def by_seed(asked: Options, variant: Variant) -> dict[int, dict]:
+    """What is known of a variant, and from which seeds."""
+    cells = {seed: cell(asked, variant, seed) / "measured.json" for seed in asked.seeds}
+    return {seed: read_json(path) for seed, path in cells.items() if path.exists()}
 
 
 def cell(asked: Options, variant: Variant, seed: int) -> Path:

@@ -1,8 +1,7 @@
 """Tables 6 and 7 in miniature: how are images best cut into patches, how finely, and at which size of model?
 
-Claim (section 4.3.2): patches by the halves of a U-Net draw better than by a linear layer, at any size of patch or model,
-most of all where the model is small, and lose less as patches grow. As in the paper all see equally many positions in a
-step, so that larger patches see more images.
+Claim (section 4.3.2): patches by the halves of a U-Net draw better than by a linear layer, at any size of patch or model. As
+in the paper all see equally many positions in a step, so that larger patches see more images.
 
     python -m experiments.patches
 """

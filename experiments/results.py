@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from experiments import attention, both, drawings, editing, lab, noise, patches, scaling, text
-from experiments.lab import DOCS, Options, Table, measured
+from experiments.lab import DOCS, Options, Table
 from transfusion.disk import read_json
 
 TABLES = (scaling, text, attention, patches, noise, editing)
@@ -33,7 +33,8 @@ share of 400 drawings from captions of held-out pictures in which a program find
 mean share for count, colour, shape, size and place; "captions" the share of held-out pictures whose caption the model writes
 to the letter; "gap" how much worse it predicts a picture behind another picture's caption. (Captions of one thing are few,
 and all occur in training: what is held out are pictures.) "minutes" are those of a shared machine. A verdict is Student's at
-95 %, with the spread of both rows' seeds; with one seed each there is none.
+95 %, with the spread of both rows' seeds; with one seed each there is none. All {runs} runs together took {hours:.1f}
+hours of training, each on one thread and most of them beside another.
 
 Claims of each table, and what became of them:
 
@@ -44,21 +45,25 @@ VERDICTS = "holds", "within noise", "does not hold", "one seed each", lab.NOT_RU
 def write(asked: Options) -> Path:
     """The page, from what is there."""
     (DOCS / "results").mkdir(exist_ok=True)
-    parts, sizes, counts = [], [], []
+    parts, counts = [], []
+    runs: dict[Path, dict] = {}  # those that tables share once
     for module in TABLES:
         table = module.table(asked.scale)
-        cells = [one for variant in table.variants for one in measured(asked, variant)]
-        if not cells:
+        found = {lab.cell(asked, row, seed): one for row in table.variants for seed, one in lab.by_seed(asked, row).items()}
+        if not found:
             continue
+        runs |= found
         lab.show(asked, table)
         shutil.copy(lab.path(asked, table, ".json"), DOCS / "results")
-        parts.append(_section(asked, module, lab.path(asked, table, ".md").read_text(), cells))
-        sizes += [one["parameters"] / 1e6 for one in cells]
+        parts.append(_section(asked, module, lab.path(asked, table, ".md").read_text(), [*found.values()]))
         counts.append([_title(module), *_verdicts(asked, table)])
     if not parts:
         sys.exit(f"there is no cell of any table in {asked.out}")
     name, where = PAGES[asked.scale]
-    above = ABOVE.format(where=where, smallest=min(sizes), largest=max(sizes)) + lab.markdown(["", *VERDICTS], counts)
+    sizes, minutes = ([one[what] for one in runs.values()] for what in ("parameters", "minutes"))
+    smallest, largest, hours = min(sizes) / 1e6, max(sizes) / 1e6, sum(minutes) / 60
+    above = ABOVE.format(where=where, smallest=smallest, largest=largest, runs=len(runs), hours=hours)
+    above += lab.markdown(["", *VERDICTS], counts)
     drawn = drawings.NAMES[asked.scale]
     if (DOCS / drawn).exists():
         above += f"\n![The first held-out captions drawn by each row, none picked; what is wrong is framed]({drawn})\n"

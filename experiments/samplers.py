@@ -15,6 +15,7 @@ import tyro
 
 from experiments.lab import markdown
 from transfusion.data.sources import open_raw
+from transfusion.disk import OpenError
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.inference.engine import open_run
 
@@ -36,7 +37,10 @@ class Options:
 
 def main(asked: Options) -> None:
     """Draw with each sampler, print the table, and write it to samplers.md in the run's folder."""
-    engine, rows = open_run(asked.run, device=asked.device), []
+    try:
+        engine, rows = open_run(asked.run, device=asked.device), []
+    except OpenError as error:
+        sys.exit(str(error))
     source = next((one for one in open_raw(engine.run.data, "heldout") if one.name == "shapes"), None)
     if source is None or engine.codes:
         sys.exit(f"{asked.run} has not learnt to draw shapes out of noise")

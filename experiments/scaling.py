@@ -93,6 +93,11 @@ def parity(asked: Options, column: str) -> float | None:
     return None if reached is None else reached / largest
 
 
+def _largest(asked: Options, family: str) -> float:
+    """FLOPs of its largest run."""
+    return max(x for x, _ in points(asked, family, "fid"))
+
+
 def is_known(asked: Options) -> bool:
     """Are there runs of several sizes of both families?"""
     return all(len({x for x, _ in points(asked, family, "fid")}) > 1 for family in FAMILIES)
@@ -106,6 +111,8 @@ def tell(asked: Options) -> str:
     for column, papers in PARITY.items():
         ratio = parity(asked, column)
         found = "no line can be drawn" if ratio is None else f"**{ratio:.3g}**"
+        if ratio is not None and ratio * _largest(asked, "Chameleon") > _largest(asked, "Transfusion"):
+            found += ", beyond its largest run"
         lines.append(f"- parity-FLOP ratio by {column.replace('_', ' ')}: {found} (paper {papers})")
     return "\n".join(lines) + "\n"
 

@@ -169,6 +169,12 @@ def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsy
     assert "this run knows no pictures" in fails(capsys, 2, "generate", run, "text", "--num-images", 1)
     (tmp_path / "a.png").write_bytes(png(picture(0)[1]))
     assert "this run knows no pictures" in fails(capsys, 2, "generate", run, f"@{tmp_path / 'a.png'}")
+    coco = ("--tasks", "coco-images", "--coco", tmp_path / "none.json", "--features", "none.pth")
+    assert "this run knows no pictures: it cannot be asked for coco-images" in fails(capsys, 1, "evaluate", run, *coco)
+    assert "too short, or too few, to ask how they go on" in fails(capsys, 1, "evaluate", run, "--tasks", "choice")
+    (tmp_path / "none.jsonl").write_text("")
+    questions = ("--tasks", "choice", "--questions", tmp_path / "none.jsonl")
+    assert "none.jsonl holds no question" in fails(capsys, 1, "evaluate", run, *questions)
 
 
 def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):

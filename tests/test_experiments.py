@@ -188,6 +188,7 @@ def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
     scaling.plot(asked, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     told = scaling.tell(asked)
+    assert "beyond" not in told
     assert "0.25" in told and "paper 0.029" in told and told.count("no line can be drawn") == 2
 
 
@@ -284,6 +285,14 @@ def test_an_edit_changes_one_thing_and_says_which(tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "EDITS", 3)
     lines = editing.write_edits(tmp_path / "files").read_text().splitlines()
     assert len(lines) == 3 and (tmp_path / "files" / json.loads(lines[2])["target"]).exists()
+
+
+def test_edits_wait_for_their_base_before_anything_is_made(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="first python -m experiments.scaling --variants 'Transfusion L' --seeds 3 4"):
+        editing.main(Options(tmp_path, seeds=(3, 4)))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}  # the table so far
+    with pytest.raises(SystemExit, match="there is no variant 'tuned'"):
+        editing.main(Options(tmp_path, variants=("tuned",)))
 
 
 def test_what_is_there_becomes_a_page(tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTModel,
 )
@@ -194,6 +196,9 @@ def test_what_is_no_vision_model_is_refused_in_one_line(tmp_path, monkeypatch):
     for source in (tmp_path / "empty", "nobody/nothing"):
         with pytest.raises(ValueError, match=f"^no vision model can be opened at {source}: .+$"):
             VisionModel(str(source), CPU)
+    for source in (tmp_path / "missing", "nobody/nothing"):
+        with pytest.raises(ValueError, match=r"it is no folder.*; put its config\.json, .*model\.safetensors"):
+            VisionModel(str(source), CPU)
     folder = tmp_path / "lacking"
     folder.mkdir()
     for path in dino().iterdir():
@@ -243,6 +248,18 @@ def test_clip_score_is_100_times_the_cosine_and_never_negative(monkeypatch):
     assert score.each(pictures(), CAPTIONS) == pytest.approx([100 * max(0, value) for value in expected], rel=1e-4)
     assert score(pictures(), CAPTIONS) == pytest.approx(np.mean([100 * max(0, value) for value in expected]), rel=1e-4)
     assert score.name.startswith(f"CLIPModel {clip()} ")
+
+
+def test_a_siglip_is_no_clip(tmp_path):
+    """It pools the last place of its captions, which other captions' lengths would move."""
+    half = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    SiglipModel(SiglipConfig(
+        text_config=half | {"vocab_size": 20, "max_position_embeddings": 8},
+        vision_config=half | {"image_size": 32, "patch_size": 8},
+    )).save_pretrained(tmp_path)  # fmt: skip
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a siglip, no clip"):
+        ClipScore(str(tmp_path), CPU)
 
 
 def test_clip_score_needs_a_whole_clip_and_a_caption_for_each_picture(tmp_path):

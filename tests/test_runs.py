@@ -45,11 +45,27 @@ def test_every_row_of_the_papers_tables_has_its_parameters(row):
 def test_the_rows_are_those_of_the_tables():
     counts = [sum(row.table == table for row in PAPER) for table in range(3, 10)]
     assert counts == [2, 4, 4, 7, 10, 4, 1]
-    guidance = {row.table: row.guidance_scale for row in PAPER if row.run in ("7b", "0.76b", "7b-unet", "7b-large") and
-                row.fid_images}  # fmt: skip
-    assert guidance == {3: 5.0, 5: 3.0, 6: 3.0, 7: 3.0, 8: 3.0, 9: None}
-    assert {row.table: row.fid_images for row in PAPER if row.fid_images} == {
-        3: 30_000, 5: 5_000, 6: 5_000, 7: 5_000, 8: 5_000, 9: 30_000}  # fmt: skip
+    names = [[row.run for row in PAPER if row.table == table] for table in range(3, 10)]
+    linear, unet = (["0.16b", "0.37b", "0.76b", "1.4b", "7b"], [f"{size}-unet" for size in SIZES])
+    assert names == [
+        ["7b", "chameleon-7b"], ["0.76b", "0.76b", "chameleon-text-0.76b", "chameleon-0.76b"],
+        ["0.76b-causal", "0.76b", "0.76b-unet-causal", "0.76b-unet"],
+        ["0.76b-patch1", "0.76b", "0.76b-patch4", "0.76b-patch8", "0.76b-unet", "0.76b-unet-patch4", "0.76b-unet-patch8"],
+        linear + unet, ["0.76b-unet", "7b-unet", "0.76b-unet-limit", "7b-unet-limit"], ["7b-large"],
+    ]  # fmt: skip
+    drawn = {3: (5.0, 30_000), 4: (None, None), 9: (None, 30_000)}
+    for row in PAPER:
+        assert (row.guidance_scale, row.fid_images) == drawn.get(row.table, (3.0, 5_000)), row.label
+    text = [(row.table, row.label, row.batch) for row in PAPER if row.sources == "text"]
+    assert text == [(4, "Llama 2", "1M"), (4, "Chameleon: + stability modifications", "1M")]
+
+
+def test_batches_are_what_the_runs_read_in_a_step():
+    """On 64 GPUs; of text alone half as much, its own half."""
+    for row in PAPER:
+        run = named_run(row.run)
+        positions = 64 * run.data.rows * run.data.row_length * run.training.accumulate
+        assert row.batch == f"{positions / 2**20 * (0.5 if row.sources == 'text' else 1):.0f}M", row.label
 
 
 def test_rows_differ_in_what_their_table_is_about_and_in_nothing_else():

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -22,8 +23,10 @@ from transfusion.evaluation.clip_score import ClipScore
 from transfusion.evaluation.coco import read_coco, read_pictures
 from transfusion.evaluation.features import open_extractor
 from transfusion.evaluation.image_scores import image_scores
+from transfusion.evaluation.perplexity import cut_windows
 from transfusion.evaluation.results import differences
 from transfusion.inference.engine import open_run
+from transfusion.sequence import NO_TARGET, Document, Text, Vocabulary, lay_out
 
 DIGITS = ("digits", *TINY, "--generation.steps", "2")
 SHAPES = (
@@ -132,6 +135,14 @@ def test_figures_stay_until_they_are_measured_anew(digits, tmp_path, monkeypatch
     assert after["digits"]["conditioning"]["count"] == 25 and after["topics"] == results["topics"]  # kept as they come
 
 
+def test_figures_are_told_with_what_they_are_of(digits, capsys):
+    """With fewer pictures than features there is no FID, and the screen says why."""
+    command("evaluate", digits, "--count", "20", "--tasks", "images")
+    said = capsys.readouterr().err
+    assert "features: small network of digits" in said
+    assert "no fid: FID over 48 features needs at least 49 pictures" in said
+
+
 def test_what_is_not_there_is_said_before_anything_is_measured(digits, monkeypatch, capsys):
     monkeypatch.setattr(suite, "conditioning_gap", lambda *given: 1 / 0)
     for words in (("choice", "--questions", "nowhere.jsonl"), ("images", "--features", "nowhere.pth")):
@@ -200,6 +211,18 @@ def test_drawings_from_cocos_captions_are_scored_some_at_a_time(digits, tmp_path
     assert read_json(digits / "results.json")["coco"]["coco-images"]["fid"] == pytest.approx(0, abs=1e-4)
 
 
+def test_pictures_of_coco_are_taken_at_random(tmp_path):
+    """By the seed, in the order of the file; all of them whatever the seed."""
+    write_json(tmp_path / "captions.json", {
+        "images": [{"id": n, "file_name": f"{n:02}.png"} for n in range(50)],
+        "annotations": [{"image_id": n, "caption": "a thing"} for n in range(50)]})  # fmt: skip
+    first, again, other, whole = (
+        [one.path for one in read_coco(tmp_path / "captions.json", *asked)] for asked in ((10, 1), (10, 1), (10, 2), (99, 3))
+    )
+    assert first == again == sorted(first) != other and len({*first}) == 10
+    assert whole == [f"{n:02}.png" for n in range(50)]
+
+
 NO_COCO = {}, {"images": 3}, {"images": [{}]}, {"images": [], "annotations": [{}]}, {"images": []}
 
 
@@ -262,6 +285,19 @@ def test_differences_are_none_of_equals_and_some_of_others(one, other):
     close = isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12)
     if not alike and not isinstance(one, dict | list) and not close and one != other:
         assert list(differences(one, other, "x"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 200))
+def test_windows_count_each_target_once_behind_half_a_window(length, tokens):
+    piece = lay_out(Document((Text(tuple(range(tokens))),)), Vocabulary.build(300, [(2, 2)], 1))
+    windows, counted = cut_windows(piece, length), Counter()
+    for window in windows:
+        assert len(window) <= length
+        targets = window.targets[window.targets != NO_TARGET]
+        counted.update(targets.tolist())
+        assert window is windows[0] or (window.targets[: length // 2] == NO_TARGET).all()
+    assert counted == Counter(piece.targets[piece.targets != NO_TARGET].tolist())
 
 
 def test_the_quick_tasks_are_tasks():

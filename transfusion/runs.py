@@ -114,13 +114,15 @@ def named_run(name: str) -> Run:
 class PaperRow:
     """One row of a table of the paper: the run it is of, and how its images were drawn and counted.
 
-    `sources`: "text", or "both". FID of 5,000 images reads about 5.4 higher than that of 30,000: never compare them.
+    `sources`: "text", or "both"; `batch`: positions of a step (text alone has half of them: as much text as both). FID of
+    5,000 images reads about 5.4 higher than that of 30,000: never compare them.
     """
 
     table: int
     label: str
     run: str
     sources: str = "both"
+    batch: str = "2M"
     guidance_scale: float | None = 3.0  # None: tuned, or nothing is drawn
     fid_images: int | None = 5_000
 
@@ -128,10 +130,10 @@ class PaperRow:
 PAPER: tuple[PaperRow, ...] = (
     PaperRow(3, "Transfusion", "7b", guidance_scale=5.0, fid_images=30_000),
     PaperRow(3, "Chameleon", "chameleon-7b", guidance_scale=5.0, fid_images=30_000),
-    PaperRow(4, "Llama 2", "0.76b", "text", None, None),
-    PaperRow(4, "Transfusion: + diffusion", "0.76b", fid_images=None),
-    PaperRow(4, "Chameleon: + stability modifications", "chameleon-text-0.76b", "text", None, None),
-    PaperRow(4, "Chameleon: + LM loss on image tokens", "chameleon-0.76b", fid_images=None),
+    PaperRow(4, "Llama 2", "0.76b", "text", "1M", None, None),
+    PaperRow(4, "Transfusion: + diffusion", "0.76b", guidance_scale=None, fid_images=None),
+    PaperRow(4, "Chameleon: + stability modifications", "chameleon-text-0.76b", "text", "1M", None, None),
+    PaperRow(4, "Chameleon: + LM loss on image tokens", "chameleon-0.76b", guidance_scale=None, fid_images=None),
     PaperRow(5, "linear, causal", "0.76b-causal"),
     PaperRow(5, "linear, bidirectional", "0.76b"),
     PaperRow(5, "U-Net, causal", "0.76b-unet-causal"),
@@ -147,5 +149,5 @@ PAPER: tuple[PaperRow, ...] = (
     *(PaperRow(7, f"{size}, U-Net", f"{size}-unet") for size in SIZES),
     *(PaperRow(8, f"{size}, no limit", f"{size}-unet") for size in ("0.76b", "7b")),
     *(PaperRow(8, f"{size}, limit", f"{size}-unet-limit") for size in ("0.76b", "7b")),
-    PaperRow(9, "Transfusion", "7b-large", guidance_scale=None, fid_images=30_000),
+    PaperRow(9, "Transfusion", "7b-large", batch="4M", guidance_scale=None, fid_images=30_000),
 )

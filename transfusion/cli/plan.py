@@ -151,10 +151,12 @@ def _parameters(name: str) -> int:
 
 
 def _aligned(rows: list[dict]) -> Iterator[str]:
-    yield f"{'':8} {'row':38} {'transfusion train':22} {'parameters':>14} {'sources':>8} {'guidance':>9} {'FID over':>9}"
+    yield (f"{'':8} {'row':38} {'transfusion train':20} {'parameters':>14} {'sources':>8} {'batch':>6} {'guidance':>9} "
+           f"{'FID over':>9}")  # fmt: skip
     for row in rows:
         guidance, images = row["guidance_scale"] or "", f"{row['fid_images']:,}" if row["fid_images"] else ""
-        yield (f"Table {row['table']}  {row['label']:38} {row['run']:22} {row['parameters']:>14,} {row['sources']:>8} "
+        yield (f"Table {row['table']}  {row['label']:38} {row['run']:20} {row['parameters']:>14,} {row['sources']:>8} "
+               f"{row['batch']:>6} "
                f"{guidance:>9} {images:>9}").rstrip()  # fmt: skip
 
 

@@ -26,6 +26,8 @@ class ClipScore:
         self.name, self.model = self.vision.name, self.vision.model
         if not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{source} reads no text: a CLIP score needs both halves of a CLIP")
+        if self.model.config.model_type != "clip":  # of a SigLIP captions want padding, and cosines are others
+            raise ValueError(f"{source} is a {self.model.config.model_type}, no clip: its scores are no CLIP scores")
         if not any((self.vision.folder / name).exists() for name in TOKENIZERS):
             raise ValueError(f"{source} has no tokenizer: {' or '.join(TOKENIZERS)} should be there")
         from transformers import AutoTokenizer

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image as Picture
 from PIL import ImageOps
 
+from transfusion.chance import seed_from
 from transfusion.data.raw import Fault
 from transfusion.data.reading.files import Files
 from transfusion.disk import OpenError, read_json
@@ -23,8 +24,9 @@ class Captioned:
     references: tuple[str, ...]
 
 
-def read_coco(path: Path, count: int) -> list[Captioned]:
-    """The first `count` pictures of Karpathy's `dataset_coco.json` (its test split), or of COCO's own annotations.
+def read_coco(path: Path, count: int, seed: int = 0) -> list[Captioned]:
+    """At most `count` pictures of Karpathy's `dataset_coco.json` (its test split), or of COCO's own annotations: at random,
+    in the order of the file.
 
     OpenError when the file is neither, or holds no picture with a caption.
     """
@@ -35,7 +37,8 @@ def read_coco(path: Path, count: int) -> list[Captioned]:
         raise OpenError(f"{path} is neither Karpathy's dataset_coco.json nor COCO's annotations: {error!r}") from None
     if not found:
         raise OpenError(f"{path} holds no picture with a caption in its split {SPLIT!r}")
-    return found[:count]
+    chosen = np.random.default_rng(seed_from("coco", seed)).permutation(len(found))[:count]
+    return [found[n] for n in sorted(chosen)]
 
 
 def read_pictures(captioned: Sequence[Captioned], path: Path, pictures: str | None) -> Iterator[np.ndarray]:

@@ -72,14 +72,14 @@ def open_pretrained(source: str, kind: str, device: torch.device) -> tuple[Path,
         import transformers
     except ImportError:
         raise ValueError(f"{source} needs transformers: pip install 'transfusion[pretrained]'") from None
+    folder = Path(source) if Path(source).is_dir() else _download(source)
     try:
-        folder = Path(source) if Path(source).is_dir() else _download(source)
         model, report = getattr(transformers, kind).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
         prepare = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the hub's client and transformers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # whatever transformers raises
+        reason = _first_line(error)
         raise ValueError(f"no vision model can be opened at {source}: {reason}") from None
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights, {min(report['missing_keys'])} for one: chance would stand in for them")
@@ -91,4 +91,15 @@ def open_pretrained(source: str, kind: str, device: torch.device) -> tuple[Path,
 def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except Exception as error:  # no network, no such name, or none at all: whatever the hub's client raises
+        raise ValueError(
+            f"no vision model can be opened at {source}: it is no folder, and the hub does not give it"
+            f" ({_first_line(error)}); put its config.json, preprocessor_config.json, model.safetensors and, for a CLIP,"
+            " tokenizer.json into one"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

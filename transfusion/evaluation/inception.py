@@ -3,7 +3,7 @@
 The network is written out here, since no weights come with this package and none are ever fetched. Its parts have the names
 that they have in torchvision and in pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, which holds the network of
 TensorFlow's that published FIDs are of. It differs from torchvision's in what pools do at a border, and in a maximum for a
-mean in its last block. Features are bit for bit pytorch-fid's.
+mean in its last block. Tests hold its features against pytorch-fid's.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
     windows = [
         window
         for text in texts
-        for window in _windows(lay_out(Document((Text(tokenizer.encode(text)),)), engine.vocabulary), length)
+        for window in cut_windows(lay_out(Document((Text(tokenizer.encode(text)),)), engine.vocabulary), length)
     ]
     nats, tokens = 0.0, 0
     for first in range(0, len(windows), ROWS):
@@ -51,11 +51,11 @@ def heldout_topics(engine: Engine) -> dict:
     }  # fmt: skip
 
 
-def _windows(piece: Piece, length: int) -> list[Piece]:
-    """Half-overlapping windows; each position's loss stands in exactly one of them."""
+def cut_windows(piece: Piece, length: int) -> list[Piece]:
+    """Half-overlapping windows of at most this length; each position's loss stands in exactly one of them."""
     half, windows = length // 2, []
     for begin in range(0, max(1, len(piece) - half), half):
-        window = piece.part(begin, min(begin + length, len(piece)))
+        window = piece.part(begin, min(begin + 2 * half, len(piece)))
         if begin:
             counted = np.where(np.arange(len(window)) < half, NO_TARGET, window.targets)
             window = replace(window, targets=counted)

@@ -13,6 +13,7 @@ from transfusion.inference.engine import Engine
 
 NAME = "results.json"
 CLOSE = 1e-6  # relative: figures that lie no farther apart agree
+SAID = "features", "network", "no_fid"  # what figures are of, and why one is not there
 CIRCUMSTANCES = "generation", "real_pictures", "networks", "dtype", "device", "machine", "python", "versions"
 
 Say = Callable[[str], None]
@@ -86,6 +87,9 @@ def _measured(suite: Suite, say: Say) -> Iterator[tuple[str, str, dict]]:
     for (source, name), task in suite.tasks().items():
         values = task()
         say(f"{source} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)))
+        for what in SAID:
+            if what in values:
+                say(f"  {what.replace('_', ' ')}: {values[what]}")
         yield source, name, values
 
 

@@ -27,7 +27,7 @@ from transfusion.evaluation.features import Extractor, open_extractor
 from transfusion.evaluation.geneval import Prompt, draw_geneval
 from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
 from transfusion.evaluation.geneval_shapes import find_things, shapes_prompts
-from transfusion.evaluation.image_scores import image_scores
+from transfusion.evaluation.image_scores import check_numbers, image_scores
 from transfusion.evaluation.multiple_choice import (
     Question,
     choose,
@@ -103,12 +103,17 @@ class Suite:
 
     @cached_property
     def questions(self) -> list[Question] | None:
-        return read_questions(Path(self.asked.questions)) if self.asked.questions else None
+        if not self.asked.questions:
+            return None
+        found = read_questions(Path(self.asked.questions))
+        if not found:
+            raise ValueError(f"{self.asked.questions} holds no question")
+        return found
 
     @cached_property
     def captioned(self) -> list[Captioned]:
         """COCO's pictures, all of which are there."""
-        found = read_coco(Path(self.asked.coco), self.asked.count)
+        found = read_coco(Path(self.asked.coco), self.asked.count, self.asked.seed)
         find_missing(found, Path(self.asked.coco), self.asked.pictures)
         return found
 
@@ -121,6 +126,9 @@ class Suite:
                     raise ValueError(f"the task {name} needs --{option}: {what}")
         if "geneval" in wanted and self.asked.detector and not self.asked.clip:
             raise ValueError("--detector needs --clip, which tells colours: the folder of a CLIP model, or owner/name")
+        with_pictures = [name for name in wanted if name.startswith("coco") or name == "geneval" and self.asked.detector]
+        if with_pictures and not self.engine.sizes:
+            raise ValueError(f"this run knows no pictures: it cannot be asked for {', '.join(with_pictures)}")
         alone = self._tasks_alone()
         found = {pair: task for pair, task in alone.items() if pair[1] in wanted}
         left = [name for name in wanted if name not in {what for _, what in found}]
@@ -137,6 +145,8 @@ class Suite:
         for name in dict.fromkeys(what for _, what in found):
             for part in OPENED.get(name, ()):
                 getattr(self, part)
+        if "coco-images" in wanted:
+            check_numbers(len(self.captioned), len(self.captioned))
         return found
 
     def _tasks_alone(self) -> dict[tuple[str, str], Task]:
@@ -158,8 +168,7 @@ class Suite:
             topics = source.name == "topics"
             return {
                 "text": lambda: heldout_topics(engine) if topics else bits_per_byte(engine, _texts(source, count)),
-                "choice": lambda: choose(engine, continuation_questions(
-                    Topics("heldout").texts if topics else _texts(source, len(source)), self.asked.count)),
+                "choice": lambda: self._go_on(Topics("heldout").texts if topics else _texts(source, len(source))),
             }  # fmt: skip
         if is_edit(first):
             return {"edits": lambda: edit_heldout(engine, source, count, self.asked.seed)}
@@ -168,7 +177,7 @@ class Suite:
         tasks = {
             "captions": lambda: caption_heldout(engine, source, len(source) if source.name == "digits" else count),
             "conditioning": lambda: conditioning_gap(engine, source, count),
-            "images": lambda: self._images(source),
+            "images": lambda: self._images(source, count),
             "clip": lambda: self._clip(source),
         }
         if source.name == "digits" and engine.draws((SIDE, SIDE), 1):
@@ -178,6 +187,13 @@ class Suite:
             tasks["geneval"] = lambda: self._geneval_of_shapes(source)
         return tasks
 
+    def _go_on(self, texts: list[str]) -> dict:
+        """How these texts go on, of several ways."""
+        questions = continuation_questions(texts, self.asked.count)
+        if not questions:
+            raise ValueError("held-out texts are too short, or too few, to ask how they go on: name --questions")
+        return choose(self.engine, questions)
+
     def _draw(self, source: Source) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
         """Held-out captions, what is drawn from each, and the pictures that they are of; drawn once for all tasks."""
         if source.name not in self.drawn:
@@ -186,7 +202,8 @@ class Suite:
             self.drawn[source.name] = captions, draw_captions(self.engine, captions, self.asked.seed), pictures
         return self.drawn[source.name]
 
-    def _images(self, source: Source) -> dict:
+    def _images(self, source: Source, count: int) -> dict:
+        check_numbers(count, count)
         features = self.features
         if features is None:
             train = next(one for one in open_raw(self.engine.run.data, "train") if one.name == source.name)
