@@ -17,56 +17,30 @@ class TooFew(ValueError):
     """A measure needs more pictures than there are; the message says how many."""
 
 
-class Statistics:
-    """Mean (F,) and covariance (F, F) of features that are added a part at a time, and need not be kept."""
-
-    def __init__(self, features: int):
-        self.count, self.mean, self.scatter = 0, np.zeros(features), np.zeros((features, features))
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> "Statistics":
-        """Those of (N, F) numbers."""
-        return cls(features.shape[1]).add(features)
-
-    def add(self, features: np.ndarray) -> "Statistics":
-        """(N, F) more; how they are cut into parts changes nothing. Each part is centred, so that nothing cancels."""
-        if not len(features):
-            return self
-        features = features.astype(np.float64)  # (N, F)
-        mean = features.mean(0)  # (F,)
-        centred, moved, count = features - mean, mean - self.mean, self.count + len(features)
-        self.scatter += centred.T @ centred + np.outer(moved, moved) * (self.count * len(features) / count)
-        self.mean += moved * (len(features) / count)
-        self.count = count
-        return self
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(F, F), unbiased."""
-        return self.scatter / (self.count - 1)
-
-
 def fid(real: np.ndarray, drawn: np.ndarray) -> float:
-    """The Frechet distance of features (N, F) and (M, F). TooFew as `frechet_distance`."""
-    return frechet_distance(Statistics.of(real), Statistics.of(drawn))
-
-
-def frechet_distance(real: Statistics, drawn: Statistics) -> float:
-    """|mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2)): the squared distance of the two Gaussians.
+    """|mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2)): the squared distance of the Gaussians of features (N, F) and (M, F).
 
     With S = A A^T and S' = B B^T the last trace is the sum of the singular values of A^T B, which does without the root of a
     matrix that is not symmetric, and loses nothing where S is singular. TooFew with fewer pictures than features + 1:
     their covariance would be singular only because they are few, and the distance would measure that.
     """
-    features, fewest = len(real.mean), min(real.count, drawn.count)
+    features, fewest = real.shape[1], min(len(real), len(drawn))
     if fewest <= features:
         raise TooFew(
             f"FID over {features} features needs at least {features + 1} pictures on both sides, real and drawn,"
-            f" or their covariances are singular: here are {real.count} and {drawn.count}"
+            f" or their covariances are singular: here are {len(real)} and {len(drawn)}"
         )
-    moved, one, other = real.mean - drawn.mean, real.covariance, drawn.covariance
+    (mean, one), (other_mean, other) = _gaussian(real), _gaussian(drawn)
     shared = np.linalg.svd(_root(one).T @ _root(other), compute_uv=False).sum()
+    moved = mean - other_mean
     return max(0.0, float(moved @ moved + np.trace(one) + np.trace(other) - 2 * shared))
+
+
+def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, F) -> mean (F,) and covariance (F, F), unbiased."""
+    mean = features.mean(0, dtype=np.float64)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
