@@ -270,7 +270,7 @@ def test_commands_of_the_readme_run(line, run, tmp_path, monkeypatch):
             words[words.index("--out") + 1] = "runs/new"
         else:
             words += ["--out", "runs/new"]
-        words = [*words, *TINY]
+        words = [*words, *TINY, "--data.row-length", "256"]
     if "--from" in words and words[0] == "evaluate":
         command("evaluate", Path(words[words.index("--from") + 1]).parent)
     command(*words)

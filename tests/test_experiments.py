@@ -20,7 +20,7 @@ from scipy.stats import ttest_ind
 from experiments import attention, both, drawings, editing, emoji, lab, noise, patches, results, scaling, scenes, text
 from experiments.lab import Claim, Column, Options, Table, Variant, cell
 from experiments.scaling import Law
-from tests.test_cli import TINY
+from tests.test_cli import TINY, command
 from transfusion.cli.codec import NAMED, FitCodec
 from transfusion.cli.runs import Train, named, parse_run
 from transfusion.cli.screen import parse
@@ -47,7 +47,9 @@ def filled(variants, tmp_path_factory) -> tuple[Options, list[str]]:
         seen.append(f"{engine.run.model.width} {engine.run.training.seed}")
         return {"width": engine.run.model.width}
 
-    lab.fill(Options(asked.out, seeds=(0,)), variants, measure)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "transfusion", command)  # in this process: a new one takes longer to begin than to train
+        lab.fill(Options(asked.out, seeds=(0,)), variants, measure)
     lab.fill(Options(asked.out, ("Width 48",), (0, 1)), variants, measure)
     return asked, seen
 
