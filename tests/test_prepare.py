@@ -37,7 +37,7 @@ from transfusion.data.loader import (
     holds_edits,
 )  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
-from transfusion.data.raw import RawDocument
+from transfusion.data.raw import RawDocument, RawText
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import Prepared, ShardWriter, open_prepared
@@ -104,6 +104,27 @@ def test_every_document_is_there_once_with_its_tokens_and_its_latents():
                         expected = prepared.codec.encode(original.pixels).astype(np.float16)
                         assert np.array_equal(part.content, expected)
         assert not found
+
+
+def test_held_out_documents_keep_their_pictures(tmp_path):
+    """As they were before the codec, of each size, in their order; training documents are as the codec gives them back."""
+    pairs = [[{"image": inline(picture(n + wide, 16 + wide, 16)[1])} for wide in (0, 16)] for n in range(100)]
+    records = [{"segments": [first, {"text": "and"}, second]} for first, second in pairs]
+    records += [{"segments": [{"text": "no picture"}]}] * 100
+    source = open_reader(str(write_lines(tmp_path / "two.jsonl", records)))
+    prepare([source], replace(CONFIG, sizes=("16x16", "32x16"), shard=30), tmp_path / "out")
+    (heldout,), (train,) = (open_raw(DataConfig(prepared=(str(tmp_path / "out"),), sources=("two",)), split)
+                            for split in ("heldout", "train"))  # fmt: skip
+    raws = {raw.where: raw for unit in source.units(30) for raw in source.read(unit)}
+    shown = [heldout[n] for n in range(len(heldout))]
+    assert {len(one.segments) for one in shown} == {1, 3}
+    for one in shown:
+        for part, original in zip(one.segments, raws[one.where].segments, strict=True):
+            assert part.text == original.text if isinstance(part, RawText) else np.array_equal(part.pixels, original.pixels)
+    assert not any(train.stored.pictures(n) for n in range(len(train)))
+    with_pictures = next(train[n] for n in range(len(train)) if len(train[n].segments) == 3)
+    before = raws[with_pictures.where].segments[0].pixels
+    assert not np.array_equal(with_pictures.segments[0].pixels, before)  # the codec has lost some of it
 
 
 def test_a_document_may_hold_anything(tmp_path):

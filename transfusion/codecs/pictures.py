@@ -68,6 +68,13 @@ def to_pixels(
     return np.asarray(picture, dtype=np.uint8).reshape(size[1], size[0], colours)
 
 
+def to_png(pixels: np.ndarray) -> bytes:
+    """(Y, X, 1 or 3) uint8 as a file, without loss."""
+    file = BytesIO()
+    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 64) -> Picture.Image:
     """Pictures (Y, X, colours) uint8 side by side, each enlarged in whole pixels to about `side`."""
     tiles = []

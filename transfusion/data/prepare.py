@@ -22,7 +22,7 @@ from transfusion.chance import fraction_from
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
 from transfusion.data.fitting import PrepareError, Tools, about_codec, about_like, fit, is_brought, open_tools
-from transfusion.data.raw import Fault, RawDocument
+from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import read_json, write_json, write_whole
@@ -209,7 +209,8 @@ def _write_shard(job: Job, tools: Tools, path: Path, tick: Callable[[int], None]
             raws = [one for one in found if not isinstance(one, Fault)]
             for raw, document in zip(raws, tools.encode(raws), strict=True):
                 split = _split(job, raw)
-                writers[split].add(document, raw.where, raw.name)
+                pictures = [part.pixels for part in raw.segments if isinstance(part, RawImage)] if split == "heldout" else ()
+                writers[split].add(document, raw.where, raw.name, pictures)
                 about.add(document, split, bool(raw.name))
             done += len(found)
             tick(min(done, job.unit.rows))

@@ -3,13 +3,14 @@
 A prepared folder holds `dataset.json` (what it is, counts, hashes), `tokenizer.json`, `codec.safetensors`,
 `quarantine.jsonl` (what was left out, and why), and for each source a folder of shards: `train-00000.arrow`,
 `heldout-00000.arrow` (Arrow streams, mapped into memory, also read by `datasets`), `00000.json` (what is in them).
-A document is one row of `schema`; latents are float16, already normalised, and codes (of a VQ codec) int32.
+A document is one row of `schema`; latents are float16, already normalised, and codes (of a VQ codec) int32. Held-out
+documents also keep their pictures, for drawings are measured beside those and not beside what the codec makes of them.
 """
 
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -19,13 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from transfusion.codecs.codec import Codec, codec_from_bytes
+from transfusion.codecs.pictures import pixels_of, read_picture, to_png
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.disk import OpenError, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
-FORMAT = 1  # of a prepared folder; another number is refused
+FORMAT = 2  # of a prepared folder; another number is refused
 SPLITS = ("train", "heldout")
 BATCH = 64 * 2**20  # bytes of latents after which a batch of documents is written
 OPEN = 4096  # shards that are kept mapped
@@ -47,6 +49,7 @@ def schema(codes: bool) -> pa.Schema:
         ("tokens", pa.list_(pa.int32())),  # of all its texts, one after the other
         # (C, Y, X) or (Y, X) of all its images, one after the other
         ("codes", pa.list_(pa.int32())) if codes else ("latents", pa.list_(pa.float16())),
+        ("pictures", pa.list_(pa.binary())),  # of a held-out document, its images as they were before the codec: PNG
     ])  # fmt: skip
 
 
@@ -61,7 +64,8 @@ class ShardWriter:
         self.rows: list[tuple] = []  # in the order of the schema
         self.size = self.count = 0
 
-    def add(self, document: Document, where: str, name: str) -> None:
+    def add(self, document: Document, where: str, name: str, pictures: Sequence[np.ndarray] = ()) -> None:
+        """A document, and its pictures (Y, X, colours) uint8 where they are kept."""
         segments, tokens, contents = [], [], []
         for part in document.segments:
             if isinstance(part, Text):
@@ -71,8 +75,9 @@ class ShardWriter:
                 contents.append(part.content.astype(self.content).ravel())
                 segments.append((True, part.loss, part.max_time, 0, *part.shape))
         numbers = np.concatenate(contents) if contents else np.empty(0, self.content)
-        self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), numbers))
-        self.size, self.count = self.size + numbers.nbytes, self.count + 1
+        kept = [to_png(pixels) for pixels in pictures]
+        self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), numbers, kept))
+        self.size, self.count = self.size + numbers.nbytes + sum(map(len, kept)), self.count + 1
         if self.size >= BATCH:
             self._flush()
 
@@ -93,7 +98,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self.rows:
-            where, name, pairs, segments, tokens, contents = zip(*self.rows, strict=True)
+            where, name, pairs, segments, tokens, contents, pictures = zip(*self.rows, strict=True)
             lengths = [len(parts) for parts in segments]
             parts = pa.array([part for document in segments for part in document], SEGMENT)
             columns = [
@@ -101,6 +106,7 @@ class ShardWriter:
                 _lists(lengths, parts),
                 _lists(map(len, tokens), pa.array(np.concatenate(tokens))),
                 _lists(map(len, contents), pa.array(np.concatenate(contents))),
+                _lists(map(len, pictures), pa.array([png for kept in pictures for png in kept], pa.binary())),
             ]  # fmt: skip
             self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows, self.size = [], 0
@@ -194,6 +200,11 @@ class Stored:
         batch, row = self._find(id)
         return batch.where[row].as_py()
 
+    def pictures(self, id: int) -> list[np.ndarray]:
+        """The pictures (Y, X, colours) uint8 of a held-out document as they were before the codec; of any other none."""
+        batch, row = self._find(id)
+        return [pixels_of(read_picture(png, f"in {self.where(id)}")) for png in batch.pictures[row].as_py()]
+
     def mean_positions(self, vocabulary: Vocabulary, dropped: float = 0.0) -> float:
         """Positions of a document on average, where this share of the single captions is dropped."""
         shards, documents = self.about["shards"], max(1, len(self))
@@ -254,7 +265,7 @@ class _Batch:
         self.rows = len(batch)
         self.where = batch.column("where")
         self.pairs = batch.column("pairs").to_numpy(zero_copy_only=False)
-        segments, tokens, contents = (batch.column(number) for number in (3, 4, 5))
+        segments, tokens, contents, self.pictures = (batch.column(number) for number in (3, 4, 5, 6))
         self.segment_at, self.token_at, self.content_at = (
             column.offsets.to_numpy() for column in (segments, tokens, contents)
         )
@@ -279,7 +290,8 @@ class _Batch:
 
 
 class Decoded:
-    """A stored source as a person would see it: text from its ids, pixels from its latents."""
+    """A stored source as a person would see it: text from its ids, pictures as they were where they are kept, otherwise as
+    the codec gives them back."""
 
     def __init__(self, stored: Stored):
         self.stored, self.name = stored, stored.name
@@ -288,12 +300,15 @@ class Decoded:
         return len(self.stored)
 
     def __getitem__(self, id: int) -> RawDocument:
-        tokenizer, codec = self.stored.prepared.tokenizer, self.stored.prepared.codec
-        document = self.stored[id]
+        document, tokenizer = self.stored[id], self.stored.prepared.tokenizer
+        images = (part for part in document.segments if isinstance(part, Image))
+        pixels = iter(self.stored.pictures(id) or map(self._decode, images))
         segments = tuple(
             RawText(tokenizer.decode(part.tokens), part.loss) if isinstance(part, Text)
-            else RawImage(codec.decode(part.content if part.is_codes else part.content.astype(np.float32)), part.loss,
-                          part.max_time)
-            for part in document.segments
+            else RawImage(next(pixels), part.loss, part.max_time) for part in document.segments
         )  # fmt: skip
         return RawDocument(segments, id, document.pairs, where=self.stored.where(id))
+
+    def _decode(self, image: Image) -> np.ndarray:
+        content = image.content if image.is_codes else image.content.astype(np.float32)
+        return self.stored.prepared.codec.decode(content)

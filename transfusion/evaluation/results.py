@@ -14,7 +14,7 @@ from transfusion.inference.engine import Engine
 NAME = "results.json"
 CLOSE = 1e-6  # relative: figures that lie no farther apart agree
 SAID = "features", "network", "no_fid"  # what figures are of, and why one is not there
-CIRCUMSTANCES = "generation", "real_pictures", "networks", "dtype", "device", "machine", "python", "versions"
+CIRCUMSTANCES = "generation", "networks", "dtype", "device", "machine", "python", "versions"
 
 Say = Callable[[str], None]
 

@@ -212,7 +212,7 @@ class Suite:
         self.networks[f"{source.name} images"] = features.name
         _, drawn, real = self._draw(source)
         scores = image_scores(features(real), features(drawn), self.asked.seed)
-        return {"features": features.name, "real_pictures": self._pictures(), **scores}
+        return {"features": features.name, **scores}
 
     def _clip(self, source: Source) -> dict:
         self.networks[f"{source.name} clip"] = self.clip.name
@@ -257,16 +257,12 @@ class Suite:
         """What another machine needs to repeat the figures, and what they depend on."""
         opened, run = self.engine.opened, self.engine.run
         return {
-            "asked": asdict(self.asked), "data": fingerprint(run.data), "real_pictures": self._pictures(),
+            "asked": asdict(self.asked), "data": fingerprint(run.data),
             "generation": asdict(run.generation), "captions": "greedy", "networks": dict(self.networks),
             "dtype": str(opened.precision).removeprefix("torch."), "device": str(self.engine.device),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
             "versions": {name: found for name in PACKAGES if (found := _version(name))},
         }  # fmt: skip
-
-    def _pictures(self) -> str:
-        """What stands for real pictures: of prepared data, which hold nothing else, what the codec gives back."""
-        return f"as {self.engine.opened.codec.kind} gives them back" if self.engine.run.data.prepared else "as they are"
 
 
 def _texts(source: Source, count: int) -> list[str]:

@@ -3,13 +3,11 @@
 import asyncio
 import base64
 import binascii
-import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image as Picture
 
-from transfusion.codecs.pictures import PictureError, read_picture, to_pixels
+from transfusion.codecs.pictures import PictureError, read_picture, to_pixels, to_png
 from transfusion.inference.server.errors import Refused
 
 AT_ONCE = 2  # pictures that are decoded: each may take hundreds of megabytes for a moment
@@ -41,7 +39,7 @@ async def data_url(pixels: np.ndarray) -> str:
 
 async def base64_of(pixels: np.ndarray) -> str:
     """A PNG file, in base64."""
-    return await asyncio.to_thread(_encode, pixels)
+    return base64.b64encode(await asyncio.to_thread(to_png, pixels)).decode()
 
 
 def _bytes_of(url: str) -> bytes:
@@ -54,9 +52,3 @@ def _bytes_of(url: str) -> bytes:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
         raise PictureError("what follows base64, is not base64") from None
-
-
-def _encode(pixels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
