@@ -3,6 +3,9 @@
 Claim (section 4.3.4): the limit helps captions (CIDEr 25.4 to 29.4 at 0.76B) and does not hurt drawing. What came after the
 paper shows them clean.
 
+It comes out: captions, nearly all of which are right without a limit (97.8 %), are right but for one in 200 with it;
+drawings are as good by FID, and within noise by the checker. (A run takes 15 to 22 minutes beside another.)
+
     python -m experiments.noise
 """
 

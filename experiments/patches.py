@@ -3,6 +3,11 @@
 Claim (section 4.3.2): patches by the halves of a U-Net draw better than by a linear layer, at any size of patch or model. As
 in the paper all see equally many positions in a step, so that larger patches see more images.
 
+By the checker it comes out at every size of patch and model, most of all at S (45 % of scenes right, 11 % with linear
+patches; one seed there, three at 16 patches of L); by FID at 16 patches of L, hardly at M, and at S and other patches linear
+ones are ahead. 16 patches are better than 64 and than 4 for both. (A run takes 7 to 16 minutes with linear patches and 11 to
+22 with a U-Net, beside another.)
+
     python -m experiments.patches
 """
 
