@@ -4,8 +4,8 @@ documentation, for twice as many steps as the tables about images alone.
 Both families read the same data in equally many rows of 320 positions: one network with two middles, the autoencoder and its
 VQ twin, trained on the same scenes for equally many steps (8 numbers for a latent pixel, 8x8 of them; 512 codes).
 Transfusion cuts latents into 16 patches, Chameleon writes 64 codes, as the paper's 256 and 1,024: of as many positions it
-sees a third of the images, and of their captions. Longer images fill rows less well, 93 % of them for 98, so that it reads
-5 % less; tables show how much. The tokenizer is the same.
+sees a third of the images, and of their captions. Longer images fill rows less well, 93 % of 4.6 million positions for 98,
+as tables show. The tokenizer is the same.
 
 Chameleon here is the paper's but for its smaller learning rate, and queries and keys are normalised in both. Both have the
 same rate: with half of it Chameleon S did worse (2.45 bits per byte for 2.24, FID 4.0 for 2.4). Steps, shares and the weight

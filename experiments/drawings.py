@@ -8,7 +8,6 @@ writes docs/drawings.png (--scale gpu: drawings-gpu.png) from the runs of one se
 import sys
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,7 @@ from transfusion.inference.engine import open_run
 TABLES = (scaling, attention, patches, noise)
 COUNT = 12  # drawings of each row
 NAMES = {"cpu": "drawings.png", "gpu": "drawings-gpu.png"}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    caption: str
-    pixels: np.ndarray  # (Y, X, 3) uint8
-    right: bool
+Drawing = tuple[str, np.ndarray, bool]  # caption, pixels (Y, X, 3) uint8, is it right?
 
 
 def draw(asked: Options) -> dict[str, list[Drawing]]:
@@ -43,7 +36,7 @@ def draw(asked: Options) -> dict[str, list[Drawing]]:
                 continue
             known.add(folder)
             print(variant.name, flush=True)
-            found[variant.name] = [Drawing(*one) for one in draw_scenes(open_run(folder, asked.device), source, COUNT)[1]]
+            _, found[variant.name] = draw_scenes(open_run(folder, asked.device), source, COUNT)
     return found
 
 
@@ -54,13 +47,13 @@ def picture(found: Mapping[str, list[Drawing]], path: Path) -> None:
     figure = Figure(figsize=(2 + 0.7 * COUNT, 0.6 + 0.7 * len(found)), layout="constrained")
     grid = figure.subplots(len(found), COUNT, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
     for (name, drawings), row in zip(found.items(), grid, strict=True):
-        for axes, drawing in zip(row, drawings, strict=True):
-            axes.imshow(drawing.pixels)
+        for axes, (_, pixels, right) in zip(row, drawings, strict=True):
+            axes.imshow(pixels)
             axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(visible=not drawing.right, color="#c02020", linewidth=2.5)
+            axes.spines[:].set(visible=not right, color="#c02020", linewidth=2.5)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for axes, drawing in zip(grid[0], next(iter(found.values())), strict=True):
-        axes.set_title(textwrap.fill(drawing.caption, 11), fontsize=7)
+    for axes, (caption, *_) in zip(grid[0], next(iter(found.values())), strict=True):
+        axes.set_title(textwrap.fill(caption, 11), fontsize=7)
     figure.savefig(path, dpi=120)
 
 

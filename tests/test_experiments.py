@@ -190,8 +190,20 @@ def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
     scaling.plot(asked, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     told = scaling.tell(asked)
-    assert "beyond" not in told
     assert "0.25" in told and "paper 0.029" in told and told.count("no line can be drawn") == 2
+
+
+@pytest.mark.parametrize(("ahead", "beyond"), [(4, False), (0.25, True)])
+def test_a_parity_beyond_what_was_trained_is_called_so(tmp_path, ahead, beyond):
+    asked = Options(tmp_path, seeds=(0,))
+    for n, row in enumerate(scaling.table("cpu").variants):
+        flops, factor = 6e12 * 2 ** (n % 3), ahead if row.name.startswith("Transfusion") else 1
+        cell(asked, row, 0).mkdir(parents=True)
+        write_json(cell(asked, row, 0) / "measured.json", {
+            "parameters": 1e6, "positions": flops / 6e6, "fid": (flops * factor) ** -0.5, "cider": 0.0,
+            "bits_per_byte": 0.0})  # fmt: skip
+    assert ("by fid: **4**, beyond its largest run" in scaling.tell(asked)) == beyond
+    assert ("by fid: **0.25** (paper" in scaling.tell(asked)) != beyond
 
 
 # The tables

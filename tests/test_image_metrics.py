@@ -69,6 +69,7 @@ def test_closed_forms(seed, features, scale):
     one = drawn(seed, 3 * features + 3, features).astype(np.float64)
     d = np.random.default_rng(seed).standard_normal(features)
     variance = one.var(0, ddof=1).sum()
+    assert fid(one + 1e5, one + 1e5 + d) == pytest.approx(d @ d, rel=1e-5, abs=1e-5 * variance)  # far from 0 nothing cancels
     assert fid(one, one) == pytest.approx(0, abs=1e-9 * variance)
     assert fid(one, one + d) == pytest.approx(d @ d, rel=1e-6, abs=1e-9 * variance)
     stretched = (one - one.mean(0)) * scale + one.mean(0)

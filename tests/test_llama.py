@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from tests.documents import few, with_all_logits
 from tests.llama import SPECIAL, write_llama
 from tests.sources import write_photos
 from tests.test_cli import TINY, command, fails
 from tests.test_model import decoders, run, sizes_of
+from tests.test_parallel import weights_of
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import newest, open_checkpoint
+from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import LanguageModel
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
@@ -141,12 +141,6 @@ def train(folder: Path, *options) -> dict[str, torch.Tensor]:
     """Train a tiny run, on digits or on what is prepared; the tensors of its newest checkpoint."""
     command("train", "digits", "--out", folder, *(TINY if "--data" in options else FAST), *options)
     return weights_of(folder)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint."""
-    files = sorted(newest(folder).rglob("*.safetensors"))
-    return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}
 
 
 def test_a_run_from_a_language_model_goes_on_like_any_other(tmp_path, capsys):

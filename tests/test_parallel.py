@@ -478,7 +478,7 @@ def test_pictures_that_cannot_be_shared_out_are_refused(tmp_path):
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("train", "digits", *TINY, "--training.steps", 9, "--data.rows", 2, "--training.log-every", 1)
-AT_A_STEP = """
+AT_STEP_6 = """
 import os, sys
 from transfusion.cli import main
 from transfusion.training.codec import CodecTrainer
@@ -488,13 +488,12 @@ from transfusion.training.trainer import Trainer
 real = Trainer.step
 
 def step(self, number, *rest):
-    if number == at - 1 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), what)
+    if number == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), int(sys.argv[1]))
     return real(self, number, *rest)
 
 Trainer.step = step
-what, at = map(int, sys.argv[1:3])
-main(sys.argv[3:])
+main(sys.argv[2:])
 """
 
 
@@ -507,28 +506,38 @@ def torchrun(*arguments: object) -> str:
     return done.stderr
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    files = sorted(newest(folder).rglob("*.safetensors"))
+    return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}
+
+
 @pytest.mark.slow
 def test_train_under_torchrun_outlives_a_signal_and_a_killed_process(tmp_path):
-    """To one process only: SIGUSR1, after which both save; the same command goes on, until kill -9, after which torchrun
-    starts both anew. What comes of it is near that of one process with as many rows.
+    """To one process only: SIGUSR1, after which both save and the same command goes on; then, in a run of its own, kill -9,
+    after which torchrun starts both anew. The two end with the same bits, near those of one process with as many rows.
     """
-    (tmp_path / "at_a_step.py").write_text(AT_A_STEP)
-    out = tmp_path / "run"
-    said = torchrun(tmp_path / "at_a_step.py", signal.SIGUSR1, 3, *TRAIN, "--out", out)
+    script = tmp_path / "at_step_6.py"
+    script.write_text(AT_STEP_6)
+    said = torchrun(script, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
     assert "training digits on 2 processes (cpu)" in said
-    assert said.count("stopped at step 3 and saved") == 1
-    assert newest(out).name == "step-000003"
-    said = torchrun("--max-restarts", 1, tmp_path / "at_a_step.py", signal.SIGKILL, 6, *TRAIN, "--out", out)
-    assert said.index(f"going on from {out / 'checkpoints' / 'step-000003'}") == said.index("going on from")
-    assert said.count("going on from") == 2
+    assert said.count("stopped at step 6 and saved") == 1
+    assert newest(tmp_path / "asked").name == "step-000006"
+    said = torchrun("-m", "transfusion", *TRAIN, "--out", tmp_path / "asked")
+    assert said.count(f"going on from {tmp_path / 'asked' / 'checkpoints' / 'step-000006'}") == 1
+    said = torchrun("--max-restarts", 1, script, signal.SIGKILL, *TRAIN, "--out", tmp_path / "killed")
+    assert "going on from" in said
     assert "transfusion: another process of this work has stopped; what it said tells why" in said
     assert "Traceback" not in said
+    one, other = (weights_of(tmp_path / name) for name in ("asked", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert rows_of(tmp_path / "asked") == rows_of(tmp_path / "killed")
     command(*TRAIN, "--data.rows", 4, "--out", tmp_path / "alone")
-    pairs = list(zip(rows_of(out), rows_of(tmp_path / "alone"), strict=True))
-    assert [row["step"] for row, _ in pairs if "text_loss" in row] == list(range(1, 10))
+    pairs = zip(rows_of(tmp_path / "asked"), rows_of(tmp_path / "alone"), strict=True)
     for row, expected in [(row, expected) for row, expected in pairs if "text_loss" in row]:
         assert numbers(row) == pytest.approx(numbers(expected), rel=1e-3)
-    assert open_checkpoint(out).step == 9
+    assert open_checkpoint(tmp_path / "asked").step == 9
 
 
 @pytest.mark.slow
