@@ -113,6 +113,9 @@ class DiffusionConfig:
             raise ValueError(f"diffusion.shift must be above 0, not {self.shift}")
 
 
+MADE = ("digits", "shapes", "topics", "emoji", "photographs")  # sources that need no files
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and how documents become rows."""
@@ -409,6 +412,34 @@ class EvaluationConfig:
             raise ValueError(f"name at least one task behind --tasks: {', '.join(TASKS)}")
         if self.count < 2:
             raise ValueError(f"count must be at least 2, not {self.count}")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The GPUs that share a run."""
+
+    gpus: int = 1
+    per_machine: int = 8
+    memory: int = 80_000_000_000  # bytes of each
+    tflops: float = 989.0  # of each at its best: H100, bfloat16, dense
+    mfu: float = 0.4  # share of that which the FLOPs of a run will reach
+
+    def __post_init__(self):
+        for name, value in (("gpus", self.gpus), ("gpus-per-machine", self.per_machine)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
+        if self.tflops <= 0:
+            raise ValueError(f"--tflops must be above 0, not {self.tflops}")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu must lie above 0 and up to 1, not {self.mfu}")
+
+    def sharing(self, shard: str) -> int:
+        """How many GPUs share one copy of the weights. ValueError when machines would be left half empty."""
+        if shard == "full" or self.gpus <= self.per_machine:
+            return self.gpus
+        if self.gpus % self.per_machine:
+            raise ValueError(f"hybrid sharding takes whole machines: {self.gpus} is not a multiple of {self.per_machine}")
+        return self.per_machine
 
 
 @dataclass(frozen=True)

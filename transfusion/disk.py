@@ -1,9 +1,12 @@
-"""Files that are whole or as they were before, JSON that is checked, and the SHA-256 that tells a changed file."""
+"""Files that are whole or as they were before, checked JSON, SHA-256, and what a folder holds. Imports nothing heavy."""
 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
+
+RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; of an exported run, or of a network alone
 
 
 class OpenError(ValueError):
@@ -62,3 +65,41 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, read once and never held whole."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_folder(place: str | Path) -> Path:
+    """The folder of this name, or else that of the hub's repository `owner/name`, of which only safetensors and JSON come.
+
+    What is on this disk is never taken for a name on the hub. OpenError when the hub has nothing of that name, or is out of
+    reach.
+    """
+    if Path(place).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(place), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no network, or no such name: whatever the hub's client raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OpenError(f"{place} is not a run: there is no such folder, and the hub says: {reason}") from None
+
+
+def is_exported(folder: Path) -> bool:
+    """Is it what `export` wrote, not a run's own folder?"""
+    return not (folder / RUN).exists() and (folder / CONFIG).exists()
+
+
+def check_run(folder: Path) -> Path:
+    """This folder of a run, or of an exported one. OpenError when it is neither."""
+    if not (folder / RUN).exists() and not is_exported(folder):
+        raise OpenError(f"{folder} is not a run: it has no {RUN}")
+    return folder
+
+
+def check_prepared(folder: Path) -> Path:
+    """This folder that `transfusion data prepare` made. OpenError when it is none, or is not finished."""
+    if not (folder / "dataset.json").exists():
+        what = "is not finished: the same `transfusion data prepare` goes on" if (folder / "recipe.json").exists() else (
+            "is no prepared data: it has no dataset.json (transfusion data prepare SOURCE --out DIR makes one)")  # fmt: skip
+        raise OpenError(f"{folder} {what}")
+    return folder

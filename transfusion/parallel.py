@@ -224,13 +224,13 @@ def spread(
     Gradients are summed, not averaged: losses have been divided by the counts of all ranks. On CUDA weights travel and
     compute in bfloat16, gradients are reduced in float32. Each block is compiled by itself, for one shape of rows.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     if compiled:
         for block in blocks:
             block.compile(backend=COMPILER, dynamic=False)
     if mesh is None:
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     lower = None if precision(device) == torch.float32 else precision(device)
     # Inputs are left as they are: t would be rounded to the nearest of 256 numbers.
     policy = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False)

@@ -13,7 +13,7 @@ from math import ceil, prod
 import numpy as np
 from torch import nn
 
-from transfusion.config import ModelConfig, Run
+from transfusion.config import Machines, ModelConfig, Run
 from transfusion.model.flops import training_flops
 from transfusion.model.transfusion import blueprint
 from transfusion.model.unet import BLOCKS
@@ -25,34 +25,6 @@ AROUND = 4  # positions around the patches of an image by itself: bos, boi, eoi,
 LOGITS = 3 * FP32  # bytes, at most, for one: its log-probability and, one from the other, two gradients
 OWN = 2_000_000_000  # bytes that CUDA and NCCL take for themselves, roughly
 MOST_GPUS = 16_384
-
-
-@dataclass(frozen=True)
-class Machines:
-    """The GPUs that share a run."""
-
-    gpus: int = 1
-    per_machine: int = 8
-    memory: int = 80_000_000_000  # bytes of each
-    tflops: float = 989.0  # of each at its best: H100, bfloat16, dense
-    mfu: float = 0.4  # share of that which the FLOPs of a run will reach
-
-    def __post_init__(self):
-        for name, value in (("gpus", self.gpus), ("gpus-per-machine", self.per_machine)):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
-        if self.tflops <= 0:
-            raise ValueError(f"--tflops must be above 0, not {self.tflops}")
-        if not 0 < self.mfu <= 1:
-            raise ValueError(f"--mfu must lie above 0 and up to 1, not {self.mfu}")
-
-    def sharing(self, shard: str) -> int:
-        """How many GPUs share one copy of the weights. ValueError when machines would be left half empty."""
-        if shard == "full" or self.gpus <= self.per_machine:
-            return self.gpus
-        if self.gpus % self.per_machine:
-            raise ValueError(f"hybrid sharding takes whole machines: {self.gpus} is not a multiple of {self.per_machine}")
-        return self.per_machine
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from transfusion.checkpoint.open import GENERATION, Opened, open_checkpoint
 from transfusion.checkpoint.save import FORMAT, meaning, settle, versions
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.config import to_json
-from transfusion.disk import open_to_others, read_json, write_json, write_whole
+from transfusion.disk import CONFIG, open_to_others, read_json, write_json, write_whole
 from transfusion.model.transfusion import KIND
-from transfusion.model.weights import CONFIG, SHARD, write_weights
+from transfusion.model.weights import SHARD, write_weights
 
 MANIFEST = "manifest"  # in results.json: on what machine, with which settings
 CARD = "README.md"

@@ -6,18 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.api import CheckpointException
 
 from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning, set_aside
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
-from transfusion.disk import OpenError, read_checked, read_json, sha256_of
+from transfusion.disk import (
+    CONFIG,
+    RUN,
+    OpenError,
+    check_run,
+    find_folder,
+    is_exported,
+    read_checked,
+    read_json,
+    sha256_of,
+)  # fmt: skip
 from transfusion.model.transfusion import Transfusion, count_parameters, empty, read_config
-from transfusion.model.weights import CONFIG, find_folder, load_weights
+from transfusion.model.weights import SINGLE, load_weights, read_into
 from transfusion.parallel import ALONE, Ranks, lower_precision, lower_weights, pick_device, precision
 from transfusion.sequence import Vocabulary
 
@@ -78,11 +85,6 @@ def open_checkpoint(place: str | Path, weights: str = "average", device: str = "
     return Opened(**vars(described), model=model.eval(), step=step, device=chosen)
 
 
-def is_exported(folder: Path) -> bool:
-    """Is it what `export` wrote, not a run's own folder?"""
-    return not (folder / "run.json").exists() and (folder / CONFIG).exists()
-
-
 def _read_exported(folder: Path, model: Transfusion, weights: str) -> int:
     """Fill in the weights that were exported: the step from which they are."""
     check_exported(folder, weights)
@@ -122,12 +124,10 @@ def describe(folder: Path) -> Described:
 
     OpenError when they are missing, changed or of another format.
     """
-    path = folder / "run.json"
+    path = check_run(folder) / RUN
     if is_exported(folder):
         path = folder / CONFIG
         read_config(folder)
-    elif not path.exists():
-        raise OpenError(f"{folder} is not a run: it has no run.json")
     values = read_json(path)
     if "format" not in values and is_exported(folder):
         raise OpenError(f"{folder} holds a network alone, without tokenizer and codec: Transfusion.from_pretrained opens it")
@@ -226,10 +226,22 @@ def _check_together(path: Path, ranks: Ranks) -> str | None:
 def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]], ranks: Ranks = ALONE) -> None:
     """Read each part's tensors into these, in place. OpenError when a name or shape is not the checkpoint's."""
     for part, values in tensors.items():
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                dcp.load(values, storage_reader=HuggingFaceStorageReader(checkpoint / part), no_dist=ranks.world == 1)
-        except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
-            failures = getattr(error, "failures", None)
-            cause = next(iter(failures.values()))[0] if failures else error
-            raise OpenError(f"{checkpoint / part} does not fit this run: {str(cause).splitlines()[0]}") from None
+        folder = checkpoint / part
+        if ranks.world == 1 and (folder / SINGLE).exists():
+            read_into(folder, values, "this run")
+        else:
+            _read_shards(folder, values, alone=ranks.world == 1)
+
+
+def _read_shards(folder: Path, values: dict[str, torch.Tensor], alone: bool) -> None:
+    """Each rank its part of what several wrote, or one process all of it, by torch's DCP, which takes a second to import."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(values, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=alone)
+    except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        failures = getattr(error, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else error
+        raise OpenError(f"{folder} does not fit this run: {str(cause).splitlines()[0]}") from None

@@ -17,17 +17,15 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from transfusion.codecs.codec import Codec, codec_to_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
-from transfusion.disk import sha256_of, write_json, write_whole
+from transfusion.disk import RUN, sha256_of, write_json, write_whole
+from transfusion.model.weights import SINGLE
 from transfusion.parallel import Ranks
 from transfusion.sequence import Vocabulary
 
@@ -56,7 +54,7 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
     }  # fmt: skip
     write_whole(folder / "codec.safetensors", encoded)
     write_whole(folder / "tokenizer.json", text.encode())
-    write_json(folder / "run.json", values)
+    write_json(folder / RUN, values)
 
 
 def versions() -> dict[str, str]:
@@ -117,17 +115,31 @@ class Saver:
         try:
             self._agree(lambda: self._begin(aside))
             for part, values in tensors.items():
-                writer = HuggingFaceStorageWriter(aside / part, save_distributed=True)
-                with warnings.catch_warnings(action="ignore"):  # it warns that one process is one process
-                    dcp.save(values, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+                self._write_part(aside / part, values)
             files = sorted(path for path in aside.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
             digests = self._agree(lambda: {path.relative_to(aside).as_posix(): settle(path) for path in files})
             self._agree(lambda: self._put_in_place(aside, final, state, dict(ChainMap(*digests))))
-        except (OSError, RuntimeError, CheckpointException) as error:  # a rank that is gone; a BaseException
+        except (OSError, RuntimeError) as error:  # RuntimeError: a rank that is gone
             if self.ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
             why = f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole"
             raise SaveError(why) from None
+
+    def _write_part(self, folder: Path, values: dict[str, Tensor]) -> None:
+        """One process: a safetensors file like any other. Several: each rank the shards that it holds, by torch's DCP."""
+        if self.group is None:
+            folder.mkdir()
+            (folder / SINGLE).write_bytes(to_safetensors({name: value.contiguous() for name, value in values.items()}))
+            return
+        from torch.distributed import checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                writer = dcp.HuggingFaceStorageWriter(folder, save_distributed=True)
+                dcp.save(values, storage_writer=writer, process_group=self.group)
+        except CheckpointException as error:  # a BaseException
+            raise OSError(_reason(next(iter(error.failures.values()))[0])) from None
 
     def _agree(self, do: Callable[[], T]) -> list[T]:
         """What each rank's `do` gives, on all of them; when one fails all of them do."""
@@ -177,9 +189,11 @@ class Saver:
 
 def _staged(tensor: Tensor) -> Tensor:
     """A copy on the CPU: of what is sharded, of this rank's part."""
-    if not isinstance(tensor, DTensor):
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
         return tensor.detach().to("cpu", copy=True)
-    mesh = tensor.device_mesh
+    from torch.distributed.tensor import DTensor  # takes a second, which one process alone need not spend
+
     if mesh.device_type != "cpu":
         mesh = _on_cpu(mesh)
     part = tensor.to_local().detach().to("cpu", copy=True)
@@ -218,9 +232,7 @@ def settle(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    """In one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,6 @@ from transfusion.checkpoint.open import (
     check_exported,
     describe,
     fill,
-    is_exported,
     newest,
     step_of,
     verify,
@@ -16,10 +15,10 @@ from transfusion.checkpoint.open import (
 )
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
-from transfusion.disk import OpenError, read_json
+from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json
 from transfusion.model.llama import DECIDED, Llama
 from transfusion.model.transfusion import Transfusion, blueprint, init_weights
-from transfusion.model.weights import CONFIG, Weights, find_folder
+from transfusion.model.weights import Weights
 from transfusion.parallel import Ranks
 
 

@@ -3,54 +3,36 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from transfusion.cli import data, evaluate, export, plan, runs, serve
-from transfusion.cli.screen import UsageError, fail, nearest
-
-VERBS = {
-    "demo": "train on real handwritten digits, measure, and write a report: five minutes on a laptop",
-    "data": "look at what you have, and prepare it for training",
-    "plan": "what a run will cost, before it is begun: memory, time, disk",
-    "train": "train a named run or a run.json; the same command again goes on where it stopped",
-    "generate": "write and draw from a prompt of text and pictures",
-    "evaluate": "measure a run and write results.json",
-    "report": "show a run as one page, report.html",
-    "export": "write a run into a folder that others can open",
-    "serve": "answer over HTTP, in the words of OpenAI's API",
+VERBS = {  # -> the file that holds the function of this name, and what it is for
+    "demo": ("runs", "train on real handwritten digits, measure, and write a report: five minutes on a laptop"),
+    "data": ("data", "look at what you have, and prepare it for training"),
+    "plan": ("plan", "what a run will cost, before it is begun: memory, time, disk"),
+    "train": ("runs", "train a named run or a run.json; the same command again goes on where it stopped"),
+    "generate": ("runs", "write and draw from a prompt of text and pictures"),
+    "evaluate": ("evaluate", "measure a run and write results.json"),
+    "report": ("runs", "show a run as one page, report.html"),
+    "export": ("export", "write a run into a folder that others can open"),
+    "serve": ("serve", "answer over HTTP, in the words of OpenAI's API"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what was typed and exit: 0 done, 1 failed, 2 not understood."""
+    """Do what was typed and exit: 0 done, 1 failed, 2 not understood. Each command imports what it needs, and no other."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: transfusion COMMAND ...\n\nOne transformer that reads, writes and draws.\n")
-        print(*(f"  {verb:10}{what}" for verb, what in VERBS.items()), sep="\n")
+        print(*(f"  {verb:10}{what}" for verb, (_, what) in VERBS.items()), sep="\n")
         print("\ntransfusion COMMAND --help says more.")
         sys.exit(0 if arguments else 2)
+    from transfusion.cli.screen import UsageError, fail, nearest
+
     verb, rest = arguments[0], arguments[1:]
     try:
-        match verb:
-            case "demo":
-                runs.demo(rest)
-            case "data":
-                data.main(rest)
-            case "plan":
-                plan.plan(rest)
-            case "train":
-                runs.train(rest)
-            case "generate":
-                runs.generate(rest)
-            case "evaluate":
-                evaluate.evaluate(rest)
-            case "report":
-                runs.report(rest)
-            case "export":
-                export.export(rest)
-            case "serve":
-                serve.serve(rest)
-            case _:
-                raise UsageError(f"there is no command {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
+        if verb not in VERBS:
+            raise UsageError(f"there is no command {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
+        getattr(import_module(f"transfusion.cli.{VERBS[verb][0]}"), verb)(rest)
     except UsageError as error:
         fail(error, 2)
     except KeyboardInterrupt:

@@ -62,9 +62,6 @@ class FitCodec:
 
 def fit_codec(arguments: list[str]) -> None:
     """Gather, train, take statistics, show."""
-    from transfusion.parallel import Ranks, pick_device
-    from transfusion.training.codec import CodecTrainer
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: transfusion data fit-codec NAME SOURCE... --out FOLDER [options]\n\n"
               f"NAME is one of {', '.join(NAMED)}. "
@@ -75,12 +72,16 @@ def fit_codec(arguments: list[str]) -> None:
         raise UsageError(f"there is no codec {name!r}{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
     default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training, SurvivalConfig())
     asked = parse(FitCodec, f"data fit-codec {name}", rest, default)
-    readers = open_readers(asked.sources, asked.reading)
     size = parse_size(asked.size)
     if any(side % asked.network.scale for side in size):
         raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.scale} pixels (f)")
     if asked.crops < 0 or asked.most < 1:
         raise UsageError(f"--crops must be at least 0 and --most at least 1, not {asked.crops} and {asked.most}")
+    readers = open_readers(asked.sources, asked.reading)
+
+    from transfusion.parallel import Ranks, pick_device
+    from transfusion.training.codec import CodecTrainer
+
     device = pick_device(asked.device)
     _check_folder(asked, readers)
     with Ranks.of_torchrun(device) as ranks:

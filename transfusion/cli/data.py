@@ -1,5 +1,6 @@
 """transfusion data validate | inspect | stats | prepare: what people have, looked at and made ready."""
 
+import json
 import os
 import sys
 from collections import Counter
@@ -10,9 +11,10 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.codec import fit_codec
-from transfusion.cli.screen import UsageError, fail, nearest, parse, progress, say
+from transfusion.cli.screen import UsageError, check_there, fail, nearest, parse, progress, say
 from transfusion.cli.sources import SOURCES, Reading, Sources, open_readers
 from transfusion.config import PrepareConfig
+from transfusion.disk import CONFIG, RUN, check_prepared
 
 VERBS = {
     "validate": "read everything once and list what cannot be used, by file and row",
@@ -73,8 +75,8 @@ class Prepare:
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
 
 
-def main(arguments: list[str]) -> None:
-    """Do one of the four."""
+def data(arguments: list[str]) -> None:
+    """Do one of the five."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: transfusion data COMMAND SOURCE... [options]\n")
         print(*(f"  {verb:11}{what}" for verb, what in VERBS.items()), sep="\n")
@@ -98,11 +100,10 @@ def main(arguments: list[str]) -> None:
 
 def validate(asked: Validate) -> None:
     """Faults to the screen and, if asked for, to a file."""
-    import json
+    prepared, readers = _open(asked)
 
     from transfusion.data.survey import survey
 
-    prepared, readers = _open(asked)
     if asked.faults:
         asked.faults.parent.mkdir(parents=True, exist_ok=True)
     for folder in prepared:
@@ -131,12 +132,13 @@ def validate(asked: Validate) -> None:
 
 def inspect(asked: Inspect) -> None:
     """The page."""
-    from transfusion.data.inspect import show_prepared, show_source
-    from transfusion.page import Page
-
     if asked.count < 1:
         raise UsageError(f"--count must be at least 1, not {asked.count}")
     prepared, readers = _open(asked)
+
+    from transfusion.data.inspect import show_prepared, show_source
+    from transfusion.page import Page
+
     page = Page(", ".join([*(folder.folder.name for folder in prepared), *(reader.name for reader in readers)]), "Documents")
     for folder in prepared:
         show_prepared(page, folder, asked.count)
@@ -148,11 +150,13 @@ def inspect(asked: Inspect) -> None:
 
 def stats(asked: Stats) -> None:
     """One table a source."""
+    check_there(asked.tokenizer)
+    prepared, readers = _open(asked)
+
     from transfusion.codecs.text import Tokenizer
     from transfusion.data.fitting import train_tokenizer
     from transfusion.data.survey import first_texts, survey, survey_prepared
 
-    prepared, readers = _open(asked)
     if asked.tokenizer is not None:
         tokenizer = Tokenizer.from_file(asked.tokenizer)
     elif readers:
@@ -169,12 +173,16 @@ def stats(asked: Stats) -> None:
 
 def prepare(asked: Prepare) -> None:
     """A prepared folder, made or gone on with; under torchrun by all its processes."""
+    check_there(asked.config.tokenizer)
+    if asked.config.like is not None and not any((Path(asked.config.like) / name).exists() for name in (RUN, CONFIG)):
+        check_prepared(Path(asked.config.like))
+    readers = open_readers(asked.sources, asked.reading)
+
     from transfusion.data import prepare as preparing
     from transfusion.parallel import Ranks
 
     with Ranks.of_torchrun() as ranks:
         first = ranks.rank == 0
-        readers = open_readers(asked.sources, asked.reading)
         for reader in readers if first else ():
             say(reader.describe())
         existed = (asked.out / "dataset.json").exists()
@@ -199,11 +207,13 @@ def _nothing(line: str) -> None:
 
 def _open(asked: Validate | Inspect | Stats) -> tuple[list, list]:
     """The prepared folders among the sources, and readers of the others."""
-    from transfusion.data.store import open_prepared
-
     prepared = [source for source in asked.sources if os.path.exists(os.path.join(source, "recipe.json"))]
     others = [source for source in asked.sources if source not in prepared]
     readers = open_readers(others, asked.reading, needed=not prepared)
     for reader in readers:
         say(reader.describe())
+    if not prepared:
+        return [], readers
+    from transfusion.data.store import open_prepared
+
     return [open_prepared(Path(folder)) for folder in prepared], readers

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from transfusion.cli.screen import Device, UsageError, parse, say
+from transfusion.cli.screen import Device, UsageError, check_there, parse, say
 from transfusion.config import QUICK, TASKS, EvaluationConfig
+from transfusion.disk import check_run, find_folder, read_json
 
 WANTED = f"What to measure; without it what the run supports of {', '.join(QUICK)}. " + " ".join(
     f"{name}: {what}." for name, what in TASKS.items()
@@ -61,12 +62,14 @@ def evaluate(arguments: list[str]) -> None:
     if asked.again is not None:
         if replace(asked, run=None, again=None, data=None, device="auto") != Evaluate():
             raise UsageError("--from says what is measured and how: name nothing else but the run, --data and --device")
+        read_json(asked.again)
         return _again(asked.run or asked.again.parent, asked.again, asked.data, asked.device)
     try:
         config = EvaluationConfig(**{f.name: getattr(asked, f.name) for f in fields(EvaluationConfig)})
     except ValueError as error:
         raise UsageError(str(error)) from None
-    measure(asked.run, config, asked.device)
+    check_there(asked.questions, asked.prompts, asked.coco, asked.pictures)
+    measure(check_run(find_folder(asked.run)), config, asked.device)
 
 
 def measure(folder: Path, asked: EvaluationConfig, device: str) -> None:

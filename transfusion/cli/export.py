@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from transfusion.cli.screen import parse, say
+from transfusion.disk import check_run, find_folder
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class Export:
 
 def export(arguments: list[str]) -> None:
     """Write the folder, and say what is to be done with it."""
+    asked = parse(Export, "export", arguments)
+    run = check_run(find_folder(asked.run))
+
     from transfusion.checkpoint.export import export as write
 
-    asked = parse(Export, "export", arguments)
-    out = write(asked.run, asked.out, asked.weights)
+    out = write(run, asked.out, asked.weights)
     say(f"wrote {out}; to publish it, look at its README.md, and: hf upload OWNER/NAME {out}")

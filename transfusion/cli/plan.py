@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
@@ -15,12 +16,14 @@ from transfusion.config import (
     DataConfig,
     DiffusionConfig,
     GenerationConfig,
+    Machines,
     ModelConfig,
     ParallelConfig,
     Run,
     SurvivalConfig,
     TrainingConfig,
 )  # fmt: skip
+from transfusion.disk import check_prepared
 from transfusion.runs import NAMES, PAPER, SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -68,8 +71,6 @@ class Line(NamedTuple):
 
 def plan(arguments: list[str]) -> None:
     """Print what a run costs, or the paper's five."""
-    from transfusion.plan import plan as plan_of
-
     if "--tables" in arguments:
         if {*arguments} - {"--tables", "--json"}:
             raise UsageError("--tables lists the paper's rows: it takes nothing but --json")
@@ -79,6 +80,8 @@ def plan(arguments: list[str]) -> None:
     asked = [named("plan", arguments)] if alone else [(named_run(size), arguments) for size in SIZES]
     known = not alone or arguments[0] in NAMES
     read = [_read(run, rest, f"plan {run.name}" if alone else "plan", known) for run, rest in asked]
+    from transfusion.plan import plan as plan_of
+
     try:
         plans = [plan_of(run, machines) for run, machines, _ in read]
     except ValueError as error:
@@ -92,22 +95,26 @@ def plan(arguments: list[str]) -> None:
 
 def _read(run: Run, arguments: list[str], name: str, known: bool):
     """The run and the machines that were typed, and all else. A named run takes from its data what `train` would."""
-    from transfusion.plan import Machines, with_batch
-
     run, asked = parse_run(Asked, name, run, arguments)
+    memory = _number(asked.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
+    batch = None
+    if asked.batch is not None:
+        batch = _number(asked.batch, COUNTS, "--batch takes a number of positions, for example 2M or 2097152")
+    try:
+        machines = Machines(asked.gpus, asked.gpus_per_machine, memory, asked.tflops, asked.mfu)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for folder in run.data.prepared:
+        check_prepared(Path(folder))
     if known and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
         fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
         run = replace(run, model=replace(run.model, **fitted))
-    memory = _number(asked.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
-    try:
-        machines = Machines(asked.gpus, asked.gpus_per_machine, memory, asked.tflops, asked.mfu)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if asked.batch is not None:
-        batch = _number(asked.batch, COUNTS, "--batch takes a number of positions, for example 2M or 2097152")
+    if batch is not None:
+        from transfusion.plan import with_batch
+
         run = with_batch(run, asked.gpus, batch)
     return run, machines, asked
 

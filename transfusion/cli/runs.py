@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from transfusion.cli.evaluate import measure
-from transfusion.cli.screen import Device, UsageError, nearest, parse, say
+from transfusion.cli.screen import Device, UsageError, check_there, nearest, parse, say
 from transfusion.config import (
+    MADE,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
@@ -25,6 +26,7 @@ from transfusion.config import (
     parse_size,
     to_json,
 )  # fmt: skip
+from transfusion.disk import RUN, check_prepared, check_run, find_folder, read_json
 from transfusion.runs import NAMES, named_run
 
 HELDOUT = 256  # documents of each source for the held-out losses
@@ -125,7 +127,25 @@ def train(arguments: list[str]) -> None:
     starts = [(kind, place) for kind, place in (("run", asked.start), ("llama", asked.init_from)) if place is not None]
     if len(starts) > 1:
         raise UsageError("a run begins with one thing: --from or --init-from, not both")
+    _check_places(run, asked)
     train_run(run, asked.out, asked.device, *starts)
+
+
+def _check_places(run: Run, asked: Train) -> None:
+    """Data that are not there, and what a new run is to begin with, are refused before anything heavy is imported."""
+    for folder in run.data.prepared:
+        check_prepared(Path(folder))
+    for name in run.data.sources if not run.data.prepared else ():
+        if name not in MADE:
+            raise UsageError(f"there is no source {name!r}{nearest(name, MADE)}; there are {', '.join(MADE)}")
+    if not run.data.prepared and not run.data.sources:
+        raise UsageError("this run has no data of its own: give it some, --data DIR (from transfusion data prepare) or for "
+                         "example --data.sources shapes")  # fmt: skip
+    if (asked.out / RUN).exists():
+        return  # what it began with is needed no longer
+    check_there(asked.init_from)
+    if asked.start is not None:
+        check_run(find_folder(asked.start))
 
 
 def parse_run(kind: type, name: str, run: Run, arguments: list[str], **own):
@@ -171,31 +191,41 @@ def train_run(run: Run, folder: Path, device: str, start: tuple[str, str] | None
 
 def generate(arguments: list[str]) -> None:
     """Write and draw; parts go to the screen and to the folder as they come."""
-    from transfusion.codecs.pictures import read_picture
-    from transfusion.inference.engine import Request, open_run
-
     asked = parse(Generate, "generate", arguments)
     if not asked.parts and asked.num_images is None:
         raise UsageError("nothing to go on: give a part (text or @picture.png), or --num-images N")
-    parts = tuple(
-        read_picture(Path(part[1:])) if part.startswith("@") and not part.startswith("@@") else part.removeprefix("@")
-        for part in asked.parts
-    )
-    names = [f.name for f in fields(GenerationConfig) if getattr(asked, f.name, None) is not None]
-    engine = open_run(asked.run, asked.weights, asked.device)
-    try:
-        generation = engine.generation(**{name: getattr(asked, name) for name in names})
+    chosen = {f.name: getattr(asked, f.name) for f in fields(GenerationConfig) if getattr(asked, f.name, None) is not None}
+    try:  # what is wrong whatever the run is, is said before the run is opened
+        GenerationConfig(**chosen)
         size = None if asked.size is None else parse_size(asked.size)
-        number = engine.submit(Request(parts, asked.num_images, asked.seed, generation, size))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    folder = check_run(find_folder(asked.run))
+    parts = tuple(map(_part, asked.parts))
+
+    from transfusion.inference.engine import Request, open_run
+
+    engine = open_run(folder, asked.weights, asked.device)
+    try:
+        number = engine.submit(Request(parts, asked.num_images, asked.seed, engine.generation(**chosen), size))
     except ValueError as error:
         raise UsageError(str(error)) from None
     _follow(engine, number, asked)
 
 
+def _part(typed: str):
+    """Of a prompt: the picture in a file, or text."""
+    if not typed.startswith("@") or typed.startswith("@@"):
+        return typed.removeprefix("@")
+    from transfusion.codecs.pictures import read_picture
+
+    return read_picture(Path(typed[1:]))
+
+
 def report(arguments: list[str]) -> None:
     """Show a run as one page."""
     asked = parse(OnRun, "report", arguments)
-    _report(asked.run, asked.device)
+    _report(check_run(find_folder(asked.run)), asked.device)
 
 
 def _report(folder: Path, device: str) -> None:
@@ -213,7 +243,7 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     from transfusion.data.loader import Encoder, element_weights, holds_edits
     from transfusion.data.sources import fingerprint, fit, open_sources, reuse
 
-    if (folder / "run.json").exists():
+    if (folder / RUN).exists():
         known = describe(folder)
         _refuse_changes(known.run, run, folder, known.notes.get("start"), asked)
         if known.notes.get("prepared") != fingerprint(run.data):
@@ -358,10 +388,8 @@ def named(verb: str, arguments: list[str]) -> tuple[Run, list[str]]:
     name, rest = arguments[0], arguments[1:]
     if name in NAMES:
         return named_run(name), rest
-    path = Path(name) / "run.json" if Path(name).is_dir() else Path(name)
+    path = Path(name) / RUN if Path(name).is_dir() else Path(name)
     if path.suffix != ".json":
         raise UsageError(f"there is no run {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
-    from transfusion.disk import read_json
-
     values = read_json(path)
     return from_json(Run, values.get("run", values)), rest

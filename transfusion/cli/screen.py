@@ -5,7 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,17 +19,41 @@ class UsageError(ValueError):
 
 
 def parse(kind: type, name: str, arguments: list[str], default=tyro.MISSING_NONPROP):
-    """The dataclass that was typed; its own words for --help and mistakes, exit code 2."""
+    """The dataclass that was typed. --help, and values that an option cannot have, are told in tyro's words, exit code 2."""
     try:
-        return tyro.cli(kind, default=default, args=arguments, prog=f"transfusion {name}")
+        prog = f"transfusion {name}"
+        found, unknown = tyro.cli(kind, default=default, args=arguments, prog=prog, return_unknown_args=True)
     except ValueError as error:  # what a config says of numbers that do not go together
         raise UsageError(str(error)) from None
+    for word in unknown:
+        is_option = word.startswith("-")
+        wrong = f"there is no option {word}{nearest(word, _options(kind))}" if is_option else f"nothing takes {word!r} here"
+        raise UsageError(f"{wrong}; transfusion {name} --help lists what there is")
+    return found
+
+
+def _options(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The options of a dataclass, and of those in it."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner, *about = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        named = next((one.name for one in about if getattr(one, "name", None) is not None), name.replace("_", "-"))
+        if is_dataclass(inner):
+            yield from _options(inner, f"{prefix}{named}." if named else prefix)
+        else:
+            yield prefix + named
 
 
 def nearest(word: str, known) -> str:
     """A hint at what may have been meant."""
     found = difflib.get_close_matches(word, known, n=2)
     return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def check_there(*places: str | Path | None) -> None:
+    """FileNotFoundError when one of these files and folders is not there: before anything heavy is imported."""
+    for place in places:
+        if place is not None and not Path(place).exists():
+            raise FileNotFoundError(f"there is no {place}")
 
 
 def say(line: str) -> None:

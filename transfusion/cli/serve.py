@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from transfusion.cli.screen import Device, UsageError, parse, say
+from transfusion.disk import check_run, find_folder
 from transfusion.inference.server.limits import Limits
 
 KEY = "TRANSFUSION_API_KEY"
@@ -44,6 +45,7 @@ def serve(arguments: list[str]) -> None:
         raise UsageError("the API key is empty")
     if key is None and not is_local(asked.host):
         raise UsageError(f"at {asked.host} others could reach it: give an --api-key (or set {KEY}), or leave --host out")
+    run = check_run(find_folder(asked.run))
     try:
         import uvicorn
 
@@ -52,7 +54,7 @@ def serve(arguments: list[str]) -> None:
         raise UsageError(f"serving needs a few packages more ({error.name}): pip install 'transfusion[serve]'") from None
     from transfusion.inference.engine import open_run
 
-    engine = open_run(asked.run, asked.weights, asked.device)
+    engine = open_run(run, asked.weights, asked.device)
     with listen(asked.host, asked.port) as place:
         config = uvicorn.Config(
             build_app(engine, asked.limits, key), log_level="warning", access_log=False, server_header=False, ws="none",

@@ -8,10 +8,10 @@ from pathlib import Path
 from transfusion.codecs.codec import Codec, codec_to_bytes, fit_codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
-from transfusion.config import DataConfig
+from transfusion.config import MADE, DataConfig
 from transfusion.data.loader import Encoder, Source
 from transfusion.data.raw import RawImage, RawText
-from transfusion.data.reading.readers import MADE, made
+from transfusion.data.reading.readers import made
 from transfusion.data.store import Decoded, Prepared, open_prepared
 from transfusion.disk import sha256_of
 from transfusion.sequence import Vocabulary
@@ -24,10 +24,7 @@ def open_sources(config: DataConfig, split: str) -> list[Source]:
         sources = [_folder_of(name, folders).source(name, split) for name in config.sources or _names(folders)]
         return [source for source in sources if split == "train" or len(source)]
     if not config.sources:
-        raise ValueError(
-            f"this run has no data of its own: give it some, --data DIR (from transfusion data prepare) or "
-            f"for example --data.sources {MADE[1]}"
-        )
+        raise ValueError(f"this run has no data: name prepared folders, or sources ({', '.join(MADE)})")
     return [made(name, split, config.interleaved, config.level) for name in config.sources]
 
 

@@ -24,7 +24,7 @@ from transfusion.codecs.pictures import pixels_of, read_picture, to_png
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.disk import OpenError, read_checked, read_json, sha256_of
+from transfusion.disk import OpenError, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 FORMAT = 2  # of a prepared folder; another number is refused
@@ -155,11 +155,7 @@ class Prepared:
 
 def open_prepared(folder: Path) -> Prepared:
     """A prepared folder. OpenError when it is none, is not finished, is of another format, or was changed."""
-    if not (folder / "dataset.json").exists():
-        what = "is not finished: the same `transfusion data prepare` goes on" if (folder / "recipe.json").exists() else (
-            "is no prepared data: it has no dataset.json (transfusion data prepare SOURCE --out DIR makes one)")  # fmt: skip
-        raise OpenError(f"{folder} {what}")
-    about = read_json(folder / "dataset.json")
+    about = read_json(check_prepared(folder) / "dataset.json")
     if about.get("format") != FORMAT:
         raise OpenError(f"{folder} was prepared in format {about.get('format')}; this transfusion reads format {FORMAT}")
     try:

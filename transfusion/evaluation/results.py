@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transfusion.checkpoint.open import is_exported, newest
+from transfusion.checkpoint.open import newest
 from transfusion.config import EvaluationConfig, from_json
-from transfusion.disk import OpenError, read_json, write_json
+from transfusion.disk import OpenError, is_exported, read_json, write_json
 from transfusion.evaluation.suite import Suite
 from transfusion.inference.engine import Engine
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from transfusion.config import ModelConfig, RopeScaling
-from transfusion.disk import OpenError, read_json
+from transfusion.disk import CONFIG, OpenError, read_json
 from transfusion.model.transfusion import blueprint
-from transfusion.model.weights import CONFIG, Weights
+from transfusion.model.weights import Weights
 
 # Fields of ModelConfig that the folder decides.
 DECIDED = (

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
 from transfusion.chance import seed_from
 from transfusion.config import ModelConfig, from_json, to_json
-from transfusion.disk import OpenError, read_json, write_json
+from transfusion.disk import CONFIG, OpenError, find_folder, read_json, write_json
 from transfusion.model.mask import Mask, packed
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet import UNetPatches
-from transfusion.model.weights import CONFIG, find_folder, load_weights, write_weights
+from transfusion.model.weights import load_weights, write_weights
 from transfusion.sequence import Batch
 
 KIND = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # of a config.json
@@ -127,13 +127,22 @@ def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") ->
 
 def empty(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusion:
     """A model whose weights are yet to be filled in."""
-    return blueprint(config).to_empty(device=device)
+    with torch.device(device), _Unfilled():
+        return Transfusion(config)
 
 
 def blueprint(config: ModelConfig) -> Transfusion:
     """A model without memory for its weights (on the meta device)."""
-    with torch.device("meta"):
-        return Transfusion(config)
+    return empty(config, "meta")
+
+
+class _Unfilled(TorchFunctionMode):
+    """Layers do not fill what they make: it is done later, and on the meta device it would import sympy, in 1.5 seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -164,7 +173,9 @@ def init_weights(model: Transfusion, seed: int, given: Callable[[str, Tensor], N
                 fresh.normal_(0, fan_in**-0.5, generator=generator)
         if given is not None:
             given(name, fresh)
-        if isinstance(parameter, DTensor):
+        if hasattr(parameter, "device_mesh"):  # a DTensor, whose module takes a second to import
+            from torch.distributed.tensor import distribute_tensor
+
             fresh = distribute_tensor(fresh, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(fresh)
 

@@ -1,7 +1,6 @@
-"""Weights in a folder as others read them, safetensors and JSON alone: found (here or on the hub), written, read."""
+"""Weights in a folder as others read them, safetensors and JSON alone: written, read."""
 
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -11,25 +10,8 @@ from torch import Tensor, nn
 
 from transfusion.disk import OpenError, open_to_others, read_json, write_json
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of one file, at most
-
-
-def find_folder(place: str | Path) -> Path:
-    """The folder of this name, or else that of the hub's repository `owner/name`, of which only safetensors and JSON come.
-
-    What is on this disk is never taken for a name on the hub. OpenError when the hub has nothing of that name, or is out of
-    reach.
-    """
-    if Path(place).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
-        return Path(place)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(place), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network, or no such name: whatever the hub's client raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(f"{place} is not a run: there is no such folder, and the hub says: {reason}") from None
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shard: int = SHARD) -> list[Path]:
@@ -90,15 +72,19 @@ class Weights:
         return self._files[file]
 
 
-@torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Fill in all of a model's weights. OpenError when names or shapes are not those of the folder."""
-    weights, wanted = Weights(folder), model.state_dict()
-    for name in sorted(weights.names ^ wanted.keys()):
-        wrong = "not one of its weights" if name in weights.names else "missing"
-        raise OpenError(f"{folder} does not hold the model of its config.json: {name} is {wrong}")
-    for name, tensor in wanted.items():
-        if weights.shape(name) != tuple(tensor.shape):
-            sides = f"{weights.shape(name)}, not {tuple(tensor.shape)}"
-            raise OpenError(f"{folder} does not hold the model of its config.json: {name} is {sides}")
-        tensor.copy_(weights.read(name))
+    read_into(folder, model.state_dict(), "the model of its config.json")
+
+
+@torch.no_grad()
+def read_into(folder: Path, tensors: dict[str, Tensor], of: str) -> None:
+    """Fill in these, which are all that a folder holds. OpenError when names or shapes differ from those `of` something."""
+    held = Weights(folder)
+    for name in sorted(held.names ^ tensors.keys()):
+        wrong = "not one of its tensors" if name in held.names else "missing"
+        raise OpenError(f"{folder} does not fit {of}: {name} is {wrong}")
+    for name, tensor in tensors.items():
+        if held.shape(name) != tuple(tensor.shape):
+            raise OpenError(f"{folder} does not fit {of}: {name} is {held.shape(name)}, not {tuple(tensor.shape)}")
+        tensor.copy_(held.read(name))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from transfusion import objective
 from transfusion.config import Run
@@ -93,7 +92,7 @@ class Trainer:
             group["lr"] = rate * group["rate"]
         sums = self.ranks.sum(*self._backward(read, *counts[:2]).tolist())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = (norm.full_tensor() if self.ranks.world > 1 else norm).item()
         values = objective.means(sums, counts)
         if allows(number + 1, norm, values, lambda: self._tell(read)):
             self.optimizer.step()

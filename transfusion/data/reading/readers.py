@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from transfusion.config import MADE
 from transfusion.data.digits import Digits
 from transfusion.data.emoji import Emoji
 from transfusion.data.photographs import Photographs
@@ -34,7 +35,6 @@ from transfusion.data.reading.tables import CsvTables, Tables
 from transfusion.data.shapes import Shapes
 from transfusion.data.topics import Topics
 
-MADE = ("digits", "shapes", "topics", "emoji", "photographs")  # sources that need no files
 SUFFIXES = {  # in this order: what a folder holds is the first that is found there
     "tar": ("tar", "tgz"), "parquet": ("parquet",), "arrow": ("arrow",), "jsonl": ("jsonl", "ndjson"),
     "csv": ("csv", "tsv"), "json": ("json",), "pictures": PICTURES, "text": ("txt", "text", "md", "rst"),
