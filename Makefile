@@ -1,17 +1,23 @@
-# make demo: from nothing to a report.  make test: everything CI runs, a file of tests on each core.
+# make demo: from nothing to a report.  make test: what CI runs.  make test-all: the same, with more examples and longer runs.
 # TORCH_INDEX: another package index for torch alone, e.g. the one with CPU wheels that PyTorch's install page names.
 PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: demo test proof bench clean
+.PHONY: demo test test-all proof bench clean
 
 demo: .venv/installed
 	$(BIN)/transfusion demo --out runs/digits
 
+# Bytecode is kept, whatever the environment says: tests start many processes, which would all compile the same.
+test: PROFILE ?= quick
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	TEST_PROFILE=$(PROFILE) PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-all:
+	$(MAKE) test PROFILE=all
 
 # The longer runs behind the README's figures, each five minutes on two cores.
 proof: demo

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.profile import examples
 from transfusion.config import ModelConfig
 from transfusion.data.packing import pack
 from transfusion.data.raw import RawDocument, RawImage, RawText
@@ -28,9 +28,9 @@ TINY = ModelConfig(
 
 torch.set_num_threads(1)  # on such small matrices two threads mostly wait: ten times slower on a busy machine
 
-few = settings(max_examples=25, deadline=None)  # for what runs a model
-some = settings(max_examples=40, deadline=None)
-many = settings(max_examples=150, deadline=None)
+few = examples(25, quick=12)  # for what runs a model
+some = examples(40, quick=20)
+many = examples(150)
 
 
 # Documents

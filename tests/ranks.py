@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection, wait
 from unittest import mock
 
 import torch
-import torch.multiprocessing
 
+from tests.processes import context
 from transfusion.parallel import Ranks
 
 PATIENCE = 240  # seconds until ranks that wait for one another for ever are given up
@@ -22,15 +22,14 @@ class World:
     """So many ranks, `per_machine` of them on each made-up machine. Each call costs no new process."""
 
     def __init__(self, size: int, per_machine: int | None = None):
-        context = torch.multiprocessing.get_context("spawn")
         environment = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(per_machine or size),
         }  # fmt: skip
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, environment | {"RANK": str(rank)}), daemon=True)
+            ours, theirs = context().Pipe()
+            process = context().Process(target=_serve, args=(theirs, environment | {"RANK": str(rank)}), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from skimage import metrics
 
+from tests.profile import THOROUGH, examples
 from tests.sources import picture, write_photos
 from tests.test_cli import TINY, command, fails
 from tests.tiny import finished
@@ -96,7 +97,7 @@ def test_bytes_are_units_and_back():
 # Losses and measures
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(0, 2**31))
 def test_the_divergence_is_torchs(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +107,7 @@ def test_the_divergence_is_torchs(seed):
     torch.testing.assert_close(kl_divergence(mean, logvar), expected)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 2**31), st.sampled_from((1, 3)), st.floats(0, 0.5))
 def test_psnr_and_ssim_are_scikit_images(seed, colours, error):
     chance = np.random.default_rng(seed)
@@ -309,8 +310,10 @@ def train(folder: Path, config: CodecTrainingConfig = QUICK, stop_at: int | None
     return finished(trainer, folder, stop_at)
 
 
-@pytest.mark.parametrize("gan_from", [None, 2])
-@pytest.mark.parametrize("stop_at", [1, 4])
+WAYS = [(None, 4), (2, 1)]  # from which step on with a discriminator, and where it is stopped
+
+
+@pytest.mark.parametrize(("gan_from", "stop_at"), [*WAYS, (None, 1), (2, 4)] if THOROUGH else WAYS)
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, gan_from, stop_at):
     config = replace(QUICK, gan_from=gan_from)
     whole = train(tmp_path / "whole", config)

@@ -13,6 +13,7 @@ import torch
 from benchmarks import attention, compare, made, sides, training
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.measuring import Figure, Setting, in_turn, number
+from tests.processes import context
 from transfusion.config import DataConfig, ModelConfig, Run
 from transfusion.model.mask import packed
 from transfusion.runs import SIZES
@@ -23,7 +24,11 @@ QUICK = Setting(CPU, quick=True)
 
 
 @pytest.mark.slow
-def test_every_part_runs_and_is_told_in_a_table_and_a_json(tmp_path, capsys):
+def test_every_part_runs_and_is_told_in_a_table_and_a_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "READS", 2)
+    monkeypatch.setattr(training, "WARM", 1)
+    forked = context()
+    monkeypatch.setattr(training.multiprocessing, "get_context", lambda kind: forked)
     threads = torch.get_num_threads()
     main(Options(device="cpu", quick=True, json=tmp_path / "new" / "all.json"))
     said, written = capsys.readouterr().out, json.loads((tmp_path / "new" / "all.json").read_text())

@@ -10,10 +10,11 @@ from PIL import Image as Picture
 
 from tests.reading import read_at
 from tests.test_cli import TINY, command, fails
+from transfusion.config import MADE
 from transfusion.data import emoji
 from transfusion.data.emoji import Emoji, draw_all, find_font
 from transfusion.data.photographs import Photographs
-from transfusion.data.reading.readers import MADE, made, open_reader
+from transfusion.data.reading.readers import made, open_reader
 from transfusion.data.store import open_prepared
 
 

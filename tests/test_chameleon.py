@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.documents import build
+from tests.profile import examples
 from tests.test_cli import command, fails
 from tests.tiny import tokenizer
 from transfusion.checkpoint.open import Opened
@@ -22,7 +23,7 @@ from transfusion.inference.engine import Drawn, Engine, Previewed, Request
 from transfusion.objective import Losses, losses, means, total
 from transfusion.sequence import NO_TARGET, Document, Image, Row, Text, Vocabulary, collate, lay_out
 
-few = settings(max_examples=12, deadline=None)
+few = examples(12, quick=6)
 CODES = 16
 SHAPES = ((2, 3), (4, 4))
 VOCABULARY = Vocabulary.build(tokenizer().size, SHAPES, patch_size=1, codes=CODES)

@@ -9,8 +9,6 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import wait
@@ -23,24 +21,24 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.processes import Process, run
+from tests.profile import examples
 from tests.test_architecture import but_tensors
 from tests.test_architecture import files as package
 from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
-from transfusion.checkpoint import save as saving
 from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, restore, verify
 from transfusion.checkpoint.save import SaveError, Saver, meaning
 from transfusion.disk import OpenError, read_json
 from transfusion.model.transfusion import build
 from transfusion.parallel import ALONE
 
-few = settings(max_examples=12, deadline=None)
-many = settings(max_examples=80, deadline=None)
+few = examples(12)
+many = examples(80)
 
-ROOT = Path(__file__).parent.parent
 RUN = prepared(small_run())[0]
 
 
@@ -142,7 +140,7 @@ OTHERS = [("width", 64), ("layers", 3), ("hidden", 64), ("vocabulary", 512), ("k
 @pytest.mark.parametrize(("field", "value"), OTHERS)
 def test_weights_of_another_shape_are_refused(folder, field, value):
     model = build(replace(RUN.model, **{field: value}), 0)
-    with pytest.raises(OpenError, match="does not fit this run") as error:
+    with pytest.raises(OpenError, match="average does not fit this run") as error:
         fill(newest(folder), {"average": model.state_dict()})
     assert "average" in one_line(error)
 
@@ -231,8 +229,7 @@ def flipped(path: Path, offset: float, bit: int) -> bytes:
 
 WITH_DIGEST = ["tokenizer.json", "codec.safetensors"] + [
     f"checkpoints/step-000002/{name}"
-    for name in ("state.json", *(f"{part}/shard-00001-model-00001-of-00001.safetensors"
-                                 for part in ("average", "model", "optimizer")))
+    for name in ("state.json", *(f"{part}/model.safetensors" for part in ("average", "model", "optimizer")))
 ]  # fmt: skip
 WITHOUT = ["run.json", "checkpoints/latest", "checkpoints/step-000002/manifest.json"]
 
@@ -452,7 +449,7 @@ def test_a_tensor_file_that_the_manifest_does_not_name_is_not_read(own):
         assert "shard-" in str(error)
 
 
-@pytest.mark.parametrize("forgotten", ["state.json", "average/shard-00001-model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("forgotten", ["state.json", "average/model.safetensors"])
 def test_a_file_that_the_manifest_forgets_is_not_trusted(own, forgotten):
     values = read_json(newest(own) / "manifest.json")
     del values[forgotten]
@@ -707,7 +704,7 @@ def test_an_error_that_came_first_is_not_hidden_by_one_of_the_disk(tmp_path):
 @pytest.mark.parametrize("first", [None, KeyError("first")])
 def test_another_rank_that_has_gone_is_no_traceback_either(tmp_path, first):
     """It is how most end when one of them is killed while they save."""
-    gone = mock.patch.object(saving.dcp, "save", side_effect=RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"))
+    gone = mock.patch.object(Saver, "_write_part", side_effect=RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"))
     with gone, pytest.raises(SaveError if first is None else KeyError) as error, Saver(tmp_path, 2, ALONE) as saver:
         saver.save(2, weights(2), {"step": 2})
         if first is not None:
@@ -822,30 +819,20 @@ def test_wherever_begin_fails_the_run_is_as_it_was_or_not_there(tmp_path):
         assert describe(tmp_path / "new").run == RUN
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from tests.test_checkpoint import holds_step, save_step, SaveError
-folder, limits = Path(sys.argv[1]), map(int, sys.argv[2:])
-for limit in limits:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        save_step(folder, 2)
-        print("saved", limit)
-    except SaveError as error:
-        print("refused", error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print("whole" if holds_step(folder, 1) else "broken")
-save_step(folder, 2)
-print("whole" if holds_step(folder, 2) else "broken")
-"""
-
-
-def script(text: str, *arguments) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", text, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+def save_under(folder: Path, limits: list[int]) -> None:
+    """Save step 2 where no file may have more than so many bytes, one limit after the other, and then without any."""
+    for limit in limits:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        said = "saved"
+        try:
+            save_step(folder, 2)
+        except SaveError as error:
+            said = f"refused {error}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(said)
+        print("whole" if holds_step(folder, 1) else "broken")
+    save_step(folder, 2)
+    print("whole" if holds_step(folder, 2) else "broken")
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on the size of files")
@@ -855,35 +842,29 @@ def test_a_disk_that_really_takes_no_more_is_said_in_one_line(tmp_path):
     save_step(tmp_path, 1)
     sizes = sorted({path.stat().st_size for path in newest(tmp_path).rglob("*") if path.is_file()})
     limits = [0, *(size - 1 for size in sizes)]
-    process = script(LIMITED, tmp_path, *limits)
-    said, errors = process.communicate(timeout=120)
-    lines = said.splitlines()
-    assert process.returncode == 0, errors
+    done = run(save_under, tmp_path, limits)
+    lines = (said := done.stdout).splitlines()
+    assert done.returncode == 0, done.stderr
     assert len(lines) == 2 * len(limits) + 1, said
     assert all(line.startswith("refused could not save step 2 in ") for line in lines[:-1:2]), said
     assert all("File too large" in line for line in lines[:-1:2]), said
     assert set(lines[1::2]) | {lines[-1]} == {"whole"}
 
 
-SAVING = """
-import sys
-from pathlib import Path
-import torch
-from tests.test_checkpoint import RUN, run_tensors, save
-ballast = {"a": torch.zeros(2_000_000)}
-for step in range(2, 1000):
-    save(Path(sys.argv[1]), step, {"ballast": ballast, **run_tensors(RUN, step)}, {"step": step}, 2)
-"""
+def save_again_and_again(folder: Path) -> None:
+    ballast = {"a": torch.zeros(2_000_000)}
+    for step in range(2, 1000):
+        save(folder, step, {"ballast": ballast, **run_tensors(RUN, step)}, {"step": step}, 2)
 
 
 def test_a_process_that_is_really_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
     begin_run(tmp_path)
     save_step(tmp_path, 1)
-    process = script(SAVING, tmp_path)
+    process = Process(save_again_and_again, tmp_path)
     try:
         until = time.monotonic() + 90
         while not (found := [*tmp_path.glob("checkpoints/step-*[2-9].tmp/ballast")]):
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.stderr
             assert time.monotonic() < until
             time.sleep(0.001)
     finally:

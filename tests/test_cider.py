@@ -1,9 +1,10 @@
 """CIDEr-D and BLEU-4 against values of coco-caption (pycocoevalcap 1.2, on the same words), and what must hold of any."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.profile import examples
 from transfusion.evaluation.cider import bleu, cider, words_of
 
 SAID = ["a red circle above a small blue square", "two large green triangles", "a dog on the table"]
@@ -14,7 +15,7 @@ REFERENCES = [
 ]
 WORDS = st.sampled_from("a red blue circle square above below two cat dog".split())
 texts = st.lists(WORDS, min_size=4, max_size=9).map(" ".join)
-many = settings(max_examples=100, deadline=None)
+many = examples(100)
 
 
 def test_they_are_those_of_coco_caption():

@@ -1,35 +1,38 @@
 """The command line: what a user types, rightly and wrongly. Promise 10 for the commands that need no long training."""
 
 import json
-import os
 import re
+import shlex
+import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image as Picture
 
+from tests import processes
+from tests.profile import few_samples
 from tests.sources import write_photos, write_texts
 from transfusion.cli import main
 
 TINY = (
     "--model.width 32 --model.layers 2 --model.heads 2 --model.hidden 64 --training.steps 4 --training.warmup 2 "
     "--training.checkpoint-every 2 --training.validate-every 4 --training.preview-every 4 --data.rows 2 "
-    "--data.text-ids 260 --data.block 64 --generation.steps 2"
+    "--data.text-ids 260 --data.block 64 --data.codec-documents 100 --generation.steps 2"
 ).split()
 
 
 def command(*arguments: object) -> None:
-    """The command in this process; a zero exit is a return."""
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as exit_:
-        if exit_.code:
-            raise
+    """The command in this process, which looks at few documents before it trains; a zero exit is a return."""
+    with mock.patch("transfusion.cli.runs.HELDOUT", 24), few_samples():
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as exit_:
+            if exit_.code:
+                raise
 
 
 def fails(capsys, code: int, *arguments: object) -> str:
@@ -43,11 +46,8 @@ def fails(capsys, code: int, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A trained run, four steps long."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command("train", "digits", "--out", folder, *TINY)
-    return folder
+def run(trained) -> Path:
+    return trained
 
 
 def test_a_run_has_the_files_it_promises(run):
@@ -197,6 +197,7 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys):
 
 
 def test_a_flipped_byte_is_found_and_the_run_stays_as_it_was(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / "run")
     path = next((run / "checkpoints" / "step-000004" / "average").iterdir())
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
@@ -217,16 +218,10 @@ def test_every_command_explains_itself(verb, capsys):
 
 def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
     """Files may not grow beyond a limit that the first checkpoint's parts exceed: as a full disk, it stops the write."""
-    import shutil
-
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000002")
-    done = subprocess.run(
-        ["bash", "-c", f'ulimit -f 100; exec "$0" -m transfusion train digits --out {tmp_path / "run"} "$@"',
-         sys.executable, *TINY],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = processes.run(main, ["train", "digits", "--out", str(tmp_path / "run"), *TINY], largest_file=102_400)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "could not save step 4" in done.stderr
@@ -234,43 +229,39 @@ def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
     command("generate", tmp_path / "run", "three", "--num-images", 1, "--out", tmp_path / "out")
 
 
-def readme_commands() -> list[str]:
-    """Every command of ours in a fenced block of the README, and of two pages up to their first heading.
+def commands_of(page: str) -> list[str]:
+    """Every command of ours in a fenced block of the README, or of a page up to its first heading, in their order.
 
     Where torchrun starts it on many machines, here is one process. `serve` has its own test, in test_server.py.
     """
-    root = Path(__file__).parent.parent
-    text = (root / "README.md").read_text()
-    text += "".join((root / "docs" / name).read_text().partition("\n## ")[0] for name in ("data.md", "training.md"))
+    text = (processes.ROOT / page).read_text()
+    text = text if page == "README.md" else text.partition("\n## ")[0]
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [re.sub(r"^torchrun .*-m transfusion", "transfusion", line) for line in lines]
-    lines = [line for line in lines if line.startswith("transfusion ") and not line.startswith("transfusion serve ")]
-    return list(dict.fromkeys(lines))
+    return [line for line in lines if line.startswith("transfusion ") and not line.startswith("transfusion serve ")]
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_commands_of_the_readme_run(line, run, tmp_path, monkeypatch):
-    """On the tiny run in place of the one they name, and with tiny settings where they train."""
-    import shlex
-    import shutil
-
+@pytest.mark.parametrize("pages", [("README.md",), ("docs/data.md", "docs/training.md")], ids=str)
+def test_the_commands_of_a_page_run_one_after_the_other(pages, tmp_path, monkeypatch):
+    """With tiny settings where they train; what a page takes for granted is there: pictures, texts, prepared data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transfusion.evaluation.small_network.STEPS", 3)
-    for name in ("digits", "shapes"):
-        shutil.copytree(run, tmp_path / "runs" / name)
+    monkeypatch.setattr("transfusion.evaluation.suite.SEEN", 100)
     Picture.new("L", (20, 20), 128).save(tmp_path / "photo.png")
     write_photos(tmp_path / "photos", 40)
     write_texts(tmp_path / "texts.jsonl", 40)
-    words = shlex.split(line)[1:]
-    if "--data" in words:
-        command("data", "prepare", "photos", "--out", words[words.index("--data") + 1])
-    if words[0] == "train":
-        if "--out" in words:
-            words[words.index("--out") + 1] = "runs/new"
-        else:
-            words += ["--out", "runs/new"]
-        words = [*words, *TINY, "--data.row-length", "256"]
-    if "--from" in words and words[0] == "evaluate":
-        command("evaluate", Path(words[words.index("--from") + 1]).parent)
-    command(*words)
+    for line in [line for page in pages for line in commands_of(page)]:
+        _, *words = shlex.split(line)
+        if "--data" in words and not Path(data := words[words.index("--data") + 1]).exists():
+            command("data", "prepare", "photos", "--out", data)
+        if words[0] == "train":
+            words += [*TINY, "--data.row-length", "256"]
+        command(*words)
+
+
+def test_commands_are_found_on_every_page():
+    """Else the test above would test nothing."""
+    found = {line.split()[1] for line in commands_of("README.md")}
+    assert found >= {"train", "plan", "generate", "evaluate", "report", "export", "data"}
+    assert all(commands_of(f"docs/{page}.md") for page in ("data", "training"))

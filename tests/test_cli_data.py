@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
-from tests.sources import picture, png, write_lines, write_photos, write_texts
+from tests import processes
+from tests.profile import THOROUGH
+from tests.sources import picture, png, write_lines, write_photos
 from tests.test_cli import TINY, command, fails
 from tests.test_prepare import files_of
 from transfusion.cli import main
@@ -28,15 +31,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder of captioned pictures, one of them cut short, and lines of text; both prepared."""
-    folder = tmp_path_factory.mktemp("data")
-    write_photos(folder / "photos", 120)
-    path = folder / "photos" / "0007.png"
-    path.write_bytes(path.read_bytes()[:60])
-    write_texts(folder / "texts.jsonl", 90)
-    command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", folder / "prepared", *PREPARE)
-    return folder
+def place(prepared) -> Path:
+    return prepared
 
 
 def test_prepare_says_what_it_left_out_and_where_that_is_listed(place, tmp_path, capsys):
@@ -119,7 +115,7 @@ def test_stats_counts_what_is_there(place, capsys):
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/texts.jsonl/x"), 1, "Not a directory"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/prepared", *PREPARE), 1, "its sources are photos, texts"),
     (("data", "stats", "PLACE/texts.jsonl", "--tokenizer", "PLACE/texts.jsonl"), 1, "not a tokenizer"),
-    (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "no prepared data"),
+    (("train", "small"), 2, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "no prepared data"),
     (("train", "small", "--data", "PLACE/nowhere"), 1, "no prepared data"),
     (("train", "small", "--data", "PLACE/prepared", "--data.sources", "films"), 1, "no source 'films'"),
     (("train", "small", "--data", "PLACE/prepared", "--data.row-length", "9"), 1, "raise data.row_length"),
@@ -169,6 +165,7 @@ def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsy
     assert "this run knows no pictures" in fails(capsys, 2, "generate", run, "text", "--num-images", 1)
     (tmp_path / "a.png").write_bytes(png(picture(0)[1]))
     assert "this run knows no pictures" in fails(capsys, 2, "generate", run, f"@{tmp_path / 'a.png'}")
+    (tmp_path / "none.json").write_text("{}")
     coco = ("--tasks", "coco-images", "--coco", tmp_path / "none.json", "--features", "none.pth")
     assert "this run knows no pictures: it cannot be asked for coco-images" in fails(capsys, 1, "evaluate", run, *coco)
     assert "too short, or too few, to ask how they go on" in fails(capsys, 1, "evaluate", run, "--tasks", "choice")
@@ -262,18 +259,22 @@ def test_a_damaged_shard_ends_training_in_one_line(place, tmp_path, capsys):
 # Processes
 
 
-def run_prepare(place: Path, out: Path, *before: str) -> subprocess.Popen:
-    sources = [place / "photos", place / "texts.jsonl"]
-    words = [*before, "-m", "transfusion", "data", "prepare", *sources, "--out", out, *PREPARE]
+def words_for(place: Path, out: Path) -> list[str]:
+    """What prepares the same once more."""
+    words = ("data", "prepare", place / "photos", place / "texts.jsonl", "--out", out, *PREPARE)
+    return list(map(str, words))
+
+
+def torchrun_prepare(place: Path, out: Path) -> subprocess.Popen:
+    """As it is typed, on two processes."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "transfusion"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(list(map(str, words)), text=True, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([*words, *words_for(place, out)], text=True, env=ENVIRONMENT, **pipes)
 
 
 @pytest.mark.slow
 def test_torchrun_spreads_the_work_and_the_result_is_the_same(place, tmp_path):
-    process = run_prepare(
-        place, tmp_path / "out", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    )
+    process = torchrun_prepare(place, tmp_path / "out")
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert files_of(tmp_path / "out") == files_of(place / "prepared")
@@ -282,9 +283,7 @@ def test_torchrun_spreads_the_work_and_the_result_is_the_same(place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs a list of processes")
 def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, tmp_path):
-    process = run_prepare(
-        place, tmp_path / "out", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    )
+    process = torchrun_prepare(place, tmp_path / "out")
     while process.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -308,7 +307,7 @@ def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, t
 @pytest.mark.slow
 def test_killed_for_good_it_goes_on(place, tmp_path):
     """As the kernel kills: at some moment after the first shard is there."""
-    process = run_prepare(place, tmp_path / "out", sys.executable)
+    process = processes.Process(main, words_for(place, tmp_path / "out"))
     while process.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -324,15 +323,21 @@ def test_a_disk_that_fills_ends_it_in_one_line(place, tmp_path):
     """Files may not grow beyond a limit that a shard exceeds: as a full disk, it stops the write."""
     big = [{"image": f"{place}/photos/0001.png", "caption": f"number {n} " + "word " * 400} for n in range(200)]
     path = write_lines(tmp_path / "big.jsonl", big)
-    words = ["-m", "transfusion", "data", "prepare", str(path), "--out", str(tmp_path / "out"), "--codec", "pixels"]
-    done = subprocess.run(
-        ["bash", "-c", f'ulimit -f 100; exec "{sys.executable}" "$@"', "bash", *words], capture_output=True, text=True,
-        env=ENVIRONMENT,
-    )  # fmt: skip
+    words = ["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--codec", "pixels"]
+    done = processes.run(main, words, largest_file=102_400)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "could not be made: File too large" in done.stderr
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+ALIKE = "--codec pixels --text-ids 300 --shard 250 --fit-documents 500".split()  # what is held at once, few or many
+
+
+def with_peak(*words: str) -> None:
+    """A command, and the most memory that it had."""
+    main(words)
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
@@ -341,22 +346,15 @@ def test_what_is_held_does_not_grow_with_what_is_read(tmp_path):
     chance = np.random.default_rng(0)
     for n in range(50):
         (tmp_path / f"{n}.png").write_bytes(png(chance.integers(0, 255, (32, 32, 3), dtype=np.uint8)))
-    few, many = 5_000, 30_000
-    code = (
-        "import resource, sys\nfrom transfusion.cli import main\nmain(sys.argv[1:])\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+    few, many = (5_000, 30_000) if THOROUGH else (1_000, 4_000)
     peaks: dict[str, list[int]] = {}
     for count in (few, many):
         captions = (f"number {n * 7919 % 1000} of many" for n in range(count))
         lines = (json.dumps({"id": n, "image": f"{n % 50}.png", "caption": said}) for n, said in enumerate(captions))
         (tmp_path / f"{count}.jsonl").write_text("\n".join(lines))
         out = tmp_path / f"out-{count}"
-        for verb in (["validate"], ["prepare", "--out", str(out), "--codec", "pixels", "--text-ids", "300"]):
-            done = subprocess.run(
-                [sys.executable, "-c", code, "data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:]],
-                capture_output=True, text=True, env=ENVIRONMENT,
-            )  # fmt: skip
+        for verb in (["validate"], ["prepare", "--out", str(out), *ALIKE]):
+            done = processes.run(with_peak, "data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:])
             assert done.returncode == 0, done.stderr
             peaks.setdefault(verb[0], []).append(1024 * int(done.stdout.split()[-1]))
         assert sum(open_prepared(out).about["sources"][str(count)]["documents"].values()) == count

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.profile import examples
 from tests.sources import write_photos
 from tests.test_cli import command, fails
 from transfusion.codecs.pictures import to_pixels
@@ -28,7 +29,7 @@ def noise(height: int, width: int, colours: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, colours), dtype=np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(sides, sides, st.integers(1, 70), st.integers(1, 70), st.sampled_from((1, 3)), st.integers(0, 9), st.integers(0, 5))
 def test_crops_have_the_size_that_is_asked_for_whatever_the_picture(width, height, x, y, colours, number, crops):
     found = list(cut(noise(y, x, colours), number, (width, height), colours, crops))
@@ -39,7 +40,7 @@ def test_crops_have_the_size_that_is_asked_for_whatever_the_picture(width, heigh
         assert np.array_equal(found[0], to_pixels(noise(y, x, colours), [(width, height)], colours))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(sides, sides, st.integers(0, 9))
 def test_a_picture_of_the_size_itself_comes_back_as_it_is(width, height, number):
     pixels = noise(height, width)

@@ -8,7 +8,7 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Engine
@@ -26,6 +26,7 @@ from tests.documents import (
     same_batch,
     some,
 )
+from tests.profile import examples, few_samples
 from transfusion.codecs.codec import codec_of
 from transfusion.codecs.pixels import FLOOR, BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
@@ -148,7 +149,7 @@ def take(number: int, loader: Loader, start: Place = BEGINNING) -> list:
     return list(islice(loader.batches(start), number))
 
 
-@settings(few, max_examples=8)
+@examples(8)
 @given(st.integers(0, 99), st.integers(1, 3), st.sampled_from((5, 12, 16)))
 def test_ranks_deal_out_the_rows_of_one(seed, rows, block):
     """Rows r mod world of what one rank reads in batches as large as all of theirs together."""
@@ -237,7 +238,7 @@ def test_chance_of_a_document_follows_from_seed_source_epoch_and_id():
     assert encoder().document(raw, "one", 0).key == keys[0]
 
 
-@settings(few, max_examples=12)
+@examples(12)
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=3), st.lists(st.integers(8, 40), min_size=3, max_size=3)
 )
@@ -245,7 +246,8 @@ def test_sources_get_their_shares_of_the_positions(shares, means):
     """Shares are of positions, not of documents: a source of long documents is read less often."""
     sources = [Notes(name, 20_000, mean) for name, mean, _ in zip("abc", means, shares, strict=False)]
     config = replace(encoder().config, sources=tuple("abc"[: len(shares)]), shares=tuple(map(float, shares)))
-    found = Loader(sources, replace(encoder(), config=config))
+    with few_samples(1024):
+        found = Loader(sources, replace(encoder(), config=config))
     positions = Counter()
     for source, epoch, id_ in (found.stream[n] for n in range(1500)):
         document = found.encoder.document(sources[source][id_], sources[source].name, epoch)
@@ -262,7 +264,8 @@ def small_run() -> tuple[DataConfig, Encoder]:
 
 def test_digits_and_topics_get_their_shares_within_a_few_blocks():
     config, fitted = small_run()
-    found = Loader(run_sources.open_sources(config, "train"), fitted)
+    with few_samples(1024):
+        found = Loader(run_sources.open_sources(config, "train"), fitted)
     positions = [0, 0]
     for n in range(3 * config.block):
         source, epoch, id_ = found.stream[n]

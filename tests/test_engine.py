@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 from tokenizers import AddedToken, models, pre_tokenizers
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders as decoding
 
 from tests.documents import SHAPES
+from tests.profile import examples
 from tests.tiny import SIZES, engine, picture, prompt_segments, tokenizer, uncached
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DiffusionConfig, GenerationConfig
@@ -23,8 +24,8 @@ from transfusion.inference.engine import Drawn, Engine, Finished, Previewed, Req
 from transfusion.inference.samplers import Walk, sampler_of
 from transfusion.sequence import Document, Image, Text, lay_out
 
-few = settings(max_examples=12, deadline=None)
-some = settings(max_examples=25, deadline=None)
+few = examples(12, quick=5)
+some = examples(25, quick=10)
 
 seeds = st.integers(0, 2**31)
 pictures = st.builds(picture, st.sampled_from(SHAPES), seeds)

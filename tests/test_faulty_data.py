@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.documents import some
 from tests.fixtures.make import encoded, noise, png, write_tar
+from tests.profile import examples
 from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
 from transfusion.codecs import pictures
 from transfusion.data.raw import Fault, RawDocument, RawImage
@@ -446,7 +446,7 @@ class Any:
         raise Fault("missing picture", "there is none")
 
 
-@settings(some, max_examples=400)
+@examples(400)
 @given(st.sampled_from(FORMS), st.dictionaries(columns, anything, max_size=5))
 def test_any_record_of_any_form_is_a_document_or_a_fault(form, record):
     try:
@@ -754,7 +754,7 @@ def test_a_file_of_which_nothing_can_be_read_is_refused_in_one_line(name, conten
     "alone/gif.gif", "alone/webp.webp", "alone/bmp.bmp",
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.integers(0, 2**32), st.sampled_from(("cut", "byte", "bits")), st.booleans())
 def test_damage_of_any_kind_ends_in_faults_or_is_refused_in_one_line(name, seed, damage, far):
     chance, content = random.Random(seed), bytearray((FIXTURES / name).read_bytes())

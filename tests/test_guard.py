@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ranks import PATIENCE, World
+from tests import processes
+from tests.profile import examples
+from tests.ranks import PATIENCE
 from tests.test_cli import TINY, command, fails
 from tests.test_parallel import AUTOENCODER, FITTING, whole
 from tests.test_training import new_trainer, resumed, rows_of, stopping
@@ -32,16 +30,7 @@ from transfusion.training import guard as guard_file
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.guard import ENOUGH, REMEMBERED, Guard, TrainingError, watching
 
-ROOT = Path(__file__).parent.parent
 BAD = (math.nan, math.inf, -math.inf)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[World]:
-    """Two ranks."""
-    world = World(2)
-    yield world
-    world.close()
 
 
 def a_run(steps: int = 8, skip: int = 0, spike: float | None = None, **training) -> Run:
@@ -91,14 +80,21 @@ def fault(folder: Path, step: int) -> dict:
 # What is not finite
 
 
+@pytest.fixture(scope="module")
+def undisturbed(pair, tmp_path_factory) -> tuple[list, list]:
+    """Of each of two ranks: what it has learnt after two steps, and what it reads in the third."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return pair(train, folder / "run", a_run(), {}, 0, "loss", 2), pair(rows_read, folder / "read", a_run(), 3)
+
+
 @pytest.mark.parametrize("on", [0, 1])
 @pytest.mark.parametrize(("where", "factor", "reason"), [
     ("loss", math.nan, "the text loss is not finite"), ("loss", math.inf, "the text loss is not finite"),
     ("gradient", math.nan, "the gradient is not finite"), ("gradient", math.inf, "the gradient is not finite"),
 ])  # fmt: skip
-def test_what_is_not_finite_on_one_rank_changes_no_weight_on_any(pair, tmp_path, on, where, factor, reason):
+def test_what_is_not_finite_on_one_rank_changes_no_weight_on_any(pair, undisturbed, tmp_path, on, where, factor, reason):
     """And the file about it names what both ranks read."""
-    before = pair(train, tmp_path / "before", a_run(), {}, 0, "loss", 2)
+    before, read = undisturbed
     found = pair(train, tmp_path / "run", a_run(), {3: factor}, on, where)
     for (tensors, said, step), (expected, _, _) in zip(found, before, strict=True):
         assert said.startswith(f"step 3: {reason}, so the step was not taken; ")
@@ -109,7 +105,6 @@ def test_what_is_not_finite_on_one_rank_changes_no_weight_on_any(pair, tmp_path,
     assert max(row["step"] for row in rows_of(tmp_path / "run")) == 2
     told = fault(tmp_path / "run", 3)
     assert (told["step"], told["reason"]) == (3, reason)
-    read = pair(rows_read, tmp_path / "read", a_run(), 3)
     assert told["read"] == [{"rank": rank, "rows": rows} for rank, rows in enumerate(read)]
     assert all(word.startswith("digits ") for rows in read for row in rows for word in row)
     assert read[0] != read[1]
@@ -145,7 +140,7 @@ def test_a_step_that_is_left_out_moves_nothing(tmp_path):
     assert same(found, stopped)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.booleans(), max_size=40), st.integers(0, 4), st.sampled_from(BAD), st.sampled_from(("norm", "value")))
 def test_the_guard_counts_what_it_leaves_out_in_a_row(steps, skip, number, where):
     """For any order of good steps and bad ones."""
@@ -241,7 +236,7 @@ def test_how_many_were_left_out_in_a_row_outlives_a_restart(tmp_path):
     assert step == 5
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.lists(st.floats(0.01, 100), max_size=REMEMBERED + 40), st.floats(0.1, 10), st.floats(0, 500))
 def test_a_spike_is_so_many_deviations_above_the_mean_of_the_last(norms, spike, norm):
     guard = Guard(SurvivalConfig(skip=10**6, spike=spike), Path("nowhere"), ALONE)
@@ -265,28 +260,19 @@ def test_only_the_last_norms_are_remembered_and_none_of_a_step_that_was_left_out
 
 # Steps that never end
 
-HANGS = """
-import sys, threading
-from dataclasses import replace
-from pathlib import Path
-from tests.test_training import new_trainer
-from tests.tiny import small_run
-from transfusion.config import SurvivalConfig
-
 def it_hangs_here(model, step):
     if step == 2:
         threading.Event().wait()
 
-run = replace(small_run(4, checkpoint_every=1), survival=SurvivalConfig(watchdog=float(sys.argv[2])))
-new_trainer(Path(sys.argv[1]), run, it_hangs_here).train()
-"""
+
+def hang(folder: Path, watchdog: float) -> None:
+    run = replace(small_run(4, checkpoint_every=1), survival=SurvivalConfig(watchdog=watchdog))
+    new_trainer(folder, run, it_hangs_here).train()
 
 
 def test_a_process_that_hangs_is_ended_and_leaves_every_threads_stack(tmp_path):
     """What was saved before is there."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HANGS, str(tmp_path), "5"]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=PATIENCE)
+    done = processes.run(hang, tmp_path, 5.0)
     path = tmp_path / "faults" / "stacks-rank-0.txt"
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == f"transfusion: no step has ended for 5 s; {path} says where it hangs"

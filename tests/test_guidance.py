@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.documents import SHAPES
+from tests.profile import examples
 from tests.test_engine import draw_now_and_then, generation, same_answers, settled, to_the_end
 from tests.tiny import SIZES, engine, picture, prompt_segments, uncached
 from transfusion.config import DiffusionConfig, GenerationConfig, from_json, to_json
@@ -20,8 +21,8 @@ from transfusion.inference.image_mode import guide
 from transfusion.inference.samplers import Walk, sampler_of
 from transfusion.sequence import Document, Image, Text, lay_out
 
-few = settings(max_examples=12, deadline=None)
-some = settings(max_examples=25, deadline=None)
+few = examples(12, quick=5)
+some = examples(25, quick=10)
 
 seeds = st.integers(0, 2**31)
 pictures = st.builds(picture, st.sampled_from(SHAPES), seeds)

@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
+from tests.profile import examples
 from transfusion.evaluation import neighbours
 from transfusion.evaluation.fid import TooFew, discrepancy, fid, kid
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.neighbours import neighbour_scores
 
-many = settings(max_examples=60, deadline=None)
+many = examples(60)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -149,7 +150,7 @@ def by_balls(real: np.ndarray, fake: np.ndarray, near: int, wide: int) -> dict[s
     }
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(seeds, st.tuples(st.integers(5, 14), st.integers(5, 14)), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4),
        st.integers(1, 60))  # fmt: skip
 def test_neighbour_scores_are_those_of_plain_loops(seed, counts, features, near, wide, at_once):

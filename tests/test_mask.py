@@ -7,11 +7,12 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.documents import TINY, batches, few, may_see, some
+from tests.profile import examples
 from transfusion.model import mask as mask_module
 from transfusion.model import transfusion as network
 from transfusion.model.mask import BLOCK, Mask, cached, packed
@@ -127,7 +128,7 @@ def heads(rows: int, length: int, kv_heads: int, seed: int, **kind) -> tuple[tor
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(few, max_examples=10)
+@examples(10)
 @given(runs(max_rows=2), st.sampled_from((1, 2, 4)), st.sampled_from(("bidirectional", "causal")))
 def test_flex_attention_under_blocks_equals_sdpa_under_dense(found, kv_heads, image_attention):
     mask = packed(*found, image_attention)
@@ -139,7 +140,7 @@ def test_flex_attention_under_blocks_equals_sdpa_under_dense(found, kv_heads, im
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-@settings(few, max_examples=10)
+@examples(10, quick=3)
 @given(runs(min_rows=2, max_rows=2))
 def test_a_compiled_flex_attention_skips_no_block_it_needs(found):
     """Uncompiled, FlexAttention asks `mask_mod` about every pair; only kernels go by the lists of blocks."""

@@ -11,7 +11,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tests import tiny
 from tests.documents import with_all_logits
+from tests.profile import examples
 from transfusion.data.topics import Topics
 from transfusion.evaluation import harness, likelihood
 from transfusion.evaluation.harness import HarnessModel, evaluate_tasks
@@ -34,7 +35,7 @@ from transfusion.evaluation.multiple_choice import (
 from transfusion.inference.engine import Engine
 from transfusion.sequence import Piece, Row, collate
 
-few = settings(max_examples=15, deadline=None)
+few = examples(15)
 words = st.text("a smldrwing é<>", max_size=30)
 some_words = st.text("a smldrwing é<>", min_size=1, max_size=12)
 

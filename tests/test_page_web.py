@@ -1,6 +1,7 @@
 """The page of a served run: in its files without a browser, and used as people use it in headless Chromium."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -71,12 +72,9 @@ def test_every_file_is_served_as_what_it_is_and_may_do_nothing_but_ask_its_serve
             assert answer.headers["cache-control"] == "no-cache"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_a_file_says_what_it_is_for_is_small_and_names_no_address(file):
-    text = file.read_text()
-    assert re.match(r"(//|/\*|<!--) \w.{30,}", text.splitlines()[0])
-    assert len(text.splitlines()) < 200
-    assert not re.search(r"https?:|//\w+\.\w|\bimport\(|\beval\(|innerHTML|insertAdjacentHTML|document\.write", text)
+def test_no_file_names_an_address_or_makes_markup_of_text():
+    outside = re.compile(r"https?:|//\w+\.\w|\bimport\(|\beval\(|innerHTML|insertAdjacentHTML|document\.write")
+    assert [file.name for file in FILES if outside.search(file.read_text())] == []
 
 
 def test_whatever_scripts_look_up_is_there(elements):
@@ -105,11 +103,6 @@ def test_every_control_has_a_name_and_nothing_is_inline(elements):
         assert tag != "style" and "style" not in about and not any(name.startswith("on") for name in about)
         assert tag != "script" or about.get("src")
     assert ("html", {"lang": "en"}) in elements
-
-
-def test_its_colours_are_those_of_the_reports():
-    colours = re.compile(r"(--[\w-]+): (#\w+);")
-    assert colours.findall((WEB / "style.css").read_text()) == colours.findall(reports.STYLE)
 
 
 def test_files_import_what_others_export():
@@ -160,8 +153,10 @@ class Seen:
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api")
+        tell = pytest.fail if os.environ.get("REQUIRE_CHROMIUM") == "1" else pytest.skip
+        tell("there is no Chromium to test the page in: apt-get install chromium, or your system's package of that name")
+    from playwright import sync_api
+
     sync_api.expect.set_options(timeout=30_000)
     with sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM)

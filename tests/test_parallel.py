@@ -3,12 +3,11 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import numpy as np
@@ -20,7 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from tests.documents import in_double
 from tests.llama import write_llama
-from tests.ranks import PATIENCE, World, precision
+from tests.processes import torchrun
+from tests.profile import THOROUGH
+from tests.ranks import World, precision
 from tests.sources import write_photos
 from tests.test_cli import TINY, command
 from tests.test_training import looking, new_trainer, resumed, rows_of, stopping
@@ -43,18 +44,10 @@ from transfusion.training.codec import CodecTrainer
 from transfusion.training.guard import TrainingError
 from transfusion.training.trainer import Trainer
 
-STEPS = 20
+STEPS = 20 if THOROUGH else 6
 LENGTH = 32  # of a made row
 WITHIN = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number of a tensor
 Found = tuple[dict[str, np.ndarray], list[dict]]
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[World]:
-    """Two ranks."""
-    world = World(2)
-    yield world
-    world.close()
 
 
 def a_run(
@@ -62,7 +55,7 @@ def a_run(
     parallel: ParallelConfig = ParallelConfig(), **training,  # noqa: B008
 ) -> Run:  # fmt: skip
     """Digits and texts in turn, so that rows differ in what they hold."""
-    run = small_run(steps, rows, **{"validate_every": 10, "warmup": 5} | training)
+    run = small_run(steps, rows, **{"validate_every": STEPS // 2, "warmup": 4} | training)
     model = replace(run.model, patches=patches, unet_width=16)
     return replace(run, model=model, data=replace(run.data, sources=("digits", "topics")), parallel=parallel)
 
@@ -79,7 +72,7 @@ def whole(trainer: Trainer) -> dict[str, np.ndarray]:
 def train(
     ranks: Ranks, folder: Path, run: Run, dtype: torch.dtype = torch.float32, stop_at: int | None = None
 ) -> Found:
-    """Begin a run or go on with it; what it has learnt and logged when it ends."""
+    """Begin a run or go on with it; what it has logged and, when it is not stopped, what it has learnt in the end."""
     with precision(dtype):
         change = (lambda batch, _: in_double(batch)) if dtype == torch.float64 else None
         begin = resumed if (folder / "checkpoints").exists() else new_trainer
@@ -89,7 +82,19 @@ def train(
             stopping(trainer, stop_at)
         assert trainer.train() == (stop_at is None)
         ranks.wait()
-        return whole(trainer), rows_of(folder)
+        return (whole(trainer) if stop_at is None else {}), rows_of(folder)
+
+
+REFERENCES: dict[str, Found] = {}
+
+
+def alone(run: Run, dtype: torch.dtype = torch.float32) -> Found:
+    """What one process learns and logs: trained once, for all tests that compare with it."""
+    key = f"{run} {dtype}"
+    if key not in REFERENCES:
+        with TemporaryDirectory() as folder:
+            REFERENCES[key] = train(ALONE, Path(folder), run, dtype)
+    return REFERENCES[key]
 
 
 def far(found: np.ndarray, expected: np.ndarray) -> float:
@@ -123,7 +128,7 @@ def numbers(row: dict, before: str = "") -> dict[str, float]:
 )
 def test_two_ranks_learn_what_one_learns(pair, tmp_path, patches, dtype):
     """Half as many rows each."""
-    expected = train(ALONE, tmp_path / "one", a_run(4, patches), dtype)
+    expected = alone(a_run(4, patches), dtype)
     found, other = pair(train, tmp_path / "two", a_run(2, patches), dtype)
     same(found, expected, WITHIN[dtype])
     same(other, found, 0)
@@ -133,7 +138,7 @@ def test_two_ranks_learn_what_one_learns(pair, tmp_path, patches, dtype):
 def test_two_ranks_leave_alone_what_one_does(pair, tmp_path, frozen):
     """Parts that are frozen hang no rank, with and without images on it, and the rest is learnt as by one."""
     rates = {frozen: 0.0}
-    expected = train(ALONE, tmp_path / "one", a_run(4, steps=3, **rates), torch.float64)
+    expected = alone(a_run(4, steps=3, **rates), torch.float64)
     found, other = pair(train, tmp_path / "two", a_run(2, steps=3, **rates), torch.float64)
     same(found, expected, 1e-9)
     same(other, found, 0)
@@ -191,28 +196,25 @@ class Made:
         return Row((lay_out(Document(segments, seed, "made", seed_from(seed)), self.vocabulary),))
 
 
-# What each of two ranks gets: (t)ext, (i)mages that teach nothing else, (b)oth, (n)othing to learn, but an image to look at.
-MIXTURES = {
-    "an image on one rank or none": ["ti", "bt", "tt", "tb"], "text on one rank or none": ["it", "ib", "ii", "bi"],
-    "nothing on one rank or both": ["nb", "nt", "in", "nn", "tn"],
-}  # fmt: skip
+# What each of two ranks gets in a step: (t)ext, (i)mages that teach nothing else, (b)oth, (n)othing to learn, but an image
+# to look at. So there is an image on one rank or none, text on one rank or none, nothing on one rank or both.
+MIXTURES = "ti bt tt tb it ib ii bi nb nt in nn tn".split()
 
 
-def train_made(ranks: Ranks, folder: Path, patches: str, kinds: list[str]) -> Found:
-    """Ten steps of rows made for the test, in float64."""
+def train_made(ranks: Ranks, folder: Path, patches: str) -> Found:
+    """One step of each kind, in float64."""
     with precision(torch.float64):
-        run = a_run(patches=patches, steps=10, validate_every=100)
+        run = a_run(patches=patches, steps=len(MIXTURES), validate_every=100)
         trainer = new_trainer(folder, run, ranks=ranks)
-        trainer.heldout, trainer.loader = {}, Made(kinds, ranks, prepared(run)[1].vocabulary)
+        trainer.heldout, trainer.loader = {}, Made(MIXTURES, ranks, prepared(run)[1].vocabulary)
         assert trainer.train()
         return whole(trainer), rows_of(folder)
 
 
 @pytest.mark.parametrize("patches", ["linear", "unet"])
-@pytest.mark.parametrize("kinds", MIXTURES.values(), ids=MIXTURES)
-def test_a_rank_that_has_no_image_or_no_text_neither_hangs_nor_weighs_in(pair, tmp_path, kinds, patches):
-    expected = train_made(ALONE, tmp_path / "one", patches, kinds)
-    found, other = pair(train_made, tmp_path / "two", patches, kinds)
+def test_a_rank_that_has_no_image_or_no_text_neither_hangs_nor_weighs_in(pair, tmp_path, patches):
+    expected = train_made(ALONE, tmp_path / "one", patches)
+    found, other = pair(train_made, tmp_path / "two", patches)
     same(found, expected, 1e-9)
     same(other, found, 0)
 
@@ -228,8 +230,8 @@ def test_a_loader_of_made_rows_makes_what_it_says():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_ranks_are_as_good_as_more_passes(pair, tmp_path, parts):
     """Both at once too: 2 ranks of 2 passes are 4 passes of one."""
-    expected = train(ALONE, tmp_path / "one", a_run(2, steps=8, accumulate=parts), torch.float64)
-    found, _ = pair(train, tmp_path / "two", a_run(2, steps=8, accumulate=parts // 2), torch.float64)
+    expected = alone(a_run(2, steps=STEPS // 2, accumulate=parts), torch.float64)
+    found, _ = pair(train, tmp_path / "two", a_run(2, steps=STEPS // 2, accumulate=parts // 2), torch.float64)
     same(found, expected, 1e-9)
 
 
@@ -238,9 +240,9 @@ def test_ranks_are_as_good_as_more_passes(pair, tmp_path, parts):
 
 @pytest.mark.parametrize("worlds", [(1, 2, 1), (2, 1, 2)])
 def test_a_run_goes_on_with_any_number_of_ranks(pair, tmp_path, worlds):
-    expected = train(ALONE, tmp_path / "one", a_run(4, "unet", steps=9), torch.float64)
-    for world, stop_at in zip(worlds, (3, 6, None), strict=True):
-        run = a_run(4 // world, "unet", steps=9)
+    expected = alone(a_run(4, "unet"), torch.float64)
+    for world, stop_at in zip(worlds, (2, 4, None), strict=True):
+        run = a_run(4 // world, "unet")
         if world == 1:
             found = train(ALONE, tmp_path / "run", run, torch.float64, stop_at)
         else:
@@ -250,9 +252,9 @@ def test_a_run_goes_on_with_any_number_of_ranks(pair, tmp_path, worlds):
 
 def test_ranks_that_stop_and_go_on_are_as_if_nothing_had_been_and_one_process_opens_what_they_saved(pair, tmp_path):
     """Bit for bit."""
-    run = a_run(2, "unet", steps=6, checkpoint_every=3)
+    run = a_run(2, "unet" if THOROUGH else "linear", steps=4, checkpoint_every=2)
     expected, _ = pair(train, tmp_path / "one", run)
-    for stop_at in (1, 4, None):
+    for stop_at in (1, 3, None):
         found, _ = pair(train, tmp_path / "run", run, torch.float32, stop_at)
     same(found, expected, 0)
     for which, part in (("average", "average"), ("raw", "model")):
@@ -322,15 +324,17 @@ def train_counting(ranks: Ranks, folder: Path, run: Run, backend: str) -> tuple[
         return (whole(trainer), rows_of(folder)), counts
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2])
+WAYS = [(1, True), (2, False)]  # ranks, and whether blocks are run again; `make test-all` tries the other two as well
+
+
+@pytest.mark.parametrize(("ranks", "recompute"), [*WAYS, (1, False), (2, True)] if THOROUGH else WAYS)
 def test_compiled_blocks_learn_the_same_and_are_compiled_once(pair, tmp_path, ranks, recompute):
     """Alone of more layers than dynamo would compile one by one."""
     run = a_run(2, steps=4, parallel=ParallelConfig(recompute=recompute, compile=True))
     run = replace(run, model=replace(run.model, layers=10 if ranks == 1 else 4))
     plain = replace(run, parallel=ParallelConfig(compile=False))
     if ranks == 1:
-        expected = train(ALONE, tmp_path / "plain", plain, torch.float64)
+        expected = alone(plain, torch.float64)
         found, counts = train_counting(ALONE, tmp_path / "compiled", run, "aot_eager")
     else:
         expected, _ = pair(train, tmp_path / "plain", plain, torch.float64)
@@ -389,17 +393,20 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, tmp_path):
 
 @pytest.mark.slow
 def test_machines_that_hold_all_weights_each_learn_what_one_process_learns(tmp_path):
-    """Hybrid sharding, 2 machines of 2 ranks, over the U-Net, whose last kernel has fewer rows than there are ranks. What
-    they save one process goes on with, and the other way round.
+    """Hybrid sharding, 2 machines of 2 ranks, over patches or a U-Net whose last matrix has fewer rows than there are ranks.
+    What they save one process goes on with, and the other way round.
     """
-    hybrid = a_run(1, "unet", steps=6, parallel=ParallelConfig("hybrid"))
-    alone = a_run(4, "unet", steps=6)
-    expected = train(ALONE, tmp_path / "one", alone, torch.float64)
+    one = a_run(4, "unet" if THOROUGH else "linear", steps=3)
+    if not THOROUGH:  # a U-Net has so many parameters that torch takes long to plan the first step
+        one = replace(one, model=replace(one.model, patch_size=1), data=replace(one.data, row_length=128))
+    assert any(len(parameter) == 1 for parameter in blueprint(one.model).patches.parameters())
+    hybrid = replace(one, data=replace(one.data, rows=1), parallel=ParallelConfig("hybrid"))
+    expected = alone(one, torch.float64)
     world = World(4, per_machine=2)
     try:
         assert world(shape_of_mesh, "hybrid") == [(2, 2)] * 4
-        world(train, tmp_path / "run", hybrid, torch.float64, 2)
-        train(ALONE, tmp_path / "run", alone, torch.float64, 4)
+        world(train, tmp_path / "run", hybrid, torch.float64, 1)
+        train(ALONE, tmp_path / "run", one, torch.float64, 2)
         found, *others = world(train, tmp_path / "run", hybrid, torch.float64)
         same(found, expected, 1e-9)
         for other in others:
@@ -416,8 +423,8 @@ def shape_of_mesh(ranks: Ranks, shard: str) -> tuple[int, ...]:
 
 AUTOENCODER = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1)
 FITTING = CodecTrainingConfig(
-    steps=6, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=4, validate_every=3, log_every=1, heldout=4,
-    revive_after=2,
+    steps=6, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=100, validate_every=3, log_every=1,
+    heldout=4, revive_after=2,
 )  # fmt: skip
 CODECS = {
     "autoencoder": (AUTOENCODER, FITTING), "with a discriminator": (AUTOENCODER, replace(FITTING, gan_from=2)),
@@ -448,8 +455,14 @@ def fit(
         trainer.step = step
         assert trainer.train() == (stop_at is None)
         ranks.wait()
+        if stop_at is not None:
+            return {}, []
         rows = [{k: v for k, v in row.items() if k != "pictures_per_second"} for row in rows_of(folder)]
         return whole(trainer), rows
+
+
+if not THOROUGH:
+    CODECS.pop("autoencoder")  # until step 2 it is the one with a discriminator
 
 
 @pytest.mark.parametrize(("network", "config"), CODECS.values(), ids=CODECS)
@@ -476,34 +489,21 @@ def test_pictures_that_cannot_be_shared_out_are_refused(tmp_path):
 
 # As commands
 
-ROOT = Path(__file__).parent.parent
-TRAIN = ("train", "digits", *TINY, "--training.steps", 9, "--data.rows", 2, "--training.log-every", 1)
-AT_STEP_6 = """
-import os, sys
-from transfusion.cli import main
-from transfusion.training.codec import CodecTrainer
-from transfusion.training.guard import TrainingError
-from transfusion.training.trainer import Trainer
-
-real = Trainer.step
-
-def step(self, number, *rest):
-    if number == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), int(sys.argv[1]))
-    return real(self, number, *rest)
-
-Trainer.step = step
-main(sys.argv[2:])
-"""
+TRAIN = ("train", "digits", *TINY, "--training.steps", 9, "--training.validate-every", 9, "--training.preview-every", 9,
+         "--training.log-every", 1)  # fmt: skip
 
 
-def torchrun(*arguments: object) -> str:
-    """A command on two processes; what they say."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, text=True, capture_output=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def hurt_at_step_6(number: int, *arguments: object) -> None:
+    """A command whose second process, the first time that it is started, gets a signal in step 6."""
+    real = Trainer.step
+
+    def step(self, done, *rest):
+        if done == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), number)
+        return real(self, done, *rest)
+
+    Trainer.step = step
+    command(*arguments)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -517,15 +517,13 @@ def test_train_under_torchrun_outlives_a_signal_and_a_killed_process(tmp_path):
     """To one process only: SIGUSR1, after which both save and the same command goes on; then, in a run of its own, kill -9,
     after which torchrun starts both anew. The two end with the same bits, near those of one process with as many rows.
     """
-    script = tmp_path / "at_step_6.py"
-    script.write_text(AT_STEP_6)
-    said = torchrun(script, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
+    said = torchrun(hurt_at_step_6, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
     assert "training digits on 2 processes (cpu)" in said
     assert said.count("stopped at step 6 and saved") == 1
     assert newest(tmp_path / "asked").name == "step-000006"
-    said = torchrun("-m", "transfusion", *TRAIN, "--out", tmp_path / "asked")
+    said = torchrun(command, *TRAIN, "--out", tmp_path / "asked")
     assert said.count(f"going on from {tmp_path / 'asked' / 'checkpoints' / 'step-000006'}") == 1
-    said = torchrun("--max-restarts", 1, script, signal.SIGKILL, *TRAIN, "--out", tmp_path / "killed")
+    said = torchrun(hurt_at_step_6, signal.SIGKILL, *TRAIN, "--out", tmp_path / "killed", restarts=1)
     assert "going on from" in said
     assert "transfusion: another process of this work has stopped; what it said tells why" in said
     assert "Traceback" not in said
@@ -544,7 +542,7 @@ def test_train_under_torchrun_outlives_a_signal_and_a_killed_process(tmp_path):
 def test_fit_codec_under_torchrun_makes_the_codec_of_one_process(tmp_path):
     write_photos(tmp_path / "photos", 40)
     asked = ("data", "fit-codec", "small", tmp_path / "photos", *FIT, "--training.revive-after", 2)
-    said = torchrun("-m", "transfusion", *asked, "--out", tmp_path / "two")
+    said = torchrun(command, *asked, "--out", tmp_path / "two")
     assert said.count("held out: PSNR") == 1
     command(*asked, "--out", tmp_path / "one")
     found, expected = (load_file(tmp_path / name / "codec.safetensors") for name in ("two", "one"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +26,7 @@ from tests.documents import (
     times_of,
     with_all_logits,
 )
+from tests.profile import examples
 from tests.test_model import changed, images_of, latents_of, numbers, run, same_weights, seers
 from tests.tiny import begin_run, engine, picture, prompt_segments, run_tensors, save, small_run, uncached
 from transfusion.config import ModelConfig, from_json, to_json
@@ -39,8 +40,8 @@ from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
 from transfusion.training.optimizer import build_optimizer
 
-few = settings(max_examples=12, deadline=None)
-some = settings(max_examples=40, deadline=None)
+few = examples(12, quick=6)
+some = examples(40, quick=15)
 
 PATCH_SIZES = (1, 2, 4, 8)
 KINDS = ("linear", "unet")
@@ -548,7 +549,7 @@ def test_kernels_decay_and_norms_and_biases_do_not():
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=5, deadline=None)
+@examples(5, quick=2)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2))
 def test_counted_products_are_those_that_pytorch_counts(way, rows, columns, first, second):
     """Forward to the last one; backward too, but for gradients of what is given (latents, times), which nobody computes."""

@@ -9,19 +9,20 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from tests.documents import contents, contents_of, same_batch
+from tests.profile import THOROUGH, examples
 from tests.sources import inline, picture, png, write_lines, write_photos, write_texts
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
@@ -304,7 +305,7 @@ def test_however_many_processes_the_result_is_the_same(tmp_path, world):
     assert files_of(tmp_path / "out") == files_of(whole())
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=4))
 def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
     with TemporaryDirectory() as temporary:
@@ -525,7 +526,7 @@ def test_a_file_that_was_changed_is_found(tmp_path, name, change):
         open_prepared(tmp_path / "out").verify()
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_a_damaged_shard_raises_nothing_but_one_clear_error(seed, truncate):
     with TemporaryDirectory() as temporary:
@@ -615,9 +616,10 @@ def test_workers_change_nothing(workers):
     assert all(same_batch(a, b) and x == y for (a, x), (b, y) in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("before", [1, 2, 4])
-@pytest.mark.parametrize("after", [1, 2, 4])
-@pytest.mark.parametrize("batch", [4, 8])
+WAYS = [(1, 4, 4), (4, 1, 4), (2, 4, 8), (4, 2, 8), (1, 2, 8)]  # ranks before, ranks after, rows of all together
+
+
+@pytest.mark.parametrize(("before", "after", "batch"), list(product((1, 2, 4), (1, 2, 4), (4, 8))) if THOROUGH else WAYS)
 def test_ranks_may_change_where_a_run_goes_on(before, after, batch):
     """Saved by so many ranks, gone on with by others: at one global batch size the same global batches."""
     undisturbed = rows_from(loader(rows=batch), BEGINNING, 9)
@@ -638,7 +640,7 @@ def test_ranks_may_change_where_a_run_goes_on(before, after, batch):
         assert place_ == expected_place
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20, quick=8)
 @given(st.lists(st.tuples(st.sampled_from((1, 2, 4)), st.integers(1, 3), st.integers(1, 4)), min_size=2, max_size=4))
 def test_whatever_the_batch_sizes_no_row_is_missed_or_repeated(sessions):
     """Each session has its own number of ranks and rows, and stops after some batches."""
@@ -656,7 +658,7 @@ def test_whatever_the_batch_sizes_no_row_is_missed_or_repeated(sessions):
     assert one_by_one[-1][1] == place_
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(
     st.lists(st.lists(st.integers(0, 90) | st.none(), min_size=1, max_size=5), min_size=3, max_size=25),
     st.integers(1, 6),

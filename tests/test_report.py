@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
+from tests.profile import examples
 from tests.tiny import save
 from transfusion import cli
 from transfusion.checkpoint.save import begin
@@ -127,7 +128,7 @@ def test_a_plot_leaves_out_what_no_axis_has():
     assert labels == ["something: line: from 4 to 2; other: from 3 to 3"]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.floats(1e-6, 1e6), st.floats(1.001, 1e6), st.booleans())
 def test_axes_show_round_numbers_that_lie_on_them(low, factor, log):
     axis = Axis.over([low, low * factor], log)

@@ -11,18 +11,19 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 from diffusers.schedulers import scheduling_ddpm, scheduling_dpmsolver_multistep
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.profile import examples
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion import add_noise, noise_beside, read_prediction, signal_and_scale, target
 from transfusion.inference.samplers import Walk, sampler_of
 
 torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
 
-few = settings(max_examples=12, deadline=None)
-some = settings(max_examples=15, deadline=None)
+few = examples(12, quick=6)
+some = examples(15, quick=8)
 
 SHAPE = (1, 3, 2, 2)
 COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; they divide 1000, for diffusers walks whole ones

@@ -26,6 +26,7 @@ from PIL import Image as Picture
 from pydantic import ValidationError
 
 from tests.abuse import CHAT, DRAW, EDIT, TEXT, fine, form, is_clear, malformed, picture, png, url, valid
+from tests.profile import examples
 from tests.serving import Gate, serving, until
 from tests.test_chameleon import engine as engine_with_codes
 from tests.tiny import write_run
@@ -678,7 +679,7 @@ def test_malformed_requests_get_one_clear_sentence_and_it_still_serves(server):
     """`python -m tests.abuse` sends 2,000, and looks at the memory."""
     with server.client() as client:
 
-        @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(examples(120), suppress_health_check=list(HealthCheck))
         @given(malformed)
         def send(sent):
             is_clear(sent.to(client))

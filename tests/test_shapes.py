@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.profile import THOROUGH, examples
 from transfusion.data.shapes import (
     BACKGROUND,
     BOXES,
@@ -32,6 +33,7 @@ from transfusion.data.shapes import (
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.evaluation.shapes import judge, read_scene
 
+MANY, SOME = (1000, 500) if THOROUGH else (300, 150)  # scenes
 PARTS = ("count", "colour", "shape", "size", "place")
 levels = st.sampled_from((1, 2))
 seeds = st.integers(0, 2**48)
@@ -41,7 +43,7 @@ seeds = st.integers(0, 2**48)
 
 
 @given(levels, seeds)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_parse_inverts_caption(level, seed):
     scene = draw_scene(level, seed)
     assert parse(caption(scene)) == scene.description
@@ -86,7 +88,7 @@ def test_other_strings_mean_nothing(text):
 
 
 @given(levels, seeds)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_things_keep_apart_and_relations_are_plain(level, seed):
     scene = draw_scene(level, seed)
     assert keeps_apart(scene)
@@ -117,7 +119,7 @@ def test_every_shape_and_size_stands_beside_every_other():
 
 def test_1000_scenes_are_read_as_they_were_drawn():
     """Every thing's size, colour, shape, place and box, and the caption: at all levels, the larger canvas in turn."""
-    for n in range(1000):
+    for n in range(MANY):
         scene = draw_scene(n % 3, n)
         pixels = render(scene, (32, 64)[n % 2])
         assert judge(caption(scene), pixels).everything, caption(scene)
@@ -136,7 +138,7 @@ def test_1000_scenes_with_one_thing_changed_are_rejected():
     """A colour, a shape, a size, the count or the place, at every level that has it; and nothing else is called wrong,
     but for what a missing thing leaves open."""
     rejected = Counter()
-    for n in range(1000):
+    for n in range(MANY):
         what = PARTS[n % len(PARTS)]
         level = 1 + n // 5 % 2 if what == "place" else n // 5 % 3  # one thing alone may stand anywhere
         scene, other = next(
@@ -148,7 +150,7 @@ def test_1000_scenes_with_one_thing_changed_are_rejected():
         missing = len(other.things) < len(scene.things)
         assert what in wrong if missing else wrong == {what}, (caption(scene), what, wrong)
         rejected[what] += 1
-    assert rejected == dict.fromkeys(PARTS, 200)
+    assert rejected == dict.fromkeys(PARTS, MANY // len(PARTS))
 
 
 def changed(scene: Scene, what: str, chance: np.random.Generator) -> Scene | None:
@@ -196,7 +198,7 @@ def test_noise_and_specks_are_forgiven(level):
             picture[y, x : x + chance.integers(1, 3)] = chance.integers(0, 256, 3)
         return picture.round().clip(0, 255).astype(np.uint8)
 
-    scenes = [draw_scene(level, seed) for seed in range(500)]
+    scenes = [draw_scene(level, seed) for seed in range(SOME)]
     assert share_right(scenes, [spoil(render(scene)) for scene in scenes])["everything"] >= 0.99
 
 
@@ -208,11 +210,11 @@ def test_block_pca_of_six_components_is_forgiven(level):
         cut = np.stack(pictures).reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5)
         return cut.reshape(-1, 8, 8, 48).astype(np.float32)
 
-    fitted = blocks([render(draw_scene(level, 2 * seed)) for seed in range(2000)])
+    fitted = blocks([render(draw_scene(level, 2 * seed)) for seed in range(4 * SOME)])
     centre = fitted.mean((0, 1, 2))
     flat = (fitted - centre).reshape(-1, 48)  # (blocks, 48)
     basis = np.linalg.eigh(flat.T @ flat)[1][:, -6:]  # (48, 6)
-    scenes = [draw_scene(level, 2 * seed + 1) for seed in range(500)]
+    scenes = [draw_scene(level, 2 * seed + 1) for seed in range(SOME)]
     lossy = (blocks([render(scene) for scene in scenes]) - centre) @ basis @ basis.T + centre
     lossy = lossy.reshape(-1, 8, 8, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 3)
     right = share_right(scenes, lossy.round().clip(0, 255).astype(np.uint8))
@@ -230,7 +232,7 @@ def test_dull_and_soft_pictures_are_forgiven():
 
 
 @given(levels, seeds, st.data())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_one_wrong_word_is_one_wrong_part(level, seed, data):
     scene = draw_scene(level, seed)
     said, pixels = scene.description, render(scene)
@@ -249,7 +251,7 @@ def test_one_wrong_word_is_one_wrong_part(level, seed, data):
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_one_caption_alone_is_true(seed):
     scene = draw_scene(2, seed)
     said, pixels = scene.description, render(scene)
@@ -264,7 +266,7 @@ def test_one_caption_alone_is_true(seed):
 
 
 @given(levels, seeds)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_a_thing_too_many_and_a_missing_thing_fail(level, seed):
     scene = draw_scene(level, seed)
     said = scene.description
@@ -280,7 +282,7 @@ def test_a_thing_too_many_and_a_missing_thing_fail(level, seed):
 
 
 @given(levels, seeds)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_half_erased_pictures_fail(level, seed):
     scene = draw_scene(level, seed)
     said, pixels = caption(scene), render(scene)
@@ -337,7 +339,7 @@ def test_splits_seeds_and_levels_share_no_picture():
 
 
 @given(levels, seeds)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_odd_seeds_stand_on_their_own_grid(level, seed):
     """Why a held-out picture is never a training picture: some eighths of a pixel are theirs alone."""
     eighths = np.array(draw_scene(level, seed).centres) * 8

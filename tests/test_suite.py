@@ -9,11 +9,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 from PIL import ImageOps
 
+from tests.profile import examples
 from tests.test_cli import TINY, command, fails
 from tests.test_features import clip, dino
 from transfusion.config import QUICK, TASKS, EvaluationConfig, from_json
@@ -46,10 +47,8 @@ def quickly():
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    command("train", *DIGITS, "--out", folder)
-    return folder
+def digits(trained, tmp_path_factory):
+    return shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "digits")
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,7 @@ def test_what_is_no_file_of_coco_is_refused(tmp_path, values):
     (("--tasks", "choice", "--questions", "nowhere.jsonl"), 1, "nowhere.jsonl"),
     (("--tasks", "coco"), 1, "--coco"),
     (("--tasks", "coco", "--coco", "nowhere.json"), 1, "nowhere.json"),
-    (("--tasks", "coco-images", "--coco", "nowhere.json"), 1, "--features"),
+    (("--tasks", "coco-images", "--coco", __file__), 1, "--features"),
     (("--tasks", "edits"), 1, "nothing in the data of this run for the task edits"),
     (("--tasks", "text", "--sampler", "best"), 1, "there is no sampler 'best'"),
     (("--from", "nowhere.json"), 1, "nowhere.json"),
@@ -277,7 +276,7 @@ values = st.recursive(numbers, lambda inner: st.lists(inner, max_size=3) | st.di
     st.text("abc", min_size=1, max_size=2), inner, max_size=3), max_leaves=8)  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(values, values)
 def test_differences_are_none_of_equals_and_some_of_others(one, other):
     assert not list(differences(one, json.loads(json.dumps(one))))
@@ -287,7 +286,7 @@ def test_differences_are_none_of_equals_and_some_of_others(one, other):
         assert list(differences(one, other, "x"))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(2, 40), st.integers(0, 200))
 def test_windows_count_each_target_once_behind_half_a_window(length, tokens):
     piece = lay_out(Document((Text(tuple(range(tokens))),)), Vocabulary.build(300, [(2, 2)], 1))

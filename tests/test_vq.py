@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.profile import examples
 from tests.sources import picture, write_photos
 from tests.test_cli import command, fails
 from tests.tiny import finished
@@ -70,7 +71,7 @@ def test_without_a_number_of_codes_there_is_no_such_network():
         replace(SMALL, codes=1)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 2**31), st.integers(1, 200), st.integers(2, 70), st.integers(1, 9), st.sampled_from((1, 64, 2**25)))
 def test_the_nearest_code_is_the_nearest(seed, n, codes, channels, at_once):
     latents, codebook = drawn(seed, n, channels), drawn(seed + 1, codes, channels)
@@ -97,7 +98,7 @@ def test_a_latent_on_a_code_gets_that_code_and_comes_back_from_its_grid_in_place
 # Gradients
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 2**31))
 def test_the_straight_through_gradient_is_the_identitys(seed):
     """Of any function of the chosen codes: the latents get what the codes would, and the codes get nothing."""
@@ -166,7 +167,7 @@ def keeper(revive_after: int = 3) -> Keeper:
     return found
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 2**31), st.integers(0, 15))
 def test_a_dead_code_is_revived_where_it_is_missed_and_comes_into_use(seed, dead):
     kept = keeper()
