@@ -129,15 +129,23 @@ def torchrun(do: Callable, *arguments, processes: int = 2, restarts: int = 0) ->
 
     Returns what these have printed as errors, without the agent's own lines.
     """
-    done = run(_agent, do, arguments, processes, restarts)
+    done = run(torchrun_agent, do, arguments, processes, restarts)
     assert done.returncode == 0, done.stderr
     return "\n".join(line for line in done.stderr.splitlines() if not re.match(r"[IWE]\d{4} [\d:.]+ \d+ ", line))
 
 
-def _agent(do: Callable, arguments: tuple, processes: int, restarts: int) -> None:
+def torchrun_agent(do: Callable, arguments: tuple, processes: int, restarts: int) -> None:
+    """What the process of torchrun itself does."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     elastic_launch(LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(time.monotonic_ns()), rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.05, start_method="fork",
-    ), do)(*arguments)  # fmt: skip
+    ), _begin_anew)(do, *arguments)  # fmt: skip
+
+
+def _begin_anew(do: Callable, *arguments) -> None:
+    """A process that torchrun starts has not inherited its handlers of signals."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    do(*arguments)

@@ -14,9 +14,10 @@ from benchmarks import attention, compare, made, sides, training
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.measuring import Figure, Setting, in_turn, number
 from tests.processes import context
+from tests.profile import few_samples
 from transfusion.config import DataConfig, ModelConfig, Run
 from transfusion.model.mask import packed
-from transfusion.runs import SIZES
+from transfusion.runs import SIZES, named_run
 from transfusion.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -27,6 +28,8 @@ QUICK = Setting(CPU, quick=True)
 def test_every_part_runs_and_is_told_in_a_table_and_a_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "READS", 2)
     monkeypatch.setattr(training, "WARM", 1)
+    short = replace(named_run("digits"), data=replace(named_run("digits").data, codec_documents=100, row_length=64, rows=2))
+    monkeypatch.setattr(training, "named_run", lambda name: short)
     forked = context()
     monkeypatch.setattr(training.multiprocessing, "get_context", lambda kind: forked)
     threads = torch.get_num_threads()
@@ -64,7 +67,8 @@ def test_numbers_have_three_digits_that_count():
 
 
 def test_half_of_the_papers_positions_are_patches():
-    loader = made.paper_loader(row_length=4096, rows=8)
+    with few_samples(1024):
+        loader = made.paper_loader(row_length=4096, rows=8)
     assert loader.encoder.vocabulary.size == SIZES["7b"].vocabulary
     batches = [batch for batch, _ in islice(loader.batches(), 3)]
     positions = sum(batch.positions for batch in batches)

@@ -1,6 +1,5 @@
 """The data commands as they are typed: what they say, what they leave, and what they do with bad input."""
 
-import contextlib
 import json
 import os
 import re
@@ -283,21 +282,22 @@ def test_torchrun_spreads_the_work_and_the_result_is_the_same(place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs a list of processes")
 def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, tmp_path):
-    process = torchrun_prepare(place, tmp_path / "out")
-    while process.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
+    agent = processes.Process(processes.torchrun_agent, main, (words_for(place, tmp_path / "out"),), 2, 0)
+    while agent.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) >= 2, agent.stderr
+    agent.kill()
+    agent.wait()
 
-    def alive() -> bool:
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):  # gone meanwhile
-                if str(tmp_path / "out").encode() in path.read_bytes():
-                    return True
-        return False
+    def alive(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:  # gone
+            return False
 
     until = time.monotonic() + 60
-    while alive():
+    while any(map(alive, children)):
         assert time.monotonic() < until
         time.sleep(0.1)
     command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)

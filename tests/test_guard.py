@@ -164,7 +164,8 @@ def test_a_codec_that_is_not_finite_changes_nothing_and_names_its_pictures(tmp_p
 
     def trainer(folder: Path, survival: SurvivalConfig) -> CodecTrainer:
         folder.mkdir(exist_ok=True)
-        return CodecTrainer(AUTOENCODER, FITTING, folder, pictures, torch.device("cpu"), ALONE, survival)
+        config = replace(FITTING, checkpoint_every=4)
+        return CodecTrainer(AUTOENCODER, config, folder, pictures, torch.device("cpu"), ALONE, survival)
 
     one, read = trainer(tmp_path / "one", SurvivalConfig()), []
     real, before = one._terms, {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.documents import TINY, batches, few, may_see, some
-from tests.profile import examples
+from tests.profile import THOROUGH, examples
 from transfusion.model import mask as mask_module
 from transfusion.model import transfusion as network
 from transfusion.model.mask import BLOCK, Mask, cached, packed
@@ -139,8 +139,9 @@ def test_flex_attention_under_blocks_equals_sdpa_under_dense(found, kv_heads, im
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="make test-all: compiling takes a third of a minute")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-@examples(10, quick=3)
+@examples(10)
 @given(runs(min_rows=2, max_rows=2))
 def test_a_compiled_flex_attention_skips_no_block_it_needs(found):
     """Uncompiled, FlexAttention asks `mask_mod` about every pair; only kernels go by the lists of blocks."""
