@@ -21,7 +21,7 @@ from skimage import metrics
 from tests.profile import THOROUGH, examples
 from tests.sources import picture, write_photos
 from tests.test_cli import TINY, command, fails
-from tests.tiny import finished
+from tests.tiny import finished, narrow_discriminator
 from transfusion.codecs.autoencoder import (
     Autoencoder,
     Network,
@@ -306,8 +306,9 @@ def test_a_size_that_f_does_not_divide_is_refused():
 def train(folder: Path, config: CodecTrainingConfig = QUICK, stop_at: int | None = None) -> CodecTrainer:
     folder.mkdir(exist_ok=True)
     side = 16 if config.gan_from is None else 32
-    trainer = CodecTrainer(SMALL, config, folder, pictures(40, side, side), torch.device("cpu"))
-    return finished(trainer, folder, stop_at)
+    with narrow_discriminator():
+        trainer = CodecTrainer(SMALL, config, folder, pictures(40, side, side), torch.device("cpu"))
+        return finished(trainer, folder, stop_at)
 
 
 WAYS = [(None, 4), (2, 1)]  # from which step on with a discriminator, and where it is stopped

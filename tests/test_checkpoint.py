@@ -32,6 +32,7 @@ from tests.test_architecture import files as package
 from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
 from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, restore, verify
 from transfusion.checkpoint.save import SaveError, Saver, meaning
+from transfusion.config import Run
 from transfusion.disk import OpenError, read_json
 from transfusion.model.transfusion import build
 from transfusion.parallel import ALONE
@@ -39,13 +40,16 @@ from transfusion.parallel import ALONE
 few = examples(12)
 many = examples(80)
 
-RUN = prepared(small_run())[0]
+
+
+def tiny() -> Run:
+    return prepared(small_run())[0]
 
 
 @cache
 def weights(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     """A checkpoint's tensors, not to be written to."""
-    return run_tensors(RUN, seed)
+    return run_tensors(tiny(), seed)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -127,7 +131,7 @@ def test_tensors_and_state_come_back_to_the_last_bit(values, state):
 
 
 def test_tied_weights_come_back(tmp_path):
-    config = replace(RUN.model, tied=True)
+    config = replace(tiny().model, tied=True)
     model, other = build(config, 0), build(config, 1)
     fill(save(tmp_path, 1, {"model": model.state_dict()}, {}, 1), {"model": other.state_dict()})
     assert same(other.state_dict(), model.state_dict())
@@ -139,7 +143,7 @@ OTHERS = [("width", 64), ("layers", 3), ("hidden", 64), ("vocabulary", 512), ("k
 
 @pytest.mark.parametrize(("field", "value"), OTHERS)
 def test_weights_of_another_shape_are_refused(folder, field, value):
-    model = build(replace(RUN.model, **{field: value}), 0)
+    model = build(replace(tiny().model, **{field: value}), 0)
     with pytest.raises(OpenError, match="average does not fit this run") as error:
         fill(newest(folder), {"average": model.state_dict()})
     assert "average" in one_line(error)
@@ -816,7 +820,7 @@ def test_wherever_begin_fails_the_run_is_as_it_was_or_not_there(tmp_path):
     for number in range(len(disk.done)):
         with Disk(number), pytest.raises(OSError, match="No space"):
             begin_run(tmp_path / "new")
-        assert describe(tmp_path / "new").run == RUN
+        assert describe(tmp_path / "new").run == tiny()
 
 
 def save_under(folder: Path, limits: list[int]) -> None:
@@ -854,7 +858,7 @@ def test_a_disk_that_really_takes_no_more_is_said_in_one_line(tmp_path):
 def save_again_and_again(folder: Path) -> None:
     ballast = {"a": torch.zeros(2_000_000)}
     for step in range(2, 1000):
-        save(folder, step, {"ballast": ballast, **run_tensors(RUN, step)}, {"step": step}, 2)
+        save(folder, step, {"ballast": ballast, **run_tensors(tiny(), step)}, {"step": step}, 2)
 
 
 def test_a_process_that_is_really_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):

@@ -9,23 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image as Picture
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPModel,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessorPil,
-    SwinConfig,
-)
 
+from tests.lazy import Lazy
 from tests.test_cli import TINY, command, fails
 from tests.test_features import clip
 from transfusion.disk import read_json
 from transfusion.evaluation import suite
 from transfusion.evaluation.detector import InstanceDetector
 from transfusion.evaluation.geneval_prompts import COLOURS, NAMES, published_prompts
+
+hf = Lazy("transformers")
 
 CPU = torch.device("cpu")
 OTHERS = tuple({"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa"}.get(name, name) for name in NAMES)
@@ -35,11 +28,11 @@ OTHERS = tuple({"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa
 def mask2former(names: tuple[str, ...] = OTHERS) -> Path:
     """A small one of chance, made sure of itself."""
     torch.manual_seed(3)
-    swin = SwinConfig(
+    swin = hf.SwinConfig(
         image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+    model = hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(
         backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1, decoder_layers=2,
         num_attention_heads=2, encoder_feedforward_dim=32, dim_feedforward=32, num_queries=6,
         id2label=dict(enumerate(names)),
@@ -48,7 +41,7 @@ def mask2former(names: tuple[str, ...] = OTHERS) -> Path:
         model.class_predictor.weight.normal_(0, 8)
     folder = Path(mkdtemp()) / "mask2former"
     model.save_pretrained(folder)
-    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    hf.Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
 
 
@@ -65,9 +58,9 @@ def pictures() -> list[np.ndarray]:
 @torch.inference_mode()
 def directly(pixels: np.ndarray) -> list[tuple[str, tuple, float, str]]:
     """Without any of ours: masks and scores from the model's logits, colours as GenEval asks CLIP, with PIL."""
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former()).eval()
+    model = hf.Mask2FormerForUniversalSegmentation.from_pretrained(mask2former()).eval()
     image = Picture.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
-    said = model(**AutoImageProcessor.from_pretrained(mask2former())(image, return_tensors="pt"))
+    said = model(**hf.AutoImageProcessor.from_pretrained(mask2former())(image, return_tensors="pt"))
     shares = said.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, kinds)
     large = F.interpolate(said.masks_queries_logits, size=(384, 384), mode="bilinear", align_corners=False)[0]
     found = []
@@ -85,8 +78,8 @@ def directly(pixels: np.ndarray) -> list[tuple[str, tuple, float, str]]:
 
 
 def colour_of(alone: Picture.Image, name: str) -> str:
-    model, tokenizer = CLIPModel.from_pretrained(clip()).eval(), AutoTokenizer.from_pretrained(clip())
-    pixels = CLIPImageProcessor.from_pretrained(clip())(alone, return_tensors="pt")
+    model, tokenizer = hf.CLIPModel.from_pretrained(clip()).eval(), hf.AutoTokenizer.from_pretrained(clip())
+    pixels = hf.CLIPImageProcessor.from_pretrained(clip())(alone, return_tensors="pt")
     shown = F.normalize(model.get_image_features(**pixels).pooler_output)[0]
     scores = []
     for colour in COLOURS:
@@ -120,7 +113,7 @@ def test_one_that_knows_other_things_than_coco_is_refused():
 
 
 def test_one_that_gives_no_masks_is_refused(monkeypatch):
-    monkeypatch.setattr(Mask2FormerImageProcessorPil, "post_process_instance_segmentation", lambda self, outputs: [])
+    monkeypatch.setattr(hf.Mask2FormerImageProcessorPil, "post_process_instance_segmentation", lambda self, outputs: [])
     with pytest.raises(ValueError, match="gives no mask for each thing"):
         InstanceDetector(str(mask2former()), str(clip()), CPU)
 

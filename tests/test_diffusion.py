@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.documents import many, some
+from tests.lazy import Lazy
 from transfusion import diffusion
 from transfusion.config import DiffusionConfig
+
+diffusers = Lazy("diffusers")
 
 PATHS = ("cosine", "straight")
 PREDICTIONS = ("noise", "velocity", "clean")
@@ -103,7 +105,7 @@ def test_what_an_estimate_says_makes_the_noisy_latent_again(config, data, seed):
 
 
 def test_the_cosine_path_is_diffusers_squaredcos():
-    theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    theirs = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000  # their index k is our step k + 1
     signal, scale = diffusion.signal_and_scale(t, "cosine")
     torch.testing.assert_close(signal**2, theirs.double(), rtol=2e-5, atol=5e-12)  # the last is 2.4e-9

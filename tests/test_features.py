@@ -13,19 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipModel,
-    ViTConfig,
-    ViTModel,
-)
 
+from tests.lazy import Lazy
 from tests.sources import picture
 from transfusion.data.shapes import COLOURS, Shapes
 from transfusion.evaluation import small_network
@@ -34,6 +23,8 @@ from transfusion.evaluation.features import VisionModel, open_extractor
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.inception import Inception, Network
 from transfusion.evaluation.small_network import SmallNetwork
+
+hf = Lazy("transformers")
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -137,10 +128,10 @@ def test_inception_without_weights_says_which_file_to_put_where(tmp_path):
 def dino() -> Path:
     torch.manual_seed(0)
     folder = FOLDER / "dino"
-    Dinov2Model(Dinov2Config(
+    hf.Dinov2Model(hf.Dinov2Config(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
     )).save_pretrained(folder)  # fmt: skip
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     return folder
 
 
@@ -151,15 +142,15 @@ def clip() -> Path:
     folder = FOLDER / "clip"
     half = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    CLIPModel(CLIPConfig(
+    hf.CLIPModel(hf.CLIPConfig(
         text_config=half | ids, vision_config=half | {"image_size": 32, "patch_size": 8}, projection_dim=24,
     )).save_pretrained(folder)  # fmt: skip
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     words = ["<s>", "</s>", "?", *"a red blue green circle square on the left".split()]
     cut = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="?"))
     cut.pre_tokenizer = pre_tokenizers.Whitespace()
     cut.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    PreTrainedTokenizerFast(
+    hf.PreTrainedTokenizerFast(
         tokenizer_object=cut, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="?"
     ).save_pretrained(folder)
     return folder
@@ -169,11 +160,11 @@ def clip() -> Path:
 def directly(folder: Path, pixels: np.ndarray) -> Tensor:
     """One picture through a model of transformers, without any of ours: the short side to 32, the middle cut out."""
     side = json.loads((folder / "preprocessor_config.json").read_text())["crop_size"]["height"]
-    prepare = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": side, "width": side})
+    prepare = hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": side, "width": side})
     x = prepare(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), return_tensors="pt")["pixel_values"]
     if folder == dino():
-        return Dinov2Model.from_pretrained(folder).eval()(x).last_hidden_state[0, 0]
-    model = CLIPModel.from_pretrained(folder).eval()
+        return hf.Dinov2Model.from_pretrained(folder).eval()(x).last_hidden_state[0, 0]
+    model = hf.CLIPModel.from_pretrained(folder).eval()
     return model.visual_projection(model.vision_model(x).pooler_output)[0]
 
 
@@ -215,10 +206,10 @@ def test_what_is_no_vision_model_is_refused_in_one_line(tmp_path, monkeypatch):
 
 
 def test_a_model_without_a_word_on_the_whole_picture_is_refused(tmp_path):
-    ViTModel(ViTConfig(
+    hf.ViTModel(hf.ViTConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, intermediate_size=24,
     ), add_pooling_layer=False).save_pretrained(tmp_path)  # fmt: skip
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lacks weights, pooler"):
         VisionModel(str(tmp_path), CPU)
 
@@ -231,7 +222,7 @@ CAPTIONS = ["a red circle", "the blue square on the left on the left on the left
 @torch.inference_mode()
 def cosines() -> list[float]:
     """Without any of ours, each alone, its words by hand; 8 positions are all that this CLIP reads."""
-    model, found = CLIPModel.from_pretrained(clip()).eval(), []
+    model, found = hf.CLIPModel.from_pretrained(clip()).eval(), []
     words = {word: n for n, word in enumerate("<s> </s> ? a red blue green circle square on the left".split())}
     for text, pixels in zip(CAPTIONS, pictures(), strict=True):
         ids = torch.tensor([[0, *(words[word] for word in text.split()[:6]), 1]])
@@ -253,11 +244,11 @@ def test_clip_score_is_100_times_the_cosine_and_never_negative(monkeypatch):
 def test_a_siglip_is_no_clip(tmp_path):
     """It pools the last place of its captions, which other captions' lengths would move."""
     half = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    SiglipModel(SiglipConfig(
+    hf.SiglipModel(hf.SiglipConfig(
         text_config=half | {"vocab_size": 20, "max_position_embeddings": 8},
         vision_config=half | {"image_size": 32, "patch_size": 8},
     )).save_pretrained(tmp_path)  # fmt: skip
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a siglip, no clip"):
         ClipScore(str(tmp_path), CPU)
 

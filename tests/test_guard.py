@@ -273,10 +273,10 @@ def hang(folder: Path, watchdog: float) -> None:
 
 def test_a_process_that_hangs_is_ended_and_leaves_every_threads_stack(tmp_path):
     """What was saved before is there."""
-    done = processes.run(hang, tmp_path, 5.0)
+    done = processes.run(hang, tmp_path, 4.0)
     path = tmp_path / "faults" / "stacks-rank-0.txt"
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1] == f"transfusion: no step has ended for 5 s; {path} says where it hangs"
+    assert done.stderr.splitlines()[-1] == f"transfusion: no step has ended for 4 s; {path} says where it hangs"
     stacks = path.read_text()
     assert "it_hangs_here" in stacks
     assert "in watch" in stacks

@@ -26,7 +26,7 @@ from tests.sources import write_photos
 from tests.test_cli import TINY, command
 from tests.test_training import looking, new_trainer, resumed, rows_of, stopping
 from tests.test_vq import FIT
-from tests.tiny import prepared, small_run, write_run
+from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
 from transfusion.chance import seed_from
 from transfusion.checkpoint.export import export
@@ -437,7 +437,7 @@ def fit(
     ranks: Ranks, folder: Path, network: AutoencoderConfig, config: CodecTrainingConfig, stop_at: int | None = None
 ) -> Found:
     """Begin a codec or go on with it, in float64."""
-    with precision(torch.float64):
+    with precision(torch.float64), narrow_discriminator():
         if ranks.first:
             folder.mkdir(exist_ok=True)
         ranks.wait()
@@ -513,30 +513,47 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A run of two processes under torchrun, for tests that compare with it."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert "training digits on 2 processes (cpu)" in torchrun(command, *TRAIN, "--out", folder)
+    return folder
+
+
+def same_runs(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    found, expected = weights_of(one), weights_of(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert rows_of(one) == rows_of(other)
+
+
 @pytest.mark.slow
-def test_train_under_torchrun_outlives_a_signal_and_a_killed_process(tmp_path):
-    """To one process only: SIGUSR1, after which both save and the same command goes on; then, in a run of its own, kill -9,
-    after which torchrun starts both anew. The two end with the same bits, near those of one process with as many rows.
-    """
-    said = torchrun(hurt_at_step_6, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
-    assert "training digits on 2 processes (cpu)" in said
-    assert said.count("stopped at step 6 and saved") == 1
-    assert newest(tmp_path / "asked").name == "step-000006"
-    said = torchrun(command, *TRAIN, "--out", tmp_path / "asked")
-    assert said.count(f"going on from {tmp_path / 'asked' / 'checkpoints' / 'step-000006'}") == 1
+def test_train_under_torchrun_outlives_a_killed_process(undisturbed, tmp_path):
+    """kill -9, after which torchrun starts both anew. It ends near what one process with as many rows learns."""
     said = torchrun(hurt_at_step_6, signal.SIGKILL, *TRAIN, "--out", tmp_path / "killed", restarts=1)
     assert "going on from" in said
     assert "transfusion: another process of this work has stopped; what it said tells why" in said
     assert "Traceback" not in said
-    one, other = (weights_of(tmp_path / name) for name in ("asked", "killed"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert rows_of(tmp_path / "asked") == rows_of(tmp_path / "killed")
+    same_runs(tmp_path / "killed", undisturbed)
     command(*TRAIN, "--data.rows", 4, "--out", tmp_path / "alone")
-    pairs = zip(rows_of(tmp_path / "asked"), rows_of(tmp_path / "alone"), strict=True)
+    pairs = zip(rows_of(undisturbed), rows_of(tmp_path / "alone"), strict=True)
     for row, expected in [(row, expected) for row, expected in pairs if "text_loss" in row]:
         assert numbers(row) == pytest.approx(numbers(expected), rel=1e-3)
-    assert open_checkpoint(tmp_path / "asked").step == 9
+    assert open_checkpoint(tmp_path / "killed").step == 9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="make test-all: a signal to one of two ranks is tested without torchrun too")
+def test_train_under_torchrun_stops_at_a_signal_and_goes_on(undisturbed, tmp_path):
+    """SIGUSR1 to one process only, after which both save and the same command goes on."""
+    said = torchrun(hurt_at_step_6, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
+    assert said.count("stopped at step 6 and saved") == 1
+    assert newest(tmp_path / "asked").name == "step-000006"
+    said = torchrun(command, *TRAIN, "--out", tmp_path / "asked")
+    assert said.count(f"going on from {tmp_path / 'asked' / 'checkpoints' / 'step-000006'}") == 1
+    same_runs(tmp_path / "asked", undisturbed)
 
 
 @pytest.mark.slow

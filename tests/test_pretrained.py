@@ -8,14 +8,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
+from tests.lazy import Lazy
 from tests.sources import picture, write_photos
 from tests.test_cli import TINY, command, fails
 from transfusion.codecs import pretrained
 from transfusion.codecs.codec import codec_from_bytes, codec_to_bytes
 from transfusion.codecs.pretrained import Pretrained, is_pretrained
 from transfusion.data.store import open_prepared
+
+diffusers = Lazy("diffusers")
 
 torch.set_num_threads(1)
 _FOLDER = TemporaryDirectory()
@@ -26,7 +28,7 @@ def network(shift: float | None = 0.3, factor: float = 0.7) -> Path:
     """A small one with random weights, f = 4, as diffusers writes it."""
     torch.manual_seed(0)
     folder = Path(_FOLDER.name) / f"{shift}-{factor}"
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         latent_channels=5, block_out_channels=(8, 8, 16), norm_num_groups=4, layers_per_block=1, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         shift_factor=shift, scaling_factor=factor,
@@ -42,7 +44,7 @@ def pictures(count: int = 6, width: int = 32, height: int = 16) -> list[np.ndarr
 @pytest.mark.parametrize(("shift", "factor"), [(None, 0.18215), (0.0609, 1.5305)])
 def test_latents_are_diffusers_own_shifted_scaled_and_normalised(shift, factor):
     codec = Pretrained.fit(str(network(shift, factor)), pictures())
-    vae = AutoencoderKL.from_pretrained(network(shift, factor))
+    vae = diffusers.AutoencoderKL.from_pretrained(network(shift, factor))
     assert (codec.channels, codec.scale, codec.colours) == (5, 4, 3)
     batch = torch.from_numpy(np.stack(pictures())).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
@@ -85,7 +87,7 @@ def test_what_is_missing_or_changed_is_refused(tmp_path):
         Pretrained.fit(str(tmp_path), pictures())
     with pytest.raises(ValueError, match="18x16"):
         Pretrained.fit(str(network()), pictures()).encode(pictures(1, 18, 16)[0])
-    AutoencoderKL.from_pretrained(network()).save_pretrained(tmp_path / "copy")
+    diffusers.AutoencoderKL.from_pretrained(network()).save_pretrained(tmp_path / "copy")
     content = codec_to_bytes(Pretrained.fit(str(tmp_path / "copy"), pictures()))
     path = next((tmp_path / "copy").glob("*.safetensors"))
     raw = bytearray(path.read_bytes())

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
-import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from PIL import Image as Picture
 from pydantic import ValidationError
 
 from tests.abuse import CHAT, DRAW, EDIT, TEXT, fine, form, is_clear, malformed, picture, png, url, valid
+from tests.lazy import Lazy
 from tests.profile import examples
 from tests.serving import Gate, serving, until
 from tests.test_chameleon import engine as engine_with_codes
@@ -39,6 +39,8 @@ from transfusion.inference.server.door import Door
 from transfusion.inference.server.limits import Limits
 from transfusion.inference.server.metrics import Metrics
 from transfusion.inference.server.schemas import ChatRequest, CompletionRequest, Strict
+
+openai = Lazy("openai")
 
 FEW = Limits(rows=4, waiting=4, n=3)
 
@@ -69,7 +71,7 @@ def server(opened):
 
 
 @pytest.fixture
-def client(server) -> openai.OpenAI:
+def client(server):
     yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     until(server.settled)
 

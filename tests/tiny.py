@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tests.documents import CHANNELS, SHAPES, build, with_all_logits
 from transfusion.checkpoint.open import Opened, restore
 from transfusion.checkpoint.save import Saver, begin
+from transfusion.codecs.autoencoder import PatchDiscriminator
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import (
@@ -197,6 +199,11 @@ def begin_run(folder: Path, run: Run | None = None) -> Run:
     run, encoder = prepared(run or small_run())
     begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
     return run
+
+
+def narrow_discriminator():
+    """While it is open, what judges an autoencoder's pictures has an eighth of the channels."""
+    return mock.patch("transfusion.training.codec.PatchDiscriminator", partial(PatchDiscriminator, width=8))
 
 
 def finished(trainer: CodecTrainer, folder: Path, stop_at: int | None = None) -> CodecTrainer:
