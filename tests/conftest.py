@@ -1,5 +1,6 @@
 """What all tests share: a trained run, prepared data, an exported run, ranks that wait for work; and the order of files."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def made_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], No
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.exists():
-                make(folder)
+                try:
+                    make(folder)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)  # the next worker shall not take half of it
+                    raise
         return folder
 
     return made
@@ -47,11 +52,19 @@ def trained(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(made_once, trained) -> Path:
-    """That run, exported."""
-    from tests.test_cli import command
+def written(made_once) -> Path:
+    """A run that was never trained: all its weights, average and raw, are random numbers."""
+    from tests.tiny import write_run
 
-    return made_once("exported", lambda folder: command("export", trained, "--out", folder))
+    return made_once("tiny", lambda folder: write_run(folder, (7,)))
+
+
+@pytest.fixture(scope="session")
+def exported(made_once, written) -> Path:
+    """That run, exported."""
+    from transfusion.checkpoint.export import export
+
+    return made_once("exported", lambda folder: export(written, folder))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from benchmarks import attention, compare, made, sides, training
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.measuring import Figure, Setting, in_turn, number
+from benchmarks.training import memory_of_training
 from tests.processes import context
 from tests.profile import few_samples
 from transfusion.config import DataConfig, ModelConfig, Run
@@ -24,12 +26,24 @@ CPU = torch.device("cpu")
 QUICK = Setting(CPU, quick=True)
 
 
+def short(name: str) -> Run:
+    """A named run on few and short rows."""
+    run = named_run(name)
+    return replace(run, data=replace(run.data, codec_documents=100, row_length=64, rows=2))
+
+
+def memory_of_short(name: str) -> float | None:
+    """In a process of its own, where nothing is patched yet."""
+    with mock.patch.object(training, "named_run", short), few_samples():
+        return memory_of_training(name)
+
+
 @pytest.mark.slow
 def test_every_part_runs_and_is_told_in_a_table_and_a_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "READS", 2)
     monkeypatch.setattr(training, "WARM", 1)
-    short = replace(named_run("digits"), data=replace(named_run("digits").data, codec_documents=100, row_length=64, rows=2))
-    monkeypatch.setattr(training, "named_run", lambda name: short)
+    monkeypatch.setattr(training, "named_run", short)
+    monkeypatch.setattr(training, "memory_of_training", memory_of_short)
     forked = context()
     monkeypatch.setattr(training.multiprocessing, "get_context", lambda kind: forked)
     threads = torch.get_num_threads()

@@ -238,7 +238,7 @@ def test_chance_of_a_document_follows_from_seed_source_epoch_and_id():
     assert encoder().document(raw, "one", 0).key == keys[0]
 
 
-@examples(12)
+@examples(12, quick=5)
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=3), st.lists(st.integers(8, 40), min_size=3, max_size=3)
 )

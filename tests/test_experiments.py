@@ -6,7 +6,7 @@ import re
 import shutil
 import statistics
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from tests.test_cli import TINY, command
 from transfusion.cli.codec import NAMED, FitCodec
 from transfusion.cli.runs import Train, named, parse_run
 from transfusion.cli.screen import parse
-from transfusion.config import SurvivalConfig
+from transfusion.config import Run, SurvivalConfig
 from transfusion.disk import write_json
 from transfusion.evaluation import small_network
 from transfusion.model.transfusion import blueprint, count_parameters
@@ -235,6 +235,12 @@ TABLES = [attention, patches, noise, text, scaling]
 SCALES = ["cpu", "gpu"]
 
 
+@cache
+def understood(*words: str) -> Run:
+    """The run that is typed; tables share rows."""
+    return parse_run(Train, "train", *named("train", list(words)))[0]
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("module", TABLES, ids=lambda module: module.__name__)
 def test_what_a_table_types_is_understood(module, scale):
@@ -243,8 +249,7 @@ def test_what_a_table_types_is_understood(module, scale):
     names = [variant.name for variant in table.variants]
     assert len(set(names)) == len(names)
     for variant in table.variants:
-        words = [*variant.arguments, *(("--data", "data") if variant.data else ())]
-        run, _ = parse_run(Train, "train", *named("train", words))
+        run = understood(*variant.arguments, *(("--data", "data") if variant.data else ()))
         built = blueprint(run.model)
         kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
         assert type(built.patches).__name__ == kind
@@ -257,7 +262,7 @@ def test_what_a_table_types_is_understood(module, scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_patches_are_as_many_as_their_names_say(scale):
     for variant in patches.table(scale).variants:
-        run, _ = parse_run(Train, "train", *named("train", list(variant.arguments)))
+        run = understood(*variant.arguments)
         found = Vocabulary.build(300, [(8, 8)], run.model.patch_size).patches((8, 8))
         assert found == int(variant.name.split()[1])
 

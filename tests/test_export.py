@@ -11,7 +11,6 @@ import torch
 
 import transfusion
 from tests.test_cli import command, fails
-from tests.tiny import write_run
 from transfusion.checkpoint import export as module
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
@@ -24,16 +23,8 @@ REQUESTS = [Request(("three",), num_images=2, seed=1), Request(("a",), seed=2), 
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A run's folder with a checkpoint whose weights, average and raw, are chance."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_run(folder, (7,))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(run) -> Path:
-    return export(run, run.parent / "exported")
+def run(written) -> Path:
+    return written
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import pytest
 from tests.abuse import picture
 from tests.serving import Gate, Server, serving, until
 from tests.test_chameleon import engine as engine_with_codes
-from tests.tiny import write_run
 from transfusion import page as reports
 from transfusion.inference import server as room
 from transfusion.inference.engine import Engine, Request, open_run
@@ -28,10 +27,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_run(folder)
-    return open_run(folder).opened
+def opened(written):
+    return open_run(written).opened
 
 
 @pytest.fixture

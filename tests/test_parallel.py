@@ -272,17 +272,17 @@ def spoil(path: Path) -> None:
 
 def test_ranks_agree_that_a_checkpoint_is_damaged_and_take_the_one_before(pair, tmp_path):
     """Whichever of them reads the file that is damaged."""
-    run = a_run(2, steps=6, checkpoint_every=2, keep=3)
+    run = a_run(2, steps=4, checkpoint_every=2, keep=3)
     expected, _ = pair(train, tmp_path / "one", run)
-    shards = sorted(path.name for path in (tmp_path / "one" / "checkpoints" / "step-000006" / "model").iterdir())
+    shards = sorted(path.name for path in (tmp_path / "one" / "checkpoints" / "step-000004" / "model").iterdir())
     assert len(shards) == 2
-    for shard in shards:
+    for shard in shards if THOROUGH else shards[1:]:  # the one that the second rank wrote
         folder = shutil.copytree(tmp_path / "one", tmp_path / shard)
-        spoil(folder / "checkpoints" / "step-000006" / "model" / shard)
+        spoil(folder / "checkpoints" / "step-000004" / "model" / shard)
         found, _ = pair(train, folder, run)
         same(found, expected, 0)
         names = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-        assert names == ["step-000002", "step-000004", "step-000006", "step-000006.damaged"]
+        assert names == ["step-000002", "step-000004", "step-000004.damaged"]
 
 
 # How the work is laid out
@@ -293,12 +293,12 @@ def test_running_blocks_again_instead_of_remembering_them_changes_nothing(pair, 
     """Bit for bit; and they are run again."""
     found, times = [], []
     for recompute in (False, True):
-        asked = tmp_path / str(recompute), a_run(2, steps=6, parallel=ParallelConfig(recompute=recompute))
+        asked = tmp_path / str(recompute), a_run(2, steps=3, parallel=ParallelConfig(recompute=recompute))
         one, passes = train_passing(ALONE, *asked) if ranks == 1 else pair(train_passing, *asked)[0]
         found.append(one)
         times.append(passes)
     same(*found, 0)
-    assert times == [6, 12]
+    assert times == [3, 6]
 
 
 def train_passing(ranks: Ranks, folder: Path, run: Run) -> tuple[Found, int]:
@@ -380,9 +380,10 @@ def train_with_a_signal(ranks: Ranks, folder: Path, run: Run, number: int, step:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, tmp_path):
-    run = a_run(2, steps=7)
+    run = a_run(2, steps=7 if THOROUGH else 4)
     expected, _ = pair(train, tmp_path / "one", run)
-    for number, step, to in ((signal.SIGTERM, 1, 0), (signal.SIGINT, 3, 1), (signal.SIGUSR1, 5, 1)):
+    signals = ((signal.SIGTERM, 1, 0), (signal.SIGUSR1, 3, 1), (signal.SIGINT, 5, 1))
+    for number, step, to in signals if THOROUGH else signals[:2]:
         run_looking = replace(run, training=replace(run.training, preview_every=1))
         assert pair(train_with_a_signal, tmp_path / "two", run_looking, number, step, to) == [step, step]
     found, _ = pair(train, tmp_path / "two", run)

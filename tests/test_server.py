@@ -29,7 +29,6 @@ from tests.lazy import Lazy
 from tests.profile import examples
 from tests.serving import Gate, serving, until
 from tests.test_chameleon import engine as engine_with_codes
-from tests.tiny import write_run
 from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, Previewed, Request, open_run
@@ -46,10 +45,8 @@ FEW = Limits(rows=4, waiting=4, n=3)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_run(folder)
-    return folder
+def run(written) -> Path:
+    return written
 
 
 @pytest.fixture(scope="module")

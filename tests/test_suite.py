@@ -54,7 +54,7 @@ def digits(trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(digits):
     """All that this run can be asked without a network."""
-    words = "--count", "40", "--seed", "3", "--guidance-scale", "1.5", "--tasks", *QUICK, "choice", "images"
+    words = "--count", "50", "--seed", "3", "--guidance-scale", "1.5", "--tasks", *QUICK, "choice", "images"
     command("evaluate", digits, *words)
     return digits
 
@@ -63,10 +63,10 @@ def test_every_task_of_a_run_is_in_its_results(measured):
     results = read_json(measured / "results.json")
     assert results["digits"].keys() == {"captions", "drawings", "conditioning", "images"}
     assert results["topics"].keys() == {"text", "choice"}
-    assert results["digits"]["images"]["drawn"] == results["digits"]["images"]["real"] == 40
+    assert results["digits"]["images"]["drawn"] == results["digits"]["images"]["real"] == 50
     assert "small network of digits" in results["digits"]["images"]["features"]
-    assert results["digits"]["conditioning"]["count"] == 40
-    assert results["topics"]["choice"]["count"] == 40
+    assert results["digits"]["conditioning"]["count"] == 50
+    assert results["topics"]["choice"]["count"] == 50
     text = results["topics"]["text"]
     assert text["perplexity"] == pytest.approx(2 ** (text["bits_per_byte"] * text["bytes"] / text["tokens"]))
 
@@ -74,7 +74,7 @@ def test_every_task_of_a_run_is_in_its_results(measured):
 def test_the_manifest_says_what_it_takes_to_repeat_them(measured):
     (manifest,) = read_json(measured / "results.json")["manifest"]
     asked = from_json(EvaluationConfig, manifest["asked"])
-    assert asked == EvaluationConfig(tasks=(*QUICK, "choice", "images"), count=40, seed=3, guidance_scale=1.5)
+    assert asked == EvaluationConfig(tasks=(*QUICK, "choice", "images"), count=50, seed=3, guidance_scale=1.5)
     assert manifest["generation"]["guidance_scale"] == 1.5 and manifest["generation"]["steps"] == 2
     assert manifest["networks"]["digits images"].startswith("small network of digits")
     assert manifest["dtype"] == "float32" and manifest["versions"]["torch"]
