@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -27,7 +28,7 @@ PRELOADED = [  # besides this package's own files, and what the functions of tes
 
 @cache
 def context() -> multiprocessing.context.ForkServerContext:
-    """Where processes come from. Nothing of a test is in it: it is started with the repository as its place."""
+    """Where processes come from. It is started in the repository; each process takes the environment of its test."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
     here, path = os.getcwd(), os.environ.get("PYTHONPATH")
@@ -80,7 +81,8 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it ends at this moment
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -22,12 +22,16 @@ class World:
     """So many ranks, `per_machine` of them on each made-up machine. Each call costs no new process."""
 
     def __init__(self, size: int, per_machine: int | None = None):
+        self.size, self.per_machine = size, per_machine or size
+        self._start()
+
+    def _start(self) -> None:
         environment = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(per_machine or size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.per_machine),
         }  # fmt: skip
         self.pipes, self.processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context().Pipe()
             process = context().Process(target=_serve, args=(theirs, environment | {"RANK": str(rank)}), daemon=True)
             process.start()
@@ -36,6 +40,9 @@ class World:
 
     def __call__(self, do: Callable, *arguments) -> list:
         """What `do(ranks, *arguments)` gives on each rank. AssertionError when it raises, or does not come back."""
+        if not all(process.is_alive() for process in self.processes):  # after a test that failed
+            self.close()
+            self._start()
         for pipe in self.pipes:
             pipe.send((do, arguments))
         found, until = {}, time.monotonic() + PATIENCE

@@ -130,6 +130,20 @@ def test_tensors_and_state_come_back_to_the_last_bit(values, state):
         assert read_json(found / "state.json") == state
 
 
+def test_one_process_reads_alone_what_several_would_write_or_an_earlier_version_wrote(own):
+    """Shards, as torch's DCP writes them, even if it is one."""
+    from torch.distributed import checkpoint as dcp
+
+    for part, values in weights(2).items():
+        folder = newest(own) / part
+        (folder / "model.safetensors").unlink()
+        dcp.save(dict(values), storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True), no_dist=True)
+        assert [path.name for path in folder.iterdir()] == ["shard-00001-model-00001-of-00001.safetensors"]
+    found = {part: {name: torch.zeros_like(value) for name, value in inside.items()} for part, inside in weights(0).items()}
+    fill(newest(own), found)
+    assert all(same(found[part], weights(2)[part]) for part in found)
+
+
 def test_tied_weights_come_back(tmp_path):
     config = replace(tiny().model, tied=True)
     model, other = build(config, 0), build(config, 1)

@@ -105,16 +105,16 @@ def test_stats_counts_what_is_there(place, capsys):
     (("data", "validate", "PLACE/photos", "--limit", "0"), 2, "at least 1"),
     (("data", "inspect", "PLACE/photos", "--count", "0"), 2, "at least 1"),
     (("data", "prepare", "PLACE/photos"), 2, "--out"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--sizes", "big"), 2, "width x height"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--max-faults", "2"), 2, "between 0 and 1"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--like", "PLACE/prepared", "--codec", "pixels"), 2, "like"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--like", "PLACE/photos"), 1, "no prepared data"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--sizes", "18x18"), 1, "blocks of 4x4"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/x", "--tokenizer", "PLACE/photos/0000.png"), 1, "tokenizer"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--sizes", "big"), 2, "width x height"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--max-faults", "2"), 2, "between 0 and 1"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/prepared", "--codec", "pixels"), 2, "like"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/photos"), 1, "no prepared data"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--sizes", "18x18"), 1, "blocks of 4x4"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--tokenizer", "PLACE/photos/0000.png"), 1, "tokenizer"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/texts.jsonl/x"), 1, "Not a directory"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/prepared", *PREPARE), 1, "its sources are photos, texts"),
     (("data", "stats", "PLACE/texts.jsonl", "--tokenizer", "PLACE/texts.jsonl"), 1, "not a tokenizer"),
-    (("train", "small"), 2, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "no prepared data"),
+    (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "no prepared data"),
     (("train", "small", "--data", "PLACE/nowhere"), 1, "no prepared data"),
     (("train", "small", "--data", "PLACE/prepared", "--data.sources", "films"), 1, "no source 'films'"),
     (("train", "small", "--data", "PLACE/prepared", "--data.row-length", "9"), 1, "raise data.row_length"),
@@ -283,12 +283,14 @@ def test_torchrun_spreads_the_work_and_the_result_is_the_same(place, tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs a list of processes")
 def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, tmp_path):
     agent = processes.Process(processes.torchrun_agent, main, (words_for(place, tmp_path / "out"),), 2, 0)
-    while agent.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
-        time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    try:
+        while agent.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
+            children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            time.sleep(0.01)
+    finally:
+        agent.kill()
+        agent.wait()
     assert len(children) >= 2, agent.stderr
-    agent.kill()
-    agent.wait()
 
     def alive(pid: str) -> bool:
         try:

@@ -299,7 +299,8 @@ def test_without_a_run_the_five_sizes_stand_side_by_side(capsys):
 def test_a_run_is_planned_as_it_would_be_trained(tmp_path, capsys):
     command("plan", "digits", "--json")
     assert json.loads(capsys.readouterr().out)["parameters"]["all"] == 2_105_604  # with the vocabulary of its own text
-    run = Run("mine", ModelConfig(width=64, layers=2, heads=2, vocabulary=384), data=DataConfig(row_length=64))
+    data = DataConfig(prepared=("/elsewhere",), row_length=64)
+    run = Run("mine", ModelConfig(width=64, layers=2, heads=2, vocabulary=384), data=data)
     (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
     command("plan", tmp_path / "run.json", "--model.layers", 3, "--batch", "1k", "--json")
     values = json.loads(capsys.readouterr().out)

@@ -70,11 +70,12 @@ def sha256_of(path: Path) -> str:
 def find_folder(place: str | Path) -> Path:
     """The folder of this name, or else that of the hub's repository `owner/name`, of which only safetensors and JSON come.
 
-    What is on this disk is never taken for a name on the hub. OpenError when the hub has nothing of that name, or is out of
-    reach.
+    What is on this disk is never taken for a name on the hub, nor is what would lie in a folder of this disk. OpenError when
+    the hub has nothing of that name, or is out of reach.
     """
-    if Path(place).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
-        return Path(place)
+    path = Path(place)
+    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
+        return path
     from huggingface_hub import snapshot_download
 
     try:
@@ -93,6 +94,19 @@ def check_run(folder: Path) -> Path:
     """This folder of a run, or of an exported one. OpenError when it is neither."""
     if not (folder / RUN).exists() and not is_exported(folder):
         raise OpenError(f"{folder} is not a run: it has no {RUN}")
+    return folder
+
+
+def check_new(out: Path) -> None:
+    """ValueError when there is something of this name already, which would be lost."""
+    if out.exists():
+        raise ValueError(f"{out} is there already: give another --out")
+
+
+def check_codec(folder: Path) -> Path:
+    """This folder that `transfusion data fit-codec` made. OpenError when it is none."""
+    if not (folder / "codec.json").exists():
+        raise OpenError(f"{folder} holds no codec: it has no codec.json (transfusion data fit-codec makes one)")
     return folder
 
 

@@ -11,7 +11,7 @@ from transfusion.checkpoint.open import GENERATION, Opened, open_checkpoint
 from transfusion.checkpoint.save import FORMAT, meaning, settle, versions
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.config import to_json
-from transfusion.disk import CONFIG, open_to_others, read_json, write_json, write_whole
+from transfusion.disk import CONFIG, check_new, open_to_others, read_json, write_json, write_whole
 from transfusion.model.transfusion import KIND
 from transfusion.model.weights import SHARD, write_weights
 
@@ -25,8 +25,7 @@ def export(run: str | Path, out: Path, weights: str = "average", shard: int = SH
     Its moving average, or with weights="raw" what training goes on from; in files of `shard` bytes at most. Where its data
     and its start lie on this machine is left out. ValueError when the folder is there already.
     """
-    if out.exists():
-        raise ValueError(f"{out} is there already: give another --out")
+    check_new(out)
     opened = open_checkpoint(run, weights, "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -119,7 +120,7 @@ class Saver:
             files = sorted(path for path in aside.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
             digests = self._agree(lambda: {path.relative_to(aside).as_posix(): settle(path) for path in files})
             self._agree(lambda: self._put_in_place(aside, final, state, dict(ChainMap(*digests))))
-        except (OSError, RuntimeError) as error:  # RuntimeError: a rank that is gone
+        except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # RuntimeError: a rank that is gone
             if self.ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
             why = f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole"

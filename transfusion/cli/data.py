@@ -14,7 +14,7 @@ from transfusion.cli.codec import fit_codec
 from transfusion.cli.screen import UsageError, check_there, fail, nearest, parse, progress, say
 from transfusion.cli.sources import SOURCES, Reading, Sources, open_readers
 from transfusion.config import PrepareConfig
-from transfusion.disk import CONFIG, RUN, check_prepared
+from transfusion.disk import CONFIG, RUN, check_codec, check_prepared
 
 VERBS = {
     "validate": "read everything once and list what cannot be used, by file and row",
@@ -176,6 +176,9 @@ def prepare(asked: Prepare) -> None:
     check_there(asked.config.tokenizer)
     if asked.config.like is not None and not any((Path(asked.config.like) / name).exists() for name in (RUN, CONFIG)):
         check_prepared(Path(asked.config.like))
+    codec = asked.config.codec
+    if codec not in ("auto", "pixels", "block_pca") and codec.count("/") != 1 and not (Path(codec) / CONFIG).exists():
+        check_codec(Path(codec))
     readers = open_readers(asked.sources, asked.reading)
 
     from transfusion.data import prepare as preparing

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.screen import Device, UsageError, check_there, parse, say
-from transfusion.config import QUICK, TASKS, EvaluationConfig
-from transfusion.disk import check_run, find_folder, read_json
+from transfusion.config import QUICK, TASKS, EvaluationConfig, GenerationConfig
+from transfusion.disk import check_prepared, check_run, read_json
 
 WANTED = f"What to measure; without it what the run supports of {', '.join(QUICK)}. " + " ".join(
     f"{name}: {what}." for name, what in TASKS.items()
@@ -63,13 +63,23 @@ def evaluate(arguments: list[str]) -> None:
         if replace(asked, run=None, again=None, data=None, device="auto") != Evaluate():
             raise UsageError("--from says what is measured and how: name nothing else but the run, --data and --device")
         read_json(asked.again)
+        check_run(asked.run or asked.again.parent)
+        _check_data(asked.data)
         return _again(asked.run or asked.again.parent, asked.again, asked.data, asked.device)
     try:
         config = EvaluationConfig(**{f.name: getattr(asked, f.name) for f in fields(EvaluationConfig)})
+        names = ("sampler", "steps", "guidance_scale")
+        GenerationConfig(**{name: getattr(asked, name) for name in names if getattr(asked, name) is not None})
     except ValueError as error:
         raise UsageError(str(error)) from None
     check_there(asked.questions, asked.prompts, asked.coco, asked.pictures)
-    measure(check_run(find_folder(asked.run)), config, asked.device)
+    _check_data(asked.data)
+    measure(check_run(asked.run), config, asked.device)
+
+
+def _check_data(folders: tuple[str, ...] | None) -> None:
+    for folder in folders or ():
+        check_prepared(Path(folder))
 
 
 def measure(folder: Path, asked: EvaluationConfig, device: str) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from transfusion.cli.screen import parse, say
-from transfusion.disk import check_run, find_folder
+from transfusion.disk import check_new, check_run, find_folder
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ def export(arguments: list[str]) -> None:
     """Write the folder, and say what is to be done with it."""
     asked = parse(Export, "export", arguments)
     run = check_run(find_folder(asked.run))
+    check_new(asked.out)
 
     from transfusion.checkpoint.export import export as write
 

@@ -104,7 +104,7 @@ def _read(run: Run, arguments: list[str], name: str, known: bool):
         machines = Machines(asked.gpus, asked.gpus_per_machine, memory, asked.tflops, asked.mfu)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    for folder in run.data.prepared:
+    for folder in run.data.prepared if known else ():  # of a run.json all is known, wherever its data lie
         check_prepared(Path(folder))
     if known and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit

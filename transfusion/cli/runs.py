@@ -137,9 +137,9 @@ def _check_places(run: Run, asked: Train) -> None:
         check_prepared(Path(folder))
     for name in run.data.sources if not run.data.prepared else ():
         if name not in MADE:
-            raise UsageError(f"there is no source {name!r}{nearest(name, MADE)}; there are {', '.join(MADE)}")
+            raise ValueError(f"there is no source {name!r}{nearest(name, MADE)}; there are {', '.join(MADE)}")
     if not run.data.prepared and not run.data.sources:
-        raise UsageError("this run has no data of its own: give it some, --data DIR (from transfusion data prepare) or for "
+        raise ValueError("this run has no data of its own: give it some, --data DIR (from transfusion data prepare) or for "
                          "example --data.sources shapes")  # fmt: skip
     if (asked.out / RUN).exists():
         return  # what it began with is needed no longer
@@ -225,7 +225,7 @@ def _part(typed: str):
 def report(arguments: list[str]) -> None:
     """Show a run as one page."""
     asked = parse(OnRun, "report", arguments)
-    _report(check_run(find_folder(asked.run)), asked.device)
+    _report(check_run(asked.run), asked.device)
 
 
 def _report(folder: Path, device: str) -> None:

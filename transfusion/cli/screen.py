@@ -1,6 +1,7 @@
 """What every command shares: reading what was typed, saying things, and how far long work is."""
 
 import difflib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ def parse(kind: type, name: str, arguments: list[str], default=tyro.MISSING_NONP
         is_option = word.startswith("-")
         wrong = f"there is no option {word}{nearest(word, _options(kind))}" if is_option else f"nothing takes {word!r} here"
         raise UsageError(f"{wrong}; transfusion {name} --help lists what there is")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device := getattr(found, "device", "auto")):
+        raise UsageError(f"there is no device {device}; there are auto, cpu, cuda, cuda:0, cuda:1 ... and mps")
     return found
 
 

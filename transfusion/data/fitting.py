@@ -17,7 +17,7 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig, parse_size
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import open_prepared
-from transfusion.disk import OpenError, read_checked, read_json, write_json, write_whole
+from transfusion.disk import OpenError, check_codec, read_checked, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
@@ -122,9 +122,7 @@ def is_brought(codec: str) -> bool:
 
 def about_codec(folder: Path) -> dict:
     """Its codec.json. OpenError when there is none."""
-    if not (folder / "codec.json").exists():
-        raise OpenError(f"{folder} holds no codec: it has no codec.json (transfusion data fit-codec makes one)")
-    return read_json(folder / "codec.json")
+    return read_json(check_codec(folder) / "codec.json")
 
 
 def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], pictures: Sequence[np.ndarray]) -> Codec:
