@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -336,10 +335,15 @@ def test_a_disk_that_fills_ends_it_in_one_line(place, tmp_path):
 ALIKE = "--codec pixels --text-ids 300 --shard 250 --fit-documents 500".split()  # what is held at once, few or many
 
 
-def with_peak(*words: str) -> None:
-    """A command, and the most memory that it had."""
-    main(words)
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def peak_of(*words: str) -> int:
+    """Bytes that a command holds at most, in a process of its own: a forked one has what its server freed to use up."""
+    code = (
+        "import resource, sys\nfrom transfusion.cli import main\nmain(sys.argv[1:])\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stdout.split()[-1])
 
 
 @pytest.mark.slow
@@ -356,9 +360,7 @@ def test_what_is_held_does_not_grow_with_what_is_read(tmp_path):
         (tmp_path / f"{count}.jsonl").write_text("\n".join(lines))
         out = tmp_path / f"out-{count}"
         for verb in (["validate"], ["prepare", "--out", str(out), *ALIKE]):
-            done = processes.run(with_peak, "data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:])
-            assert done.returncode == 0, done.stderr
-            peaks.setdefault(verb[0], []).append(1024 * int(done.stdout.split()[-1]))
+            peaks.setdefault(verb[0], []).append(peak_of("data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:]))
         assert sum(open_prepared(out).about["sources"][str(count)]["documents"].values()) == count
     for before, after in peaks.values():
         assert after - before < 32 * 32 * 3 * (many - few)
