@@ -33,7 +33,7 @@ def short(name: str) -> Run:
 
 
 def memory_of_short(name: str) -> float | None:
-    """In a process of its own, where nothing is patched yet."""
+    """Runs in a separate process, so it applies the patches again."""
     with mock.patch.object(training, "named_run", short), few_samples():
         return memory_of_training(name)
 

@@ -841,13 +841,13 @@ def save_under(folder: Path, limits: list[int]) -> None:
     """Save step 2 where no file may have more than so many bytes, one limit after the other, and then without any."""
     for limit in limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        said = "saved"
+        outcome = "saved"
         try:
             save_step(folder, 2)
         except SaveError as error:
-            said = f"refused {error}"
+            outcome = f"refused {error}"
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(said)
+        print(outcome)
         print("whole" if holds_step(folder, 1) else "broken")
     save_step(folder, 2)
     print("whole" if holds_step(folder, 2) else "broken")

@@ -336,7 +336,7 @@ ALIKE = "--codec pixels --text-ids 300 --shard 250 --fit-documents 500".split() 
 
 
 def peak_of(*words: str) -> int:
-    """Bytes that a command holds at most, in a process of its own: a forked one has what its server freed to use up."""
+    """Peak memory of a command in bytes. A new process: a forked one would reuse memory that its server has freed."""
     code = (
         "import resource, sys\nfrom transfusion.cli import main\nmain(sys.argv[1:])\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
