@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.made import paper_loader
 from benchmarks.measuring import Figure, Setting, in_turn
-from transfusion.model.mask import packed
+from transfusion.model.mask import packed_mask
 from transfusion.parallel import precision
 from transfusion.sequence import Batch
 
@@ -31,7 +31,7 @@ def rows_of(setting: Setting, length: int) -> Batch:
 
 def construction(batch: Batch, setting: Setting) -> Figure:
     """FlexAttention's form of the mask, from the rows' documents and images. RuntimeError when the two ways differ."""
-    document, image = batch.document, batch.image
+    document, image = batch.document_ids, batch.image_ids
 
     def rule(b, h, q, k):
         inside = (image[b, q] == image[b, k]) & (image[b, q] >= 0)
@@ -41,7 +41,7 @@ def construction(batch: Batch, setting: Setting) -> Figure:
         return create_block_mask(rule, *document.shape[:1], None, *[document.shape[1]] * 2, device=str(setting.device))
 
     def computed():
-        return packed(document, image).blocks
+        return packed_mask(document, image).blocks
 
     one, other = computed(), asked()
     same = torch.equal(one.to_dense(), other.to_dense()) and torch.equal(one.full_kv_num_blocks, other.full_kv_num_blocks)
@@ -55,7 +55,7 @@ def construction(batch: Batch, setting: Setting) -> Figure:
 
 def kernels(batch: Batch, setting: Setting) -> Iterator[Figure]:
     """Forward and backward of one layer's attention, every way there is on this device."""
-    mask = packed(batch.document, batch.image)
+    mask = packed_mask(batch.document_ids, batch.image_ids)
     mask.prepare()
     dtype = precision(setting.device)
     shape = (len(batch.tokens), HEADS, batch.tokens.shape[1], SIZE)
@@ -63,12 +63,12 @@ def kernels(batch: Batch, setting: Setting) -> Iterator[Figure]:
     given = [torch.randn(shape, device=setting.device, dtype=dtype, generator=generator) for _ in range(4)]
     ways = {
         "plain causal SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        "SDPA with a dense mask": dense(mask.added.to(dtype)),
+        "SDPA with a dense mask": dense(mask.attn_bias.to(dtype)),
     }
     mine = "SDPA with a dense mask"
     if mask.flex:
         mine, ways["FlexAttention"] = "FlexAttention", mask.attend
-        check(both_ways(ways[mine], *given), both_ways(dense(mask.added), *(part.float() for part in given)))
+        check(both_ways(ways[mine], *given), both_ways(dense(mask.attn_bias), *(part.float() for part in given)))
     seconds = in_turn(
         {name: lambda way=way: both_ways(way, *given) for name, way in ways.items()}, setting.pick(20, 1), setting.device
     )

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import Figure, Setting, in_turn
 from transfusion.codecs.autoencoder import build_network, encode_raw
-from transfusion.config import AutoencoderConfig
+from transfusion.codecs.config import AutoencoderConfig
 
 TIMES = 4
 

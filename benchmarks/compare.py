@@ -20,15 +20,15 @@ import torch
 from benchmarks import sides
 from benchmarks.measuring import ROOT, Figure, Setting, memory
 from benchmarks.sides import CHANNELS, PROMPT, SEQUENCES, SIDE, TEXTS, VOCABULARY, Worker
-from transfusion.checkpoint.open import Opened
+from transfusion.checkpoint.open import OpenedRun
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
-from transfusion.data.loader import BEGINNING, Place
+from transfusion.data.loader import BEGINNING, LoaderState
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
 from transfusion.parallel import pick_device
-from transfusion.sequence import Batch, Document, Image, Piece, Row, Text, Vocabulary, collate, lay_out
+from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.trainer import Trainer
 
 PEER, VERSION = "transfusion-pytorch", "0.20.0"
@@ -125,18 +125,18 @@ class Sequences:
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
         self.chance = np.random.default_rng(0)
-        self.row_length = len(self.piece())
+        self.seq_len = len(self.chunk())
 
-    def piece(self) -> Piece:
+    def chunk(self) -> Chunk:
         first, *others = (Text(tuple(self.chance.integers(VOCABULARY, size=length).tolist())) for length in TEXTS)
         segments = [first]
         for text in others:
             segments += [Image(self.chance.standard_normal((CHANNELS, SIDE, SIDE), dtype=np.float32)), text]
-        return lay_out(Document(tuple(segments)), self.vocabulary)
+        return encode_document(Document(tuple(segments)), self.vocabulary)
 
-    def batches(self, start: Place = BEGINNING) -> Iterator[tuple[Batch, Place]]:
+    def batches(self, start: LoaderState = BEGINNING) -> Iterator[tuple[Batch, LoaderState]]:
         while True:
-            yield collate([Row((self.piece(),)) for _ in range(SEQUENCES)], self.row_length, self.vocabulary), start
+            yield collate([Row((self.chunk(),)) for _ in range(SEQUENCES)], self.seq_len, self.vocabulary), start
 
 
 class Ours:
@@ -148,11 +148,11 @@ class Ours:
         run = Run(
             "compare",
             ModelConfig(
-                width=width, hidden=hidden, layers=6, heads=width // 64, vocabulary=vocabulary.size,
+                width=width, intermediate_size=hidden, layers=6, heads=width // 64, vocab_size=vocabulary.size,
                 latent_channels=CHANNELS, patch_size=1,
             ),
-            data=DataConfig(row_length=loader.row_length, rows=SEQUENCES),
-            training=TrainingConfig(learning_rate=sides.RATE, clip=sides.CLIP),
+            data=DataConfig(seq_len=loader.seq_len, rows=SEQUENCES),
+            training=TrainingConfig(learning_rate=sides.RATE, max_grad_norm=sides.CLIP),
         )  # fmt: skip
         device = pick_device("cpu")
         self.trainer = Trainer(run, Path(), loader, {}, device)
@@ -160,8 +160,8 @@ class Ours:
         side = np.ones(CHANNELS)
         codec = Pixels(0 * side, side, -3 * side, 3 * side)
         tokenizer = Tokenizer.train([], VOCABULARY)  # a byte a token
-        model = self.trainer.average.eval()
-        self.engine = Engine(Opened(run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
+        model = self.trainer.ema.eval()
+        self.engine = Engine(OpenedRun(run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
         self.passes = 0
         model.transformer.register_forward_pre_hook(self._count)
 

@@ -10,7 +10,7 @@ from benchmarks.measuring import Figure, Setting, in_turn
 from transfusion.config import GenerationConfig
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import lower_precision, precision
-from transfusion.sequence import Document, Row, Text, collate, lay_out
+from transfusion.sequence import Document, Row, Text, collate, encode_document
 
 # 200 tokens, with what follows never 256: whole blocks would go to FlexAttention, and be compiled.
 PROMPT = " ".join(["three"] * 100)
@@ -19,7 +19,9 @@ PROMPT = " ".join(["three"] * 100)
 def measure(setting: Setting) -> Iterator[Figure]:
     """Both ways in turn. RuntimeError when they do not write the same (in bfloat16 near equals may change places)."""
     writer, tokens = engine("digits", setting), setting.pick(32, 3)
-    writer.allowed[[writer.vocabulary.eos, *writer.vocabulary.boi.values()]] = False  # text, and as much as is asked for
+    writer.allowed_tokens[[writer.vocabulary.eos, *writer.vocabulary.boi.values()]] = (
+        False  # text, and as much as is asked for
+    )
     prompt = len(writer.opened.tokenizer.encode(PROMPT))
     for rows in setting.pick((1, 16), (2,)):
         same = with_cache(writer, rows, tokens) == again(writer, rows, tokens)
@@ -49,12 +51,14 @@ def again(writer: Engine, rows: int, tokens: int) -> list[str]:
     written = [list(encode(PROMPT)) for _ in range(rows)]
     given = len(written[0])
     for _ in range(tokens):
-        laid = [lay_out(Document((Text(tuple(row)),)), writer.vocabulary, ends=False) for row in written]
+        laid = [encode_document(Document((Text(tuple(row)),)), writer.vocabulary, ends=False) for row in written]
         length = len(laid[0])
-        batch = collate([Row((piece,)) for piece in laid], length, writer.vocabulary)
+        batch = collate([Row((chunk,)) for chunk in laid], length, writer.vocabulary)
         batch = replace(batch, text_index=torch.arange(rows) * length + length - 1).to(writer.device)
         with lower_precision(writer.device):
             logits = writer.model(batch, [], []).logits.float().cpu()  # (B, V)
-        for row, token in zip(written, logits.masked_fill(~writer.allowed, -torch.inf).argmax(-1).tolist(), strict=True):
+        for row, token in zip(
+            written, logits.masked_fill(~writer.allowed_tokens, -torch.inf).argmax(-1).tolist(), strict=True
+        ):
             row.append(token)
     return [decode(row[given:]) for row in written]

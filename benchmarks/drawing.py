@@ -12,7 +12,7 @@ from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import lower_precision, precision
-from transfusion.sequence import Document, Image, Row, Text, collate, lay_out
+from transfusion.sequence import Document, Image, Row, Text, collate, encode_document
 
 PREFIX, SHAPE = 200, (8, 8)  # tokens before each image; of its latent
 CAPTION = "a large red circle above a small blue square"
@@ -24,7 +24,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
     """With the unconditional branch of guidance, as drawings are made."""
     artist, images = engine("shapes", setting), setting.pick(16, 2)
     generator = torch.Generator(setting.device).manual_seed(0)
-    torch.nn.init.normal_(artist.model.patches.outward.weight, generator=generator)  # a new model says 0 everywhere
+    torch.nn.init.normal_(artist.model.patches.proj_out.weight, generator=generator)  # a new model says 0 everywhere
     yield from a_step(artist, images, setting)
     yield from whole_drawings(artist, images, setting)
 
@@ -34,18 +34,18 @@ def a_step(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
     """So many images at once, each behind its own prompt. RuntimeError when both ways do not say the same."""
     model, vocabulary, device = artist.model, artist.vocabulary, setting.device
     chance = torch.Generator().manual_seed(0)
-    words = torch.randint(0, vocabulary.text, (images, PREFIX), generator=chance).tolist()
+    words = torch.randint(0, vocabulary.num_text_tokens, (images, PREFIX), generator=chance).tolist()
     noisy = torch.randn(2 * images, model.config.latent_channels, *SHAPE, generator=chance).to(device)  # (B, C, Y, X)
     t = torch.full((len(noisy),), 0.5, device=device)
     prompts = [Document((Text(tuple(tokens)),)) for tokens in words] + [Document(())] * images
 
     cache = Cache(model.config, device, precision(device))
     slots = [cache.acquire() for _ in prompts]
-    pieces = [lay_out(prompt, vocabulary, ends=False).followed_by(vocabulary.boi[SHAPE]) for prompt in prompts]
+    chunks = [encode_document(prompt, vocabulary, ends=False).append(vocabulary.boi[SHAPE]) for prompt in prompts]
 
     def prompts_read():
         with lower_precision(device):
-            return text_mode.read(model, cache, slots, pieces, vocabulary)
+            return text_mode.prefill(model, cache, slots, chunks, vocabulary)
 
     prefill = timed(prompts_read, device)
 
@@ -53,7 +53,7 @@ def a_step(artist: Engine, images: int, setting: Setting) -> Iterator[Figure]:
     for group in (slice(0, images), slice(images, None)):
         documents = [replace(d, segments=(*d.segments, Image(x.cpu().numpy()))) for d, x in
                      zip(prompts[group], noisy[group], strict=True)]  # fmt: skip
-        laid = [lay_out(document, vocabulary, ends=False) for document in documents]
+        laid = [encode_document(document, vocabulary, ends=False) for document in documents]
         whole.append((collate([Row((p,)) for p in laid], len(laid[0]), vocabulary).to(device), noisy[group], t[group]))
 
     def with_cache():

@@ -19,12 +19,12 @@ from PIL import Image as Picture
 from benchmarks.measuring import Figure, Setting
 from transfusion import objective
 from transfusion.config import DataConfig, DiffusionConfig, PrepareConfig
+from transfusion.data.built_in.shapes import Shapes
+from transfusion.data.built_in.topics import Topics
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import open_reader
-from transfusion.data.shapes import Shapes
 from transfusion.data.sources import fit, open_sources
-from transfusion.data.topics import Topics
 from transfusion.model.flops import training_flops
 from transfusion.runs import SIZES
 from transfusion.sequence import Batch
@@ -44,12 +44,14 @@ def measure(setting: Setting) -> Iterator[Figure]:
         preparing = time.perf_counter() - begun
         records = sum(source["records"] for source in about["sources"].values())
         yield Figure("prepared from pictures and text", records / preparing, "documents/s")
-        config = DataConfig(prepared=(str(folder / "prepared"),), row_length=4096, rows=ROWS, block=setting.pick(2048, 64))
+        config = DataConfig(
+            prepared=(str(folder / "prepared"),), seq_len=4096, rows=ROWS, shuffle_block=setting.pick(2048, 64)
+        )
         encoder = fit(config, patch_size=2, seed=0)
         batches = Loader(open_sources(config, "train"), encoder).batches()
         found = [batch for batch, _ in islice(batches, setting.pick(40, 2))]  # more than two blocks
         positions = sum(batch.positions for batch in found)
-        yield Figure("rows of 4,096 are filled", 100 * positions / (len(found) * ROWS * config.row_length), "%")
+        yield Figure("rows of 4,096 are filled", 100 * positions / (len(found) * ROWS * config.seq_len), "%")
         images = sum(batch.image_count for batch in found) * 258 / positions
         yield Figure("  images are of their positions", 100 * images, "%")
         reading = speed(lambda: next(batches)[0], seconds)
@@ -92,7 +94,7 @@ def write_sources(folder: Path, pictures: int, passages: int | None) -> None:
 
 def noised(batch: Batch) -> Batch:
     """With t and noise for every image, as the trainer draws them."""
-    objective.draw(batch, DiffusionConfig())
+    objective.sample_noise(batch, DiffusionConfig())
     return batch
 
 

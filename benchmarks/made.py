@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.measuring import Setting
-from transfusion.checkpoint.open import Opened
+from transfusion.checkpoint.open import OpenedRun
 from transfusion.config import DataConfig
 from transfusion.data.loader import Encoder, Loader
 from transfusion.data.sources import fit
@@ -49,9 +49,9 @@ class Passages:
         return Document((Text(tuple(chance.integers(TEXT, size=chance.integers(32, 1025)).tolist())),), id, self.name)
 
 
-def paper_loader(row_length: int, rows: int) -> Loader:
+def paper_loader(seq_len: int, rows: int) -> Loader:
     """Rows as the paper's models read them: half of the positions are patches, in images of 256."""
-    config = DataConfig(shares=(IMAGES, 1 - IMAGES), row_length=row_length, rows=rows, block=512)
+    config = DataConfig(mixture_weights=(IMAGES, 1 - IMAGES), seq_len=seq_len, rows=rows, shuffle_block=512)
     vocabulary = Vocabulary.build(TEXT, [LATENT[1:]], patch_size=2)
     return Loader([Pictures(), Passages()], Encoder(None, None, vocabulary, config, seed=0))
 
@@ -61,10 +61,10 @@ def engine(name: str, setting: Setting) -> Engine:
     run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, seed=0)
     model = replace(SIZES["0.16b"], latent_channels=run.model.latent_channels) if setting.cuda else run.model
-    model = replace(model, vocabulary=encoder.vocabulary.size)
-    run = replace(run, model=model, data=replace(run.data, row_length=512))
+    model = replace(model, vocab_size=encoder.vocabulary.size)
+    run = replace(run, model=model, data=replace(run.data, seq_len=512))
     weights = build(model, 0, setting.device).eval().requires_grad_(False)
     lower_weights(weights, setting.device)
     return Engine(
-        Opened(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, weights, step=0, device=setting.device)
+        OpenedRun(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, weights, step=0, device=setting.device)
     )

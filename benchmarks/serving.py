@@ -93,18 +93,20 @@ def mixed(engine: Engine, number: int) -> Asked:
     word, common = WORDS[number % 10], {"seed": number, "temperature": 0, "max_tokens": 16}
     match number % 3:
         case 0:
-            request = Request((f"the {word}",), seed=number, generation=greedy, may_draw=False)
+            request = Request((f"the {word}",), seed=number, generation=greedy, allow_images=False)
             return Asked("text", "/v1/completions", {"prompt": f"the {word}", **common}, request)
         case 1:
             return Asked("drawing", "/v1/images/generations", {"prompt": word, "seed": number}, Request((word,), 1, number))
-    (width, height), colours = engine.sizes[0], engine.opened.codec.colours
+    (width, height), colours = engine.sizes[0], engine.opened.codec.image_channels
     pixels = np.random.default_rng(number).integers(256, size=(height, width, colours), dtype=np.uint8)
     file = io.BytesIO()
     Picture.fromarray(pixels.squeeze()).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}]
     body = {"messages": [{"role": "user", "content": content}], **common}
-    return Asked("caption", "/v1/chat/completions", body, Request((pixels,), seed=number, generation=greedy, may_draw=False))
+    return Asked(
+        "caption", "/v1/chat/completions", body, Request((pixels,), seed=number, generation=greedy, allow_images=False)
+    )
 
 
 @contextmanager
@@ -208,18 +210,18 @@ def check_all(engine: Engine, asked: list[Asked], answers: list[httpx2.Response 
 
 def is_close(engine: Engine, one: Asked) -> bool:
     """Whether the two best scores of any token of this text lie so close that the order of adding may decide."""
-    gaps, choose = [], text_mode.choose
+    gaps, choose = [], text_mode.sample_token
 
     def watched(logits, allowed, *rest):
         best = logits.masked_fill(~allowed, -np.inf).topk(2).values
         gaps.append((best[0] - best[1]).item())
         return choose(logits, allowed, *rest)
 
-    text_mode.choose = watched
+    text_mode.sample_token = watched
     try:
         engine.generate([one.request])
     finally:
-        text_mode.choose = choose
+        text_mode.sample_token = choose
     return min(gaps) < CLOSE
 
 

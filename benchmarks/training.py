@@ -19,7 +19,7 @@ from transfusion.config import Run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import training_flops
-from transfusion.model.transfusion import blueprint, count_parameters
+from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.parallel import pick_device, precision
 from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch
@@ -49,7 +49,7 @@ def small(name: str, device: torch.device) -> Trainer:
     """A small run at its first step."""
     run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, 0)
-    run = replace(run, model=replace(run.model, vocabulary=encoder.vocabulary.size))
+    run = replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size))
     return Trainer(run, Path(), Loader(open_sources(run.data, "train"), encoder), {}, device)
 
 
@@ -57,12 +57,12 @@ def paper_sized(name: str, rows: int, device: torch.device) -> Trainer:
     """One of the paper's models at its first step."""
     run = named_run(name)
     run = replace(run, data=replace(run.data, rows=rows))
-    return Trainer(run, Path(), paper_loader(run.data.row_length, rows), {}, device)
+    return Trainer(run, Path(), paper_loader(run.data.seq_len, rows), {}, device)
 
 
 def as_many_rows_as_fit(name: str, rows: int, setting: Setting) -> tuple[int, list[Figure]]:
     """One of the paper's models with so many rows in a step, or half as many, and so on; 0 where none fits."""
-    need, room = STATE * count_parameters(blueprint(SIZES[name])), torch.cuda.mem_get_info(setting.device)[0]
+    need, room = STATE * count_parameters(build_on_meta(SIZES[name])), torch.cuda.mem_get_info(setting.device)[0]
     while rows and need < ROOM_FOR_STATE * room:
         try:
             found = list(figures(paper_sized(name, rows, setting.device), setting))
@@ -93,17 +93,17 @@ def figures(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
     seconds = in_turn(ways, setting.pick(10 if setting.cuda else 40, 1), device)
     parameters, positions = count_parameters(trainer.model), mean(reads, lambda batch: batch.positions)
     speed = {shape: TIMES * 2 * shape[0] * shape[1] * shape[2] / seconds[shape] for shape in products_of(run)}
-    rows, width = run.data.rows * run.data.row_length, run.model.width
+    rows, width = run.data.rows * run.data.seq_len, run.model.width
     beside = {"bare rows x width x width": speed[rows, width, width], "its fastest bare product": max(speed.values())}
     sheet = next((top for name, top in PEAKS.items() if setting.cuda and name in torch.cuda.get_device_name(device)), None)
     if sheet is not None:
         beside[f"{sheet} TFLOP/s, data sheet"] = sheet * 1e12
-    usual = 6 * parameters + 12 * run.model.layers * width * run.data.row_length
+    usual = 6 * parameters + 12 * run.model.layers * width * run.data.seq_len
     conventions = {
         "FLOPs of the real batch": mean(reads, lambda batch: training_flops(batch, run.model)),
         "FLOPs as usual, 6 N + 12 l w L": usual * positions,
     }
-    size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.row_length:,}"
+    size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.seq_len:,}"
     yield Figure(f"{size}: a step", positions / seconds["step"], "positions/s")
     for convention, flops in conventions.items():
         for product, fastest in beside.items():
@@ -130,7 +130,12 @@ def stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
 def causal(read: Read) -> Read:
     """The same positions, but every row one document, and images no more than text to the mask."""
     return [
-        (replace(batch, document=torch.zeros_like(batch.document), image=torch.full_like(batch.image, -1)), draws)
+        (
+            replace(
+                batch, document_ids=torch.zeros_like(batch.document_ids), image_ids=torch.full_like(batch.image_ids, -1)
+            ),
+            draws,
+        )
         for batch, draws in read
     ]
 
@@ -147,7 +152,7 @@ TIMES = 12  # about the work of one layer's forward and backward
 
 def products_of(run: Run) -> list[tuple[int, int, int]]:
     """The shapes of a run's own matrix products: rows x width x width, those of attention together, of the feed-forward."""
-    rows, width, hidden = run.data.rows * run.data.row_length, run.model.width, run.model.size_of_hidden
+    rows, width, hidden = run.data.rows * run.data.seq_len, run.model.width, run.model.feed_forward_size
     return sorted({(rows, width, width), (rows, width, 3 * width), (rows, width, 2 * hidden), (rows, hidden, width)})
 
 

@@ -23,8 +23,8 @@ from experiments import scenes
 from experiments.lab import Column, Options, Variant, transfusion
 from experiments.scenes import SCALES
 from transfusion.codecs.codec import encode_many
+from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.fitting import open_codec
-from transfusion.data.shapes import Shapes
 from transfusion.disk import read_json
 from transfusion.evaluation.fid import fid
 from transfusion.evaluation.perplexity import heldout_topics
@@ -37,7 +37,7 @@ CODEC = (
 CODECS = {"latents": ("vae", ()), "codes": ("vq", ("--network.codes", "512"))}  # by what they make
 DOCUMENTS = "20000"  # of each source
 STABLE = "--model.post-norm", "--model.z-loss", "1e-5"
-TEXT_ONLY = "--data.sources", "topics", "--data.shares", "1"
+TEXT_ONLY = "--data.sources", "topics", "--data.mixture-weights", "1"
 COLUMNS = {
     "bits_per_byte": Column(".3f", "lower"), "captions": Column(".1%"), "cider": Column(".2f"),
     "fid": Column(".2f", "lower"), "right": Column(".1%"), "attributes": Column(".1%"),
@@ -53,7 +53,7 @@ def prepare(asked: Options) -> None:
         if not (folder / "reconstructions.html").exists():
             transfusion("data", "fit-codec", "small", "shapes", *level, *CODEC, *more, "--out", folder)
         known = folder_of(asked, "latents") / "tokenizer.json"
-        tokenizer = ("--text-ids", "512") if data == "latents" else ("--tokenizer", known)
+        tokenizer = ("--tokenizer-size", "512") if data == "latents" else ("--tokenizer", known)
         if not (made / "dataset.json").exists():
             transfusion("data", "prepare", "shapes", "topics", *level, "--limit", DOCUMENTS, "--sizes", "32x32",
                         "--codec", folder, *tokenizer, "--out", made)  # fmt: skip
@@ -94,8 +94,8 @@ def variant(
     of, codes = SCALES[scale], family == "chameleon"
     images = ("--model.patches", "codes", "--model.patch-size", "1") if codes else ("--model.patch-size", "2")
     arguments = (
-        "small", "--data.sources", "shapes", "topics", "--data.shares", "2", "1", "--data.row-length", "320",
-        "--data.rows", str(of.rows), "--data.image-first-max-time", "1", *scenes.size(scale, size), *images,
+        "small", "--data.sources", "shapes", "topics", "--data.mixture-weights", "2", "1", "--data.seq-len", "320",
+        "--data.rows", str(of.rows), "--data.image-first-max-t", "1", *scenes.size(scale, size), *images,
         *(STABLE if family.startswith("chameleon") else ()),
         *((*TEXT_ONLY, "--data.rows", str(of.rows // 3)) if family in ("llama", "chameleon, text") else ()),
         "--training.steps", str(2 * of.steps), "--training.learning-rate", scenes.rate(of.rate),

@@ -15,7 +15,7 @@ import numpy as np
 from experiments import attention, lab, noise, patches, scaling
 from experiments.lab import DOCS, Options
 from experiments.scenes import SCALES
-from transfusion.data.shapes import Shapes
+from transfusion.data.built_in.shapes import Shapes
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.inference.engine import open_run
 

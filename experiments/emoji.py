@@ -25,13 +25,13 @@ SIZE = f"{PIXELS}x{PIXELS}"
 SHOWN = 48  # emoji of each kind
 SMALL = "--training.steps", "3000"
 LARGE = (
-    "--model.width", "512", "--model.layers", "12", "--model.heads", "8", "--model.hidden", "1408",
-    "--data.row-length", "1024", "--data.rows", "16", "--training.steps", "3000", "--training.learning-rate", "1e-3",
-    "--training.warmup", "200", "--training.average", "0.998", "--training.validate-every", "500",
+    "--model.width", "512", "--model.layers", "12", "--model.heads", "8", "--model.intermediate-size", "1408",
+    "--data.seq-len", "1024", "--data.rows", "16", "--training.steps", "3000", "--training.learning-rate", "1e-3",
+    "--training.warmup-steps", "200", "--training.ema-decay", "0.998", "--training.validate-every", "500",
     "--training.checkpoint-every", "1000", "--training.preview-every", "0",
 )  # fmt: skip
 LARGE_CODEC = (
-    "--network.width", "64", "--network.blocks", "2", "--training.rows", "32", "--training.steps", "2000",
+    "--network.width", "64", "--network.blocks", "2", "--training.batch_size", "32", "--training.steps", "2000",
     "--training.learning-rate", "1e-3", "--training.validate-every", "500", "--training.checkpoint-every", "1000",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, measure, variant
 
-LIMIT = "--data.image-first-max-time"
+LIMIT = "--data.image-first-max-t"
 
 
 def table(scale: str) -> Table:

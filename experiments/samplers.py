@@ -42,7 +42,7 @@ def main(asked: Options) -> None:
     except OpenError as error:
         sys.exit(str(error))
     source = next((one for one in open_raw(engine.run.data, "heldout") if one.name == "shapes"), None)
-    if source is None or engine.codes:
+    if source is None or engine.draws_codes:
         sys.exit(f"{asked.run} has not learnt to draw shapes out of noise")
     for sampler, steps in SAMPLERS:
         engine.run = replace(engine.run, generation=replace(engine.run.generation, sampler=sampler, steps=steps))

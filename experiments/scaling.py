@@ -50,14 +50,14 @@ FARTHEST = math.log(1e30)  # FLOPs
 
 
 @dataclass(frozen=True)
-class Law:
+class PowerLaw:
     """log metric = intercept + slope log FLOPs, fitted to some runs."""
 
     intercept: float
     slope: float
 
     @classmethod
-    def of(cls, points: Sequence[tuple[float, float]]) -> "Law | None":
+    def of(cls, points: Sequence[tuple[float, float]]) -> "PowerLaw | None":
         """Through points (FLOPs, metric); None where fewer than two sizes have one above 0."""
         logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
         if len({x for x, _ in logs}) < 2:
@@ -84,7 +84,7 @@ def parity(asked: Options, column: str) -> float | None:
     """The share of Chameleon's largest compute that Transfusion needs to do as well; None where no line can be drawn, or
     where Transfusion does not get better with size, or hardly."""
     ours, theirs = (points(asked, family, column) for family in FAMILIES)
-    our_law, their_law = Law.of(ours), Law.of(theirs)
+    our_law, their_law = PowerLaw.of(ours), PowerLaw.of(theirs)
     if our_law is None or their_law is None:
         return None
     if (our_law.slope > 0) != (COLUMNS[column].better == "higher"):
@@ -129,7 +129,7 @@ def plot(asked: Options, path: Path) -> None:
             if not found or min(y for _, y in found) <= 0:
                 continue
             axes.loglog(*zip(*found, strict=True), "o", color=colour, label=family)
-            law = Law.of(found)
+            law = PowerLaw.of(found)
             if law is not None:
                 ends = [found[0][0], found[-1][0]]
                 axes.loglog(ends, [law.at(x) for x in ends], color=colour)

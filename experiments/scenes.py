@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from experiments.lab import Column, Variant
-from transfusion.data.shapes import Shapes
+from transfusion.data.built_in.shapes import Shapes
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
@@ -49,7 +49,7 @@ COLUMNS = {
 
 def size(scale: str, name: str) -> tuple[str, ...]:
     """The network of this size."""
-    names = ("width", "layers", "heads", "hidden", "unet-width")
+    names = ("width", "layers", "heads", "intermediate_size", "unet-width")
     found = zip(names, SCALES[scale].sizes[name], strict=True)
     return tuple(word for field, value in found for word in (f"--model.{field}", str(value)))
 
@@ -61,8 +61,8 @@ def variant(
     """A run on scenes: patches of this kind and side."""
     of = SCALES[scale]
     arguments = (
-        "shapes", "--data.level", str(of.level), "--data.row-length", "320", "--data.rows", str(of.rows),
-        "--data.image-first-max-time", "1", *size(scale, of_size), "--model.patches", kind, "--model.patch-size", str(side),
+        "shapes", "--data.shapes.level", str(of.level), "--data.seq-len", "320", "--data.rows", str(of.rows),
+        "--data.image-first-max-t", "1", *size(scale, of_size), "--model.patches", kind, "--model.patch-size", str(side),
         "--training.steps", str(of.steps), "--training.learning-rate", rate(of.rate if kind == "linear" else of.rate / 2),
         "--training.preview-every", "0", "--generation.sampler", "dpm", "--generation.steps", "20", *more,
     )  # fmt: skip

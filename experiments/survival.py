@@ -28,7 +28,7 @@ from transfusion.checkpoint.save import list_checkpoints
 STEPS = 40
 RUN = (
     "digits", "--training.steps", str(STEPS), "--training.checkpoint-every", "2", "--training.validate-every", str(STEPS),
-    "--training.preview-every", "0", "--model.width", "64", "--model.heads", "2", "--model.hidden", "256",
+    "--training.preview-every", "0", "--model.width", "64", "--model.heads", "2", "--model.intermediate-size", "256",
     "--model.layers", "2", "--device", "cpu",
 )  # fmt: skip
 

@@ -16,13 +16,13 @@ from transfusion.config import ModelConfig
 from transfusion.data.packing import pack
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.model import transfusion
-from transfusion.sequence import Batch, Document, Image, Piece, Row, Text, Vocabulary, collate, cut, lay_out
+from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document, split_chunk
 
 CHANNELS = 3
 SHAPES = ((4, 4), (2, 6), (2, 2))  # 4, 3 and 1 patches of side 2
-VOCABULARY = Vocabulary.build(text=50, shapes=SHAPES, patch_size=2)
+VOCABULARY = Vocabulary.build(num_text_tokens=50, shapes=SHAPES, patch_size=2)
 TINY = ModelConfig(
-    width=32, layers=2, heads=4, kv_heads=2, hidden=48, vocabulary=VOCABULARY.size, latent_channels=CHANNELS,
+    width=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, vocab_size=VOCABULARY.size, latent_channels=CHANNELS,
     patch_size=2,
 )  # fmt: skip
 
@@ -41,19 +41,19 @@ limits = st.sampled_from((0.0, 0.5, 1.0))
 
 def texts(min_size: int = 0, max_size: int = 8, loss=either):
     """A Text of that many tokens."""
-    tokens = st.lists(st.integers(0, VOCABULARY.text - 1), min_size=min_size, max_size=max_size)
+    tokens = st.lists(st.integers(0, VOCABULARY.num_text_tokens - 1), min_size=min_size, max_size=max_size)
     return st.builds(Text, tokens.map(tuple), loss)
 
 
-def images(shapes=SHAPES, loss=either, max_time=limits):
+def images(shapes=SHAPES, loss=either, max_t=limits):
     """An Image of one of these shapes."""
-    return st.builds(image, st.sampled_from(shapes), st.integers(0, 2**32 - 1), loss, max_time)
+    return st.builds(image, st.sampled_from(shapes), st.integers(0, 2**32 - 1), loss, max_t)
 
 
-def image(shape: tuple[int, int], seed: int, loss: bool = True, max_time: float = 1.0) -> Image:
+def image(shape: tuple[int, int], seed: int, loss: bool = True, max_t: float = 1.0) -> Image:
     """An Image whose latent follows from the seed."""
     latent = np.random.default_rng(seed).standard_normal((CHANNELS, *shape), dtype=np.float32)
-    return Image(latent, loss, max_time)
+    return Image(latent, loss, max_t)
 
 
 @st.composite
@@ -89,37 +89,37 @@ def batches(draw, min_documents: int = 1, max_documents: int = 5, length: int = 
     return rows, collate(rows, length, VOCABULARY)
 
 
-def pieces_of(document: Document, length: int | None = None) -> list[Piece]:
+def pieces_of(document: Document, length: int | None = None) -> list[Chunk]:
     """The document laid out, and cut if a length is given."""
-    whole = lay_out(document, VOCABULARY)
-    return [whole] if length is None else cut(whole, length)
+    whole = encode_document(document, VOCABULARY)
+    return [whole] if length is None else split_chunk(whole, length)
 
 
-def alone(piece: Piece) -> Batch:
-    """A batch of this piece and nothing else, without padding."""
-    return collate([Row((piece,))], len(piece), VOCABULARY)
+def alone(chunk: Chunk) -> Batch:
+    """A batch of this chunk and nothing else, without padding."""
+    return collate([Row((chunk,))], len(chunk), VOCABULARY)
 
 
-def places(rows: list[Row]) -> list[tuple[int, int, Piece]]:
-    """(row, first position, piece) of everything in these rows."""
+def places(rows: list[Row]) -> list[tuple[int, int, Chunk]]:
+    """(row, first position, chunk) of everything in these rows."""
     found = []
     for b, row in enumerate(rows):
         begin = 0
-        for piece in row.pieces:
-            found.append((b, begin, piece))
-            begin += len(piece)
+        for chunk in row.chunks:
+            found.append((b, begin, chunk))
+            begin += len(chunk)
     return found
 
 
-def contents(piece: Piece) -> tuple:
-    """A piece as something that can be counted."""
-    keys = tuple(placed.key for placed in piece.images)
-    return tuple(piece.tokens.tolist()), tuple(piece.targets.tolist()), keys
+def contents(chunk: Chunk) -> tuple:
+    """A chunk as something that can be counted."""
+    keys = tuple(placed.key for placed in chunk.images)
+    return tuple(chunk.tokens.tolist()), tuple(chunk.targets.tolist()), keys
 
 
 def contents_of(rows: list[Row]) -> list[list[tuple]]:
     """Rows as something that can be compared."""
-    return [[contents(piece) for piece in row.pieces] for row in rows]
+    return [[contents(chunk) for chunk in row.chunks] for row in rows]
 
 
 def may_see(document: Tensor, image: Tensor, bidirectional: bool = True) -> Tensor:
@@ -171,14 +171,14 @@ def build(
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or name == "patches.outward.weight":
+            if name.endswith("bias") or name == "patches.proj_out.weight":
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
 
 def in_double(batch: Batch) -> Batch:
     """The same batch with float64 latents."""
-    return replace(batch, groups=[replace(group, clean=group.clean.double()) for group in batch.groups])
+    return replace(batch, groups=[replace(group, x0=group.x0.double()) for group in batch.groups])
 
 
 def with_all_logits(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
-CONFIG = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, hidden=48)
+CONFIG = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, intermediate_size=48)
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:

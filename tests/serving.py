@@ -12,9 +12,9 @@ import httpx2
 import uvicorn
 
 from transfusion.inference.engine import Engine
-from transfusion.inference.server.app import build_app
-from transfusion.inference.server.limits import Limits
-from transfusion.inference.server.scheduler import Scheduler
+from transfusion.serving.app import build_app
+from transfusion.serving.limits import Limits
+from transfusion.serving.scheduler import Scheduler
 
 SECONDS = 30  # after which something that should have happened has not
 
@@ -40,8 +40,8 @@ class Server:
     def settled(self) -> bool:
         """Nothing is under way or waits, and all of the cache is free but what every image shares."""
         engine = self.engine
-        held = list(engine.free_slots.values())
-        idle = not (engine.rows or self.scheduler.flows or self.scheduler.waiting or self.scheduler.arrived)
+        held = list(engine.uncond_slots.values())
+        idle = not (engine.sequences or self.scheduler.flows or self.scheduler.waiting or self.scheduler.arrived)
         return idle and sorted(engine.cache.free + held) == list(range(len(engine.cache.lengths)))
 
     @property

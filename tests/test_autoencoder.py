@@ -34,8 +34,8 @@ from transfusion.codecs.autoencoder import (
     with_statistics,
 )  # fmt: skip
 from transfusion.codecs.codec import codec_from_bytes, codec_to_bytes, encode_many
+from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.codecs.perceptual import Identity, Perceptual
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.data.store import open_prepared
 from transfusion.disk import read_json
 from transfusion.training.codec import CodecTrainer, peak_signal_to_noise, structural_similarity
@@ -43,7 +43,15 @@ from transfusion.training.guard import TrainingError
 
 SMALL = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1)
 QUICK = CodecTrainingConfig(
-    steps=6, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=3, validate_every=3, log_every=3, heldout=4
+    steps=6,
+    batch_size=4,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    ema_decay=0.9,
+    checkpoint_every=3,
+    validate_every=3,
+    log_every=3,
+    heldout=4,
 )
 torch.set_num_threads(1)
 
@@ -65,13 +73,13 @@ def test_the_papers_network_has_86_million_parameters():
     with torch.device("meta"):
         network = Network(AutoencoderConfig())
     assert abs(sum(p.numel() for p in network.parameters()) / 86e6 - 1) < 0.05
-    assert network.config.scale == 8
+    assert network.config.downsampling == 8
 
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2), (1, 2, 2, 2)])
 @pytest.mark.parametrize("attention", [True, False])
 def test_a_latent_is_f_times_smaller_and_comes_back_whole(multipliers, attention):
-    config = AutoencoderConfig(channels=5, width=8, multipliers=multipliers, blocks=1, attention=attention, colours=1)
+    config = AutoencoderConfig(channels=5, width=8, multipliers=multipliers, blocks=1, attention=attention, image_channels=1)
     network, f = build_network(config, 0), 2 ** (len(multipliers) - 1)
     made, mean, logvar = network(torch.zeros(2, 1, 16, 32), torch.zeros(2, 5, 16 // f, 32 // f))
     assert mean.shape == logvar.shape == (2, 5, 16 // f, 32 // f)
@@ -277,7 +285,7 @@ def test_a_codec_on_the_disk_is_the_same():
     one = pictures()[3]
     assert np.array_equal(again.encode(one), codec().encode(one))
     assert np.array_equal(again.decode(again.encode(one)), codec().decode(codec().encode(one)))
-    assert (again.channels, again.scale, again.colours) == (4, 2, 3)
+    assert (again.channels, again.downsampling, again.image_channels) == (4, 2, 3)
 
 
 @pytest.mark.parametrize("damage", [
@@ -327,13 +335,13 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, gan_from, stop_at):
 
 def test_it_learns(tmp_path):
     before = CodecTrainer(SMALL, QUICK, tmp_path, pictures(), torch.device("cpu")).quality()
-    after = train(tmp_path / "run", replace(QUICK, steps=60, warmup=5, checkpoint_every=100)).quality()
+    after = train(tmp_path / "run", replace(QUICK, steps=60, warmup_steps=5, checkpoint_every=100)).quality()
     assert after["psnr"] > before["psnr"] + 3
     assert after["ssim"] > before["ssim"]
 
 
 def test_every_loss_can_join_in(tmp_path):
-    config = replace(QUICK, steps=2, rows=2, gan_from=1, perceptual=str(lpips_file(tmp_path)),
+    config = replace(QUICK, steps=2, batch_size=2, gan_from=1, perceptual=str(lpips_file(tmp_path)),
                      identity=str(identity_file(tmp_path, "")))  # fmt: skip
     trainer = train(tmp_path / "run", config)
     assert trainer.losses == ["L1", "LPIPS", "identity", "GAN", "KL"]
@@ -366,7 +374,7 @@ def test_epochs_see_each_picture_once_and_heldout_ones_never(tmp_path):
 
 # As commands
 
-FIT = ("--size", "16x16", "--network.width", 8, "--network.channels", 4, "--training.steps", 4, "--training.rows", 4,
+FIT = ("--size", "16x16", "--network.width", 8, "--network.channels", 4, "--training.steps", 4, "--training.batch_size", 4,
        "--training.checkpoint-every", 2, "--training.validate-every", 4)  # fmt: skip
 
 

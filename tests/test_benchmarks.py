@@ -18,7 +18,7 @@ from benchmarks.training import memory_of_training
 from tests.processes import context
 from tests.profile import few_samples
 from transfusion.config import DataConfig, ModelConfig, Run
-from transfusion.model.mask import packed
+from transfusion.model.mask import packed_mask
 from transfusion.runs import SIZES, named_run
 from transfusion.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ QUICK = Setting(CPU, quick=True)
 def short(name: str) -> Run:
     """A named run on few and short rows."""
     run = named_run(name)
-    return replace(run, data=replace(run.data, codec_documents=100, row_length=64, rows=2))
+    return replace(run, data=replace(run.data, fit_documents=100, seq_len=64, rows=2))
 
 
 def memory_of_short(name: str) -> float | None:
@@ -82,8 +82,8 @@ def test_numbers_have_three_digits_that_count():
 
 def test_half_of_the_papers_positions_are_patches():
     with few_samples(1024):
-        loader = made.paper_loader(row_length=4096, rows=8)
-    assert loader.encoder.vocabulary.size == SIZES["7b"].vocabulary
+        loader = made.paper_loader(seq_len=4096, rows=8)
+    assert loader.encoder.vocabulary.size == SIZES["7b"].vocab_size
     batches = [batch for batch, _ in islice(loader.batches(), 3)]
     positions = sum(batch.positions for batch in batches)
     assert positions > 0.97 * 3 * 8 * 4096
@@ -92,8 +92,8 @@ def test_half_of_the_papers_positions_are_patches():
 
 
 def test_the_papers_documents_are_trained_on_by_the_trainers_own_step():
-    model = ModelConfig(width=32, layers=1, heads=2, hidden=32)
-    run = Run("tiny", model, data=DataConfig(row_length=512, rows=1))
+    model = ModelConfig(width=32, layers=1, heads=2, intermediate_size=32)
+    run = Run("tiny", model, data=DataConfig(seq_len=512, rows=1))
     trainer = Trainer(run, Path(), made.paper_loader(512, 1), {}, CPU)
     before = trainer.model.head.weight.clone()
     step, *shares = training.figures(trainer, QUICK)
@@ -120,16 +120,20 @@ def test_rows_are_halved_until_they_fit(monkeypatch):
 def test_without_documents_and_images_the_mask_is_causal():
     batch, _ = next(made.paper_loader(512, 2).batches())
     ((plain, _),) = training.causal([(batch, [])])
-    assert torch.equal(packed(plain.document, plain.image).dense, torch.ones(2, 1, 512, 512, dtype=torch.bool).tril())
-    assert not torch.equal(packed(batch.document, batch.image).dense, packed(plain.document, plain.image).dense)
+    assert torch.equal(
+        packed_mask(plain.document_ids, plain.image_ids).dense, torch.ones(2, 1, 512, 512, dtype=torch.bool).tril()
+    )
+    assert not torch.equal(
+        packed_mask(batch.document_ids, batch.image_ids).dense, packed_mask(plain.document_ids, plain.image_ids).dense
+    )
 
 
 def test_attention_that_is_another_is_found():
     batch, _ = next(made.paper_loader(512, 1).batches())
-    mask, given = packed(batch.document, batch.image), [torch.randn(1, 2, 512, 16) for _ in range(4)]
-    true = attention.both_ways(attention.dense(mask.added), *given)
+    mask, given = packed_mask(batch.document_ids, batch.image_ids), [torch.randn(1, 2, 512, 16) for _ in range(4)]
+    true = attention.both_ways(attention.dense(mask.attn_bias), *given)
     attention.check(attention.both_ways(mask.attend, *given), true)
-    plain = packed(torch.zeros_like(batch.document), batch.image)
+    plain = packed_mask(torch.zeros_like(batch.document_ids), batch.image_ids)
     with pytest.raises(RuntimeError, match="output differs"):
         attention.check(attention.both_ways(plain.attend, *given), true)
 
@@ -193,4 +197,4 @@ def test_both_sides_do_the_same_work():
     markers = 2 + 2 * 2  # bos, eos, and around each image boi, eoi
     assert batch.positions == sides.POSITIONS + sides.SEQUENCES * markers == batch.tokens.numel()
     (group,) = batch.groups
-    assert tuple(group.clean.shape) == (2 * sides.SEQUENCES, sides.CHANNELS, sides.SIDE, sides.SIDE)
+    assert tuple(group.x0.shape) == (2 * sides.SEQUENCES, sides.CHANNELS, sides.SIDE, sides.SIDE)

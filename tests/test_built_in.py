@@ -10,11 +10,11 @@ from PIL import Image as Picture
 
 from tests.reading import read_at
 from tests.test_cli import TINY, command, fails
-from transfusion.config import MADE
-from transfusion.data import emoji
-from transfusion.data.emoji import Emoji, draw_all, find_font
-from transfusion.data.photographs import Photographs
-from transfusion.data.reading.readers import made, open_reader
+from transfusion.config import BUILT_IN
+from transfusion.data.built_in import emoji
+from transfusion.data.built_in.emoji import Emoji, draw_all, find_font
+from transfusion.data.built_in.photographs import Photographs
+from transfusion.data.reading.readers import open_built_in, open_reader
 from transfusion.data.store import open_prepared
 
 
@@ -87,7 +87,7 @@ def test_another_font_is_noticed(tmp_path, monkeypatch, capsys):
 @needs_font
 @pytest.mark.slow
 def test_a_run_may_read_emoji_directly(tmp_path):
-    codec = ("--data.codec-block", 16, "--data.codec-components", 8, "--data.codec-documents", 40)
+    codec = ("--data.codec-block", 16, "--data.codec-components", 8, "--data.fit-documents", 40)
     command("train", "small", "--data.sources", "emoji", "--out", tmp_path / "run", *TINY, *codec)
     assert Picture.open(tmp_path / "run" / "samples" / "step-000004.png").width > 128
 
@@ -135,10 +135,10 @@ def test_photographs_are_prepared_like_any_other_source(tmp_path):
 # All of them
 
 
-@pytest.mark.parametrize("name", [name for name in MADE if name != "emoji" or has_font()])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "emoji" or has_font()])
 def test_the_ends_of_every_source_can_be_read(name):
     for split in ("train", "heldout"):
-        source = made(name, split)
+        source = open_built_in(name, split)
         assert source.name == name
         assert [source[n].id for n in (0, len(source) - 1)] == [0, len(source) - 1]
 

@@ -13,20 +13,20 @@ from tests.documents import build
 from tests.profile import examples
 from tests.test_cli import command, fails
 from tests.tiny import tokenizer
-from transfusion.checkpoint.open import Opened
+from transfusion.checkpoint.open import OpenedRun
 from transfusion.config import DataConfig, DiffusionConfig, GenerationConfig, ModelConfig, Run
-from transfusion.data.shapes import Shapes
+from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.store import open_prepared
 from transfusion.disk import read_json
 from transfusion.inference import text_mode
-from transfusion.inference.engine import Drawn, Engine, Previewed, Request
-from transfusion.objective import Losses, losses, means, total
-from transfusion.sequence import NO_TARGET, Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.inference.engine import Engine, ImageEvent, PreviewEvent, Request
+from transfusion.objective import Losses, compute_losses, mean_losses, total_loss
+from transfusion.sequence import NO_TARGET, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 few = examples(12, quick=6)
 CODES = 16
 SHAPES = ((2, 3), (4, 4))
-VOCABULARY = Vocabulary.build(tokenizer().size, SHAPES, patch_size=1, codes=CODES)
+VOCABULARY = Vocabulary.build(tokenizer().size, SHAPES, patch_size=1, num_image_codes=CODES)
 
 grids = st.sampled_from(SHAPES).flatmap(
     lambda shape: st.lists(st.integers(0, CODES - 1), min_size=math.prod(shape), max_size=math.prod(shape)).map(
@@ -44,7 +44,7 @@ segments = st.lists(
 class Grids:
     """A codec whose pictures are their codes."""
 
-    kind, scale, colours, codes = "vq", 1, 1, CODES
+    kind, downsampling, image_channels, codes = "vq", 1, 1, CODES
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         return pixels[..., 0].astype(np.int64)
@@ -55,21 +55,22 @@ class Grids:
 
 def engine(seed: int = 0, context: int = 120, **asked) -> Engine:
     """With random weights that are steep enough for the likeliest code to be likely."""
-    config = ModelConfig(width=32, layers=2, heads=4, hidden=48, vocabulary=VOCABULARY.size, patches="codes", patch_size=1,
+    config = ModelConfig(width=32, layers=2, heads=4, intermediate_size=48, vocab_size=VOCABULARY.size,
+                         patches="codes", patch_size=1,
                          qk_norm=True, post_norm=True)  # fmt: skip
     generation = GenerationConfig(**{"guidance_scale": 2.0, "max_tokens": 8, "temperature": 0.0} | asked)
-    run = Run("tiny", config, DiffusionConfig(), DataConfig(row_length=context), generation=generation)
+    run = Run("tiny", config, DiffusionConfig(), DataConfig(seq_len=context), generation=generation)
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    return Engine(Opened(run, tokenizer(), Grids(), VOCABULARY, {}, model, 0, torch.device("cpu")))
+    return Engine(OpenedRun(run, tokenizer(), Grids(), VOCABULARY, {}, model, 0, torch.device("cpu")))
 
 
 def logits_after(ours: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
     """(V,) of the whole sequence in one pass, without a cache: these segments, then these tokens."""
-    piece = lay_out(Document(parts), VOCABULARY, ends=False)
+    chunk = encode_document(Document(parts), VOCABULARY, ends=False)
     for token in tail:
-        piece = piece.followed_by(token)
-    batch = collate([Row((piece,))], len(piece), VOCABULARY)
-    batch = replace(batch, text_index=torch.tensor([len(piece) - 1]))
+        chunk = chunk.append(token)
+    batch = collate([Row((chunk,))], len(chunk), VOCABULARY)
+    batch = replace(batch, text_index=torch.tensor([len(chunk) - 1]))
     with torch.no_grad():
         return ours.model(batch, [], []).logits[0]
 
@@ -80,7 +81,7 @@ def written_by_hand(ours: Engine, parts: tuple, shape: tuple[int, int], scale: f
     for _ in range(math.prod(shape)):
         given, free = logits_after(ours, parts, tail), logits_after(ours, (), tail)
         guided = free + scale * (given - free)
-        tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.used].argmax()))
+        tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.num_used].argmax()))
     return np.array(tail[1:]).reshape(shape) - VOCABULARY.first_code
 
 
@@ -89,7 +90,7 @@ def written_by_hand(ours: Engine, parts: tuple, shape: tuple[int, int], scale: f
 
 @given(segments)
 def test_codes_stand_where_patches_would_and_are_learnt_like_text(parts):
-    piece = lay_out(Document(parts), VOCABULARY)
+    chunk = encode_document(Document(parts), VOCABULARY)
     expected, learnt = [VOCABULARY.bos], []
     for part in parts:
         if isinstance(part, Text):
@@ -99,12 +100,12 @@ def test_codes_stand_where_patches_would_and_are_learnt_like_text(parts):
             expected += [VOCABULARY.boi[part.shape], *codes, VOCABULARY.eoi]
             learnt += [part.loss] * (1 + len(codes)) + [False]  # eoi is appended, never predicted
     expected, learnt = [*expected, VOCABULARY.eos], [*learnt, parts[-1].loss]
-    assert piece.tokens.tolist() == expected
+    assert chunk.tokens.tolist() == expected
     targets = [token if yes else NO_TARGET for token, yes in zip(expected[1:], learnt, strict=True)]
-    assert piece.targets.tolist() == [*targets, NO_TARGET]
-    assert not piece.images  # nothing to denoise
+    assert chunk.targets.tolist() == [*targets, NO_TARGET]
+    assert not chunk.images  # nothing to denoise
     whole = np.array([part.content.size for part in parts if isinstance(part, Image)], int)
-    cut = np.flatnonzero(piece.breaks)
+    cut = np.flatnonzero(chunk.can_break)
     inside = [n for n, token in enumerate(expected) if token >= VOCABULARY.first_code or token == VOCABULARY.eoi]
     assert not set(cut) & set(inside)
     assert whole.sum() + len(whole) == len(inside)
@@ -112,24 +113,26 @@ def test_codes_stand_where_patches_would_and_are_learnt_like_text(parts):
 
 def test_the_ids_of_codes_follow_the_markers():
     assert VOCABULARY.first_code == max(VOCABULARY.boi.values()) + 1
-    assert VOCABULARY.used == VOCABULARY.first_code + CODES <= VOCABULARY.size
+    assert VOCABULARY.num_used == VOCABULARY.first_code + CODES <= VOCABULARY.size
     assert Vocabulary.from_json(VOCABULARY.to_json()) == VOCABULARY
     allowed = text_mode.allowed_tokens(VOCABULARY)
-    assert not allowed[VOCABULARY.first_code : VOCABULARY.used].any()  # text mode writes no codes
+    assert not allowed[VOCABULARY.first_code : VOCABULARY.num_used].any()  # text mode writes no codes
 
 
 @few
 @given(st.lists(segments, min_size=1, max_size=3), st.integers(0, 99))
 def test_the_loss_is_the_mean_over_all_tokens_and_is_told_apart(documents, seed):
     ours = engine(seed)
-    rows = [Row((lay_out(Document(parts), VOCABULARY),)) for parts in documents]
+    rows = [Row((encode_document(Document(parts), VOCABULARY),)) for parts in documents]
     batch = collate(rows, 120, VOCABULARY)
-    found = losses(ours.model, batch, [], ours.run.diffusion)
+    found = compute_losses(ours.model, batch, [], ours.run.diffusion)
     wrong = -ours.model(batch, [], []).logits.log_softmax(-1)[torch.arange(batch.text_count), batch.text_target]  # (T,)
     codes = batch.text_target >= VOCABULARY.first_code
     assert (found.text_count, found.image_count, found.code_count) == (len(wrong), 0, int(codes.sum()))
-    assert math.isclose(total(found, found.text_count, 0, 5.0), wrong.sum() / max(1, len(wrong)), rel_tol=1e-5, abs_tol=1e-9)
-    told = means(found.sums.tolist(), (found.text_count, 0, found.code_count))
+    assert math.isclose(
+        total_loss(found, found.text_count, 0, 5.0), wrong.sum() / max(1, len(wrong)), rel_tol=1e-5, abs_tol=1e-9
+    )
+    told = mean_losses(found.sums.tolist(), (found.text_count, 0, found.code_count))
     for name, chosen in (("text_loss", ~codes), ("image_loss", codes)):
         if chosen.any():
             assert math.isclose(told[name], float(wrong[chosen].mean()), rel_tol=1e-4)
@@ -137,8 +140,8 @@ def test_the_loss_is_the_mean_over_all_tokens_and_is_told_apart(documents, seed)
 
 def test_means_of_latents_are_what_they_were():
     found = Losses(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(0.0), 3, 2, 0)
-    assert means(found.sums.tolist(), (3, 2, 0)) == {"text_loss": 2.0, "image_loss": 0.5}
-    assert means([6.0, 0.0, 0.0], (3, 0, 0)) == {"text_loss": 2.0}
+    assert mean_losses(found.sums.tolist(), (3, 2, 0)) == {"text_loss": 2.0, "image_loss": 0.5}
+    assert mean_losses([6.0, 0.0, 0.0], (3, 0, 0)) == {"text_loss": 2.0}
 
 
 # Drawn
@@ -164,28 +167,28 @@ def test_together_they_are_drawn_as_alone(asked, seed):
     for request, answers in zip(requests, together, strict=True):
         (alone,) = ours.generate([request])
         assert all(np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(answers, alone, strict=True))
-    assert len(ours.cache.free) == len(ours.cache.lengths) - len(ours.free_slots)  # no slot is lost
+    assert len(ours.cache.free) == len(ours.cache.lengths) - len(ours.uncond_slots)  # no slot is lost
 
 
 def test_what_follows_an_image_has_read_it():
     """Text behind a drawn image is the text behind the same image as a prompt."""
     ours = engine(1, temperature=0.0)
     boi = VOCABULARY.boi[SHAPES[0]]
-    ours.allowed[:] = False
-    ours.allowed[[boi, *range(97, 105)]] = True
-    real = text_mode.choose
+    ours.allowed_tokens[:] = False
+    ours.allowed_tokens[[boi, *range(97, 105)]] = True
+    real = text_mode.sample_token
     turn = iter([boi])
 
     def choose(logits, allowed, *rest):
         return next(turn, None) or real(logits, allowed, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_mode, "choose", lambda logits, allowed, *rest: (
-            real if allowed is not ours.allowed else choose)(logits, allowed, *rest))  # fmt: skip
+        patch.setattr(text_mode, "sample_token", lambda logits, allowed, *rest: (
+            real if allowed is not ours.allowed_tokens else choose)(logits, allowed, *rest))  # fmt: skip
         (answer,) = ours.generate([Request(("ab",))])[0]
     drawn = answer.parts[0]
     again = engine(1, temperature=0.0, max_tokens=7)
-    again.allowed = ours.allowed
+    again.allowed_tokens = ours.allowed_tokens
     (plain,) = again.generate([Request(("ab", drawn))])[0]
     assert answer.parts[1] and answer.parts[1] == plain.parts[0]
 
@@ -198,7 +201,7 @@ def test_where_text_and_images_guide_apart_the_prompt_images_are_kept_as_they_we
     for _ in range(6):
         said = [logits_after(ours, parts, tail) for parts in ((Text(tokenizer().encode("a")), image), (image,), ())]
         guided = said[2] + 1.5 * (said[1] - said[2]) + 3.0 * (said[0] - said[1])
-        tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.used].argmax()))
+        tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.num_used].argmax()))
     assert (answer.parts[0].ravel().astype(int) + VOCABULARY.first_code).tolist() == tail[1:]
 
 
@@ -206,13 +209,13 @@ def test_a_preview_shows_what_is_drawn_and_leaves_the_rest_grey():
     ours = engine()
     ours.submit(Request(("a",), num_images=1, size=(4, 4), previews=5))
     seen, drawn = [], None
-    while ours.rows:
+    while ours.sequences:
         for event in ours.step():
-            seen += [event] if isinstance(event, Previewed) else []
-            drawn = event.pixels if isinstance(event, Drawn) else drawn
+            seen += [event] if isinstance(event, PreviewEvent) else []
+            drawn = event.pixels if isinstance(event, ImageEvent) else drawn
     assert [event.step for event in seen] == [5, 10, 15]
     for event in seen:
-        flat = event.clean.reshape(-1)
+        flat = event.x0.reshape(-1)
         assert (flat[event.step :] == 128).all()
         assert np.array_equal(flat[: event.step], drawn.reshape(-1)[: event.step])
 
@@ -227,18 +230,18 @@ def folders(tmp_path_factory):
     command(
         "data", "fit-codec", "small", "shapes", "--shapes-size", "16", "--size", "16x16", "--most", "400",
         "--network.codes", str(CODES), "--network.width", "8", "--network.multipliers", "1", "1", "1",
-        "--network.channels", "4", "--training.steps", "4", "--training.rows", "4", "--training.heldout", "4",
+        "--network.channels", "4", "--training.steps", "4", "--training.batch_size", "4", "--training.heldout", "4",
         "--out", str(folder / "codec"),
     )  # fmt: skip
     command("data", "prepare", "shapes", "--shapes-size", "16", "--sizes", "16x16", "--limit", "100", "--codec",
-                   str(folder / "codec"), "--text-ids", "300", "--out", str(folder / "data"))  # fmt: skip
+                   str(folder / "codec"), "--tokenizer-size", "300", "--out", str(folder / "data"))  # fmt: skip
     return folder
 
 
 def train(folders, name: str, *options: str) -> list[str]:
     return [
         "train", "small", "--data", str(folders / "data"),
-        "--model.width", "32", "--model.layers", "2", "--model.heads", "2", "--model.hidden", "48",
+        "--model.width", "32", "--model.layers", "2", "--model.heads", "2", "--model.intermediate-size", "48",
         "--training.steps", "3", "--training.validate-every", "3", "--training.preview-every", "3",
         "--data.rows", "2", *options, "--out", str(folders / name),
     ]  # fmt: skip

@@ -30,12 +30,19 @@ from tests.profile import examples
 from tests.test_architecture import but_tensors
 from tests.test_architecture import files as package
 from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
-from transfusion.checkpoint.open import describe, fill, newest, open_checkpoint, restore, verify
-from transfusion.checkpoint.save import SaveError, Saver, meaning
+from transfusion.checkpoint.open import (
+    describe_run,
+    fill_tensors,
+    newest_checkpoint,
+    open_checkpoint,
+    restore_newest,
+    verify_checkpoint,
+)
+from transfusion.checkpoint.save import SaveError, Saver, hash_config
 from transfusion.config import Run
 from transfusion.disk import OpenError, read_json
 from transfusion.model.transfusion import build
-from transfusion.parallel import ALONE
+from transfusion.parallel import SINGLE_PROCESS
 
 few = examples(12)
 many = examples(80)
@@ -83,7 +90,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 def holds_step(place: Path, step: int) -> bool:
     """What opens is step `step`, to the last bit."""
     opened = open_checkpoint(place)
-    return opened.step == step and same(opened.model.state_dict(), weights(step)["average"])
+    return opened.step == step and same(opened.model.state_dict(), weights(step)["ema"])
 
 
 # Round trips
@@ -91,13 +98,13 @@ def holds_step(place: Path, step: int) -> bool:
 
 def test_a_run_comes_back_as_it_was(folder):
     run, encoder = prepared(small_run())
-    found = describe(folder)
+    found = describe_run(folder)
     assert (found.run, found.vocabulary, found.notes) == (run, encoder.vocabulary, {"made": "for a test"})
     text = "three <s> é\n"
     assert found.tokenizer.encode(text) == encoder.tokenizer.encode(text)
     for name, value in encoder.codec.tensors().items():
         assert (found.codec.tensors()[name] == value).all()
-    for which, part in (("average", "average"), ("raw", "model")):
+    for which, part in (("ema", "ema"), ("raw", "model")):
         opened = open_checkpoint(folder, which)
         assert opened.step == 2
         assert same(opened.model.state_dict(), weights(2)[part])
@@ -123,9 +130,9 @@ def test_tensors_and_state_come_back_to_the_last_bit(values, state):
     """Of any dtype and shape, single numbers too."""
     with TemporaryDirectory() as place:
         found = save(Path(place), 7, values, state, keep=1)
-        verify(found)
+        verify_checkpoint(found)
         empty = {part: {n: torch.zeros_like(v) for n, v in inside.items()} for part, inside in values.items()}
-        fill(found, empty)
+        fill_tensors(found, empty)
         assert all(same(empty[part], inside) for part, inside in values.items())
         assert read_json(found / "state.json") == state
 
@@ -135,32 +142,32 @@ def test_one_process_reads_alone_what_several_would_write_or_an_earlier_version_
     from torch.distributed import checkpoint as dcp
 
     for part, values in weights(2).items():
-        folder = newest(own) / part
+        folder = newest_checkpoint(own) / part
         (folder / "model.safetensors").unlink()
         dcp.save(dict(values), storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True), no_dist=True)
         assert [path.name for path in folder.iterdir()] == ["shard-00001-model-00001-of-00001.safetensors"]
     found = {part: {name: torch.zeros_like(value) for name, value in inside.items()} for part, inside in weights(0).items()}
-    fill(newest(own), found)
+    fill_tensors(newest_checkpoint(own), found)
     assert all(same(found[part], weights(2)[part]) for part in found)
 
 
 def test_tied_weights_come_back(tmp_path):
-    config = replace(tiny().model, tied=True)
+    config = replace(tiny().model, tie_word_embeddings=True)
     model, other = build(config, 0), build(config, 1)
-    fill(save(tmp_path, 1, {"model": model.state_dict()}, {}, 1), {"model": other.state_dict()})
+    fill_tensors(save(tmp_path, 1, {"model": model.state_dict()}, {}, 1), {"model": other.state_dict()})
     assert same(other.state_dict(), model.state_dict())
     assert "head.weight" not in other.state_dict()
 
 
-OTHERS = [("width", 64), ("layers", 3), ("hidden", 64), ("vocabulary", 512), ("kv_heads", 1)]
+OTHERS = [("width", 64), ("layers", 3), ("intermediate_size", 64), ("vocab_size", 512), ("kv_heads", 1)]
 
 
 @pytest.mark.parametrize(("field", "value"), OTHERS)
 def test_weights_of_another_shape_are_refused(folder, field, value):
     model = build(replace(tiny().model, **{field: value}), 0)
-    with pytest.raises(OpenError, match="average does not fit this run") as error:
-        fill(newest(folder), {"average": model.state_dict()})
-    assert "average" in one_line(error)
+    with pytest.raises(OpenError, match="ema does not fit this run") as error:
+        fill_tensors(newest_checkpoint(folder), {"ema": model.state_dict()})
+    assert "ema" in one_line(error)
 
 
 # Which checkpoint
@@ -174,7 +181,7 @@ def test_the_newest_are_kept_and_the_last_is_opened(steps, keep):
             save(Path(place), step, {"a": {"b": torch.tensor(step)}}, {}, keep)
             kept = sorted(path.name for path in (Path(place) / "checkpoints").glob("step-*"))
             assert kept == [f"step-{s:06d}" for s in sorted(steps) if s <= step][-keep:]
-            assert newest(Path(place)).name == f"step-{step:06d}"
+            assert newest_checkpoint(Path(place)).name == f"step-{step:06d}"
 
 
 @few
@@ -184,8 +191,8 @@ def test_what_was_just_saved_is_there_and_is_the_newest(steps, keep):
     with TemporaryDirectory() as place:
         for number, step in enumerate(steps):
             found = save(Path(place), step, {"a": {"b": torch.tensor(number)}}, {"number": number}, keep)
-            assert newest(Path(place)) == found
-            verify(found)
+            assert newest_checkpoint(Path(place)) == found
+            verify_checkpoint(found)
             assert read_json(found / "state.json") == {"number": number}
 
 
@@ -195,7 +202,7 @@ def test_a_million_steps_are_numbered_and_thrown_away_like_others(tmp_path):
     kept = {path.name for path in (tmp_path / "checkpoints").glob("step-*")}
     assert kept == {"step-1000000", "step-1000001"}
     (tmp_path / "checkpoints" / "latest").unlink()
-    assert newest(tmp_path).name == "step-1000001"
+    assert newest_checkpoint(tmp_path).name == "step-1000001"
 
 
 def test_the_second_save_of_a_step_takes_the_place_of_the_first(tmp_path):
@@ -217,7 +224,7 @@ def test_latest_says_which_and_nothing_half_written_is_taken(own):
     (own / "checkpoints" / "latest").write_text("step-000001\n")
     assert holds_step(own, 1)
     (own / "checkpoints" / "latest").unlink()
-    shutil.copytree(newest(own), own / "checkpoints" / "step-000003.tmp")
+    shutil.copytree(newest_checkpoint(own), own / "checkpoints" / "step-000003.tmp")
     assert holds_step(own, 2)
 
 
@@ -247,7 +254,7 @@ def flipped(path: Path, offset: float, bit: int) -> bytes:
 
 WITH_DIGEST = ["tokenizer.json", "codec.safetensors"] + [
     f"checkpoints/step-000002/{name}"
-    for name in ("state.json", *(f"{part}/model.safetensors" for part in ("average", "model", "optimizer")))
+    for name in ("state.json", *(f"{part}/model.safetensors" for part in ("ema", "model", "optimizer")))
 ]  # fmt: skip
 WITHOUT = ["run.json", "checkpoints/latest", "checkpoints/step-000002/manifest.json"]
 
@@ -270,11 +277,11 @@ def test_a_flipped_bit_is_found_and_its_file_named(folder, name, offset, bit):
         assert str(path) in one_line(error)
         if "checkpoints" in name:
             with pytest.raises(OpenError, match=path.name):
-                verify(newest(folder))
-            describe(folder)  # which does not need it
+                verify_checkpoint(newest_checkpoint(folder))
+            describe_run(folder)  # which does not need it
         else:
             with pytest.raises(OpenError, match=path.name):
-                describe(folder)
+                describe_run(folder)
     finally:
         write(path, before)
 
@@ -293,7 +300,7 @@ def test_a_flipped_bit_where_there_is_no_digest_is_an_error_or_harmless(folder, 
         assert str(folder) in str(error)
     else:
         assert opened.step == 2 or name == "checkpoints/latest"
-        assert same(opened.model.state_dict(), weights(opened.step)["average"])
+        assert same(opened.model.state_dict(), weights(opened.step)["ema"])
     finally:
         write(path, before)
 
@@ -302,7 +309,7 @@ def test_a_flipped_bit_where_there_is_no_digest_is_an_error_or_harmless(folder, 
 @given(st.data())
 def test_what_the_weights_were_trained_with_cannot_change_unseen(folder, data):
     """One bit of run.json's model, diffusion or ids: refused, or it means the same as before."""
-    path, was = folder / "run.json", describe(folder)
+    path, was = folder / "run.json", describe_run(folder)
     before = path.read_bytes()
     text = before.decode()
     spans = []
@@ -336,11 +343,11 @@ def test_a_missing_or_cut_file_is_named(own, name, size):
     assert path.name in one_line(error)
 
 
-@pytest.mark.parametrize("number", [0, 2, 99, "1", None])
+@pytest.mark.parametrize("number", [0, 1, 99, "2", None])
 def test_another_format_is_refused_with_both_numbers(own, number):
     values = json.loads((own / "run.json").read_text())
     (own / "run.json").write_text(json.dumps(values | {"format": number, "versions": {"transfusion": "9.8"}}))
-    message = f"format {number} by transfusion 9.8; this one reads format 1"
+    message = f"format {number} by transfusion 9.8; this one reads format 2"
     with pytest.raises(OpenError, match=message) as error:
         open_checkpoint(own)
     one_line(error)
@@ -353,7 +360,7 @@ def test_an_unknown_field_is_named(own, where):
     (own / "run.json").write_text(json.dumps(values))
     name = f"{where}.depth" if where else "depth"
     with pytest.raises(OpenError, match=f"run.json: unknown field {name}") as error:
-        describe(own)
+        describe_run(own)
     one_line(error)
 
 
@@ -419,7 +426,7 @@ def sign(checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret", "average/../../secret", "../../../../secret", "{absolute}"])
 def test_a_manifest_that_leads_outside_is_refused(own, name):
     """Even with the right digest: else a run could ask about any file of whoever opens it."""
-    checkpoint, content = newest(own), b"not yours"
+    checkpoint, content = newest_checkpoint(own), b"not yours"
     name = name.format(absolute=own.parent / "outside")
     (checkpoint / name).resolve().write_bytes(content)
     values = read_json(checkpoint / "manifest.json")
@@ -432,8 +439,8 @@ def test_a_manifest_that_leads_outside_is_refused(own, name):
 
 @pytest.mark.parametrize("digest", [None, 3, [], {}, "", "0" * 64])
 def test_a_manifest_with_odd_digests_is_refused(own, digest):
-    values = read_json(newest(own) / "manifest.json")
-    (newest(own) / "manifest.json").write_text(json.dumps(dict.fromkeys(values, digest)))
+    values = read_json(newest_checkpoint(own) / "manifest.json")
+    (newest_checkpoint(own) / "manifest.json").write_text(json.dumps(dict.fromkeys(values, digest)))
     with pytest.raises(OpenError):
         open_checkpoint(own)
 
@@ -456,7 +463,7 @@ def test_latest_that_is_no_text_is_an_error_or_passed_over(own):
 
 
 def test_a_tensor_file_that_the_manifest_does_not_name_is_not_read(own):
-    place = newest(own) / "average"
+    place = newest_checkpoint(own) / "ema"
     (shard,) = place.iterdir()
     changed = {name: value + 1 for name, value in load_file(shard).items()}
     save_file(changed, place / "shard-00000-model-00001-of-00001.safetensors")
@@ -467,19 +474,19 @@ def test_a_tensor_file_that_the_manifest_does_not_name_is_not_read(own):
         assert "shard-" in str(error)
 
 
-@pytest.mark.parametrize("forgotten", ["state.json", "average/model.safetensors"])
+@pytest.mark.parametrize("forgotten", ["state.json", "ema/model.safetensors"])
 def test_a_file_that_the_manifest_forgets_is_not_trusted(own, forgotten):
-    values = read_json(newest(own) / "manifest.json")
+    values = read_json(newest_checkpoint(own) / "manifest.json")
     del values[forgotten]
-    (newest(own) / "manifest.json").write_text(json.dumps(values))
+    (newest_checkpoint(own) / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(OpenError):
         open_checkpoint(own)
 
 
 @pytest.mark.parametrize("state", [{}, [], {"step": "two"}, 3])
 def test_a_state_that_says_nothing_is_an_error(own, state):
-    (newest(own) / "state.json").write_text(json.dumps(state))
-    sign(newest(own))
+    (newest_checkpoint(own) / "state.json").write_text(json.dumps(state))
+    sign(newest_checkpoint(own))
     with pytest.raises(OpenError) as error:
         open_checkpoint(own)
     assert "state.json" in one_line(error)
@@ -500,8 +507,8 @@ def test_pickles_are_never_loaded(own, instead):
     """Beside the weights, or in their place, under every name that some library would unpickle."""
     mark = own.parent / "executed"
     trap = pickle.dumps(Trap(mark))
-    checkpoint = newest(own)
-    for place in (own, checkpoint, checkpoint / "average", checkpoint / "model"):
+    checkpoint = newest_checkpoint(own)
+    for place in (own, checkpoint, checkpoint / "ema", checkpoint / "model"):
         for name in ("model.pt", "pytorch_model.bin", ".metadata", "__0_0.distcp", "codec.pkl", "codec.npy"):
             (place / name).write_bytes(trap)
     if instead:
@@ -662,16 +669,16 @@ def test_wherever_a_second_save_of_a_step_is_killed_a_whole_checkpoint_opens(fol
 def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path):
     """Whatever becomes of it while it is written."""
     tensors, state = {"a": {"b": torch.zeros(1000), "c": torch.zeros(())}}, {"step": 1}
-    with held(Saver(tmp_path, 3, ALONE)) as (saver, release):
+    with held(Saver(tmp_path, 3, SINGLE_PROCESS)) as (saver, release):
         saver.save(1, tensors, state)
         for value in tensors["a"].values():
             value += 1
         state["step"] = 2
         assert not (tmp_path / "checkpoints" / "step-000001").exists()  # it has not waited
         release.set()
-    verify(newest(tmp_path))
+    verify_checkpoint(newest_checkpoint(tmp_path))
     found = {"a": {"b": torch.ones(1000), "c": torch.ones(())}}
-    assert restore(tmp_path, found, ALONE) == (newest(tmp_path), {"step": 1})
+    assert restore_newest(tmp_path, found, SINGLE_PROCESS) == (newest_checkpoint(tmp_path), {"step": 1})
     assert not any(value.any() for value in found["a"].values())
 
 
@@ -697,7 +704,7 @@ def test_a_save_that_failed_is_told_when_next_one_asks(tmp_path, where):
     save_step(tmp_path, 1)
     disk = Disk(0)
     with pytest.raises(SaveError, match="could not save step 2 in .*: No space left") as error:
-        with Saver(tmp_path, 2, ALONE) as saver:
+        with Saver(tmp_path, 2, SINGLE_PROCESS) as saver:
             with disk:
                 saver.save(2, weights(2), {"step": 2})
                 assert wait([saver.writing]).done
@@ -712,7 +719,7 @@ def test_a_save_that_failed_is_told_when_next_one_asks(tmp_path, where):
 
 
 def test_an_error_that_came_first_is_not_hidden_by_one_of_the_disk(tmp_path):
-    with pytest.raises(KeyError, match="first"), Saver(tmp_path, 2, ALONE) as saver:
+    with pytest.raises(KeyError, match="first"), Saver(tmp_path, 2, SINGLE_PROCESS) as saver:
         with Disk(0):
             saver.save(2, weights(2), {"step": 2})
             wait([saver.writing])
@@ -723,7 +730,7 @@ def test_an_error_that_came_first_is_not_hidden_by_one_of_the_disk(tmp_path):
 def test_another_rank_that_has_gone_is_no_traceback_either(tmp_path, first):
     """It is how most end when one of them is killed while they save."""
     gone = mock.patch.object(Saver, "_write_part", side_effect=RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"))
-    with gone, pytest.raises(SaveError if first is None else KeyError) as error, Saver(tmp_path, 2, ALONE) as saver:
+    with gone, pytest.raises(SaveError if first is None else KeyError) as error, Saver(tmp_path, 2, SINGLE_PROCESS) as saver:
         saver.save(2, weights(2), {"step": 2})
         if first is not None:
             raise first
@@ -732,7 +739,7 @@ def test_another_rank_that_has_gone_is_no_traceback_either(tmp_path, first):
 
 def test_after_a_save_that_failed_the_next_one_works(tmp_path):
     begin_run(tmp_path)
-    with Saver(tmp_path, 2, ALONE) as saver:
+    with Saver(tmp_path, 2, SINGLE_PROCESS) as saver:
         with Disk(0), pytest.raises(SaveError):
             saver.save(1, weights(1), {"step": 1})
             saver.finish()
@@ -758,10 +765,10 @@ def test_however_saves_fail_and_die_the_last_whole_one_is_found_and_never_thrown
             if written is None:
                 continue
             tensors = {"a": {"b": torch.tensor(-1)}}
-            verify(newest(Path(place)))
-            _, state = restore(Path(place), tensors, ALONE, pytest.fail)
+            verify_checkpoint(newest_checkpoint(Path(place)))
+            _, state = restore_newest(Path(place), tensors, SINGLE_PROCESS, pytest.fail)
             assert tensors["a"]["b"] == state["number"]
-            found = read_json(newest(Path(place)) / "state.json")["number"]
+            found = read_json(newest_checkpoint(Path(place)) / "state.json")["number"]
             assert found in (written, number)  # killed behind the last rename, it is there all the same
             written = found
 
@@ -789,7 +796,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(own, name
     """One line says so; what was damaged stays to be looked at, until its step is damaged again."""
     damage(own / name)
     said, tensors = [], empty()
-    path, state = restore(own, tensors, ALONE, said.append)
+    path, state = restore_newest(own, tensors, SINGLE_PROCESS, said.append)
     assert (path.name, state) == ("step-000001", {"step": 1})
     assert all(same(tensors[part], weights(1)[part]) for part in tensors)
     (line,) = said
@@ -799,8 +806,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(own, name
     assert holds_step(own, 1)  # for everybody else too, though `latest` names the other
     save_step(own, 2)
     assert holds_step(own, 2)
-    (newest(own) / "manifest.json").unlink()
-    assert restore(own, tensors, ALONE, said.append)[0].name == "step-000001"
+    (newest_checkpoint(own) / "manifest.json").unlink()
+    assert restore_newest(own, tensors, SINGLE_PROCESS, said.append)[0].name == "step-000001"
 
 
 def test_when_all_are_damaged_it_is_said_in_one_line_and_nothing_is_begun_anew(own):
@@ -810,16 +817,16 @@ def test_when_all_are_damaged_it_is_said_in_one_line_and_nothing_is_begun_anew(o
         write(spoilt, spoilt.read_bytes() + b" ")
     said = []
     with pytest.raises(OpenError, match="no checkpoint of .* is whole") as error:
-        restore(own, empty(), ALONE, said.append)
+        restore_newest(own, empty(), SINGLE_PROCESS, said.append)
     one_line(error)
     assert [line.split(" was changed")[0].split("/")[-2] for line in said] == ["step-000002", "step-000001"]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
     begin_run(tmp_path)
-    assert restore(tmp_path, empty(), ALONE, pytest.fail) is None
+    assert restore_newest(tmp_path, empty(), SINGLE_PROCESS, pytest.fail) is None
     (tmp_path / "checkpoints" / "step-000001.tmp").mkdir(parents=True)
-    assert restore(tmp_path, empty(), ALONE, pytest.fail) is None
+    assert restore_newest(tmp_path, empty(), SINGLE_PROCESS, pytest.fail) is None
 
 
 def test_wherever_begin_fails_the_run_is_as_it_was_or_not_there(tmp_path):
@@ -829,12 +836,12 @@ def test_wherever_begin_fails_the_run_is_as_it_was_or_not_there(tmp_path):
         with Disk(number), pytest.raises(OSError, match="No space"):
             begin_run(tmp_path / "new")
         with pytest.raises(OpenError, match="not a run"):
-            describe(tmp_path / "new")
+            describe_run(tmp_path / "new")
     begin_run(tmp_path / "new")
     for number in range(len(disk.done)):
         with Disk(number), pytest.raises(OSError, match="No space"):
             begin_run(tmp_path / "new")
-        assert describe(tmp_path / "new").run == tiny()
+        assert describe_run(tmp_path / "new").run == tiny()
 
 
 def save_under(folder: Path, limits: list[int]) -> None:
@@ -858,7 +865,7 @@ def test_a_disk_that_really_takes_no_more_is_said_in_one_line(tmp_path):
     """Files may have no more than so many bytes: each kind of file is in turn the one that does not fit."""
     begin_run(tmp_path)
     save_step(tmp_path, 1)
-    sizes = sorted({path.stat().st_size for path in newest(tmp_path).rglob("*") if path.is_file()})
+    sizes = sorted({path.stat().st_size for path in newest_checkpoint(tmp_path).rglob("*") if path.is_file()})
     limits = [0, *(size - 1 for size in sizes)]
     done = run(save_under, tmp_path, limits)
     lines = (said := done.stdout).splitlines()
@@ -899,7 +906,7 @@ def test_a_field_that_a_later_version_adds_changes_no_earlier_run(tmp_path):
     write_run(tmp_path)
     values = json.loads((tmp_path / "run.json").read_text())
     del values["run"]["model"]["patches"]  # as if it were written before there was a choice
-    values["meaning"] = meaning(values["run"], values["vocabulary"])
+    values["config_sha256"] = hash_config(values["run"], values["vocabulary"])
     (tmp_path / "run.json").write_text(json.dumps(values))
     assert open_checkpoint(tmp_path).run.model.patches == "linear"
     values["run"]["model"]["heads"] = 1

@@ -19,9 +19,10 @@ from tests.sources import write_photos, write_texts
 from transfusion.cli import main
 
 TINY = (
-    "--model.width 32 --model.layers 2 --model.heads 2 --model.hidden 64 --training.steps 4 --training.warmup 2 "
+    "--model.width 32 --model.layers 2 --model.heads 2 --model.intermediate-size 64 --training.steps 4 "
+    "--training.warmup-steps 2 "
     "--training.checkpoint-every 2 --training.validate-every 4 --training.preview-every 4 --data.rows 2 "
-    "--data.text-ids 260 --data.block 64 --data.codec-documents 100 --generation.steps 2"
+    "--data.tokenizer-size 260 --data.shuffle-block 64 --data.fit-documents 100 --generation.steps 2"
 ).split()
 
 
@@ -119,7 +120,7 @@ def test_text_that_spells_special_tokens_is_text(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "nothing to go on"),
+        ((), "the prompt is empty"),
         (("three", "--steps", 0), "steps must be at least 1"),
         (("three", "--num-images", 0), "num_images must be at least 1"),
         (("three", "--top-p", 0), "top_p"),
@@ -170,7 +171,7 @@ def test_pictures_that_cannot_be_read(run, tmp_path, capsys):
         (("train", "digits", "--model.heads", "5"), "not a multiple"),
         (("train", "digits", "--training.steps", "0"), "at least 1"),
         (("train", "digits", "--data.image-first", "1.5"), "between 0 and 1"),
-        (("train", "digits", "--diffusion.path", "curved"), "cosine"),
+        (("train", "digits", "--diffusion.noise-schedule", "curved"), "cosine"),
         (("train",), ""),
         ((), ""),
     ],
@@ -198,7 +199,7 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys):
 
 def test_a_flipped_byte_is_found_and_the_run_stays_as_it_was(run, tmp_path, capsys):
     run = shutil.copytree(run, tmp_path / "run")
-    path = next((run / "checkpoints" / "step-000004" / "average").iterdir())
+    path = next((run / "checkpoints" / "step-000004" / "ema").iterdir())
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     said = fails(capsys, 1, "generate", run, "three", "--out", tmp_path)
@@ -261,7 +262,7 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
         if words[:2] == ["data", "prepare"] and (out := words[words.index("--out") + 1]) in granted:
             shutil.rmtree(out)  # what was taken for granted is made here
         if words[0] == "train":
-            words += [*TINY, "--data.row-length", "256"]
+            words += [*TINY, "--data.seq-len", "256"]
         command(*words)
 
 

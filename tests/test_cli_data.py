@@ -24,7 +24,7 @@ from tests.test_prepare import files_of
 from transfusion.cli import main
 from transfusion.data.store import open_prepared
 
-PREPARE = ("--text-ids", 300, "--shard", 16)
+PREPARE = ("--tokenizer-size", 300, "--shard", 16)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -116,8 +116,8 @@ def test_stats_counts_what_is_there(place, capsys):
     (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "no prepared data"),
     (("train", "small", "--data", "PLACE/nowhere"), 1, "no prepared data"),
     (("train", "small", "--data", "PLACE/prepared", "--data.sources", "films"), 1, "no source 'films'"),
-    (("train", "small", "--data", "PLACE/prepared", "--data.row-length", "9"), 1, "raise data.row_length"),
-    (("train", "small", "--data", "PLACE/prepared", "--data.shares", "1", "2", "3"), 1, "3 numbers for 2 sources"),
+    (("train", "small", "--data", "PLACE/prepared", "--data.seq-len", "9"), 1, "raise data.seq_len"),
+    (("train", "small", "--data", "PLACE/prepared", "--data.mixture-weights", "1", "2", "3"), 1, "3 numbers for 2 sources"),
     (("train", "small", "--data", "PLACE/prepared", "--model.patch-size", "3"), 1, "patches of side 3"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(place, tmp_path, monkeypatch, capsys, arguments, code, words):
@@ -160,12 +160,14 @@ def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsy
     command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY)
     command("evaluate", run, "--tasks", "text")
     command("generate", run, "text", "--out", tmp_path / "out")
-    assert "this run knows no pictures" in fails(capsys, 2, "generate", run, "text", "--num-images", 1)
+    assert "this run does not support images" in fails(capsys, 2, "generate", run, "text", "--num-images", 1)
     (tmp_path / "a.png").write_bytes(png(picture(0)[1]))
-    assert "this run knows no pictures" in fails(capsys, 2, "generate", run, f"@{tmp_path / 'a.png'}")
+    assert "this run does not support images" in fails(capsys, 2, "generate", run, f"@{tmp_path / 'a.png'}")
     (tmp_path / "none.json").write_text("{}")
     coco = ("--tasks", "coco-images", "--coco", tmp_path / "none.json", "--features", "none.pth")
-    assert "this run knows no pictures: it cannot be asked for coco-images" in fails(capsys, 1, "evaluate", run, *coco)
+    assert "this run does not support images, which these tasks need: coco-images" in fails(
+        capsys, 1, "evaluate", run, *coco
+    )
     assert "too short, or too few, to ask how they go on" in fails(capsys, 1, "evaluate", run, "--tasks", "choice")
     (tmp_path / "none.jsonl").write_text("")
     questions = ("--tasks", "choice", "--questions", tmp_path / "none.jsonl")
@@ -332,7 +334,7 @@ def test_a_disk_that_fills_ends_it_in_one_line(place, tmp_path):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-ALIKE = "--codec pixels --text-ids 300 --shard 250 --fit-documents 500".split()  # what is held at once, few or many
+ALIKE = "--codec pixels --tokenizer-size 300 --shard 250 --fit-documents 500".split()  # what is held at once, few or many
 
 
 def peak_of(*words: str) -> int:

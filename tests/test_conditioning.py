@@ -16,14 +16,14 @@ def listening(captions=CAPTIONS) -> tuple[Engine, list[RawDocument]]:
     """An engine whose image head says something, and pairs in either order."""
     engine = tiny.engine()
     engine.model = engine.opened.model  # without notes
-    torch.nn.init.normal_(engine.model.patches.outward.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(engine.model.patches.proj_out.weight, generator=torch.Generator().manual_seed(1))
     pairs = [(RawText(text), RawImage(tiny.picture(SHAPES[0], n))) for n, text in enumerate(captions)]
     return engine, [RawDocument(pair if n % 2 else pair[::-1], n, pairs=True) for n, pair in enumerate(pairs)]
 
 
 def test_a_model_that_ignores_captions_has_no_gap():
     engine, source = listening()
-    torch.nn.init.zeros_(engine.model.patches.outward.weight)
+    torch.nn.init.zeros_(engine.model.patches.proj_out.weight)
     found = conditioning_gap(engine, source, 4)
     assert found["gap"] == 0
     assert found["image_loss"] == found["image_loss_of_others"] > 0

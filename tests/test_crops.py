@@ -13,7 +13,7 @@ from tests.sources import write_photos
 from tests.test_cli import command, fails
 from transfusion.codecs.pictures import to_pixels
 from transfusion.data import crops
-from transfusion.data.crops import cut, gather_pictures
+from transfusion.data.crops import cut_crops, gather_pictures
 from transfusion.data.reading.readers import Options, open_reader
 
 sides = st.integers(1, 24)
@@ -32,7 +32,7 @@ def noise(height: int, width: int, colours: int = 3) -> np.ndarray:
 @examples(60)
 @given(sides, sides, st.integers(1, 70), st.integers(1, 70), st.sampled_from((1, 3)), st.integers(0, 9), st.integers(0, 5))
 def test_crops_have_the_size_that_is_asked_for_whatever_the_picture(width, height, x, y, colours, number, crops):
-    found = list(cut(noise(y, x, colours), number, (width, height), colours, crops))
+    found = list(cut_crops(noise(y, x, colours), number, (width, height), colours, crops))
     whole = not crops or x < width or y < height
     assert len(found) == (1 if whole else crops)
     assert all(one.shape == (height, width, colours) and one.dtype == np.uint8 for one in found)
@@ -44,13 +44,13 @@ def test_crops_have_the_size_that_is_asked_for_whatever_the_picture(width, heigh
 @given(sides, sides, st.integers(0, 9))
 def test_a_picture_of_the_size_itself_comes_back_as_it_is(width, height, number):
     pixels = noise(height, width)
-    assert all(np.array_equal(one, pixels) for one in cut(pixels, number, (width, height), 3, 3))
+    assert all(np.array_equal(one, pixels) for one in cut_crops(pixels, number, (width, height), 3, 3))
 
 
 def test_crops_are_never_flipped_and_have_every_scale_and_place():
     pixels = slope(427, 640)
     spans, corners = [], []
-    for one in cut(pixels, 0, (32, 32), 3, 400):
+    for one in cut_crops(pixels, 0, (32, 32), 3, 400):
         red, green = one[16, :, 0].astype(int), one[:, 16, 1].astype(int)
         assert (np.diff(red) >= 0).all()
         assert (np.diff(green) >= 0).all()
@@ -66,7 +66,7 @@ def test_crops_are_never_flipped_and_have_every_scale_and_place():
 
 def test_a_crop_follows_from_the_numbers_of_picture_and_crop_alone():
     pixels = noise(60, 80)
-    few, many, other = (list(cut(pixels, number, (16, 16), 3, crops)) for number, crops in ((4, 3), (4, 9), (5, 3)))
+    few, many, other = (list(cut_crops(pixels, number, (16, 16), 3, crops)) for number, crops in ((4, 3), (4, 9), (5, 3)))
     assert all(np.array_equal(one, same) for one, same in zip(few, many, strict=False))
     assert len({one.tobytes() for one in (*many, *other)}) == 12
 
@@ -76,7 +76,7 @@ def test_the_finest_crops_are_excerpts_bit_for_bit_from_end_to_end(height, width
     """The largest window of these pictures is the size itself, and has four places."""
     pixels = noise(height, width)
     excerpts = {pixels[y : y + 16, x : x + 16].tobytes() for y in range(height - 15) for x in range(width - 15)}
-    assert {one.tobytes() for one in cut(pixels, 0, (16, 16), 3, 50)} == excerpts
+    assert {one.tobytes() for one in cut_crops(pixels, 0, (16, 16), 3, 50)} == excerpts
 
 
 def test_what_is_gathered_is_the_crops_of_every_picture_in_turn(tmp_path):
@@ -84,7 +84,7 @@ def test_what_is_gathered_is_the_crops_of_every_picture_in_turn(tmp_path):
     found = gather_pictures([reader], (16, 16), 3, 20, tmp_path, crops=4)
     assert (len(found.pictures), found.faults, found.heldout) == (20, 0, ())
     raws = [one.segments[1].pixels for unit in reader.units(9) for one in reader.read(unit)]
-    expected = [one for number, raw in enumerate(raws) for one in cut(raw, number, (16, 16), 3, 4)]
+    expected = [one for number, raw in enumerate(raws) for one in cut_crops(raw, number, (16, 16), 3, 4)]
     assert np.array_equal(found.pictures, expected)
 
 
@@ -92,7 +92,7 @@ def test_with_too_few_places_there_are_fewer_crops_of_every_picture(tmp_path):
     reader = open_reader(str(write_photos(tmp_path / "photos", 5, 40, 30)))
     found = gather_pictures([reader], (16, 16), 3, 11, tmp_path, crops=4)
     raws = [one.segments[1].pixels for unit in reader.units(9) for one in reader.read(unit)]
-    expected = [one for number, raw in enumerate(raws) for one in cut(raw, number, (16, 16), 3, 2)]
+    expected = [one for number, raw in enumerate(raws) for one in cut_crops(raw, number, (16, 16), 3, 2)]
     assert np.array_equal(found.pictures, expected)
 
 
@@ -145,7 +145,7 @@ def test_one_built_in_source_is_not_taken_for_another(tmp_path):
 
 def test_fit_codec_takes_crops_of_the_photographs(tmp_path, capsys):
     fit = ("data", "fit-codec", "small", "photographs", "--size", "16x16", "--out", tmp_path / "codec", "--network.width", 8,
-           "--network.channels", 4, "--training.steps", 2, "--training.rows", 4)  # fmt: skip
+           "--network.channels", 4, "--training.steps", 2, "--training.batch_size", 4)  # fmt: skip
     command(*fit, "--crops", 30)
     assert "60 different crops of 16x16" in capsys.readouterr().err
     page = (tmp_path / "codec" / "reconstructions.html").read_text()
@@ -159,7 +159,7 @@ def test_a_codec_takes_no_folder_of_something_else(tmp_path, capsys):
     """Its files are called like others' files: a data set would lose its codec."""
     photos = write_photos(tmp_path / "photos", 12)
     command("data", "prepare", photos, "--out", tmp_path / "data")
-    fit = ("data", "fit-codec", "small", photos, "--size", "16x16", "--training.steps", 2, "--training.rows", 2)
+    fit = ("data", "fit-codec", "small", photos, "--size", "16x16", "--training.steps", 2, "--training.batch_size", 2)
     before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
     assert "holds a data set" in fails(capsys, 2, *fit, "--out", tmp_path / "data")
     assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
@@ -170,7 +170,7 @@ def test_a_codec_takes_no_folder_of_something_else(tmp_path, capsys):
 def test_a_slip_of_the_pen_does_not_spoil_the_folder(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", 12)
     fit = ("data", "fit-codec", "small", photos, "--size", "16x16", "--out", tmp_path / "codec", "--training.steps", 2,
-           "--training.rows", 2, "--network.width", 8)  # fmt: skip
+           "--training.batch_size", 2, "--network.width", 8)  # fmt: skip
     assert "nosuch.pth" in fails(capsys, 1, *fit, "--training.perceptual", tmp_path / "nosuch.pth")
     command(*fit)
     assert (tmp_path / "codec" / "codec.json").exists()

@@ -30,13 +30,13 @@ from tests.profile import examples, few_samples
 from transfusion.codecs.codec import codec_of
 from transfusion.codecs.pixels import FLOOR, BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import DataConfig
+from transfusion.config import DataConfig, DigitsConfig
 from transfusion.data import sources as run_sources
-from transfusion.data.digits import NAMES, Digits, scans
-from transfusion.data.loader import BEGINNING, Encoder, Loader, Place, arrange, heldout_batches
+from transfusion.data.built_in.digits import NAMES, Digits, scans
+from transfusion.data.built_in.topics import EVERY, Topics, split_text
+from transfusion.data.loader import BEGINNING, Encoder, Loader, LoaderState, heldout_batches, reorder_and_drop
 from transfusion.data.packing import pack
-from transfusion.data.topics import EVERY, Topics, split_text
-from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, cut, lay_out
+from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, encode_document, split_chunk
 
 # Packing
 
@@ -45,9 +45,9 @@ from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, c
 @given(st.lists(documents() | pair_documents(), max_size=8), st.integers(20, 60), st.integers(0, 99))
 def test_every_position_is_packed_exactly_once_into_rows_that_fit(found, length, seed):
     rows = pack(found, length, VOCABULARY, seed)
-    pieces = [contents(piece) for document in found for piece in cut(lay_out(document, VOCABULARY), length)]
-    assert Counter(piece for row in contents_of(rows) for piece in row) == Counter(pieces)
-    used = [sum(len(piece) for piece in row.pieces) for row in rows]
+    chunks = [contents(chunk) for document in found for chunk in split_chunk(encode_document(document, VOCABULARY), length)]
+    assert Counter(chunk for row in contents_of(rows) for chunk in row) == Counter(chunks)
+    used = [sum(len(chunk) for chunk in row.chunks) for row in rows]
     assert all(0 < n <= length for n in used)
     assert all(one + other > length for one, other in combinations(used, 2))  # no two rows would fit into one
 
@@ -66,7 +66,7 @@ def test_packing_shuffles_rows_and_pieces():
     one, other = (contents_of(pack(found, 30, VOCABULARY, seed)) for seed in (0, 1))
     assert one != other
     assert Counter(tuple(sorted(row)) for row in one) == Counter(tuple(sorted(row)) for row in other)
-    longest_first = [[len(piece) for piece, *_ in row] for row in one]
+    longest_first = [[len(chunk) for chunk, *_ in row] for row in one]
     assert any(row != sorted(row, reverse=True) for row in longest_first)
 
 
@@ -79,8 +79,8 @@ def pair(key: int, pairs: int = 1) -> Document:
 
 
 def test_orders_and_dropped_captions_are_as_frequent_as_asked():
-    config = DataConfig(image_first=0.3, caption_dropout=0.2, image_first_max_time=0.5)
-    arranged = [arrange(pair(key), config) for key in range(5000)]
+    config = DataConfig(image_first=0.3, caption_dropout=0.2, image_first_max_t=0.5)
+    arranged = [reorder_and_drop(pair(key), config) for key in range(5000)]
     dropped = [document.segments[1] == Text((), loss=False) for document in arranged]
     turned = [isinstance(document.segments[0], Image) and not gone
               for document, gone in zip(arranged, dropped, strict=True)]  # fmt: skip
@@ -89,42 +89,43 @@ def test_orders_and_dropped_captions_are_as_frequent_as_asked():
     assert abs(np.mean(others) - 0.2) < 0.02
     for document, gone, first in zip(arranged, dropped, turned, strict=True):
         image = document.segments[0 if gone or first else 1]
-        assert image.max_time == (0.5 if first else 1.0)
+        assert image.max_t == (0.5 if first else 1.0)
 
 
 @many
 @given(pair_documents(caption_first=st.just(True)), st.sampled_from((0.0, 0.5, 1.0)))
 def test_image_first_turns_every_pair_and_limits_its_noise(document, limit):
-    config = DataConfig(image_first=1.0, caption_dropout=1.0, image_first_max_time=limit)
-    segments = arrange(document, config).segments
+    config = DataConfig(image_first=1.0, caption_dropout=1.0, image_first_max_t=limit)
+    segments = reorder_and_drop(document, config).segments
     assert segments[1::2] == document.segments[::2]  # captions as they were, with the loss they had
     for turned, image in zip(segments[::2], document.segments[1::2], strict=True):
         assert turned.content is image.content
         assert turned.loss == image.loss
-        assert turned.max_time == min(limit, image.max_time)
+        assert turned.max_t == min(limit, image.max_t)
 
 
 @many
 @given(pair_documents(caption_first=st.just(True)))
 def test_a_dropped_caption_leaves_bos_boi_and_nothing_to_learn_after_the_image(document):
-    arranged = arrange(document, DataConfig(image_first=0.0, caption_dropout=1.0))
+    arranged = reorder_and_drop(document, DataConfig(image_first=0.0, caption_dropout=1.0))
     if len(document.segments) > 2:
         assert arranged == document  # only single pairs lose their caption
         return
-    piece = lay_out(arranged, VOCABULARY)
+    chunk = encode_document(arranged, VOCABULARY)
     image = document.segments[1]
-    assert piece.tokens[:2].tolist() == [VOCABULARY.bos, VOCABULARY.boi[image.shape]]
-    assert piece.tokens[-2:].tolist() == [VOCABULARY.eoi, VOCABULARY.eos]
-    assert (piece.targets[1:] == NO_TARGET).all()
-    assert (piece.targets[0] != NO_TARGET) == image.loss
-    assert piece.images[0].image is image
+    assert chunk.tokens[:2].tolist() == [VOCABULARY.bos, VOCABULARY.boi[image.shape]]
+    assert chunk.tokens[-2:].tolist() == [VOCABULARY.eoi, VOCABULARY.eos]
+    assert (chunk.targets[1:] == NO_TARGET).all()
+    assert (chunk.targets[0] != NO_TARGET) == image.loss
+    assert chunk.images[0].image is image
 
 
 @some
 @given(documents(), pair_documents(caption_first=st.just(True)))
 def test_only_pairs_are_arranged_and_only_when_asked(document, of_pairs):
-    assert arrange(document, DataConfig(image_first=1.0, caption_dropout=1.0)) == document
-    assert arrange(of_pairs, DataConfig(image_first=0.0, caption_dropout=0.0)) == of_pairs
+    always = DataConfig(image_first=1.0, caption_dropout=1.0, condition_text_dropout=0.0, condition_dropout=0.0)
+    assert reorder_and_drop(document, always) == document
+    assert reorder_and_drop(of_pairs, DataConfig(image_first=0.0, caption_dropout=0.0)) == of_pairs
 
 
 # The loader
@@ -135,7 +136,7 @@ def encoder() -> Encoder:
     """Letters are ids of their own; pictures are taken as they are."""
     tokenizer = Tokenizer.train(["abc"], 256)
     codec = Pixels.fit([np.arange(256, dtype=np.uint8).reshape(16, 16, 1)])
-    config = DataConfig(row_length=96, rows=2, block=32)
+    config = DataConfig(seq_len=96, rows=2, shuffle_block=32)
     vocabulary = Vocabulary.build(tokenizer.size, [(4, 4), (8, 8)], patch_size=2)
     return Encoder(tokenizer, codec, vocabulary, config, seed=0)
 
@@ -145,7 +146,7 @@ def loader(rank: int = 0, world: int = 1, seed: int = 0, **config) -> Loader:
     return Loader([Notes("one", 5000), Notes("two", 1000, 40)], changed, rank, world)
 
 
-def take(number: int, loader: Loader, start: Place = BEGINNING) -> list:
+def take(number: int, loader: Loader, start: LoaderState = BEGINNING) -> list:
     return list(islice(loader.batches(start), number))
 
 
@@ -153,13 +154,13 @@ def take(number: int, loader: Loader, start: Place = BEGINNING) -> list:
 @given(st.integers(0, 99), st.integers(1, 3), st.sampled_from((5, 12, 16)))
 def test_ranks_deal_out_the_rows_of_one(seed, rows, block):
     """Rows r mod world of what one rank reads in batches as large as all of theirs together."""
-    whole = take(4, loader(seed=seed, rows=4 * rows, block=block))
-    ranks = [take(4, loader(rank, 4, seed, rows=rows, block=block)) for rank in range(4)]
+    whole = take(4, loader(seed=seed, rows=4 * rows, shuffle_block=block))
+    ranks = [take(4, loader(rank, 4, seed, rows=rows, shuffle_block=block)) for rank in range(4)]
     for n, (batch, place) in enumerate(whole):
         assert {found[n][1] for found in ranks} == {place}
         for rank in range(4):
             part = ranks[rank][n][0]
-            for name in ("tokens", "position", "document", "image"):
+            for name in ("tokens", "position_ids", "document_ids", "image_ids"):
                 assert torch.equal(getattr(part, name), getattr(batch, name)[rank::4])
         keys = Counter(key for found in ranks for group in found[n][0].groups for key in group.keys)
         assert keys == Counter(key for group in batch.groups for key in group.keys)
@@ -171,9 +172,9 @@ def test_ranks_deal_out_the_rows_of_one(seed, rows, block):
     st.integers(0, 99), st.integers(1, 3), st.sampled_from((3, 8, 16)), st.integers(0, 7), st.integers(1, 2)
 )
 def test_a_loader_resumes_from_any_place(seed, rows, block, interrupted, world):
-    expected = take(9, loader(0, world, seed, rows=rows, block=block))
+    expected = take(9, loader(0, world, seed, rows=rows, shuffle_block=block))
     place = expected[interrupted][1]
-    resumed = take(8 - interrupted, loader(0, world, seed, rows=rows, block=block), place)
+    resumed = take(8 - interrupted, loader(0, world, seed, rows=rows, shuffle_block=block), place)
     for (batch, after), (other, other_after) in zip(expected[interrupted + 1 :], resumed, strict=True):
         assert after == other_after
         assert same_batch(batch, other)
@@ -205,12 +206,12 @@ def test_a_block_holds_each_of_its_documents_once():
     for block in (0, 3):
         entries = [found.stream[n] for n in range(32 * block, 32 * block + 32)]
         expected = [
-            found.encoder.document(found.sources[source][id_], found.sources[source].name, epoch)
+            found.encoder.to_document(found.sources[source][id_], found.sources[source].name, epoch)
             for source, epoch, id_ in entries
         ]
-        pieces = [cut(lay_out(document, found.encoder.vocabulary), 96) for document in expected]
-        packed = Counter(piece for row in contents_of(found.rows_of(block)) for piece in row)
-        assert packed == Counter(contents(piece) for parts in pieces for piece in parts)
+        chunks = [split_chunk(encode_document(document, found.encoder.vocabulary), 96) for document in expected]
+        packed = Counter(chunk for row in contents_of(found.rows_of(block)) for chunk in row)
+        assert packed == Counter(contents(chunk) for parts in chunks for chunk in parts)
 
 
 def test_an_epoch_reads_every_document_once_in_an_order_of_its_own():
@@ -231,11 +232,11 @@ def test_an_epoch_reads_every_document_once_in_an_order_of_its_own():
 def test_chance_of_a_document_follows_from_seed_source_epoch_and_id():
     raw, other = Notes("one", 9)[3], Notes("one", 9)[6]
     keys = [
-        replace(encoder(), seed=seed).document(of, source, epoch).key
+        replace(encoder(), seed=seed).to_document(of, source, epoch).key
         for seed in (0, 1) for source in ("one", "two") for epoch in (0, 1) for of in (raw, other)
     ]  # fmt: skip
     assert len(set(keys)) == 16
-    assert encoder().document(raw, "one", 0).key == keys[0]
+    assert encoder().to_document(raw, "one", 0).key == keys[0]
 
 
 @examples(12, quick=5)
@@ -245,20 +246,22 @@ def test_chance_of_a_document_follows_from_seed_source_epoch_and_id():
 def test_sources_get_their_shares_of_the_positions(shares, means):
     """Shares are of positions, not of documents: a source of long documents is read less often."""
     sources = [Notes(name, 20_000, mean) for name, mean, _ in zip("abc", means, shares, strict=False)]
-    config = replace(encoder().config, sources=tuple("abc"[: len(shares)]), shares=tuple(map(float, shares)))
+    config = replace(encoder().config, sources=tuple("abc"[: len(shares)]), mixture_weights=tuple(map(float, shares)))
     with few_samples(1024):
         found = Loader(sources, replace(encoder(), config=config))
     positions = Counter()
     for source, epoch, id_ in (found.stream[n] for n in range(1500)):
-        document = found.encoder.document(sources[source][id_], sources[source].name, epoch)
-        positions[source] += len(lay_out(document, found.encoder.vocabulary))
+        document = found.encoder.to_document(sources[source][id_], sources[source].name, epoch)
+        positions[source] += len(encode_document(document, found.encoder.vocabulary))
     for source, share in enumerate(shares):
         assert abs(positions[source] / positions.total() - share / sum(shares)) < 0.02
 
 
 @cache
 def small_run() -> tuple[DataConfig, Encoder]:
-    config = DataConfig(sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, interleaved=0.15)
+    config = DataConfig(
+        sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, digits=DigitsConfig(interleaved=0.15)
+    )
     return config, run_sources.fit(config, patch_size=2, seed=0)
 
 
@@ -267,10 +270,10 @@ def test_digits_and_topics_get_their_shares_within_a_few_blocks():
     with few_samples(1024):
         found = Loader(run_sources.open_sources(config, "train"), fitted)
     positions = [0, 0]
-    for n in range(3 * config.block):
+    for n in range(3 * config.shuffle_block):
         source, epoch, id_ = found.stream[n]
-        document = fitted.document(found.sources[source][id_], found.sources[source].name, epoch)
-        positions[source] += len(lay_out(document, fitted.vocabulary))
+        document = fitted.to_document(found.sources[source][id_], found.sources[source].name, epoch)
+        positions[source] += len(encode_document(document, fitted.vocabulary))
     assert abs(positions[1] / sum(positions) - 0.15) < 0.02
 
 
@@ -365,12 +368,12 @@ def test_a_text_is_split_between_paragraphs_only(text, longest):
 
 def test_fit_sees_only_training_documents_and_numbers_what_it_finds():
     config, fitted = small_run()
-    source = Digits("train", config.interleaved)
-    pictures = [part.pixels for n in range(config.codec_documents) for part in source[n].segments[1::2]]
+    source = Digits("train", config.digits.interleaved)
+    pictures = [part.pixels for n in range(config.fit_documents) for part in source[n].segments[1::2]]
     expected = Pixels.fit(pictures)
     assert all(np.array_equal(x, expected.tensors()[name]) for name, x in fitted.codec.tensors().items())
     assert fitted.vocabulary.boi.keys() == {(8, 8)}
-    assert fitted.vocabulary.text == fitted.tokenizer.size <= config.text_ids
+    assert fitted.vocabulary.num_text_tokens == fitted.tokenizer.size <= config.tokenizer_size
 
 
 @pytest.mark.parametrize(("config", "patch_size", "word"), [
@@ -479,7 +482,7 @@ def check_statistics(codec, found):
     latents = np.stack([codec.encode(picture) for picture in found])  # (n, C, Y, X)
     assert latents.dtype == np.float32
     values = latents.transpose(1, 0, 2, 3).reshape(codec.channels, -1)
-    changing = codec.deviation > FLOOR
+    changing = codec.std > FLOOR
     assert np.abs(values.mean(1)).max() < 1e-3
     assert np.abs(values.std(1)[changing] - 1).max(initial=0) < 1e-3
     assert values.std(1)[~changing].max(initial=0) < 1 + 1e-3
@@ -491,8 +494,12 @@ def check_rebuilt(codec, picture):
     rebuilt = codec_of(codec.kind, {name: np.array(values) for name, values in codec.tensors().items()})
     assert np.array_equal(rebuilt.encode(picture), codec.encode(picture))
     assert np.array_equal(rebuilt.decode(codec.encode(picture)), codec.decode(codec.encode(picture)))
-    assert (rebuilt.channels, rebuilt.scale, rebuilt.colours) == (codec.channels, codec.scale, codec.colours)
-    assert rebuilt.colours == picture.shape[2]
+    assert (rebuilt.channels, rebuilt.downsampling, rebuilt.image_channels) == (
+        codec.channels,
+        codec.downsampling,
+        codec.image_channels,
+    )
+    assert rebuilt.image_channels == picture.shape[2]
 
 
 @some

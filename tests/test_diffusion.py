@@ -14,19 +14,19 @@ from transfusion.config import DiffusionConfig
 
 diffusers = Lazy("diffusers")
 
-PATHS = ("cosine", "straight")
-PREDICTIONS = ("noise", "velocity", "clean")
+PATHS = ("cosine", "rectified_flow")
+PREDICTIONS = ("epsilon", "velocity", "x0")
 # the t where it can be: noise predictions divide by the signal, clean ones by the noise's scale. At t = 1
 # the cosine path keeps a signal of 5e-5, the straight one none; at t = 0 neither path has noise
-RANGES = {"noise": (0.0, 0.999), "velocity": (0.0, 1.0), "clean": (1e-3, 1.0)}
+RANGES = {"epsilon": (0.0, 0.999), "velocity": (0.0, 1.0), "x0": (1e-3, 1.0)}
 
 
 @st.composite
 def configs(draw, predictions=PREDICTIONS):
     """A path, a prediction and what the loss is taken on, where that may be."""
     prediction = draw(st.sampled_from(predictions))
-    on = draw(st.sampled_from(("prediction",) if prediction == "noise" else ("prediction", "velocity")))
-    return DiffusionConfig(path=draw(st.sampled_from(PATHS)), prediction=prediction, loss_on=on)
+    on = draw(st.sampled_from(("prediction",) if prediction == "epsilon" else ("prediction", "velocity")))
+    return DiffusionConfig(noise_schedule=draw(st.sampled_from(PATHS)), prediction=prediction, loss_space=on)
 
 
 def latents(seed: int, N: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,8 +56,8 @@ def test_a_perfect_prediction_gives_back_clean_and_noise(config, data, seed):
     clean, noise = latents(seed)
     noisy = diffusion.add_noise(clean, noise, t, config)
     said = diffusion.target(clean, noise, t, config)
-    estimate = diffusion.read_prediction(noisy, said, t, config)
-    torch.testing.assert_close(estimate.clean, clean, rtol=0, atol=1e-9)
+    estimate = diffusion.to_x0_and_noise(noisy, said, t, config)
+    torch.testing.assert_close(estimate.x0, clean, rtol=0, atol=1e-9)
     torch.testing.assert_close(estimate.noise, noise, rtol=0, atol=1e-9)
 
 
@@ -69,8 +69,8 @@ def test_there_and_back_in_single_precision(config, data, seed):
     t = data.draw(times(max(low, 0.01), min(high, 0.99)), label="t").float()
     clean, noise = (x.float() for x in latents(seed))
     noisy = diffusion.add_noise(clean, noise, t, config)
-    estimate = diffusion.read_prediction(noisy, diffusion.target(clean, noise, t, config), t, config)
-    torch.testing.assert_close(estimate.clean, clean, rtol=0, atol=2e-4)
+    estimate = diffusion.to_x0_and_noise(noisy, diffusion.target(clean, noise, t, config), t, config)
+    torch.testing.assert_close(estimate.x0, clean, rtol=0, atol=2e-4)
     torch.testing.assert_close(estimate.noise, noise, rtol=0, atol=2e-4)
 
 
@@ -78,14 +78,14 @@ def test_there_and_back_in_single_precision(config, data, seed):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_both_ends_of_the_path_stay_finite(path, prediction):
     """Where an end cannot be found by dividing, the estimate is still a number."""
-    config = DiffusionConfig(path=path, prediction=prediction)
+    config = DiffusionConfig(noise_schedule=path, prediction=prediction)
     clean, noise = (x.float() for x in latents(0, N=2))
     t = torch.tensor([0.0, 1.0])
     noisy = diffusion.add_noise(clean, noise, t, config)
-    estimate = diffusion.read_prediction(noisy, diffusion.target(clean, noise, t, config), t, config)
-    assert estimate.clean.isfinite().all()
+    estimate = diffusion.to_x0_and_noise(noisy, diffusion.target(clean, noise, t, config), t, config)
+    assert estimate.x0.isfinite().all()
     assert estimate.noise.isfinite().all()
-    torch.testing.assert_close(estimate.clean[0], clean[0])
+    torch.testing.assert_close(estimate.x0[0], clean[0])
     torch.testing.assert_close(estimate.noise[1], noise[1], rtol=0, atol=2e-4)
 
 
@@ -96,8 +96,8 @@ def test_what_an_estimate_says_makes_the_noisy_latent_again(config, data, seed):
     low, high = RANGES[config.prediction]
     t = data.draw(times(low, high), label="t")
     noisy, said = latents(seed)
-    estimate = diffusion.read_prediction(noisy, said, t, config)
-    again = diffusion.add_noise(estimate.clean, estimate.noise, t, config)
+    estimate = diffusion.to_x0_and_noise(noisy, said, t, config)
+    again = diffusion.add_noise(estimate.x0, estimate.noise, t, config)
     torch.testing.assert_close(again, noisy, rtol=0, atol=1e-9)
 
 
@@ -107,7 +107,7 @@ def test_what_an_estimate_says_makes_the_noisy_latent_again(config, data, seed):
 def test_the_cosine_path_is_diffusers_squaredcos():
     theirs = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000  # their index k is our step k + 1
-    signal, scale = diffusion.signal_and_scale(t, "cosine")
+    signal, scale = diffusion.alpha_sigma(t, "cosine")
     torch.testing.assert_close(signal**2, theirs.double(), rtol=2e-5, atol=5e-12)  # the last is 2.4e-9
     torch.testing.assert_close(scale**2, 1 - theirs.double(), rtol=2e-5, atol=1e-7)
 
@@ -115,14 +115,14 @@ def test_the_cosine_path_is_diffusers_squaredcos():
 @some
 @given(times(), st.sampled_from(PATHS))
 def test_paths_go_from_clean_to_noise(t, path):
-    signal, scale = diffusion.signal_and_scale(t, path)
-    ends = diffusion.signal_and_scale(torch.tensor([0.0, 1.0], dtype=torch.float64), path)
+    signal, scale = diffusion.alpha_sigma(t, path)
+    ends = diffusion.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64), path)
     torch.testing.assert_close(torch.stack(ends), torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-4)
     if path == "cosine":
         torch.testing.assert_close(signal**2 + scale**2, torch.ones_like(t))
     else:
         torch.testing.assert_close(signal + scale, torch.ones_like(t))
-    later = diffusion.signal_and_scale((t + 0.01).clamp(max=1), path)
+    later = diffusion.alpha_sigma((t + 0.01).clamp(max=1), path)
     assert (later[0] <= signal).all()
     assert (later[1] >= scale).all()
 
@@ -130,7 +130,7 @@ def test_paths_go_from_clean_to_noise(t, path):
 def test_single_precision_times_lose_nothing_of_the_schedule():
     t = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for path in PATHS:
-        single, double = diffusion.signal_and_scale(t, path), diffusion.signal_and_scale(t.double(), path)
+        single, double = diffusion.alpha_sigma(t, path), diffusion.alpha_sigma(t.double(), path)
         assert single[0].dtype == single[1].dtype == torch.float32
         torch.testing.assert_close(torch.stack(single).double(), torch.stack(double), rtol=1e-6, atol=1e-7)
 
@@ -142,8 +142,8 @@ def test_single_precision_times_lose_nothing_of_the_schedule():
 @given(times(), st.integers(0, 2**31), st.sampled_from(PATHS))
 def test_noise_is_added_as_the_path_says(t, seed, path):
     clean, noise = latents(seed)
-    signal, scale = (column(x) for x in diffusion.signal_and_scale(t, path))
-    noisy = diffusion.add_noise(clean, noise, t, DiffusionConfig(path=path))
+    signal, scale = (column(x) for x in diffusion.alpha_sigma(t, path))
+    noisy = diffusion.add_noise(clean, noise, t, DiffusionConfig(noise_schedule=path))
     torch.testing.assert_close(noisy, signal * clean + scale * noise)
 
 
@@ -153,20 +153,20 @@ def test_targets_are_what_their_names_say(data, seed):
     t = data.draw(times(), label="t")
     clean, noise = latents(seed)
     for path in PATHS:
-        kinds = [DiffusionConfig(path=path, prediction=prediction) for prediction in PREDICTIONS]
+        kinds = [DiffusionConfig(noise_schedule=path, prediction=prediction) for prediction in PREDICTIONS]
         said = {config.prediction: diffusion.target(clean, noise, t, config) for config in kinds}
-        assert torch.equal(said["noise"], noise)
-        assert torch.equal(said["clean"], clean)
-        if path == "straight":
+        assert torch.equal(said["epsilon"], noise)
+        assert torch.equal(said["x0"], clean)
+        if path == "rectified_flow":
             torch.testing.assert_close(said["velocity"], noise - clean)
         else:
-            signal, scale = (column(x) for x in diffusion.signal_and_scale(t, path))
+            signal, scale = (column(x) for x in diffusion.alpha_sigma(t, path))
             torch.testing.assert_close(said["velocity"], signal * noise - scale * clean)
 
 
 def test_a_straight_velocity_is_the_derivative_of_the_path():
     clean, noise = latents(0)
-    config = DiffusionConfig(path="straight", prediction="velocity")
+    config = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity")
     t = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
     ahead, behind = (diffusion.add_noise(clean, noise, t + d, config) for d in (1e-4, -1e-4))
     torch.testing.assert_close(diffusion.target(clean, noise, t, config), (ahead - behind) / 2e-4)
@@ -174,7 +174,7 @@ def test_a_straight_velocity_is_the_derivative_of_the_path():
 
 def test_a_cosine_velocity_is_the_derivative_by_the_angle():
     clean, noise = latents(0)
-    config = DiffusionConfig(path="cosine", prediction="velocity")
+    config = DiffusionConfig(noise_schedule="cosine", prediction="velocity")
     t = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
     ends = [(diffusion.add_noise(clean, noise, t + d, config), angle(t + d)) for d in (1e-4, -1e-4)]
     (ahead, after), (behind, before) = ends
@@ -183,7 +183,7 @@ def test_a_cosine_velocity_is_the_derivative_by_the_angle():
 
 
 def angle(t: torch.Tensor) -> torch.Tensor:
-    signal, scale = diffusion.signal_and_scale(t, "cosine")
+    signal, scale = diffusion.alpha_sigma(t, "cosine")
     return torch.atan2(scale, signal)
 
 
@@ -212,10 +212,10 @@ def test_the_error_is_each_images_mean_of_squares(config, seed, data):
     assert error.shape == (3,)
     for n in range(3):
         wrong = said[n] - diffusion.target(clean, noise, t, config)[n]
-        if config.prediction == "clean" and config.loss_on == "velocity":
-            signal, scale = (float(x[n]) for x in diffusion.signal_and_scale(t, config.path))
+        if config.prediction == "x0" and config.loss_space == "velocity":
+            signal, scale = (float(x[n]) for x in diffusion.alpha_sigma(t, config.noise_schedule))
             implied = (noisy[n] - signal * said[n]) / scale  # the noise that goes with what was said
-            if config.path == "straight":
+            if config.noise_schedule == "rectified_flow":
                 wrong = (implied - said[n]) - (noise[n] - clean[n])
             else:
                 wrong = (signal * implied - scale * said[n]) - (signal * noise[n] - scale * clean[n])
@@ -226,7 +226,7 @@ def test_the_error_is_each_images_mean_of_squares(config, seed, data):
 def test_the_error_is_summed_in_single_precision():
     """Under bfloat16 a mean over a latent would lose its last digits."""
     clean = torch.full((1, 1, 64, 64), 1.0, dtype=torch.bfloat16)
-    config = DiffusionConfig(prediction="clean")
+    config = DiffusionConfig(prediction="x0")
     error = diffusion.squared_error(clean, clean, clean, clean + 0.125, torch.tensor([0.5]), config)
     assert error.dtype == torch.float32
     assert float(error) == 0.125**2
@@ -242,41 +242,41 @@ def test_the_error_is_summed_in_single_precision():
     st.floats(0.2, 8),
     st.integers(0, 2**31),
 )
-def test_a_time_is_at_most_max_time_and_follows_from_its_generator(max_time, law, shift, seed):
-    config = DiffusionConfig(time_law=law, shift=shift)
-    drawn = [diffusion.draw_time(torch.Generator().manual_seed(seed), max_time, config) for _ in range(2)]
+def test_a_time_is_at_most_max_time_and_follows_from_its_generator(max_t, law, shift, seed):
+    config = DiffusionConfig(t_distribution=law, t_shift=shift)
+    drawn = [diffusion.sample_t(torch.Generator().manual_seed(seed), max_t, config) for _ in range(2)]
     assert drawn[0] == drawn[1]
-    assert 0 <= drawn[0] <= max_time
+    assert 0 <= drawn[0] <= max_t
     generator = torch.Generator().manual_seed(seed)
-    several = {diffusion.draw_time(generator, max_time, config) for _ in range(20)}
-    assert len(several) == (20 if max_time else 1)
+    several = {diffusion.sample_t(generator, max_t, config) for _ in range(20)}
+    assert len(several) == (20 if max_t else 1)
 
 
-@pytest.mark.parametrize("max_time", [0.5, 1.0])
+@pytest.mark.parametrize("max_t", [0.5, 1.0])
 @pytest.mark.parametrize(("law", "quartiles"), [
     ("uniform", (0.25, 0.5, 0.75)),
     ("logit_normal", (0.3375, 0.5, 0.6625)),  # sigmoid of -0.6745, 0 and 0.6745
 ])  # fmt: skip
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_times_have_the_law_that_the_config_names(law, quartiles, shift, max_time):
-    config = DiffusionConfig(time_law=law, shift=shift)
+def test_times_have_the_law_that_the_config_names(law, quartiles, shift, max_t):
+    config = DiffusionConfig(t_distribution=law, t_shift=shift)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([diffusion.draw_time(generator, max_time, config) for _ in range(4000)])
-    expected = [max_time * shift * q / (1 + (shift - 1) * q) for q in quartiles]
+    drawn = torch.tensor([diffusion.sample_t(generator, max_t, config) for _ in range(4000)])
+    expected = [max_t * shift * q / (1 + (shift - 1) * q) for q in quartiles]
     found = drawn.quantile(torch.tensor([0.25, 0.5, 0.75]))
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.03 * max_time)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.03 * max_t)
 
 
 @some
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.1, 10))
 def test_a_shift_keeps_ends_and_order_and_leans_to_noise(one, other, shift):
-    moved = [diffusion.shift_time(t, shift) for t in (0.0, *sorted((one, other)), 1.0)]
+    moved = [diffusion.shift_t(t, shift) for t in (0.0, *sorted((one, other)), 1.0)]
     assert moved[0] == 0
     assert math.isclose(moved[-1], 1)
     assert moved == sorted(moved)
-    assert math.isclose(diffusion.shift_time(one, 1.0), one)
+    assert math.isclose(diffusion.shift_t(one, 1.0), one)
     assert (moved[1] >= min(one, other) - 1e-12) if shift >= 1 else (moved[1] <= min(one, other) + 1e-12)
-    assert math.isclose(diffusion.shift_time(diffusion.shift_time(one, shift), 1 / shift), one, abs_tol=1e-9)
+    assert math.isclose(diffusion.shift_t(diffusion.shift_t(one, shift), 1 / shift), one, abs_tol=1e-9)
 
 
 # What is refused
@@ -284,11 +284,11 @@ def test_a_shift_keeps_ends_and_order_and_leans_to_noise(one, other, shift):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_velocity_loss_on_noise_predictions(path):
-    with pytest.raises(ValueError, match="loss_on"):
-        DiffusionConfig(path=path, prediction="noise", loss_on="velocity")
+    with pytest.raises(ValueError, match="loss_space"):
+        DiffusionConfig(noise_schedule=path, prediction="epsilon", loss_space="velocity")
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0])
 def test_no_shift_that_leaves_no_time(shift):
     with pytest.raises(ValueError, match="shift"):
-        DiffusionConfig(shift=shift)
+        DiffusionConfig(t_shift=shift)

@@ -17,7 +17,7 @@ def picture() -> np.ndarray:
 
 
 def edit() -> RawDocument:
-    before = RawImage(picture(), loss=False, max_time=0)
+    before = RawImage(picture(), loss=False, max_t=0)
     return RawDocument((before, RawText("make it red", loss=False), RawImage(picture())))
 
 

@@ -20,9 +20,9 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DiffusionConfig, GenerationConfig
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.cache import Cache
-from transfusion.inference.engine import Drawn, Engine, Finished, Previewed, Request, Written
-from transfusion.inference.samplers import Walk, sampler_of
-from transfusion.sequence import Document, Image, Text, lay_out
+from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
+from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.sequence import Document, Image, Text, encode_document
 
 few = examples(12, quick=5)
 some = examples(25, quick=10)
@@ -35,7 +35,7 @@ NETWORKS = [
     {},
     {"kv_heads": 2, "qk_norm": True},
     {"image_attention": "causal"},
-    {"kv_heads": 1, "post_norm": True, "tied": True},
+    {"kv_heads": 1, "post_norm": True, "tie_word_embeddings": True},
 ]
 
 
@@ -46,7 +46,7 @@ def generation(engine: Engine, **changes) -> GenerationConfig:
 def to_the_end(engine: Engine) -> list:
     """All events of what was submitted."""
     events = []
-    while engine.rows:
+    while engine.sequences:
         events += engine.step()
     return events
 
@@ -73,8 +73,8 @@ def same_answers(found, expected) -> None:
 
 def settled(engine: Engine) -> None:
     """No row is left, and every slot is free again, once, but those that hold bos and boi."""
-    assert not engine.rows
-    held = list(engine.free_slots.values())
+    assert not engine.sequences
+    held = list(engine.uncond_slots.values())
     assert sorted(engine.cache.free + held) == list(range(len(engine.cache.lengths)))
 
 
@@ -87,25 +87,25 @@ def settled(engine: Engine) -> None:
 def test_reading_in_pieces_is_reading_at_once(network, chosen, data):
     """Rows of different lengths, each cut at its own places; inside an image there is no place to cut."""
     ours = engine(**network)
-    pieces, logits = [], []
+    chunks, logits = [], []
     for parts in chosen:
-        piece = lay_out(Document(prompt_segments(parts)), ours.vocabulary, ends=False)
+        chunk = encode_document(Document(prompt_segments(parts)), ours.vocabulary, ends=False)
         inside = {
-            p.start + n for p in piece.images for n in range(1, ours.vocabulary.patches(p.image.shape))
+            p.start + n for p in chunk.images for n in range(1, ours.vocabulary.patches(p.image.shape))
         }
-        places = [n for n in range(1, len(piece)) if n not in inside]
+        places = [n for n in range(1, len(chunk)) if n not in inside]
         cuts = sorted(data.draw(st.sets(st.sampled_from(places), max_size=4))) if places else []
-        pieces.append([piece.part(*ends) for ends in zip([0, *cuts], [*cuts, len(piece)], strict=True)])
+        chunks.append([chunk.part(*ends) for ends in zip([0, *cuts], [*cuts, len(chunk)], strict=True)])
         logits.append(uncached(ours, prompt_segments(parts))[0])
-    slots = [ours.cache.acquire() for _ in pieces]
-    for turn in range(max(map(len, pieces))):
-        rows = [n for n, parts in enumerate(pieces) if turn < len(parts)]
-        found = text_mode.read(
-            ours.model, ours.cache, [slots[n] for n in rows], [pieces[n][turn] for n in rows], ours.vocabulary
+    slots = [ours.cache.acquire() for _ in chunks]
+    for turn in range(max(map(len, chunks))):
+        rows = [n for n, parts in enumerate(chunks) if turn < len(parts)]
+        found = text_mode.prefill(
+            ours.model, ours.cache, [slots[n] for n in rows], [chunks[n][turn] for n in rows], ours.vocabulary
         )
         for n, after in zip(rows, found, strict=True):
             place = ours.cache.lengths[slots[n]] - 1
-            assert place == sum(map(len, pieces[n][: turn + 1])) - 1
+            assert place == sum(map(len, chunks[n][: turn + 1])) - 1
             torch.testing.assert_close(after, logits[n][place], rtol=0, atol=1e-5)
 
 
@@ -118,9 +118,9 @@ def test_an_image_behind_its_cached_prefix_is_one_in_the_whole_sequence(network,
     for parts in chosen:
         slots.append(ours.cache.acquire())
         segments = prompt_segments(parts)
-        prefix = lay_out(Document(segments), ours.vocabulary, ends=False)
-        prefix = prefix.followed_by(ours.vocabulary.boi[shape])
-        text_mode.read(ours.model, ours.cache, slots[-1:], [prefix], ours.vocabulary)
+        prefix = encode_document(Document(segments), ours.vocabulary, ends=False)
+        prefix = prefix.append(ours.vocabulary.boi[shape])
+        text_mode.prefill(ours.model, ours.cache, slots[-1:], [prefix], ours.vocabulary)
         noisy.append(torch.from_numpy(picture(shape, data.draw(seeds)).transpose(2, 0, 1).copy()))
         times.append(data.draw(st.floats(0, 1)))
         expected.append(uncached(ours, [*segments, Image(noisy[-1].numpy())], times[-1])[1])
@@ -136,16 +136,16 @@ def check_against_uncached(ours: Engine, parts, events) -> None:
     vocabulary, segments, written = ours.vocabulary, list(prompt_segments(parts)), []
     history = [list(segments)]  # the document as it stood when each image was begun
     for event in events:
-        if isinstance(event, Written):
+        if isinstance(event, TokenEvent):
             written.append(event.token)
-        elif isinstance(event, Drawn):
+        elif isinstance(event, ImageEvent):
             segments += [Text(tuple(written)), Image(event.pixels.transpose(2, 0, 1).copy())]
             history[-1].append(Text(tuple(written)))
             history.append(list(segments))
             written = []
-    whole = lay_out(Document((*segments, Text(tuple(written)))), vocabulary, ends=False)
+    whole = encode_document(Document((*segments, Text(tuple(written)))), vocabulary, ends=False)
     logits = uncached(ours, [*segments, Text(tuple(written))])[0]
-    free = [call for call in ours.model.calls if call.slots[0] in ours.free_slots.values()]
+    free = [call for call in ours.model.calls if call.slots[0] in ours.uncond_slots.values()]
     texts = [call for call in ours.model.calls if call.kind in ("read", "write") and call not in free]
     # Every token and marker went into the cache once, in its place; also sampled bois and eois (B3, B5).
     assert torch.cat([call.tokens[0] for call in texts]).tolist() == whole.tokens.tolist()
@@ -189,13 +189,13 @@ def test_free_runs_draw_and_write_on():
 @given(prompts, st.sampled_from(SIZES), st.sampled_from((1.0, 0.0, 2.5)), st.booleans(), seeds)
 def test_a_drawing_is_the_sampler_driven_by_guided_uncached_predictions(parts, size, scale, clipped, seed):
     ours = engine()
-    asked = generation(ours, guidance_scale=scale, clip_clean=clipped)
+    asked = generation(ours, guidance_scale=scale, clip_x0=clipped)
     ours.submit(Request(tuple(parts), num_images=1, size=size, seed=seed, generation=asked))
-    (drawn,) = [event for event in to_the_end(ours) if isinstance(event, Drawn)]
+    (drawn,) = [event for event in to_the_end(ours) if isinstance(event, ImageEvent)]
     segments = prompt_segments(parts)
     first = next(call for call in ours.model.calls if call.kind.startswith("draw"))
-    walk = Walk(asked.steps, ours.run.diffusion, ours.bound if clipped else None, torch.Generator())
-    sampler = sampler_of(asked.sampler, ours.run.diffusion)(first.noisy[0][:1], walk)
+    walk = SamplingSchedule(asked.steps, ours.run.diffusion, ours.bound if clipped else None, torch.Generator())
+    sampler = get_sampler(asked.sampler, ours.run.diffusion.noise_schedule)(first.noisy[0][:1], walk)
     noisy, t = next(sampler)
     while True:
         image = Image(noisy[0].numpy())
@@ -273,16 +273,16 @@ def test_requests_that_come_later_change_nothing(timed):
         alone.submit(request_of(alone, made))
         expected = to_the_end(alone)
         for draw in range(made[1] or 1):
-            mine = [e for e in events if (e.request, e.draw) == (number, draw)]
-            theirs = [e for e in expected if e.draw == draw]
+            mine = [e for e in events if (e.request, e.sample_index) == (number, draw)]
+            theirs = [e for e in expected if e.sample_index == draw]
             assert [type(e) for e in mine] == [type(e) for e in theirs]
             for one, other in zip(mine, theirs, strict=True):
                 match one:
-                    case Written():
+                    case TokenEvent():
                         assert (one.token, one.text) == (other.token, other.text)
-                    case Drawn():
+                    case ImageEvent():
                         np.testing.assert_allclose(one.pixels, other.pixels, rtol=0, atol=1e-4)
-                    case Finished():
+                    case FinishEvent():
                         assert one.reason == other.reason
 
 
@@ -317,20 +317,20 @@ def test_one_forward_pass_per_kind_and_step_and_none_for_rows_that_wait(chosen):
     ours = warm(engine(draw_now_and_then))
     for made in chosen:
         ours.submit(request_of(ours, made))
-    while ours.rows:
-        reading = [row for row in ours.rows if row.unread is not None]
+    while ours.sequences:
+        reading = [row for row in ours.sequences if not isinstance(row.phase, Draw)]
         events = ours.step()
         calls = {call.kind: call for call in ours.model.calls}
         assert len(calls) == len(ours.model.calls)
         ours.model.calls.clear()
         own = {call.kind: len(call.slots) for call in calls.values()}
         assert own.pop("write", 0) + own.pop("read", 0) == len(reading)
-        finished = [e for e in events if isinstance(e, Drawn)]
-        drawn = [(row.number, row.drawing.shape) for row in ours.rows if row.drawing is not None]
+        finished = [e for e in events if isinstance(e, ImageEvent)]
+        drawn = [(row.request_number, row.phase.image.shape) for row in ours.sequences if isinstance(row.phase, Draw)]
         drawn += [(event.request, event.pixels.shape[:2]) for event in finished]
         branches = Counter()
         for number, shape in drawn:
-            guided = chosen[number - ours.requests + len(chosen) - 1][4]["guidance_scale"] != 1
+            guided = chosen[number - ours.num_requests + len(chosen) - 1][4]["guidance_scale"] != 1
             branches[f"draw {shape}"] += 1 + guided
         assert own == branches
         for call in calls.values():
@@ -345,7 +345,7 @@ def test_one_forward_pass_per_kind_and_step_and_none_for_rows_that_wait(chosen):
 def test_a_prompt_is_read_once_however_many_are_drawn_from_it(parts, num, scale):
     ours = warm(engine())
     ours.generate([Request(tuple(parts), num, generation=generation(ours, guidance_scale=scale))])
-    prompt = lay_out(Document(prompt_segments(parts)), ours.vocabulary, ends=False)
+    prompt = encode_document(Document(prompt_segments(parts)), ours.vocabulary, ends=False)
     reads = [call.tokens.shape for call in ours.model.calls if not call.kind.startswith("draw")]
     assert reads == [(1, len(prompt) + 1)]
     draws = [call for call in ours.model.calls if call.kind.startswith("draw")]
@@ -362,7 +362,7 @@ def test_without_guidance_there_is_no_second_branch(parts, size):
     ours.generate([
         Request(tuple(parts), 1, size=size, generation=asked), Request(tuple(parts), generation=asked)
     ])  # fmt: skip
-    assert not ours.free_slots
+    assert not ours.uncond_slots
     assert all(len(call.slots) <= 2 for call in ours.model.calls)
     assert not any(call.tokens.tolist() == [[ours.vocabulary.bos, b]] for call in ours.model.calls
                    for b in ours.vocabulary.boi.values())  # fmt: skip
@@ -434,8 +434,8 @@ def test_a_free_run_ends_with_eos_or_at_its_limit(parts, seed, liking):
     ours = engine(lambda v: {v.eos: liking})
     ours.submit(Request(tuple(parts), seed=seed))
     events = to_the_end(ours)
-    assert [isinstance(event, Finished) for event in events] == [False] * (len(events) - 1) + [True]
-    written = sum(isinstance(event, Written | Drawn) for event in events)
+    assert [isinstance(event, FinishEvent) for event in events] == [False] * (len(events) - 1) + [True]
+    written = sum(isinstance(event, TokenEvent | ImageEvent) for event in events)
     assert (events[-1].reason == "length") == (written == 12) or events[-1].reason == "eos"
     assert liking == 0 or events[-1].reason == ("length" if liking < 0 else "eos") or written == 12
 
@@ -443,7 +443,7 @@ def test_a_free_run_ends_with_eos_or_at_its_limit(parts, seed, liking):
 def test_a_request_that_may_not_draw_only_writes():
     """Even with a model that wants nothing else, and beside one that may."""
     ours = engine(lambda v: {v.eos: -1e4} | dict.fromkeys(v.boi.values(), 1e3))
-    requests = [Request(("a house",), seed=3, may_draw=may) for may in (True, False)]
+    requests = [Request(("a house",), seed=3, allow_images=may) for may in (True, False)]
     (free,), (text,) = ours.generate(requests)
     assert all(isinstance(part, np.ndarray) for part in free.parts)
     assert text.reason == "length" and [type(part) for part in text.parts] == [str]
@@ -454,11 +454,11 @@ def test_a_request_that_may_not_draw_only_writes():
 @given(prompts, seeds, st.sampled_from((0.0, 0.5, 1.0)), st.sampled_from((0.01, 0.9, 1.0)))
 def test_markers_padding_and_unused_ids_are_never_written(parts, seed, temperature, top_p):
     """Even by a model that wants nothing else (B12)."""
-    ours = engine(lambda v: dict.fromkeys([v.bos, v.pad, v.eoi, *range(v.used, v.size)], 1e4))
-    allowed = {*range(ours.vocabulary.text)}
+    ours = engine(lambda v: dict.fromkeys([v.bos, v.pad, v.eoi, *range(v.num_used, v.size)], 1e4))
+    allowed = {*range(ours.vocabulary.num_text_tokens)}
     asked = generation(ours, temperature=temperature, top_p=top_p)
     ours.submit(Request(tuple(parts), seed=seed, generation=asked))
-    written = [event.token for event in to_the_end(ours) if isinstance(event, Written)]
+    written = [event.token for event in to_the_end(ours) if isinstance(event, TokenEvent)]
     assert set(written) <= allowed
     read = {call.tokens.item() for call in ours.model.calls if call.kind == "write" and call.position.item()}
     assert read <= allowed | set(ours.vocabulary.boi.values())
@@ -473,7 +473,7 @@ def test_a_token_is_chosen_among_the_likeliest_that_are_allowed(logits, allowed,
     values = torch.tensor(logits)
     may = torch.tensor([n in allowed for n in range(6)])
     config = GenerationConfig(temperature=temperature, top_p=top_p)
-    token = text_mode.choose(values, may, config, torch.Generator().manual_seed(seed))
+    token = text_mode.sample_token(values, may, config, torch.Generator().manual_seed(seed))
     assert token in allowed
     if temperature == 0:
         assert logits[token] == max(logits[n] for n in allowed)
@@ -487,17 +487,17 @@ def test_a_token_is_chosen_among_the_likeliest_that_are_allowed(logits, allowed,
 def test_a_temperature_near_zero_is_greedy(temperature):
     config = GenerationConfig(temperature=temperature)
     values, may = torch.tensor([3.0, -20.0, 5.0, 30.0]), torch.tensor([True, True, True, False])
-    assert text_mode.choose(values, may, config, torch.Generator()) == 2
+    assert text_mode.sample_token(values, may, config, torch.Generator()) == 2
 
 
 @some
 @given(prompts, st.integers(1, 9), st.integers(0, 40), st.booleans(), seeds)
 def test_max_tokens_and_context_are_never_passed_images_included(parts, max_tokens, room, drawing, seed):
-    prompt = lay_out(Document(prompt_segments(parts)), engine().vocabulary, ends=False)
+    prompt = encode_document(Document(prompt_segments(parts)), engine().vocabulary, ends=False)
     ours = engine(never_end if drawing else None, context=len(prompt) + room)
     ours.submit(Request(tuple(parts), seed=seed, generation=generation(ours, max_tokens=max_tokens)))
     events = to_the_end(ours)
-    assert sum(isinstance(event, Written | Drawn) for event in events) <= max_tokens
+    assert sum(isinstance(event, TokenEvent | ImageEvent) for event in events) <= max_tokens
     for call in ours.model.calls:
         assert call.position.max() < ours.context
         assert call.mask_keys <= ours.context
@@ -510,7 +510,7 @@ def test_max_tokens_and_context_are_never_passed_images_included(parts, max_toke
 def test_the_context_holds_a_prompt_and_its_image_exactly_or_refuses(parts, size):
     measure = engine()
     shape = size[::-1]
-    prompt = lay_out(Document(prompt_segments(parts)), measure.vocabulary, ends=False)
+    prompt = encode_document(Document(prompt_segments(parts)), measure.vocabulary, ends=False)
     needed = len(prompt) + 1 + measure.vocabulary.patches(shape)
     exact = engine(context=needed)
     (answers,) = exact.generate([Request(tuple(parts), 2, size=size)])
@@ -543,10 +543,10 @@ def test_cancelling_frees_slots_and_later_requests_get_the_right_answer(done, la
                 ours.submit(request_of(ours, value))
             case "cancel":
                 ours.cancel(value)
-                cancelled |= {value} if value <= ours.requests else set()
+                cancelled |= {value} if value <= ours.num_requests else set()
             case "step":
                 assert not {event.request for event in ours.step()} & cancelled
-    for number in range(ours.requests + 1):
+    for number in range(ours.num_requests + 1):
         ours.cancel(number)
     settled(ours)
     assert ours.step() == []
@@ -574,7 +574,7 @@ def test_a_slot_has_one_owner(wanted):
             assert slot not in held
             assert ours.lengths[slot] == 0
             held.append(slot)
-            ours.advance(slot, 3)
+            ours.commit(slot, 3)
         elif held:
             ours.release(held.pop(0))
 
@@ -602,15 +602,15 @@ def test_what_events_show_is_what_the_answer_says(parts, seed):
     (answer,) = engine(draw_now_and_then).generate([Request(tuple(parts), seed=seed)])[0]
     shown, tokens, found = "", [], []
     for event in to_the_end(ours):
-        if isinstance(event, Written):
+        if isinstance(event, TokenEvent):
             shown += event.text
             tokens.append(event.token)
-        if isinstance(event, Drawn | Finished):
+        if isinstance(event, ImageEvent | FinishEvent):
             text = tokenizer().decode(tokens)
             assert text.startswith(shown)
             assert shown == text or text.endswith("\ufffd")
             found += [text] if text else []
-            found += [event.pixels] if isinstance(event, Drawn) else []
+            found += [event.pixels] if isinstance(event, ImageEvent) else []
             shown, tokens = "", []
     assert [p if isinstance(p, str) else p.tolist() for p in found] == [
         p if isinstance(p, str) else p.tolist() for p in answer.parts
@@ -622,24 +622,24 @@ def test_what_events_show_is_what_the_answer_says(parts, seed):
 @given(st.integers(1, 6), st.integers(0, 4))
 def test_previews_come_every_so_many_steps_and_change_nothing(sampler, steps, every):
     """Of whole steps: heun, which asks twice in each, shows nothing of what it only tries."""
-    straight = DiffusionConfig(path="straight", prediction="velocity")
+    straight = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity")
     ours = engine(diffusion=straight)
     asked = generation(ours, steps=steps, sampler=sampler)
     ours.submit(Request(("a",), 1, seed=1, generation=asked, previews=every))
     events = to_the_end(ours)
-    shown = [event for event in events if isinstance(event, Previewed)]
+    shown = [event for event in events if isinstance(event, PreviewEvent)]
     assert [event.step for event in shown] == [n for n in range(1, steps + 1) if every and n % every == 0]
-    (drawn,) = [event for event in events if isinstance(event, Drawn)]
+    (drawn,) = [event for event in events if isinstance(event, ImageEvent)]
     (answer,) = engine(diffusion=straight).generate([Request(("a",), 1, seed=1, generation=asked)])[0]
     assert np.array_equal(drawn.pixels, answer.parts[0])
     draws = [call for call in ours.model.calls if call.kind.startswith("draw")]
     firsts = draws[:: 2 if sampler == "heun" else 1]  # of each step
     assert len(firsts) == steps
     for event in shown[: -1 if shown and shown[-1].step == steps else None]:  # what the next step begins with
-        np.testing.assert_array_equal(event.noisy.transpose(2, 0, 1), firsts[event.step].noisy[0][0])
+        np.testing.assert_array_equal(event.x_t.transpose(2, 0, 1), firsts[event.step].noisy[0][0])
     if shown and shown[-1].step == steps:
-        np.testing.assert_array_equal(shown[-1].noisy, drawn.pixels)
-        np.testing.assert_allclose(shown[-1].clean.clip(-3, 3), drawn.pixels, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(shown[-1].x_t, drawn.pixels)
+        np.testing.assert_allclose(shown[-1].x0.clip(-3, 3), drawn.pixels, rtol=0, atol=1e-5)
 
 
 # What goes in
@@ -683,13 +683,13 @@ def test_a_picture_of_any_size_and_mode_goes_in_at_a_size_of_the_run(width, heig
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(), "nothing to go on"),
+        (Request(), "the request is empty"),
         (Request(("a",), 0), "num_images must be at least 1, not 0"),
         (Request(("a",), -2), "num_images must be at least 1, not -2"),
         (Request(("a",), 1, size=(5, 7)), "cannot draw 5x7; it can draw 4x4, 6x2, 2x2"),
-        (Request((picture((3, 3), 0),)), "none of this run's sizes: 4x4, 6x2, 2x2"),
-        (Request((picture((4, 4), 0)[..., 0],)), "none of this run's sizes"),
-        (Request((picture((4, 4), 0)[..., :1],)), "none of this run's sizes"),
+        (Request((picture((3, 3), 0),)), "is not supported; the run supports 4x4, 6x2, 2x2"),
+        (Request((picture((4, 4), 0)[..., 0],)), "is not supported; the run supports"),
+        (Request((picture((4, 4), 0)[..., :1],)), "is not supported; the run supports"),
         (Request(("a" * 201,)), "202 positions.*200"),
         (Request(("a" * 195,), 1), "201 positions.*200"),
         (Request((picture((4, 4), 0),) * 34), "205 positions.*200"),
@@ -710,7 +710,7 @@ def test_what_cannot_be_done_is_refused_at_once(request_, message):
 @few
 @given(prompts, st.integers(1, 2), st.sampled_from(("euler", "heun", "dpm")))
 def test_the_straight_path_and_its_samplers_draw_too(parts, num, sampler):
-    ours = engine(diffusion=DiffusionConfig(path="straight", prediction="velocity"))
+    ours = engine(diffusion=DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity"))
     asked = generation(ours, sampler=sampler)
     (answers,) = ours.generate([Request(tuple(parts), num, generation=asked)])
     assert all(np.isfinite(answer.parts[0]).all() for answer in answers)

@@ -33,23 +33,23 @@ from experiments import (
     text,
 )  # fmt: skip
 from experiments.lab import Claim, Column, Options, Table, Variant, cell
-from experiments.scaling import Law
+from experiments.scaling import PowerLaw
 from tests.processes import Process, run
 from tests.profile import THOROUGH, examples
 from tests.test_cli import TINY, command
 from transfusion.cli.codec import NAMED, FitCodec
 from transfusion.cli.runs import Train, named, parse_run
 from transfusion.cli.screen import parse
-from transfusion.config import Run, SurvivalConfig
+from transfusion.config import FaultToleranceConfig, Run
 from transfusion.disk import write_json
 from transfusion.evaluation import small_network
-from transfusion.model.transfusion import blueprint, count_parameters
+from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.sequence import Vocabulary
 
 
 @pytest.fixture(scope="module")
 def variants() -> list[Variant]:
-    one = ("digits", *TINY, "--data.sources", "digits", "--data.shares", "1")
+    one = ("digits", *TINY, "--data.sources", "digits", "--data.mixture-weights", "1")
     return [Variant(f"Width {width}", (*one, "--model.width", str(width))) for width in (32, 48)]
 
 
@@ -80,10 +80,10 @@ def test_each_cell_is_made_once_whatever_the_table_calls_it(filled, variants):
 
 
 def test_options_for_training_add_up(monkeypatch):
-    words = "--train=--training.steps=5", "--seeds", "0", "1", "--train=--training.warmup=2"
+    words = "--train=--training.steps=5", "--seeds", "0", "1", "--train=--training.warmup-steps=2"
     monkeypatch.setattr("sys.argv", ["table", *words])
     asked = lab.options("A table.")
-    assert (asked.train, asked.seeds) == (("--training.steps=5", "--training.warmup=2"), (0, 1))
+    assert (asked.train, asked.seeds) == (("--training.steps=5", "--training.warmup-steps=2"), (0, 1))
 
 
 def test_a_cell_says_what_was_measured_and_what_was_held_out(filled, variants):
@@ -191,7 +191,7 @@ def test_a_verdict_is_that_of_an_independent_t_test(first, second, better):
 @given(st.floats(-2, 2).filter(lambda slope: abs(slope) > 0.01), st.floats(0.1, 10), st.lists(
     st.floats(1e9, 1e14), min_size=2, max_size=5, unique=True).filter(lambda xs: max(xs) > 1.5 * min(xs)))  # fmt: skip
 def test_a_law_finds_the_line_that_points_lie_on(slope, factor, flops):
-    found = Law.of([(x, factor * (x / 1e12) ** slope) for x in flops])
+    found = PowerLaw.of([(x, factor * (x / 1e12) ** slope) for x in flops])
     assert math.isclose(found.slope, slope, rel_tol=1e-4, abs_tol=1e-6)
     assert math.isclose(found.reaches(found.at(3e12)), 3e12, rel_tol=1e-3)
 
@@ -207,7 +207,7 @@ def test_the_parity_ratio_is_the_compute_that_is_spared(tmp_path):
             "bits_per_byte": (flops * ahead) ** 0.1})  # fmt: skip
     assert math.isclose(scaling.parity(asked, "fid"), 0.25, rel_tol=1e-6)
     assert scaling.parity(asked, "cider") is None  # no logarithm
-    assert Law(0.0, -1e-3).reaches(5.0) is None and Law(0.0, 0.0).reaches(5.0) is None  # flat
+    assert PowerLaw(0.0, -1e-3).reaches(5.0) is None and PowerLaw(0.0, 0.0).reaches(5.0) is None  # flat
     assert scaling.parity(asked, "bits_per_byte") is None  # it gets worse with size
     scaling.plot(asked, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
@@ -250,10 +250,10 @@ def test_what_a_table_types_is_understood(module, scale):
     assert len(set(names)) == len(names)
     for variant in table.variants:
         run = understood(*variant.arguments, *(("--data", "data") if variant.data else ()))
-        built = blueprint(run.model)
+        built = build_on_meta(run.model)
         kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
         assert type(built.patches).__name__ == kind
-        assert (run.data.row_length, run.training.steps) == (320, (2 if run.data.prepared else 1) * of.steps)
+        assert (run.data.seq_len, run.training.steps) == (320, (2 if run.data.prepared else 1) * of.steps)
         assert run.data.rows == of.rows // (3 if run.data.sources == ("topics",) else 1)
     for claim in table.claims:
         assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
@@ -287,9 +287,9 @@ def test_what_scenes_measure_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(small_network, "STEPS", 10)
     monkeypatch.setattr(lab, "transfusion", command)
     scenes.small_network.cache_clear()
-    row = scenes.variant("cpu", "tiny", "linear", 4, "S", "--generation.steps", "2", "--data.codec-documents", "50",
-                         "--data.rows", "1", "--data.block", "16")  # fmt: skip
-    asked = Options(tmp_path, seeds=(0,), train=("--training.steps=2", "--training.warmup=1"))
+    row = scenes.variant("cpu", "tiny", "linear", 4, "S", "--generation.steps", "2", "--data.fit-documents", "50",
+                         "--data.rows", "1", "--data.shuffle-block", "16")  # fmt: skip
+    asked = Options(tmp_path, seeds=(0,), train=("--training.steps=2", "--training.warmup-steps=1"))
     lab.fill(asked, [row], partial(scenes.measure, "cpu"))
     scenes.small_network.cache_clear()
     (found,) = lab.measured(asked, row)
@@ -362,12 +362,12 @@ def test_the_words_for_emoji_are_options_and_make_what_is_said():
     """On two cores and on a GPU; the path itself takes minutes, and is a run's folder beside a page."""
     for words, millions in ((emoji.SMALL, 2), (emoji.LARGE, 40)):
         run, _ = parse_run(Train, "train", *named("train", ["small", "--data", "data", *words]))
-        built = blueprint(replace(run.model, vocabulary=640, latent_channels=8))
+        built = build_on_meta(replace(run.model, vocab_size=640, latent_channels=8))
         assert round(count_parameters(built) / 1e6) == millions
-        assert run.data.row_length % 128 == 0  # whole blocks: FlexAttention's, on a GPU
+        assert run.data.seq_len % 128 == 0  # whole blocks: FlexAttention's, on a GPU
     parsed = parse(FitCodec, "data fit-codec small", [*emoji.LARGE_CODEC, "--size", emoji.SIZE], FitCodec(
-        Path("codec"), NAMED["small"].network, NAMED["small"].training, SurvivalConfig(), ("emoji",)))  # fmt: skip
-    assert (parsed.network.width, parsed.network.scale) == (64, 4)
+        Path("codec"), NAMED["small"].network, NAMED["small"].training, FaultToleranceConfig(), ("emoji",)))  # fmt: skip
+    assert (parsed.network.width, parsed.network.downsampling) == (64, 4)
 
 
 def survive(folder: Path, monkeypatch, faults: int, steps: int, seed: int) -> object:

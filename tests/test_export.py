@@ -33,7 +33,7 @@ def copied(exported, tmp_path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "copied"))
 
 
-def answers_of(place, weights: str = "average") -> list[list]:
+def answers_of(place, weights: str = "ema") -> list[list]:
     """What it writes and draws, parts and reasons."""
     found = open_run(place, weights).generate(REQUESTS)
     return [[(*answer.parts, answer.reason) for answer in answers] for answers in found]

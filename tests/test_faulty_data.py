@@ -394,7 +394,7 @@ BAD_FORMS = {
     ],
     "document": [
         ("bad segment", {"segments": [{"text": "a", "image": "good.png"}]}), ("bad segment", {"segments": [{}]}),
-        *(("bad segment", {"segments": [{"image": "good.png", "max_time": time}]})
+        *(("bad segment", {"segments": [{"image": "good.png", "max_t": time}]})
           for time in (1.5, -0.1, "1", True, float("nan"), [])),
         *(("bad segment", {"segments": [{"text": "a", "loss": loss}]}) for loss in (1, "false", [])),
         ("bad segment", {"segments": ["a"]}), ("empty document", {"segments": []}),
@@ -424,7 +424,7 @@ anything = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.binary(max_size=4)
     | st.sampled_from(("", " ", "good.png", "<image>", "text", "\ud800")),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from((
-        "text", "image", "loss", "max_time", "from", "value", "role", "content", "type", "image_url", "url", "bytes", "path",
+        "text", "image", "loss", "max_t", "from", "value", "role", "content", "type", "image_url", "url", "bytes", "path",
         "matched_text_index", "image_name")), inner, max_size=4), max_leaves=12,
 )  # fmt: skip
 columns = st.sampled_from((

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.lazy import Lazy
 from tests.sources import picture
-from transfusion.data.shapes import COLOURS, Shapes
+from transfusion.data.built_in.shapes import COLOURS, Shapes
 from transfusion.evaluation import small_network
 from transfusion.evaluation.clip_score import ClipScore
 from transfusion.evaluation.features import VisionModel, open_extractor

@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion.data.shapes import Description, Shapes, caption, draw_scene, parse, render
+from transfusion.data.built_in.shapes import Description, Shapes, caption, draw_scene, parse, render
 from transfusion.evaluation import geneval_prompts
-from transfusion.evaluation.geneval import CATEGORIES, PER_PROMPT, Found, Prompt, Wanted, draw_geneval, is_right, relations
+from transfusion.evaluation.geneval import (
+    CATEGORIES,
+    PER_PROMPT,
+    Detection,
+    Prompt,
+    Requirement,
+    draw_geneval,
+    is_right,
+    relations,
+)
 from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
 from transfusion.evaluation.geneval_shapes import find_things, shapes_prompts
 
@@ -31,9 +40,9 @@ def test_the_553_published_prompts_are_drawn_again():
         "a photo of a bench", "a photo of two clocks", "a photo of a dog right of a teddy bear",
         "a photo of a purple suitcase and an orange pizza",
     ]  # fmt: skip
-    assert prompts[179].unwanted == (Wanted("clock", 3),)
-    assert prompts[353].wanted == (Wanted("teddy bear", 1), Wanted("dog", 1, relation="right of", other=0))
-    assert prompts[530].wanted == (Wanted("suitcase", 1, "purple"), Wanted("pizza", 1, "orange"))
+    assert prompts[179].unwanted == (Requirement("clock", 3),)
+    assert prompts[353].wanted == (Requirement("teddy bear", 1), Requirement("dog", 1, relation="right of", other=0))
+    assert prompts[530].wanted == (Requirement("suitcase", 1, "purple"), Requirement("pizza", 1, "orange"))
 
 
 def test_another_numpy_that_draws_otherwise_is_told(monkeypatch):
@@ -49,8 +58,8 @@ LINE = {"tag": "position", "include": [{"class": "cat", "count": 1}, {"class": "
 def test_a_file_of_prompts_is_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(LINE) + "\n")
-    wanted = Wanted("cat", 1), Wanted("dog", 1, relation="above", other=0)
-    assert read_prompts(path) == [Prompt("position", "a dog above a cat", wanted, (Wanted("cat", 2),))]
+    wanted = Requirement("cat", 1), Requirement("dog", 1, relation="above", other=0)
+    assert read_prompts(path) == [Prompt("position", "a dog above a cat", wanted, (Requirement("cat", 2),))]
 
 
 @pytest.mark.parametrize("wrong", [
@@ -75,11 +84,11 @@ def test_no_file_is_one_line(tmp_path):
 # The rules
 
 
-def at(name, x, y, score=0.95, colour=None, side=10.0) -> Found:
-    return Found(name, (x - side / 2, y - side / 2, x + side / 2, y + side / 2), score, colour)
+def at(name, x, y, score=0.95, colour=None, side=10.0) -> Detection:
+    return Detection(name, (x - side / 2, y - side / 2, x + side / 2, y + side / 2), score, colour)
 
 
-CAT, DOG = Wanted("cat", 1), Wanted("dog", 1)
+CAT, DOG = Requirement("cat", 1), Requirement("dog", 1)
 
 
 @pytest.mark.parametrize(("prompt", "found", "right"), [
@@ -89,23 +98,33 @@ CAT, DOG = Wanted("cat", 1), Wanted("dog", 1)
     (Prompt("single_object", "", (CAT,)), [at("dog", 0, 0)], False),
     (Prompt("two_object", "", (CAT, DOG)), [at("dog", 0, 0), at("cat", 0, 0)], True),
     (Prompt("two_object", "", (CAT, DOG)), [at("dog", 0, 0), at("dog", 9, 9)], False),
-    (Prompt("counting", "", (Wanted("cat", 2),), (Wanted("cat", 3),)), [at("cat", 0, 0), at("cat", 9, 9)], True),
-    (Prompt("counting", "", (Wanted("cat", 2),), (Wanted("cat", 3),)), [at("cat", 0, 0)] * 3, False),
-    (Prompt("counting", "", (Wanted("cat", 2),), (Wanted("cat", 3),)), [at("cat", 0, 0), at("cat", 9, 9, 0.9)], False),
-    (Prompt("counting", "", (Wanted("cat", 2),), (Wanted("cat", 3),)), [at("cat", 0, 0)] * 2 + [at("cat", 0, 0, 0.8)], True),
-    (Prompt("colors", "", (Wanted("cat", 1, "red"),)), [at("cat", 0, 0, 0.5, "red")], True),
+    (Prompt("counting", "", (Requirement("cat", 2),), (Requirement("cat", 3),)),
+     [at("cat", 0, 0), at("cat", 9, 9)], True),
+    (Prompt("counting", "", (Requirement("cat", 2),), (Requirement("cat", 3),)),
+     [at("cat", 0, 0)] * 3, False),
+    (Prompt("counting", "", (Requirement("cat", 2),), (Requirement("cat", 3),)),
+     [at("cat", 0, 0), at("cat", 9, 9, 0.9)], False),
+    (Prompt("counting", "", (Requirement("cat", 2),), (Requirement("cat", 3),)),
+     [at("cat", 0, 0)] * 2 + [at("cat", 0, 0, 0.8)], True),
+    (Prompt("colors", "", (Requirement("cat", 1, "red"),)),
+     [at("cat", 0, 0, 0.5, "red")], True),
     # only the surest one is asked for its colour
-    (Prompt("colors", "", (Wanted("cat", 1, "red"),)), [at("cat", 0, 0, 0.5, "red"), at("cat", 9, 9, 0.6, "blue")], False),
-    (Prompt("colors", "", (Wanted("cat", 1, "red"),)), [at("cat", 0, 0, 0.7, "red"), at("cat", 9, 9, 0.6, "blue")], True),
-    (Prompt("color_attr", "", (Wanted("cat", 1, "red"), Wanted("dog", 1, "blue"))),
+    (Prompt("colors", "", (Requirement("cat", 1, "red"),)),
+     [at("cat", 0, 0, 0.5, "red"), at("cat", 9, 9, 0.6, "blue")], False),
+    (Prompt("colors", "", (Requirement("cat", 1, "red"),)),
+     [at("cat", 0, 0, 0.7, "red"), at("cat", 9, 9, 0.6, "blue")], True),
+    (Prompt("color_attr", "", (Requirement("cat", 1, "red"), Requirement("dog", 1, "blue"))),
      [at("cat", 0, 0, colour="red"), at("dog", 0, 0, colour="blue")], True),
-    (Prompt("color_attr", "", (Wanted("cat", 1, "red"), Wanted("dog", 1, "blue"))),
+    (Prompt("color_attr", "", (Requirement("cat", 1, "red"), Requirement("dog", 1, "blue"))),
      [at("cat", 0, 0, colour="blue"), at("dog", 0, 0, colour="red")], False),
-    (Prompt("position", "", (CAT, Wanted("dog", 1, relation="above", other=0))), [at("cat", 0, 20), at("dog", 0, 0)], True),
-    (Prompt("position", "", (CAT, Wanted("dog", 1, relation="above", other=0))), [at("cat", 0, 0), at("dog", 0, 20)], False),
-    (Prompt("position", "", (CAT, Wanted("dog", 1, relation="above", other=0))), [at("dog", 0, 0)], False),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+     [at("cat", 0, 20), at("dog", 0, 0)], True),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+     [at("cat", 0, 0), at("dog", 0, 20)], False),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+     [at("dog", 0, 0)], False),
     # the surest dog counts, wherever the others are
-    (Prompt("position", "", (CAT, Wanted("dog", 1, relation="above", other=0))),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
      [at("cat", 0, 20), at("dog", 0, 0, 0.8), at("dog", 0, 40, 0.9)], False),
 ])  # fmt: skip
 def test_the_rules_by_hand(prompt, found, right):
@@ -126,7 +145,9 @@ def test_a_relation_is_more_than_half_of_the_way_beyond_a_tenth_of_both_boxes():
 
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-boxes = st.tuples(*[st.integers(-50, 50)] * 4).map(lambda v: Found("", (v[0], v[1], v[0] + abs(v[2]), v[1] + abs(v[3])), 1))
+boxes = st.tuples(*[st.integers(-50, 50)] * 4).map(
+    lambda v: Detection("", (v[0], v[1], v[0] + abs(v[2]), v[1] + abs(v[3])), 1)
+)
 
 
 @given(boxes, boxes)
@@ -170,7 +191,7 @@ def test_all_six_questions_are_right_of_true_pictures_and_shares_are_means_over_
     assert all(right for _, _, right in shown)
     assert engine.seeds == [5 + n for n in range(36)]
     few = prompts[:6] + prompts[6:7]  # six of one category, one of another that no picture is right of
-    nothing = [replace(few[-1], wanted=(Wanted("house", 1),))]
+    nothing = [replace(few[-1], wanted=(Requirement("house", 1),))]
     assert draw_geneval(engine, few[:-1] + nothing, find_things)[0]["overall"] == 0.375
 
 

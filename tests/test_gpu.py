@@ -15,8 +15,8 @@ from transfusion.checkpoint.open import open_checkpoint
 from transfusion.inference import text_mode
 from transfusion.inference.engine import Engine, Request
 from transfusion.model import transfusion as network
-from transfusion.model.mask import packed
-from transfusion.sequence import Document, Text, lay_out
+from transfusion.model.mask import packed_mask
+from transfusion.sequence import Document, Text, encode_document
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NEAR = 0.03  # bfloat16 has 8 bits
@@ -35,7 +35,7 @@ def test_flex_attention_equals_the_dense_mask_forward_and_backward(kv_heads, dty
     documents = torch.tensor([[0] * 100 + [1] * 250 + [-1] * 34, [0] * 384], dtype=torch.int32, device="cuda")
     images = torch.full_like(documents, -1)
     images[0, 20:60], images[0, 120:300], images[1, 5:133], images[1, 133:261] = 0, 1, 0, 1
-    mask = packed(documents, images)
+    mask = packed_mask(documents, images)
     assert mask.flex
     results = []
     for attend, kind in (mask.attend, dtype), (lambda q, k, v: F.scaled_dot_product_attention(
@@ -57,14 +57,14 @@ def test_starting_weights_are_the_same():
 def trained(tmp_path_factory):
     """Folders of one small run: trained on a CPU, on the GPU (compiled, rows of whole blocks), there with a stop."""
     run = small_run(steps=8)
-    run = replace(run, data=replace(run.data, row_length=128))
+    run = replace(run, data=replace(run.data, seq_len=128))
     folders = [tmp_path_factory.mktemp(name) for name in ("cpu", "gpu", "resumed")]
     assert new_trainer(folders[0], run).train()
     assert new_trainer(folders[1], run, device="cuda").train()
     half = replace(run, training=replace(run.training, steps=4))
     assert new_trainer(folders[2], half, device="cuda").train()
     trainer = new_trainer(folders[2], run, device="cuda")
-    trainer.loop.go_on(print)
+    trainer.loop.restore(print)
     assert trainer.loop.progress.step == 4
     assert trainer.train()
     return folders
@@ -83,9 +83,11 @@ def test_reading_and_drawing_give_what_they_give_on_a_cpu(trained):
     logits, drawn = [], []
     for engine in engines:
         text = Text(engine.opened.tokenizer.encode("three"))
-        piece = lay_out(Document((text,)), engine.vocabulary, ends=False)
+        chunk = encode_document(Document((text,)), engine.vocabulary, ends=False)
         with engine.opened.lower_precision():
-            logits.append(text_mode.read(engine.model, engine.cache, [engine.cache.acquire()], [piece], engine.vocabulary))
+            logits.append(
+                text_mode.prefill(engine.model, engine.cache, [engine.cache.acquire()], [chunk], engine.vocabulary)
+            )
         [answers] = engine.generate([Request(("three",), num_images=4)])
         drawn.append(np.stack([answer.parts[0] for answer in answers]).astype(np.float32))
         [[answer]] = engine.generate([Request(("three",))])

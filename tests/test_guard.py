@@ -23,18 +23,20 @@ from tests.test_parallel import AUTOENCODER, FITTING, whole
 from tests.test_training import new_trainer, resumed, rows_of, stopping
 from tests.tiny import small_run
 from transfusion import objective
-from transfusion.checkpoint.open import open_checkpoint, restore
-from transfusion.config import Run, SurvivalConfig
-from transfusion.parallel import ALONE, Ranks
+from transfusion.checkpoint.open import open_checkpoint, restore_newest
+from transfusion.config import FaultToleranceConfig, Run
+from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training import guard as guard_file
 from transfusion.training.codec import CodecTrainer
-from transfusion.training.guard import ENOUGH, REMEMBERED, Guard, TrainingError, watching
+from transfusion.training.guard import ENOUGH, REMEMBERED, Guard, TrainingError, watchdog
 
 BAD = (math.nan, math.inf, -math.inf)
 
 
 def a_run(steps: int = 8, skip: int = 0, spike: float | None = None, **training) -> Run:
-    return replace(small_run(steps, 2, **training), survival=SurvivalConfig(skip=skip, spike=spike))
+    return replace(
+        small_run(steps, 2, **training), fault_tolerance=FaultToleranceConfig(skip_nonfinite=skip, skip_spikes_above=spike)
+    )
 
 
 def train(
@@ -46,7 +48,7 @@ def train(
     """
     trainer = (resumed if (folder / "checkpoints").exists() else new_trainer)(folder, run, ranks=ranks)
     ranks.wait()
-    losses, total = objective.losses, objective.total
+    losses, total = objective.compute_losses, objective.total_loss
 
     def factor() -> float:
         return bad.get(trainer.loop.progress.step + 1, 1.0) if ranks.rank == on and torch.is_grad_enabled() else 1.0
@@ -60,7 +62,7 @@ def train(
 
     if stop_at is not None:
         stopping(trainer, stop_at)
-    with mock.patch.object(objective, "losses", bad_losses), mock.patch.object(objective, "total", bad_total):
+    with mock.patch.object(objective, "compute_losses", bad_losses), mock.patch.object(objective, "total_loss", bad_total):
         try:
             said = str(trainer.train())
         except TrainingError as error:
@@ -134,8 +136,8 @@ def test_so_many_steps_in_a_row_are_left_out_and_not_one_more(pair, tmp_path):
 
 
 def test_a_step_that_is_left_out_moves_nothing(tmp_path):
-    stopped, _, _ = train(ALONE, tmp_path / "one", a_run(), stop_at=4)
-    found, said, step = train(ALONE, tmp_path / "two", a_run(skip=3), dict.fromkeys((5, 6), math.inf), stop_at=6)
+    stopped, _, _ = train(SINGLE_PROCESS, tmp_path / "one", a_run(), stop_at=4)
+    found, said, step = train(SINGLE_PROCESS, tmp_path / "two", a_run(skip=3), dict.fromkeys((5, 6), math.inf), stop_at=6)
     assert (said, step) == ("False", 6)
     assert same(found, stopped)
 
@@ -145,16 +147,16 @@ def test_a_step_that_is_left_out_moves_nothing(tmp_path):
 def test_the_guard_counts_what_it_leaves_out_in_a_row(steps, skip, number, where):
     """For any order of good steps and bad ones."""
     with TemporaryDirectory() as folder:
-        guard, row = Guard(SurvivalConfig(skip=skip), Path(folder), ALONE), 0
+        guard, row = Guard(FaultToleranceConfig(skip_nonfinite=skip), Path(folder), SINGLE_PROCESS), 0
         for step, good in enumerate(steps, 1):
             row = 0 if good else row + 1
             norm, value = (number, 1.0) if where == "norm" else (1.0, number)
             asked = step, 1.0 if good else norm, {"text_loss": 1.0 if good else value}, lambda: {"rows": []}
             if row > skip:
                 with pytest.raises(TrainingError, match=f"^step {step}: "):
-                    guard.allows(*asked)
+                    guard.accepts_update(*asked)
                 break
-            assert guard.allows(*asked) == good
+            assert guard.accepts_update(*asked) == good
             assert guard.skipped == row
         assert guard.norms == [1.0] * sum(steps[: step if steps else 0])
 
@@ -162,12 +164,12 @@ def test_the_guard_counts_what_it_leaves_out_in_a_row(steps, skip, number, where
 def test_a_codec_that_is_not_finite_changes_nothing_and_names_its_pictures(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3)).astype(np.uint8)
 
-    def trainer(folder: Path, survival: SurvivalConfig) -> CodecTrainer:
+    def trainer(folder: Path, fault_tolerance: FaultToleranceConfig) -> CodecTrainer:
         folder.mkdir(exist_ok=True)
         config = replace(FITTING, checkpoint_every=4)
-        return CodecTrainer(AUTOENCODER, config, folder, pictures, torch.device("cpu"), ALONE, survival)
+        return CodecTrainer(AUTOENCODER, config, folder, pictures, torch.device("cpu"), SINGLE_PROCESS, fault_tolerance)
 
-    one, read = trainer(tmp_path / "one", SurvivalConfig()), []
+    one, read = trainer(tmp_path / "one", FaultToleranceConfig()), []
     real, before = one._terms, {}
 
     def terms(batch, *rest):
@@ -186,8 +188,8 @@ def test_a_codec_that_is_not_finite_changes_nothing_and_names_its_pictures(tmp_p
         one.train()
     assert same(whole(one), before)
     assert fault(tmp_path / "one", 5)["read"] == [{"pictures": read[4]}]
-    again = trainer(tmp_path / "one", SurvivalConfig())
-    assert restore(tmp_path / "one", again.tensors(), ALONE)[1]["step"] == 4
+    again = trainer(tmp_path / "one", FaultToleranceConfig())
+    assert restore_newest(tmp_path / "one", again.tensors(), SINGLE_PROCESS)[1]["step"] == 4
 
 
 # Spikes
@@ -203,13 +205,13 @@ def soon():
 def test_a_spike_is_left_out_and_training_goes_on(soon, tmp_path):
     """Without it the weights would be others."""
     bad = {12: 1e4}
-    found, said, _ = train(ALONE, tmp_path / "one", a_run(16, skip=1, spike=20.0), bad)
+    found, said, _ = train(SINGLE_PROCESS, tmp_path / "one", a_run(16, skip=1, spike=20.0), bad)
     assert said == "True"
     assert found["optimizer tokens.weight.step"] == 15
     told = fault(tmp_path / "one", 12)
     assert told["reason"].endswith(")") and "a spike (usual: " in told["reason"]
     assert told["gradient_norm"] > 100
-    taken, _, _ = train(ALONE, tmp_path / "two", a_run(16, skip=1), bad)
+    taken, _, _ = train(SINGLE_PROCESS, tmp_path / "two", a_run(16, skip=1), bad)
     assert taken["optimizer tokens.weight.step"] == 16
     assert not (tmp_path / "two" / "faults").exists()
     assert not same(found, taken)
@@ -219,11 +221,11 @@ def test_a_spike_is_left_out_and_training_goes_on(soon, tmp_path):
 def test_what_is_usual_outlives_a_restart(soon, tmp_path, stop_at):
     """Resumed is undisturbed, though the spike comes sooner after the restart than norms are enough: bit for bit."""
     bad, run = {11: 1e4, 12: 1e4, 14: math.nan}, a_run(16, skip=2, spike=20.0)
-    expected, said, _ = train(ALONE, tmp_path / "one", run, bad)
+    expected, said, _ = train(SINGLE_PROCESS, tmp_path / "one", run, bad)
     assert said == "True"
     assert expected["optimizer tokens.weight.step"] == 13
-    train(ALONE, tmp_path / "two", run, bad, stop_at=stop_at)
-    found, said, _ = train(ALONE, tmp_path / "two", run, bad)
+    train(SINGLE_PROCESS, tmp_path / "two", run, bad, stop_at=stop_at)
+    found, said, _ = train(SINGLE_PROCESS, tmp_path / "two", run, bad)
     assert same(found, expected)
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
 
@@ -231,8 +233,8 @@ def test_what_is_usual_outlives_a_restart(soon, tmp_path, stop_at):
 def test_how_many_were_left_out_in_a_row_outlives_a_restart(tmp_path):
     """Else a run that is started anew again and again would never give up."""
     run, bad = a_run(skip=2), dict.fromkeys(range(4, 9), math.nan)
-    train(ALONE, tmp_path, run, bad, stop_at=5)
-    _, said, step = train(ALONE, tmp_path, run, bad)
+    train(SINGLE_PROCESS, tmp_path, run, bad, stop_at=5)
+    _, said, step = train(SINGLE_PROCESS, tmp_path, run, bad)
     assert said.startswith("step 6: ")
     assert step == 5
 
@@ -240,7 +242,7 @@ def test_how_many_were_left_out_in_a_row_outlives_a_restart(tmp_path):
 @examples(80)
 @given(st.lists(st.floats(0.01, 100), max_size=REMEMBERED + 40), st.floats(0.1, 10), st.floats(0, 500))
 def test_a_spike_is_so_many_deviations_above_the_mean_of_the_last(norms, spike, norm):
-    guard = Guard(SurvivalConfig(skip=10**6, spike=spike), Path("nowhere"), ALONE)
+    guard = Guard(FaultToleranceConfig(skip_nonfinite=10**6, skip_spikes_above=spike), Path("nowhere"), SINGLE_PROCESS)
     guard.norms = norms[-REMEMBERED:]
     last = norms[-REMEMBERED:]
     reason = guard._reason(norm, {"text_loss": 1.0})
@@ -252,10 +254,10 @@ def test_a_spike_is_so_many_deviations_above_the_mean_of_the_last(norms, spike, 
 
 
 def test_only_the_last_norms_are_remembered_and_none_of_a_step_that_was_left_out(tmp_path):
-    guard = Guard(SurvivalConfig(skip=1, spike=3.0), tmp_path, ALONE)
+    guard = Guard(FaultToleranceConfig(skip_nonfinite=1, skip_spikes_above=3.0), tmp_path, SINGLE_PROCESS)
     for step in range(300):
-        guard.allows(step, 1.0 + step % 2, {}, dict)
-    assert not guard.allows(300, 1e6, {}, dict)
+        guard.accepts_update(step, 1.0 + step % 2, {}, dict)
+    assert not guard.accepts_update(300, 1e6, {}, dict)
     assert guard.norms == [1.0 + step % 2 for step in range(300 - REMEMBERED, 300)]
 
 
@@ -267,7 +269,7 @@ def it_hangs_here(model, step):
 
 
 def hang(folder: Path, watchdog: float) -> None:
-    run = replace(small_run(4, checkpoint_every=1), survival=SurvivalConfig(watchdog=watchdog))
+    run = replace(small_run(4, checkpoint_every=1), fault_tolerance=FaultToleranceConfig(watchdog=watchdog))
     new_trainer(folder, run, it_hangs_here).train()
 
 
@@ -310,7 +312,7 @@ def test_who_says_in_time_that_it_is_alive_is_left_alone(tmp_path):
         ended.set()
 
     with mock.patch.object(guard_file.time, "monotonic", clock), mock.patch.object(guard_file.os, "_exit", end):
-        with watching(0.05, tmp_path, 3) as alive:
+        with watchdog(0.05, tmp_path, 3) as alive:
             for _ in range(5):
                 clock.now += 0.049
                 clock.wait(3)
@@ -324,9 +326,9 @@ def test_who_says_in_time_that_it_is_alive_is_left_alone(tmp_path):
 
 def test_nobody_watches_when_nobody_shall_and_none_when_it_is_over(tmp_path):
     before = set(threading.enumerate())
-    with watching(0.0, tmp_path, 0):
+    with watchdog(0.0, tmp_path, 0):
         assert set(threading.enumerate()) <= before
-    with watching(1000.0, tmp_path, 0):
+    with watchdog(1000.0, tmp_path, 0):
         (watcher,) = set(threading.enumerate()) - before
     watcher.join(PATIENCE)
     assert not watcher.is_alive()
@@ -336,9 +338,9 @@ def test_nobody_watches_when_nobody_shall_and_none_when_it_is_over(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value", "words"), [
-    ("--survival.skip", -1, "survival.skip must not be negative, not -1"),
-    ("--survival.watchdog", -0.5, "survival.watchdog must not be negative, not -0.5"),
-    ("--survival.spike", 0, "survival.spike must be above 0, not 0.0"),
+    ("--fault-tolerance.skip-nonfinite", -1, "fault_tolerance.skip_nonfinite must not be negative, not -1"),
+    ("--fault-tolerance.watchdog", -0.5, "fault_tolerance.watchdog must not be negative, not -0.5"),
+    ("--fault-tolerance.skip-spikes-above", 0, "fault_tolerance.skip_spikes_above must be above 0, not 0.0"),
 ])  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused_in_one_line(tmp_path, capsys, option, value, words):
     for asked in (("train", "digits", *TINY), ("data", "fit-codec", "small", "digits")):
@@ -350,6 +352,15 @@ def test_numbers_that_make_no_sense_are_refused_in_one_line(tmp_path, capsys, op
 def test_a_run_may_go_on_with_another_survival_and_another_layout(tmp_path, capsys):
     asked = ("train", "digits", *TINY, "--out", tmp_path)
     command(*asked)
-    assert "training.clip is 1.0 there, 2.0 here" in fails(capsys, 2, *asked, "--training.clip", 2)
-    command(*asked, "--survival.skip", 3, "--survival.spike", 4, "--survival.watchdog", 900, "--parallel.recompute")
+    assert "training.max_grad_norm is 1.0 there, 2.0 here" in fails(capsys, 2, *asked, "--training.max-grad-norm", 2)
+    command(
+        *asked,
+        "--fault-tolerance.skip-nonfinite",
+        3,
+        "--fault-tolerance.skip-spikes-above",
+        4,
+        "--fault-tolerance.watchdog",
+        900,
+        "--parallel.activation-checkpointing",
+    )
     assert "is trained to its last step" in capsys.readouterr().err

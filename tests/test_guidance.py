@@ -16,10 +16,10 @@ from tests.profile import examples
 from tests.test_engine import draw_now_and_then, generation, same_answers, settled, to_the_end
 from tests.tiny import SIZES, engine, picture, prompt_segments, uncached
 from transfusion.config import DiffusionConfig, GenerationConfig, from_json, to_json
-from transfusion.inference.engine import Drawn, Engine, Request, Written
+from transfusion.inference.engine import Engine, ImageEvent, Request, TokenEvent
 from transfusion.inference.image_mode import guide
-from transfusion.inference.samplers import Walk, sampler_of
-from transfusion.sequence import Document, Image, Text, lay_out
+from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.sequence import Document, Image, Text, encode_document
 
 few = examples(12, quick=5)
 some = examples(25, quick=10)
@@ -45,15 +45,15 @@ def reads(ours: Engine) -> list:
     """All that was read, but bos and boi, which every engine reads once."""
     return [
         call for call in ours.model.calls
-        if not call.kind.startswith("draw") and not set(call.slots) & set(ours.free_slots.values())
+        if not call.kind.startswith("draw") and not set(call.slots) & set(ours.uncond_slots.values())
     ]  # fmt: skip
 
 
 def drawn_by_hand(ours: Engine, prefixes: list, asked: GenerationConfig, say, start: Tensor) -> np.ndarray:
     """The sampler driven by say(t, predictions), one uncached prediction behind each of these prefixes."""
     diffusion = ours.run.diffusion
-    sampler = sampler_of(asked.sampler, diffusion)(
-        start, Walk(asked.steps, diffusion, ours.bound, torch.Generator())
+    sampler = get_sampler(asked.sampler, diffusion.noise_schedule)(
+        start, SamplingSchedule(asked.steps, diffusion, ours.bound, torch.Generator())
     )
     noisy, t = next(sampler)
     while True:
@@ -133,9 +133,9 @@ def test_the_images_branch_of_a_free_run_has_read_the_prompts_images_and_nothing
     events = to_the_end(ours)
     steps = iter(draws(ours))
     for event in events:
-        if isinstance(event, Written):
+        if isinstance(event, TokenEvent):
             written.append(event.token)
-        elif isinstance(event, Drawn):
+        elif isinstance(event, ImageEvent):
             segments.append(Text(tuple(written)))
             for _ in range(asked.steps):
                 call = next(steps)
@@ -168,7 +168,7 @@ def test_prompt_and_images_are_read_once_and_in_one_forward_pass(parts, num):
     (call,) = reads(ours)
     boi = next(iter(vocabulary.boi.values()))
     for row, read in enumerate((segments, images_of(segments))):
-        expected = lay_out(Document(tuple(read)), vocabulary, ends=False).followed_by(boi).tokens.tolist()
+        expected = encode_document(Document(tuple(read)), vocabulary, ends=False).append(boi).tokens.tolist()
         assert call.tokens[row].tolist()[: len(expected)] == expected
     assert len(call.slots) == 2
     assert [len(call.slots) for call in draws(ours)] == [3 * num] * asked.steps
@@ -242,11 +242,11 @@ def test_guidance_is_for_its_interval_and_elsewhere_only_one_branch_is_computed(
 @few
 @given(illustrated, st.sampled_from((None, 0.5, 4.0)), st.sampled_from((1.0, 3.0)))
 def test_a_shift_for_drawing_takes_the_place_of_the_runs_own(parts, shift, own):
-    ours = engine(diffusion=DiffusionConfig(prediction="velocity", shift=own))
-    asked = generation(ours, steps=5, shift=shift)
+    ours = engine(diffusion=DiffusionConfig(prediction="velocity", t_shift=own))
+    asked = generation(ours, steps=5, t_shift=shift)
     ours.generate([Request(tuple(parts), 1, generation=asked)])
-    by = DiffusionConfig(shift=own if shift is None else shift)
-    expected = Walk(5, by, None, torch.Generator()).times()[:-1].float()
+    by = DiffusionConfig(t_shift=own if shift is None else shift)
+    expected = SamplingSchedule(5, by, None, torch.Generator()).times()[:-1].float()
     torch.testing.assert_close(torch.stack([call.t[0][0] for call in draws(ours)]), expected, rtol=0, atol=0)
 
 
@@ -286,7 +286,7 @@ def test_all_branches_of_one_shape_go_through_one_forward_pass(chosen):
         ours.generate([Request((), 1, size=size, generation=generation(ours, steps=1))])
     for made in chosen:
         ours.submit(request_of(ours, made))
-    while ours.rows:
+    while ours.sequences:
         ours.model.calls.clear()
         ours.step()
         assert max(Counter(call.kind for call in ours.model.calls).values()) == 1
@@ -302,7 +302,7 @@ def test_no_slot_is_lost_wherever_a_request_is_cancelled(chosen, steps):
         ours.step()
     for number in numbers:
         ours.cancel(number)
-        held = [slot for row in ours.rows for slot in row.slots] + list(ours.free_slots.values())
+        held = [slot for row in ours.sequences for slot in row.slots] + list(ours.uncond_slots.values())
         assert sorted(ours.cache.free + held) == list(range(len(ours.cache.lengths)))
     settled(ours)
 
@@ -332,7 +332,7 @@ def test_forks_that_are_cancelled_while_they_draw_give_three_slots_back_each():
     ({"guidance_rescale": -0.5}, "guidance_rescale"), ({"guidance_rescale": float("nan")}, "guidance_rescale"),
     ({"image_guidance_scale": float("inf")}, "image_guidance_scale must be a finite number, not inf"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
-    ({"shift": 0.0}, "shift must be a number above 0, not 0.0"), ({"shift": float("inf")}, "shift"),
+    ({"t_shift": 0.0}, "t_shift must be a number above 0, not 0.0"), ({"t_shift": float("inf")}, "t_shift"),
 ])  # fmt: skip
 def test_what_no_guidance_can_be_is_refused_in_one_line(changes, words):
     with pytest.raises(ValueError, match=words) as raised:
@@ -343,7 +343,7 @@ def test_what_no_guidance_can_be_is_refused_in_one_line(changes, words):
 @few
 @given(st.sampled_from(WAYS), st.none() | st.floats(0.1, 10))
 def test_guidance_survives_the_way_to_disk_and_back(changes, shift):
-    config = GenerationConfig(**changes, shift=shift)
+    config = GenerationConfig(**changes, t_shift=shift)
     assert from_json(GenerationConfig, to_json(config)) == config
     old = {"sampler": "ddim", "steps": 50, "guidance_scale": 2.0}  # written before there was anything else
     assert from_json(GenerationConfig, old).guidance_interval == (0.0, 1.0)

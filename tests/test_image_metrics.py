@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from tests.profile import examples
-from transfusion.evaluation import neighbours
-from transfusion.evaluation.fid import TooFew, discrepancy, fid, kid
+from transfusion.evaluation import prdc
+from transfusion.evaluation.fid import TooFew, fid, kid, mmd2
 from transfusion.evaluation.image_scores import image_scores
-from transfusion.evaluation.neighbours import neighbour_scores
+from transfusion.evaluation.prdc import neighbour_scores
 
 many = examples(60)
 seeds = st.integers(0, 2**32 - 1)
@@ -102,22 +102,22 @@ def by_pairs(one: np.ndarray, other: np.ndarray) -> float:
 @given(seeds, st.integers(2, 9), st.integers(2, 9), st.integers(1, 5))
 def test_kid_is_that_of_plain_loops(seed, n, m, features):
     one, other = drawn(seed, n, features), drawn(seed + 1, m, features)
-    assert discrepancy(one, other) == pytest.approx(by_pairs(one, other), rel=1e-9, abs=1e-9)
+    assert mmd2(one, other) == pytest.approx(by_pairs(one, other), rel=1e-9, abs=1e-9)
 
 
 def test_kid_is_a_mean_over_subsets_that_follow_from_the_seed(monkeypatch):
     one, other = drawn(3, 50, 4), drawn(4, 50, 4)
     first = kid(one, other)
     assert first == kid(one, other) != kid(one, other, seed=1)
-    assert abs(first.mean - discrepancy(one, other)) < first.deviation > 1e-3
+    assert abs(first.mean - mmd2(one, other)) < first.std > 1e-3
     monkeypatch.setattr("transfusion.evaluation.fid.SUBSET", 50)
-    assert kid(one, other) == pytest.approx((discrepancy(one, other), 0), abs=1e-9)  # every subset is everything
+    assert kid(one, other) == pytest.approx((mmd2(one, other), 0), abs=1e-9)  # every subset is everything
 
 
 def test_kid_of_one_kind_is_0_on_average():
     """Unbiased: no more with few pictures than with many, unlike FID."""
     chance = np.random.default_rng(0)
-    found = [discrepancy(*chance.standard_normal((2, 6, 3))) for _ in range(3000)]
+    found = [mmd2(*chance.standard_normal((2, 6, 3))) for _ in range(3000)]
     assert abs(np.mean(found)) < 4 * np.std(found) / 3000**0.5
     assert min(found) < 0
 
@@ -158,7 +158,7 @@ def test_neighbour_scores_are_those_of_plain_loops(seed, counts, features, near,
     chance, (n, m) = np.random.default_rng(seed), counts
     real, fake = chance.integers(0, 6, (n, features)), chance.integers(0, 6, (m, features)) + chance.integers(0, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "AT_ONCE", at_once)
+        patch.setattr(prdc, "AT_ONCE", at_once)
         found = neighbour_scores(real.astype(np.float32), fake.astype(np.float32), near, wide)
     assert found == pytest.approx(by_balls(real, fake, near, wide), abs=1e-12)
 

@@ -19,26 +19,26 @@ from tests.test_model import decoders, run, sizes_of
 from tests.test_parallel import weights_of
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
-from transfusion.checkpoint.start import LanguageModel
+from transfusion.checkpoint.start import LlamaStart
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
 from transfusion.disk import read_json
-from transfusion.model.transfusion import Transfusion, build, empty
-from transfusion.parallel import ALONE
-from transfusion.sequence import Document, Row, Text, Vocabulary, collate, lay_out
+from transfusion.model.transfusion import Transfusion, build, build_uninitialized
+from transfusion.parallel import SINGLE_PROCESS
+from transfusion.sequence import Document, Row, Text, Vocabulary, collate, encode_document
 
 SHAPES = ((4, 4),)
-FAST = [*TINY, *"--data.sources digits --data.shares 1 --training.preview-every 0".split()]
-STILL = "--training.learning-rate 0 --training.final-learning-rate 0".split()  # a run that learns nothing
+FAST = [*TINY, *"--data.sources digits --data.mixture-weights 1 --training.preview-every 0".split()]
+STILL = "--training.learning-rate 0 --training.min-learning-rate 0".split()  # a run that learns nothing
 
 
-def begun(folder: Path, seed: int = 0) -> tuple[LanguageModel, Vocabulary, Transfusion]:
+def begun(folder: Path, seed: int = 0) -> tuple[LlamaStart, Vocabulary, Transfusion]:
     """What a run begins with."""
-    start = LanguageModel(str(folder))
+    start = LlamaStart(str(folder))
     vocabulary = Vocabulary.build(start.tokenizer.size, SHAPES, 2, **start.tokenizer.markers)
-    other = ModelConfig(vocabulary=vocabulary.size, latent_channels=3, qk_norm=True, post_norm=True)
-    model = empty(start.model(other))
-    start.fill(model, seed, ALONE)
+    other = ModelConfig(vocab_size=vocabulary.size, latent_channels=3, qk_norm=True, post_norm=True)
+    model = build_uninitialized(start.model(other))
+    start.fill(model, seed, SINGLE_PROCESS)
     return start, vocabulary, model
 
 
@@ -56,16 +56,16 @@ def test_its_logits_are_those_of_transformers(config, rows, sharded, is_old, see
             about |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if config.rope_scaling is None else rope}
             (folder / "config.json").write_text(json.dumps(about))
         _, vocabulary, model = begun(folder)
-        assert sizes_of(replace(model.config, vocabulary=rows)) == sizes_of(replace(config, vocabulary=rows))
+        assert sizes_of(replace(model.config, vocab_size=rows)) == sizes_of(replace(config, vocab_size=rows))
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(256, (50,), generator=generator).tolist()
-        piece = lay_out(Document((Text(tuple(tokens)),)), vocabulary, ends=False)
-        batch = with_all_logits(collate([Row((piece,))], len(piece), vocabulary))
+        chunk = encode_document(Document((Text(tuple(tokens)),)), vocabulary, ends=False)
+        batch = with_all_logits(collate([Row((chunk,))], len(chunk), vocabulary))
         ours = run(model, batch, [], []).logits
         with torch.no_grad():
-            expected = theirs(torch.from_numpy(piece.tokens)[None]).logits[0]
+            expected = theirs(torch.from_numpy(chunk.tokens)[None]).logits[0]
         assert expected.std() > 0.1  # logits that say something
-        n = vocabulary.text
+        n = vocabulary.num_text_tokens
         torch.testing.assert_close(ours[:, :n], expected[:, :n], rtol=0, atol=1e-4)
 
 
@@ -149,7 +149,10 @@ def test_a_run_from_a_language_model_goes_on_like_any_other(tmp_path, capsys):
     write_llama(llama)
     whole = train(tmp_path / "whole", "--init-from", llama)
     values = json.loads((tmp_path / "whole" / "run.json").read_text())
-    assert values["run"]["model"] | {"width": 32, "kv_heads": 2, "hidden": 48, "qk_norm": False} == values["run"]["model"]
+    assert (
+        values["run"]["model"] | {"width": 32, "kv_heads": 2, "intermediate_size": 48, "qk_norm": False}
+        == values["run"]["model"]
+    )
     assert values["notes"]["start"]["place"] == str(llama)
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-000004")
@@ -193,7 +196,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def averages(tensors: dict[str, torch.Tensor], part: str = "average") -> dict[str, torch.Tensor]:
+def averages(tensors: dict[str, torch.Tensor], part: str = "ema") -> dict[str, torch.Tensor]:
     return {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(f"{part} ")}
 
 
@@ -202,13 +205,13 @@ def test_a_run_begins_with_the_average_of_another(base, tmp_path):
     expected = averages(weights_of(base))
     exported = export(base, tmp_path / "exported")
     for name, place in (("a", base), ("b", exported)):
-        found = train(tmp_path / name, "--from", place, *STILL, "--training.seed", 9, "--data.text-ids", 300)
+        found = train(tmp_path / name, "--from", place, *STILL, "--training.seed", 9, "--data.tokenizer-size", 300)
         same(averages(found, "model"), expected)
         assert json.loads((tmp_path / name / "run.json").read_text())["notes"]["start"]["step"] == 4
     one, other = open_checkpoint(base), open_checkpoint(tmp_path / "a")
     assert one.vocabulary == other.vocabulary
     assert one.tokenizer.to_json() == other.tokenizer.to_json()
-    assert not torch.equal(*(averages(weights_of(base), part)[" head.weight"] for part in ("model", "average")))
+    assert not torch.equal(*(averages(weights_of(base), part)[" head.weight"] for part in ("model", "ema")))
 
 
 def test_a_killed_run_begins_once_more_where_it_began(base, tmp_path, capsys):
@@ -226,8 +229,8 @@ def test_a_killed_run_begins_once_more_where_it_began(base, tmp_path, capsys):
 def test_runs_that_cannot_be_begun_from(base, tmp_path, capsys):
     begin = ("train", "digits", "--out", tmp_path / "run", *FAST)
     assert "is not a run" in fails(capsys, 1, *begin, "--from", tmp_path)
-    said = fails(capsys, 1, *begin, "--from", base, "--model.hidden", 96)
-    assert "model.hidden is 64 there, 96 here" in said
+    said = fails(capsys, 1, *begin, "--from", base, "--model.intermediate-size", 96)
+    assert "model.intermediate_size is 64 there, 96 here" in said
     asked = ("train", "shapes", "--out", tmp_path / "run", *TINY, "--from", base)
     assert "colours" in fails(capsys, 1, *asked)
     write_photos(tmp_path / "photos", 40)

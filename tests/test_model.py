@@ -28,16 +28,16 @@ from tests.documents import (
 )
 from transfusion.config import ModelConfig, RopeScaling
 from transfusion.model import transfusion as network
-from transfusion.model.patches import describe_time, patchify, unpatchify
-from transfusion.model.transformer import Norm
+from transfusion.model.patches import patchify, timestep_embedding, unpatchify
+from transfusion.model.transformer import RMSNorm
 from transfusion.runs import SIZES
-from transfusion.sequence import Batch, Document, Row, Text, collate, lay_out
+from transfusion.sequence import Batch, Document, Row, Text, collate, encode_document
 
 VARIANTS = {
     "plain": TINY,
     "grouped to one": replace(TINY, kv_heads=1),
     "ungrouped, wide heads": replace(TINY, kv_heads=None, head_dim=12),
-    "tied": replace(TINY, tied=True),
+    "tie_word_embeddings": replace(TINY, tie_word_embeddings=True),
     "qk_norm": replace(TINY, qk_norm=True),
     "post_norm": replace(TINY, post_norm=True),
     "causal images": replace(TINY, image_attention="causal"),
@@ -53,7 +53,7 @@ def run(model: network.Transfusion, batch: Batch, noisy: list[Tensor], t: list[T
 
 
 def latents_of(batch: Batch) -> list[Tensor]:
-    return [group.clean for group in batch.groups]
+    return [group.x0 for group in batch.groups]
 
 
 # Sizes (Table 2 and Table 7)
@@ -72,11 +72,11 @@ def test_sizes_are_the_papers(name, millions, percent):
 
 
 def test_tied_models_have_one_matrix():
-    model, untied = network.build(VARIANTS["tied"], 0), network.build(TINY, 0)
+    model, untied = network.build(VARIANTS["tie_word_embeddings"], 0), network.build(TINY, 0)
     is_shared = model.head is None and not any("head" in name for name in model.state_dict())
     assert is_shared
     saved = network.count_parameters(untied) - network.count_parameters(model)
-    assert saved == TINY.vocabulary * TINY.width
+    assert saved == TINY.vocab_size * TINY.width
 
 
 # Promise 2
@@ -94,10 +94,10 @@ def test_a_packed_row_equals_its_documents_alone(variant, found):
         for group, found in zip(batch.groups, together.images, strict=True)
         for index, said in zip(group.index, found, strict=True)
     }
-    for b, begin, piece in places(rows):
-        single = with_all_logits(in_double(alone(piece)))
+    for b, begin, chunk in places(rows):
+        single = with_all_logits(in_double(alone(chunk)))
         by_itself = run(model, single, latents_of(single), times_of(single))
-        torch.testing.assert_close(logits[b, begin : begin + len(piece)], by_itself.logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(logits[b, begin : begin + len(chunk)], by_itself.logits, rtol=0, atol=1e-9)
         for group, said in zip(single.groups, by_itself.images, strict=True):
             for index, one in zip(group.index, said, strict=True):
                 there = images.pop(b * LENGTH + begin + int(index[0]))
@@ -140,7 +140,7 @@ def changed(model, batch: Batch, change) -> tuple[Tensor, list[Tensor]]:
 def seers(batch: Batch, b: int, keys, bidirectional: bool) -> Tensor:
     """Which positions (B, L) may see any of these positions of row b."""
     see = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    see[b] = may_see(batch.document[b], batch.image[b], bidirectional)[:, keys].any(1)
+    see[b] = may_see(batch.document_ids[b], batch.image_ids[b], bidirectional)[:, keys].any(1)
     return see
 
 
@@ -154,11 +154,11 @@ def images_of(batch: Batch, positions: Tensor) -> list[Tensor]:
 def test_a_token_changes_what_may_see_it_and_nothing_else(variant, found, data):
     _, batch = found
     b = data.draw(st.integers(0, len(batch.tokens) - 1), label="row")
-    text = ((batch.image[b] < 0) & (batch.document[b] >= 0)).nonzero()[:, 0].tolist()
+    text = ((batch.image_ids[b] < 0) & (batch.document_ids[b] >= 0)).nonzero()[:, 0].tolist()
     at = data.draw(st.sampled_from(text), label="position")
 
     def change(batch, noisy, t):
-        batch.tokens[b, at] = (batch.tokens[b, at] + 7) % VOCABULARY.text
+        batch.tokens[b, at] = (batch.tokens[b, at] + 7) % VOCABULARY.num_text_tokens
 
     logits, images = changed(MODELS[variant], batch, change)
     expected = seers(batch, b, [at], variant != "causal images")
@@ -210,8 +210,8 @@ def test_a_time_changes_its_image_what_follows_and_nothing_else(variant, found, 
 def test_the_order_of_patches_matters(order, variant):
     """A model whose patches share one position would answer permuted patches with its answer permuted."""
     document = Document((Text((1, 2)), image((4, 4), seed=5)))
-    batch = in_double(alone(lay_out(document, VOCABULARY)))
-    clean, t = batch.groups[0].clean, [torch.tensor([0.5], dtype=torch.float64)]
+    batch = in_double(alone(encode_document(document, VOCABULARY)))
+    clean, t = batch.groups[0].x0, [torch.tensor([0.5], dtype=torch.float64)]
 
     def permute(latent):
         return unpatchify(patchify(latent, 2)[:, list(order)], (4, 4), 2)
@@ -227,7 +227,7 @@ def test_the_order_of_patches_matters(order, variant):
 ])  # fmt: skip
 def test_options_change_the_output(variant, other):
     document = Document((Text(tuple(range(20))), image((4, 4), seed=5), Text((3,))))
-    batch = with_all_logits(in_double(alone(lay_out(document, VOCABULARY))))
+    batch = with_all_logits(in_double(alone(encode_document(document, VOCABULARY))))
     one, two = (run(MODELS[name], batch, latents_of(batch), times_of(batch)) for name in (variant, other))
     assert (one.logits - two.logits).abs().max() > 1e-3
     assert (one.images[0] - two.images[0]).abs().max() > 1e-3
@@ -253,11 +253,11 @@ def test_unpatchify_undoes_patchify(N, C, rows, columns, p):
 
 
 def test_time_is_described_finely_enough_to_tell_steps_apart():
-    described = describe_time(torch.arange(1001) / 1000)
+    described = timestep_embedding(torch.arange(1001) / 1000)
     assert described.shape == (1001, 256)
     assert described.abs().max() <= 1
     assert (described[1:] - described[:-1]).norm(dim=1).min() > 0.1
-    assert torch.equal(describe_time(torch.tensor([0.25]))[0], described[250])  # each time by itself
+    assert torch.equal(timestep_embedding(torch.tensor([0.25]))[0], described[250])  # each time by itself
 
 
 # Starting weights
@@ -295,7 +295,7 @@ def test_starting_weights_are_all_different_and_of_any_seed():
     assert len({tuple(x.flatten()[:8].tolist()) for x in random.values()}) == len(random)
     constant = sorted(set(one) - set(random))
     assert all(
-        name.endswith(("norm.weight", "bias")) or name == "patches.outward.weight" for name in constant
+        name.endswith(("norm.weight", "bias")) or name == "patches.proj_out.weight" for name in constant
     )
 
 
@@ -312,7 +312,7 @@ def test_a_deeper_model_starts_with_the_same_first_tables():
 
 
 def test_the_first_guess_of_the_image_head_is_zero():
-    batch = alone(lay_out(Document((image((4, 4), 0),)), VOCABULARY))
+    batch = alone(encode_document(Document((image((4, 4), 0),)), VOCABULARY))
     said = run(network.build(TINY, 0), batch, latents_of(batch), [torch.tensor([0.5])])
     assert torch.equal(said.images[0], torch.zeros(1, CHANNELS, 4, 4))
     assert said.logits.std() > 0.1
@@ -333,7 +333,7 @@ def test_norms_are_torchs_forward_and_backward(shape, width, eps, size, seed):
     """Ours writes its gradient out; it is used only where there is one to compute."""
     generator = torch.Generator().manual_seed(seed)
     x, gradient = torch.randn(2, *shape, width, generator=generator, dtype=torch.float64)
-    ours, plain = Norm(width, eps).double(), torch.nn.RMSNorm(width, eps).double()
+    ours, plain = RMSNorm(width, eps).double(), torch.nn.RMSNorm(width, eps).double()
     with torch.no_grad():
         for norm in (ours, plain):
             norm.weight.copy_(torch.linspace(0.5, 2, width))
@@ -363,7 +363,7 @@ def test_training_sees_the_outputs_that_generating_sees(variant, found):
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_lower_precision_gives_nearly_the_same(variant):
     document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4, 5))))
-    batch, model = alone(lay_out(document, VOCABULARY)), build(VARIANTS[variant], seed=1, dtype=torch.float32)
+    batch, model = alone(encode_document(document, VOCABULARY)), build(VARIANTS[variant], seed=1, dtype=torch.float32)
     inputs = batch, latents_of(batch), [torch.tensor([0.5])]
     exact = run(model, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -387,13 +387,13 @@ def unused(batch: Batch, variant: str) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_text_and_images_together_use_every_parameter(variant):
     document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4, 5)), image((2, 6), 1)))
-    assert unused(alone(lay_out(document, VOCABULARY)), variant) == (set(), set())
+    assert unused(alone(encode_document(document, VOCABULARY)), variant) == (set(), set())
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_text_alone_gives_only_the_patch_layers_a_gradient_of_zero(variant):
     """And not none at all: with many processes each weight's gradients are added up."""
-    none, zero = unused(alone(lay_out(Document((Text((1, 2, 3)),)), VOCABULARY)), variant)
+    none, zero = unused(alone(encode_document(Document((Text((1, 2, 3)),)), VOCABULARY)), variant)
     names = {name for name, _ in MODELS[variant].named_parameters()}
     assert zero == {name for name in names if name.startswith("patches.")}
     assert not none
@@ -401,14 +401,14 @@ def test_text_alone_gives_only_the_patch_layers_a_gradient_of_zero(variant):
 
 def test_images_alone_leave_only_the_vocabulary_without_a_gradient():
     document = Document((image((4, 4), 0, loss=False), Text((), loss=False)))
-    batch = alone(lay_out(document, VOCABULARY))
+    batch = alone(encode_document(document, VOCABULARY))
     assert batch.text_count == 0
     assert unused(batch, "plain") == (set(), {"head.weight"})
 
 
 def test_a_batch_of_empty_rows_runs():
     batch = collate([Row(())], 8, VOCABULARY)
-    assert run(MODELS["plain"], batch, [], []).logits.shape == (0, TINY.vocabulary)
+    assert run(MODELS["plain"], batch, [], []).logits.shape == (0, TINY.vocab_size)
 
 
 # Promise 11: other people's decoders
@@ -417,7 +417,7 @@ def test_a_batch_of_empty_rows_runs():
 def copy_weights(theirs, config: ModelConfig) -> network.Transfusion:
     """Ours with the weights of a transformers decoder: q, k, v in one matrix, gate and up in another."""
     model = build(config, seed=9, dtype=torch.float32)
-    names = dict(_names(theirs.state_dict(), config.layers, config.tied))
+    names = dict(_names(theirs.state_dict(), config.layers, config.tie_word_embeddings))
     missing = {n for n, _ in model.named_parameters() if not n.startswith("patches.")} - names.keys()
     assert not missing
     assert not model.load_state_dict(names, strict=False).unexpected_keys
@@ -464,10 +464,10 @@ def sizes_of(config: ModelConfig) -> dict:
             "original_max_position_embeddings": s.original_length,
         }
     return dict(
-        hidden_size=config.width, intermediate_size=config.size_of_hidden, num_hidden_layers=config.layers,
+        hidden_size=config.width, intermediate_size=config.feed_forward_size, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, num_key_value_heads=config.num_kv_heads,
-        head_dim=config.size_of_head, vocab_size=config.vocabulary, rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tied, max_position_embeddings=512, rope_parameters=rope,
+        head_dim=config.head_size, vocab_size=config.vocab_size, rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings, max_position_embeddings=512, rope_parameters=rope,
         initializer_range=0.15, attn_implementation="sdpa",
         bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )  # fmt: skip
@@ -484,19 +484,19 @@ def check_equal(theirs, config: ModelConfig, seed: int):
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     model = copy_weights(theirs, config)
     lengths = (60, 23, 100)
-    pieces = [
-        lay_out(Document((Text(tuple(torch.randint(50, (n,), generator=generator).tolist())),)), VOCABULARY)
+    chunks = [
+        encode_document(Document((Text(tuple(torch.randint(50, (n,), generator=generator).tolist())),)), VOCABULARY)
         for n in lengths
     ]
-    batch = with_all_logits(collate([Row(tuple(pieces[:2])), Row(tuple(pieces[2:]))], 128, VOCABULARY))
+    batch = with_all_logits(collate([Row(tuple(chunks[:2])), Row(tuple(chunks[2:]))], 128, VOCABULARY))
     logits = run(model, batch, [], []).logits.view(2, 128, -1)
-    for (b, begin, piece), _ in zip(
-        places([Row(tuple(pieces[:2])), Row(tuple(pieces[2:]))]), lengths, strict=True
+    for (b, begin, chunk), _ in zip(
+        places([Row(tuple(chunks[:2])), Row(tuple(chunks[2:]))]), lengths, strict=True
     ):
         with torch.no_grad():
-            expected = theirs(torch.from_numpy(piece.tokens)[None]).logits[0]
+            expected = theirs(torch.from_numpy(chunk.tokens)[None]).logits[0]
         assert expected.std() > 0.1  # logits that say something
-        torch.testing.assert_close(logits[b, begin : begin + len(piece)], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits[b, begin : begin + len(chunk)], expected, rtol=0, atol=1e-4)
 
 
 @st.composite
@@ -512,8 +512,8 @@ def decoders(draw):
     )
     return ModelConfig(
         width=32, layers=draw(st.integers(1, 3)), heads=heads, kv_heads=draw(st.sampled_from((None, 1, 2))),
-        head_dim=draw(st.sampled_from((None, 12, 16))), hidden=draw(st.sampled_from((40, 64))),
-        vocabulary=VOCABULARY.size, tied=draw(st.booleans()), norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
+        head_dim=draw(st.sampled_from((None, 12, 16))), intermediate_size=draw(st.sampled_from((40, 64))),
+        vocab_size=VOCABULARY.size, tie_word_embeddings=draw(st.booleans()), norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
         rope_theta=draw(st.sampled_from((10_000.0, 500_000.0))), rope_scaling=draw(st.none() | scaling),
         latent_channels=CHANNELS,
     )  # fmt: skip
@@ -543,5 +543,5 @@ def test_post_norm_is_that_of_olmo2():
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     torch.manual_seed(0)
-    config = replace(TINY, heads=1, kv_heads=1, qk_norm=True, post_norm=True, tied=False)
+    config = replace(TINY, heads=1, kv_heads=1, qk_norm=True, post_norm=True, tie_word_embeddings=False)
     check_equal(Olmo2ForCausalLM(Olmo2Config(**sizes_of(config))), config, 0)

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lm_eval
@@ -20,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tests import tiny
 from tests.documents import with_all_logits
 from tests.profile import examples
-from transfusion.data.topics import Topics
+from transfusion.data.built_in.topics import Topics
 from transfusion.evaluation import harness, likelihood
 from transfusion.evaluation.harness import HarnessModel, evaluate_tasks
 from transfusion.evaluation.likelihood import likelihoods, rolling_likelihood, split
@@ -33,7 +34,7 @@ from transfusion.evaluation.multiple_choice import (
     read_questions,
 )
 from transfusion.inference.engine import Engine
-from transfusion.sequence import Piece, Row, collate
+from transfusion.sequence import Chunk, Row, collate
 
 few = examples(15)
 words = st.text("a smldrwing é<>", max_size=30)
@@ -54,14 +55,14 @@ ENGINE, SHORT = engine(), engine(context=24)
 def said_after(engine: Engine, ids: list[int]) -> torch.Tensor:
     """Log probabilities (L, V) after each of these ids, the first at position 0, by one forward pass over all of them."""
     nothing = np.full(len(ids), -1)
-    piece = Piece(np.array(ids), nothing, (), nothing > 0)
-    batch = with_all_logits(collate([Row((piece,))], len(ids), engine.vocabulary))
+    chunk = Chunk(np.array(ids), nothing, (), nothing > 0)
+    batch = with_all_logits(collate([Row((chunk,))], len(ids), engine.vocabulary))
     return engine.model(batch, [], []).logits.log_softmax(-1)
 
 
 def argmax(engine: Engine, said: torch.Tensor) -> list[int]:
     """What greedy writing takes."""
-    return said.masked_fill(~engine.allowed, -torch.inf).argmax(-1).tolist()
+    return said.masked_fill(~engine.allowed_tokens, -torch.inf).argmax(-1).tolist()
 
 
 # A continuation's log probability
@@ -124,8 +125,8 @@ def test_greedy_writing_is_known_when_it_is_met():
     """Where only some letters may be written, the likeliest of them one after another."""
     limited = engine()
     letters = {limited.opened.tokenizer.encode(letter)[0]: letter for letter in "bqxyjv"}
-    limited.allowed = torch.zeros_like(limited.allowed)
-    limited.allowed[list(letters)] = True
+    limited.allowed_tokens = torch.zeros_like(limited.allowed_tokens)
+    limited.allowed_tokens[list(letters)] = True
     ids = [limited.vocabulary.bos, *limited.opened.tokenizer.encode("a small")]
     text = ""
     for _ in range(4):
@@ -209,15 +210,13 @@ def writes(text: str, **options) -> Engine:
     following = dict(zip(ids, [*ids[1:], next(iter(vocabulary.boi.values()))], strict=True))
     plain = found.opened.model
 
-    def model(batch, *rest):
-        said = plain(batch, *rest)
-        last = batch.tokens.reshape(-1)[batch.text_index].tolist()
-        for row, token in enumerate(last):
-            said.logits[row, following.get(token, vocabulary.eos)] += 1e4
-        return said
+    def forward_cached(tokens, position_ids, mask, cache, text_index, *rest):
+        prediction = plain.forward_cached(tokens, position_ids, mask, cache, text_index, *rest)
+        for row, token in enumerate(tokens.reshape(-1)[text_index].tolist()):
+            prediction.logits[row, following.get(token, vocabulary.eos)] += 1e4
+        return prediction
 
-    found.model = model
-    model.config = plain.config
+    found.model = SimpleNamespace(forward_cached=forward_cached, config=plain.config)
     return found
 
 
@@ -230,14 +229,14 @@ def test_it_writes_until_a_stop_a_drawing_or_the_length(values, written):
     model = HarnessModel(writes("bqxyjv"))
     asked = instances("generate_until", [("a b", values), ("a house", values), ("b", values)])
     assert model.generate_until(asked) == [written, "", written]
-    assert not model.engine.rows
+    assert not model.engine.sequences
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning():
     model = HarnessModel(writes("bqxyjv", context=24))
     (text,) = model.generate_until(instances("generate_until", [("é" * 40 + "b", {"until": ["j"], "max_gen_toks": 20})]))
     assert text == "qxy"
-    assert len(model.engine.cache.lengths) and not model.engine.rows
+    assert len(model.engine.cache.lengths) and not model.engine.sequences
 
 
 DOCUMENTS = [

@@ -16,11 +16,11 @@ from tests.abuse import picture
 from tests.serving import Gate, Server, serving, until
 from tests.test_chameleon import engine as engine_with_codes
 from transfusion import page as reports
-from transfusion.inference import server as room
+from transfusion import serving as room
 from transfusion.inference.engine import Engine, Request, open_run
-from transfusion.inference.server.limits import Limits
+from transfusion.serving.limits import Limits
 
-WEB = Path(room.__file__).parent.parent / "web"
+WEB = Path(room.__file__).parent / "web"
 FILES = sorted(WEB.iterdir())
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

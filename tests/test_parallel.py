@@ -28,18 +28,19 @@ from tests.test_training import looking, new_trainer, resumed, rows_of, stopping
 from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
-from transfusion.chance import seed_from
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import newest, open_checkpoint, restore
+from transfusion.checkpoint.open import newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.start import open_start
 from transfusion.cli import runs
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig, ParallelConfig, Run
-from transfusion.data.loader import Place
+from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.config import ParallelConfig, Run
+from transfusion.data.loader import LoaderState
 from transfusion.data.sources import open_raw
 from transfusion.disk import read_json
-from transfusion.model.transfusion import blueprint
-from transfusion.parallel import ALONE, Ranks
-from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.model.transfusion import build_on_meta
+from transfusion.parallel import SINGLE_PROCESS, Ranks
+from transfusion.seeding import derive_seed
+from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.guard import TrainingError
 from transfusion.training.trainer import Trainer
@@ -55,7 +56,7 @@ def a_run(
     parallel: ParallelConfig = ParallelConfig(), **training,  # noqa: B008
 ) -> Run:  # fmt: skip
     """Digits and texts in turn, so that rows differ in what they hold."""
-    run = small_run(steps, rows, **{"validate_every": STEPS, "warmup": 4} | training)
+    run = small_run(steps, rows, **{"validate_every": STEPS, "warmup_steps": 4} | training)
     model = replace(run.model, patches=patches, unet_width=16)
     return replace(run, model=model, data=replace(run.data, sources=("digits", "topics")), parallel=parallel)
 
@@ -93,7 +94,7 @@ def alone(run: Run, dtype: torch.dtype = torch.float32) -> Found:
     key = f"{run} {dtype}"
     if key not in REFERENCES:
         with TemporaryDirectory() as folder:
-            REFERENCES[key] = train(ALONE, Path(folder), run, dtype)
+            REFERENCES[key] = train(SINGLE_PROCESS, Path(folder), run, dtype)
     return REFERENCES[key]
 
 
@@ -135,7 +136,7 @@ def test_two_ranks_learn_what_one_learns(pair, tmp_path, patches, dtype):
     same(other, found, 0)
 
 
-@pytest.mark.parametrize("frozen", ["text_rate", "patches_rate", "transformer_rate"])
+@pytest.mark.parametrize("frozen", ["text_lr_scale", "image_lr_scale", "transformer_lr_scale"])
 def test_two_ranks_leave_alone_what_one_does(pair, tmp_path, frozen):
     """Parts that are frozen hang no rank, with and without images on it, and the rest is learnt as by one."""
     rates = {frozen: 0.0}
@@ -148,10 +149,10 @@ def test_two_ranks_leave_alone_what_one_does(pair, tmp_path, frozen):
 def begun(ranks: Ranks, kind: str, place: Path) -> dict[str, np.ndarray]:
     """The weights that a run begins with, put together from all ranks."""
     start = open_start(kind, str(place))
-    own = a_run().model if kind == "run" else replace(a_run().model, vocabulary=384)
-    model = blueprint(start.model(own))
+    own = a_run().model if kind == "run" else replace(a_run().model, vocab_size=384)
+    model = build_on_meta(start.model(own))
     mesh = ranks.mesh("cpu", "full") if ranks.world > 1 else None
-    parallel.spread(model, model.transformer.blocks, torch.device("cpu"), mesh, compiled=False)
+    parallel.parallelize(model, model.transformer.blocks, torch.device("cpu"), mesh, compiled=False)
     model.to_empty(device="cpu")
     start.fill(model, 3, ranks)
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
@@ -168,7 +169,7 @@ def test_two_ranks_begin_with_what_one_does(pair, tmp_path, kind):
     if kind == "exported":
         export(tmp_path / "it", tmp_path / "exported", shard=20_000)
     place, kind = tmp_path / ("exported" if kind == "exported" else "it"), "llama" if kind == "llama" else "run"
-    expected = begun(ALONE, kind, place)
+    expected = begun(SINGLE_PROCESS, kind, place)
     for found in pair(begun, kind, place):
         assert found.keys() == expected.keys()
         assert all(np.array_equal(value, expected[name]) for name, value in found.items())
@@ -180,21 +181,24 @@ class Made:
     def __init__(self, kinds: list[str], ranks: Ranks, vocabulary: Vocabulary):
         self.kinds, self.ranks, self.vocabulary = kinds, ranks, vocabulary
 
-    def batches(self, start) -> Iterator[tuple[Batch, Place]]:
+    def batches(self, start) -> Iterator[tuple[Batch, LoaderState]]:
         for step in count(start.block):
             kinds = list(enumerate(self.kinds[step % len(self.kinds)]))[self.ranks.rank :: self.ranks.world]
             batch = in_double(collate([self._row(kind, 10 * step + n) for n, kind in kinds], LENGTH, self.vocabulary))
             # An image teaches the token that begins it; of rows that shall teach no text this goes too.
             silent = torch.tensor([kind in "in" for _, kind in kinds])  # (B,)
             kept = ~silent[batch.text_index // LENGTH]  # (T,)
-            yield replace(batch, text_index=batch.text_index[kept], text_target=batch.text_target[kept]), Place(step + 1)
+            yield (
+                replace(batch, text_index=batch.text_index[kept], text_target=batch.text_target[kept]),
+                LoaderState(step + 1),
+            )
 
     def _row(self, kind: str, seed: int) -> Row:
         drawn = np.random.default_rng(seed)
         image = Image(drawn.standard_normal((1, 8, 8), dtype=np.float32), loss=kind != "n")
         text = Text(tuple(drawn.integers(0, 200, 5).tolist()), loss=kind in "tb")
         segments = {"t": (text,), "i": (image, text), "b": (text, image), "n": (text, image)}[kind]
-        return Row((lay_out(Document(segments, seed, "made", seed_from(seed)), self.vocabulary),))
+        return Row((encode_document(Document(segments, seed, "made", derive_seed(seed)), self.vocabulary),))
 
 
 # What each of two ranks gets in a step: (t)ext, (i)mages that teach nothing else, (b)oth, (n)othing to learn, but an image
@@ -214,7 +218,7 @@ def train_made(ranks: Ranks, folder: Path, patches: str) -> Found:
 
 @pytest.mark.parametrize("patches", ["linear", "unet"])
 def test_a_rank_that_has_no_image_or_no_text_neither_hangs_nor_weighs_in(pair, tmp_path, patches):
-    expected = train_made(ALONE, tmp_path / "one", patches)
+    expected = train_made(SINGLE_PROCESS, tmp_path / "one", patches)
     found, other = pair(train_made, tmp_path / "two", patches)
     same(found, expected, 1e-9)
     same(other, found, 0)
@@ -224,7 +228,7 @@ def test_a_loader_of_made_rows_makes_what_it_says():
     """Else the test above would test nothing."""
     vocabulary = prepared(a_run())[1].vocabulary
     for rank, (texts, images) in enumerate(((True, True), (True, False), (False, True), (False, False))):
-        batch, _ = next(Made(["btin"], Ranks(rank, 4), vocabulary).batches(Place()))
+        batch, _ = next(Made(["btin"], Ranks(rank, 4), vocabulary).batches(LoaderState()))
         assert (batch.text_count > 0, batch.image_count > 0) == (texts, images)
 
 
@@ -245,7 +249,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(pair, tmp_path, worlds):
     for world, stop_at in zip(worlds, (2, 4, None), strict=True):
         run = a_run(4 // world, "unet")
         if world == 1:
-            found = train(ALONE, tmp_path / "run", run, torch.float64, stop_at)
+            found = train(SINGLE_PROCESS, tmp_path / "run", run, torch.float64, stop_at)
         else:
             found, _ = pair(train, tmp_path / "run", run, torch.float64, stop_at)
     same(found, expected, 1e-9)
@@ -258,7 +262,7 @@ def test_ranks_that_stop_and_go_on_are_as_if_nothing_had_been_and_one_process_op
     for stop_at in (1, 3, None):
         found, _ = pair(train, tmp_path / "run", run, torch.float32, stop_at)
     same(found, expected, 0)
-    for which, part in (("average", "average"), ("raw", "model")):
+    for which, part in (("ema", "ema"), ("raw", "model")):
         opened = open_checkpoint(tmp_path / "run", which, "cpu").model.state_dict()
         assert all(np.array_equal(value.numpy(), expected[0][f"{part} {name}"]) for name, value in opened.items())
 
@@ -272,7 +276,7 @@ def spoil(path: Path) -> None:
 
 def test_ranks_agree_that_a_checkpoint_is_damaged_and_take_the_one_before(pair, tmp_path):
     """Whichever of them reads the file that is damaged."""
-    run = a_run(2, steps=4, checkpoint_every=2, keep=3)
+    run = a_run(2, steps=4, checkpoint_every=2, keep_checkpoints=3)
     expected, _ = pair(train, tmp_path / "one", run)
     shards = sorted(path.name for path in (tmp_path / "one" / "checkpoints" / "step-000004" / "model").iterdir())
     assert len(shards) == 2
@@ -293,8 +297,8 @@ def test_running_blocks_again_instead_of_remembering_them_changes_nothing(pair, 
     """Bit for bit; and they are run again."""
     found, times = [], []
     for recompute in (False, True):
-        asked = tmp_path / str(recompute), a_run(2, steps=3, parallel=ParallelConfig(recompute=recompute))
-        one, passes = train_passing(ALONE, *asked) if ranks == 1 else pair(train_passing, *asked)[0]
+        asked = tmp_path / str(recompute), a_run(2, steps=3, parallel=ParallelConfig(activation_checkpointing=recompute))
+        one, passes = train_passing(SINGLE_PROCESS, *asked) if ranks == 1 else pair(train_passing, *asked)[0]
         found.append(one)
         times.append(passes)
     same(*found, 0)
@@ -331,12 +335,12 @@ WAYS = [(1, True), (2, False)]  # ranks, and whether blocks are run again; `make
 @pytest.mark.parametrize(("ranks", "recompute"), [*WAYS, (1, False), (2, True)] if THOROUGH else WAYS)
 def test_compiled_blocks_learn_the_same_and_are_compiled_once(pair, tmp_path, ranks, recompute):
     """Alone of more layers than dynamo would compile one by one."""
-    run = a_run(2, steps=4, parallel=ParallelConfig(recompute=recompute, compile=True))
+    run = a_run(2, steps=4, parallel=ParallelConfig(activation_checkpointing=recompute, compile=True))
     run = replace(run, model=replace(run.model, layers=10 if ranks == 1 else 4))
     plain = replace(run, parallel=ParallelConfig(compile=False))
     if ranks == 1:
         expected = alone(plain, torch.float64)
-        found, counts = train_counting(ALONE, tmp_path / "compiled", run, "aot_eager")
+        found, counts = train_counting(SINGLE_PROCESS, tmp_path / "compiled", run, "aot_eager")
     else:
         expected, _ = pair(train, tmp_path / "plain", plain, torch.float64)
         (found, counts), _ = pair(train_counting, tmp_path / "compiled", run, "eager")
@@ -400,15 +404,15 @@ def test_machines_that_hold_all_weights_each_learn_what_one_process_learns(tmp_p
     """
     one = a_run(4, "unet" if THOROUGH else "linear", steps=3)
     if not THOROUGH:  # a U-Net has so many parameters that torch takes long to plan the first step
-        one = replace(one, model=replace(one.model, patch_size=1), data=replace(one.data, row_length=128))
-    assert any(len(parameter) == 1 for parameter in blueprint(one.model).patches.parameters())
+        one = replace(one, model=replace(one.model, patch_size=1), data=replace(one.data, seq_len=128))
+    assert any(len(parameter) == 1 for parameter in build_on_meta(one.model).patches.parameters())
     hybrid = replace(one, data=replace(one.data, rows=1), parallel=ParallelConfig("hybrid"))
     expected = alone(one, torch.float64)
     world = World(4, per_machine=2)
     try:
         assert world(shape_of_mesh, "hybrid") == [(2, 2)] * 4
         world(train, tmp_path / "run", hybrid, torch.float64, 1)
-        train(ALONE, tmp_path / "run", one, torch.float64, 2)
+        train(SINGLE_PROCESS, tmp_path / "run", one, torch.float64, 2)
         found, *others = world(train, tmp_path / "run", hybrid, torch.float64)
         same(found, expected, 1e-9)
         for other in others:
@@ -425,7 +429,8 @@ def shape_of_mesh(ranks: Ranks, shard: str) -> tuple[int, ...]:
 
 AUTOENCODER = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1)
 FITTING = CodecTrainingConfig(
-    steps=6, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=100, validate_every=6, log_every=1,
+    steps=6, batch_size=4, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, checkpoint_every=100, validate_every=6,
+    log_every=1,
     heldout=4, revive_after=2,
 )  # fmt: skip
 CODECS = {
@@ -439,15 +444,15 @@ def fit(
 ) -> Found:
     """Begin a codec or go on with it, in float64."""
     with precision(torch.float64), narrow_discriminator():
-        if ranks.first:
+        if ranks.is_main:
             folder.mkdir(exist_ok=True)
         ranks.wait()
         # Noise: where pixels are alike, codes are too, and rounding says which of them is the nearest.
         pictures = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
         trainer = CodecTrainer(network, config, folder, pictures, torch.device("cpu"), ranks)
-        state = restore(folder, trainer.tensors(), ranks)
+        state = restore_newest(folder, trainer.tensors(), ranks)
         if state:
-            trainer.loop.resume(state[1])
+            trainer.loop.load_state(state[1])
         real = trainer.step
 
         def step(number, *rest):
@@ -469,7 +474,7 @@ if not THOROUGH:
 
 @pytest.mark.parametrize(("network", "config"), CODECS.values(), ids=CODECS)
 def test_a_codec_is_the_same_from_two_ranks_and_goes_on_with_any_number(pair, tmp_path, network, config):
-    expected = fit(ALONE, tmp_path / "one", network, config)
+    expected = fit(SINGLE_PROCESS, tmp_path / "one", network, config)
     if network.codes:
         revived = [row["revived"] for row in expected[1] if "revived" in row]
         assert 0 < revived[0] < revived[-1]
@@ -478,14 +483,14 @@ def test_a_codec_is_the_same_from_two_ranks_and_goes_on_with_any_number(pair, tm
     same(other, found, 0)
     for world, stop_at in ((2, 3), (1, 5), (2, None)):
         if world == 1:
-            found = fit(ALONE, tmp_path / "both", network, config, stop_at)
+            found = fit(SINGLE_PROCESS, tmp_path / "both", network, config, stop_at)
         else:
             found, _ = pair(fit, tmp_path / "both", network, config, stop_at)
     same(found, expected, 1e-9)
 
 
 def test_pictures_that_cannot_be_shared_out_are_refused(tmp_path):
-    with pytest.raises(TrainingError, match="rows 4 cannot be shared out evenly among 3 processes"):
+    with pytest.raises(TrainingError, match="batch_size 4 cannot be shared out evenly among 3 processes"):
         CodecTrainer(AUTOENCODER, FITTING, tmp_path, np.zeros((30, 16, 16, 3), np.uint8), torch.device("cpu"), Ranks(1, 3))
 
 
@@ -510,7 +515,7 @@ def hurt_at_step_6(number: int, *arguments: object) -> None:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint."""
-    files = sorted(newest(folder).rglob("*.safetensors"))
+    files = sorted(newest_checkpoint(folder).rglob("*.safetensors"))
     return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}
 
 
@@ -551,7 +556,7 @@ def test_train_under_torchrun_stops_at_a_signal_and_goes_on(undisturbed, tmp_pat
     """SIGUSR1 to one process only, after which both save and the same command goes on."""
     said = torchrun(hurt_at_step_6, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "asked")
     assert said.count("stopped at step 6 and saved") == 1
-    assert newest(tmp_path / "asked").name == "step-000006"
+    assert newest_checkpoint(tmp_path / "asked").name == "step-000006"
     said = torchrun(command, *TRAIN, "--out", tmp_path / "asked")
     assert said.count(f"going on from {tmp_path / 'asked' / 'checkpoints' / 'step-000006'}") == 1
     same_runs(tmp_path / "asked", undisturbed)

@@ -37,7 +37,7 @@ from transfusion.model import transfusion as network
 from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm, to_grid, to_list
 from transfusion.model.patches import FREQUENCIES, patchify
 from transfusion.runs import SIZES, named_run
-from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.optimizer import build_optimizer
 
 few = examples(12, quick=6)
@@ -122,7 +122,7 @@ def test_a_kind_of_patches_that_is_none_is_refused():
 @pytest.mark.parametrize("name", ["digits", "shapes", "small"])
 def test_the_small_runs_have_a_small_u_net(name):
     """Not one that takes most of the time: at most about as large as the transformer, as the paper's is at 0.16b."""
-    config = replace(named_run(name).model, patches="unet", vocabulary=512)
+    config = replace(named_run(name).model, patches="unet", vocab_size=512)
     with torch.device("meta"):
         model = network.Transfusion(config)
     assert network.count_parameters(model.patches) < 1.1 * network.count_parameters(model.transformer)
@@ -137,8 +137,8 @@ def test_latents_become_one_vector_per_patch_and_vectors_a_latent(way, N, rows, 
     p, patches = way[1], MODELS[way].patches
     noisy, t = random(N, CHANNELS, rows * p, columns * p, seed=seed, dtype=dtype), torch.rand(N).to(dtype)
     try:
-        vectors, carried = patches.to(dtype).enter(noisy, t)
-        said = patches.leave(random(N, rows * columns, TINY.width, seed=seed + 1, dtype=dtype), carried)
+        vectors, carried = patches.to(dtype).embed(noisy, t)
+        said = patches.unembed(random(N, rows * columns, TINY.width, seed=seed + 1, dtype=dtype), carried)
     finally:
         patches.double()
     assert (vectors.shape, vectors.dtype) == ((N, rows * columns, TINY.width), dtype)
@@ -153,12 +153,12 @@ def test_images_in_one_call_are_each_as_they_are_alone(way, N, rows, columns, se
     p, patches = way[1], MODELS[way].patches
     noisy, t = random(N, CHANNELS, rows * p, columns * p, seed=seed), random(N, seed=seed + 1).sigmoid()
     hidden = random(N, rows * columns, TINY.width, seed=seed + 2)
-    vectors, carried = patches.enter(noisy, t)
-    said = patches.leave(hidden, carried)
+    vectors, carried = patches.embed(noisy, t)
+    said = patches.unembed(hidden, carried)
     for n in range(N):
-        mine, kept = patches.enter(noisy[n : n + 1], t[n : n + 1])
+        mine, kept = patches.embed(noisy[n : n + 1], t[n : n + 1])
         torch.testing.assert_close(vectors[n], mine[0], rtol=0, atol=1e-10)
-        torch.testing.assert_close(said[n], patches.leave(hidden[n : n + 1], kept)[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(said[n], patches.unembed(hidden[n : n + 1], kept)[0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -166,13 +166,13 @@ def test_no_image_moves_another_by_a_single_bit(way):
     """An image that is 1000 times as bright would show in any statistic that images share."""
     p, patches = way[1], MODELS[way].patches
     noisy, t, hidden = random(3, CHANNELS, 2 * p, p), torch.full((3,), 0.3, dtype=torch.float64), random(3, 2, TINY.width)
-    before, kept = patches.enter(noisy, t)
-    said = patches.leave(hidden, kept)
+    before, kept = patches.embed(noisy, t)
+    said = patches.unembed(hidden, kept)
     noisy[1] *= 1000
     t[1], hidden[1] = 0.9, 5
-    after, kept = patches.enter(noisy, t)
+    after, kept = patches.embed(noisy, t)
     moved = [(one - other).flatten(1).any(1).tolist()
-             for one, other in ((before, after), (said, patches.leave(hidden, kept)))]  # fmt: skip
+             for one, other in ((before, after), (said, patches.unembed(hidden, kept)))]  # fmt: skip
     assert moved == [[False, True, False]] * 2
 
 
@@ -183,11 +183,11 @@ def test_vectors_stand_in_reading_order_and_come_back_to_their_places(way):
     for block in patches.modules():
         if isinstance(block, ResidualBlock | PixelAttention):
             nn.init.zeros_(block.out.weight)
-    patches.outward_norm = nn.Identity()
+    patches.proj_out_norm = nn.Identity()
     noisy = random(1, CHANNELS, 3 * p, 5 * p, seed=8).requires_grad_()
     hidden = random(1, 15, TINY.width, seed=9).requires_grad_()
-    vectors, carried = patches.enter(noisy, torch.tensor([0.4], dtype=torch.float64))
-    said = patchify(patches.leave(hidden, carried), p)[0]  # (P, C * p * p)
+    vectors, carried = patches.embed(noisy, torch.tensor([0.4], dtype=torch.float64))
+    said = patchify(patches.unembed(hidden, carried), p)[0]  # (P, C * p * p)
     for n in range(15):
         (seen,) = torch.autograd.grad(vectors[0, n] @ random(TINY.width), noisy, retain_graph=True)
         (origin,) = torch.autograd.grad(said[n] @ random(said.shape[1]), hidden, retain_graph=True)
@@ -228,8 +228,8 @@ def test_time_enters_every_residual_block_of_both_halves(p):
         for name, layer in every_time_layer(patches).items():
             if name not in kept:
                 layer.weight.zero_()
-        vectors, carried = patches.enter(noisy, t)
-        said = patches.leave(hidden, carried)
+        vectors, carried = patches.embed(noisy, t)
+        said = patches.unembed(hidden, carried)
         return bool((vectors[0] != vectors[1]).any()), bool((said[0] != said[1]).any())
 
     names = every_time_layer(MODELS["unet", p].patches)
@@ -246,15 +246,15 @@ def test_time_enters_every_residual_block_of_both_halves(p):
 def test_every_skip_connection_is_used_once(p):
     patches = MODELS["unet", p].patches
     noisy, hidden = random(1, CHANNELS, 2 * p, p), random(1, 2, TINY.width)
-    _, carried = patches.enter(noisy, torch.tensor([0.4], dtype=torch.float64))
-    said = patches.leave(hidden, carried)
-    assert torch.equal(patches.leave(hidden, carried), said)  # what is carried is not used up
+    _, carried = patches.embed(noisy, torch.tensor([0.4], dtype=torch.float64))
+    said = patches.unembed(hidden, carried)
+    assert torch.equal(patches.unembed(hidden, carried), said)  # what is carried is not used up
     assert len(carried.skips) == 3 * (1 + math.log2(p))
     for n, skip in enumerate(carried.skips):
         one_less = replace(carried, skips=[*carried.skips[:n], skip + 1, *carried.skips[n + 1 :]])
-        assert (patches.leave(hidden, one_less) - said).abs().max() > 1e-6
+        assert (patches.unembed(hidden, one_less) - said).abs().max() > 1e-6
     with pytest.raises(StopIteration):
-        patches.leave(hidden, replace(carried, skips=carried.skips[1:]))
+        patches.unembed(hidden, replace(carried, skips=carried.skips[1:]))
 
 
 @pytest.mark.parametrize("p", PATCH_SIZES)
@@ -281,7 +281,7 @@ def test_the_pixels_of_an_image_see_each_other_through_attention_alone():
 def test_the_mask_of_the_transformer_does_not_reach_into_the_u_net():
     """Causal images (Table 5): the first patch still sees the last, through the U-Net."""
     document = Document((Text((1, 2)), image((4, 4), seed=5), Text((3, 4))))
-    batch = alone(lay_out(document, VOCABULARY))
+    batch = alone(encode_document(document, VOCABULARY))
     first, last = batch.groups[0].index[0, 0].item(), batch.groups[0].index[0, -1].item()
 
     def change(batch, noisy, t):
@@ -330,10 +330,10 @@ def test_a_packed_row_equals_its_documents_alone(found):
     logits = together.logits.view(*batch.tokens.shape, -1)
     images = {int(index[0]): said for group, found in zip(batch.groups, together.images, strict=True)
               for index, said in zip(group.index, found, strict=True)}  # fmt: skip
-    for b, begin, piece in places(rows):
-        single = with_all_logits(in_double(alone(piece)))
+    for b, begin, chunk in places(rows):
+        single = with_all_logits(in_double(alone(chunk)))
         by_itself = run(TOGETHER, single, latents_of(single), times_of(single))
-        torch.testing.assert_close(logits[b, begin : begin + len(piece)], by_itself.logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(logits[b, begin : begin + len(chunk)], by_itself.logits, rtol=0, atol=1e-9)
         for group, said in zip(single.groups, by_itself.images, strict=True):
             for index, one in zip(group.index, said, strict=True):
                 torch.testing.assert_close(images.pop(b * LENGTH + begin + int(index[0])), one, rtol=0, atol=1e-9)
@@ -364,17 +364,17 @@ def test_an_image_or_its_time_changes_what_may_see_it_and_nothing_else(found, wh
 def test_images_of_several_shapes_in_one_batch_are_as_they_are_alone(p):
     """Each at its own shape: nothing is padded."""
     shapes = [(p, p), (2 * p, 3 * p), (3 * p, 2 * p)]
-    vocabulary = Vocabulary.build(text=50, shapes=shapes, patch_size=p)
-    model = build(replace(config_of("unet", p), vocabulary=vocabulary.size), seed=6)
-    laid = [lay_out(Document((Text((n, 2)), image(shape, n), Text((3,))), key=n), vocabulary)
+    vocabulary = Vocabulary.build(num_text_tokens=50, shapes=shapes, patch_size=p)
+    model = build(replace(config_of("unet", p), vocab_size=vocabulary.size), seed=6)
+    laid = [encode_document(Document((Text((n, 2)), image(shape, n), Text((3,))), key=n), vocabulary)
             for n, shape in enumerate([*shapes, *shapes])]  # fmt: skip
     batch = in_double(collate([Row(tuple(laid[:3])), Row(tuple(laid[3:]))], 48, vocabulary))
-    assert [group.clean.shape[2:] for group in batch.groups] == sorted(shapes)
+    assert [group.x0.shape[2:] for group in batch.groups] == sorted(shapes)
     together = run(model, batch, latents_of(batch), times_of(batch))
     for group, said in zip(batch.groups, together.images, strict=True):
-        assert said.shape == (2, CHANNELS, *group.clean.shape[2:])
-    for n, piece in enumerate(laid):
-        single = in_double(collate([Row((piece,))], len(piece), vocabulary))
+        assert said.shape == (2, CHANNELS, *group.x0.shape[2:])
+    for n, chunk in enumerate(laid):
+        single = in_double(collate([Row((chunk,))], len(chunk), vocabulary))
         (expected,) = run(model, single, latents_of(single), times_of(single)).images
         place = sorted(shapes).index(shapes[n % 3])
         torch.testing.assert_close(together.images[place][n // 3], expected[0], rtol=0, atol=1e-9)
@@ -382,7 +382,7 @@ def test_images_of_several_shapes_in_one_batch_are_as_they_are_alone(p):
 
 def test_a_batch_without_images_runs_and_gives_the_u_net_a_gradient_of_zero():
     """Not none at all: ranks with images wait for those without."""
-    batch = alone(lay_out(Document((Text((1, 2, 3)),)), VOCABULARY))
+    batch = alone(encode_document(Document((Text((1, 2, 3)),)), VOCABULARY))
     model = build(UNET, seed=1)
     model(batch, [], []).logits.logsumexp(1).sum().backward()
     assert {name for name, p in model.named_parameters() if not p.grad.any()} == {
@@ -406,11 +406,11 @@ def test_an_image_behind_its_cached_prefix_is_one_in_the_whole_sequence(network_
     for parts in chosen:
         slots.append(ours.cache.acquire())
         segments = prompt_segments(parts)
-        prompt = lay_out(Document(segments), ours.vocabulary, ends=False)
-        (logits,) = text_mode.read(ours.model, ours.cache, slots[-1:], [prompt], ours.vocabulary)  # its images are clean
+        prompt = encode_document(Document(segments), ours.vocabulary, ends=False)
+        (logits,) = text_mode.prefill(ours.model, ours.cache, slots[-1:], [prompt], ours.vocabulary)  # its images are clean
         torch.testing.assert_close(logits, uncached(ours, segments)[0][-1], rtol=0, atol=1e-5)
-        boi = lay_out(Document(()), ours.vocabulary, ends=False).followed_by(ours.vocabulary.boi[shape]).part(1)
-        text_mode.read(ours.model, ours.cache, slots[-1:], [boi], ours.vocabulary)
+        boi = encode_document(Document(()), ours.vocabulary, ends=False).append(ours.vocabulary.boi[shape]).part(1)
+        text_mode.prefill(ours.model, ours.cache, slots[-1:], [boi], ours.vocabulary)
         noisy.append(torch.from_numpy(picture(shape, data.draw(seeds)).transpose(2, 0, 1).copy()))
         times.append(data.draw(st.floats(0, 1)))
         expected.append(uncached(ours, [*segments, Image(noisy[-1].numpy())], times[-1])[1])
@@ -441,7 +441,7 @@ def test_a_run_with_a_u_net_is_saved_opened_and_draws(tmp_path):
     save(tmp_path, 1, tensors, {"step": 1}, keep=1)
     opened = open_run(tmp_path, device="cpu")
     assert opened.run == written
-    assert same_weights(numbers(opened.model), tensors["average"])
+    assert same_weights(numbers(opened.model), tensors["ema"])
     answers = opened.generate([Request(("three",), 2)])[0]
     one, other = (answer.parts[0] for answer in answers)
     assert one.shape == other.shape == (8, 8, 1)
@@ -466,7 +466,7 @@ def test_starting_weights_follow_from_seed_and_name_alone(way):
     drawn = [name for name, x in expected.items() if x.std() > 0]
     assert all(not torch.equal(expected[name], again[name]) for name in drawn)
     constant = expected.keys() - set(drawn)
-    assert all(name.endswith(("norm.weight", "bias")) or name == "patches.outward.weight" for name in constant)
+    assert all(name.endswith(("norm.weight", "bias")) or name == "patches.proj_out.weight" for name in constant)
     assert all(torch.equal(x, torch.full_like(x, name.endswith("norm.weight"))) for name, x in expected.items()
                if name in constant)  # fmt: skip
 
@@ -476,13 +476,13 @@ def test_starting_weights_follow_from_seed_and_name_alone(way):
 def test_the_first_guess_is_zero_and_signals_keep_their_size(way):
     p = way[1]
     patches = network.build(replace(config_of(*way), width=64, layers=8, unet_width=64), seed=0).patches
-    vectors, carried = patches.enter(random(4, CHANNELS, 4 * p, 2 * p, dtype=torch.float32), torch.rand(4))
+    vectors, carried = patches.embed(random(4, CHANNELS, 4 * p, 2 * p, dtype=torch.float32), torch.rand(4))
     assert 0.4 < vectors.std() < 2.5
     hidden = random(4, 8, 64, dtype=torch.float32)
-    assert torch.equal(patches.leave(hidden, carried), torch.zeros(4, CHANNELS, 4 * p, 2 * p))
+    assert torch.equal(patches.unembed(hidden, carried), torch.zeros(4, CHANNELS, 4 * p, 2 * p))
     inside = []
-    patches.outward.register_forward_pre_hook(lambda _, inputs: inside.append(inputs[0].std().item()))
-    patches.leave(hidden, carried)
+    patches.proj_out.register_forward_pre_hook(lambda _, inputs: inside.append(inputs[0].std().item()))
+    patches.unembed(hidden, carried)
     assert 0.4 < inside[0] < 2.5
     for name, block in patches.named_modules():  # a branch adds little to what it is added to
         if isinstance(block, ResidualBlock):
@@ -496,8 +496,8 @@ def test_images_give_every_parameter_of_the_way_in_and_out_a_gradient(way):
     p = way[1]
     patches = build(config_of(*way), seed=7).patches
     noisy = random(3, CHANNELS, 2 * p, 3 * p)
-    vectors, carried = patches.enter(noisy, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-    (patches.leave(vectors.tanh(), carried) * random(*noisy.shape, seed=1)).sum().backward()
+    vectors, carried = patches.embed(noisy, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    (patches.unembed(vectors.tanh(), carried) * random(*noisy.shape, seed=1)).sum().backward()
     sizes = {name: parameter.grad.abs().max().item() for name, parameter in patches.named_parameters()}
     assert min(sizes.values()) > 1e-9, min(sizes, key=sizes.get)
 
@@ -512,8 +512,8 @@ def test_two_steps_from_the_first_weights_move_every_parameter(way):
     target = random(2, CHANNELS, 2 * p, 2 * p, dtype=torch.float32)
     losses = []
     for _ in range(2):
-        vectors, carried = patches.enter(target, torch.tensor([0.2, 0.7]))
-        loss = (patches.leave(vectors, carried) - target).square().mean()
+        vectors, carried = patches.embed(target, torch.tensor([0.2, 0.7]))
+        loss = (patches.unembed(vectors, carried) - target).square().mean()
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
@@ -524,7 +524,7 @@ def test_two_steps_from_the_first_weights_move_every_parameter(way):
 
 def test_lower_precision_gives_nearly_the_same():
     document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4, 5))))
-    batch, model = alone(lay_out(document, VOCABULARY)), build(UNET, seed=1, dtype=torch.float32)
+    batch, model = alone(encode_document(document, VOCABULARY)), build(UNET, seed=1, dtype=torch.float32)
     inputs = batch, latents_of(batch), [torch.tensor([0.5])]
     exact = run(model, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -555,19 +555,19 @@ def test_counted_products_are_those_that_pytorch_counts(way, rows, columns, firs
     """Forward to the last one; backward too, but for gradients of what is given (latents, times), which nobody computes."""
     p, config = way[1], config_of(*way)
     shape, other = (rows * p, columns * p), (columns * p, (rows + 1) * p)
-    vocabulary = Vocabulary.build(text=50, shapes=[shape, other], patch_size=p)
-    config = replace(config, vocabulary=vocabulary.size)
+    vocabulary = Vocabulary.build(num_text_tokens=50, shapes=[shape, other], patch_size=p)
+    config = replace(config, vocab_size=vocabulary.size)
     document = Document((Text((1, 2)), *[image(shape, n) for n in range(first)], *[image(other, n) for n in range(second)]))
-    piece = lay_out(document, vocabulary)
-    batch = in_double(collate([Row((piece,))], len(piece), vocabulary))
+    chunk = encode_document(document, vocabulary)
+    batch = in_double(collate([Row((chunk,))], len(chunk), vocabulary))
     model = build(config)
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
         said = model(batch, latents_of(batch), times_of(batch))
     with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
         (said.logits.sum() + sum(x.sum() for x in said.images)).backward()
 
-    L, heads = len(piece), config.heads * config.size_of_head
-    attended = network.packed(batch.document, batch.image).pairs(batch.document >= 0)
+    L, heads = len(chunk), config.heads * config.head_size
+    attended = network.packed_mask(batch.document_ids, batch.image_ids).count_pairs(batch.document_ids >= 0)
     masked = 4 * heads * config.layers * (L * L - attended)  # PyTorch computes what the mask hides, and counts it
     counted = flops.training_flops(batch, config)
     assert forward.get_total_flops() == counted / 3 + masked

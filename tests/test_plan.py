@@ -16,10 +16,10 @@ from tests.profile import THOROUGH
 from tests.test_cli import command, fails
 from transfusion import objective, plan
 from transfusion.config import DataConfig, ModelConfig, ParallelConfig, Run, to_json
-from transfusion.model.mask import packed
-from transfusion.model.transformer import Block, Norm, rotation_of
-from transfusion.model.transfusion import blueprint, build, count_parameters
-from transfusion.parallel import Ranks, spread
+from transfusion.model.mask import packed_mask
+from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
+from transfusion.model.transfusion import build, build_on_meta, count_parameters
+from transfusion.parallel import Ranks, parallelize
 from transfusion.plan import BF16, FP32, LOGITS, Machines
 from transfusion.runs import NAMES, PAPER, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
@@ -59,22 +59,22 @@ class Alive(TorchDispatchMode):
 def one_row(length: int = 512, parallel: ParallelConfig = ParallelConfig(compile=False), **model) -> Run:  # noqa: B008
     """A run like `digits`, of one row, so that a row of the plan's is its batch."""
     digits = named_run("digits")
-    config = replace(digits.model, **{"vocabulary": 640} | model)
-    return replace(digits, model=config, parallel=parallel, data=replace(digits.data, rows=1, row_length=length))
+    config = replace(digits.model, **{"vocab_size": 640} | model)
+    return replace(digits, model=config, parallel=parallel, data=replace(digits.data, rows=1, seq_len=length))
 
 
 def measured(run: Run) -> tuple[int, int]:
     """Bytes that the forward pass of a step leaves behind, and the most at any time of the step; but for the mask, which
     only a CPU makes in full."""
-    model, batch = build(run.model, 0), plan.typical_row(run.model, run.data.row_length)
-    model.transformer.recompute = run.parallel.recompute
-    draws = objective.draw(batch, run.diffusion)
+    model, batch = build(run.model, 0), plan.typical_row(run.model, run.data.seq_len)
+    model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
+    draws = objective.sample_noise(batch, run.diffusion)
     with Alive() as alive:
-        losses = objective.losses(model, batch, draws, run.diffusion)
-        loss = objective.total(losses, batch.text_count, batch.image_count, 1.0)
+        losses = objective.compute_losses(model, batch, draws, run.diffusion)
+        loss = objective.total_loss(losses, batch.text_count, batch.image_count, 1.0)
         kept = alive.now
         loss.backward()
-    mask = (FP32 + 1) * run.data.row_length**2
+    mask = (FP32 + 1) * run.data.seq_len**2
     return kept - mask, alive.most - mask
 
 
@@ -87,12 +87,14 @@ def planned(run: Run) -> tuple[int, int]:
 # Memory
 
 
-@pytest.mark.parametrize("rates", [{}, {"text_rate": 0.0}, {"patches_rate": 0.0}, {"transformer_rate": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "rates", [{}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}], ids=str
+)
 def test_weights_gradients_moments_and_average_are_exact(rates):
     run = named_run("shapes")
     run = replace(run, training=replace(run.training, **rates))
     model, average = build(run.model, 0), build(run.model, 0)
-    freeze(model, run.training.rates)
+    freeze(model, run.training.lr_scales)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer = build_optimizer(model, run.training)
     optimizer.step()
@@ -100,18 +102,19 @@ def test_weights_gradients_moments_and_average_are_exact(rates):
     found = plan.plan(run, Machines()).memory
     held = {
         "weights": list(model.parameters()), "gradients": [p.grad for p in model.parameters() if p.grad is not None],
-        "moments": moments, "average": list(average.parameters()),
+        "moments": moments, "ema": list(average.parameters()),
     }  # fmt: skip
     assert {name: sum(t.nbytes for t in tensors) for name, tensors in held.items()} == {
         name: getattr(found, name) for name in held
     }
-    states = sum(t.nbytes for part in ("weights", "moments", "average") for t in held[part])
+    states = sum(t.nbytes for part in ("weights", "moments", "ema") for t in held[part])
     assert plan.plan(run, Machines()).checkpoint == states
 
 
 @pytest.mark.parametrize("model", [
     {}, {"qk_norm": False}, {"heads": 4, "kv_heads": 2, "head_dim": 48}, {"post_norm": True}, {"layers": 2},
-    {"hidden": 2048}, {"vocabulary": 8192}, {"patches": "unet"}, {"patches": "unet", "unet_width": 128, "patch_size": 4},
+    {"intermediate_size": 2048}, {"vocab_size": 8192}, {"patches": "unet"},
+    {"patches": "unet", "unet_width": 128, "patch_size": 4},
     {"patches": "unet", "patch_size": 1},
 ], ids=str)  # fmt: skip
 def test_activations_and_logits_are_what_a_step_keeps(model):
@@ -121,31 +124,31 @@ def test_activations_and_logits_are_what_a_step_keeps(model):
     assert most_planned == pytest.approx(most, rel=MOST)
 
 
-@pytest.mark.parametrize("model", [{}, {"layers": 12}, {"vocabulary": 8192}, {"hidden": 2048}], ids=str)
+@pytest.mark.parametrize("model", [{}, {"layers": 12}, {"vocab_size": 8192}, {"intermediate_size": 2048}], ids=str)
 def test_recomputing_keeps_what_goes_into_blocks(model):
-    run = one_row(**model, parallel=ParallelConfig(compile=False, recompute=True))
+    run = one_row(**model, parallel=ParallelConfig(compile=False, activation_checkpointing=True))
     (kept, most), (kept_planned, most_planned) = measured(run), planned(run)
     assert kept_planned == pytest.approx(kept, rel=KEPT)
-    gradients = FP32 * count_parameters(blueprint(run.model))  # some are there when it is most
+    gradients = FP32 * count_parameters(build_on_meta(run.model))  # some are there when it is most
     assert most_planned * (1 - MOST) < most < (most_planned + gradients) * (1 + MOST)
 
 
 @pytest.mark.parametrize("model", [{"qk_norm": True, "kv_heads": 2}, *([{}] if THOROUGH else [])], ids=str)
 def test_a_compiled_block_in_bfloat16_keeps_what_is_planned(model, monkeypatch):
-    monkeypatch.setattr(Norm, "forward", nn.RMSNorm.forward)  # as on CUDA
-    config = ModelConfig(width=256, layers=1, heads=4, hidden=768, **model)
-    run = Run("", config, data=DataConfig(rows=2, row_length=64))
+    monkeypatch.setattr(RMSNorm, "forward", nn.RMSNorm.forward)  # as on CUDA
+    config = ModelConfig(width=256, layers=1, heads=4, intermediate_size=768, **model)
+    run = Run("", config, data=DataConfig(rows=2, seq_len=64))
     block = Block(config, 0).bfloat16()
     block.compile(backend="aot_eager_decomp_partition", dynamic=False)
     x = torch.randn(2, 64, 256, dtype=torch.bfloat16, requires_grad=True)
-    rotation = rotation_of(torch.arange(64).expand(2, 64), config, x.dtype)
-    mask = packed(torch.zeros(2, 64, dtype=torch.int32), torch.full((2, 64), -1))
+    rotation = rope_cos_sin(torch.arange(64).expand(2, 64), config, x.dtype)
+    mask = packed_mask(torch.zeros(2, 64, dtype=torch.int32), torch.full((2, 64), -1))
     mask.prepare()
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         block(x, rotation, mask, None)
     known = {t.data_ptr() for t in (*block.parameters(), *rotation)}
-    on_cpu = BF16 * mask.added.numel()  # the mask in full
+    on_cpu = BF16 * mask.attn_bias.numel()  # the mask in full
     kept = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known) - on_cpu
     assert plan.kept_by_block(run) * 2 * 64 == pytest.approx(kept, rel=0.02)
 
@@ -159,8 +162,8 @@ def spread_over(request):
         try:
             group = Ranks(rank, ranks)
             group.per_machine = per_machine
-            model = blueprint(config)
-            spread(model, model.transformer.blocks, torch.device("cpu"), group.mesh("cpu", shard), compiled=False)
+            model = build_on_meta(config)
+            parallelize(model, model.transformer.blocks, torch.device("cpu"), group.mesh("cpu", shard), compiled=False)
             return sum(FP32 * parameter.to_local().numel() for parameter in model.parameters())
         finally:
             dist.destroy_process_group()
@@ -179,7 +182,7 @@ def test_the_first_of_many_ranks_holds_what_is_planned(spread_over, size, gpus, 
 def test_ranks_hold_everything_once_and_none_more_than_the_first(spread_over):
     config = replace(SIZES["0.16b"], layers=2)
     held = [spread_over(config, rank, 7) for rank in range(7)]
-    assert sum(held) == FP32 * count_parameters(blueprint(config))
+    assert sum(held) == FP32 * count_parameters(build_on_meta(config))
     assert max(held) == held[0] == plan.memory(Run("", config), Machines(7)).weights
     assert held[0] > held[-1]  # seven does not divide: the last holds less
 
@@ -191,7 +194,7 @@ def test_ranks_hold_everything_once_and_none_more_than_the_first(spread_over):
 def test_parameters_are_those_of_the_model(name):
     run = named_run(name)
     found = plan.plan(run, Machines()).parameters
-    model = blueprint(run.model)
+    model = build_on_meta(run.model)
     assert sum(found.values()) == count_parameters(model)
     assert found["transformer"] == count_parameters(model.transformer)
     assert found["patches"] == (count_parameters(model.patches) if model.patches is not None else 0)
@@ -210,7 +213,7 @@ def test_flops_are_those_of_a_row_that_is_half_images():
     head = 2048 * 32_000 * (text + 2 * images)
     forward = 2 * (products * length + head + in_and_out) + 4 * 2048 * 24 * pairs
     assert found.flops == pytest.approx(3 * forward / length, rel=1e-12)
-    assert found.usual_flops == 6 * count_parameters(blueprint(config)) + 12 * 24 * 2048 * length
+    assert found.usual_flops == 6 * count_parameters(build_on_meta(config)) + 12 * 24 * 2048 * length
 
 
 @pytest.mark.parametrize(("length", "patch_size", "patches"), [
@@ -227,7 +230,7 @@ def test_time_and_disk_follow():
     found = plan.plan(run, machines)
     assert found.positions == 250_000 * 8 * 4096 * 64
     assert found.seconds == pytest.approx(found.positions * found.flops / (0.5 * 1e15 * 64))
-    assert found.checkpoint == 16 * count_parameters(blueprint(run.model))
+    assert found.checkpoint == 16 * count_parameters(build_on_meta(run.model))
     assert found.usual_mfu * found.flops == pytest.approx(0.5 * found.usual_flops)
 
 
@@ -268,7 +271,7 @@ def test_the_table_says_what_the_json_says(capsys):
     assert f"{values['memory']['activations'] / 1e9:.2f}" in table
     assert values["memory"]["all"] == sum(v for name, v in values["memory"].items() if name != "all")
     assert not values["fits"]
-    assert "it would with --parallel.recompute or" in table
+    assert "it would with --parallel.activation-checkpointing or" in table
 
 
 def test_the_rows_of_the_papers_tables_are_listed(capsys):
@@ -299,13 +302,13 @@ def test_without_a_run_the_five_sizes_stand_side_by_side(capsys):
 def test_a_run_is_planned_as_it_would_be_trained(tmp_path, capsys):
     command("plan", "digits", "--json")
     assert json.loads(capsys.readouterr().out)["parameters"]["all"] == 2_105_604  # with the vocabulary of its own text
-    data = DataConfig(prepared=("/elsewhere",), row_length=64)
-    run = Run("mine", ModelConfig(width=64, layers=2, heads=2, vocabulary=384), data=data)
+    data = DataConfig(prepared=("/elsewhere",), seq_len=64)
+    run = Run("mine", ModelConfig(width=64, layers=2, heads=2, vocab_size=384), data=data)
     (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
     command("plan", tmp_path / "run.json", "--model.layers", 3, "--batch", "1k", "--json")
     values = json.loads(capsys.readouterr().out)
     config = replace(run.model, layers=3)
-    assert values["parameters"]["all"] == count_parameters(blueprint(config))
+    assert values["parameters"]["all"] == count_parameters(build_on_meta(config))
     assert values["positions_per_step"] == 2 * 8 * 64
 
 

@@ -32,10 +32,10 @@ from transfusion.data.loader import (
     BEGINNING,
     Encoder,
     Loader,
-    arrange,
     element_weights,
     heldout_batches,
     holds_edits,
+    reorder_and_drop,
 )  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument, RawText
@@ -44,9 +44,9 @@ from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import Prepared, ShardWriter, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
-from transfusion.sequence import Document, Image, Text, cut, lay_out
+from transfusion.sequence import Document, Image, Text, encode_document, split_chunk
 
-CONFIG = PrepareConfig(text_ids=300, shard=16)
+CONFIG = PrepareConfig(tokenizer_size=300, shard=16)
 
 
 @cache
@@ -131,7 +131,7 @@ def test_held_out_documents_keep_their_pictures(tmp_path):
 def test_a_document_may_hold_anything(tmp_path):
     """Texts and images in any order, of several sizes, with and without loss, empty texts between them."""
     pixels = [picture(n, *size)[1] for n, size in enumerate(((16, 16), (32, 16), (16, 32), (16, 16)))]
-    many = [{"image": inline(p), "loss": n % 2 == 0, "max_time": (0.0, 0.5, 1.0, 1.0)[n]} for n, p in enumerate(pixels)]
+    many = [{"image": inline(p), "loss": n % 2 == 0, "max_t": (0.0, 0.5, 1.0, 1.0)[n]} for n, p in enumerate(pixels)]
     records = [
         {"segments": [*many, {"text": "behind", "loss": False}]}, {"segments": [{"text": "before"}, *many]},
         {"segments": [{"text": "alone"}]}, {"segments": [many[1]]},
@@ -147,7 +147,7 @@ def test_a_document_may_hold_anything(tmp_path):
         assert [part.loss for part in document.segments] == [part.get("loss", True) for part in asked]
         images = [part for part in document.segments if isinstance(part, Image)]
         kept = [part for part in asked if "image" in part]
-        assert [image.max_time for image in images] == [part["max_time"] for part in kept]
+        assert [image.max_t for image in images] == [part["max_t"] for part in kept]
         for image, part in zip(images, kept, strict=True):
             expected = prepared.codec.encode(pixels[many.index(part)])
             assert np.array_equal(image.content, expected.astype(np.float16))
@@ -227,7 +227,7 @@ def test_a_tokenizer_that_is_brought_along_keeps_its_markers(tmp_path):
     lines = [{"image": inline(picture(n)[1]), "caption": "</s> red <s><x>"} for n in range(30)]
     prepare([open_reader(str(write_lines(tmp_path / "a.jsonl", lines)))], config, tmp_path / "out")
     prepared = open_prepared(tmp_path / "out")
-    vocabulary = fit(DataConfig(prepared=(str(tmp_path / "out"),), row_length=64), patch_size=2, seed=0).vocabulary
+    vocabulary = fit(DataConfig(prepared=(str(tmp_path / "out"),), seq_len=64), patch_size=2, seed=0).vocabulary
     assert (vocabulary.bos, vocabulary.eos) == (engine.token_to_id("<s>"), engine.token_to_id("</s>"))
     assert len({vocabulary.bos, vocabulary.eos, vocabulary.pad, vocabulary.eoi, *vocabulary.boi.values()}) == 5
     special = {engine.token_to_id(name) for name in ("<s>", "</s>", "<x>")}
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_is_brought_along_keeps_its_markers(tmp_path):
 
 def test_a_folder_may_be_made_like_another(tmp_path):
     """With its tokenizer, codec and sizes: then it may hold text alone."""
-    config = replace(CONFIG, like=str(whole()), text_ids=None)
+    config = replace(CONFIG, like=str(whole()), tokenizer_size=None)
     prepare(readers()[1:], config, tmp_path / "texts")
     one, other = open_prepared(whole()), open_prepared(tmp_path / "texts")
     for name in ("tokenizer.json", "codec.safetensors"):
@@ -247,11 +247,11 @@ def test_a_folder_may_be_made_like_another(tmp_path):
     (before, now) = (documents_of(prepared, "texts") for prepared in (one, other))
     assert {where: d.segments for where, d in before.items()} == {where: d.segments for where, d in now.items()}
     with pytest.raises(OpenError, match="no prepared data"):
-        prepare(readers(), replace(CONFIG, like=str(tmp_path), text_ids=None), tmp_path / "out")
+        prepare(readers(), replace(CONFIG, like=str(tmp_path), tokenizer_size=None), tmp_path / "out")
 
 
 def test_one_run_reads_several_folders_that_go_together(tmp_path):
-    alike = replace(CONFIG, like=str(whole()), text_ids=None)
+    alike = replace(CONFIG, like=str(whole()), tokenizer_size=None)
     prepare([open_reader(f"more={place()}/texts.jsonl")], alike, tmp_path / "more")
     both = encoder(prepared=(str(whole()), str(tmp_path / "more")))
     sources = open_sources(both.config, "train")
@@ -262,7 +262,7 @@ def test_one_run_reads_several_folders_that_go_together(tmp_path):
     assert Loader(sources, both).rows_of(0)
     with pytest.raises(ValueError, match="called photos"):
         encoder(prepared=(str(whole()), str(whole())))
-    prepare(readers(), replace(CONFIG, text_ids=280), tmp_path / "other")
+    prepare(readers(), replace(CONFIG, tokenizer_size=280), tmp_path / "other")
     with pytest.raises(ValueError, match="--like"):
         encoder(prepared=(str(whole()), str(tmp_path / "other")))
 
@@ -309,7 +309,7 @@ def test_however_many_processes_the_result_is_the_same(tmp_path, world):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=4))
 def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
     with TemporaryDirectory() as temporary:
-        folder, made, real = Path(temporary) / "out", [], fitting.Tools.cut
+        folder, made, real = Path(temporary) / "out", [], fitting.Encoders.cut
         written = {}
         for moment in [*moments, None]:
             left = [moment]
@@ -323,7 +323,7 @@ def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
                 return real(self, raw)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fitting.Tools, "cut", cut_once)
+                patch.setattr(fitting.Encoders, "cut", cut_once)
                 patch.setattr(ShardWriter, "abandon", lambda self: None)  # who is killed cleans nothing up
                 try:
                     prepare(readers(), CONFIG, folder)
@@ -362,7 +362,7 @@ def test_a_full_disk_stops_it_in_words_and_costs_nothing(tmp_path, monkeypatch, 
 
 def test_prepared_again_it_only_says_so(monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in whole().rglob("*")}
-    monkeypatch.setattr(fitting.Tools, "cut", None)
+    monkeypatch.setattr(fitting.Encoders, "cut", None)
     assert prepare(readers(), CONFIG, whole()) == read_json(whole() / "dataset.json")
     assert {path: path.stat().st_mtime_ns for path in whole().rglob("*")} == before
 
@@ -424,14 +424,14 @@ def test_a_disk_that_is_full_while_fitting_or_at_the_end_is_said_in_words(tmp_pa
 
 def test_photographs_are_cut_as_they_are_read(tmp_path, monkeypatch):
     """However many documents are encoded together, hardly more than one is held as it was read."""
-    alive, most, real = [], [], fitting.Tools.cut
+    alive, most, real = [], [], fitting.Encoders.cut
 
     def cut(self, raw):
         alive.append(weakref.ref(raw))
         most.append(sum(one() is not None for one in alive))
         return real(self, raw)
 
-    monkeypatch.setattr(fitting.Tools, "cut", cut)
+    monkeypatch.setattr(fitting.Encoders, "cut", cut)
     prepare(readers(), CONFIG, tmp_path / "out")
     assert len(most) == 160
     assert max(most) <= 2
@@ -579,7 +579,7 @@ def test_a_shard_without_documents_is_no_hindrance(tmp_path):
 
 @cache
 def encoder(**config) -> Encoder:
-    usual = {"prepared": (str(whole()),), "row_length": 64, "rows": 2, "block": 24}
+    usual = {"prepared": (str(whole()),), "seq_len": 64, "rows": 2, "shuffle_block": 24}
     return fit(DataConfig(**usual | config), patch_size=2, seed=0)
 
 
@@ -603,8 +603,10 @@ def test_every_position_of_an_epoch_comes_exactly_once():
             name = found.sources[source].name
             assert epochs[name, id_] == epoch  # neither too early nor too late, and never twice
             epochs[name, id_] += 1
-            document = found.encoder.document(found.sources[source][id_], name, epoch)
-            expected.update(contents(piece) for piece in cut(lay_out(document, found.encoder.vocabulary), 64))
+            document = found.encoder.to_document(found.sources[source][id_], name, epoch)
+            expected.update(
+                contents(piece) for piece in split_chunk(encode_document(document, found.encoder.vocabulary), 64)
+            )
         packed.update(piece for row in contents_of(found.rows_of(block)) for piece in row)
         block += 1
     assert packed == expected
@@ -673,9 +675,9 @@ def test_random_corpora_lose_and_repeat_nothing(corpus, shard):
     ]  # fmt: skip
     with TemporaryDirectory() as temporary:
         path = write_lines(Path(temporary) / "some.jsonl", records)
-        config = PrepareConfig(text_ids=260, shard=shard, heldout=0)
+        config = PrepareConfig(tokenizer_size=260, shard=shard, heldout=0)
         prepare([open_reader(str(path))], config, Path(temporary) / "out")
-        data = DataConfig(prepared=(f"{temporary}/out",), row_length=40, rows=1, block=7)
+        data = DataConfig(prepared=(f"{temporary}/out",), seq_len=40, rows=1, shuffle_block=7)
         fitted = fit(data, 2, seed=3)
         found = Loader(open_sources(data, "train"), fitted)
         epoch = len(found.sources[0])
@@ -684,9 +686,9 @@ def test_random_corpora_lose_and_repeat_nothing(corpus, shard):
         expected = Counter()
         for n in range(7 * blocks):
             _, number, id_ = found.stream[n]
-            document = fitted.document(found.sources[0][id_], "some", number)
-            parts = cut(lay_out(document, fitted.vocabulary), 40)
-            whole_piece = lay_out(document, fitted.vocabulary)
+            document = fitted.to_document(found.sources[0][id_], "some", number)
+            parts = split_chunk(encode_document(document, fitted.vocabulary), 40)
+            whole_piece = encode_document(document, fitted.vocabulary)
             assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole_piece.tokens)
             expected.update(map(contents, parts))
         assert Counter(piece for row in kept for piece in row) == expected
@@ -695,37 +697,37 @@ def test_random_corpora_lose_and_repeat_nothing(corpus, shard):
 
 def test_latents_may_be_half_precision_until_they_are_a_batch():
     batch, _ = next(loader().batches())
-    assert all(str(group.clean.dtype) == "torch.float32" for group in batch.groups)
+    assert all(str(group.x0.dtype) == "torch.float32" for group in batch.groups)
 
 
 def test_a_row_too_short_for_an_image_is_refused_before_training():
-    needed = encoder().config.row_length
+    needed = encoder().config.seq_len
     caption = max(len(d.segments[0].tokens) for d in documents_of(open_prepared(whole()), "photos").values())
     shortest = caption + 4 + 4  # bos is let go; boi, eoi, eos and 4 patches
     assert shortest - 1 <= needed
-    with pytest.raises(ValueError, match="raise data.row_length"):
-        encoder(row_length=shortest - 2)
-    found = loader(row_length=shortest - 1)
+    with pytest.raises(ValueError, match="raise data.seq_len"):
+        encoder(seq_len=shortest - 2)
+    found = loader(seq_len=shortest - 1)
     assert all(len(found.rows_of(block)) for block in range(4))
 
 
 def test_weights_follow_from_exact_mean_lengths():
-    found = loader(shares=(3.0, 1.0), caption_dropout=0.0)
+    found = loader(mixture_weights=(3.0, 1.0), caption_dropout=0.0)
     lengths = [
-        [len(lay_out(found.encoder.document(one, source.name, 0), found.encoder.vocabulary)) for one in source]
+        [len(encode_document(found.encoder.to_document(one, source.name, 0), found.encoder.vocabulary)) for one in source]
         for source in found.sources
     ]
     weights = [share / np.mean(length) for share, length in zip((3, 1), lengths, strict=True)]
     assert np.allclose(element_weights(found.sources, found.encoder), np.array(weights) / sum(weights), rtol=1e-12)
     with pytest.raises(ValueError, match="photos, texts"):
-        loader(shares=(1.0, 1.0, 1.0))
+        loader(mixture_weights=(1.0, 1.0, 1.0))
 
 
 def test_dropped_captions_are_counted_into_the_mean_length():
     found = loader(caption_dropout=0.5, image_first=0.2)
     source, vocabulary = found.sources[0], found.encoder.vocabulary
     measured = np.mean([
-        len(lay_out(found.encoder.document(source[n], source.name, epoch), vocabulary))
+        len(encode_document(found.encoder.to_document(source[n], source.name, epoch), vocabulary))
         for n in range(len(source)) for epoch in range(60)
     ])  # fmt: skip
     assert abs(source.mean_positions(vocabulary, 0.8 * 0.5) - measured) < 0.1
@@ -764,7 +766,7 @@ def test_conditions_are_dropped_as_often_as_asked():
     kinds = Counter()
     for key in range(4000):
         document = edit(key)
-        segments = arrange(document, config).segments
+        segments = reorder_and_drop(document, config).segments
         if segments is not document.segments:
             assert segments[-1] == Text((), loss=False)  # nothing is learnt behind the image
             assert segments[-2] is document.segments[-1]
@@ -789,4 +791,4 @@ def test_a_source_with_edits_is_known_by_them():
 ])  # fmt: skip
 def test_other_documents_keep_what_they_have(segments):
     config = DataConfig(condition_text_dropout=0.5, condition_dropout=0.5)
-    assert arrange(Document(segments), config).segments == segments
+    assert reorder_and_drop(Document(segments), config).segments == segments

@@ -45,12 +45,12 @@ def pictures(count: int = 6, width: int = 32, height: int = 16) -> list[np.ndarr
 def test_latents_are_diffusers_own_shifted_scaled_and_normalised(shift, factor):
     codec = Pretrained.fit(str(network(shift, factor)), pictures())
     vae = diffusers.AutoencoderKL.from_pretrained(network(shift, factor))
-    assert (codec.channels, codec.scale, codec.colours) == (5, 4, 3)
+    assert (codec.channels, codec.downsampling, codec.image_channels) == (5, 4, 3)
     batch = torch.from_numpy(np.stack(pictures())).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
         theirs = (vae.encode(batch).latent_dist.mean - (shift or 0)) * factor
     ours = np.stack(codec.encode_many(pictures()))
-    raw = ours * codec.deviation[:, None, None] + codec.mean[:, None, None]
+    raw = ours * codec.std[:, None, None] + codec.mean[:, None, None]
     np.testing.assert_allclose(raw, theirs.numpy(), atol=1e-4 * factor)
     assert np.abs(ours.mean((0, 2, 3))).max() < 1e-4
     assert np.abs(ours.std((0, 2, 3)) - 1).max() < 1e-4

@@ -49,7 +49,7 @@ def described(part: RawText | RawImage, segment: dict) -> dict:
         digest = hashlib.sha256(part.text.encode()).hexdigest()
         return {"letters": len(part.text), "text_sha256": digest, "loss": part.loss}
     height, width, channels = part.pixels.shape
-    about = {"width": width, "height": height, "channels": channels, "loss": part.loss, "max_time": part.max_time}
+    about = {"width": width, "height": height, "channels": channels, "loss": part.loss, "max_t": part.max_t}
     assert part.pixels.dtype == np.uint8
     if "sha256" in segment:
         return {**about, "sha256": hashlib.sha256(part.pixels.tobytes()).hexdigest()}
@@ -575,7 +575,7 @@ def test_the_documents_that_the_page_shows_are_read_as_it_says(tmp_path):
                      for part in one.segments) for one in found]  # fmt: skip
     assert shown == ["TI", "T", "I", "TITI", "itT", "itI"]
     assert [one.pairs for one in found] == [True, *[False] * 5]
-    clean = [[part.max_time for part in one.segments if isinstance(part, RawImage)] for one in found[4:]]
+    clean = [[part.max_t for part in one.segments if isinstance(part, RawImage)] for one in found[4:]]
     assert clean == [[0.0], [0.0, 1.0]]
 
 

@@ -18,9 +18,9 @@ from PIL import Image as Picture
 from tests.profile import examples
 from tests.tiny import save
 from transfusion import cli
-from transfusion.checkpoint.save import begin
-from transfusion.config import DataConfig, DiffusionConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
-from transfusion.data.digits import NAMES, scans
+from transfusion.checkpoint.save import create_run_folder
+from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.data.built_in.digits import NAMES, scans
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import build
@@ -151,23 +151,23 @@ def make_run(folder: Path, name: str, **data) -> Run:
     """A run's folder with a checkpoint of weights as they begin."""
     run = Run(
         name,
-        ModelConfig(width=32, layers=2, heads=2, hidden=48),
+        ModelConfig(width=32, layers=2, heads=2, intermediate_size=48),
         DiffusionConfig(prediction="velocity"),
-        DataConfig(text_ids=260, codec_documents=30, image_first_max_time=0.0, **data),
+        DataConfig(tokenizer_size=260, fit_documents=30, image_first_max_t=0.0, **data),
         TrainingConfig(image_weight=1.0),
         generation=GenerationConfig(sampler="ddim", steps=2, guidance_scale=2.0, max_tokens=4),
     )
     encoder = fit(run.data, run.model.patch_size, seed=0)
-    fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
+    fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     run = replace(run, model=replace(run.model, **fitted))
-    begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {})
-    save(folder, 7, {"average": build(run.model, 0).state_dict()}, {"step": 7}, keep=1)
+    create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {})
+    save(folder, 7, {"ema": build(run.model, 0).state_dict()}, {"step": 7}, keep=1)
     return run
 
 
 def digits_run(folder: Path) -> Run:
     """Of digits and topics, with measurements as training and evaluation write them."""
-    run = make_run(folder, "digits", sources=("digits", "topics"), row_length=128, interleaved=0.15)
+    run = make_run(folder, "digits", sources=("digits", "topics"), seq_len=128, digits=DigitsConfig(interleaved=0.15))
     heldout = {"digits": {"text_loss": 6.0, "image_loss": 1.0}, "topics": {"text_loss": 6.0}}
     lines = [{"step": 0, "heldout": heldout}]
     for n in range(1, 8):
@@ -239,12 +239,12 @@ def test_the_command_of_a_report_makes_such_a_run_again(digits, monkeypatch):
     asked = []
     monkeypatch.setattr(cli.runs, "train_run", lambda run, folder, device: asked.append(run))
     cli.main(command)
-    assert replace(asked[0].model, vocabulary=run.model.vocabulary) == run.model
+    assert replace(asked[0].model, vocab_size=run.model.vocab_size) == run.model
     assert (asked[0].data, asked[0].training, asked[0].generation) == (run.data, run.training, run.generation)
 
 
 def test_a_report_of_shapes_without_measurements(tmp_path):
-    make_run(tmp_path, "shapes <b>", sources=("shapes",), codec="block_pca", row_length=128)
+    make_run(tmp_path, "shapes <b>", sources=("shapes",), codec="block_pca", seq_len=128)
     html = write_report(tmp_path, open_run(tmp_path, device="cpu")).read_text()
     assert headings(html) == [
         "What this is", "How good it is", "Drawn from a caption", "From noise to a picture",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from transfusion.config import Run, from_json, to_json
-from transfusion.model.transfusion import blueprint, count_parameters
+from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.runs import CHAMELEON_VOCABULARY, CODES, NAMES, PAPER, SIZES, named_run
 from transfusion.sequence import Vocabulary
 
@@ -25,8 +25,10 @@ def test_every_row_of_the_papers_tables_has_its_parameters(row):
     run = named_run(row.run)
     size = next(size for size in SIZES if run.model.layers == SIZES[size].layers and run.model.width == SIZES[size].width)
     assert size in run.name or run.name == "7b-large"
-    count = count_parameters(blueprint(run.model))
-    own = count_parameters(blueprint(replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocabulary=32_000)))
+    count = count_parameters(build_on_meta(run.model))
+    own = count_parameters(
+        build_on_meta(replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocab_size=32_000))
+    )
     assert own == pytest.approx(TRANSFORMERS[size] * 1e6, rel=3e-3)
     added = count - own
     match run.model.patches:
@@ -38,7 +40,7 @@ def test_every_row_of_the_papers_tables_has_its_parameters(row):
         case "unet":
             assert added > 0.15e9
         case "codes":
-            added -= 2 * run.model.layers * run.model.size_of_head  # norms of queries and keys
+            added -= 2 * run.model.layers * run.model.head_size  # norms of queries and keys
             assert added == pytest.approx(2 * (CHAMELEON_VOCABULARY - 32_000) * run.model.width, rel=0.01)
 
 
@@ -64,7 +66,7 @@ def test_batches_are_what_the_runs_read_in_a_step():
     """On 64 GPUs; of text alone half as much, its own half."""
     for row in PAPER:
         run = named_run(row.run)
-        positions = 64 * run.data.rows * run.data.row_length * run.training.accumulate
+        positions = 64 * run.data.rows * run.data.seq_len * run.training.accumulate
         assert row.batch == f"{positions / 2**20 * (0.5 if row.sources == 'text' else 1):.0f}M", row.label
 
 
@@ -77,13 +79,13 @@ def test_rows_differ_in_what_their_table_is_about_and_in_nothing_else():
 
     stability = {"model.qk_norm", "model.post_norm", "model.z_loss", "training.learning_rate"}
     assert differs("0.76b", "chameleon-text-0.76b") == stability
-    images = {"model.patches", "model.patch_size", "model.vocabulary"}
+    images = {"model.patches", "model.patch_size", "model.vocab_size"}
     assert differs("chameleon-text-0.76b", "chameleon-0.76b") == images
     assert differs("0.76b", "0.76b-causal") == differs("0.76b-unet", "0.76b-unet-causal") == {"model.image_attention"}
     assert differs("0.76b", "0.76b-unet") == {"model.patches"}
-    assert differs("0.76b-unet", "0.76b-unet-limit") == {"data.image_first_max_time"}
+    assert differs("0.76b-unet", "0.76b-unet-limit") == {"data.image_first_max_t"}
     assert differs("7b-unet", "7b-large") == {"training.steps", "training.accumulate"}
 
 
 def test_chameleons_vocabulary_holds_text_codes_and_markers():
-    assert Vocabulary.build(32_000, [(32, 32)], patch_size=1, codes=CODES).size == CHAMELEON_VOCABULARY
+    assert Vocabulary.build(32_000, [(32, 32)], patch_size=1, num_image_codes=CODES).size == CHAMELEON_VOCABULARY

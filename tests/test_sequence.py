@@ -22,8 +22,8 @@ from tests.documents import (
     places,
     some,
 )
-from transfusion.chance import fraction_from, seed_from
-from transfusion.sequence import NO_IMAGE, NO_TARGET, Document, Image, Text, Vocabulary, cut, lay_out
+from transfusion.seeding import derive_seed, uniform_from
+from transfusion.sequence import NO_IMAGE, NO_TARGET, Document, Image, Text, Vocabulary, encode_document, split_chunk
 
 # The layout
 
@@ -47,24 +47,24 @@ def slots_of(document: Document) -> list[tuple[str, int, bool]]:
 @many
 @given(documents() | pair_documents())
 def test_positions_are_bos_segments_eos(document):
-    piece, slots = lay_out(document, VOCABULARY), slots_of(document)
-    assert piece.tokens.tolist() == [token for _, token, _ in slots]
+    chunk, slots = encode_document(document, VOCABULARY), slots_of(document)
+    assert chunk.tokens.tolist() == [token for _, token, _ in slots]
     starts = [i + 1 for i, (what, *_) in enumerate(slots) if what == "boi"]
-    assert [placed.start for placed in piece.images] == starts
+    assert [placed.start for placed in chunk.images] == starts
     inside = [segment for segment in document.segments if isinstance(segment, Image)]
-    assert [placed.image for placed in piece.images] == inside
-    assert all((placed.document, placed.source) == (document.id, document.source) for placed in piece.images)
+    assert [placed.image for placed in chunk.images] == inside
+    assert all((placed.document, placed.source) == (document.id, document.source) for placed in chunk.images)
 
 
 @many
 @given(documents() | pair_documents())
 def test_a_position_is_trained_iff_the_next_slot_is_a_token_to_be_learnt_and_no_eoi(document):
-    piece, slots = lay_out(document, VOCABULARY), slots_of(document)
+    chunk, slots = encode_document(document, VOCABULARY), slots_of(document)
     expected = [
         token if learnt and what in ("text", "boi", "eos") else NO_TARGET for what, token, learnt in slots[1:]
     ] + [NO_TARGET]
-    assert piece.targets.tolist() == expected
-    for (what, *_), target in zip(slots, piece.targets, strict=True):
+    assert chunk.targets.tolist() == expected
+    for (what, *_), target in zip(slots, chunk.targets, strict=True):
         assert target not in (VOCABULARY.eoi, VOCABULARY.pad, VOCABULARY.bos)
         assert what not in ("boi", "patch") or target == NO_TARGET  # the next slot is a patch or eoi
 
@@ -72,25 +72,25 @@ def test_a_position_is_trained_iff_the_next_slot_is_a_token_to_be_learnt_and_no_
 @some
 @given(documents() | pair_documents())
 def test_a_prompt_is_the_document_without_its_end(document):
-    whole, prompt = lay_out(document, VOCABULARY), lay_out(document, VOCABULARY, ends=False)
+    whole, prompt = encode_document(document, VOCABULARY), encode_document(document, VOCABULARY, ends=False)
     assert prompt.tokens.tolist() == whole.tokens[:-1].tolist()
     assert prompt.targets.tolist() == [*whole.targets[:-2].tolist(), NO_TARGET]
     assert [p.start for p in prompt.images] == [p.start for p in whole.images]
-    longer = prompt.followed_by(VOCABULARY.eoi)
+    longer = prompt.append(VOCABULARY.eoi)
     assert longer.tokens.tolist() == [*prompt.tokens.tolist(), VOCABULARY.eoi]
     assert longer.targets.tolist() == [*prompt.targets.tolist(), NO_TARGET]
-    assert len(longer.breaks) == len(longer)
+    assert len(longer.can_break) == len(longer)
 
 
 @some
 @given(documents(min_images=2), st.integers(0, 2**62))
 def test_images_have_chances_of_their_own_that_follow_from_the_documents(document, other_key):
-    keys = [placed.key for placed in lay_out(document, VOCABULARY).images]
+    keys = [placed.key for placed in encode_document(document, VOCABULARY).images]
     assert len(set(keys)) == len(keys)
-    assert keys == [placed.key for placed in lay_out(document, VOCABULARY).images]
+    assert keys == [placed.key for placed in encode_document(document, VOCABULARY).images]
     other = Document(document.segments, document.id, document.source, other_key)
     if other_key != document.key:
-        assert not set(keys) & {placed.key for placed in lay_out(other, VOCABULARY).images}
+        assert not set(keys) & {placed.key for placed in encode_document(other, VOCABULARY).images}
 
 
 # Cuts
@@ -112,13 +112,13 @@ lengths = st.just(0) | st.integers(2, 24)  # 0: the shortest row that must do
 
 
 def check_cut(document: Document, length: int):
-    whole = lay_out(document, VOCABULARY)
+    whole = encode_document(document, VOCABULARY)
     length = length or max(units_of(document))
     if max(units_of(document)) > length:
         with pytest.raises(ValueError, match="does not fit"):
-            cut(whole, length)
+            split_chunk(whole, length)
         return
-    parts = cut(whole, length)
+    parts = split_chunk(whole, length)
     assert all(0 < len(part) <= length for part in parts)
     assert np.concatenate([part.tokens for part in parts]).tolist() == whole.tokens.tolist()
     targets = [part.targets for part in parts]  # across cuts too: the last of a part is still trained
@@ -148,9 +148,9 @@ def test_a_cut_keeps_captions_with_their_images(document, length):
 
 def test_what_fits_is_not_cut():
     document = Document((Text(tuple(range(20))), image((4, 4), 0), Text((1, 2, 3))))
-    whole = lay_out(document, VOCABULARY)
-    assert len(cut(whole, len(whole))) == 1
-    assert [len(part) for part in cut(whole, len(whole) - 1)] != [len(whole)]
+    whole = encode_document(document, VOCABULARY)
+    assert len(split_chunk(whole, len(whole))) == 1
+    assert [len(part) for part in split_chunk(whole, len(whole) - 1)] != [len(whole)]
 
 
 # Batches
@@ -166,19 +166,19 @@ def test_collate_puts_every_position_where_it_belongs(found):
     text = []
     for b, row in enumerate(rows):
         at = 0
-        for number, piece in enumerate(row.pieces):
-            for i in range(len(piece)):
-                tokens[b][at], document[b][at], position[b][at] = piece.tokens[i], number, i
-                if piece.targets[i] != NO_TARGET:
-                    text.append((b * LENGTH + at, int(piece.targets[i])))
+        for number, chunk in enumerate(row.chunks):
+            for i in range(len(chunk)):
+                tokens[b][at], document[b][at], position[b][at] = chunk.tokens[i], number, i
+                if chunk.targets[i] != NO_TARGET:
+                    text.append((b * LENGTH + at, int(chunk.targets[i])))
                 at += 1
         position[b][at:] = range(LENGTH - at)
     assert batch.tokens.tolist() == tokens
-    assert batch.document.tolist() == document
-    assert batch.position.tolist() == position
+    assert batch.document_ids.tolist() == document
+    assert batch.position_ids.tolist() == position
     assert list(zip(batch.text_index.tolist(), batch.text_target.tolist(), strict=True)) == text
     assert batch.text_count == len(text)
-    assert batch.positions == sum(len(piece) for row in rows for piece in row.pieces)
+    assert batch.positions == sum(len(chunk) for row in rows for chunk in row.chunks)
 
 
 @some
@@ -188,24 +188,24 @@ def test_collate_groups_images_by_shape_and_says_where_their_patches_lie(found):
     expected: dict[tuple, list] = {}
     image_of = torch.full((len(rows), LENGTH), NO_IMAGE)
     numbers = [0] * len(rows)
-    for b, begin, piece in places(rows):
-        for placed in piece.images:
+    for b, begin, chunk in places(rows):
+        for placed in chunk.images:
             first = begin + placed.start
             patches = range(first, first + VOCABULARY.patches(placed.image.shape))
             image_of[b, patches.start : patches.stop] = numbers[b]
             numbers[b] += 1
             expected.setdefault(placed.image.shape, []).append(([b * LENGTH + i for i in patches], placed))
-    assert batch.image.tolist() == image_of.tolist()
-    assert [tuple(group.clean.shape[2:]) for group in batch.groups] == sorted(expected)
+    assert batch.image_ids.tolist() == image_of.tolist()
+    assert [tuple(group.x0.shape[2:]) for group in batch.groups] == sorted(expected)
     for group in batch.groups:
-        shape = tuple(group.clean.shape[2:])
+        shape = tuple(group.x0.shape[2:])
         index, placed = zip(*expected[shape], strict=True)
         assert group.index.tolist() == list(index)
         assert (batch.tokens.view(-1)[group.index[:, 0] - 1] == VOCABULARY.boi[shape]).all()
         assert (batch.tokens.view(-1)[group.index[:, -1] + 1] == VOCABULARY.eoi).all()
-        assert np.array_equal(group.clean.numpy(), np.stack([p.image.content for p in placed]))
-        assert group.max_time.tolist() == [p.image.max_time for p in placed]
-        assert group.loss.tolist() == [p.image.loss and p.image.max_time > 0 for p in placed]
+        assert np.array_equal(group.x0.numpy(), np.stack([p.image.content for p in placed]))
+        assert group.max_t.tolist() == [p.image.max_t for p in placed]
+        assert group.loss.tolist() == [p.image.loss and p.image.max_t > 0 for p in placed]
         assert group.keys == [p.key for p in placed]
         assert group.documents == [p.document for p in placed]
         assert group.sources == [p.source for p in placed]
@@ -215,8 +215,8 @@ def test_collate_groups_images_by_shape_and_says_where_their_patches_lie(found):
 @some
 @given(documents(), st.integers(8, 24))
 def test_positions_restart_in_every_piece(document, length):
-    for piece in pieces_of(document, length):
-        assert alone(piece).position.tolist() == [list(range(len(piece)))]
+    for chunk in pieces_of(document, length):
+        assert alone(chunk).position_ids.tolist() == [list(range(len(chunk)))]
 
 
 @some
@@ -254,10 +254,10 @@ def test_ids_never_mean_two_things(found):
     for id_, reused in zip(special, own, strict=True):
         assert id_ == reused if reused is not None else id_ >= text
     assert all(id_ >= text for id_ in markers)
-    assert vocabulary.used == max(text - 1, *special, *markers) + 1
-    assert vocabulary.used == text + sum(id_ is None for id_ in own) + len(markers)  # no holes
+    assert vocabulary.num_used == max(text - 1, *special, *markers) + 1
+    assert vocabulary.num_used == text + sum(id_ is None for id_ in own) + len(markers)  # no holes
     assert vocabulary.size % 128 == 0
-    assert 0 <= vocabulary.size - vocabulary.used < 128
+    assert 0 <= vocabulary.size - vocabulary.num_used < 128
 
 
 @some
@@ -287,19 +287,19 @@ def test_patches_of_a_shape():
 @many
 @given(st.lists(st.integers() | st.text(max_size=3), min_size=1, max_size=4), st.data())
 def test_seeds_tell_words_and_numbers_apart(what, data):
-    seed = seed_from(*what)
+    seed = derive_seed(*what)
     assert 0 <= seed < 2**63
-    assert seed_from(*what) == seed
-    assert 0 <= fraction_from(*what) < 1
+    assert derive_seed(*what) == seed
+    assert 0 <= uniform_from(*what) < 1
     other = data.draw(
         st.lists(st.integers() | st.text(max_size=3), min_size=1, max_size=4) | st.permutations(what)
     )
-    assert (seed_from(*other) == seed) == (list(other) == list(what))
+    assert (derive_seed(*other) == seed) == (list(other) == list(what))
     if isinstance(what[0], int):
-        assert seed_from(str(what[0]), *what[1:]) != seed
+        assert derive_seed(str(what[0]), *what[1:]) != seed
 
 
 def test_seeds_never_change():
     """Else a run of an earlier version could not be resumed."""
-    assert seed_from(0, "digits", 3) == 8000709125305087585
-    assert fraction_from("digits", 7) == 0.5243992522753965
+    assert derive_seed(0, "digits", 3) == 8000709125305087585
+    assert uniform_from("digits", 7) == 0.5243992522753965

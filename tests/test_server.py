@@ -31,13 +31,13 @@ from tests.serving import Gate, serving, until
 from tests.test_chameleon import engine as engine_with_codes
 from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
-from transfusion.inference.engine import Engine, Previewed, Request, open_run
-from transfusion.inference.server.answers import Reading
-from transfusion.inference.server.app import Stream
-from transfusion.inference.server.door import Door
-from transfusion.inference.server.limits import Limits
-from transfusion.inference.server.metrics import Metrics
-from transfusion.inference.server.schemas import ChatRequest, CompletionRequest, Strict
+from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
+from transfusion.serving.answers import EventReader
+from transfusion.serving.app import Stream
+from transfusion.serving.limits import Limits
+from transfusion.serving.metrics import Metrics
+from transfusion.serving.middleware import LimitsMiddleware
+from transfusion.serving.schemas import ChatRequest, CompletionRequest, Strict
 
 openai = Lazy("openai")
 
@@ -95,7 +95,7 @@ def same(found: list, expected: list) -> None:
 
 
 def given_pixels(opened, encoded: bytes) -> np.ndarray:
-    return to_pixels(read_picture(encoded), [(8, 8)], opened.codec.colours)
+    return to_pixels(read_picture(encoded), [(8, 8)], opened.codec.image_channels)
 
 
 def said_of(message) -> list:
@@ -124,7 +124,7 @@ def test_text_and_pictures_go_in_and_text_comes_out(client, opened):
     messages = [{"role": "system", "content": "b"}, {"role": "user", "content": content}]
     found = client.chat.completions.create(model="tiny", messages=messages, seed=5, max_tokens=6, temperature=0.7)
     generation = replace(opened.run.generation, max_tokens=6, temperature=0.7)
-    request = Request(("ba", given_pixels(opened, picture())), seed=5, generation=generation, may_draw=False)
+    request = Request(("ba", given_pixels(opened, picture())), seed=5, generation=generation, allow_images=False)
     same([found.choices[0].message.content], alone(opened, request)[0])
     assert found.choices[0].finish_reason in ("stop", "length")
     assert found.usage.prompt_tokens == len(Engine(opened).opened.tokenizer.encode("ba")) + 1 + 16 + 2
@@ -172,7 +172,7 @@ def test_an_answer_can_be_given_back(client, opened):
             joined[-1] += part
         else:
             joined.append(part)
-    same([found.choices[0].message.content], alone(opened, replace(request, parts=tuple(joined), may_draw=False))[0])
+    same([found.choices[0].message.content], alone(opened, replace(request, parts=tuple(joined), allow_images=False))[0])
 
 
 def test_modalities_decide_what_may_come_out(client, opened):
@@ -193,7 +193,7 @@ def test_completions(client, opened):
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
     generation = replace(opened.run.generation, max_tokens=5)
     for n, prompt in enumerate(ask["prompt"]):
-        request = Request((prompt,), seed=7, generation=generation, may_draw=False)
+        request = Request((prompt,), seed=7, generation=generation, allow_images=False)
         same([found.choices[2 * n].text], alone(opened, request)[0])
     streamed = [""] * 4
     for chunk in client.completions.create(**ask, stream=True):
@@ -217,7 +217,7 @@ def test_an_answer_ends_before_a_stop_word(client, stream):
 
 @given(st.lists(st.text("ab", max_size=3), max_size=6), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_stop_words_are_found_however_the_text_is_cut(pieces, stops):
-    reading, shown, stopped = Reading(None, stops, None), "", False
+    reading, shown, stopped = EventReader(None, stops, None), "", False
     for piece in pieces:
         text, stopped = reading._until_stop(reading.held.pop(0, "") + piece, 0)
         shown += text
@@ -276,10 +276,10 @@ def test_every_preview_shows_the_noise_and_what_is_expected(client, opened):
     events = list(client.images.generate(prompt="a", stream=True, extra_body=options))[:-1]
     alone = Engine(opened)
     alone.submit(Request(("a",), 1, 4, replace(opened.run.generation, steps=3), previews=1))
-    expected = [event for _ in range(9) for event in alone.step() if isinstance(event, Previewed)]
+    expected = [event for _ in range(9) for event in alone.step() if isinstance(event, PreviewEvent)]
     assert [event.step for event in events] == [event.step for event in expected] == [1, 2, 3]
     for event, other in zip(events, expected, strict=True):
-        same([pixels_of(event.noisy_b64_json), pixels_of(event.b64_json)], [other.noisy, other.clean])
+        same([pixels_of(event.noisy_b64_json), pixels_of(event.b64_json)], [other.x_t, other.x0])
     few = client.images.generate(prompt="a", stream=True, partial_images=1)
     assert not any(hasattr(event, "noisy_b64_json") for event in few)
 
@@ -293,8 +293,8 @@ def test_a_run_that_cannot_edit_says_so(opened):
 
 def test_models_health_and_metrics(client, server):
     (model,) = client.models.list().data
-    assert (model.id, model.sizes, model.edits, model.row_length) == ("tiny", ["8x8"], True, 64)
-    assert (model.parameters, model.colours, model.sources) == (server.engine.opened.parameters, 1, ["digits"])
+    assert (model.id, model.sizes, model.edits, model.seq_len) == ("tiny", ["8x8"], True, 64)
+    assert (model.parameters, model.image_channels, model.sources) == (server.engine.opened.parameters, 1, ["digits"])
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("none")
@@ -331,7 +331,7 @@ def test_text_that_spells_special_tokens_is_text(client, server, text):
 
     def watched(request):
         number = submit(request)
-        seen.append(server.engine.rows[-1].unread.tokens.tolist())
+        seen.append(server.engine.sequences[-1].phase.chunk.tokens.tolist())
         return number
 
     server.engine.submit = watched
@@ -341,7 +341,7 @@ def test_text_that_spells_special_tokens_is_text(client, server, text):
         server.engine.submit = submit
     vocabulary = server.engine.vocabulary
     first, *others = seen[0]
-    assert first == vocabulary.bos and max(others) < vocabulary.text
+    assert first == vocabulary.bos and max(others) < vocabulary.num_text_tokens
     assert server.engine.opened.tokenizer.decode(others) == text
 
 
@@ -354,14 +354,14 @@ def mixed(opened, number: int) -> tuple[str, dict, Request]:
     shared = {"model": "tiny", "seed": seed}
     if number % 3 == 0:
         body = {"prompt": "a" * (number % 5 + 1), "temperature": 0, **shared}
-        return TEXT, body, Request((body["prompt"],), seed=seed, generation=greedy, may_draw=False)
+        return TEXT, body, Request((body["prompt"],), seed=seed, generation=greedy, allow_images=False)
     if number % 3 == 1:
         generation = replace(opened.run.generation, steps=number % 4 + 1)
         body = {"prompt": "three", "n": number % 2 + 1, "steps": number % 4 + 1, **shared}
         return DRAW, body, Request(("three",), number % 2 + 1, seed, generation)
     content = [{"type": "image_url", "image_url": {"url": url(picture())}}]
     body = {"messages": [{"role": "user", "content": content}], "temperature": 0, **shared}
-    return CHAT, body, Request((given_pixels(opened, picture()),), seed=seed, generation=greedy, may_draw=False)
+    return CHAT, body, Request((given_pixels(opened, picture()),), seed=seed, generation=greedy, allow_images=False)
 
 
 def test_many_at_once_get_what_each_gets_alone(opened):
@@ -476,7 +476,8 @@ def test_what_is_too_much_is_refused_before_any_work(server):
             (TEXT, {"prompt": "ab" * 1025}, "2,050 letters"),
             (TEXT, {"prompt": ["a"] * 9}, "n must be at most 8"), (TEXT, {"prompt": "a" * 70}, "positions"),
             (DRAW, {"size": "16x16"}, "size must be auto or one that this run draws: 8x8"),
-            (DRAW, {"partial_images": 1}, "only with stream"), (CHAT, {"messages": [{"role": "user"}]}, "nothing to go on"),
+            (DRAW, {"partial_images": 1}, "only with stream"),
+            (CHAT, {"messages": [{"role": "user"}]}, "the request is empty"),
         ]:  # fmt: skip
             answer = client.post(path, json=valid(path) | body)
             assert answer.status_code == 400 and word in answer.json()["error"]["message"], answer.text
@@ -539,7 +540,7 @@ def test_a_body_that_is_too_large_is_not_kept(engine, declared):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(engine):
-    with serving(engine, Limits(patience=0.2)) as server, server.client() as client:
+    with serving(engine, Limits(client_timeout=0.2)) as server, server.client() as client:
         def slow():
             yield b"{"
             until(lambda: False) if stopped.wait(5) is None else None
@@ -577,10 +578,10 @@ def test_a_client_that_takes_nothing_is_left():
     async def send(message):
         await asyncio.sleep(60 if message["type"] == "http.response.body" else 0)
 
-    door = Door(app, Limits(patience=0.05), Metrics())
+    door = LimitsMiddleware(app, Limits(client_timeout=0.05), Metrics())
     scope = {"type": "http", "method": "POST", "path": TEXT, "headers": [(b"host", b"localhost")]}
     asyncio.run(asyncio.wait_for(door(scope, receive, send), 30))
-    assert closed and (door.inside, door.held) == (0, 0)
+    assert closed and (door.in_flight, door.held_bytes) == (0, 0)
 
 
 def test_a_full_queue_says_come_back_later(engine):
@@ -785,7 +786,8 @@ def test_the_readmes_server_answers_the_readmes_requests_and_ends_well(run, tmp_
     (("--host", "0.0.0.0"), {}, "--api-key"), (("--api-key", " "), {}, "the API key is empty"),
     ((), {"TRANSFUSION_API_KEY": ""}, "the API key is empty"),
     (("--limits.rows", "0"), {}, "limits.rows must be at least 1"),
-    (("--limits.drain", "inf"), {}, "limits.drain must be"), (("--limits.drain", "nan"), {}, "limits.drain must be"),
+    (("--limits.shutdown-grace", "inf"), {}, "limits.shutdown_grace must be"),
+    (("--limits.shutdown-grace", "nan"), {}, "limits.shutdown_grace must be"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),
     (("--port", "99999"), {}, "0 to 65535"), (("--port", "x"), {}, "port"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.profile import THOROUGH, examples
-from transfusion.data.shapes import (
+from transfusion.data.built_in.shapes import (
     BACKGROUND,
     BOXES,
     CANVAS,

@@ -27,12 +27,13 @@ from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.perplexity import cut_windows
 from transfusion.evaluation.results import differences
 from transfusion.inference.engine import open_run
-from transfusion.sequence import NO_TARGET, Document, Text, Vocabulary, lay_out
+from transfusion.sequence import NO_TARGET, Document, Text, Vocabulary, encode_document
 
 DIGITS = ("digits", *TINY, "--generation.steps", "2")
 SHAPES = (
-    "shapes", *TINY, "--data.sources", "shapes", "--data.shares", "1", "--data.codec-documents", "50", "--data.level", "2",
-    "--model.latent-channels", "6", "--data.text-ids", "300", "--generation.steps", "1", "--data.row-length", "128",
+    "shapes", *TINY, "--data.sources", "shapes", "--data.mixture-weights", "1",
+    "--data.fit-documents", "50", "--data.shapes.level", "2",
+    "--model.latent-channels", "6", "--data.tokenizer-size", "300", "--generation.steps", "1", "--data.seq-len", "128",
 )  # fmt: skip
 
 
@@ -289,14 +290,14 @@ def test_differences_are_none_of_equals_and_some_of_others(one, other):
 @examples(60)
 @given(st.integers(2, 40), st.integers(0, 200))
 def test_windows_count_each_target_once_behind_half_a_window(length, tokens):
-    piece = lay_out(Document((Text(tuple(range(tokens))),)), Vocabulary.build(300, [(2, 2)], 1))
-    windows, counted = cut_windows(piece, length), Counter()
+    chunk = encode_document(Document((Text(tuple(range(tokens))),)), Vocabulary.build(300, [(2, 2)], 1))
+    windows, counted = cut_windows(chunk, length), Counter()
     for window in windows:
         assert len(window) <= length
         targets = window.targets[window.targets != NO_TARGET]
         counted.update(targets.tolist())
         assert window is windows[0] or (window.targets[: length // 2] == NO_TARGET).all()
-    assert counted == Counter(piece.targets[piece.targets != NO_TARGET].tolist())
+    assert counted == Counter(chunk.targets[chunk.targets != NO_TARGET].tolist())
 
 
 def test_the_quick_tasks_are_tasks():

@@ -22,16 +22,16 @@ from tests.documents import in_double
 from tests.processes import Process
 from tests.profile import THOROUGH, examples, few_samples
 from tests.tiny import begin_run, prepared, small_run
-from transfusion.checkpoint.open import Opened, newest, open_checkpoint, restore
+from transfusion.checkpoint.open import OpenedRun, newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.save import SaveError, Saver
-from transfusion.config import DataConfig, ModelConfig, Run, TrainingConfig
+from transfusion.config import DataConfig, DigitsConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import open_sources
 from transfusion.inference.engine import Engine, Request
-from transfusion.parallel import ALONE, Ranks
+from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training.guard import TrainingError
 from transfusion.training.metrics import Metrics, read_metrics
-from transfusion.training.optimizer import learning_rate, update_average
+from transfusion.training.optimizer import learning_rate, update_ema
 from transfusion.training.trainer import Trainer
 
 some = examples(60)
@@ -49,17 +49,17 @@ class Noted:
     def batches(self, start):
         for number, (batch, place) in enumerate(self.loader.batches(start)):
             batch = self.change(batch, number) if self.change else batch
-            content = [batch.tokens, batch.position, *(group.clean for group in batch.groups)]
+            content = [batch.tokens, batch.position_ids, *(group.x0 for group in batch.groups)]
             self.read.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in content)).hexdigest())
             yield batch, place
 
 
 def new_trainer(
-    folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE, device: str = "cpu"
+    folder: Path, run: Run, look=None, change=None, ranks: Ranks = SINGLE_PROCESS, device: str = "cpu"
 ) -> Trainer:
     """A trainer as the command makes it, in a folder with a run.json."""
     run, encoder = prepared(run)
-    if ranks.first and not (folder / "run.json").exists():
+    if ranks.is_main and not (folder / "run.json").exists():
         begin_run(folder, run)
     by_four = replace(encoder, config=replace(run.data, rows=4))  # times of held-out images follow from their batch
     heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
@@ -68,16 +68,16 @@ def new_trainer(
     return Trainer(run, folder, loader, heldout, torch.device(device), ranks, look)
 
 
-def resumed(folder: Path, run: Run, look=None, change=None, ranks: Ranks = ALONE) -> Trainer:
+def resumed(folder: Path, run: Run, look=None, change=None, ranks: Ranks = SINGLE_PROCESS) -> Trainer:
     """A trainer that goes on from the newest checkpoint of a folder."""
     trainer = new_trainer(folder, run, look, change, ranks)
-    trainer.loop.resume(restore(folder, trainer.tensors(), ranks)[1])
+    trainer.loop.load_state(restore_newest(folder, trainer.tensors(), ranks)[1])
     return trainer
 
 
 def looking(trainer: Trainer, look) -> Trainer:
     """`look(model, step)` is called after every step."""
-    trainer.look, trainer.loop.preview_every = look, 1
+    trainer.on_preview, trainer.loop.preview_every = look, 1
     return trainer
 
 
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_is_as_if_nothing_had_been(stops, accumulate):
         same_tensors(copied(trainer), tensors)
         assert rows_of(folder) == rows
         assert read == batches
-        for name in ("place", "seen", "norms", "skipped"):
+        for name in ("loader_state", "seen", "norms", "skipped"):
             assert getattr(trainer.loop.progress, name) == getattr(progress, name)
 
 
@@ -243,7 +243,7 @@ def test_a_signal_asks_once_and_insists_the_second_time(tmp_path):
             signal.raise_signal(signal.SIGTERM)
 
     assert not new_trainer(tmp_path / "once", small_run(STEPS), once).train()
-    assert newest(tmp_path / "once").name == "step-000002"
+    assert newest_checkpoint(tmp_path / "once").name == "step-000002"
 
     def twice(model, step):
         signal.raise_signal(signal.SIGINT)
@@ -255,7 +255,7 @@ def test_a_signal_asks_once_and_insists_the_second_time(tmp_path):
 
 
 def test_checkpoints_come_when_they_should_and_the_newest_are_kept(tmp_path):
-    new_trainer(tmp_path, small_run(7, checkpoint_every=2, keep=3, validate_every=100)).train()
+    new_trainer(tmp_path, small_run(7, checkpoint_every=2, keep_checkpoints=3, validate_every=100)).train()
     found = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert found == ["step-000004", "step-000006", "step-000007"]
     assert open_checkpoint(tmp_path).step == 7
@@ -284,7 +284,7 @@ def test_looking_on_does_not_change_what_is_learnt(tmp_path):
 
     def draw(model, step):
         about = run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
-        engine = Engine(Opened(*about, model, step, torch.device("cpu")))
+        engine = Engine(OpenedRun(*about, model, step, torch.device("cpu")))
         torch.manual_seed(step)  # a preview may do as it likes with the common chance
         answers = engine.generate([Request(("three",), 2, seed=step), Request(("a",), seed=step)])
         drawn.append(answers[0][0].parts[0])
@@ -301,7 +301,7 @@ def test_looking_on_does_not_change_what_is_learnt(tmp_path):
 def learnt(folder: Path, run: Run) -> tuple[dict, list[dict]]:
     """How far each weight of a float64 model has moved, and the metrics."""
     trainer = new_trainer(folder, run, change=lambda batch, _: in_double(batch))
-    trainer.model.double(), trainer.average.double()
+    trainer.model.double(), trainer.ema.double()
     trainer.heldout = {}
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
@@ -315,7 +315,7 @@ def test_two_small_forward_passes_are_one_large(tmp_path, rows, parts, sources):
 
     A large eps makes Adam's update smooth: else numbers near 0 would be turned into steps of one size.
     """
-    run = small_run(4, eps=1.0, learning_rate=1.0, weight_decay=0.0, clip=1e9)
+    run = small_run(4, eps=1.0, learning_rate=1.0, weight_decay=0.0, max_grad_norm=1e9)
     run = replace(run, data=replace(run.data, sources=sources))
     small = replace(run, data=replace(run.data, rows=rows), training=replace(run.training, accumulate=parts))
     large = replace(run, data=replace(run.data, rows=rows * parts))
@@ -333,13 +333,13 @@ def test_held_out_losses_are_those_of_the_average_and_do_not_change_it(tmp_path)
     trainer = new_trainer(tmp_path, small_run(3))
     trainer.train()
     before = copied(trainer)
-    found, words = trainer.hold_out()
-    assert found == trainer.hold_out()[0]
+    found, words = trainer.evaluate_heldout()
+    assert found == trainer.evaluate_heldout()[0]
     same_tensors(copied(trainer), before)
     assert rows_of(tmp_path)[-1]["heldout"] == found
     assert f"digits: text {found['digits']['text_loss']:.3f}" in words
-    trainer.average.load_state_dict(trainer.model.state_dict())
-    assert trainer.hold_out()[0] != found
+    trainer.ema.load_state_dict(trainer.model.state_dict())
+    assert trainer.evaluate_heldout()[0] != found
 
 
 # One step
@@ -348,7 +348,7 @@ def test_held_out_losses_are_those_of_the_average_and_do_not_change_it(tmp_path)
 @some
 @given(st.integers(0, 300), st.integers(0, 50), st.integers(1, 250))
 def test_the_rate_rises_in_a_line_and_falls_along_half_a_cosine(step, warmup, more):
-    config = TrainingConfig(steps=warmup + more, warmup=warmup)
+    config = TrainingConfig(steps=warmup + more, warmup_steps=warmup)
     found = learning_rate(step, config)
     if step < warmup:
         assert found == pytest.approx(3e-4 * (step + 1) / warmup)
@@ -388,7 +388,7 @@ def test_the_average_is_a_moving_average_that_forgets_the_start(values, decay):
     expected = 1e3
     for step, value in enumerate(values):
         nn.init.constant_(model.weight, value)
-        update_average(average, model, step, decay)
+        update_ema(average, model, step, decay)
         kept = min(decay, (1 + step) / (10 + step))
         expected = kept * expected + (1 - kept) * value
         assert average.weight.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
@@ -400,7 +400,7 @@ def test_the_average_is_a_moving_average_that_forgets_the_start(values, decay):
 def test_a_loss_that_is_not_finite_is_an_error_and_no_step(tmp_path, poison, step):
     def change(batch, number):
         if number == step - 1:
-            batch.groups[0].clean[0, 0, 0, 0] = poison
+            batch.groups[0].x0[0, 0, 0, 0] = poison
         return batch
 
     trainer = new_trainer(tmp_path, small_run(5, checkpoint_every=2), change=change)
@@ -418,7 +418,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_step(tmp_path, poison, ste
 
 def test_a_large_gradient_is_cut_to_the_norm_that_is_allowed(tmp_path):
     """The norm is reported as it was; the update is as if it had been 1e-3."""
-    trainer = new_trainer(tmp_path, small_run(1, clip=1e-3))
+    trainer = new_trainer(tmp_path, small_run(1, max_grad_norm=1e-3))
     seen = []
     step = trainer.optimizer.step
 
@@ -459,7 +459,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_what_is_there_stays(tmp
 def test_a_state_of_another_version_is_said_in_one_line(tmp_path):
     trainer = new_trainer(tmp_path, small_run(STEPS))
     with pytest.raises(TrainingError, match="another version's") as error:
-        trainer.loop.resume({"step": 3, "seconds": 1.0, "positions": 7, "place": {"block": 0, "row": 3}})
+        trainer.loop.load_state({"step": 3, "seconds": 1.0, "positions": 7, "place": {"block": 0, "row": 3}})
     assert len(str(error.value).splitlines()) == 1
     assert trainer.loop.progress.step == 0
 
@@ -467,7 +467,7 @@ def test_a_state_of_another_version_is_said_in_one_line(tmp_path):
 @pytest.mark.parametrize("damage", ["model", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, damage):
     """They are done again, and end up in its place: as if nothing had been."""
-    run = small_run(STEPS, checkpoint_every=2, keep=3)
+    run = small_run(STEPS, checkpoint_every=2, keep_checkpoints=3)
     stopping(new_trainer(tmp_path, run), 5).train()
     for step in (5, 4):
         path = tmp_path / "checkpoints" / f"step-00000{step}" / damage
@@ -493,8 +493,8 @@ def test_a_small_run_learns_to_read_digits_and_to_draw_them(tmp_path):
     Measured on held-out scans, seeds 0 to 2: captions behind their image 0.15 to 0.17 nats per token (without it 1.21, all
     that can be had), images behind their captions 0.62 to 0.65; at the start 5.9 to 6.4 and 0.98 to 1.00.
     """
-    run = small_run(100, warmup=20, learning_rate=8e-3, average=0.95)
-    data = replace(run.data, codec_documents=100, image_first=0.7, interleaved=0.0)
+    run = small_run(100, warmup_steps=20, learning_rate=8e-3, ema_decay=0.95)
+    data = replace(run.data, fit_documents=100, image_first=0.7, digits=DigitsConfig(interleaved=0.0))
     first, last = learnt_of_digits(tmp_path, run, data, replace(run.model, layers=2, patch_size=4), 100)
     assert last["captions"]["text_loss"] < 0.3 < 5 < first["captions"]["text_loss"]
     assert last["captions"]["text_loss"] < 0.4 * last["drawings"]["text_loss"]  # it is read from the image
@@ -509,8 +509,8 @@ def test_a_small_run_learns_rows_of_scans_too(tmp_path):
     Measured on held-out scans: captions behind their image 0.53 nats per token (without it 1.06, all that can
     be had), images behind their captions 0.374; at the start 6.4 and 0.995. Room: 20 % and 12 %.
     """
-    run = small_run(700, warmup=30, learning_rate=5e-3, average=0.98)
-    data = replace(run.data, codec_documents=400, image_first=0.35)
+    run = small_run(700, warmup_steps=30, learning_rate=5e-3, ema_decay=0.98)
+    data = replace(run.data, fit_documents=400, image_first=0.35)
     first, last = learnt_of_digits(tmp_path, run, data, replace(run.model, layers=3), 297)
     assert last["captions"]["text_loss"] < 0.65 < 4 < first["captions"]["text_loss"]
     assert last["captions"]["text_loss"] < 0.7 * last["drawings"]["text_loss"]  # it is read from the image
@@ -519,8 +519,8 @@ def test_a_small_run_learns_rows_of_scans_too(tmp_path):
 
 def learnt_of_digits(folder: Path, run: Run, data: DataConfig, model: ModelConfig, documents: int) -> list[dict]:
     """Held-out losses before and after training: of captions behind their images, and of images behind their captions."""
-    data = replace(data, text_ids=300, row_length=128, rows=8, block=512)
-    model = replace(model, width=64, heads=4, hidden=168, qk_norm=True)
+    data = replace(data, tokenizer_size=300, seq_len=128, rows=8, shuffle_block=512)
+    model = replace(model, width=64, heads=4, intermediate_size=168, qk_norm=True)
     training = replace(run.training, validate_every=10_000)
     run, encoder = prepared(replace(run, data=data, model=model, training=training))
     (source,) = open_sources(run.data, "heldout")
@@ -536,7 +536,7 @@ def learnt_of_digits(folder: Path, run: Run, data: DataConfig, model: ModelConfi
 
 # Parts that learn faster, slower, or not at all
 
-PARTS = {"text_rate": ("tokens.", "head."), "patches_rate": ("patches.",), "transformer_rate": ("transformer.",)}
+PARTS = {"text_lr_scale": ("tokens.", "head."), "image_lr_scale": ("patches.",), "transformer_lr_scale": ("transformer.",)}
 
 
 def of_part(tensors: dict[str, torch.Tensor], rate: str) -> dict[str, torch.Tensor]:
@@ -553,10 +553,10 @@ def test_a_frozen_part_stays_bit_for_bit_as_it_began(tmp_path, frozen):
     assert trainer.train()
     after = copied(trainer)
     same_tensors(of_part(after, frozen), of_part(before, frozen))
-    assert {name.split(" ")[0] for name in of_part(after, frozen)} == {"model", "average"}
+    assert {name.split(" ")[0] for name in of_part(after, frozen)} == {"model", "ema"}
     for other in PARTS.keys() - {frozen}:
         learnt = of_part(after, other)
-        assert {name.split(" ")[0] for name in learnt} == {"model", "average", "optimizer"}
+        assert {name.split(" ")[0] for name in learnt} == {"model", "ema", "optimizer"}
         assert not any(torch.equal(value, before[name]) for name, value in learnt.items() if name.endswith("weight"))
     stopping(new_trainer(tmp_path / "stopped", run), 3).train()
     again = resumed(tmp_path / "stopped", run)
@@ -582,8 +582,8 @@ def test_a_rate_scales_the_steps_of_its_part_alone(tmp_path, slower):
 
 
 @pytest.mark.parametrize(("rates", "words"), [
-    ({"text_rate": -1.0}, "from 0 up"), ({"patches_rate": math.nan}, "from 0 up"),
-    ({"transformer_rate": math.inf}, "from 0 up"), (dict.fromkeys(PARTS, 0.0), "nothing would be learnt"),
+    ({"text_lr_scale": -1.0}, "from 0 up"), ({"image_lr_scale": math.nan}, "from 0 up"),
+    ({"transformer_lr_scale": math.inf}, "from 0 up"), (dict.fromkeys(PARTS, 0.0), "nothing would be learnt"),
 ])  # fmt: skip
 def test_rates_that_make_no_sense(rates, words):
     with pytest.raises(ValueError, match=words):

@@ -19,16 +19,17 @@ from tests.tiny import finished
 from transfusion.codecs import vq
 from transfusion.codecs.autoencoder import Network, build_network, encode_raw, to_unit
 from transfusion.codecs.codec import codec_from_bytes, codec_of, codec_to_bytes, encode_many
+from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.codecs.vq import VQ, QuantisedNetwork, nearest, straight_through
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.disk import read_json
-from transfusion.training.codebook import Keeper, use_of
+from transfusion.training.codebook import CodebookReviver, use_of
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
 SMALL = AutoencoderConfig(channels=4, width=8, multipliers=(1, 2), blocks=1, codes=16)
 QUICK = CodecTrainingConfig(
-    steps=8, rows=4, learning_rate=3e-3, warmup=2, average=0.9, checkpoint_every=4, validate_every=4, log_every=1, heldout=4,
+    steps=8, batch_size=4, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, checkpoint_every=4, validate_every=4,
+    log_every=1, heldout=4,
     revive_after=2,
 )  # fmt: skip
 torch.set_num_threads(1)
@@ -126,7 +127,7 @@ def test_each_loss_moves_what_it_should():
     network = build_network(SMALL, 0, QuantisedNetwork)
     real = to_unit(torch.from_numpy(pictures(4)))  # (4, 3, 16, 16)
     learnt = network.losses(real, torch.Generator(), QUICK)
-    assert gradients(network, (learnt.made - real).abs().mean()) == {"encoder", "decoder"}
+    assert gradients(network, (learnt.reconstruction - real).abs().mean()) == {"encoder", "decoder"}
     assert gradients(network, learnt.terms["codebook"][1]) == {"codebook"}
     used = network.codebook.grad.any(1)  # (16,)
     assert torch.equal(used, torch.bincount(learnt.codes, minlength=16) > 0)
@@ -143,7 +144,7 @@ def test_what_is_learnt_from_is_what_the_codec_gives_back():
     real = to_unit(torch.from_numpy(pictures(4)))  # (4, 3, 16, 16)
     learnt = network.losses(real, torch.Generator(), QUICK)
     assert torch.equal(learnt.codes, network.encode(real).flatten())
-    torch.testing.assert_close(learnt.made, network.decode(network.encode(real)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(learnt.reconstruction, network.decode(network.encode(real)), rtol=1e-4, atol=1e-4)
 
 
 # The use of codes
@@ -158,11 +159,11 @@ def test_perplexity_is_between_one_and_the_number_of_codes_in_use(counts):
     assert use_of(torch.tensor([7] * 5 + [0]))["perplexity"] == pytest.approx(5)
 
 
-def keeper(revive_after: int = 3) -> Keeper:
+def keeper(revive_after: int = 3) -> CodebookReviver:
     network, average = (build_network(SMALL, 0, QuantisedNetwork) for _ in range(2))
     optimizer = build_optimizer(network, QUICK)
     optimizer_tensors(network, optimizer)  # as they are after a first update
-    found = Keeper(network, average.requires_grad_(False), optimizer, replace(QUICK, revive_after=revive_after))
+    found = CodebookReviver(network, average.requires_grad_(False), optimizer, replace(QUICK, revive_after=revive_after))
     found.idle.zero_()
     return found
 
@@ -183,16 +184,16 @@ def test_a_dead_code_is_revived_where_it_is_missed_and_comes_into_use(seed, dead
         codes = nearest(latents, codebook.detach())  # (30,)
         assert dead not in codes
         assert kept.revived == 0
-        kept.tend(step, latents, codes)
+        kept.update(step, latents, codes)
     assert kept.revived == 1
     assert (latents == codebook[dead]).all(1).any()  # it lies on one of them
     assert not (before[others] == codebook[dead]).all(1).any()  # on one that had no code of its own
     assert torch.equal(codebook[others], before[others])
-    assert torch.equal(kept.average.codebook[dead], codebook[dead])
+    assert torch.equal(kept.ema.codebook[dead], codebook[dead])
     assert not state["exp_avg"][dead].any()
     assert state["exp_avg"][others].all()
     assert dead in nearest(latents, codebook.detach())
-    kept.tend(3, latents, nearest(latents, codebook.detach()))
+    kept.update(3, latents, nearest(latents, codebook.detach()))
     assert kept.revived == 1
 
 
@@ -202,7 +203,7 @@ def test_revival_follows_from_the_seed_and_the_step_alone():
     def revived(step: int, spent: int) -> torch.Tensor:
         kept = keeper(1)
         torch.manual_seed(spent)
-        kept.tend(step, latents, torch.zeros(50, dtype=torch.int64))
+        kept.update(step, latents, torch.zeros(50, dtype=torch.int64))
         return kept.network.codebook.detach()  # (16, 4)
 
     assert torch.equal(revived(5, 0), revived(5, 1))
@@ -213,10 +214,10 @@ def test_more_dead_codes_than_latents_that_miss_one_wait_their_turn():
     kept = keeper(1)
     on_it, off = kept.network.codebook.detach()[:1].clone(), drawn(0, 2, 4)
     latents = torch.cat([on_it, on_it, off])  # (4, 4)
-    kept.tend(0, latents, torch.zeros(4, dtype=torch.int64))
+    kept.update(0, latents, torch.zeros(4, dtype=torch.int64))
     assert kept.revived == 2
     assert (kept.idle > 0).sum() == 13
-    kept.tend(1, on_it, torch.zeros(1, dtype=torch.int64))  # nobody misses a code
+    kept.update(1, on_it, torch.zeros(1, dtype=torch.int64))  # nobody misses a code
     assert kept.revived == 2
 
 
@@ -251,7 +252,7 @@ def test_interrupted_and_resumed_is_uninterrupted_while_codes_are_revived(tmp_pa
 
 
 def test_it_learns_and_uses_its_codes(tmp_path):
-    config = replace(QUICK, steps=60, warmup=5, checkpoint_every=100, revive_after=10)
+    config = replace(QUICK, steps=60, warmup_steps=5, checkpoint_every=100, revive_after=10)
     before = CodecTrainer(SMALL, config, tmp_path, pictures(), torch.device("cpu")).quality()
     trainer = train(tmp_path / "run", config)
     after, seen = trainer.quality(), [line["l1"] for line in lines(tmp_path / "run") if "l1" in line]
@@ -261,7 +262,7 @@ def test_it_learns_and_uses_its_codes(tmp_path):
     assert after["codes_used"] >= 0.5
     assert after["perplexity"] > 2
     assert lines(tmp_path / "run")[-1]["heldout"] == after
-    codes = np.stack(VQ(trainer.average).encode_many(list(pictures()[trainer.heldout])))  # (4, 8, 8)
+    codes = np.stack(VQ(trainer.ema).encode_many(list(pictures()[trainer.heldout])))  # (4, 8, 8)
     assert after["codes_used"] == len(np.unique(codes)) / 16
 
 
@@ -277,7 +278,13 @@ def test_a_codec_on_the_disk_is_the_same():
     assert np.array_equal(again.decode(codes), codec().decode(codes))
     assert codec().decode(codes).shape == one.shape
     assert np.array_equal(again.codebook, codec().codebook)
-    assert (again.channels, again.codes, again.scale, again.colours, again.codebook.shape) == (4, 16, 2, 3, (16, 4))
+    assert (again.channels, again.codes, again.downsampling, again.image_channels, again.codebook.shape) == (
+        4,
+        16,
+        2,
+        3,
+        (16, 4),
+    )
 
 
 def test_pictures_of_many_sizes_are_encoded_each_in_its_place():
@@ -323,7 +330,7 @@ def test_the_autoencoder_encodes_its_mode_as_ever():
 # As commands
 
 FIT = ("--size", "16x16", "--network.width", 8, "--network.channels", 4, "--network.codes", 32, "--training.steps", 4,
-       "--training.rows", 4, "--training.checkpoint-every", 2, "--training.validate-every", 4)  # fmt: skip
+       "--training.batch_size", 4, "--training.checkpoint-every", 2, "--training.validate-every", 4)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

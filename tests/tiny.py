@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tests.documents import CHANNELS, SHAPES, build, with_all_logits
-from transfusion.checkpoint.open import Opened, restore
-from transfusion.checkpoint.save import Saver, begin
+from transfusion.checkpoint.open import OpenedRun, restore_newest
+from transfusion.checkpoint.save import Saver, create_run_folder
 from transfusion.codecs.autoencoder import PatchDiscriminator
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import (
     DataConfig,
     DiffusionConfig,
+    DigitsConfig,
     GenerationConfig,
     ModelConfig,
     Run,
@@ -28,8 +29,8 @@ from transfusion.config import (
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import Prediction, Transfusion
-from transfusion.parallel import ALONE
-from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.parallel import SINGLE_PROCESS
+from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
@@ -96,11 +97,11 @@ class Watched:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def __call__(self, batch, noisy, t, mask=None, cache=None) -> Prediction:
-        said = self.model(batch, noisy, t, mask, cache)
-        slots = cache.slot[:, 0].tolist()
-        self.calls.append(Call(slots, batch.tokens, batch.position, noisy, t, said, mask.keys))
-        return said if self.bias is None else said._replace(logits=said.logits + self.bias)
+    def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
+        prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
+        slots = cache.slots[:, 0].tolist()
+        self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, mask.keys))
+        return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)
 
 
 def engine(
@@ -111,14 +112,14 @@ def engine(
     """A new engine with random weights; `bias` on logits by id, or a function from the vocabulary to it."""
     text = text or tokenizer()
     vocabulary = Vocabulary.build(text.size, shapes, patch_size=2)
-    sizes = {"width": 32, "layers": 2, "heads": 4, "hidden": 48} | model
-    config = ModelConfig(vocabulary=vocabulary.size, latent_channels=CHANNELS, **sizes)
+    sizes = {"width": 32, "layers": 2, "heads": 4, "intermediate_size": 48} | model
+    config = ModelConfig(vocab_size=vocabulary.size, latent_channels=CHANNELS, **sizes)
     run = Run(
-        "tiny", config, diffusion, DataConfig(row_length=context),
+        "tiny", config, diffusion, DataConfig(seq_len=context),
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
     )  # fmt: skip
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    found = Engine(Opened(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
+    found = Engine(OpenedRun(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
     added = torch.zeros(vocabulary.size)
     for token, value in (bias(vocabulary) if callable(bias) else bias or {}).items():
         added[token] = value
@@ -141,16 +142,16 @@ def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tupl
     Every image is clean, t = 0; with `t`, the last one is noisy and the sequence ends with its patches.
     """
     vocabulary, model = engine.vocabulary, engine.model.model
-    piece = lay_out(Document(tuple(segments)), vocabulary, ends=False)
+    chunk = encode_document(Document(tuple(segments)), vocabulary, ends=False)
     if t is not None:
-        piece = piece.part(0, len(piece) - 1)
-    batch = with_all_logits(collate([Row((piece,))], len(piece), vocabulary))
-    times = [torch.zeros(len(group.clean)) for group in batch.groups]
+        chunk = chunk.part(0, len(chunk) - 1)
+    batch = with_all_logits(collate([Row((chunk,))], len(chunk), vocabulary))
+    times = [torch.zeros(len(group.x0)) for group in batch.groups]
     if t is None:
-        return model(batch, [group.clean for group in batch.groups], times).logits, None
+        return model(batch, [group.x0 for group in batch.groups], times).logits, None
     last = max(range(len(times)), key=lambda g: batch.groups[g].index.max())
     times[last][-1] = t
-    said = model(batch, [group.clean for group in batch.groups], times)
+    said = model(batch, [group.x0 for group in batch.groups], times)
     return said.logits, said.images[last][-1]
 
 
@@ -158,14 +159,14 @@ def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
     """A run on digits that takes a hundredth of a second per step; its vocabulary is set by `prepared`."""
     return Run(
         "tiny",
-        ModelConfig(width=32, layers=2, heads=2, hidden=48, latent_channels=1),
+        ModelConfig(width=32, layers=2, heads=2, intermediate_size=48, latent_channels=1),
         DiffusionConfig(prediction="velocity"),
         DataConfig(
-            sources=("digits",), text_ids=260, codec_documents=40, row_length=64, rows=rows, block=24,
-            image_first_max_time=0.0, interleaved=0.3,
+            sources=("digits",), tokenizer_size=260, fit_documents=40, seq_len=64, rows=rows, shuffle_block=24,
+            image_first_max_t=0.0, digits=DigitsConfig(interleaved=0.3),
         ),
         TrainingConfig(**{
-            "steps": steps, "learning_rate": 3e-3, "final_learning_rate": 1e-4, "warmup": 2, "average": 0.9,
+            "steps": steps, "learning_rate": 3e-3, "min_learning_rate": 1e-4, "warmup_steps": 2, "ema_decay": 0.9,
             "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1,
             "log_every": 1,
         } | training),
@@ -182,7 +183,7 @@ def prepared(run: Run):
     """The run with its vocabulary, and the encoder of its data."""
     fitted = _fitted(replace(run.data, rows=1), run.model.patch_size, run.training.seed)
     encoder = replace(fitted, config=run.data)
-    return replace(run, model=replace(run.model, vocabulary=encoder.vocabulary.size)), encoder
+    return replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size)), encoder
 
 
 def run_tensors(run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
@@ -191,13 +192,13 @@ def run_tensors(run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
     optimizer = optimizer_tensors(model, build_optimizer(model, run.training))
     for name, value in optimizer.items():
         value.normal_(generator=torch.Generator().manual_seed(len(name) + seed))
-    return {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer}
+    return {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer}
 
 
 def begin_run(folder: Path, run: Run | None = None) -> Run:
     """A folder with all that a run needs besides weights."""
     run, encoder = prepared(run or small_run())
-    begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
+    create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
     return run
 
 
@@ -209,7 +210,7 @@ def narrow_discriminator():
 def finished(trainer: CodecTrainer, folder: Path, stop_at: int | None = None) -> CodecTrainer:
     """Trained to its end, or asked to stop after that step, from wherever its folder stands."""
     if (folder / "checkpoints").exists():
-        trainer.loop.resume(restore(folder, trainer.tensors(), ALONE)[1])
+        trainer.loop.load_state(restore_newest(folder, trainer.tensors(), SINGLE_PROCESS)[1])
     if stop_at is not None:
         real = trainer.step
 
@@ -224,7 +225,7 @@ def finished(trainer: CodecTrainer, folder: Path, stop_at: int | None = None) ->
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int = 2) -> Path:
     """One checkpoint and nothing else: its folder, when it is written."""
-    with Saver(folder, keep, ALONE) as saver:
+    with Saver(folder, keep, SINGLE_PROCESS) as saver:
         saver.save(step, tensors, state)
     return folder / "checkpoints" / f"step-{step:06d}"
 

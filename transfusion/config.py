@@ -15,6 +15,12 @@ class RopeScaling:
     original_length: int = 8192
 
 
+def check_at_least_1(config, part: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{part}{name} must be at least 1, not {getattr(config, name)}")
+
+
 UNET_CHANNELS = 8  # the widths of a U-Net are multiples of it: the smallest group that is normalised together
 
 
@@ -27,9 +33,9 @@ class ModelConfig:
     heads: int = 12
     kv_heads: int | None = None  # fewer than heads: grouped keys and values; None: as many as heads
     head_dim: int | None = None  # None: width / heads
-    hidden: int | None = None  # of the feed-forward; None: 8/3 width, rounded up to a multiple of 256
-    vocabulary: int = 32_000  # `train` replaces it by the size its tokenizer gives
-    tied: bool = False  # one matrix for tokens in and out
+    intermediate_size: int | None = None  # of the feed-forward; None: 8/3 width, rounded up to a multiple of 256
+    vocab_size: int = 32_000  # `train` replaces it by the size its tokenizer gives
+    tie_word_embeddings: bool = False  # one matrix for tokens in and out
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -44,15 +50,13 @@ class ModelConfig:
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image (Table 5)
 
     def __post_init__(self):
-        for name in ("width", "layers", "heads", "vocabulary", "latent_channels", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        check_at_least_1(self, "model.", "width", "layers", "heads", "vocab_size", "latent_channels", "patch_size")
         if self.width % self.heads and self.head_dim is None:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
-        if self.size_of_head % 2:
-            raise ValueError(f"rotary positions need an even head size, not {self.size_of_head}")
+        if self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head size, not {self.head_size}")
         if self.patches == "unet":
             self._check_unet()
         if self.patches == "codes" and self.patch_size != 1:
@@ -72,12 +76,12 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     @property
-    def size_of_head(self) -> int:
+    def head_size(self) -> int:
         return self.head_dim or self.width // self.heads
 
     @property
-    def size_of_hidden(self) -> int:
-        return self.hidden or -(-8 * self.width // 3 // 256) * 256
+    def feed_forward_size(self) -> int:
+        return self.intermediate_size or -(-8 * self.width // 3 // 256) * 256
 
     @property
     def patch_width(self) -> int:
@@ -100,20 +104,39 @@ class ModelConfig:
 class DiffusionConfig:
     """How images are noised and what the image head says about it (section 2.2, 4.1)."""
 
-    path: Literal["cosine", "straight"] = "cosine"
-    prediction: Literal["noise", "velocity", "clean"] = "noise"
-    loss_on: Literal["prediction", "velocity"] = "prediction"
-    time_law: Literal["uniform", "logit_normal"] = "uniform"
-    shift: float = 1.0  # > 1: more of the time is spent at high noise (large pictures)
+    noise_schedule: Literal["cosine", "rectified_flow"] = "cosine"
+    prediction: Literal["epsilon", "velocity", "x0"] = "epsilon"
+    loss_space: Literal["prediction", "velocity"] = "prediction"
+    t_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    t_shift: float = 1.0  # > 1: more of the time is spent at high noise (large pictures)
 
     def __post_init__(self):
-        if self.prediction == "noise" and self.loss_on == "velocity":
-            raise ValueError("diffusion.loss_on velocity would divide a noise prediction by nearly 0 where t is near 1")
-        if self.shift <= 0:
-            raise ValueError(f"diffusion.shift must be above 0, not {self.shift}")
+        if self.prediction == "epsilon" and self.loss_space == "velocity":
+            raise ValueError("diffusion.loss_space velocity would divide a noise prediction by nearly 0 where t is near 1")
+        if self.t_shift <= 0:
+            raise ValueError(f"diffusion.t_shift must be above 0, not {self.t_shift}")
 
 
-MADE = ("digits", "shapes", "topics", "emoji", "photographs")  # sources that need no files
+BUILT_IN = ("digits", "shapes", "topics", "emoji", "photographs")  # sources that need no files
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """The built-in source `digits`."""
+
+    interleaved: float = 0.0  # share of documents that hold 2 to 4 captioned scans
+
+    def __post_init__(self):
+        if not 0 <= self.interleaved <= 1:
+            raise ValueError(f"data.digits.interleaved must lie between 0 and 1, not {self.interleaved}")
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """The built-in source `shapes`."""
+
+    level: int = 1  # how much a scene holds, 0 to 2
+    size: int = 32  # pixels along one side
 
 
 @dataclass(frozen=True)
@@ -122,36 +145,33 @@ class DataConfig:
 
     prepared: tuple[str, ...] = ()  # --data DIR...: what `transfusion data prepare` made; none: sources that need no files
     sources: tuple[str, ...] = ()  # with `prepared`, none: all that it holds
-    shares: tuple[float, ...] = ()  # of the positions, one number per source; none: equal
+    mixture_weights: tuple[float, ...] = ()  # of the positions, one number per source; none: equal
     codec: Literal["pixels", "block_pca"] = "pixels"
     codec_block: int = 4  # block_pca: pixels along one side of a block
     codec_components: int = 6  # block_pca: numbers kept per block
-    codec_documents: int = 2_000  # a codec with fitted state sees this many training documents
-    text_ids: int = 512  # size of the byte-pair tokenizer trained on the run's own text
-    row_length: int = 4096  # L
+    fit_documents: int = 2_000  # a codec with fitted state sees this many training documents
+    tokenizer_size: int = 512  # size of the byte-pair tokenizer trained on the run's own text
+    seq_len: int = 4096  # L
     rows: int = 8  # per forward pass
     image_first: float = 0.2  # of captioned pairs (section 4.1)
-    image_first_max_time: float = 1.0  # 0.5: the noise limit of Table 8; 0: clean, and no image loss
+    image_first_max_t: float = 1.0  # 0.5: the noise limit of Table 8; 0: clean, and no image loss
     caption_dropout: float = 0.1  # of caption-first pairs: what the unconditional branch learns from
     condition_text_dropout: float = 0.05  # of documents that draw from an image that is given: they lose their text
     condition_dropout: float = 0.05  # ... or everything before the image that is drawn
-    interleaved: float = 0.0  # share of `digits` documents that hold 2 to 4 captioned scans
-    level: int = 1  # of `shapes`
-    block: int = 2048  # documents that are shuffled and packed together
+    shuffle_block: int = 2048  # documents that are shuffled and packed together
     workers: int = 1  # threads that read ahead; what is read does not depend on them
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
     def __post_init__(self):
-        if self.shares and self.sources and len(self.shares) != len(self.sources):
-            raise ValueError(f"data.shares has {len(self.shares)} numbers for {len(self.sources)} sources")
-        for name in ("image_first", "image_first_max_time", "caption_dropout", "interleaved", "condition_text_dropout",
-                     "condition_dropout"):  # fmt: skip
+        if self.mixture_weights and self.sources and len(self.mixture_weights) != len(self.sources):
+            raise ValueError(f"data.mixture_weights has {len(self.mixture_weights)} numbers for {len(self.sources)} sources")
+        for name in ("image_first", "image_first_max_t", "caption_dropout", "condition_text_dropout", "condition_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must lie between 0 and 1, not {getattr(self, name)}")
-        for name in ("row_length", "rows", "block", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        if any(share <= 0 for share in self.shares):
-            raise ValueError(f"data.shares must be above 0, not {' '.join(map(str, self.shares))}")
+        check_at_least_1(self, "data.", "seq_len", "rows", "shuffle_block", "workers")
+        if any(share <= 0 for share in self.mixture_weights):
+            raise ValueError(f"data.mixture_weights must be above 0, not {' '.join(map(str, self.mixture_weights))}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,7 @@ class PrepareConfig:
 
     like: str | None = None  # a prepared folder or a run whose tokenizer, codec and sizes are used: one run can read both
     tokenizer: str | None = None  # a tokenizer.json to be used; None: one is trained on the first documents
-    text_ids: int | None = None  # size of one that is trained, at most; None: 8192, less where there is little text
+    tokenizer_size: int | None = None  # size of one that is trained, at most; None: 8192, less where there is little text
     sizes: tuple[str, ...] = ()  # width x height of pictures; none: as they are, if all are alike and small, else 256x256
     codec: str = "auto"  # pixels (auto below 16 a side), block_pca (auto above), what fit-codec made, or an AutoencoderKL
     codec_block: int | None = None  # block_pca: pixels along one side of a block; None: 4 for sides below 64, else 8
@@ -171,10 +191,8 @@ class PrepareConfig:
     shard: int = 2048  # documents in one file
 
     def __post_init__(self):
-        for name in ("text_ids", "fit_documents", "shard"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        brought = (self.tokenizer, self.text_ids, self.codec_block, self.codec_components)
+        check_at_least_1(self, "", "tokenizer_size", "fit_documents", "shard")
+        brought = (self.tokenizer, self.tokenizer_size, self.codec_block, self.codec_components)
         if self.like is not None and (self.sizes or self.codec != "auto" or any(one is not None for one in brought)):
             raise ValueError("like brings a tokenizer, a codec and sizes along: say nothing else about them")
         if not 0 <= self.max_faults <= 1:
@@ -183,77 +201,6 @@ class PrepareConfig:
             raise ValueError(f"heldout must not be negative, not {self.heldout}")
         for size in self.sizes:
             parse_size(size)
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """The convolutional network between pixels and latents (section 4.1). These numbers are the paper's 86M parameters.
-
-    With `codes` it has a codebook instead of a distribution: the VQ twin for the paper's Chameleon baseline, 16,384 there.
-    """
-
-    channels: int = 8  # of a latent
-    width: int = 128  # channels at full size
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the width at each size; f = 2 ** (how many - 1)
-    blocks: int = 2  # residual blocks at each size, one more on the way back
-    attention: bool = True  # over all positions, at the smallest size
-    colours: int = 3
-    codes: int | None = None  # in the codebook, each of `channels` numbers; None: none, latents are continuous
-
-    def __post_init__(self):
-        for name in ("channels", "width", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"network.{name} must be at least 1, not {getattr(self, name)}")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError("network.multipliers must be whole numbers from 1 up, one for each size")
-        if self.colours not in (1, 3):
-            raise ValueError(f"network.colours must be 1 or 3, not {self.colours}")
-        if self.codes is not None and self.codes < 2:
-            raise ValueError(f"network.codes must be at least 2, not {self.codes}")
-
-    @property
-    def scale(self) -> int:
-        """f: pixels along one side of a latent pixel."""
-        return 2 ** (len(self.multipliers) - 1)
-
-
-@dataclass(frozen=True)
-class CodecTrainingConfig:
-    """How an autoencoder learns (section 4.1: L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL). Rates: VQGAN's.
-
-    With a codebook, codebook loss + 0.25 commitment stand in the place of KL (appendix A).
-    """
-
-    steps: int = 1_000_000
-    rows: int = 32  # pictures in a step
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1e-5
-    warmup: int = 1_000
-    betas: tuple[float, float] = (0.5, 0.9)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    average: float = 0.999
-    kl_weight: float = 1e-6
-    codebook_weight: float = 1.0  # draws codes to what the encoder makes
-    commitment: float = 0.25  # draws what the encoder makes to its codes
-    revive_after: int = 100  # steps without use after which a code starts anew from what the encoder makes
-    perceptual: str | None = None  # a .safetensors or .pth file with LPIPS' VGG-16; None: without this loss
-    identity: str | None = None  # a .safetensors or .pth file with MoCo v2's ResNet-50; None: without this loss
-    identity_weight: float = 0.2
-    gan_weight: float = 0.5
-    gan_from: int | None = None  # the step from which the patch discriminator joins in; None: never
-    seed: int = 0
-    heldout: int = 256  # pictures, at most a tenth
-    checkpoint_every: int = 1_000
-    keep: int = 2
-    validate_every: int = 1_000
-    log_every: int = 10
-
-    def __post_init__(self):
-        for name in ("steps", "rows", "revive_after", "checkpoint_every", "keep", "validate_every", "log_every", "heldout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -270,56 +217,58 @@ class TrainingConfig:
 
     steps: int = 250_000
     learning_rate: float = 3e-4
-    final_learning_rate: float = 1.5e-5
-    warmup: int = 4_000  # steps
+    min_learning_rate: float = 1.5e-5
+    warmup_steps: int = 4_000  # steps
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0  # largest norm of the gradient
-    average: float = 0.9999  # decay of the moving average of the weights
-    text_rate: float = 1.0  # of embedding and head, times the learning rate; 0: they are frozen, and stay as they began
-    patches_rate: float = 1.0  # of the layers that take patches in and out, likewise
-    transformer_rate: float = 1.0  # of the blocks and the last norm, likewise
+    max_grad_norm: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.9999  # decay of the moving average of the weights
+    text_lr_scale: float = 1.0  # of embedding and head, times the learning rate; 0: they are frozen, and stay as they began
+    image_lr_scale: float = 1.0  # of the layers that take patches in and out, likewise
+    transformer_lr_scale: float = 1.0  # of the blocks and the last norm, likewise
     accumulate: int = 1  # forward passes per step
     image_weight: float = 5.0  # the paper's lambda; 5 belongs to noise prediction
     seed: int = 0
     checkpoint_every: int = 5_000  # steps
-    keep: int = 2  # checkpoints
+    keep_checkpoints: int = 2  # checkpoints
     validate_every: int = 1_000
     preview_every: int = 5_000  # a grid of drawings in samples/; 0: none
     log_every: int = 10
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "checkpoint_every", "keep", "validate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("text_rate", "patches_rate", "transformer_rate"):
+        check_at_least_1(
+            self, "training.", "steps", "accumulate", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every",
+        )  # fmt: skip
+        for name in ("text_lr_scale", "image_lr_scale", "transformer_lr_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} must be a number from 0 up, not {getattr(self, name)}")
-        if not any(self.rates.values()):
-            raise ValueError("training.text_rate, patches_rate and transformer_rate are all 0: nothing would be learnt")
+        if not any(self.lr_scales.values()):
+            raise ValueError(
+                "training.text_lr_scale, image_lr_scale and transformer_lr_scale are all 0: nothing would be learnt"
+            )
 
     @property
-    def rates(self) -> dict[str, float]:
+    def lr_scales(self) -> dict[str, float]:
         """By the first word of a parameter's name."""
-        text = self.text_rate
-        return {"tokens": text, "head": text, "patches": self.patches_rate, "transformer": self.transformer_rate}
+        text = self.text_lr_scale
+        return {"tokens": text, "head": text, "patches": self.image_lr_scale, "transformer": self.transformer_lr_scale}
 
 
 @dataclass(frozen=True)
-class SurvivalConfig:
+class FaultToleranceConfig:
     """What training does when something goes wrong. A run may go on with other choices."""
 
-    skip: int = 0  # updates in a row that may be left out (not finite, or a spike) before training stops
-    spike: float | None = None  # a gradient so many deviations above the mean of the last 128 is a spike; None: none is
+    skip_nonfinite: int = 0  # updates in a row that may be left out (not finite, or a spike) before training stops
+    skip_spikes_above: float | None = None  # skip gradients this many deviations above the mean of the last 128; None: off
     watchdog: float = 1800.0  # seconds; a step that takes longer is given up, with every thread's stack; 0: none is
 
     def __post_init__(self):
-        for name in ("skip", "watchdog"):
+        for name in ("skip_nonfinite", "watchdog"):
             if getattr(self, name) < 0:
-                raise ValueError(f"survival.{name} must not be negative, not {getattr(self, name)}")
-        if self.spike is not None and self.spike <= 0:
-            raise ValueError(f"survival.spike must be above 0, not {self.spike}")
+                raise ValueError(f"fault_tolerance.{name} must not be negative, not {getattr(self, name)}")
+        if self.skip_spikes_above is not None and self.skip_spikes_above <= 0:
+            raise ValueError(f"fault_tolerance.skip_spikes_above must be above 0, not {self.skip_spikes_above}")
 
 
 @dataclass(frozen=True)
@@ -327,17 +276,27 @@ class ParallelConfig:
     """How the work is laid out; what is learnt does not depend on it, and a run may go on with other choices."""
 
     shard: Literal["full", "hybrid"] = "full"  # weights over all processes, or over those of a machine, machines alike
-    recompute: bool = False  # blocks run once more in the backward pass, instead of being remembered: a third slower
+    activation_checkpointing: bool = False  # blocks run again in the backward pass: less memory, a third slower
     compile: bool | None = None  # blocks with torch.compile; None: on CUDA
+
+
+SAMPLERS = {  # name -> the noise schedules it supports; inference/samplers.py has a function of the same name
+    "ddpm": ("cosine", "rectified_flow"),
+    "ddim": ("cosine", "rectified_flow"),
+    "dpm": ("cosine", "rectified_flow"),
+    "dpm-sde": ("cosine", "rectified_flow"),
+    "euler": ("rectified_flow",),
+    "heun": ("rectified_flow",),
+}
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """How a run writes and draws when nobody says otherwise."""
 
-    sampler: Literal["ddpm", "ddim", "dpm", "dpm-sde", "euler", "heun"] = "ddpm"
+    sampler: Literal[*SAMPLERS] = "ddpm"
     steps: int = 250  # of 1000 (section 4.1); heun asks the model twice in each
-    shift: float | None = None  # > 1: more of the steps are spent at high noise; None: as the run was trained
+    t_shift: float | None = None  # > 1: more of the steps are spent at high noise; None: as the run was trained
     guidance_scale: float = 3.0  # section 4.3; 1: none
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t; outside there is no guidance, and its branches cost nothing
     guidance_rescale: float = 0.0  # 1: a guided prediction deviates as little as one without guidance (2305.08891)
@@ -345,13 +304,13 @@ class GenerationConfig:
     temperature: float = 1.0  # of text, and of an image's codes; 0: greedy
     top_p: float = 1.0
     max_tokens: int = 256  # text tokens and images' markers that one request may add
-    clip_clean: bool = True  # clip the clean estimate to the codec's bound
+    clip_x0: bool = True  # clip the clean estimate to the codec's bound
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
-        if self.shift is not None and not 0 < self.shift < math.inf:
-            raise ValueError(f"shift must be a number above 0, not {self.shift}")
+        if self.t_shift is not None and not 0 < self.t_shift < math.inf:
+            raise ValueError(f"t_shift must be a number above 0, not {self.t_shift}")
         for name in ("guidance_scale", "image_guidance_scale"):
             if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}")
@@ -452,7 +411,7 @@ class Run:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 

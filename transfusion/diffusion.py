@@ -1,7 +1,7 @@
-"""Between clean and noise: the path, what the image head predicts, and how t is drawn (sections 2.2 and 4.1).
+"""The forward process: x_t = alpha(t) x0 + sigma(t) noise, its prediction targets, and how t is sampled (2.2 and 4.1).
 
-t is continuous, 0 = clean and 1 = noise; the paper's step k of 1000 is t = k / 1000. A noisy latent is
-`signal(t) * clean + scale(t) * noise`. This is ground that training (forward) and inference (backward) share.
+t is continuous, from 0 (clean) to 1 (noise); the paper's step k of 1000 is t = k / 1000. Training (forward) and inference
+(backward) share this file. Tensors are (N, C, Y, X), t is (N,).
 """
 
 import math
@@ -12,108 +12,111 @@ from torch import Tensor
 
 from transfusion.config import DiffusionConfig
 
-SMALLEST = 2.428767e-9  # of the cosine path's signal squared: beta clipped at 0.999 leaves this of the last of 1000 steps
-VELOCITY_FLOOR = 0.05  # a clean prediction's velocity divides by the noise's scale; below this it would explode
+MIN_ALPHA_BAR = 2.428767e-9  # alpha^2 of the cosine schedule at t = 1: the last of 1000 steps with beta clipped at 0.999
+VELOCITY_MIN_SIGMA = 0.05  # the velocity of an x0 prediction divides by sigma; smaller values would make it explode
 
 
-class Estimate(NamedTuple):
-    """What a prediction says of both ends of the path."""
+class X0AndNoise(NamedTuple):
+    """The x0 and the noise that a prediction stands for."""
 
-    clean: Tensor
+    x0: Tensor
     noise: Tensor
 
 
-def signal_and_scale(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """How much of the clean latent and of the noise is in the noisy one at t. Same shape as t.
+def alpha_sigma(t: Tensor, noise_schedule: str) -> tuple[Tensor, Tensor]:
+    """alpha and sigma at t, with the shape of t.
 
-    cosine: Nichol and Dhariwal's schedule; at t = k / 1000 it equals their clipped discrete one. straight: rectified flow.
+    cosine: Nichol and Dhariwal (2102.09672), equal to their clipped discrete schedule at t = k / 1000,
+    with alpha^2 + sigma^2 = 1.
+    rectified_flow: 1 - t and t (2209.03003).
     """
-    if path == "straight":
+    if noise_schedule == "rectified_flow":
         return 1 - t, t
     f = torch.cos((t.double() + 0.008) / 1.008 * (math.pi / 2)) ** 2 / math.cos(0.008 / 1.008 * (math.pi / 2)) ** 2
-    alpha_bar = f.clamp(SMALLEST, 1)
+    alpha_bar = f.clamp(MIN_ALPHA_BAR, 1)
     return alpha_bar.sqrt().to(t.dtype), (1 - alpha_bar).sqrt().to(t.dtype)
 
 
-def add_noise(clean: Tensor, noise: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
-    """clean, noise (N, C, Y, X), t (N,) -> noisy (N, C, Y, X)."""
-    signal, scale = _over(clean, *signal_and_scale(t, config.path))
-    return signal * clean + scale * noise
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
+    """x_t = alpha x0 + sigma noise."""
+    alpha, sigma = _per_image(x0, *alpha_sigma(t, config.noise_schedule))
+    return alpha * x0 + sigma * noise
 
 
-def target(clean: Tensor, noise: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
-    """What the image head should say (N, C, Y, X)."""
+def target(x0: Tensor, noise: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
+    """The training target of the image head."""
     match config.prediction:
-        case "noise":
+        case "epsilon":
             return noise
-        case "clean":
-            return clean
+        case "x0":
+            return x0
         case "velocity":
-            return velocity(clean, noise, t, config)
+            return velocity(x0, noise, t, config)
 
 
-def velocity(clean: Tensor, noise: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
-    """The way the path runs: straight, noise - clean; cosine, Salimans and Ho's signal * noise - scale * clean."""
-    if config.path == "straight":
-        return noise - clean
-    signal, scale = _over(clean, *signal_and_scale(t, config.path))
-    return signal * noise - scale * clean
+def velocity(x0: Tensor, noise: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
+    """v = alpha noise - sigma x0 (Salimans and Ho, 2202.00512); with rectified flow noise - x0."""
+    if config.noise_schedule == "rectified_flow":
+        return noise - x0
+    alpha, sigma = _per_image(x0, *alpha_sigma(t, config.noise_schedule))
+    return alpha * noise - sigma * x0
 
 
-def read_prediction(noisy: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig) -> Estimate:
-    """Both ends of the path, from the noisy latent and what the image head said (all (N, C, Y, X), t (N,))."""
-    signal, scale = _over(noisy, *signal_and_scale(t, config.path))
+def to_x0_and_noise(x_t: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig) -> X0AndNoise:
+    """x0 and noise from x_t and the prediction of the image head."""
+    alpha, sigma = _per_image(x_t, *alpha_sigma(t, config.noise_schedule))
     match config.prediction:
-        case "noise":
-            clean = (noisy - scale * prediction) / signal.clamp(min=SMALLEST**0.5)
-            return Estimate(clean, prediction)
-        case "clean":
-            return Estimate(prediction, noise_beside(noisy, prediction, t, config))
-        case "velocity" if config.path == "straight":
-            return Estimate(noisy - scale * prediction, noisy + signal * prediction)
+        case "epsilon":
+            x0 = (x_t - sigma * prediction) / alpha.clamp(min=MIN_ALPHA_BAR**0.5)
+            return X0AndNoise(x0, prediction)
+        case "x0":
+            return X0AndNoise(prediction, noise_from_x0(x_t, prediction, t, config))
+        case "velocity" if config.noise_schedule == "rectified_flow":
+            return X0AndNoise(x_t - sigma * prediction, x_t + alpha * prediction)
         case "velocity":
-            return Estimate(signal * noisy - scale * prediction, scale * noisy + signal * prediction)
+            return X0AndNoise(alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction)
 
 
-def noise_beside(noisy: Tensor, clean: Tensor, t: Tensor, config: DiffusionConfig, floor: float = 1e-6) -> Tensor:
-    """The noise that, with this clean latent, makes this noisy one."""
-    signal, scale = _over(noisy, *signal_and_scale(t, config.path))
-    return (noisy - signal * clean) / scale.clamp(min=floor)
+def noise_from_x0(x_t: Tensor, x0: Tensor, t: Tensor, config: DiffusionConfig, min_sigma: float = 1e-6) -> Tensor:
+    """The noise that with this x0 gives x_t: (x_t - alpha x0) / sigma."""
+    alpha, sigma = _per_image(x_t, *alpha_sigma(t, config.noise_schedule))
+    return (x_t - alpha * x0) / sigma.clamp(min=min_sigma)
 
 
 def squared_error(
-    clean: Tensor, noise: Tensor, noisy: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig
+    x0: Tensor, noise: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig
 ) -> Tensor:
-    """Mean over each image's numbers (section 3): (N, C, Y, X) -> (N,).
+    """Mean squared error of each image (section 3): (N, C, Y, X) -> (N,).
 
-    `loss_on: velocity` turns a clean prediction into a velocity first (JiT, 2511.13720): right for patches wider than
-    about a quarter of the model.
+    `loss_space: velocity` compares the velocity of an x0 prediction (JiT, 2511.13720). It is better than `prediction` for
+    patches wider than about a quarter of the model.
     """
-    if config.prediction == "clean" and config.loss_on == "velocity":
-        said, true = (
-            velocity(latent, noise_beside(noisy, latent, t, config, VELOCITY_FLOOR), t, config)
-            for latent in (prediction, clean)
+    if config.prediction == "x0" and config.loss_space == "velocity":
+        predicted, true = (
+            velocity(latents, noise_from_x0(x_t, latents, t, config, VELOCITY_MIN_SIGMA), t, config)
+            for latents in (prediction, x0)
         )
-        error = said - true
+        error = predicted - true
     else:
-        error = prediction - target(clean, noise, t, config)
+        error = prediction - target(x0, noise, t, config)
     return error.float().square().flatten(1).mean(1)
 
 
-def draw_time(generator: torch.Generator, max_time: float, config: DiffusionConfig) -> float:
-    """One image's t, at most max_time."""
-    match config.time_law:
+def sample_t(generator: torch.Generator, max_t: float, config: DiffusionConfig) -> float:
+    """t of one image, at most max_t."""
+    match config.t_distribution:
         case "uniform":
             t = torch.rand((), generator=generator, dtype=torch.float64).item()
-        case "logit_normal":
+        case "logit_normal":  # SD3, 2403.03206
             t = torch.randn((), generator=generator, dtype=torch.float64).sigmoid().item()
-    return max_time * shift_time(t, config.shift)
+    return max_t * shift_t(t, config.t_shift)
 
 
-def shift_time(t, shift: float):
-    """The same walk from 0 to 1, leaning towards noise when shift > 1. Numbers or tensors."""
+def shift_t(t, shift: float):
+    """SD3's timestep shift, s t / (1 + (s - 1) t): above 1 it moves t towards noise. Numbers or tensors."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _over(latent: Tensor, *per_image: Tensor) -> list[Tensor]:
-    return [value.to(latent.dtype).view(-1, *[1] * (latent.dim() - 1)) for value in per_image]
+def _per_image(latents: Tensor, *values: Tensor) -> list[Tensor]:
+    """(N,) -> (N, 1, 1, 1) in the dtype of the latents."""
+    return [value.to(latents.dtype).view(-1, *[1] * (latents.dim() - 1)) for value in values]

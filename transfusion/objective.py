@@ -1,4 +1,4 @@
-"""What is learnt: the next token of the text, and the noise in every image (section 3). Stands beside the model."""
+"""The training loss: next-token loss on text and codes, denoising loss on latents (section 3). Independent of the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion import diffusion
-from transfusion.chance import seed_from
 from transfusion.config import DiffusionConfig
+from transfusion.seeding import derive_seed
 from transfusion.sequence import Batch, ImageGroup
 
 
 @dataclass
-class Draw:
-    """The chance of one group of images: its times t (N,) and noise (N, C, Y, X)."""
+class NoiseSample:
+    """t (N,) and noise (N, C, Y, X) of one group of images."""
 
     t: Tensor
     noise: Tensor
@@ -23,68 +23,70 @@ class Draw:
 
 @dataclass
 class Losses:
-    """Sums, and what to divide them by; the trainer adds them up over micro-batches and ranks first."""
+    """Sums and their counts. The trainer adds both over micro-batches and ranks before it divides."""
 
-    text_sum: Tensor  # over all positions with next-token loss, an image's codes among them
+    text_sum: Tensor  # over all positions with next-token loss, codes included
     image_sum: Tensor
-    code_sum: Tensor  # the codes' part of text_sum, to be told apart
+    code_sum: Tensor  # the part of text_sum that is on codes, for logging
     text_count: int
     image_count: int
     code_count: int
 
     @property
     def sums(self) -> Tensor:
-        """(3,) text, image and code; without gradient."""
+        """(3,) text, image and code, detached."""
         return torch.stack([self.text_sum.detach(), self.image_sum.detach(), self.code_sum])
 
 
-def draw(batch: Batch, config: DiffusionConfig) -> list[Draw]:
-    """t and noise of every image, from its own key: on the CPU, in fp32, whatever the batch, rank or device."""
-    return [_draw_group(group, config) for group in batch.groups]
+def sample_noise(batch: Batch, config: DiffusionConfig) -> list[NoiseSample]:
+    """t and noise of every image, from its key, on the CPU in float32: equal for any batch, rank or device."""
+    return [_sample_group(group, config) for group in batch.groups]
 
 
-def _draw_group(group: ImageGroup, config: DiffusionConfig) -> Draw:
+def _sample_group(group: ImageGroup, config: DiffusionConfig) -> NoiseSample:
     t = torch.empty(len(group.keys))
-    noise = torch.empty_like(group.clean)
-    for n, (key, max_time) in enumerate(zip(group.keys, group.max_time.tolist(), strict=True)):
+    noise = torch.empty_like(group.x0)
+    for n, (key, max_t) in enumerate(zip(group.keys, group.max_t.tolist(), strict=True)):
         generator = torch.Generator().manual_seed(key)
-        t[n] = diffusion.draw_time(generator, max_time, config)
+        t[n] = diffusion.sample_t(generator, max_t, config)
         noise[n].normal_(generator=generator)
-    return Draw(t, noise)
+    return NoiseSample(t, noise)
 
 
-def draw_on_grid(batch: Batch, steps: int) -> list[Draw]:
-    """For held-out losses: each image's own fixed noise, and its own fixed t, one of `steps` that divide 0 to 1 evenly."""
-    draws = []
+def sample_noise_on_grid(batch: Batch, steps: int) -> list[NoiseSample]:
+    """For held-out losses: fixed noise for each image, and as its t one of `steps` evenly spaced values, also fixed."""
+    samples = []
     for group in batch.groups:
-        grid = (torch.tensor([seed_from(key, "held out") % steps for key in group.keys]) + 0.5) / steps
+        grid = (torch.tensor([derive_seed(key, "held out") % steps for key in group.keys]) + 0.5) / steps
         noise = torch.stack([
             torch.empty(latent.shape).normal_(generator=torch.Generator().manual_seed(key))
-            for latent, key in zip(group.clean, group.keys, strict=True)
+            for latent, key in zip(group.x0, group.keys, strict=True)
         ])  # fmt: skip
-        draws.append(Draw(grid * group.max_time, noise))
-    return draws
+        samples.append(NoiseSample(grid * group.max_t, noise))
+    return samples
 
 
-def losses(model: nn.Module, batch: Batch, draws: list[Draw], config: DiffusionConfig, z_loss: float = 0.0) -> Losses:
-    """Add the noise, ask the model, sum both losses: text over tokens, images over images of the mean over numbers."""
+def compute_losses(
+    model: nn.Module, batch: Batch, samples: list[NoiseSample], config: DiffusionConfig, z_loss: float = 0.0
+) -> Losses:
+    """Add the noise, run the model, sum both losses: over tokens, and over images the mean squared error of each."""
     device = batch.tokens.device
-    draws = [Draw(d.t.to(device, non_blocking=True), d.noise.to(device, non_blocking=True)) for d in draws]
-    noisy = [
-        diffusion.add_noise(group.clean, d.noise, d.t, config) for group, d in zip(batch.groups, draws, strict=True)
+    samples = [NoiseSample(s.t.to(device, non_blocking=True), s.noise.to(device, non_blocking=True)) for s in samples]
+    x_t = [
+        diffusion.add_noise(group.x0, s.noise, s.t, config) for group, s in zip(batch.groups, samples, strict=True)
     ]  # (N, C, Y, X) each
-    said = model(batch, noisy, [d.t for d in draws])
+    prediction = model(batch, x_t, [s.t for s in samples])
     image_sum = torch.zeros((), device=device)
-    for group, d, x, prediction in zip(batch.groups, draws, noisy, said.images, strict=True):
-        error = diffusion.squared_error(group.clean, d.noise, x, prediction, d.t, config)  # (N,)
+    for group, s, noisy, predicted in zip(batch.groups, samples, x_t, prediction.images, strict=True):
+        error = diffusion.squared_error(group.x0, s.noise, noisy, predicted, s.t, config)  # (N,)
         image_sum = image_sum + (error * group.loss).sum()
-    text = next_token_loss(said.logits, batch.text_target, z_loss)  # (T,)
+    text = next_token_loss(prediction.logits, batch.text_target, z_loss)  # (T,)
     codes = text.detach()[batch.text_target >= batch.first_code] if batch.code_count else text.new_zeros(0)
-    return Losses(text.sum(), image_sum, codes.sum(), *counts(batch))
+    return Losses(text.sum(), image_sum, codes.sum(), *loss_counts(batch))
 
 
 def next_token_loss(logits: Tensor, target: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Of each token: logits (T, V), target (T,) -> (T,). `z_loss` is Chameleon's pull on the logits' normaliser."""
+    """Cross entropy of logits (T, V) for target (T,): (T,). `z_loss` weighs Chameleon's log(Z)^2 (2405.09818)."""
     logits = logits.float()
     loss = F.cross_entropy(logits, target, reduction="none")
     if z_loss:
@@ -92,19 +94,21 @@ def next_token_loss(logits: Tensor, target: Tensor, z_loss: float = 0.0) -> Tens
     return loss
 
 
-def total(parts: Losses, text_count: int, image_count: int, image_weight: float) -> Tensor:
-    """This part's share of the step's loss, given the counts over all parts and ranks."""
-    return parts.text_sum / max(1, text_count) + image_weight * parts.image_sum / max(1, image_count)
+def total_loss(losses: Losses, text_count: int, image_count: int, image_weight: float) -> Tensor:
+    """This micro-batch's share of the loss of the step. The counts are those of all micro-batches and ranks."""
+    return losses.text_sum / max(1, text_count) + image_weight * losses.image_sum / max(1, image_count)
 
 
-def counts(batch: Batch) -> tuple[int, int, int]:
-    """What the sums of its `Losses` are divided by."""
+def loss_counts(batch: Batch) -> tuple[int, int, int]:
+    """Positions with text loss, images with denoising loss, and codes: the divisors of the sums of `Losses`."""
     return batch.text_count, batch.image_count, batch.code_count
 
 
-def means(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """Sums and counts of `Losses`, over whatever they were added up, as a person reads them: the text by itself in nats per
-    token, and the images, denoised (over their numbers) or in nats per code."""
+def mean_losses(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    """Mean losses for logging, from sums and counts of text, image and code.
+
+    text_loss: nats per text token. image_loss: mean squared error of latents, or nats per code.
+    """
     (text, image, code), (texts, images, codes) = sums, counts
     values = {"text_loss": (text - code) / max(1, texts - codes)}
     return values | ({"image_loss": (image + code) / (images + codes)} if images + codes else {})

@@ -163,7 +163,7 @@ class Page:
         self._add(
             f'<figure class="half plot"><figcaption>{escape(title)}</figcaption>'
             f'<div class="area" role="img" aria-label="{escape(f"{title}: {spoken}")}">'
-            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
+            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-intermediate_size="true">'
             f"{paths}</svg>{ticks}</div>"
             f'<p class="across">{escape(across)}</p><ul class="key">{key}</ul></figure>'
         )

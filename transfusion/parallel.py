@@ -104,7 +104,7 @@ class Ranks:
             dist.destroy_process_group()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Is this the one that writes what is written once?"""
         return self.rank == 0
 
@@ -116,7 +116,7 @@ class Ranks:
         """Each value, summed over all ranks."""
         if self.world == 1:
             return list(values)
-        with self.heard():
+        with self.catching_peer_failure():
             total = torch.tensor(values, dtype=torch.float64)
             dist.all_reduce(total)
         return total.tolist()
@@ -125,12 +125,12 @@ class Ranks:
         """Is it true on any of them?"""
         return self.sum(float(value))[0] > 0
 
-    def tell(self, value):
+    def broadcast(self, value):
         """What rank 0 says here, on all of them."""
         if self.world == 1:
             return value
         said = [value]
-        with self.heard():
+        with self.catching_peer_failure():
             dist.broadcast_object_list(said)
         return said[0]
 
@@ -139,7 +139,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         said = [None] * self.world
-        with self.heard():
+        with self.catching_peer_failure():
             dist.all_gather_object(said, value)
         return said
 
@@ -147,7 +147,7 @@ class Ranks:
         """Each tensor's mean over all ranks, in place."""
         if self.world == 1:
             return
-        with self.heard():
+        with self.catching_peer_failure():
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
         parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
@@ -159,7 +159,7 @@ class Ranks:
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        with self.heard():
+        with self.catching_peer_failure():
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
@@ -176,7 +176,7 @@ class Ranks:
         return init_device_mesh(device, (self.world,), mesh_dim_names=("shard",))
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def catching_peer_failure(self) -> Iterator[None]:
         """Whatever ranks do together. ConnectionError when one of them has stopped instead."""
         try:
             yield
@@ -186,7 +186,7 @@ class Ranks:
             raise
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def _fresh_store(lasting: dist.Store, rank: int) -> dist.Store:
@@ -215,9 +215,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def spread(
-    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, mesh: DeviceMesh | None, compiled: bool
-) -> None:
+def parallelize(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, mesh: DeviceMesh | None, compiled: bool,
+    methods: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Make a model (on the meta device, so far) fit for work on this device and over a mesh (None: one process alone).
 
     FSDP2: each block and the rest are units, of whose weights, gradients, moments and average every rank holds its part.
@@ -229,7 +230,7 @@ def spread(
             block.compile(backend=COMPILER, dynamic=False)
     if mesh is None:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     lower = None if precision(device) == torch.float32 else precision(device)
     # Inputs are left as they are: t would be rounded to the nearest of 256 numbers.
@@ -238,3 +239,5 @@ def spread(
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    for method in methods:
+        register_fsdp_forward_method(model, method)

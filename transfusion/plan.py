@@ -15,9 +15,9 @@ from torch import nn
 
 from transfusion.config import Machines, ModelConfig, Run
 from transfusion.model.flops import training_flops
-from transfusion.model.transfusion import blueprint
+from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
-from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 FP32, BF16 = 4, 2  # bytes of a number
 PAPER_SIDE = 32  # of a latent: 256 x 256 pixels behind an autoencoder that makes one of 8
@@ -34,7 +34,7 @@ class Memory:
     weights: int
     gradients: int
     moments: int
-    average: int
+    ema: int
     gathered: int  # weights in bfloat16, and gradients, of what is whole at one time
     activations: int  # kept from the forward pass
     backward: int  # what the widest moment of the backward pass adds: the logits, or one block
@@ -86,24 +86,28 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on disk: weight and average, and the two moments of what is learnt."""
+        """Bytes on disk: weight and EMA, and the two moments of what is learnt."""
         training = self.run.training
-        rates = (training.transformer_rate, training.text_rate, training.patches_rate)  # in the order of the parameters
+        rates = (
+            training.transformer_lr_scale,
+            training.text_lr_scale,
+            training.image_lr_scale,
+        )  # in the order of the parameters
         return FP32 * sum((4 if rate else 2) * n for rate, n in zip(rates, self.parameters.values(), strict=True))
 
 
 def plan(run: Run, machines: Machines) -> Plan:
     """What this run costs on these machines. ValueError when they cannot share it as it asks."""
-    config, batch = run.model, typical_row(run.model, run.data.row_length)
+    config, batch = run.model, typical_row(run.model, run.data.seq_len)
     numbers = {part: sum(map(prod, shapes)) for part, shapes in weights_of(config).items()}
     parameters = {
         "transformer": numbers["block"] * config.layers + numbers["norm"],
         "embeddings and head": numbers["embeddings"], "patches": numbers["patches"],
     }  # fmt: skip
-    every_pair = 12 * config.layers * config.heads * config.size_of_head * run.data.row_length
+    every_pair = 12 * config.layers * config.heads * config.head_size * run.data.seq_len
     return Plan(
         run, machines, parameters, memory(run, machines), logits=logits(run),
-        image=tuple(batch.groups[0].clean.shape[2:]) if batch.groups else None,
+        image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * run.data.rows,
         flops=training_flops(batch, config) / batch.positions,
         usual_flops=6 * sum(parameters.values()) + every_pair,
@@ -111,7 +115,7 @@ def plan(run: Run, machines: Machines) -> Plan:
 
 
 def positions_of_step(run: Run, gpus: int) -> int:
-    return run.data.rows * run.data.row_length * run.training.accumulate * gpus
+    return run.data.rows * run.data.seq_len * run.training.accumulate * gpus
 
 
 def with_batch(run: Run, gpus: int, positions: int) -> Run:
@@ -123,7 +127,7 @@ def with_batch(run: Run, gpus: int, positions: int) -> Run:
 @cache
 def weights_of(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     """Shapes of the weights of one block, of the last norm, of embeddings and head, and of the layers for patches."""
-    model = blueprint(config)
+    model = build_on_meta(config)
     found = {
         "block": model.transformer.blocks[0].parameters(), "norm": model.transformer.norm.parameters(),
         "patches": parameters_of(model.patches), "embeddings": parameters_of(model.tokens, model.head),
@@ -148,8 +152,8 @@ def memory(run: Run, machines: Machines) -> Memory:
     rest = [shape for part in ("norm", "patches", "embeddings") for shape in shapes[part]]
     parts = {part: FP32 * share(shapes[part], ranks) for part in shapes}
     parts["block"] *= run.model.layers
-    rates = {"block": run.training.transformer_rate, "norm": run.training.transformer_rate,
-             "patches": run.training.patches_rate, "embeddings": run.training.text_rate}  # fmt: skip
+    rates = {"block": run.training.transformer_lr_scale, "norm": run.training.transformer_lr_scale,
+             "patches": run.training.image_lr_scale, "embeddings": run.training.text_lr_scale}  # fmt: skip
     held, learnt = sum(parts.values()), sum(size for part, size in parts.items() if rates[part])
     root, block = share(rest, 1), share(shapes["block"], 1)
     if ranks == 1:
@@ -157,7 +161,7 @@ def memory(run: Run, machines: Machines) -> Memory:
     else:  # a block, and the next one on its way; gradients of a block are summed in fp32
         gathered = 2 * BF16 * root + (2 * BF16 + BF16 + FP32) * block
     return Memory(
-        weights=held, gradients=learnt, moments=2 * learnt, average=held, gathered=gathered,
+        weights=held, gradients=learnt, moments=2 * learnt, ema=held, gathered=gathered,
         activations=activations(run), backward=max(logits(run), inside_block(run)),
     )  # fmt: skip
 
@@ -174,47 +178,47 @@ def typical_row(config: ModelConfig, length: int) -> Batch:
     shape = side * config.patch_size, side * config.patch_size
     codes = config.patches == "codes"
     content = np.zeros(shape, np.int64) if codes else np.zeros((config.latent_channels, *shape), np.float32)
-    vocabulary = Vocabulary.build(0, [shape], config.patch_size, codes=int(codes))
+    vocabulary = Vocabulary.build(0, [shape], config.patch_size, num_image_codes=int(codes))
     number = length // 2 // (side**2 + AROUND) if side else 0
-    images = [lay_out(Document((Image(content),)), vocabulary)] * number
+    images = [encode_document(Document((Image(content),)), vocabulary)] * number
     rest = length - sum(map(len, images))
-    text = lay_out(Document((Text((0,) * rest),)), vocabulary).part(0, rest)
+    text = encode_document(Document((Text((0,) * rest),)), vocabulary).part(0, rest)
     return collate([Row((*images, text))], length, vocabulary)
 
 
 def activations(run: Run, number: int = BF16) -> int:
     """Bytes that a forward pass keeps for its backward pass, logits apart; `number` bytes for each number."""
-    config, batch = run.model, typical_row(run.model, run.data.row_length)
-    block = config.width * number if run.parallel.recompute else kept_by_block(run, number)
-    kept = config.layers * block + 2 * config.size_of_head * number  # rotations, one for all blocks
+    config, batch = run.model, typical_row(run.model, run.data.seq_len)
+    block = config.width * number if run.parallel.activation_checkpointing else kept_by_block(run, number)
+    kept = config.layers * block + 2 * config.head_size * number  # rotations, one for all blocks
     kept += 2 * config.width * number  # the last norm's input; what text and patches take of its output
-    images = sum(len(group.index) * kept_by_unet(config, group.clean.shape[2:], number) for group in batch.groups)
+    images = sum(len(group.index) * kept_by_unet(config, group.x0.shape[2:], number) for group in batch.groups)
     return run.data.rows * (batch.positions * kept + (images if config.patches == "unet" else 0))
 
 
 def logits(run: Run) -> int:
     """Bytes that they take at most, with their gradients."""
-    text = typical_row(run.model, run.data.row_length).text_count * run.data.rows
-    return LOGITS * text * run.model.vocabulary
+    text = typical_row(run.model, run.data.seq_len).text_count * run.data.rows
+    return LOGITS * text * run.model.vocab_size
 
 
 def inside_block(run: Run, number: int = BF16) -> int:
     """Bytes that the backward pass of one block adds: the gradients inside it, and what is computed again."""
-    inside = number * (3 * run.model.size_of_hidden + 2 * run.model.width)
-    again = kept_by_block(run, number) if run.parallel.recompute else 0
-    return run.data.rows * run.data.row_length * (inside + again)
+    inside = number * (3 * run.model.feed_forward_size + 2 * run.model.width)
+    again = kept_by_block(run, number) if run.parallel.activation_checkpointing else 0
+    return run.data.rows * run.data.seq_len * (inside + again)
 
 
 def kept_by_block(run: Run, number: int = BF16) -> int:
     """Bytes for each position: what each norm reads and gives, attention's four, what the feed-forward multiplies."""
     config = run.model
-    queries, keys = config.heads * config.size_of_head, config.num_kv_heads * config.size_of_head
-    numbers = 4 * config.width + 2 * queries + 2 * keys + 3 * config.size_of_hidden
+    queries, keys = config.heads * config.head_size, config.num_kv_heads * config.head_size
+    numbers = 4 * config.width + 2 * queries + 2 * keys + 3 * config.feed_forward_size
     if config.qk_norm:
         numbers += queries + keys
     found = number * numbers + FP32 * config.heads  # attention's normalisers
     if run.parallel.compile is False:
-        found += number * config.size_of_hidden  # silu, which compiled blocks compute again
+        found += number * config.feed_forward_size  # silu, which compiled blocks compute again
         if number == BF16:  # autocast: norms read fp32, and each of five products keeps its own copy of what they give
             found += (2 * (FP32 - BF16) + (5 - 2) * BF16) * config.width
     return found
@@ -236,13 +240,13 @@ def kept_by_unet(config: ModelConfig, shape: tuple[int, int], number: int = BF16
 
 def ways_to_fit(run: Run, machines: Machines) -> Iterator[str]:
     """Each change that alone would make the run fit; if none does, those that do together with recompute."""
-    with_recompute = replace(run, parallel=replace(run.parallel, recompute=True))
+    with_recompute = replace(run, parallel=replace(run.parallel, activation_checkpointing=True))
     found = [*_changes(run, machines)]
-    if not run.parallel.recompute:
+    if not run.parallel.activation_checkpointing:
         if memory(with_recompute, machines).all <= machines.memory:
-            found.insert(0, "--parallel.recompute")
+            found.insert(0, "--parallel.activation-checkpointing")
         elif not found:
-            found = [f"--parallel.recompute {way}" for way in _changes(with_recompute, machines)]
+            found = [f"--parallel.activation-checkpointing {way}" for way in _changes(with_recompute, machines)]
     yield from found
 
 

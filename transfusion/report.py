@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion.data.digits import NAMES
+from transfusion.data.built_in.digits import NAMES
 from transfusion.data.loader import Encoder, Source
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.scenes import ATTRIBUTES, draw_scenes
-from transfusion.inference.engine import Engine, Previewed, Request
+from transfusion.inference.engine import Engine, PreviewEvent, Request
 from transfusion.page import Cell, Line, Page
 from transfusion.runs import named_run
-from transfusion.sequence import NO_TARGET, Document, Piece, lay_out
+from transfusion.sequence import NO_TARGET, Chunk, Document, encode_document
 
 DRAWINGS = 10  # of each digit
 SCENES = 64  # drawn
@@ -30,7 +30,7 @@ TEMPERATURE = 0.8  # of what follows them
 SMALL = 10_000_000  # parameters; what a smaller model writes makes no sense
 SMOOTHED = 9  # training points in a running mean
 POINTS = 600  # of a line in a plot, at most
-FITTED = ("vocabulary", "latent_channels")  # of the model: they follow from the data, whatever is typed
+FITTED = ("vocab_size", "latent_channels")  # of the model: they follow from the data, whatever is typed
 ORANGE, BLUE = (222, 139, 62, 255), (88, 134, 236, 255)  # legible on light and on dark
 
 LEARNT_FROM = {
@@ -131,10 +131,10 @@ def tell_what_it_is(page: Page, material: Material) -> None:
     )
     if not material.pictured:
         return
-    piece = lay_out(_short_document(engine, material.pictured[0]), engine.vocabulary)
+    chunk = encode_document(_short_document(engine, material.pictured[0]), engine.vocabulary)
     weight, says = engine.run.training.image_weight, PREDICTION[engine.run.diffusion.prediction]
     page.say("A document of this run, place by place. Above: what the model reads. Below: what it must say.")
-    page.sequence(_cells(engine, piece))
+    page.sequence(_cells(engine, chunk))
     page.say(
         "Orange is the text loss: the next token, where `bos` and `eos` are the two ends of the document, "
         "`boi` and `eoi` those of the image. Blue is the image loss: the patches, shown clean here, are read "
@@ -143,11 +143,11 @@ def tell_what_it_is(page: Page, material: Material) -> None:
     )
     if engine.run.model.image_attention == "bidirectional":
         page.picture(
-            _attention(engine, piece),
+            _attention(engine, chunk),
             "Who sees whom in these places, one row for each. All see what stands before them (orange). "
             "The patches of an image also see each other, ahead as well as back (blue): a picture has no "
             "first and last.",
-            f"Who sees whom among {len(piece)} places: a triangle, and a full square where the image stands",
+            f"Who sees whom among {len(chunk)} places: a triangle, and a full square where the image stands",
         )
 
 
@@ -155,24 +155,24 @@ def _short_document(engine: Engine, source: Source) -> Document:
     """Of the first held-out documents the one with the fewest positions, caption first."""
     opened, plain = engine.opened, replace(engine.run.data, image_first=0.0, caption_dropout=0.0)
     encoder = Encoder(opened.tokenizer, opened.codec, engine.vocabulary, plain, engine.run.training.seed)
-    found = [encoder.document(source[n], source.name, 0) for n in range(min(32, len(source)))]
-    return min(found, key=lambda document: len(lay_out(document, engine.vocabulary)))
+    found = [encoder.to_document(source[n], source.name, 0) for n in range(min(32, len(source)))]
+    return min(found, key=lambda document: len(encode_document(document, engine.vocabulary)))
 
 
-def _cells(engine: Engine, piece: Piece) -> list[Cell]:
+def _cells(engine: Engine, chunk: Chunk) -> list[Cell]:
     """The positions one by one; the patches of an image share a cell."""
     vocabulary, codec = engine.vocabulary, engine.opened.codec
-    images = {placed.start: placed.image for placed in piece.images}
+    images = {placed.start: placed.image for placed in chunk.images}
     cells, n = [], 0
-    while n < len(piece):
+    while n < len(chunk):
         if n in images:
-            pixels, side = codec.decode(images[n].content), vocabulary.patch_size * codec.scale
-            learnt = images[n].loss and images[n].max_time > 0
+            pixels, side = codec.decode(images[n].content), vocabulary.patch_size * codec.downsampling
+            learnt = images[n].loss and images[n].max_t > 0
             says = f"{engine.run.diffusion.prediction} of each patch" if learnt else ""
             cells.append(Cell(_squares(pixels, side), says, "image", "image"))
             n += vocabulary.patches(images[n].shape)
         else:
-            token, target = int(piece.tokens[n]), int(piece.targets[n])
+            token, target = int(chunk.tokens[n]), int(chunk.targets[n])
             says = "" if target == NO_TARGET else _name(engine, target)
             cells.append(Cell(_name(engine, token), says, "plain" if token in _markers(engine) else "text"))
             n += 1
@@ -180,14 +180,14 @@ def _cells(engine: Engine, piece: Piece) -> list[Cell]:
 
 
 def _squares(pixels: np.ndarray, side: int) -> list[np.ndarray]:
-    """The picture (Y, X, colours) in squares, in reading order."""
+    """The picture (Y, X, channels) in squares, in reading order."""
     Y, X = pixels.shape[:2]
     return [pixels[y : y + side, x : x + side] for y in range(0, Y, side) for x in range(0, X, side)]
 
 
 def _name(engine: Engine, token: int) -> str:
     """What a token is called on the page."""
-    if engine.vocabulary.first_code <= token < engine.vocabulary.used:
+    if engine.vocabulary.first_code <= token < engine.vocabulary.num_used:
         return f"code {token - engine.vocabulary.first_code}"
     return _markers(engine).get(token) or engine.opened.tokenizer.decode([token]).replace(" ", "\u2423")
 
@@ -198,11 +198,11 @@ def _markers(engine: Engine) -> dict[int, str]:
     return ends | dict.fromkeys(vocabulary.boi.values(), "boi")
 
 
-def _attention(engine: Engine, piece: Piece) -> np.ndarray:
+def _attention(engine: Engine, chunk: Chunk) -> np.ndarray:
     """(L, L, 4) uint8: row by row what a position sees."""
-    seen = np.zeros((len(piece), len(piece), 4), np.uint8)
-    seen[np.tri(len(piece), dtype=bool)] = ORANGE
-    for placed in piece.images:
+    seen = np.zeros((len(chunk), len(chunk), 4), np.uint8)
+    seen[np.tri(len(chunk), dtype=bool)] = ORANGE
+    for placed in chunk.images:
         inside = slice(placed.start, placed.start + engine.vocabulary.patches(placed.image.shape))
         seen[inside, inside] = BLUE
     return seen
@@ -273,7 +273,7 @@ def _figures(material: Material) -> Iterator[tuple[str, str, str]]:
 def _costs(material: Material) -> list[tuple[str, str]]:
     run, manifests = material.engine.run, material.results.get("manifest")
     size = f"{material.engine.opened.parameters:,}: {run.model.layers} layers, {run.model.width} wide"
-    read = f"{material.engine.opened.step:,} steps of {run.data.rows} × {run.data.row_length} positions"
+    read = f"{material.engine.opened.step:,} steps of {run.data.rows} × {run.data.seq_len} positions"
     rows = [("Parameters", size), ("Training", read)]
     if material.trained:
         speed = np.median([line["positions_per_second"] for line in material.trained])
@@ -295,7 +295,7 @@ def tell_curves(page: Page, material: Material) -> None:
         return
     page.heading("How it learnt")
     page.plot("Text loss (nats per token)", _curves(material, "text_loss", "text"), log=True)
-    unit = "nats per code" if material.engine.vocabulary.codes else "mean squared error"
+    unit = "nats per code" if material.engine.vocabulary.num_image_codes else "mean squared error"
     page.plot(f"Image loss ({unit})", _curves(material, "image_loss", "image"), log=True)
     uneven = " Text loss jumps from batch to batch because the sources differ and come in uneven portions."
     page.say(
@@ -355,8 +355,8 @@ def tell_film(page: Page, material: Material) -> None:
     engine, source = material.engine, material.pictured[0]
     asked = "three" if source.name == "digits" else source[0].pair[0]
     number, previews = engine.submit(Request(parts=(asked,), num_images=1, previews=1)), []
-    while any(row.number == number for row in engine.rows):
-        previews += [event for event in engine.step() if isinstance(event, Previewed)]
+    while any(row.request_number == number for row in engine.sequences):
+        previews += [event for event in engine.step() if isinstance(event, PreviewEvent)]
     kept = [previews[n] for n in np.unique(np.linspace(0, len(previews) - 1, FRAMES).round().astype(int))]
     page.heading("From noise to a picture")
     page.say(
@@ -365,7 +365,7 @@ def tell_film(page: Page, material: Material) -> None:
         "end this very picture. Each step moves the image a little towards the guess."
     )
     page.strip(
-        [("it sees", [frame.noisy for frame in kept]), ("it expects", [frame.clean for frame in kept])],
+        [("it sees", [frame.x_t for frame in kept]), ("it expects", [frame.x0 for frame in kept])],
         over=["step", *(str(frame.step) for frame in kept)], width=60 if source.name == "digits" else 76,
     )  # fmt: skip
 
@@ -403,7 +403,7 @@ def tell_captions(page: Page, material: Material) -> None:
 def tell_interleaved(page: Page, material: Material) -> None:
     """A document that the model goes on with by itself, in text and images."""
     engine = material.engine
-    if "digits" not in material.sources or not engine.run.data.interleaved:
+    if "digits" not in material.sources or not engine.run.data.digits.interleaved:
         return
     prompt, free = "three", replace(engine.run.generation, temperature=1.0)
     for seed in range(SEEDS):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from transfusion.config import DataConfig, DiffusionConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
 
 SIZES = {  # Table 2
     "0.16b": ModelConfig(width=768, layers=16, heads=12),
@@ -20,14 +20,15 @@ def digits() -> Run:
     """Real 8x8 scans with their English names, and Python's documentation: learns in five minutes on two cores."""
     return Run(
         name="digits",
-        model=ModelConfig(width=192, layers=4, heads=3, hidden=512, qk_norm=True, unet_width=64, latent_channels=1),
+        model=ModelConfig(width=192, layers=4, heads=3, intermediate_size=512, qk_norm=True,
+                          unet_width=64, latent_channels=1),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("digits", "topics"), shares=(0.85, 0.15), row_length=128, rows=13,
-            image_first_max_time=0.3, interleaved=0.15,
+            sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, rows=13,
+            image_first_max_t=0.3, digits=DigitsConfig(interleaved=0.15),
         ),
         training=TrainingConfig(
-            steps=1500, learning_rate=3e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=2.0,
+            steps=1500, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=2.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
@@ -38,13 +39,14 @@ def shapes() -> Run:
     """A made world of captioned scenes, 32x32 in colour, that can be checked exactly."""
     return Run(
         name="shapes",
-        model=ModelConfig(width=128, layers=4, heads=4, hidden=344, qk_norm=True, unet_width=64, latent_channels=6),
+        model=ModelConfig(width=128, layers=4, heads=4, intermediate_size=344, qk_norm=True,
+                          unet_width=64, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("shapes",), codec="block_pca", row_length=128, rows=16, image_first_max_time=0.3, text_ids=320,
+            sources=("shapes",), codec="block_pca", seq_len=128, rows=16, image_first_max_t=0.3, tokenizer_size=320,
         ),
         training=TrainingConfig(
-            steps=2000, learning_rate=4e-3, final_learning_rate=1e-4, warmup=100, average=0.995, image_weight=4.0,
+            steps=2000, learning_rate=4e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=4.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
@@ -55,8 +57,8 @@ def small() -> Run:
     """For data of one's own on two cores: pictures of 16 to 64 patches with short captions, minutes to an hour."""
     run = shapes()
     return replace(
-        run, name="small", model=replace(run.model, width=192, heads=3, hidden=512),
-        data=replace(run.data, sources=(), row_length=256, rows=8),
+        run, name="small", model=replace(run.model, width=192, heads=3, intermediate_size=512),
+        data=replace(run.data, sources=(), seq_len=256, rows=8),
         training=replace(run.training, learning_rate=3e-3, image_weight=2.0),
     )  # fmt: skip
 
@@ -74,13 +76,13 @@ def chameleon(size: str, **model) -> Run:
 
 
 def with_codes(size: str) -> Run:
-    return chameleon(size, patches="codes", patch_size=1, vocabulary=CHAMELEON_VOCABULARY)
+    return chameleon(size, patches="codes", patch_size=1, vocab_size=CHAMELEON_VOCABULARY)
 
 
 def limited(size: str) -> Run:
     """Images that come before their caption are noised half as far at most (section 4.3.4)."""
     run = paper(size, patches="unet")
-    return replace(run, data=replace(run.data, image_first_max_time=0.5))
+    return replace(run, data=replace(run.data, image_first_max_t=0.5))
 
 
 def large() -> Run:

@@ -1,18 +1,20 @@
-"""How text and images lie in one sequence: the only file that knows where a segment's positions are.
+"""How text and images form one sequence: the only file that knows where the positions of a segment are.
 
-Shapes, everywhere: **B** rows, **L** positions, **D** width, **H** heads, **V** vocabulary, **N** images in the batch,
+Shapes, in all files: **B** rows, **L** positions, **D** width, **H** heads, **V** vocabulary, **N** images in the batch,
 **P** patches per image, **C, Y, X** a latent's channels, height and width. Training packs with this file and inference
 prefills with it, so the two cannot disagree.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.chance import seed_from
+from transfusion.seeding import derive_seed
 
 NO_TARGET = -1
 NO_IMAGE = -1
@@ -20,7 +22,7 @@ NO_IMAGE = -1
 
 @dataclass(frozen=True)
 class Text:
-    """A run of token ids. `loss`: are they to be learnt (as targets)?"""
+    """Token ids. `loss`: do they have next-token loss?"""
 
     tokens: tuple[int, ...]
     loss: bool = True
@@ -28,15 +30,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """One image as a codec gives it: a normalised latent (C, Y, X), float32, or a grid of codes (Y, X), whole numbers.
+    """One image from a codec: a normalised latent (C, Y, X), float32, or a grid of codes (Y, X), integers.
 
-    `max_time` is the most noise a latent is trained with: 1, or 0.5 (the noise limit of Table 8), or 0: it only conditions
-    what follows, is always clean and has no denoising loss. Codes have no noise.
+    `max_t` limits the noise of a latent in training: 1, or 0.5 (the noise limit of Table 8), or 0: the image is a condition
+    for what follows, always clean and without denoising loss. Codes have no noise.
     """
 
     content: np.ndarray
     loss: bool = True
-    max_time: float = 1.0
+    max_t: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,56 +52,60 @@ class Image:
 
 @dataclass(frozen=True)
 class Document:
-    """An ordered list of segments. All its chance (t, noise) follows from `key`; `source` and `id` say what it is."""
+    """An ordered list of segments. Its t and noise follow from `key`; `source` and `id` name it."""
 
     segments: tuple[Text | Image, ...]
     id: int = 0
     source: str = ""
     key: int = 0
-    pairs: bool = False  # captions and images in turn: a cut may only fall between two pairs
+    pairs: bool = False  # captions and images in turn: it may only be split between two pairs
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which id means what: the tokenizer's own ids, the markers, an image's codes, then padding up to a multiple of 128."""
+    """The meaning of each id: the tokenizer's ids, the markers, the codes of images, then padding to a multiple of 128."""
 
-    text: int  # ids 0 .. text - 1 belong to the tokenizer
+    num_text_tokens: int  # ids 0 .. num_text_tokens - 1 are the tokenizer's
     bos: int
     eos: int
     pad: int
     eoi: int
     boi: dict[tuple[int, int], int]  # one per latent shape (Y, X)
     patch_size: int
-    codes: int = 0  # of the codec, for images that are grids of codes; 0: images are latents
+    num_image_codes: int = 0  # of the codec, where images are grids of codes; 0: images are latents
 
     @classmethod
-    def build(cls, text: int, shapes: Sequence[tuple[int, int]], patch_size: int, codes=0, bos=None, eos=None, pad=None):
+    def build(
+        cls, num_text_tokens: int, shapes: Sequence[tuple[int, int]], patch_size: int, num_image_codes: int = 0,
+        bos: int | None = None, eos: int | None = None, pad: int | None = None,
+    ) -> "Vocabulary":  # fmt: skip
         """Reuse the tokenizer's bos, eos and pad where it has them; the missing ones, eoi and the bois follow its ids."""
-        following = iter(range(text, text + 4 + len(shapes)))
-        ids = [next(following) if own is None else own for own in (bos, eos, pad)]
-        return cls(text, *ids, next(following), {tuple(shape): next(following) for shape in shapes}, patch_size, codes)
+        new_ids = count(num_text_tokens)
+        bos, eos, pad = (next(new_ids) if id_ is None else id_ for id_ in (bos, eos, pad))
+        eoi, boi = next(new_ids), {tuple(shape): next(new_ids) for shape in shapes}
+        return cls(num_text_tokens, bos, eos, pad, eoi, boi, patch_size, num_image_codes)
 
     @property
     def first_code(self) -> int:
-        """The id of the codec's code 0; the others follow it."""
-        return max(self.text - 1, self.bos, self.eos, self.pad, self.eoi, *self.boi.values()) + 1
+        """The id of the codec's code 0; the other codes follow."""
+        return max(self.num_text_tokens - 1, self.bos, self.eos, self.pad, self.eoi, *self.boi.values()) + 1
 
     @property
-    def used(self) -> int:
-        """One more than the largest id that means something."""
-        return self.first_code + self.codes
+    def num_used(self) -> int:
+        """Number of ids with a meaning, 0 .. num_used - 1."""
+        return self.first_code + self.num_image_codes
 
     @property
     def size(self) -> int:
-        """Rows of the embedding: `used`, rounded up to a multiple of 128."""
-        return -(-self.used // 128) * 128
+        """Rows of the embedding: `num_used`, rounded up to a multiple of 128."""
+        return -(-self.num_used // 128) * 128
 
     def shape_of(self, boi: int) -> tuple[int, int] | None:
-        """The latent shape that this id begins; None when it is no boi."""
+        """The latent shape of this boi; None for any other id."""
         return next((shape for shape, id_ in self.boi.items() if id_ == boi), None)
 
     def patches(self, shape: tuple[int, int]) -> int:
-        """P: how many positions an image of this latent shape takes, boi and eoi not counted."""
+        """P: positions of an image of this latent shape, without boi and eoi."""
         return (shape[0] // self.patch_size) * (shape[1] // self.patch_size)
 
     def to_json(self) -> dict:
@@ -113,122 +119,142 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A latent and the position of its first patch (in a document, a piece or a row)."""
+class PlacedImage:
+    """A latent and the position of its first patch (in a document, a chunk or a row)."""
 
     image: Image
     start: int
-    key: int  # all its chance follows from this
+    key: int  # its t and noise follow from this
     document: int
     source: str
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A document, or a part of one that was longer than a row, as positions."""
+class Chunk:
+    """A document as positions, or a part of one that is longer than a row."""
 
     tokens: np.ndarray  # (n,) int64; pad at patches
     targets: np.ndarray  # (n,) int64; NO_TARGET where there is no text loss
-    images: tuple[Placed, ...]
-    breaks: np.ndarray  # (n,) bool: may a later part begin here?
+    images: tuple[PlacedImage, ...]
+    can_break: np.ndarray  # (n,) bool: may a new chunk begin here?
     source: str = ""  # of the document
     id: int = 0
 
     def __len__(self):
         return len(self.tokens)
 
-    def part(self, begin: int, end: int | None = None) -> "Piece":
-        """These positions as a piece of their own; images that begin elsewhere stay behind."""
+    def part(self, begin: int, end: int | None = None) -> "Chunk":
+        """Positions begin .. end - 1 as a chunk, with the images that start there."""
         end = len(self) if end is None else end
         images = tuple(replace(i, start=i.start - begin) for i in self.images if begin <= i.start < end)
         span = slice(begin, end)
         return replace(
-            self, tokens=self.tokens[span], targets=self.targets[span], images=images, breaks=self.breaks[span]
+            self, tokens=self.tokens[span], targets=self.targets[span], images=images, can_break=self.can_break[span]
         )
 
-    def followed_by(self, token: int) -> "Piece":
-        """One token more, without loss."""
+    def append(self, token: int) -> "Chunk":
+        """With one more token, without loss."""
         return replace(
             self, tokens=np.append(self.tokens, token), targets=np.append(self.targets, NO_TARGET),
-            breaks=np.append(self.breaks, False),
+            can_break=np.append(self.can_break, False),
         )  # fmt: skip
 
 
-NOTHING = Piece(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+EMPTY_CHUNK = Chunk(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
 
 
-def lay_out(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Piece:
+class Span(NamedTuple):
+    """The positions of one segment."""
+
+    tokens: list[int]
+    loss_mask: list[bool]  # has the token next-token loss, as a target?
+    can_break: list[bool]
+
+
+def encode_document(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Chunk:
     """bos, text, boi, patches, eoi, text, ..., eos: the document as positions.
 
-    A position has text loss iff the next slot is a token of a segment with loss and is not eoi: that covers boi to
-    patch, patch to eoi, and the end. Codes are tokens: they stand where patches would (Chameleon, 2405.09818). `ends=False`
-    leaves out eos (a prompt).
+    A position has text loss iff the next position holds a token of a segment with loss that is not eoi. This covers boi to
+    patch, patch to eoi, and the end. Codes are tokens in the place of patches (Chameleon, 2405.09818). `ends=False` leaves
+    out eos (a prompt).
     """
-    tokens, learnt, breaks, images = [vocabulary.bos], [False], [False], []
-    may_break = True  # before the next position; in pairs, only before the first of each pair
+    tokens, loss_mask, can_break, images = [vocabulary.bos], [False], [False], []
+    # A pair breaks only before the first position of its first segment; if that is empty, before the next segment.
+    break_pending = True
     for number, segment in enumerate(document.segments):
-        may_break |= not document.pairs or number % 2 == 0
+        break_pending |= not document.pairs or number % 2 == 0
         if isinstance(segment, Text):
-            n = len(segment.tokens)
-            tokens += segment.tokens
-            learnt += [segment.loss] * n
-            found = [True] * n if not document.pairs else [may_break, *[False] * (n - 1)][:n]
+            span = _text_span(segment, break_pending, every_token=not document.pairs)
         else:
-            n = vocabulary.patches(segment.shape)
-            if segment.is_codes:
-                inside = (vocabulary.first_code + segment.content.ravel()).tolist()  # row by row
-            else:
-                key = seed_from(document.key, len(images))
-                images.append(Placed(segment, len(tokens) + 1, key, document.id, document.source))
-                inside = [vocabulary.pad] * n
-            tokens += [vocabulary.boi[segment.shape], *inside, vocabulary.eoi]
-            learnt += [segment.loss, *[segment.loss and segment.is_codes] * n, False]
-            found = [may_break] + [False] * (n + 1)
-        breaks += found
-        may_break &= not found
+            span = _image_span(segment, vocabulary, break_pending)
+            if not segment.is_codes:
+                key = derive_seed(document.key, len(images))
+                images.append(PlacedImage(segment, len(tokens) + 1, key, document.id, document.source))
+        break_pending &= not span.tokens
+        tokens += span.tokens
+        loss_mask += span.loss_mask
+        can_break += span.can_break
     if ends:
         tokens.append(vocabulary.eos)
-        learnt.append(not document.segments or document.segments[-1].loss)
-        breaks.append(False)
+        loss_mask.append(not document.segments or document.segments[-1].loss)
+        can_break.append(False)
     ids = np.array(tokens, dtype=np.int64)
     targets = np.full(len(ids), NO_TARGET, dtype=np.int64)
-    targets[:-1] = np.where(learnt[1:], ids[1:], NO_TARGET)
-    return Piece(ids, targets, tuple(images), np.array(breaks), document.source, document.id)
+    targets[:-1] = np.where(loss_mask[1:], ids[1:], NO_TARGET)
+    return Chunk(ids, targets, tuple(images), np.array(can_break), document.source, document.id)
 
 
-def cut(piece: Piece, length: int) -> list[Piece]:
-    """The piece in parts of at most `length` positions, cut only where it may break. Nothing is lost or repeated.
+def _text_span(text: Text, can_break: bool, every_token: bool) -> Span:
+    n = len(text.tokens)
+    return Span(list(text.tokens), [text.loss] * n, [every_token or (can_break and i == 0) for i in range(n)])
 
-    The first position of a later part is still predicted from the last of the one before. ValueError when an image
-    (with its caption) is longer than a row.
+
+def _image_span(image: Image, vocabulary: Vocabulary, can_break: bool) -> Span:
+    n = vocabulary.patches(image.shape)
+    if image.is_codes:
+        patches = (vocabulary.first_code + image.content.ravel()).tolist()  # row by row
+    else:
+        patches = [vocabulary.pad] * n
+    return Span(
+        [vocabulary.boi[image.shape], *patches, vocabulary.eoi],
+        [image.loss, *[image.loss and image.is_codes] * n, False],
+        [can_break] + [False] * (n + 1),
+    )
+
+
+def split_chunk(chunk: Chunk, length: int) -> list[Chunk]:
+    """Chunks of at most `length` positions, split only where `can_break` allows. No position is lost or repeated.
+
+    The first position of a later chunk is still predicted, from the last one of the chunk before it. ValueError when an
+    image (with its caption) is longer than a row.
     """
-    parts, begin = [], 0
-    while len(piece) - begin > length:
-        allowed = np.flatnonzero(piece.breaks[begin + 1 : begin + length + 1])
+    chunks, begin = [], 0
+    while len(chunk) - begin > length:
+        allowed = np.flatnonzero(chunk.can_break[begin + 1 : begin + length + 1])
         if not len(allowed):
-            raise ValueError(f"an image with its caption does not fit in a row of {length} positions: raise data.row_length")
+            raise ValueError(f"an image with its caption does not fit in a row of {length} positions: raise data.seq_len")
         end = begin + 1 + int(allowed[-1])
-        parts.append(piece.part(begin, end))
+        chunks.append(chunk.part(begin, end))
         begin = end
-    return [*parts, piece.part(begin)]
+    return [*chunks, chunk.part(begin)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Pieces side by side, none longer than what is left; the rest is padding."""
+    """Chunks side by side; the rest of the row is padding."""
 
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass
 class ImageGroup:
-    """All images of one latent shape in a batch, and where their patches lie."""
+    """All images of one latent shape in a batch, and the positions of their patches."""
 
-    clean: Tensor  # (N, C, Y, X)
+    x0: Tensor  # (N, C, Y, X)
     index: Tensor  # (N, P) into the batch's B * L positions
-    max_time: Tensor  # (N,)
+    max_t: Tensor  # (N,)
     loss: Tensor  # (N,) bool
-    image_count: int  # with a denoising loss, counted before anything moves to a device
+    image_count: int  # with a denoising loss, counted before the copy to a device
     keys: list[int]
     documents: list[int]
     sources: list[str]
@@ -236,23 +262,23 @@ class ImageGroup:
 
 @dataclass
 class Batch:
-    """Rows as tensors. Only positions with text loss are listed: the others never meet the vocabulary."""
+    """Rows as tensors. Logits are computed only at positions with text loss."""
 
     tokens: Tensor  # (B, L)
-    position: Tensor  # (B, L) restarts at 0 in each piece
-    document: Tensor  # (B, L) which piece of the row; padding is a piece of its own
-    image: Tensor  # (B, L) which image of the row, or NO_IMAGE
+    position_ids: Tensor  # (B, L) from 0 in each chunk
+    document_ids: Tensor  # (B, L) number of the chunk in its row; -1: padding
+    image_ids: Tensor  # (B, L) number of the image in its row, or NO_IMAGE
     text_index: Tensor  # (T,) into B * L: positions with text loss
     text_target: Tensor  # (T,)
-    first_code: int  # targets from here on are an image's codes
-    code_count: int  # how many are
+    first_code: int  # targets from this id on are codes of images
+    code_count: int  # number of such targets
     groups: list[ImageGroup]
-    positions: int  # that are not padding
-    documents: list[list[str]]  # of each row, what stands in it: "source id"
+    positions: int  # without padding
+    documents: list[list[str]]  # of each row: "source id" of its chunks
 
     @property
     def text_count(self) -> int:
-        """Positions with next-token loss, on text or on codes."""
+        """Positions with next-token loss, on text or codes."""
         return len(self.text_index)
 
     @property
@@ -263,11 +289,11 @@ class Batch:
     def to(self, device) -> "Batch":
         """On that device; the copies overlap with other work."""
 
-        def moved(part):
+        def move(part):
             tensors = {k: v.to(device, non_blocking=True) for k, v in vars(part).items() if isinstance(v, Tensor)}
             return replace(part, **tensors)
 
-        return replace(moved(self), groups=[moved(group) for group in self.groups])
+        return replace(move(self), groups=[move(group) for group in self.groups])
 
 
 def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
@@ -275,47 +301,54 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     shape = (len(rows), length)
     tokens = np.full(shape, vocabulary.pad, dtype=np.int64)  # (B, L)
     targets = np.full(shape, NO_TARGET, dtype=np.int64)  # (B, L)
-    position = np.zeros(shape, dtype=np.int64)  # (B, L)
-    document = np.full(shape, -1, dtype=np.int32)  # (B, L)
-    image = np.full(shape, NO_IMAGE, dtype=np.int32)  # (B, L)
-    placed: dict[tuple[int, int], list[tuple[int, Placed]]] = {}
-    used = 0
+    position_ids = np.zeros(shape, dtype=np.int64)  # (B, L)
+    document_ids = np.full(shape, -1, dtype=np.int32)  # (B, L)
+    image_ids = np.full(shape, NO_IMAGE, dtype=np.int32)  # (B, L)
+    images: dict[tuple[int, int], list[tuple[int, PlacedImage]]] = {}  # by shape; with the first patch's index in B * L
+    positions = 0
     for b, row in enumerate(rows):
         begin = num_images = 0
-        for number, piece in enumerate(row.pieces):
-            span = slice(begin, begin + len(piece))
-            tokens[b, span], targets[b, span] = piece.tokens, piece.targets
-            position[b, span], document[b, span] = np.arange(len(piece)), number
-            for found in piece.images:
-                first = begin + found.start
-                image[b, first : first + vocabulary.patches(found.image.shape)] = num_images
-                placed.setdefault(found.image.shape, []).append((b * length + first, found))
+        for number, chunk in enumerate(row.chunks):
+            span = slice(begin, begin + len(chunk))
+            tokens[b, span], targets[b, span] = chunk.tokens, chunk.targets
+            position_ids[b, span], document_ids[b, span] = np.arange(len(chunk)), number
+            for placed in chunk.images:
+                start = begin + placed.start
+                image_ids[b, start : start + vocabulary.patches(placed.image.shape)] = num_images
+                images.setdefault(placed.image.shape, []).append((b * length + start, placed))
                 num_images += 1
-            begin += len(piece)
-        position[b, begin:] = np.arange(length - begin)
-        used += begin
-    flat = targets.reshape(-1)
-    text_index = np.flatnonzero(flat != NO_TARGET)
-    groups = [_group(found, vocabulary.patches(shape_)) for shape_, found in sorted(placed.items())]
+            begin += len(chunk)
+        position_ids[b, begin:] = np.arange(length - begin)
+        positions += begin
+    flat_targets = targets.reshape(-1)
+    text_index = np.flatnonzero(flat_targets != NO_TARGET)
     return Batch(
-        *map(torch.from_numpy, (tokens, position, document, image, text_index, flat[text_index])),
-        vocabulary.first_code, int((flat >= vocabulary.first_code).sum()), groups, used,
-        [[f"{piece.source} {piece.id}" for piece in row.pieces] for row in rows],
-    )  # fmt: skip
+        tokens=torch.from_numpy(tokens),
+        position_ids=torch.from_numpy(position_ids),
+        document_ids=torch.from_numpy(document_ids),
+        image_ids=torch.from_numpy(image_ids),
+        text_index=torch.from_numpy(text_index),
+        text_target=torch.from_numpy(flat_targets[text_index]),
+        first_code=vocabulary.first_code,
+        code_count=int((flat_targets >= vocabulary.first_code).sum()),
+        groups=[_group(placed, vocabulary.patches(shape)) for shape, placed in sorted(images.items())],
+        positions=positions,
+        documents=[[f"{chunk.source} {chunk.id}" for chunk in row.chunks] for row in rows],
+    )
 
 
-def _group(found: list[tuple[int, Placed]], patches: int) -> ImageGroup:
-    starts = np.array([start for start, _ in found])
-    images = [placed.image for _, placed in found]
-    max_time = torch.tensor([image.max_time for image in images])
-    loss = torch.tensor([image.loss for image in images]) & (max_time > 0)
+def _group(images: list[tuple[int, PlacedImage]], patches: int) -> ImageGroup:
+    starts = np.array([start for start, _ in images])
+    placed = [image for _, image in images]
+    max_t = torch.tensor([one.image.max_t for one in placed])
+    loss = torch.tensor([one.image.loss for one in placed]) & (max_t > 0)
     return ImageGroup(
-        clean=torch.from_numpy(np.stack([image.content for image in images]).astype(np.float32, copy=False)),
+        x0=torch.from_numpy(np.stack([one.image.content for one in placed]).astype(np.float32, copy=False)),
         index=torch.from_numpy(starts[:, None] + np.arange(patches)),
-        max_time=max_time,
+        max_t=max_t,
         loss=loss,
         image_count=int(loss.sum()),
-        keys=[placed.key for _, placed in found],
-        documents=[placed.document for _, placed in found],
-        sources=[placed.source for _, placed in found],
+        keys=[one.key for one in placed],
+        documents=[one.document for one in placed],
+        sources=[one.source for one in placed],
     )

@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from transfusion.checkpoint.open import GENERATION, Opened, open_checkpoint
-from transfusion.checkpoint.save import FORMAT, meaning, settle, versions
+from transfusion.checkpoint.open import GENERATION, OpenedRun, open_checkpoint
+from transfusion.checkpoint.save import FORMAT, fsync_and_hash, hash_config, versions
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.config import to_json
 from transfusion.disk import CONFIG, check_new, open_to_others, read_json, write_json, write_whole
@@ -19,7 +19,7 @@ MANIFEST = "manifest"  # in results.json: on what machine, with which settings
 CARD = "README.md"
 
 
-def export(run: str | Path, out: Path, weights: str = "average", shard: int = SHARD) -> Path:
+def export(run: str | Path, out: Path, weights: str = "ema", shard: int = SHARD) -> Path:
     """Write a run's newest checkpoint in float32 into a new folder, all of it or nothing: `open_run` opens it like the run.
 
     Its moving average, or with weights="raw" what training goes on from; in files of `shard` bytes at most. Where its data
@@ -42,7 +42,7 @@ def export(run: str | Path, out: Path, weights: str = "average", shard: int = SH
     return out
 
 
-def _write(opened: Opened, folder: Path, weights: str, shard: int) -> None:
+def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
     """All but the card."""
     files = write_weights(opened.model.state_dict(), folder, shard)
     encoded, text = codec_to_bytes(opened.codec), opened.tokenizer.to_json().encode()
@@ -55,20 +55,20 @@ def _write(opened: Opened, folder: Path, weights: str, shard: int) -> None:
     write_whole(folder / "tokenizer.json", text)
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **KIND, "format": FORMAT, "run": values, "vocabulary": ids, "meaning": meaning(values, ids),
-        "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: settle(path) for path in files}},
+        **KIND, "format": FORMAT, "run": values, "vocabulary": ids, "config_sha256": hash_config(values, ids),
+        "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(text).hexdigest()}, "versions": versions(), "notes": notes,
     })  # fmt: skip
 
 
-def write_card(opened: Opened, weights: str, results: dict) -> str:
+def write_card(opened: OpenedRun, weights: str, results: dict) -> str:
     """The model card: what it is, what it was trained on, how it was measured, how to use it."""
     run, model, vocabulary, codec = opened.run, opened.run.model, opened.vocabulary, opened.codec
-    sizes = ", ".join(f"{x * codec.scale}x{y * codec.scale}" for y, x in vocabulary.boi)
+    sizes = ", ".join(f"{x * codec.downsampling}x{y * codec.downsampling}" for y, x in vocabulary.boi)
     pictures = "codes" if model.patches == "codes" else f"{model.patches} patches of side {model.patch_size}"
-    kept = "their moving average" if weights == "average" else "the last ones, not their moving average"
-    shares = run.data.shares or (1.0,) * len(run.data.sources)
+    kept = "their moving average" if weights == "ema" else "the last ones, not their moving average"
+    shares = run.data.mixture_weights or (1.0,) * len(run.data.sources)
     sources = ", ".join(f"{name} ({share / sum(shares):.0%} of the positions)"
                         for name, share in zip(run.data.sources, shares, strict=True))  # fmt: skip
     began = f" It began from {opened.notes['start']['name']}." if "start" in opened.notes else ""
@@ -90,7 +90,8 @@ heads, {vocabulary.size:,} ids, pictures as {pictures}. Weights are float32, {ke
 ## What it was trained on
 
 {sources or "Nothing that is named"}: {opened.step:,} steps of {run.data.rows * run.training.accumulate} rows of \
-{run.data.row_length} positions on each process, {run.diffusion.prediction} prediction on the {run.diffusion.path} path, \
+{run.data.seq_len} positions on each process, {run.diffusion.prediction} prediction on the
+{run.diffusion.noise_schedule} noise schedule, \
 image_weight {run.training.image_weight:g}.{began} `config.json` has every number.
 
 Pictures go through the codec `{codec.kind}`{_source_of(codec)}. `config.json` has the SHA-256 of each file.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from transfusion.checkpoint.save import FORMAT, list_checkpoints, meaning, set_aside
+from transfusion.checkpoint.save import FORMAT, hash_config, list_checkpoints, set_aside
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
@@ -23,16 +23,16 @@ from transfusion.disk import (
     read_json,
     sha256_of,
 )  # fmt: skip
-from transfusion.model.transfusion import Transfusion, count_parameters, empty, read_config
+from transfusion.model.transfusion import Transfusion, build_uninitialized, count_parameters, read_config
 from transfusion.model.weights import SINGLE, load_weights, read_into
-from transfusion.parallel import ALONE, Ranks, lower_precision, lower_weights, pick_device, precision
+from transfusion.parallel import SINGLE_PROCESS, Ranks, lower_precision, lower_weights, pick_device, precision
 from transfusion.sequence import Vocabulary
 
 GENERATION = "generation_config.json"  # of an exported run: its defaults, which may be edited by hand
 
 
 @dataclass
-class Described:
+class RunDescription:
     """A run without its weights."""
 
     run: Run
@@ -43,7 +43,7 @@ class Described:
 
 
 @dataclass
-class Opened(Described):
+class OpenedRun(RunDescription):
     """A run ready for use."""
 
     model: Transfusion
@@ -64,7 +64,7 @@ class Opened(Described):
         return lower_precision(self.device)
 
 
-def open_checkpoint(place: str | Path, weights: str = "average", device: str = "auto") -> Opened:
+def open_checkpoint(place: str | Path, weights: str = "ema", device: str = "auto") -> OpenedRun:
     """The newest checkpoint of a run: its moving average, or with weights="raw" what training goes on from.
 
     Or a run that was exported, a folder or `owner/name` on the hub, with the weights that were chosen then. Matrices are in
@@ -72,17 +72,17 @@ def open_checkpoint(place: str | Path, weights: str = "average", device: str = "
     """
     chosen = pick_device(device)
     folder = find_folder(place)
-    described = describe(folder)
-    model = empty(described.run.model, chosen).requires_grad_(False)
+    described = describe_run(folder)
+    model = build_uninitialized(described.run.model, chosen).requires_grad_(False)
     if is_exported(folder):
         step = _read_exported(folder, model, weights)
     else:
-        found = newest(folder)
-        verify(found)
-        fill(found, {weights_part(weights): model.state_dict()})
+        found = newest_checkpoint(folder)
+        verify_checkpoint(found)
+        fill_tensors(found, {weights_part(weights): model.state_dict()})
         step = step_of(found)
     lower_weights(model, chosen)
-    return Opened(**vars(described), model=model.eval(), step=step, device=chosen)
+    return OpenedRun(**vars(described), model=model.eval(), step=step, device=chosen)
 
 
 def _read_exported(folder: Path, model: Transfusion, weights: str) -> int:
@@ -108,7 +108,7 @@ def check_exported(folder: Path, weights: str) -> None:
 
 def weights_part(weights: str) -> str:
     """The part of a checkpoint that holds the moving average, or the raw weights."""
-    return "average" if weights == "average" else "model"
+    return "ema" if weights == "ema" else "model"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -119,7 +119,7 @@ def step_of(checkpoint: Path) -> int:
     return step
 
 
-def describe(folder: Path) -> Described:
+def describe_run(folder: Path) -> RunDescription:
     """What run.json and the files beside it say, or config.json where the run was exported.
 
     OpenError when they are missing, changed or of another format.
@@ -141,12 +141,12 @@ def describe(folder: Path) -> Described:
             values["run"]["generation"] = read_json(folder / GENERATION)
         run = from_json(Run, values["run"])
         vocabulary = Vocabulary.from_json(values["vocabulary"])
-        if values["meaning"] != meaning(values["run"], values["vocabulary"]):
+        if values["config_sha256"] != hash_config(values["run"], values["vocabulary"]):
             raise OpenError(f"{path}: model, diffusion or vocabulary are no longer those of its weights")
         text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
         encoded = read_checked(folder / "codec.safetensors", values["codec"]["sha256"])
         codec = codec_from_bytes(values["codec"]["kind"], encoded)
-        return Described(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
+        return RunDescription(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{path} is damaged: {error!r}") from None
     except OpenError:
@@ -155,7 +155,7 @@ def describe(folder: Path) -> Described:
         raise OpenError(f"{path}: {error}") from None
 
 
-def newest(folder: Path) -> Path:
+def newest_checkpoint(folder: Path) -> Path:
     """The folder of the newest checkpoint. OpenError when there is none."""
     found = list_checkpoints(folder)
     if not found:
@@ -165,7 +165,7 @@ def newest(folder: Path) -> Path:
     return next((path for path in found if path.stem.encode() == named), found[-1])  # the stem: it may be an .old one
 
 
-def verify(checkpoint: Path, ranks: Ranks = ALONE) -> None:
+def verify_checkpoint(checkpoint: Path, ranks: Ranks = SINGLE_PROCESS) -> None:
     """Every file is there and has the SHA-256 of the day it was written. OpenError names the first that has not.
 
     With several ranks each takes the digests of its share.
@@ -190,7 +190,7 @@ def _check_digest(folder: Path, name: str, digest: str, reads: bool = True) -> N
         raise OpenError(f"{path} was changed since it was written: its SHA-256 is not the recorded one")
 
 
-def restore(
+def restore_newest(
     folder: Path, tensors: dict[str, dict[str, torch.Tensor]], ranks: Ranks, say: Callable[[str], None] = print
 ) -> tuple[Path, dict] | None:
     """Read the newest whole checkpoint into these, on all ranks: its folder and its state.json. None when there is none yet.
@@ -198,14 +198,14 @@ def restore(
     One that was changed since it was written is set aside, and the one before is taken; `say` is told. Tensors that were
     saved by any number of ranks are read by any other. OpenError when there were some and none is whole.
     """
-    found = ranks.tell([path.name for path in list_checkpoints(folder)][::-1])
+    found = ranks.broadcast([path.name for path in list_checkpoints(folder)][::-1])
     for name in found:
         path = folder / "checkpoints" / name
         broken = _check_together(path, ranks)
         if broken is None:
-            fill(path, tensors, ranks)
+            fill_tensors(path, tensors, ranks)
             return path, read_json(path / "state.json")
-        if ranks.first:
+        if ranks.is_main:
             say(f"{broken}: it is set aside as {set_aside(path).name}, and the checkpoint before it is taken")
         ranks.wait()
     if found:
@@ -216,14 +216,14 @@ def restore(
 def _check_together(path: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint, by `verify`; each rank reads its share of the files."""
     try:
-        verify(path, ranks)
+        verify_checkpoint(path, ranks)
         broken = None
     except OpenError as error:
         broken = str(error)
     return next((one for one in ranks.gather(broken) if one is not None), None)
 
 
-def fill(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]], ranks: Ranks = ALONE) -> None:
+def fill_tensors(checkpoint: Path, tensors: dict[str, dict[str, torch.Tensor]], ranks: Ranks = SINGLE_PROCESS) -> None:
     """Read each part's tensors into these, in place. OpenError when a name or shape is not the checkpoint's."""
     for part, values in tensors.items():
         folder = checkpoint / part

@@ -30,7 +30,7 @@ from transfusion.model.weights import SINGLE
 from transfusion.parallel import Ranks
 from transfusion.sequence import Vocabulary
 
-FORMAT = 1  # of a run's folder; another number is refused
+FORMAT = 2  # of a run's folder; another number is refused
 T = TypeVar("T")
 
 
@@ -38,7 +38,9 @@ class SaveError(OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, notes: dict) -> None:
+def create_run_folder(
+    folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, notes: dict
+) -> None:
     """Write all that a run needs besides weights: run.json, tokenizer.json, codec.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     encoded = codec_to_bytes(codec)
@@ -47,7 +49,7 @@ def begin(folder: Path, run: Run, tokenizer: Tokenizer, codec: Codec, vocabulary
         "format": FORMAT,
         "run": to_json(run),
         "vocabulary": vocabulary.to_json(),
-        "meaning": meaning(to_json(run), vocabulary.to_json()),
+        "config_sha256": hash_config(to_json(run), vocabulary.to_json()),
         "codec": {"kind": codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(text.encode()).hexdigest()},
         "versions": versions(),
@@ -63,7 +65,7 @@ def versions() -> dict[str, str]:
     return {"transfusion": version("transfusion"), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def meaning(run: dict, vocabulary: dict) -> str:
+def hash_config(run: dict, vocabulary: dict) -> str:
     """The SHA-256 of all that the weights mean nothing without; what may be edited by hand (generation, say) is left out.
 
     Of what run.json says, not of what is made of it: a field that a later version adds changes no earlier run.
@@ -81,7 +83,7 @@ class Saver:
     """
 
     def __init__(self, folder: Path, keep: int, ranks: Ranks):
-        self.folder, self.keep, self.ranks = folder, keep, ranks
+        self.folder, self.keep_checkpoints, self.ranks = folder, keep, ranks
         self.thread, self.writing = ThreadPoolExecutor(1), None
         self.group = ranks.background  # made here, by all ranks at once
 
@@ -118,10 +120,10 @@ class Saver:
             for part, values in tensors.items():
                 self._write_part(aside / part, values)
             files = sorted(path for path in aside.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
-            digests = self._agree(lambda: {path.relative_to(aside).as_posix(): settle(path) for path in files})
+            digests = self._agree(lambda: {path.relative_to(aside).as_posix(): fsync_and_hash(path) for path in files})
             self._agree(lambda: self._put_in_place(aside, final, state, dict(ChainMap(*digests))))
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # RuntimeError: a rank that is gone
-            if self.ranks.first:
+            if self.ranks.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             why = f"could not save step {step} in {place}: {_reason(error)}; earlier checkpoints are whole"
             raise SaveError(why) from None
@@ -159,18 +161,18 @@ class Saver:
         return [done for done, _ in found]
 
     def _begin(self, aside: Path) -> None:
-        if self.ranks.first:
+        if self.ranks.is_main:
             for left in aside.parent.glob("step-*.tmp"):  # by saves that were killed
                 shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
 
     def _put_in_place(self, aside: Path, final: Path, state: str, digests: dict[str, str]) -> None:
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         (aside / "state.json").write_text(state + "\n")
-        digests |= {"state.json": settle(aside / "state.json")}
+        digests |= {"state.json": fsync_and_hash(aside / "state.json")}
         (aside / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n")
-        settle(aside / "manifest.json")
+        fsync_and_hash(aside / "manifest.json")
         before = final.with_suffix(".old")  # this step, saved once already
         if final.exists():
             shutil.rmtree(before, ignore_errors=True)
@@ -184,7 +186,7 @@ class Saver:
                 before.rename(final)
             raise
         others = [path for path in list_checkpoints(self.folder) if path != final]
-        for old in (*others[: max(0, len(others) + 1 - self.keep)], *final.parent.glob("step-*.old")):
+        for old in (*others[: max(0, len(others) + 1 - self.keep_checkpoints)], *final.parent.glob("step-*.old")):
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -225,7 +227,7 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def settle(path: Path) -> str:
+def fsync_and_hash(path: Path) -> str:
     """Wait until a file is on the disk, and take its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

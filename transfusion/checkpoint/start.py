@@ -4,39 +4,39 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from transfusion.checkpoint.open import (
-    Described,
+    RunDescription,
     check_exported,
-    describe,
-    fill,
-    newest,
+    describe_run,
+    fill_tensors,
+    newest_checkpoint,
     step_of,
-    verify,
+    verify_checkpoint,
     weights_part,
 )
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
 from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json
 from transfusion.model.llama import DECIDED, Llama
-from transfusion.model.transfusion import Transfusion, blueprint, init_weights
+from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.model.weights import Weights
 from transfusion.parallel import Ranks
 
 
-class OtherRun:
+class OtherRunStart:
     """A run's folder, or an exported one, here or on the hub: its moving average (an exported one has what it has).
 
     Tokenizer, codec and ids of the new run must be its own: `described` has them.
     """
 
     kind = "run"
-    decides = ("vocabulary", "latent_channels")
+    decides = ("vocab_size", "latent_channels")
 
     def __init__(self, place: str):
         self.folder = find_folder(place)
-        self.described: Described = describe(self.folder)
+        self.described: RunDescription = describe_run(self.folder)
         self.exported = is_exported(self.folder)
         about = read_json(self.folder / CONFIG)["weights"] if self.exported else {}
-        self.step = about["step"] if self.exported else step_of(newest(self.folder))
+        self.step = about["step"] if self.exported else step_of(newest_checkpoint(self.folder))
 
     def model(self, model: ModelConfig) -> ModelConfig:
         """The config with what the other run's data decided. ValueError when its weights are of other shapes."""
@@ -51,20 +51,20 @@ class OtherRun:
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
         """Put its weights into the model, of each rank its part."""
         if self.exported:
-            check_exported(self.folder, "average")
+            check_exported(self.folder, "ema")
             weights = Weights(self.folder)
-            init_weights(model, seed, lambda name, fresh: fresh.copy_(weights.read(name)))
+            init_weights(model, seed, lambda name, values: values.copy_(weights.read(name)))
         else:
-            found = newest(self.folder)
-            verify(found, ranks)
-            fill(found, {weights_part("average"): model.state_dict()}, ranks)
+            found = newest_checkpoint(self.folder)
+            verify_checkpoint(found, ranks)
+            fill_tensors(found, {weights_part("ema"): model.state_dict()}, ranks)
 
 
-class LanguageModel:
+class LlamaStart:
     """A folder with a language model of the Llama architecture, and its tokenizer: the text side of the new run."""
 
     kind = "llama"
-    decides = ("vocabulary", "latent_channels", *DECIDED)
+    decides = ("vocab_size", "latent_channels", *DECIDED)
     step = None
 
     def __init__(self, place: str):
@@ -82,20 +82,20 @@ class LanguageModel:
 
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
         """Put its weights into the model; what it has not (patches, new ids) begins as in any run."""
-        init_weights(model, seed, lambda name, fresh: self.llama.fill(model.config, self.tokenizer.size, name, fresh))
+        init_weights(model, seed, lambda name, values: self.llama.fill(model.config, self.tokenizer.size, name, values))
 
 
-Start = OtherRun | LanguageModel
+Start = OtherRunStart | LlamaStart
 
 
 def open_start(kind: str, place: str) -> Start:
     """Where a run is to begin."""
-    return OtherRun(place) if kind == OtherRun.kind else LanguageModel(place)
+    return OtherRunStart(place) if kind == OtherRunStart.kind else LlamaStart(place)
 
 
 def name_place(kind: str, place: str) -> str:
     """The folder in full; a name on the hub as it is."""
-    return str(Path(place).resolve()) if kind == LanguageModel.kind or Path(place).exists() else place
+    return str(Path(place).resolve()) if kind == LlamaStart.kind or Path(place).exists() else place
 
 
 def note_of(start: Start, place: str) -> dict:
@@ -114,8 +114,8 @@ def reopen(note: dict, folder: Path) -> Start:
 
 def decided_by(note: dict | None) -> tuple[str, ...]:
     """Fields of a run's ModelConfig that its data, and where it began, have decided."""
-    return LanguageModel.decides if note and note["kind"] == LanguageModel.kind else OtherRun.decides
+    return LlamaStart.decides if note and note["kind"] == LlamaStart.kind else OtherRunStart.decides
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in blueprint(model).named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in build_on_meta(model).named_parameters()}

@@ -9,7 +9,8 @@ import tyro
 
 from transfusion.cli.screen import Device, UsageError, nearest, parse, progress, say
 from transfusion.cli.sources import Reading, Sources, open_readers
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig, SurvivalConfig, from_json, parse_size
+from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.config import FaultToleranceConfig, from_json, parse_size
 
 SHOWN = 16  # held-out pictures on the page
 
@@ -27,7 +28,7 @@ NAMED = {
     "small": Named(
         AutoencoderConfig(width=16, multipliers=(1, 2, 4), blocks=1, attention=False),
         CodecTrainingConfig(
-            steps=1_800, rows=16, learning_rate=3e-3, final_learning_rate=1e-4, warmup=50, average=0.99,
+            steps=1_800, batch_size=16, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=50, ema_decay=0.99,
             checkpoint_every=250, validate_every=250,
         ),
     ),
@@ -46,7 +47,7 @@ class FitCodec:
     """The folder to make."""
     network: AutoencoderConfig
     training: CodecTrainingConfig
-    survival: SurvivalConfig
+    fault_tolerance: FaultToleranceConfig
     sources: Sources = ()
     """What to read; see transfusion data --help."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
@@ -70,11 +71,11 @@ def fit_codec(arguments: list[str]) -> None:
     name, *rest = arguments
     if name not in NAMED:
         raise UsageError(f"there is no codec {name!r}{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
-    default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training, SurvivalConfig())
+    default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training, FaultToleranceConfig())
     asked = parse(FitCodec, f"data fit-codec {name}", rest, default)
     size = parse_size(asked.size)
-    if any(side % asked.network.scale for side in size):
-        raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.scale} pixels (f)")
+    if any(side % asked.network.downsampling for side in size):
+        raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.downsampling} pixels (f)")
     if asked.crops < 0 or asked.most < 1:
         raise UsageError(f"--crops must be at least 0 and --most at least 1, not {asked.crops} and {asked.most}")
     readers = open_readers(asked.sources, asked.reading)
@@ -85,16 +86,16 @@ def fit_codec(arguments: list[str]) -> None:
     device = pick_device(asked.device)
     _check_folder(asked, readers)
     with Ranks.of_torchrun(device) as ranks:
-        if ranks.first:
+        if ranks.is_main:
             asked.out.mkdir(parents=True, exist_ok=True)
             found = _gather(asked, readers, size)
             lost = f"; {found.faults:,} records of no use" if found.faults else ""
             say(f"{len(found.pictures):,} different {'crops' if asked.crops else 'pictures'} of {asked.size}{lost}")
         ranks.wait()
-        if not ranks.first:
+        if not ranks.is_main:
             found = _gather(asked, readers, size)
         trainer = CodecTrainer(
-            asked.network, asked.training, asked.out, found.pictures, device, ranks, asked.survival, found.heldout
+            asked.network, asked.training, asked.out, found.pictures, device, ranks, asked.fault_tolerance, found.heldout
         )
         _train(trainer, asked)
 
@@ -110,7 +111,7 @@ def _gather(asked: FitCodec, readers: list, size: tuple[int, int]):
             say(f"  {fault}")
 
     with progress("reading pictures") as tick:
-        return gather_pictures(readers, size, asked.network.colours, asked.most, asked.out, tick, asked.crops, hear)
+        return gather_pictures(readers, size, asked.network.image_channels, asked.most, asked.out, tick, asked.crops, hear)
 
 
 def _check_folder(asked: FitCodec, readers: list) -> None:
@@ -130,13 +131,13 @@ def _train(trainer, asked: FitCodec) -> None:
     """To the last step, from wherever it stands, and then the codec's own files."""
     from transfusion.disk import write_json
 
-    if trainer.ranks.first:
+    if trainer.ranks.is_main:
         write_json(asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)})
-    trainer.loop.go_on(say)
-    if trainer.ranks.first:
+    trainer.loop.restore(say)
+    if trainer.ranks.is_main:
         say(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {asked.out}")
     done = trainer.loop.progress.step >= asked.training.steps or trainer.train()
-    if done and trainer.ranks.first:
+    if done and trainer.ranks.is_main:
         _finish(trainer, asked)
 
 
@@ -163,11 +164,12 @@ def _finish(trainer, asked: FitCodec) -> None:
     from transfusion.disk import write_json, write_whole
 
     quantised = asked.network.codes is not None
-    codec = VQ(trainer.average) if quantised else with_statistics(trainer.average, trainer.sample_pictures())
+    codec = VQ(trainer.ema) if quantised else with_statistics(trainer.ema, trainer.sample_pictures())
     content, quality = codec_to_bytes(codec), trainer.quality()
     write_whole(asked.out / "codec.safetensors", content)
     write_json(asked.out / "codec.json", {
-        "kind": codec.kind, "channels": codec.channels, "scale": codec.scale, "sha256": sha256(content).hexdigest(),
+        "kind": codec.kind, "channels": codec.channels, "downsampling": codec.downsampling,
+        "sha256": sha256(content).hexdigest(),
         "heldout": quality, "losses": trainer.losses, "steps": trainer.loop.progress.step,
         "seconds": round(trainer.loop.progress.seconds), **({"codes": codec.codes} if quantised else {}),
     })  # fmt: skip
@@ -184,7 +186,7 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
     page = Page(asked.out.name, "A VQ codec" if quantised else "An autoencoder")
     become = f"one of {codec.codes:,} codes" if quantised else f"latents of {codec.channels} numbers"
     page.say(
-        f"Pictures of {asked.size} pixels become {become} for each {codec.scale} x {codec.scale} "
+        f"Pictures of {asked.size} pixels become {become} for each {codec.downsampling} x {codec.downsampling} "
         f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.losses)}."
     )
     same = asked.crops and not trainer.held_by_source

@@ -19,7 +19,7 @@ class Export:
     """The run's folder."""
     out: Path
     """The folder that is made."""
-    weights: Literal["average", "raw"] = "average"
+    weights: Literal["ema", "raw"] = "ema"
     """The moving average of the weights, or the last ones."""
 
 

@@ -15,12 +15,12 @@ from transfusion.cli.screen import UsageError
 from transfusion.config import (
     DataConfig,
     DiffusionConfig,
+    FaultToleranceConfig,
     GenerationConfig,
     Machines,
     ModelConfig,
     ParallelConfig,
     Run,
-    SurvivalConfig,
     TrainingConfig,
 )  # fmt: skip
 from transfusion.disk import check_prepared
@@ -41,7 +41,7 @@ class Asked:
     data: DataConfig
     training: TrainingConfig
     parallel: ParallelConfig
-    survival: SurvivalConfig
+    fault_tolerance: FaultToleranceConfig
     generation: GenerationConfig
     gpus: int = 1
     """That share the run."""
@@ -110,7 +110,7 @@ def _read(run: Run, arguments: list[str], name: str, known: bool):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
-        fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
+        fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
         run = replace(run, model=replace(run.model, **fitted))
     if batch is not None:
         from transfusion.plan import with_batch
@@ -152,9 +152,9 @@ def _paper() -> Iterator[dict]:
 
 @cache
 def _parameters(name: str) -> int:
-    from transfusion.model.transfusion import blueprint, count_parameters
+    from transfusion.model.transfusion import build_on_meta, count_parameters
 
-    return count_parameters(blueprint(named_run(name).model))
+    return count_parameters(build_on_meta(named_run(name).model))
 
 
 def _aligned(rows: list[dict]) -> Iterator[str]:
@@ -176,18 +176,18 @@ def _of_memory(one, unit: str) -> list[Line]:
     sharing = machines.sharing(run.parallel.shard)
     part = f"fp32, 1/{sharing} of them" if sharing > 1 else "fp32"
     gathered = "bf16: all but blocks, two blocks; their gradients" if sharing > 1 else "bf16: copies of all weights"
-    kept = "what goes into each block" if run.parallel.recompute else "all kept"
+    kept = "what goes into each block" if run.parallel.activation_checkpointing else "all kept"
     text = f"the logits of {one.text_positions:,} text positions"
-    widest = text if one.logits == memory.backward else "one block" + " again" * run.parallel.recompute
+    widest = text if one.logits == memory.backward else "one block" + " again" * run.parallel.activation_checkpointing
     figures = {
         "weights": (memory.weights, part), "gradients": (memory.gradients, part),
-        "AdamW's two moments": (memory.moments, part), "moving average": (memory.average, part),
+        "AdamW's two moments": (memory.moments, part), "moving average": (memory.ema, part),
         "weights gathered for use": (memory.gathered, gathered),
-        "activations": (memory.activations, f"{run.data.rows} rows of {run.data.row_length:,}, {kept}"),
+        "activations": (memory.activations, f"{run.data.rows} rows of {run.data.seq_len:,}, {kept}"),
         "backward pass, widest": (memory.backward, f"{widest}, with gradients"),
         "CUDA and NCCL": (memory.own, "roughly"), "all": (memory.all, ""),
     }  # fmt: skip
-    patches = f"{run.model.patches} patches, vocabulary {run.model.vocabulary:,}"
+    patches = f"{run.model.patches} patches, vocabulary {run.model.vocab_size:,}"
     return [
         Line("Parameters"),
         *(Line(name, f"{number:,}") for name, number in one.parameters.items()),
@@ -217,7 +217,7 @@ def _of_work(one) -> list[Line]:
 
 
 def _of_disk(one, unit: str) -> list[Line]:
-    keep = one.run.training.keep
+    keep = one.run.training.keep_checkpoints
     return [
         Line(f"Disk, {unit}"),
         Line("a checkpoint", _size(one.checkpoint, unit), "weights, average and two moments, fp32"),
@@ -263,7 +263,7 @@ def _values(one) -> dict:
 
 def _product(run: Run, gpus: int) -> str:
     data, times = run.data, run.training.accumulate
-    return f"{data.rows} rows x {data.row_length:,} x accumulate {times} x {_counted(gpus, 'GPU')}"
+    return f"{data.rows} rows x {data.seq_len:,} x accumulate {times} x {_counted(gpus, 'GPU')}"
 
 
 def _counted(number: int, what: str) -> str:

@@ -12,15 +12,15 @@ import tyro
 from transfusion.cli.evaluate import measure
 from transfusion.cli.screen import Device, UsageError, check_there, nearest, parse, say
 from transfusion.config import (
-    MADE,
+    BUILT_IN,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
+    FaultToleranceConfig,
     GenerationConfig,
     ModelConfig,
     ParallelConfig,
     Run,
-    SurvivalConfig,
     TrainingConfig,
     from_json,
     parse_size,
@@ -41,7 +41,7 @@ class Train:
     data: DataConfig
     training: TrainingConfig
     parallel: ParallelConfig
-    survival: SurvivalConfig
+    fault_tolerance: FaultToleranceConfig
     generation: GenerationConfig
     out: Path = Path()
     """The run's folder."""
@@ -100,7 +100,7 @@ class Generate:
     seed: int = 0
     out: Path = Path("out")
     """The folder for 000.png ... and output.json."""
-    weights: Literal["average", "raw"] = "average"
+    weights: Literal["ema", "raw"] = "ema"
     """The moving average of the weights, or the last ones."""
     device: Device = "auto"
 
@@ -136,8 +136,8 @@ def _check_places(run: Run, asked: Train) -> None:
     for folder in run.data.prepared:
         check_prepared(Path(folder))
     for name in run.data.sources if not run.data.prepared else ():
-        if name not in MADE:
-            raise ValueError(f"there is no source {name!r}{nearest(name, MADE)}; there are {', '.join(MADE)}")
+        if name not in BUILT_IN:
+            raise ValueError(f"there is no source {name!r}{nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
     if not run.data.prepared and not run.data.sources:
         raise ValueError("this run has no data of its own: give it some, --data DIR (from transfusion data prepare) or for "
                          "example --data.sources shapes")  # fmt: skip
@@ -153,7 +153,7 @@ def parse_run(kind: type, name: str, run: Run, arguments: list[str], **own):
     and `own` as other defaults."""
     arguments = ["--data.prepared" if word == "--data" else word for word in arguments]
     if "--data.prepared" in arguments:  # whatever the named run reads
-        run = replace(run, data=replace(run.data, sources=(), shares=()))
+        run = replace(run, data=replace(run.data, sources=(), mixture_weights=()))
     parts = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "name"}
     asked = parse(kind, name, arguments, kind(**parts, **own))
     return replace(run, **{part: getattr(asked, part) for part in parts}), asked
@@ -172,16 +172,16 @@ def train_run(run: Run, folder: Path, device: str, start: tuple[str, str] | None
     chosen = pick_device(device)
     with Ranks.of_torchrun(chosen) as ranks:
         run = replace(run, data=name_sources(run.data))
-        begun = _begin(run, folder, start) if ranks.first else None
+        begun = _begin(run, folder, start) if ranks.is_main else None
         ranks.wait()
         run, encoder = begun or _begin(run, folder, start)
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {one.name: heldout_batches(one, encoder, HELDOUT) for one in open_sources(run.data, "heldout")}
         look = _previewer(folder, open_raw(run.data, "heldout"), chosen, ranks)
         trainer = Trainer(run, folder, loader, heldout, chosen, ranks, look, _first_weights(run, folder, ranks))
-        trainer.loop.go_on(say)
+        trainer.loop.restore(say)
         where = f"{ranks.world} processes ({chosen.type})" if ranks.world > 1 else str(chosen)
-        tell = say if ranks.first else lambda line: None
+        tell = say if ranks.is_main else lambda line: None
         if trainer.loop.progress.step >= run.training.steps:
             tell(f"{folder} is trained to its last step, {run.training.steps}")
             return True
@@ -193,7 +193,7 @@ def generate(arguments: list[str]) -> None:
     """Write and draw; parts go to the screen and to the folder as they come."""
     asked = parse(Generate, "generate", arguments)
     if not asked.parts and asked.num_images is None:
-        raise UsageError("nothing to go on: give a part (text or @picture.png), or --num-images N")
+        raise UsageError("the prompt is empty: give text or @image.png, or --num-images N")
     chosen = {f.name: getattr(asked, f.name) for f in fields(GenerationConfig) if getattr(asked, f.name, None) is not None}
     try:  # what is wrong whatever the run is, is said before the run is opened
         GenerationConfig(**chosen)
@@ -237,32 +237,32 @@ def _report(folder: Path, device: str) -> None:
 
 def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     """The run and its encoder: those of the folder if it holds the same run already, else new ones, written there."""
-    from transfusion.checkpoint.open import describe
-    from transfusion.checkpoint.save import begin
-    from transfusion.checkpoint.start import OtherRun, name_place, note_of, open_start
+    from transfusion.checkpoint.open import describe_run
+    from transfusion.checkpoint.save import create_run_folder
+    from transfusion.checkpoint.start import OtherRunStart, name_place, note_of, open_start
     from transfusion.data.loader import Encoder, element_weights, holds_edits
     from transfusion.data.sources import fingerprint, fit, open_sources, reuse
 
     if (folder / RUN).exists():
-        known = describe(folder)
+        known = describe_run(folder)
         _refuse_changes(known.run, run, folder, known.notes.get("start"), asked)
         if known.notes.get("prepared") != fingerprint(run.data):
             places = " and ".join(run.data.prepared)
             raise UsageError(f"{places} does not hold the data that {folder} began with: give another --out")
-        run = replace(known.run, data=run.data, parallel=run.parallel, survival=run.survival)
+        run = replace(known.run, data=run.data, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
         return run, Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
     start = None if asked is None else open_start(*asked)
-    if isinstance(start, OtherRun):
+    if isinstance(start, OtherRunStart):
         given = start.described
         encoder = reuse(run.data, given.tokenizer, given.codec, given.vocabulary, run.training.seed)
     else:
         if not run.data.prepared:
             say(f"fitting the {'codec' if start else 'tokenizer and the codec'} of {run.name}")
         encoder = fit(run.data, run.model.patch_size, run.training.seed, start and start.tokenizer)
-    if (encoder.vocabulary.codes > 0) != (run.model.patches == "codes"):
-        wanted = "codes" if encoder.vocabulary.codes else "linear or unet"
+    if (encoder.vocabulary.num_image_codes > 0) != (run.model.patches == "codes"):
+        wanted = "codes" if encoder.vocabulary.num_image_codes else "linear or unet"
         raise UsageError(f"the images of these data are {encoder.codec.kind}: they need --model.patches {wanted}")
-    fitted = {"vocabulary": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
+    fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     model = replace(run.model, **fitted)
     run = replace(run, model=start.model(model) if start else model)
     sources = open_sources(run.data, "train")
@@ -272,17 +272,17 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     notes["edits"] = any(map(holds_edits, sources))
     notes |= {"prepared": fingerprint(run.data)} if run.data.prepared else {}
     notes |= {"start": note_of(start, name_place(*asked))} if start else {}
-    begin(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
+    create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
     return run, encoder
 
 
 def _first_weights(run: Run, folder: Path, ranks):
     """What fills in the weights that a run begins with, as its run.json says; None: its seed, or its checkpoint."""
-    from transfusion.checkpoint.open import describe
+    from transfusion.checkpoint.open import describe_run
     from transfusion.checkpoint.save import list_checkpoints
     from transfusion.checkpoint.start import reopen
 
-    note = describe(folder).notes.get("start")
+    note = describe_run(folder).notes.get("start")
     if note is None or list_checkpoints(folder):
         return None
     start = reopen(note, folder)
@@ -300,7 +300,7 @@ def _refuse_changes(
     if start and (not began or (began["kind"], began["place"]) != (start[0], name_place(*start))):
         beginning = f"with {began['place']}" if began else "anew"
         raise UsageError(f"{folder} began {beginning}, not with {start[1]}: give another --out")
-    known = replace(known, parallel=asked.parallel, survival=asked.survival)
+    known = replace(known, parallel=asked.parallel, fault_tolerance=asked.fault_tolerance)
     fitted = {name: getattr(known.model, name) for name in decided_by(began)}
     asked = replace(asked, model=replace(asked.model, **fitted))
     if known.data.prepared and asked.data.prepared:
@@ -322,7 +322,7 @@ def _previewer(folder: Path, heldout: list, device, ranks):
 
     Every rank draws, since each holds a part of the weights; the first keeps the pictures.
     """
-    from transfusion.checkpoint.open import Opened, describe
+    from transfusion.checkpoint.open import OpenedRun, describe_run
     from transfusion.codecs.pictures import contact_sheet
     from transfusion.inference.engine import Engine, Request
 
@@ -331,13 +331,13 @@ def _previewer(folder: Path, heldout: list, device, ranks):
         return None
     firsts = (captioned[0][n].segments[0].text for n in range(min(256, len(captioned[0]))))
     captions = list(dict.fromkeys(firsts))[:10]
-    known = describe(folder)
+    known = describe_run(folder)
 
     def preview(model, step: int) -> None:
-        engine = Engine(Opened(**vars(known), model=model, step=step, device=device))
+        engine = Engine(OpenedRun(**vars(known), model=model, step=step, device=device))
         answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
         pictures = [draws[n].parts[0] for n in range(2) for draws in answers]
-        if not ranks.first:
+        if not ranks.is_main:
             return
         (folder / "samples").mkdir(exist_ok=True)
         contact_sheet(pictures, columns=len(captions)).save(folder / "samples" / f"step-{step:06d}.png")
@@ -350,32 +350,32 @@ def _follow(engine, number: int, asked: Generate) -> None:
     from PIL import Image as Picture
     from rich.console import Console
 
-    from transfusion.inference.engine import Drawn, Finished, Written
+    from transfusion.inference.engine import Draw, FinishEvent, ImageEvent, TokenEvent
 
     asked.out.mkdir(parents=True, exist_ok=True)
-    answers = [{"draw": draw, "parts": [], "reason": ""} for draw in range(asked.num_images or 1)]
+    answers = [{"sample": draw, "parts": [], "reason": ""} for draw in range(asked.num_images or 1)]
     alone, files = len(answers) == 1, 0
     with Console(stderr=True).status("drawing") as status:
-        while engine.rows:
+        while engine.sequences:
             for event in engine.step():
-                parts = answers[event.draw]["parts"]
-                if isinstance(event, Written) and event.text:
+                parts = answers[event.sample_index]["parts"]
+                if isinstance(event, TokenEvent) and event.text:
                     if not parts or "text" not in parts[-1]:
                         parts.append({"text": ""})
                     parts[-1]["text"] += event.text
-                elif isinstance(event, Drawn):
+                elif isinstance(event, ImageEvent):
                     name, files = f"{files:03d}.png", files + 1
                     Picture.fromarray(event.pixels.squeeze()).save(asked.out / name)
                     parts.append({"image": name})
-                elif isinstance(event, Finished):
-                    answers[event.draw]["reason"] = event.reason
-            steps = [row.drawing.step for row in engine.rows if row.drawing]
+                elif isinstance(event, FinishEvent):
+                    answers[event.sample_index]["reason"] = event.reason
+            steps = [one.phase.image.step for one in engine.sequences if isinstance(one.phase, Draw)]
             status.update(f"drawing: step {min(steps)}" if steps else "writing")
     output = {"run": str(asked.run), "prompt": list(asked.parts), "seed": asked.seed, "answers": answers}
     (asked.out / "output.json").write_text(json.dumps(output, indent=2, ensure_ascii=False) + "\n")
     for answer in answers:
         shown = [part.get("text") or f"[{asked.out / part['image']}]" for part in answer["parts"]]
-        print("" if alone else f"{answer['draw']}: ", *shown, sep="")
+        print("" if alone else f"{answer['sample']}: ", *shown, sep="")
 
 
 def named(verb: str, arguments: list[str]) -> tuple[Run, list[str]]:

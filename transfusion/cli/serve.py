@@ -11,7 +11,7 @@ import tyro
 
 from transfusion.cli.screen import Device, UsageError, parse, say
 from transfusion.disk import check_run, find_folder
-from transfusion.inference.server.limits import Limits
+from transfusion.serving.limits import Limits
 
 KEY = "TRANSFUSION_API_KEY"
 
@@ -30,7 +30,7 @@ class Serve:
     """What clients must send as their key; else that in the environment's TRANSFUSION_API_KEY, if any, which other users
     of the machine cannot see."""
     limits: Limits = field(default_factory=Limits)
-    weights: Literal["average", "raw"] = "average"
+    weights: Literal["ema", "raw"] = "ema"
     """The moving average of the weights, or the last ones."""
     device: Device = "auto"
 
@@ -49,7 +49,7 @@ def serve(arguments: list[str]) -> None:
     try:
         import uvicorn
 
-        from transfusion.inference.server.app import build_app
+        from transfusion.serving.app import build_app
     except ImportError as error:
         raise UsageError(f"serving needs a few packages more ({error.name}): pip install 'transfusion[serve]'") from None
     from transfusion.inference.engine import open_run
@@ -58,7 +58,7 @@ def serve(arguments: list[str]) -> None:
     with listen(asked.host, asked.port) as place:
         config = uvicorn.Config(
             build_app(engine, asked.limits, key), log_level="warning", access_log=False, server_header=False, ws="none",
-            lifespan="on", timeout_graceful_shutdown=int(asked.limits.drain),
+            lifespan="on", timeout_graceful_shutdown=int(asked.limits.shutdown_grace),
         )  # fmt: skip
         host, port = place.getsockname()[:2]
         say(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (the API is under /v1)")

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.screen import UsageError
+from transfusion.config import ShapesConfig
 
 SOURCES = """\
 SOURCE is a file or folder (pictures, .parquet, .tar, .jsonl, .json, .arrow, .txt; * stands for any letters), an address
@@ -49,6 +50,6 @@ def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) 
         columns[ours] = theirs
     if reading.limit is not None and reading.limit < 1:
         raise UsageError(f"--limit must be at least 1, not {reading.limit}")
-    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit, reading.shapes_size,
-                      reading.shapes_level)  # fmt: skip
+    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit,
+                      ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
     return [open_reader(source, options) for source in sources]

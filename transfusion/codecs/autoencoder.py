@@ -15,25 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfusion.chance import seed_from
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig, from_json
+from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.config import from_json
 from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm
+from transfusion.seeding import derive_seed
 
 AT_ONCE = 2**22  # pixels in one forward pass of a codec, about: 64 pictures of 256x256
 LOGVAR = (-30.0, 20.0)  # bounds of the logarithm of a latent's variance
 
 
-class Learnt(NamedTuple):
+class AutoencoderOutput(NamedTuple):
     """One pass of a network in training."""
 
-    made: Tensor  # (N, colours, Y, X) what came back
+    reconstruction: Tensor  # (N, image_channels, Y, X) what came back
     terms: dict[str, tuple[float, Tensor]]  # what else it learns from than the pictures: weight and value by name
     latents: Tensor | None = None  # (N * Y / f * X / f, C) before a codebook, if it has one
     codes: Tensor | None = None  # (N * Y / f * X / f,) int64, the code of each
 
 
 class Network(nn.Module):
-    """Encoder and decoder. Pictures are (N, colours, Y, X) between -1 and 1, moments (N, 2 C, Y / f, X / f)."""
+    """Encoder and decoder. Pictures are (N, image_channels, Y, X) between -1 and 1, moments (N, 2 C, Y / f, X / f)."""
 
     loss_names = ("KL",)  # of its own, beside those of pictures
 
@@ -52,41 +53,43 @@ class Network(nn.Module):
         mean, logvar = self.moments(pictures)
         return self.decoder(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
-    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> Learnt:
+    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> AutoencoderOutput:
         """Through a sample of each picture's latent, drawn on the CPU from the picture's key, and KL."""
-        f = self.config.scale
+        f = self.config.downsampling
         shape = (self.config.channels, pictures.shape[2] // f, pictures.shape[3] // f)
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in keys]
         noise = torch.stack(drawn).to(pictures.device)  # (N, C, Y / f, X / f)
-        made, mean, logvar = self(pictures, noise)  # (N, colours, Y, X), (N, C, Y / f, X / f) twice
+        made, mean, logvar = self(pictures, noise)  # (N, image_channels, Y, X), (N, C, Y / f, X / f) twice
         # KL is summed over a latent's numbers and set against L1 summed over the picture's, as in latent diffusion.
-        return Learnt(made, {"kl": (training.kl_weight / pictures[0].numel(), kl_divergence(mean, logvar).mean())})
+        return AutoencoderOutput(
+            made, {"kl": (training.kl_weight / pictures[0].numel(), kl_divergence(mean, logvar).mean())}
+        )
 
     def encode(self, pictures: Tensor) -> Tensor:
         """The mode of each picture's latent, (N, C, Y / f, X / f)."""
         return self.moments(pictures)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The inverse of `encode`, nearly: (N, colours, Y, X), not cut to black and white."""
+        """The inverse of `encode`, nearly: (N, image_channels, Y, X), not cut to black and white."""
         return self.decoder(latents)
 
 
 def encoder_of(config: AutoencoderConfig, channels: int) -> nn.Sequential:
-    """(N, colours, Y, X) -> (N, channels, Y / f, X / f)."""
+    """(N, image_channels, Y, X) -> (N, channels, Y / f, X / f)."""
     widths = [config.width * m for m in config.multipliers]
     return nn.Sequential(
-        nn.Conv2d(config.colours, widths[0], 3, padding=1), *_down(config, widths), *_middle(config, widths[-1]),
+        nn.Conv2d(config.image_channels, widths[0], 3, padding=1), *_down(config, widths), *_middle(config, widths[-1]),
         group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], channels, 3, padding=1), nn.Conv2d(channels, channels, 1),
     )  # fmt: skip
 
 
 def decoder_of(config: AutoencoderConfig) -> nn.Sequential:
-    """(N, C, Y / f, X / f) -> (N, colours, Y, X)."""
+    """(N, C, Y / f, X / f) -> (N, image_channels, Y, X)."""
     widths = [config.width * m for m in config.multipliers]
     return nn.Sequential(
         nn.Conv2d(config.channels, config.channels, 1), nn.Conv2d(config.channels, widths[-1], 3, padding=1),
         *_middle(config, widths[-1]), *_up(config, widths),
-        group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], config.colours, 3, padding=1),
+        group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], config.image_channels, 3, padding=1),
     )  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def init_convolutions(network: nn.Module, seed: int) -> None:
         if name.endswith(".out.weight"):
             parameter.zero_()
         elif parameter.dim() > 1:
-            generator = torch.Generator().manual_seed(seed_from(seed, name))
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
             fresh = torch.empty(parameter.shape).normal_(0, parameter[0].numel() ** -0.5, generator=generator)
             parameter.copy_(fresh)
         else:
@@ -143,7 +146,7 @@ def init_convolutions(network: nn.Module, seed: int) -> None:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """(N, Y, X, colours) uint8 -> (N, colours, Y, X) between -1 and 1."""
+    """(N, Y, X, image_channels) uint8 -> (N, image_channels, Y, X) between -1 and 1."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -158,43 +161,43 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class Autoencoder:
-    """The trained network as a codec: (Y, X, colours) uint8 <-> latent (C, Y / f, X / f), normalised."""
+    """The trained network as a codec: (Y, X, channels) uint8 <-> latent (C, Y / f, X / f), normalised."""
 
     kind = "autoencoder"
 
-    def __init__(self, network: Network, mean: np.ndarray, deviation: np.ndarray, low: np.ndarray, high: np.ndarray):
+    def __init__(self, network: Network, mean: np.ndarray, std: np.ndarray, low: np.ndarray, high: np.ndarray):
         self.network = network.eval().requires_grad_(False)
-        self.mean, self.deviation, self.low, self.high = mean, deviation, low, high  # (C,) each
+        self.mean, self.std, self.low, self.high = mean, std, low, high  # (C,) each
         config = network.config
-        self.channels, self.scale, self.colours = config.channels, config.scale, config.colours
+        self.channels, self.downsampling, self.image_channels = config.channels, config.downsampling, config.image_channels
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> "Autoencoder":
         """The inverse of `tensors`. ValueError or KeyError when they do not make one."""
         tensors = dict(tensors)
-        statistics = [tensors.pop(name) for name in ("mean", "deviation", "low", "high")]
+        statistics = [tensors.pop(name) for name in ("mean", "std", "low", "high")]
         return cls(network_from(tensors, Network), *statistics)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All that `from_tensors` needs."""
-        statistics = {"mean": self.mean, "deviation": self.deviation, "low": self.low, "high": self.high}
+        statistics = {"mean": self.mean, "std": self.std, "low": self.low, "high": self.high}
         return statistics | network_tensors(self.network)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """(Y, X, colours) uint8 -> latent (C, Y / f, X / f) float32."""
+        """(Y, X, channels) uint8 -> latent (C, Y / f, X / f) float32."""
         return self.encode_many([pixels])[0]
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """latent (C, Y / f, X / f) -> (Y, X, colours) uint8."""
+        """latent (C, Y / f, X / f) -> (Y, X, channels) uint8."""
         device = next(self.network.parameters()).device
-        scaled = latent.astype(np.float32) * self.deviation[:, None, None] + self.mean[:, None, None]
+        scaled = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
         with torch.inference_mode():
             return to_bytes(self.network.decoder(torch.from_numpy(scaled)[None].float().to(device)))[0].cpu().numpy()
 
     def encode_many(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one size, several in a forward pass. ValueError when f does not divide their sides."""
-        check_size(pictures[0], self.scale)
-        mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.deviation))
+        check_size(pictures[0], self.downsampling)
+        mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
         return list((encode_raw(self.network, pictures) - mean) / deviation)  # (C, Y / f, X / f) each
 
 
@@ -218,7 +221,7 @@ def network_from(tensors: dict[str, np.ndarray], kind: type[nn.Module]) -> nn.Mo
 
 
 def check_size(picture: np.ndarray, scale: int) -> None:
-    """ValueError when `scale` does not divide the sides of a picture (Y, X, colours)."""
+    """ValueError when `scale` does not divide the sides of a picture (Y, X, channels)."""
     Y, X = picture.shape[:2]
     if Y % scale or X % scale:
         raise ValueError(f"a picture of {X}x{Y} pixels cannot be cut into squares of {scale}x{scale}")
@@ -226,7 +229,7 @@ def check_size(picture: np.ndarray, scale: int) -> None:
 
 @torch.inference_mode()
 def encode_raw(network: nn.Module, pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """What `network.encode` makes of pictures (Y, X, colours) uint8 of one size: its codes, or latents not yet normalised.
+    """What `network.encode` makes of pictures (Y, X, channels) uint8 of one size: its codes, or latents not yet normalised.
 
     (N, C, Y / f, X / f) float32, or (N, Y / f, X / f) int64 from a network with a codebook.
     """
@@ -242,16 +245,16 @@ def encode_raw(network: nn.Module, pictures: Sequence[np.ndarray]) -> np.ndarray
 class PatchDiscriminator(nn.Module):
     """Says of each patch of a picture whether it is real (Isola et al. 2017): three halvings, 70 pixels across."""
 
-    def __init__(self, colours: int, width: int = 64):
+    def __init__(self, image_channels: int, width: int = 64):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(colours, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(image_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for level in range(1, 4):
             before, after = width * 2 ** (level - 1), width * 2**level
             layers += [nn.Conv2d(before, after, 4, 2 if level < 3 else 1, 1), group_norm(after), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width * 8, 1, 4, 1, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """(N, colours, Y, X) -> (N, 1, y, x): the higher, the more real."""
+        """(N, image_channels, Y, X) -> (N, 1, y, x): the higher, the more real."""
         return self.layers(pictures)
 
 

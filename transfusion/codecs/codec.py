@@ -19,17 +19,17 @@ class Codec(Protocol):
 
     kind: str
     channels: int  # C of a latent
-    scale: int  # pixels along one side of a latent pixel
-    colours: int  # of a picture, 1 or 3
+    downsampling: int  # pixels along one side of a latent pixel
+    image_channels: int  # of a picture, 1 or 3
     low: np.ndarray  # (C,) the smallest value of each channel where the statistics were taken
     high: np.ndarray  # (C,) the largest
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """(Y, X, colours) uint8 -> latent (C, Y / scale, X / scale) float32. ValueError when the size does not suit."""
+        """(Y, X, channels) uint8 -> latent (C, Y / scale, X / scale) float32. ValueError when the size does not suit."""
         ...
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """latent (C, Y, X) -> (Y * scale, X * scale, colours) uint8."""
+        """latent (C, Y, X) -> (Y * scale, X * scale, image_channels) uint8."""
         ...
 
     def tensors(self) -> dict[str, np.ndarray]:

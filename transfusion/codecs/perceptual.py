@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfusion.weight_files import filled, read_weights, weight_of
+from transfusion.foreign_weights import get_tensor, load_frozen, read_weights
 
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 RESNET = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, width
@@ -40,10 +40,10 @@ class Perceptual(nn.Module):
         for n, part in enumerate(own.slices):
             for layer, module in enumerate(part):
                 for what in ("weight", "bias") if isinstance(module, nn.Conv2d) else ():
-                    state[f"slices.{n}.{layer}.{what}"] = weight_of(found, f"net.slice{n + 1}.{number}.{what}", path)
+                    state[f"slices.{n}.{layer}.{what}"] = get_tensor(found, f"net.slice{n + 1}.{number}.{what}", path)
                 number += 1
-            state[f"weights.{n}"] = weight_of(found, f"lin{n}.model.1.weight", path).view(-1)
-        return filled(own, state, path)
+            state[f"weights.{n}"] = get_tensor(found, f"lin{n}.model.1.weight", path).view(-1)
+        return load_frozen(own, state, path)
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         """Pictures (N, 3, Y, X) between -1 and 1 -> how unlike each pair is, (N,)."""
@@ -78,7 +78,7 @@ class Identity(nn.Module):
         first = min((name for name in found if name.endswith("conv1.weight")), key=len, default="conv1.weight")
         prefix = first.removesuffix("conv1.weight")
         names = [name for name in own.state_dict() if not name.endswith("num_batches_tracked")]
-        return filled(own, {name: weight_of(found, prefix + name, path) for name in names}, path)
+        return load_frozen(own, {name: get_tensor(found, prefix + name, path) for name in names}, path)
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         """Pictures (N, 3, Y, X) between -1 and 1 -> how unlike each pair is, (N,)."""

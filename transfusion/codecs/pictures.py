@@ -55,17 +55,17 @@ def pixels_of(picture: Picture.Image) -> np.ndarray:
 
 
 def to_pixels(
-    picture: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]], colours: int
+    picture: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]], image_channels: int
 ) -> np.ndarray:
-    """(Y, X, colours) uint8 of the (width, height) nearest in shape: short side resized, the middle cut out."""
+    """(Y, X, channels) uint8 of the (width, height) nearest in shape: short side resized, the middle cut out."""
     pixels = picture if isinstance(picture, np.ndarray) else pixels_of(picture)
     height, width, found = pixels.shape
     size = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1]) - np.log(width / height)), -s[0] * s[1]))
-    if (width, height) == size and found == colours:
+    if (width, height) == size and found == image_channels:
         return pixels
-    picture = Picture.fromarray(pixels[..., 0] if found == 1 else pixels).convert("L" if colours == 1 else "RGB")
+    picture = Picture.fromarray(pixels[..., 0] if found == 1 else pixels).convert("L" if image_channels == 1 else "RGB")
     picture = ImageOps.fit(picture, size, Picture.Resampling.LANCZOS)
-    return np.asarray(picture, dtype=np.uint8).reshape(size[1], size[0], colours)
+    return np.asarray(picture, dtype=np.uint8).reshape(size[1], size[0], image_channels)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -76,7 +76,7 @@ def to_png(pixels: np.ndarray) -> bytes:
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 64) -> Picture.Image:
-    """Pictures (Y, X, colours) uint8 side by side, each enlarged in whole pixels to about `side`."""
+    """Pictures (Y, X, channels) uint8 side by side, each enlarged in whole pixels to about `side`."""
     tiles = []
     for pixels in pictures:
         zoom = max(1, round(side / max(pixels.shape[:2])))

@@ -27,10 +27,10 @@ class Pretrained:
     def __init__(self, network: Any, source: str, digest: str, statistics: Sequence[np.ndarray]):
         self.network = network.eval().requires_grad_(False)
         self.source, self.digest = source, digest
-        self.mean, self.deviation, self.low, self.high = statistics  # (C,) each
+        self.mean, self.std, self.low, self.high = statistics  # (C,) each
         config = network.config
-        self.channels, self.colours = config.latent_channels, config.in_channels
-        self.scale = 2 ** (len(config.block_out_channels) - 1)
+        self.channels, self.image_channels = config.latent_channels, config.in_channels
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.shift, self.factor = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     @classmethod
@@ -52,12 +52,12 @@ class Pretrained:
         network, digest = _open(about["source"])
         if digest != about["sha256"]:
             raise ValueError(f"the weights of {about['source']} are not those that the latents were made with")
-        return cls(network, about["source"], digest, [tensors[name] for name in ("mean", "deviation", "low", "high")])
+        return cls(network, about["source"], digest, [tensors[name] for name in ("mean", "std", "low", "high")])
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All that `from_tensors` needs."""
         about = json.dumps({"source": self.source, "sha256": self.digest}).encode()
-        statistics = {"mean": self.mean, "deviation": self.deviation, "low": self.low, "high": self.high}
+        statistics = {"mean": self.mean, "std": self.std, "low": self.low, "high": self.high}
         return {"about": np.frombuffer(about, np.uint8), **statistics}
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -68,8 +68,10 @@ class Pretrained:
     def encode_many(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one size, several in a forward pass. ValueError when f does not divide their sides."""
         Y, X = pictures[0].shape[:2]
-        if Y % self.scale or X % self.scale:
-            raise ValueError(f"a picture of {X}x{Y} pixels cannot be cut into squares of {self.scale}x{self.scale}")
+        if Y % self.downsampling or X % self.downsampling:
+            raise ValueError(
+                f"a picture of {X}x{Y} pixels cannot be cut into squares of {self.downsampling}x{self.downsampling}"
+            )
         self._tile(Y * X)
         found = []
         n = max(1, AT_ONCE // (Y * X))
@@ -77,14 +79,14 @@ class Pretrained:
             batch = to_unit(torch.from_numpy(np.stack(pictures[first : first + n])))  # (N, 3, Y, X)
             latents = (self.network.encode(batch).latent_dist.mode() - self.shift) * self.factor  # (N, C, Y / f, X / f)
             found += list(latents.float().numpy())
-        mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.deviation))
+        mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
         return [(latent - mean) / deviation for latent in found]
 
     @torch.inference_mode()
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """latent (C, Y / f, X / f) -> (Y, X, 3) uint8."""
-        self._tile(latent.shape[1] * latent.shape[2] * self.scale**2)
-        own = latent.astype(np.float32) * self.deviation[:, None, None] + self.mean[:, None, None]
+        self._tile(latent.shape[1] * latent.shape[2] * self.downsampling**2)
+        own = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
         scaled = torch.from_numpy(own)[None].float() / self.factor + self.shift  # (1, C, Y / f, X / f)
         return to_bytes(self.network.decode(scaled).sample)[0].numpy()
 

@@ -39,7 +39,7 @@ class Tokenizer:
         engine.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if size < len(alphabet):
-            raise ValueError(f"data.text_ids must be at least {len(alphabet)}, one per byte, not {size}")
+            raise ValueError(f"data.tokenizer_size must be at least {len(alphabet)}, one per byte, not {size}")
         engine.train_from_iterator(
             texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
         )

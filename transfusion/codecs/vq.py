@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.codecs.autoencoder import (
-    Learnt,
+    AutoencoderOutput,
     check_size,
     decoder_of,
     encode_raw,
@@ -21,13 +21,13 @@ from transfusion.codecs.autoencoder import (
     network_tensors,
     to_bytes,
 )  # fmt: skip
-from transfusion.config import AutoencoderConfig, CodecTrainingConfig
+from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 
 DISTANCES = 2**25  # that are held at once, about: 2,048 latent pixels against the paper's codebook
 
 
 class QuantisedNetwork(nn.Module):
-    """Encoder, codebook and decoder. Pictures are (N, colours, Y, X) between -1 and 1, codes (N, Y / f, X / f) int64.
+    """Encoder, codebook and decoder. Pictures are (N, image_channels, Y, X) between -1 and 1, codes (N, Y / f, X / f) int64.
 
     ValueError when the config has no codebook.
     """
@@ -42,19 +42,21 @@ class QuantisedNetwork(nn.Module):
         self.encoder, self.decoder = encoder_of(config, config.channels), decoder_of(config)
         self.codebook = nn.Parameter(torch.empty(config.codes, config.channels))  # (codes, C)
 
-    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> Learnt:
+    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> AutoencoderOutput:
         """Through the codes of each picture; the codebook's loss moves codes alone, commitment the encoder alone."""
         grid = self.encoder(pictures)  # (N, C, Y / f, X / f)
         N, C, y, x = grid.shape
         latents = grid.permute(0, 2, 3, 1).reshape(-1, C)  # (N * Y / f * X / f, C)
         codes = nearest(latents, self.codebook)  # (N * Y / f * X / f,)
         chosen = F.embedding(codes, self.codebook)  # (N * Y / f * X / f, C)
-        made = self.decoder(straight_through(latents, chosen).view(N, y, x, C).permute(0, 3, 1, 2))  # (N, colours, Y, X)
+        made = self.decoder(
+            straight_through(latents, chosen).view(N, y, x, C).permute(0, 3, 1, 2)
+        )  # (N, image_channels, Y, X)
         terms = {
             "codebook": (training.codebook_weight, F.mse_loss(chosen, latents.detach())),
             "commitment": (training.commitment, F.mse_loss(latents, chosen.detach())),
         }
-        return Learnt(made, terms, latents.detach(), codes)
+        return AutoencoderOutput(made, terms, latents.detach(), codes)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """The codes of each picture, (N, Y / f, X / f) int64."""
@@ -62,7 +64,7 @@ class QuantisedNetwork(nn.Module):
         return nearest(grid.reshape(-1, grid.shape[3]), self.codebook).view(grid.shape[:3])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The inverse of `encode`, nearly: (N, colours, Y, X), not cut to black and white."""
+        """The inverse of `encode`, nearly: (N, image_channels, Y, X), not cut to black and white."""
         return self.decoder(F.embedding(codes, self.codebook).permute(0, 3, 1, 2))
 
 
@@ -84,14 +86,18 @@ def straight_through(latents: Tensor, chosen: Tensor) -> Tensor:
 
 
 class VQ:
-    """The trained network as a codec: (Y, X, colours) uint8 <-> codes (Y / f, X / f) int64."""
+    """The trained network as a codec: (Y, X, channels) uint8 <-> codes (Y / f, X / f) int64."""
 
     kind = "vq"
 
     def __init__(self, network: QuantisedNetwork):
         self.network = network.eval().requires_grad_(False)
         config = network.config
-        self.channels, self.scale, self.colours = config.channels, config.scale, config.colours  # channels: of a code
+        self.channels, self.downsampling, self.image_channels = (
+            config.channels,
+            config.downsampling,
+            config.image_channels,
+        )  # channels: of a code
         self.codes = config.codes  # how many there are
 
     @property
@@ -109,16 +115,16 @@ class VQ:
         return network_tensors(self.network)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """(Y, X, colours) uint8 -> codes (Y / f, X / f) int64."""
+        """(Y, X, channels) uint8 -> codes (Y / f, X / f) int64."""
         return self.encode_many([pixels])[0]
 
     def encode_many(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures of one size, several in a forward pass. ValueError when f does not divide their sides."""
-        check_size(pictures[0], self.scale)
+        check_size(pictures[0], self.downsampling)
         return list(encode_raw(self.network, pictures))  # (Y / f, X / f) each
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes (Y / f, X / f) -> (Y, X, colours) uint8. ValueError when one is not in the codebook."""
+        """Codes (Y / f, X / f) -> (Y, X, channels) uint8. ValueError when one is not in the codebook."""
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codes:
             raise ValueError(f"codes must lie between 0 and {self.codes - 1}, not {codes.min()} and {codes.max()}")
         grid = torch.from_numpy(codes.astype(np.int64))[None].to(self.network.codebook.device)  # (1, Y / f, X / f)

@@ -10,18 +10,18 @@ from typing import BinaryIO
 
 import numpy as np
 
-from transfusion.chance import seed_from
 from transfusion.codecs.pictures import to_pixels
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader
 from transfusion.disk import read_json, write_json
+from transfusion.seeding import derive_seed
 
 UNIT = 512  # records read between two reports of progress
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Pictures (n, Y, X, colours) uint8, mapped from a file; which of them their source holds out; records of no use."""
+class GatheredPictures:
+    """Pictures (n, Y, X, channels) uint8, mapped from a file; which of them their source holds out; records of no use."""
 
     pictures: np.ndarray
     heldout: tuple[int, ...]
@@ -29,10 +29,10 @@ class Gathered:
 
 
 def gather_pictures(
-    readers: Sequence[Reader], size: tuple[int, int], colours: int, most: int, folder: Path,
+    readers: Sequence[Reader], size: tuple[int, int], image_channels: int, most: int, folder: Path,
     tick: Callable[[int, int], None] = lambda done, total: None, crops: int = 0,
     hear: Callable[[Fault], None] = lambda fault: None,
-) -> Gathered:  # fmt: skip
+) -> GatheredPictures:  # fmt: skip
     """All different pictures of some sources, at most `most`, in the folder's `pictures.u8`; `hear` is told every fault.
 
     Each is cut to size (width, height), or so many crops are taken of it. Where there are too many, records are passed over
@@ -41,10 +41,17 @@ def gather_pictures(
     width, height = size
     sources = [{"options": asdict(reader.options), "files": reader.fingerprint()} for reader in readers]
     built_in = [reader.address for reader in readers if reader.files is None]
-    recipe = {"sources": sources, "built_in": built_in, "size": size, "colours": colours, "most": most, "crops": crops}
+    recipe = {
+        "sources": sources,
+        "built_in": built_in,
+        "size": size,
+        "image_channels": image_channels,
+        "most": most,
+        "crops": crops,
+    }
     path = folder / "pictures.json"
     if not path.exists():
-        gathering = _Gathering(size, colours, most, crops, hear)
+        gathering = _Gathering(size, image_channels, most, crops, hear)
         with (folder / "pictures.u8").open("wb") as file:
             gathering.write(readers, file, tick)
         if not gathering.count:
@@ -55,15 +62,17 @@ def gather_pictures(
     if found.get("recipe") != json.loads(json.dumps(recipe)):
         raise ValueError(f"{folder} was begun with other pictures: give another --out")
     try:
-        pictures = np.memmap(folder / "pictures.u8", np.uint8, "r", shape=(found["count"], height, width, colours))
+        pictures = np.memmap(folder / "pictures.u8", np.uint8, "r", shape=(found["count"], height, width, image_channels))
     except (OSError, ValueError):
         lost = f"{folder / 'pictures.u8'} is missing or cut short"
         raise ValueError(f"{lost}: delete {path}, and they are read anew") from None
-    return Gathered(pictures, tuple(found["heldout"]), found["faults"])
+    return GatheredPictures(pictures, tuple(found["heldout"]), found["faults"])
 
 
-def cut(pixels: np.ndarray, number: int, size: tuple[int, int], colours: int, crops: int) -> Iterator[np.ndarray]:
-    """Picture `number`, (Y, X, 1 | 3) uint8, as pictures (height, width, colours) uint8, never flipped.
+def cut_crops(
+    pixels: np.ndarray, number: int, size: tuple[int, int], image_channels: int, crops: int
+) -> Iterator[np.ndarray]:
+    """Picture `number`, (Y, X, 1 | 3) uint8, as pictures (height, width, channels) uint8, never flipped.
 
     Crops are windows anywhere in it, of any scale from its own pixels to the largest window that fits, each doubling as
     likely as any other: all chance from the numbers of picture and crop. Without crops, or when it is smaller than `size`,
@@ -71,21 +80,21 @@ def cut(pixels: np.ndarray, number: int, size: tuple[int, int], colours: int, cr
     """
     largest = min(pixels.shape[0] / size[1], pixels.shape[1] / size[0])
     if not crops or largest < 1:
-        yield to_pixels(pixels, [size], colours)
+        yield to_pixels(pixels, [size], image_channels)
         return
     for crop in range(crops):
-        chance = np.random.default_rng(seed_from("crop", number, crop))
+        chance = np.random.default_rng(derive_seed("crop", number, crop))
         scale = largest ** chance.random()
         width, height = (round(side * scale) for side in size)
         x, y = (int(chance.integers(room + 1)) for room in (pixels.shape[1] - width, pixels.shape[0] - height))
-        yield to_pixels(pixels[y : y + height, x : x + width], [size], colours)
+        yield to_pixels(pixels[y : y + height, x : x + width], [size], image_channels)
 
 
 class _Gathering:
     """Pictures on their way into a file."""
 
-    def __init__(self, size: tuple[int, int], colours: int, most: int, crops: int, hear: Callable[[Fault], None]):
-        self.size, self.colours, self.most, self.crops, self.hear = size, colours, most, crops, hear
+    def __init__(self, size: tuple[int, int], image_channels: int, most: int, crops: int, hear: Callable[[Fault], None]):
+        self.size, self.image_channels, self.most, self.crops, self.hear = size, image_channels, most, crops, hear
         self.count = self.number = self.faults = 0
         self.heldout: list[int] = []
         self.seen: set[bytes] = set()  # of pictures that recur, as with several captions, one is enough
@@ -117,7 +126,9 @@ class _Gathering:
             if digest in self.seen:
                 continue
             self.seen.add(digest)
-            for made in islice(cut(part.pixels, self.number, self.size, self.colours, self.crops), self.most - self.count):
+            for made in islice(
+                cut_crops(part.pixels, self.number, self.size, self.image_channels, self.crops), self.most - self.count
+            ):
                 file.write(made.tobytes())
                 self.heldout += [self.count] if one.split == "heldout" else []
                 self.count += 1

@@ -22,7 +22,7 @@ from transfusion.sequence import Document, Image, Text, Vocabulary
 
 FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
 FIT_LETTERS = 20_000_000  # of text that the tokenizer is trained on
-LOOK = 16  # pictures of a source that tell its size and colours
+LOOK = 16  # pictures of a source that give its size and channels
 MOST_IDS, LETTERS_PER_ID = 8192, 64  # of a tokenizer whose size nobody asked for
 
 Firsts = Callable[[], Iterator[RawDocument]]  # the first training documents of a source, from the beginning
@@ -33,7 +33,7 @@ class PrepareError(ValueError):
 
 
 @dataclass(frozen=True)
-class Tools:
+class Encoders:
     """What documents are encoded with."""
 
     tokenizer: Tokenizer
@@ -43,7 +43,7 @@ class Tools:
     def cut(self, raw: RawDocument) -> RawDocument:
         """Its pictures cut to the nearest size."""
         segments = tuple(
-            replace(part, pixels=to_pixels(part.pixels, self.sizes, self.codec.colours)) if isinstance(part, RawImage)
+            replace(part, pixels=to_pixels(part.pixels, self.sizes, self.codec.image_channels)) if isinstance(part, RawImage)
             else part for part in raw.segments
         )  # fmt: skip
         return replace(raw, segments=segments)
@@ -55,7 +55,7 @@ class Tools:
         return [
             Document(tuple(
                 Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
-                else Image(next(contents), part.loss, part.max_time) for part in raw.segments
+                else Image(next(contents), part.loss, part.max_t) for part in raw.segments
             ), pairs=raw.pairs)
             for raw in raws
         ]  # fmt: skip
@@ -65,13 +65,13 @@ def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
     """Train or take the tokenizer, fit or open the codec, on training documents only; write both, and what was decided."""
     if config.like is not None:
         return _take(Path(config.like), folder)
-    sizes, colours = _geometry(firsts, config)
+    sizes, image_channels = _geometry(firsts, config)
     brought = is_brought(config.codec)
     if brought:
         codec = open_codec(Path(config.codec))
-        colours = codec.colours
+        image_channels = codec.image_channels
     elif is_pretrained(config.codec):
-        colours = 3
+        image_channels = 3
     texts: list[str] = []
     pictures: list[np.ndarray] = []
     for first in firsts:
@@ -82,23 +82,25 @@ def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
                     texts.append(part.text)
                     letters += len(part.text)
                 elif isinstance(part, RawImage) and pixels < FIT_PIXELS // len(firsts):
-                    pictures.append(to_pixels(part.pixels, sizes, colours))
+                    pictures.append(to_pixels(part.pixels, sizes, image_channels))
                     pixels += pictures[-1].shape[0] * pictures[-1].shape[1]
     if config.tokenizer is None:
-        tokenizer = train_tokenizer(texts, config.text_ids)
+        tokenizer = train_tokenizer(texts, config.tokenizer_size)
     else:
         tokenizer = Tokenizer.from_file(Path(config.tokenizer))
     codec = codec if brought else _fit_codec(config, sizes, pictures)
     for width, height in sizes:
-        if width % codec.scale or height % codec.scale:
-            raise PrepareError(f"a picture of {width}x{height} pixels cannot be cut into squares of {codec.scale} pixels")
+        if width % codec.downsampling or height % codec.downsampling:
+            raise PrepareError(
+                f"a picture of {width}x{height} pixels cannot be cut into squares of {codec.downsampling} pixels"
+            )
     text, encoded = tokenizer.to_json().encode(), codec_to_bytes(codec)
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / "codec.safetensors", encoded)
     write_json(folder / "fitted.json", {
         "tokenizer": {"size": tokenizer.size, "sha256": hashlib.sha256(text).hexdigest()},
         "codec": {"kind": codec.kind, "channels": codec.channels, "sha256": hashlib.sha256(encoded).hexdigest()},
-        "sizes": sizes, "colours": colours,
+        "sizes": sizes, "image_channels": image_channels,
     })  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def _take(like: Path, folder: Path) -> None:
     about = about_like(like)
     for name in ("tokenizer.json", "codec.safetensors"):
         write_whole(folder / name, (like / name).read_bytes())
-    write_json(folder / "fitted.json", {name: about[name] for name in ("tokenizer", "codec", "sizes", "colours")})
+    write_json(folder / "fitted.json", {name: about[name] for name in ("tokenizer", "codec", "sizes", "image_channels")})
 
 
 def about_like(like: Path) -> dict:
@@ -160,7 +162,8 @@ def about_like(like: Path) -> dict:
     return {
         "tokenizer": {"size": Tokenizer.from_json(text).size, "sha256": values["tokenizer"]["sha256"]},
         "codec": {"kind": kind, "channels": codec.channels, "sha256": values["codec"]["sha256"]},
-        "sizes": [(x * codec.scale, y * codec.scale) for y, x in shapes], "colours": codec.colours,
+        "sizes": [(x * codec.downsampling, y * codec.downsampling) for y, x in shapes],
+        "image_channels": codec.image_channels,
     }  # fmt: skip
 
 
@@ -171,7 +174,7 @@ def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:
 
 
 def _geometry(firsts: Sequence[Firsts], config: PrepareConfig) -> tuple[tuple[tuple[int, int], ...], int]:
-    """(width, height) of the pictures, as asked or as the first of them are, and their colours: 1 if all are grey."""
+    """(width, height) of the pictures, as asked or as the first of them are, and their channels: 1 if all are grey."""
     found: list[tuple[int, ...]] = []
     for first in firsts:
         parts = (part for raw in first() for part in raw.segments)
@@ -181,16 +184,16 @@ def _geometry(firsts: Sequence[Firsts], config: PrepareConfig) -> tuple[tuple[tu
             "none of the first documents holds a picture: name a source that does beside this one, or --like a prepared "
             "folder whose codec and tokenizer are to be used"
         )
-    colours = 1 if all(shape[2] == 1 for shape in found) else 3
+    image_channels = 1 if all(shape[2] == 1 for shape in found) else 3
     height, width = found[0][:2]
     alike = all(shape[:2] == (height, width) for shape in found)
     natural = (width, height) if alike and max(height, width) <= 256 else (256, 256)
-    return tuple(map(parse_size, config.sizes)) or (natural,), colours
+    return tuple(map(parse_size, config.sizes)) or (natural,), image_channels
 
 
-def open_tools(folder: Path) -> Tools:
+def open_tools(folder: Path) -> Encoders:
     """What `fit` has written."""
     about = read_json(folder / "fitted.json")
     tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", about["tokenizer"]["sha256"]).decode())
     codec = codec_from_bytes(about["codec"]["kind"], read_checked(folder / "codec.safetensors", about["codec"]["sha256"]))
-    return Tools(tokenizer, codec, tuple(map(tuple, about["sizes"])))
+    return Encoders(tokenizer, codec, tuple(map(tuple, about["sizes"])))

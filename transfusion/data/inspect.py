@@ -9,7 +9,7 @@ from PIL import Image as Picture
 
 from transfusion.data.raw import Fault, RawDocument, RawText
 from transfusion.data.reading.readers import Reader
-from transfusion.data.store import Decoded, Prepared
+from transfusion.data.store import DecodedSource, Prepared
 from transfusion.page import Page
 
 SIDE = 256  # pixels of a thumbnail, at most; small pictures are enlarged in whole pixels
@@ -31,7 +31,7 @@ def show_prepared(page: Page, prepared: Prepared, count: int) -> None:
     """Documents of a prepared folder, evenly spread, as the model gets them: text from its ids, pictures from latents."""
     for name in prepared.names:
         about = prepared.about["sources"][name]
-        stored = Decoded(prepared.source(name, "train"))
+        stored = DecodedSource(prepared.source(name, "train"))
         chosen = [n * len(stored) // min(count, len(stored)) for n in range(min(count, len(stored)))]
         page.heading(name)
         left_out = sum(about["faults"].values())
@@ -49,14 +49,14 @@ class Thumbnail:
     pixels: np.ndarray
     size: str
     loss: bool
-    max_time: float
+    max_t: float
 
 
 def _small(document: RawDocument) -> RawDocument:
     """The document with thumbnails in place of pictures: many photographs at once would not fit into memory."""
     return replace(document, segments=tuple(
         part if isinstance(part, RawText)
-        else Thumbnail(thumbnail(part.pixels), "{1} x {0}".format(*part.pixels.shape), part.loss, part.max_time)
+        else Thumbnail(thumbnail(part.pixels), "{1} x {0}".format(*part.pixels.shape), part.loss, part.max_t)
         for part in document.segments
     ))  # fmt: skip
 
@@ -77,7 +77,7 @@ def _show(page: Page, found: Sequence[RawDocument | Fault]) -> None:
                 text = part.text[:LETTERS] + (f" ... and {rest:,} letters more" if rest > 0 else "")
                 parts.append((text, f"text, {learnt}"))
             else:
-                clean = ", always clean" if part.max_time == 0 else ""
+                clean = ", always clean" if part.max_t == 0 else ""
                 parts.append((part.pixels, f"{part.size}, {learnt}{clean}"))
         page.passage(parts, WIDTH)
 

@@ -11,14 +11,14 @@ from typing import Protocol
 import grain
 import numpy as np
 
-from transfusion.chance import fraction_from, seed_from
 from transfusion.codecs.codec import Codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data.packing import pack
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import Stored
-from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, lay_out
+from transfusion.seeding import derive_seed, uniform_from
+from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 SAMPLE = 1024  # documents of a source that are laid out to learn its mean length
 
@@ -34,14 +34,14 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class LoaderState:
     """Where a loader stands: the next row to be read, of which block."""
 
     block: int = 0
     row: int = 0
 
 
-BEGINNING = Place()
+BEGINNING = LoaderState()
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class Encoder:
     config: DataConfig
     seed: int
 
-    def document(self, found: RawDocument | Document, source: str, epoch: int) -> Document:
+    def to_document(self, found: RawDocument | Document, source: str, epoch: int) -> Document:
         """Encoded and arranged; everything random about it follows from (seed, source, epoch, id)."""
         segments = tuple(
             Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
-            else Image(self.codec.encode(part.pixels), part.loss, part.max_time) if isinstance(part, RawImage)
+            else Image(self.codec.encode(part.pixels), part.loss, part.max_t) if isinstance(part, RawImage)
             else part
             for part in found.segments
         )  # fmt: skip
-        key = seed_from(self.seed, source, epoch, found.id)
-        return arrange(Document(segments, found.id, source, key, found.pairs), self.config)
+        key = derive_seed(self.seed, source, epoch, found.id)
+        return reorder_and_drop(Document(segments, found.id, source, key, found.pairs), self.config)
 
 
-def arrange(document: Document, config: DataConfig) -> Document:
+def reorder_and_drop(document: Document, config: DataConfig) -> Document:
     """Captioned pairs: image first in some documents, the caption dropped in some others (section 4.1 and design).
 
     Only a document of one pair loses its caption, and then nothing is learnt after its image: else the model would
@@ -75,11 +75,11 @@ def arrange(document: Document, config: DataConfig) -> Document:
     if not document.pairs:
         return _drop_conditions(document, config)
     captions, images = document.segments[::2], document.segments[1::2]
-    if fraction_from(document.key, "order") < config.image_first:
-        first = [replace(image, max_time=min(image.max_time, config.image_first_max_time)) for image in images]
+    if uniform_from(document.key, "order") < config.image_first:
+        first = [replace(image, max_t=min(image.max_t, config.image_first_max_t)) for image in images]
         turned = [part for pair in zip(first, captions, strict=True) for part in pair]
         return replace(document, segments=tuple(turned))
-    if len(images) == 1 and fraction_from(document.key, "dropout") < config.caption_dropout:
+    if len(images) == 1 and uniform_from(document.key, "dropout") < config.caption_dropout:
         return replace(document, segments=(*images, Text((), loss=False)))
     return document
 
@@ -89,7 +89,7 @@ def _drop_conditions(document: Document, config: DataConfig) -> Document:
     if not draws_from_images(document):
         return document
     *given, drawn = document.segments
-    chance = fraction_from(document.key, "condition")
+    chance = uniform_from(document.key, "condition")
     if chance >= config.condition_text_dropout + config.condition_dropout:
         return document
     kept = [part for part in given if isinstance(part, Image)] if chance < config.condition_text_dropout else []
@@ -117,9 +117,9 @@ class Loader:
         self.weights = element_weights(sources, encoder)
         self.stream = _stream(sources, self.weights, encoder.seed)
 
-    def batches(self, start: Place = BEGINNING) -> Iterator[tuple[Batch, Place]]:
+    def batches(self, start: LoaderState = BEGINNING) -> Iterator[tuple[Batch, LoaderState]]:
         """This rank's batches from there on. A global batch is `rows` x world rows; rank r takes rows r, r + world, ..."""
-        length, vocabulary = self.config.row_length, self.encoder.vocabulary
+        length, vocabulary = self.config.seq_len, self.encoder.vocabulary
         waiting: list[Row] = []
         for row, after in self._rows(start):
             waiting.append(row)
@@ -127,7 +127,7 @@ class Loader:
                 yield collate(waiting[self.rank :: self.world], length, vocabulary), after
                 waiting = []
 
-    def _rows(self, start: Place) -> Iterator[tuple[Row, Place]]:
+    def _rows(self, start: LoaderState) -> Iterator[tuple[Row, LoaderState]]:
         blocks = grain.MapDataset.range(start.block, 2**62).map(lambda block: (block, self.rows_of(block)))
         threads = self.config.workers
         reading = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
@@ -135,39 +135,39 @@ class Loader:
         for block, rows in reading:
             for number in range(skip, len(rows)):
                 last = number + 1 == len(rows)
-                yield rows[number], Place(block + 1, 0) if last else Place(block, number + 1)
+                yield rows[number], LoaderState(block + 1, 0) if last else LoaderState(block, number + 1)
             skip = 0
 
     def rows_of(self, block: int) -> list[Row]:
         """All rows of one block: a pure function of the seed and its number."""
-        first = block * self.config.block
-        entries = [self.stream[n] for n in range(first, first + self.config.block)]
+        first = block * self.config.shuffle_block
+        entries = [self.stream[n] for n in range(first, first + self.config.shuffle_block)]
         documents = [
-            self.encoder.document(self.sources[source][id_], self.sources[source].name, epoch)
+            self.encoder.to_document(self.sources[source][id_], self.sources[source].name, epoch)
             for source, epoch, id_ in entries
         ]
-        seed = seed_from(self.encoder.seed, "pack", block)
-        return pack(documents, self.config.row_length, self.encoder.vocabulary, seed)
+        seed = derive_seed(self.encoder.seed, "pack", block)
+        return pack(documents, self.config.seq_len, self.encoder.vocabulary, seed)
 
 
 def heldout_batches(source: Source, encoder: Encoder, documents: int) -> list[Batch]:
     """The first documents of a held-out source, in order, always arranged the same and none without its caption."""
     config = replace(encoder.config, caption_dropout=0.0)
     encoder = replace(encoder, config=config)
-    found = [encoder.document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
-    rows = pack(found, config.row_length, encoder.vocabulary, seed=0)
+    found = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
+    rows = pack(found, config.seq_len, encoder.vocabulary, seed=0)
     return [
-        collate(rows[first : first + config.rows], config.row_length, encoder.vocabulary)
+        collate(rows[first : first + config.rows], config.seq_len, encoder.vocabulary)
         for first in range(0, len(rows), config.rows)
     ]
 
 
 def element_weights(sources: Sequence[Source], encoder: Encoder) -> list[float]:
     """How often each source is read, so that it makes up its share of the positions: share / mean length, sum 1."""
-    shares = encoder.config.shares or (1.0,) * len(sources)
+    shares = encoder.config.mixture_weights or (1.0,) * len(sources)
     if len(shares) != len(sources):
         names = ", ".join(source.name for source in sources)
-        raise ValueError(f"data.shares has {len(shares)} numbers for {len(sources)} sources ({names})")
+        raise ValueError(f"data.mixture_weights has {len(shares)} numbers for {len(sources)} sources ({names})")
     weights = [share / mean_positions(source, encoder) for source, share in zip(sources, shares, strict=True)]
     return [weight / sum(weights) for weight in weights]
 
@@ -179,9 +179,9 @@ def mean_positions(source: Source, encoder: Encoder) -> float:
         return source.mean_positions(encoder.vocabulary, (1 - config.image_first) * config.caption_dropout)
     chosen = range(len(source))
     if len(source) > SAMPLE:  # evenly spread ones would keep time with whatever recurs in it
-        chosen = np.random.default_rng(seed_from("lengths", source.name)).integers(len(source), size=SAMPLE).tolist()
-    found = (encoder.document(source[i], source.name, 0) for i in chosen)
-    return sum(len(lay_out(document, encoder.vocabulary)) for document in found) / len(chosen)
+        chosen = np.random.default_rng(derive_seed("lengths", source.name)).integers(len(source), size=SAMPLE).tolist()
+    found = (encoder.to_document(source[i], source.name, 0) for i in chosen)
+    return sum(len(encode_document(document, encoder.vocabulary)) for document in found) / len(chosen)
 
 
 def _stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -189,6 +189,6 @@ def _stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> g
     streams = []
     for number, source in enumerate(sources):
         size = len(source)
-        order = grain.MapDataset.range(size).seed(seed_from(seed, source.name, "order") % 2**31).shuffle().repeat(None)
+        order = grain.MapDataset.range(size).seed(derive_seed(seed, source.name, "order") % 2**31).shuffle().repeat(None)
         streams.append(order.map_with_index(lambda n, id_, number=number, size=size: (number, n // size, id_)))
     return grain.MapDataset.mix(streams, weights=list(weights)) if len(streams) > 1 else streams[0]

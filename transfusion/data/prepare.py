@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from transfusion.chance import fraction_from
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
-from transfusion.data.fitting import PrepareError, Tools, about_codec, about_like, fit, is_brought, open_tools
+from transfusion.data.fitting import Encoders, PrepareError, about_codec, about_like, fit, is_brought, open_tools
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import read_json, write_json, write_whole
+from transfusion.seeding import uniform_from
 from transfusion.sequence import Document, Image, Text
 
 TOGETHER = 32  # documents that are encoded at a time
@@ -109,7 +109,7 @@ def _split(job: Job, document: RawDocument) -> str:
     """Chance decides, from the name of a document's kin: nothing else of the data set matters."""
     if document.split:
         return document.split
-    return SPLITS[fraction_from("heldout", job.reader.name, document.kin) < job.heldout]
+    return SPLITS[uniform_from("heldout", job.reader.name, document.kin) < job.heldout]
 
 
 def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[Job]) -> Iterator[RawDocument]:
@@ -169,7 +169,7 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
 
 
 def _write_shards(
-    jobs: Sequence[Job], config: PrepareConfig, tools: Tools, folder: Path, rank: int, world: int,
+    jobs: Sequence[Job], config: PrepareConfig, tools: Encoders, folder: Path, rank: int, world: int,
     tick: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """This process's shards, as far as they are not finished."""
@@ -194,7 +194,7 @@ def _write_shards(
         tick(done, total)
 
 
-def _write_shard(job: Job, tools: Tools, path: Path, tick: Callable[[int], None]) -> None:
+def _write_shard(job: Job, tools: Encoders, path: Path, tick: Callable[[int], None]) -> None:
     """One unit, encoded and written: the Arrow files, then what is in them. Nothing half done stays."""
     codes = isinstance(tools.codec, VQ)
     writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), codes) for split in SPLITS}

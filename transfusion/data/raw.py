@@ -21,12 +21,12 @@ class RawText:
 class RawImage:
     """A picture, upright, of any size. `loss`: is it to be learnt, or does it only condition what follows?
 
-    `max_time` is the most noise it is trained with (see `sequence.Image`); 0: always clean.
+    `max_t` is the most noise it is trained with (see `sequence.Image`); 0: always clean.
     """
 
     pixels: np.ndarray  # (Y, X, 3) or (Y, X, 1) uint8
     loss: bool = True
-    max_time: float = 1.0
+    max_t: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from transfusion.codecs.codec import Codec, codec_to_bytes, fit_codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
-from transfusion.config import MADE, DataConfig
+from transfusion.config import BUILT_IN, DataConfig
 from transfusion.data.loader import Encoder, Source
 from transfusion.data.raw import RawImage, RawText
-from transfusion.data.reading.readers import made
-from transfusion.data.store import Decoded, Prepared, open_prepared
+from transfusion.data.reading.readers import open_built_in
+from transfusion.data.store import DecodedSource, Prepared, open_prepared
 from transfusion.disk import sha256_of
 from transfusion.sequence import Vocabulary
 
@@ -24,14 +24,14 @@ def open_sources(config: DataConfig, split: str) -> list[Source]:
         sources = [_folder_of(name, folders).source(name, split) for name in config.sources or _names(folders)]
         return [source for source in sources if split == "train" or len(source)]
     if not config.sources:
-        raise ValueError(f"this run has no data: name prepared folders, or sources ({', '.join(MADE)})")
-    return [made(name, split, config.interleaved, config.level) for name in config.sources]
+        raise ValueError(f"this run has no data: name prepared folders, or sources ({', '.join(BUILT_IN)})")
+    return [open_built_in(name, split, config.digits, config.shapes) for name in config.sources]
 
 
 def open_raw(config: DataConfig, split: str) -> list[Source]:
     """The same sources as a person reads them: `RawDocument`s, with texts and pixels."""
     sources = open_sources(config, split)
-    return [Decoded(source) for source in sources] if config.prepared else sources
+    return [DecodedSource(source) for source in sources] if config.prepared else sources
 
 
 def name_sources(config: DataConfig) -> DataConfig:
@@ -68,12 +68,12 @@ def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | N
         return Encoder(tokenizer, codec, vocabulary, config, seed)
     texts, pictures = [], []
     for source in open_sources(config, "train"):
-        for raw in islice((source[n] for n in range(len(source))), config.codec_documents):
+        for raw in islice((source[n] for n in range(len(source))), config.fit_documents):
             texts += [part.text for part in raw.segments if isinstance(part, RawText)]
             pictures += [part.pixels for part in raw.segments if isinstance(part, RawImage)]
     if not pictures:
         raise ValueError(f"the sources {', '.join(config.sources)} hold no image: add one that does")
-    tokenizer = tokenizer or Tokenizer.train(texts, config.text_ids)
+    tokenizer = tokenizer or Tokenizer.train(texts, config.tokenizer_size)
     codec = fit_codec(config.codec, pictures, config.codec_block, config.codec_components)
     shapes = sorted({codec.encode(picture).shape[1:] for picture in pictures})
     _check_patches(shapes, patch_size)
@@ -94,8 +94,8 @@ def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vo
         sources = open_sources(config, "train")
         firsts = [part.pixels for source in sources for part in source[0].segments if isinstance(part, RawImage)]
         for pixels in firsts:
-            if pixels.shape[2] != codec.colours:
-                raise ValueError(f"the run to begin from has pictures of {codec.colours} colours, the new data have "
+            if pixels.shape[2] != codec.image_channels:
+                raise ValueError(f"the run to begin from has pictures of {codec.image_channels} colours, the new data have "
                                  f"{pixels.shape[2]}")  # fmt: skip
         shapes = [codec.encode(pixels).shape[-2:] for pixels in firsts]
     for shape in shapes:
@@ -115,10 +115,10 @@ def _check_rows(folders: list[Prepared], config: DataConfig, vocabulary: Vocabul
     """Better now than when the loader comes to the first image that does not fit."""
     for name in config.sources or _names(folders):
         needed = _folder_of(name, folders).source(name, "train").shortest_row(vocabulary)
-        if needed > config.row_length:
+        if needed > config.seq_len:
             raise ValueError(
-                f"an image of {name} takes {needed} positions with its caption, a row has {config.row_length}: "
-                "raise data.row_length"
+                f"an image of {name} takes {needed} positions with its caption, a row has {config.seq_len}: "
+                "raise data.seq_len"
             )
 
 

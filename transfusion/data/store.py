@@ -27,13 +27,13 @@ from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.disk import OpenError, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
-FORMAT = 2  # of a prepared folder; another number is refused
+FORMAT = 3  # of a prepared folder; another number is refused
 SPLITS = ("train", "heldout")
 BATCH = 64 * 2**20  # bytes of latents after which a batch of documents is written
 OPEN = 4096  # shards that are kept mapped
 
 SEGMENT = pa.struct([
-    ("image", pa.bool_()), ("loss", pa.bool_()), ("max_time", pa.float32()),
+    ("image", pa.bool_()), ("loss", pa.bool_()), ("max_t", pa.float32()),
     ("tokens", pa.int32()),  # how many, of a text
     ("height", pa.int32()), ("width", pa.int32()),  # of an image's latent
 ])  # fmt: skip
@@ -65,7 +65,7 @@ class ShardWriter:
         self.size = self.count = 0
 
     def add(self, document: Document, where: str, name: str, pictures: Sequence[np.ndarray] = ()) -> None:
-        """A document, and its pictures (Y, X, colours) uint8 where they are kept."""
+        """A document, and its pictures (Y, X, channels) uint8 where they are kept."""
         segments, tokens, contents = [], [], []
         for part in document.segments:
             if isinstance(part, Text):
@@ -73,7 +73,7 @@ class ShardWriter:
                 segments.append((False, part.loss, 1.0, len(part.tokens), 0, 0))
             else:
                 contents.append(part.content.astype(self.content).ravel())
-                segments.append((True, part.loss, part.max_time, 0, *part.shape))
+                segments.append((True, part.loss, part.max_t, 0, *part.shape))
         numbers = np.concatenate(contents) if contents else np.empty(0, self.content)
         kept = [to_png(pixels) for pixels in pictures]
         self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), numbers, kept))
@@ -157,7 +157,9 @@ def open_prepared(folder: Path) -> Prepared:
     """A prepared folder. OpenError when it is none, is not finished, is of another format, or was changed."""
     about = read_json(check_prepared(folder) / "dataset.json")
     if about.get("format") != FORMAT:
-        raise OpenError(f"{folder} was prepared in format {about.get('format')}; this transfusion reads format {FORMAT}")
+        written = (about.get("versions") or {}).get("transfusion", "unknown")
+        raise OpenError(f"{folder} was prepared in format {about.get('format')} by transfusion {written}; "
+                        f"this version reads format {FORMAT}: prepare it again")  # fmt: skip
     try:
         tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", about["tokenizer"]["sha256"]).decode())
         codec = codec_from_bytes(
@@ -197,7 +199,7 @@ class Stored:
         return batch.where[row].as_py()
 
     def pictures(self, id: int) -> list[np.ndarray]:
-        """The pictures (Y, X, colours) uint8 of a held-out document as they were before the codec; of any other none."""
+        """The pictures (Y, X, channels) uint8 of a held-out document as they were before the codec; of any other none."""
         batch, row = self._find(id)
         return [pixels_of(read_picture(png, f"in {self.where(id)}")) for png in batch.pictures[row].as_py()]
 
@@ -272,11 +274,11 @@ class _Batch:
     def document(self, row: int, id: int, source: str, depth: tuple[int, ...]) -> Document:
         at_token, at_content = int(self.token_at[row]), int(self.content_at[row])
         found: list[Text | Image] = []
-        for image, loss, max_time, tokens, Y, X in self.segments[self.segment_at[row] : self.segment_at[row + 1]]:
+        for image, loss, max_t, tokens, Y, X in self.segments[self.segment_at[row] : self.segment_at[row + 1]]:
             if image:
                 shape = (*depth, Y, X)
                 end = at_content + math.prod(shape)
-                found.append(Image(self.contents[at_content:end].reshape(shape), loss, max_time))
+                found.append(Image(self.contents[at_content:end].reshape(shape), loss, max_t))
                 at_content = end
             else:
                 end = at_token + tokens
@@ -285,7 +287,7 @@ class _Batch:
         return Document(tuple(found), id, source, pairs=bool(self.pairs[row]))
 
 
-class Decoded:
+class DecodedSource:
     """A stored source as a person would see it: text from its ids, pictures as they were where they are kept, otherwise as
     the codec gives them back."""
 
@@ -301,7 +303,7 @@ class Decoded:
         pixels = iter(self.stored.pictures(id) or map(self._decode, images))
         segments = tuple(
             RawText(tokenizer.decode(part.tokens), part.loss) if isinstance(part, Text)
-            else RawImage(next(pixels), part.loss, part.max_time) for part in document.segments
+            else RawImage(next(pixels), part.loss, part.max_t) for part in document.segments
         )  # fmt: skip
         return RawDocument(segments, id, document.pairs, where=self.stored.where(id))
 

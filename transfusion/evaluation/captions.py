@@ -29,19 +29,19 @@ def caption_heldout(engine: Engine, source: Source, count: int) -> dict:
 
 
 def caption_pictures(engine: Engine, pictures: Iterable[np.ndarray]) -> list[str]:
-    """What the model says of each picture (Y, X, colours) uint8 of any size, greedily; `ROWS` at a time."""
+    """What the model says of each picture (Y, X, channels) uint8 of any size, greedily; `ROWS` at a time."""
     greedy = replace(engine.run.generation, temperature=0.0)
     said, left = [], iter(pictures)
     while some := list(islice(left, ROWS)):
         fitted = [_fitting(engine, pixels) for pixels in some]
-        answers = engine.generate([Request(parts=(part,), generation=greedy, may_draw=False) for part in fitted])
+        answers = engine.generate([Request(parts=(part,), generation=greedy, allow_images=False) for part in fitted])
         said += [next((part for part in answer.parts if isinstance(part, str)), "") for (answer,) in answers]
     return said
 
 
 def _fitting(engine: Engine, pixels: np.ndarray) -> np.ndarray | Picture.Image:
     """As it is where the run knows its size, else as a picture that the engine cuts to the nearest one."""
-    if pixels.shape[1::-1] in engine.sizes and pixels.shape[2] == engine.opened.codec.colours:
+    if pixels.shape[1::-1] in engine.sizes and pixels.shape[2] == engine.opened.codec.image_channels:
         return pixels
     return Picture.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 

@@ -8,23 +8,23 @@ import numpy as np
 from PIL import Image as Picture
 from PIL import ImageOps
 
-from transfusion.chance import seed_from
 from transfusion.data.raw import Fault
 from transfusion.data.reading.files import Files
 from transfusion.disk import OpenError, read_json
+from transfusion.seeding import derive_seed
 
 SPLIT = "test"  # of Karpathy's file
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionedPicture:
     """A picture's path beside the file that names it, and what people said of it."""
 
     path: str
     references: tuple[str, ...]
 
 
-def read_coco(path: Path, count: int, seed: int = 0) -> list[Captioned]:
+def read_coco(path: Path, count: int, seed: int = 0) -> list[CaptionedPicture]:
     """At most `count` pictures of Karpathy's `dataset_coco.json` (its test split), or of COCO's own annotations: at random,
     in the order of the file.
 
@@ -37,11 +37,11 @@ def read_coco(path: Path, count: int, seed: int = 0) -> list[Captioned]:
         raise OpenError(f"{path} is neither Karpathy's dataset_coco.json nor COCO's annotations: {error!r}") from None
     if not found:
         raise OpenError(f"{path} holds no picture with a caption in its split {SPLIT!r}")
-    chosen = np.random.default_rng(seed_from("coco", seed)).permutation(len(found))[:count]
+    chosen = np.random.default_rng(derive_seed("coco", seed)).permutation(len(found))[:count]
     return [found[n] for n in sorted(chosen)]
 
 
-def read_pictures(captioned: Sequence[Captioned], path: Path, pictures: str | None) -> Iterator[np.ndarray]:
+def read_pictures(captioned: Sequence[CaptionedPicture], path: Path, pictures: str | None) -> Iterator[np.ndarray]:
     """(Y, X, 1 or 3) uint8 of each, one after the other. OpenError names the first that is not there.
 
     `pictures`: the folder from which paths count, if not that of the file.
@@ -54,7 +54,7 @@ def read_pictures(captioned: Sequence[Captioned], path: Path, pictures: str | No
             raise OpenError(f"{path}: {fault.message}") from None
 
 
-def find_missing(captioned: Sequence[Captioned], path: Path, pictures: str | None) -> None:
+def find_missing(captioned: Sequence[CaptionedPicture], path: Path, pictures: str | None) -> None:
     """OpenError names the first picture that is not there."""
     beside = Files.at(str(path), pictures).beside(str(path.resolve()))
     for one in captioned:
@@ -68,17 +68,18 @@ def middle(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(ImageOps.fit(coloured, size, Picture.Resampling.LANCZOS))
 
 
-def _karpathy(values: dict) -> list[Captioned]:
+def _karpathy(values: dict) -> list[CaptionedPicture]:
     """Paths as he lists them: val2014/COCO_val2014_000000391895.jpg."""
     return [
-        Captioned("/".join(filter(None, (one.get("filepath"), one["filename"]))), tuple(s["raw"] for s in one["sentences"]))
+        CaptionedPicture("/".join(filter(None, (one.get("filepath"), one["filename"]))),
+                         tuple(s["raw"] for s in one["sentences"]))
         for one in values["images"] if one["split"] == SPLIT and one["sentences"]
     ]  # fmt: skip
 
 
-def _annotations(values: dict) -> list[Captioned]:
+def _annotations(values: dict) -> list[CaptionedPicture]:
     """Those of one picture together, in the order of the pictures."""
     said: dict[int, list[str]] = {}
     for one in values["annotations"]:
         said.setdefault(one["image_id"], []).append(one["caption"])
-    return [Captioned(one["file_name"], tuple(said[one["id"]])) for one in values["images"] if one["id"] in said]
+    return [CaptionedPicture(one["file_name"], tuple(said[one["id"]])) for one in values["images"] if one["id"] in said]

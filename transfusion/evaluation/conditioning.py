@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from transfusion import objective
-from transfusion.chance import seed_from
 from transfusion.data.loader import Source
 from transfusion.inference.engine import Engine
-from transfusion.sequence import Document, Image, Row, Text, collate, lay_out
+from transfusion.seeding import derive_seed
+from transfusion.sequence import Document, Image, Row, Text, collate, encode_document
 
 ROWS = 16  # pictures per forward pass
 TIMES = 10  # between clean and noise
@@ -35,16 +35,16 @@ def _loss(engine: Engine, captions: list[str], contents: list[np.ndarray]) -> fl
     """Mean over pictures, each behind its caption; its noise and time follow from its number."""
     total, count = 0.0, 0
     encode, vocabulary = engine.opened.tokenizer.encode, engine.vocabulary
-    pieces = [
-        lay_out(Document((Text(encode(caption)), Image(content)), key=seed_from("conditioning", n)), vocabulary)
+    chunks = [
+        encode_document(Document((Text(encode(caption)), Image(content)), key=derive_seed("conditioning", n)), vocabulary)
         for n, (caption, content) in enumerate(zip(captions, contents, strict=True))
     ]
-    for first in range(0, len(pieces), ROWS):
-        rows = [Row((piece,)) for piece in pieces[first : first + ROWS]]
-        batch = collate(rows, max(len(row.pieces[0]) for row in rows), vocabulary)
-        draws = objective.draw_on_grid(batch, TIMES)
+    for first in range(0, len(chunks), ROWS):
+        rows = [Row((chunk,)) for chunk in chunks[first : first + ROWS]]
+        batch = collate(rows, max(len(row.chunks[0]) for row in rows), vocabulary)
+        draws = objective.sample_noise_on_grid(batch, TIMES)
         with engine.opened.lower_precision():
-            losses = objective.losses(engine.model, batch.to(engine.device), draws, engine.run.diffusion)
+            losses = objective.compute_losses(engine.model, batch.to(engine.device), draws, engine.run.diffusion)
         total, count = total + float(losses.image_sum + losses.code_sum), count + batch.image_count + batch.code_count
     return total / count
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from transfusion.evaluation.clip_score import ClipScore
 from transfusion.evaluation.features import open_pretrained
-from transfusion.evaluation.geneval import CONFIDENCE, Found
+from transfusion.evaluation.geneval import CONFIDENCE, Detection
 from transfusion.evaluation.geneval_prompts import COLOURS, NAMES
 
 SURROUNDINGS = 0x99  # grey
@@ -37,7 +37,7 @@ class InstanceDetector:
         self._colours_of = cache(self._colours_of)
 
     @torch.inference_mode()
-    def __call__(self, pixels: np.ndarray) -> list[Found]:
+    def __call__(self, pixels: np.ndarray) -> list[Detection]:
         """(Y, X, 1 or 3) uint8, to what is in it."""
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
         inputs = self.prepare([pixels], input_data_format="channels_last", return_tensors="pt").to(self.device)
@@ -54,7 +54,7 @@ class InstanceDetector:
         shown = F.normalize(torch.from_numpy(self.clip.vision(crops)), dim=1)  # (segments, D)
         colours = [COLOURS[int((self._colours_of(name) @ one).argmax())] for name, one in zip(names, shown, strict=True)]
         return [
-            Found(name, box, segment["score"], colour)
+            Detection(name, box, segment["score"], colour)
             for name, box, segment, colour in zip(names, boxes, segments, colours, strict=True)
         ]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from transfusion.data.digits import NAMES, scans
+from transfusion.data.built_in.digits import NAMES, scans
 from transfusion.inference.engine import Engine, Request
 
 PER_NAME = 20

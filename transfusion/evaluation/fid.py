@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transfusion.chance import seed_from
+from transfusion.seeding import derive_seed
 
 SUBSETS, SUBSET = 100, 1000  # KID's: how many, of how many pictures each
 
@@ -50,33 +50,33 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.where(values > rounding, values, 0))
 
 
-class Spread(NamedTuple):
+class MeanStd(NamedTuple):
     """A figure that was estimated several times."""
 
     mean: float
-    deviation: float
+    std: float
 
 
-def kid(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> Spread:
+def kid(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> MeanStd:
     """The squared maximum mean discrepancy of features (N, F) and (M, F), whose kernel is (x.y / F + 1)^3. It is
     unbiased: few pictures make it uncertain but not larger, and it may fall below 0.
 
-    Mean and deviation over 100 random subsets of 1,000 pictures of each side, as is usual, or of half of the smaller side
+    Mean and std over 100 random subsets of 1,000 pictures of each side, as is usual, or of half of the smaller side
     where it has fewer. TooFew with fewer than 4 pictures.
     """
     fewest = min(len(real), len(drawn))
     if fewest < 4:
         raise TooFew(f"KID needs at least 4 pictures on both sides, real and drawn: here are {len(real)} and {len(drawn)}")
     size = SUBSET if fewest >= SUBSET else fewest // 2
-    chance = np.random.default_rng(seed_from("kid", seed))
+    chance = np.random.default_rng(derive_seed("kid", seed))
     found = []
     for _ in range(SUBSETS):
         one, other = (side[chance.choice(len(side), size, replace=False)] for side in (real, drawn))  # (size, F) each
-        found.append(discrepancy(one, other))
-    return Spread(float(np.mean(found)), float(np.std(found)))
+        found.append(mmd2(one, other))
+    return MeanStd(float(np.mean(found)), float(np.std(found)))
 
 
-def discrepancy(one: np.ndarray, other: np.ndarray) -> float:
+def mmd2(one: np.ndarray, other: np.ndarray) -> float:
     """KID of two sets of features (N, F) as they are; a picture is not compared with itself."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     within = [(_kernel(x, x).sum() - _kernel_of_itself(x).sum()) / (len(x) * (len(x) - 1)) for x in (one, other)]

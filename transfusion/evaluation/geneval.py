@@ -25,7 +25,7 @@ DIRECTION = 0.5  # of the way between two middles: so much of it must lead to a 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirement:
     """So many things of a name, of this colour, in this relation to those that the prompt wants at place `other`."""
 
     name: str
@@ -41,12 +41,12 @@ class Prompt:
 
     category: str
     text: str
-    wanted: tuple[Wanted, ...]
-    unwanted: tuple[Wanted, ...] = ()
+    wanted: tuple[Requirement, ...]
+    unwanted: tuple[Requirement, ...] = ()
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """A thing in a picture: its name, its box (left, top, right, bottom) in any unit, how sure that is, its colour."""
 
     name: str
@@ -58,7 +58,7 @@ class Found:
 class Detector(Protocol):
     """A picture, (Y, X, 3) uint8, to all that is in it, however unsure."""
 
-    def __call__(self, pixels: np.ndarray) -> Sequence[Found]: ...
+    def __call__(self, pixels: np.ndarray) -> Sequence[Detection]: ...
 
 
 def draw_geneval(
@@ -87,14 +87,14 @@ def draw_geneval(
     return shares | {"overall": overall, "count_drawn": PER_PROMPT * len(prompts)}, shown
 
 
-def is_right(prompt: Prompt, found: Sequence[Found]) -> bool:
+def is_right(prompt: Prompt, found: Sequence[Detection]) -> bool:
     """By the published rules: colours and relations are asked only of the surest detections, as many as are wanted."""
     least = COUNTED_CONFIDENCE if prompt.category == "counting" else CONFIDENCE
-    seen: dict[str, list[Found]] = {}
+    seen: dict[str, list[Detection]] = {}
     for it in sorted(found, key=lambda it: -it.score):
         if it.score > least:
             seen.setdefault(it.name, []).append(it)
-    met: list[list[Found]] = []
+    met: list[list[Detection]] = []
     for wanted in prompt.wanted:
         surest = seen.get(wanted.name, [])[: min(wanted.count, MOST)]
         if len(surest) < wanted.count:
@@ -108,7 +108,7 @@ def is_right(prompt: Prompt, found: Sequence[Found]) -> bool:
     return all(len(seen.get(unwanted.name, [])[:MOST]) < unwanted.count for unwanted in prompt.unwanted)
 
 
-def relations(one: Found, other: Found) -> set[str]:
+def relations(one: Detection, other: Detection) -> set[str]:
     """Where the first is, seen from the second: up to two of "left of", "right of", "above", "below"."""
     a, b = (np.array(it.box, float).reshape(2, 2) for it in (one, other))  # corners: (2, 2), x and y
     way = a.mean(0) - b.mean(0)  # (2,) from the second's middle to the first's

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion.evaluation.geneval import CATEGORIES, Prompt, Wanted
+from transfusion.evaluation.geneval import CATEGORIES, Prompt, Requirement
 
 SEED = 43
 DRAWN = 100  # prompts of each category but the first; those that were drawn before are left out
@@ -66,11 +66,11 @@ def _to_prompt(values: dict) -> Prompt:
     return Prompt(values["tag"], str(values["prompt"]), wanted, unwanted)
 
 
-def _to_wanted(values: dict) -> Wanted:
+def _to_wanted(values: dict) -> Requirement:
     relation, other = values.get("position", (None, None))
     if relation not in (None, *RELATIONS):
         raise ValueError(f"no relation {relation!r}")
-    return Wanted(str(values["class"]), int(values["count"]), values.get("color"), relation, other)
+    return Requirement(str(values["class"]), int(values["count"]), values.get("color"), relation, other)
 
 
 def _draw(chance: np.random.Generator) -> list[dict]:

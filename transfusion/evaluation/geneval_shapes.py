@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from transfusion.data.shapes import Description, caption, parse
-from transfusion.evaluation.geneval import CATEGORIES, Found, Prompt, Wanted
+from transfusion.data.built_in.shapes import Description, caption, parse
+from transfusion.evaluation.geneval import CATEGORIES, Detection, Prompt, Requirement
 from transfusion.evaluation.shapes import read_scene
 
 
@@ -31,10 +31,10 @@ def shapes_prompts(captions: Iterable[str], each: int) -> list[Prompt]:
     return [prompt for asked in prompts.values() for prompt in asked.values()]
 
 
-def find_things(pixels: np.ndarray) -> list[Found]:
+def find_things(pixels: np.ndarray) -> list[Detection]:
     """All that the checker sees in a picture, (Y, Y, 3) uint8, boxes in units of a canvas of 32 x 32."""
     return [
-        Found(it.thing.shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1.0, it.thing.colour)
+        Detection(it.thing.shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1.0, it.thing.colour)
         for it in read_scene(pixels)
         for (x, y), (width, height) in [(it.centre, it.box)]
     ]
@@ -47,20 +47,28 @@ def _questions(described: Description) -> list[Prompt]:
         case (1,):
             (it,) = kinds
             return [
-                Prompt("single_object", text, (Wanted(it.shape, 1),)),
-                Prompt("colors", text, (Wanted(it.shape, 1, it.colour),)),
+                Prompt("single_object", text, (Requirement(it.shape, 1),)),
+                Prompt("colors", text, (Requirement(it.shape, 1, it.colour),)),
             ]
         case (count,):
-            return [Prompt("counting", text, (Wanted(kinds[0].shape, count),), (Wanted(kinds[0].shape, count + 1),))]
+            return [
+                Prompt(
+                    "counting", text, (Requirement(kinds[0].shape, count),), (Requirement(kinds[0].shape, count + 1),)
+                )
+            ]
         case (1, 1) if kinds[0].shape != kinds[1].shape:
             one, other = kinds
             (relation,) = described.relations
             asked = [
-                Prompt("two_object", text, (Wanted(one.shape, 1), Wanted(other.shape, 1))),
-                Prompt("position", text, (Wanted(other.shape, 1), Wanted(one.shape, 1, relation=relation, other=0))),
+                Prompt("two_object", text, (Requirement(one.shape, 1), Requirement(other.shape, 1))),
+                Prompt(
+                    "position",
+                    text,
+                    (Requirement(other.shape, 1), Requirement(one.shape, 1, relation=relation, other=0)),
+                ),
             ]
             if one.colour != other.colour:
-                both = Wanted(one.shape, 1, one.colour), Wanted(other.shape, 1, other.colour)
+                both = Requirement(one.shape, 1, one.colour), Requirement(other.shape, 1, other.colour)
                 asked.append(Prompt("color_attr", text, both))
             return asked
         case _:

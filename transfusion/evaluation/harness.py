@@ -14,7 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from transfusion.evaluation.likelihood import likelihoods, rolling_likelihood
-from transfusion.inference.engine import Drawn, Engine, Previewed, Request, Written
+from transfusion.inference.engine import Engine, ImageEvent, PreviewEvent, Request, TokenEvent
 
 AT_ONCE = 16  # texts that are written together
 
@@ -70,11 +70,11 @@ class HarnessModel(LM):
             wanted = normalize_gen_kwargs(values)
             number = self.engine.submit(self._request(context, wanted))
             texts[number], stops[number] = "", [stop for stop in wanted["until"] if stop]
-        while self.engine.rows:
+        while self.engine.sequences:
             for event in self.engine.step():
-                if isinstance(event, Previewed | Drawn):
+                if isinstance(event, PreviewEvent | ImageEvent):
                     self.engine.cancel(event.request)
-                elif isinstance(event, Written):
+                elif isinstance(event, TokenEvent):
                     text = texts[event.request] = texts[event.request] + event.text
                     found = [text.index(stop) for stop in stops[event.request] if stop in text]
                     if found:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from transfusion.evaluation.fid import TooFew, fid, kid
-from transfusion.evaluation.neighbours import NEAR, WIDE, neighbour_scores
+from transfusion.evaluation.prdc import NEAR, WIDE, neighbour_scores
 
 REAL, DRAWN = WIDE + 1, NEAR + 1  # pictures that it takes
 

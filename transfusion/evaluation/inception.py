@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.disk import sha256_of
-from transfusion.weight_files import filled, read_weights, weight_of
+from transfusion.foreign_weights import get_tensor, load_frozen, read_weights
 
 SIDE = 299
 CLASSES = 1008  # of the network that published FIDs are of; torchvision's own has 1,000
@@ -40,7 +40,7 @@ class Inception:
             )
         found, network = read_weights(path), Network()
         names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
-        network = filled(network, {name: weight_of(found, name, path) for name in names}, path)
+        network = load_frozen(network, {name: get_tensor(found, name, path) for name in names}, path)
         name = f"Inception v3 {sha256_of(path)[:8]}"
         if len(found.get("fc.weight", ())) != CLASSES:
             name += ", not the one of published FIDs"

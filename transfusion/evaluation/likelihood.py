@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from transfusion.inference.engine import Engine
-from transfusion.sequence import NO_TARGET, Document, Piece, Row, Text, collate, lay_out
+from transfusion.sequence import NO_TARGET, Chunk, Document, Row, Text, collate, encode_document
 
 POSITIONS = 16_384  # of one forward pass, padding included
 
@@ -29,22 +29,22 @@ def likelihoods(engine: Engine, pairs: Sequence[tuple[str, str]]) -> list[Likeli
 
     What is longer than a row loses positions on the left. ValueError when that would reach into the continuation.
     """
-    pieces = []
+    chunks = []
     for context, continuation in pairs:
         before, after = split(engine, context, continuation)
         if len(after) > engine.context:
             raise ValueError(f"a continuation of {len(after)} tokens is longer than a row of this run, {engine.context}")
         document = Document((Text(before, loss=False), Text(after)))
-        piece = _without_last(lay_out(document, engine.vocabulary, ends=False))
-        pieces.append(piece.part(max(0, len(piece) - engine.context)))
-    return _score(engine, pieces)
+        chunk = _without_last(encode_document(document, engine.vocabulary, ends=False))
+        chunks.append(chunk.part(max(0, len(chunk) - engine.context)))
+    return _score(engine, chunks)
 
 
 def rolling_likelihood(engine: Engine, text: str) -> Likelihood:
     """Of a whole text behind bos, whatever its length: rows of it side by side, the last one as long as the others, of
     which only what is new counts. That it ends there (eos) does not count.
     """
-    whole = lay_out(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, ends=False)
+    whole = encode_document(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, ends=False)
     found = _score(engine, list(_windows(_without_last(whole), engine.context)))
     return Likelihood(tuple(nats for it in found for nats in it.tokens), all(it.is_greedy for it in found))
 
@@ -61,13 +61,13 @@ def split(engine: Engine, context: str, continuation: str) -> tuple[tuple[int, .
 
 
 @torch.inference_mode()
-def _score(engine: Engine, pieces: Sequence[Piece]) -> list[Likelihood]:
-    """Of the targets of each piece, none longer than a row. Pieces of about one length share a forward pass."""
+def _score(engine: Engine, chunks: Sequence[Chunk]) -> list[Likelihood]:
+    """Of the targets of each chunk, none longer than a row. Pieces of about one length share a forward pass."""
     found: dict[int, Likelihood] = {}
-    allowed = engine.allowed.to(engine.device)  # (V,)
-    for numbers in _by_length([len(piece) for piece in pieces]):
-        length = len(pieces[numbers[0]])
-        batch = collate([Row((pieces[n],)) for n in numbers], length, engine.vocabulary).to(engine.device)
+    allowed = engine.allowed_tokens.to(engine.device)  # (V,)
+    for numbers in _by_length([len(chunk) for chunk in chunks]):
+        length = len(chunks[numbers[0]])
+        batch = collate([Row((chunks[n],)) for n in numbers], length, engine.vocabulary).to(engine.device)
         with engine.opened.lower_precision():
             logits = engine.model(batch, [], []).logits.float()  # (T, V)
         target = batch.text_target  # (T,)
@@ -77,19 +77,19 @@ def _score(engine: Engine, pieces: Sequence[Piece]) -> list[Likelihood]:
         for row, n in enumerate(numbers):
             mine = of_row == row  # (T,)
             found[n] = Likelihood(tuple(nats[mine].tolist()), bool(is_greedy[mine].all()))
-    return [found.get(n, Likelihood()) for n in range(len(pieces))]
+    return [found.get(n, Likelihood()) for n in range(len(chunks))]
 
 
-def _without_last(piece: Piece) -> Piece:
+def _without_last(chunk: Chunk) -> Chunk:
     """Nothing is predicted from the last position."""
-    return piece.part(0, len(piece) - 1)
+    return chunk.part(0, len(chunk) - 1)
 
 
-def _windows(piece: Piece, length: int) -> Iterator[Piece]:
-    for begin in range(0, len(piece), length):
-        end = min(begin + length, len(piece))
+def _windows(chunk: Chunk, length: int) -> Iterator[Chunk]:
+    for begin in range(0, len(chunk), length):
+        end = min(begin + length, len(chunk))
         first = max(0, end - length)
-        window = piece.part(first, end)
+        window = chunk.part(first, end)
         is_new = np.arange(first, end) >= begin
         yield replace(window, targets=np.where(is_new, window.targets, NO_TARGET))
 

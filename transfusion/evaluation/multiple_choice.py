@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfusion.chance import seed_from
 from transfusion.evaluation.likelihood import likelihoods
 from transfusion.inference.engine import Engine
+from transfusion.seeding import derive_seed
 
 # lm_eval's names, and the metric: by length, as Llama's paper (2302.13971) ranks, where lm_eval has that (for social_iqa it
 # has not, of winogrande the scored text is the same for both choices, and boolq asks for yes or no).
@@ -119,11 +119,11 @@ def continuation_questions(texts: Sequence[str], count: int) -> list[Question]:
     endings = list(dict.fromkeys(ending for _, ending in passages))
     questions = []
     for number, (context, right) in enumerate(passages if len(endings) >= CHOICES else ()):
-        others = sorted((ending for ending in endings if ending != right), key=lambda it: seed_from("choices", number, it))
-        answer = seed_from("answer", number) % CHOICES
+        others = sorted((ending for ending in endings if ending != right), key=lambda it: derive_seed("choices", number, it))
+        answer = derive_seed("answer", number) % CHOICES
         choices = others[: CHOICES - 1]
         questions.append(Question(context, (*choices[:answer], right, *choices[answer:]), answer))
-    return sorted(questions, key=lambda it: seed_from("questions", it.context))[:count]
+    return sorted(questions, key=lambda it: derive_seed("questions", it.context))[:count]
 
 
 def _passages(text: str) -> list[tuple[str, str]]:

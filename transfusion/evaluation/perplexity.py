@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from transfusion.data.topics import Topics
+from transfusion.data.built_in.topics import Topics
 from transfusion.inference.engine import Engine
 from transfusion.objective import next_token_loss
-from transfusion.sequence import NO_TARGET, Document, Piece, Row, Text, collate, lay_out
+from transfusion.sequence import NO_TARGET, Chunk, Document, Row, Text, collate, encode_document
 
 ROWS = 16  # windows per forward pass
 
@@ -24,7 +24,7 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
     windows = [
         window
         for text in texts
-        for window in cut_windows(lay_out(Document((Text(tokenizer.encode(text)),)), engine.vocabulary), length)
+        for window in cut_windows(encode_document(Document((Text(tokenizer.encode(text)),)), engine.vocabulary), length)
     ]
     nats, tokens = 0.0, 0
     for first in range(0, len(windows), ROWS):
@@ -51,11 +51,11 @@ def heldout_topics(engine: Engine) -> dict:
     }  # fmt: skip
 
 
-def cut_windows(piece: Piece, length: int) -> list[Piece]:
+def cut_windows(chunk: Chunk, length: int) -> list[Chunk]:
     """Half-overlapping windows of at most this length; each position's loss stands in exactly one of them."""
     half, windows = length // 2, []
-    for begin in range(0, max(1, len(piece) - half), half):
-        window = piece.part(begin, min(begin + 2 * half, len(piece)))
+    for begin in range(0, max(1, len(chunk) - half), half):
+        window = chunk.part(begin, min(begin + 2 * half, len(chunk)))
         if begin:
             counted = np.where(np.arange(len(window)) < half, NO_TARGET, window.targets)
             window = replace(window, targets=counted)

@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
-from transfusion.data.shapes import (
+from transfusion.data.built_in.shapes import (
     BACKGROUND,
     BOXES,
     CANVAS,
@@ -36,7 +36,7 @@ PART = 0.25  # a colour with this share of a blob is a thing of its own, less is
 
 
 @dataclass(frozen=True)
-class Seen:
+class DetectedShape:
     """A thing found in a picture: what it is, and its box in units of a 32 x 32 canvas.
 
     `likeness` is 1 for the ideal shape; below `LIKENESS` the shape is "unclear", and so is a size by
@@ -89,7 +89,7 @@ def judge(caption: str | Description, pixels: np.ndarray) -> Judgement:
 _NOTHING = Thing("", "", "")
 
 
-def read_scene(pixels: np.ndarray) -> list[Seen]:
+def read_scene(pixels: np.ndarray) -> list[DetectedShape]:
     """The things in a picture, (Y, Y, 3) uint8, the largest first."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape != (len(pixels), len(pixels), 3):
         raise ValueError(f"a scene is read from (Y, Y, 3) uint8, not from {pixels.shape} {pixels.dtype}")
@@ -129,7 +129,7 @@ def _components(mask: np.ndarray, least: float) -> Iterator[np.ndarray]:
             yield part
 
 
-def _read_thing(step: np.ndarray, mask: np.ndarray, colour: str, taken: np.ndarray) -> Seen:
+def _read_thing(step: np.ndarray, mask: np.ndarray, colour: str, taken: np.ndarray) -> DetectedShape:
     """A blob as the thing it is most like. `taken` is where blobs are, this one and the others.
 
     How full a pixel is follows from its brightness, since a codec loses the tint of an edge before its
@@ -147,7 +147,7 @@ def _read_thing(step: np.ndarray, mask: np.ndarray, colour: str, taken: np.ndarr
     x, y = ((np.average(at, weights=weight) + 0.5) * CANVAS / size for at in (columns, rows))
     soft = _soften(full)  # (Y, X)
     likeness, shape, kind, centre, box = max(_liken(soft, area, x, y, shape) for shape in SHAPES)
-    return Seen(Thing(kind, colour, shape if likeness >= LIKENESS else UNCLEAR), centre, box, likeness)
+    return DetectedShape(Thing(kind, colour, shape if likeness >= LIKENESS else UNCLEAR), centre, box, likeness)
 
 
 def _liken(
@@ -185,10 +185,10 @@ def _colour_steps() -> np.ndarray:
     return np.array(list(COLOURS.values()), np.float32) - np.float32(BACKGROUND)  # (6, 3)
 
 
-Match = Sequence[Seen | None]  # for each thing named, the thing seen that stands for it
+Match = Sequence[DetectedShape | None]  # for each thing named, the thing seen that stands for it
 
 
-def _matches(named: Sequence[Thing], seen: Sequence[Seen]) -> Iterator[Match]:
+def _matches(named: Sequence[Thing], seen: Sequence[DetectedShape]) -> Iterator[Match]:
     """Every way to match; of very many things only the largest few can be meant."""
     seen = list(seen[: len(named) + 2])
     return permutations(seen + [None] * (len(named) - len(seen)), len(named))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfusion.chance import seed_from
 from transfusion.evaluation.cider import words_of
+from transfusion.seeding import derive_seed
 
 SIDE = 32  # pictures are brought to this size
 FEATURES = 48
@@ -41,13 +41,13 @@ class SmallNetwork:
         self.vocabulary = vocabulary
         pixels = torch.cat([_prepared(picture) for picture in pictures])  # (N, 3, 32, 32)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from("small network", seed))
+            torch.manual_seed(derive_seed("small network", seed))
             self.body, self.head = _body(), nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, len(vocabulary) + FAULTS))
             self._learn(pixels, said)
         self.body.eval().requires_grad_(False)
-        self.mean, self.deviation = torch.zeros(FEATURES), torch.ones(FEATURES)
+        self.mean, self.std = torch.zeros(FEATURES), torch.ones(FEATURES)
         found = torch.from_numpy(self(pictures))  # (N, 48)
-        self.mean, self.deviation = found.mean(0), found.std(0)
+        self.mean, self.std = found.mean(0), found.std(0)
 
     def _learn(self, pixels: Tensor, said: Tensor) -> None:
         """pixels (N, 3, 32, 32), said (N, words)."""
@@ -70,13 +70,13 @@ class SmallNetwork:
         found = [np.empty((0, FEATURES), np.float32)]
         for first in range(0, len(pictures), 256):
             batch = torch.cat([_prepared(picture) for picture in pictures[first : first + 256]])  # (N, 3, 32, 32)
-            found.append(((self.body(batch) - self.mean) / self.deviation).numpy())  # (N, 48)
+            found.append(((self.body(batch) - self.mean) / self.std).numpy())  # (N, 48)
         return np.concatenate(found)
 
     @torch.inference_mode()
     def guess(self, pictures: Sequence[np.ndarray]) -> list[set[str]]:
         """What it takes the captions of pictures to say: how far it learnt, and what features are of."""
-        sure = self.head(torch.from_numpy(self(pictures)) * self.deviation + self.mean) > 0  # (N, words + 3)
+        sure = self.head(torch.from_numpy(self(pictures)) * self.std + self.mean) > 0  # (N, words + 3)
         return [{self.vocabulary[n] for n in np.flatnonzero(row[: len(self.vocabulary)])} for row in sure.numpy()]
 
 

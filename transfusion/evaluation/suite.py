@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from transfusion.config import QUICK, EvaluationConfig
+from transfusion.data.built_in.topics import Topics
 from transfusion.data.loader import Source
 from transfusion.data.raw import RawText
 from transfusion.data.sources import fingerprint, name_sources, open_raw
-from transfusion.data.topics import Topics
 from transfusion.evaluation.captions import by_words, caption_heldout, caption_pictures
 from transfusion.evaluation.clip_score import ClipScore
-from transfusion.evaluation.coco import Captioned, find_missing, middle, read_coco, read_pictures
+from transfusion.evaluation.coco import CaptionedPicture, find_missing, middle, read_coco, read_pictures
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.detector import InstanceDetector
 from transfusion.evaluation.digits import SIDE, draw_digits
@@ -71,7 +71,9 @@ class Suite:
         chosen = {name: value for name, value in chosen.items() if value is not None}
         run = replace(self.engine.run, generation=self.engine.generation(**chosen))
         if self.asked.data:
-            run = replace(run, data=name_sources(replace(run.data, prepared=self.asked.data, sources=(), shares=())))
+            run = replace(
+                run, data=name_sources(replace(run.data, prepared=self.asked.data, sources=(), mixture_weights=()))
+            )
         self.engine.run = run
 
     @cached_property
@@ -111,7 +113,7 @@ class Suite:
         return found
 
     @cached_property
-    def captioned(self) -> list[Captioned]:
+    def captioned(self) -> list[CaptionedPicture]:
         """COCO's pictures, all of which are there."""
         found = read_coco(Path(self.asked.coco), self.asked.count, self.asked.seed)
         find_missing(found, Path(self.asked.coco), self.asked.pictures)
@@ -128,7 +130,7 @@ class Suite:
             raise ValueError("--detector needs --clip, which tells colours: the folder of a CLIP model, or owner/name")
         with_pictures = [name for name in wanted if name.startswith("coco") or name == "geneval" and self.asked.detector]
         if with_pictures and not self.engine.sizes:
-            raise ValueError(f"this run knows no pictures: it cannot be asked for {', '.join(with_pictures)}")
+            raise ValueError(f"this run does not support images, which these tasks need: {', '.join(with_pictures)}")
         alone = self._tasks_alone()
         found = {pair: task for pair, task in alone.items() if pair[1] in wanted}
         left = [name for name in wanted if name not in {what for _, what in found}]
@@ -180,7 +182,7 @@ class Suite:
             "images": lambda: self._images(source, count),
             "clip": lambda: self._clip(source),
         }
-        if source.name == "digits" and engine.draws((SIDE, SIDE), 1):
+        if source.name == "digits" and engine.draws_by_default((SIDE, SIDE), 1):
             tasks["drawings"] = lambda: draw_digits(engine, self.asked.seed)[0]
         if source.name == "shapes":
             tasks["drawings"] = lambda: judge_scenes(*self._draw(source)[:2])[0]

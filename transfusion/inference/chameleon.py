@@ -1,7 +1,7 @@
-"""Drawing with codes, as the paper's baseline does (Chameleon, 2405.09818): one after the other, row by row, like text.
+"""Images as codes, the paper's baseline (Chameleon, 2405.09818): sampled one after another, row by row, like text tokens.
 
-Guidance is image mode's, with its branches, on logits instead of predictions: each branch has read the same codes of the
-image behind more or less of the prompt. Only codes can be chosen, at the temperature and top_p of text.
+Classifier-free guidance works on logits: the branches of `image_mode` share the codes of the image and differ in the prompt.
+Only codes can be sampled, with the temperature and top_p of text.
 """
 
 from collections.abc import Sequence
@@ -16,68 +16,68 @@ from transfusion.inference import text_mode
 from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch, guide
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence import NOTHING, Vocabulary
+from transfusion.sequence import EMPTY_CHUNK, Vocabulary
 
-GREY = 128  # of what is not drawn yet
-OF_NOISE = frozenset({"sampler", "steps", "shift", "guidance_interval", "guidance_rescale", "clip_clean"})  # no use here
+GREY = 128  # pixels of codes that are not sampled yet
+# Generation options without effect on codes.
+DIFFUSION_OPTIONS = frozenset({"sampler", "steps", "t_shift", "guidance_interval", "guidance_rescale", "clip_x0"})
 
 
 @dataclass
-class Drawing:
-    """An image on its way, and the branches that guide it. They are yet to read its last token, `unread`."""
+class CodeImageState:
+    """An unfinished image, and its guidance branches, which have not yet read its last token, `pending`."""
 
     shape: tuple[int, int]
-    branches: tuple[Branch, ...]  # what has read everything comes first, then ever less
+    branches: tuple[Branch, ...]  # the fully conditional one first
     generation: GenerationConfig
     generator: torch.Generator
-    unread: int
+    pending: int
     codes: list[int] = field(default_factory=list)
 
     @property
     def step(self) -> int:
-        """Codes that are chosen."""
+        """Sampled codes."""
         return len(self.codes)
 
     @property
-    def kept(self) -> int:
-        """Positions that the branches hold of the image, boi included."""
+    def prefix_length(self) -> int:
+        """Positions of the image in the branches' slots, boi included."""
         return len(self.codes)
 
     def content(self) -> np.ndarray | None:
-        """The grid of codes (Y, X); None while it is not finished."""
+        """The finished grid of codes (Y, X); None before."""
         Y, X = self.shape
         return np.array(self.codes).reshape(Y, X) if len(self.codes) == Y * X else None
 
     def preview(self, codec: VQ) -> tuple[np.ndarray, np.ndarray]:
-        """What is drawn so far, the rest grey, (Y, X, colours) uint8. Nothing else is known of it, so it comes twice."""
+        """The sampled codes as pixels, the rest grey, (Y, X, channels) uint8; twice, as there is no other estimate."""
         Y, X = self.shape
         grid = np.array(self.codes + [0] * (Y * X - len(self.codes))).reshape(Y, X)
-        drawn = np.arange(Y * X).reshape(Y, X) < len(self.codes)
-        inside = drawn.repeat(codec.scale, 0).repeat(codec.scale, 1)[..., None]
-        pixels = np.where(inside, codec.decode(grid), GREY).astype(np.uint8)
+        is_sampled = np.arange(Y * X).reshape(Y, X) < len(self.codes)
+        is_sampled = is_sampled.repeat(codec.downsampling, 0).repeat(codec.downsampling, 1)[..., None]
+        pixels = np.where(is_sampled, codec.decode(grid), GREY).astype(np.uint8)
         return pixels, pixels
 
 
-def begin(
+def begin_image(
     shape: tuple[int, int], branches: Sequence[Branch], generation: GenerationConfig, vocabulary: Vocabulary, cache: Cache,
     seed: int,
-) -> Drawing:  # fmt: skip
-    """An image (Y, X) that is yet to begin. All branches have read its boi; they read it once more, for its logits."""
+) -> CodeImageState:  # fmt: skip
+    """An image (Y, X) without codes. The branches have read its boi; they drop it and read it again, for its logits."""
     for branch in branches:
-        cache.advance(branch.slot, -1)
+        cache.commit(branch.slot, -1)
     generator = torch.Generator().manual_seed(seed)
-    return Drawing(shape, tuple(branches), generation, generator, vocabulary.boi[shape])
+    return CodeImageState(shape, tuple(branches), generation, generator, vocabulary.boi[shape])
 
 
-def write(model: Transfusion, cache: Cache, drawings: Sequence[Drawing], vocabulary: Vocabulary) -> None:
-    """The next code of every drawing: all branches of all of them in one forward pass."""
-    read = [(branch.slot, NOTHING.followed_by(drawing.unread)) for drawing in drawings for branch in drawing.branches]
-    slots, pieces = zip(*read, strict=True)
-    logits = iter(text_mode.read(model, cache, list(slots), pieces, vocabulary).cpu())  # (branches of all, V)
+def decode_codes(model: Transfusion, cache: Cache, images: Sequence[CodeImageState], vocabulary: Vocabulary) -> None:
+    """The next code of every image: all branches of all images in one forward pass."""
+    slots = [branch.slot for image in images for branch in image.branches]
+    chunks = [EMPTY_CHUNK.append(image.pending) for image in images for _ in image.branches]
+    logits = iter(text_mode.prefill(model, cache, slots, chunks, vocabulary).cpu())  # (branches of all, V)
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
-    allowed[vocabulary.first_code : vocabulary.used] = True
-    for drawing in drawings:
-        said = [next(logits) for _ in drawing.branches]  # (V,) each
-        guided = guide(said, [branch.scale for branch in drawing.branches])
-        drawing.unread = text_mode.choose(guided, allowed, drawing.generation, drawing.generator)
-        drawing.codes.append(drawing.unread - vocabulary.first_code)
+    allowed[vocabulary.first_code : vocabulary.num_used] = True
+    for image in images:
+        guided = guide([next(logits) for _ in image.branches], [branch.scale for branch in image.branches])  # (V,)
+        image.pending = text_mode.sample_token(guided, allowed, image.generation, image.generator)
+        image.codes.append(image.pending - vocabulary.first_code)

@@ -1,13 +1,12 @@
-"""Text mode, image mode, and the switch between them, for many rows at once.
+"""Text mode, image mode, and the switch between them, for many sequences at once.
 
-A row writes tokens until it writes a boi; then it draws an image, which goes into the cache clean, eoi behind it, and it
-writes on (section 3). `submit` adds rows, `step` moves all of them: one forward pass for the rows that write a token, one
-for those that read (a prompt, or their own finished image), and one per latent shape for those that draw, with and
-without their prompt together. Rows that wait compute nothing. A run whose images are codes draws them one by one
-(`chameleon`), all rows that draw together.
+A sequence samples tokens until it samples a boi. Then it draws an image, which goes into the cache clean, followed by eoi,
+and continues with text (section 3). `submit` adds sequences, `step` advances all of them: one forward pass for those that
+decode a token, one for those that prefill (a prompt, or their own finished image), and one per latent shape for those that
+draw, conditional and unconditional together. A run whose images are codes samples them one by one (`chameleon`).
 
-Where text and images of a prompt guide apart (`image_guidance_scale`), a row has a second slot for what training showed when
-the text was dropped: bos, the prompt's images, boi. It is read in the same forward passes.
+Where the text and the images of a prompt have guidance scales of their own (`image_guidance_scale`), a sequence has a second
+slot with what training shows when the text is dropped: bos, the prompt's images, boi. It joins the same forward passes.
 """
 
 from collections.abc import Sequence
@@ -19,354 +18,382 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-from transfusion.chance import seed_from
-from transfusion.checkpoint.open import Opened, open_checkpoint
+from transfusion.checkpoint.open import OpenedRun, open_checkpoint
 from transfusion.codecs.pictures import to_pixels
 from transfusion.config import GenerationConfig
 from transfusion.inference import chameleon, image_mode, text_mode
 from transfusion.inference.answer import Answer, Answers
 from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch
-from transfusion.inference.samplers import sampler_of
-from transfusion.sequence import NOTHING, Document, Image, Piece, Text, lay_out
+from transfusion.inference.samplers import get_sampler
+from transfusion.seeding import derive_seed
+from transfusion.sequence import EMPTY_CHUNK, Chunk, Document, Image, Text, encode_document
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """A prompt and what to generate from it.
 
-    parts: the prompt in order, text or pictures (PIL, or (Y, X, colours) uint8 of a size the run knows). num_images: so
-    many independent draws of one image each (boi is forced), of `size` (width, height) in pixels; without it one row runs
-    free until eos, and draws where it likes unless may_draw is False. previews: every so many denoising steps an event
-    shows the image; 0: never.
+    parts: the prompt in order, text or pictures (PIL, or (Y, X, channels) uint8 of a size that the run supports).
+    num_images: this many samples of one image each (boi is forced), of `size` (width, height) in pixels. Not set: one
+    sample of free text, which ends with eos and draws where the model samples a boi, unless allow_images is False.
+    previews: an event shows the image after every so many denoising steps; 0: never.
     """
 
     parts: tuple[str | np.ndarray | Picture.Image, ...] = ()
     num_images: int | None = None
     seed: int = 0
-    generation: GenerationConfig | None = None  # the run's own
-    size: tuple[int, int] | None = None  # the run's first
+    generation: GenerationConfig | None = None  # default: the run's
+    size: tuple[int, int] | None = None  # default: the run's first
     previews: int = 0
-    may_draw: bool = True
+    allow_images: bool = True
 
 
 @dataclass(frozen=True)
-class Written:
-    """A row wrote a token. `text` is what it adds that can be read (parts of a letter are held back)."""
+class TokenEvent:
+    """A sampled text token. `text` is the readable text that it adds; an incomplete character is held back."""
 
     request: int
-    draw: int
+    sample_index: int
     token: int
     text: str
 
 
 @dataclass(frozen=True)
-class Previewed:
-    """An image on its way: as noisy as it still is, and what the model takes it to be, both (Y, X, colours) uint8."""
+class PreviewEvent:
+    """An unfinished image: x_t and the predicted x0 as pixels, both (Y, X, channels) uint8."""
 
     request: int
-    draw: int
+    sample_index: int
     step: int
-    noisy: np.ndarray
-    clean: np.ndarray
+    x_t: np.ndarray
+    x0: np.ndarray
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A finished image, (Y, X, colours) uint8."""
+class ImageEvent:
+    """A finished image, (Y, X, channels) uint8."""
 
     request: int
-    draw: int
+    sample_index: int
     pixels: np.ndarray
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A row's end, and why: "eos", "image" (the one that was asked for), or "length"."""
+class FinishEvent:
+    """The end of a sample. reason: "eos", "image" (the requested one is finished) or "length"."""
 
     request: int
-    draw: int
+    sample_index: int
     reason: str
 
 
-Event = Written | Previewed | Drawn | Finished
+Event = TokenEvent | PreviewEvent | ImageEvent | FinishEvent
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """To read: a prompt or a finished image, and what the image-conditional slot reads of it."""
+
+    chunk: Chunk
+    image_cond_chunk: Chunk | None = None
+    remaining_samples: int = 0  # samples that fork from this prompt when it is read
+
+
+@dataclass(frozen=True)
+class Decode:
+    """To read: the token that was sampled last, one position."""
+
+    chunk: Chunk
+    image_cond_chunk: Chunk | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An image under way, and the slot of its unconditional branch."""
+
+    image: image_mode.LatentImageState | chameleon.CodeImageState
+    uncond_slot: int | None
 
 
 @dataclass
-class Row:
-    """One answer on its way: its slots in the cache, what they have yet to read, the image it draws."""
+class SequenceState:
+    """One sample of a request: its phase, its cache slots, and the text since the last image."""
 
-    number: int  # of the request
+    request_number: int
     request: Request
     generation: GenerationConfig
-    draw: int
+    sample_index: int
+    phase: Prefill | Decode | Draw | None  # None only while a forward pass is evaluated
     slot: int
-    unread: Piece | None
-    forks: int  # rows that will go on from the same prompt, once it is read
-    images_slot: int | None = None  # only bos and the prompt's images, where these guide apart from its text
-    images_unread: Piece | None = None
-    free_slot: int | None = None  # only bos and boi, while an image is drawn with guidance
-    written: int = 0  # tokens
-    segment: list[int] = field(default_factory=list)  # tokens of the text in hand
-    shown: int = 0  # letters of it that events have carried
-    images: int = 0
-    drawing: image_mode.Drawing | chameleon.Drawing | None = None
+    image_cond_slot: int | None = None  # bos and the prompt's images, where these have a guidance scale of their own
+    num_tokens: int = 0
+    num_images: int = 0
+    tokens: list[int] = field(default_factory=list)
+    num_characters: int = 0  # of these tokens' text, in events so far
 
     def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(seed_from(self.request.seed, self.draw, "text"))
+        self.generator = torch.Generator().manual_seed(derive_seed(self.request.seed, self.sample_index, "text"))
 
     @property
     def slots(self) -> list[int]:
-        """All that it holds of the cache."""
-        return [slot for slot in (self.slot, self.images_slot, self.free_slot) if slot is not None]
+        """All its cache slots."""
+        uncond_slot = self.phase.uncond_slot if isinstance(self.phase, Draw) else None
+        return [slot for slot in (self.slot, self.image_cond_slot, uncond_slot) if slot is not None]
 
 
 class Engine:
-    """A run, ready to write and draw. `generate` is the short way; `submit`, `step` and `cancel` are the long one."""
+    """Generates text and images with a run. `generate` runs requests to their end; `submit`, `step`, `cancel` stream."""
 
-    def __init__(self, opened: Opened):
+    def __init__(self, opened: OpenedRun):
         self.opened, self.device = opened, opened.device
         self.model, self.run, self.vocabulary = opened.model, opened.run, opened.vocabulary
-        self.context = self.run.data.row_length  # positions: a row never grows beyond what was trained on
+        self.context = self.run.data.seq_len  # positions: a sequence is never longer than the rows of training
         self.cache = Cache(self.run.model, self.device, opened.precision)
-        self.allowed = text_mode.allowed_tokens(self.vocabulary)
-        boi = torch.tensor([*self.vocabulary.boi.values()], dtype=torch.int64)  # (none, of a run that knows no pictures)
-        self.allowed_text = self.allowed.index_fill(0, boi, False)
+        self.allowed_tokens = text_mode.allowed_tokens(self.vocabulary)
+        boi = torch.tensor([*self.vocabulary.boi.values()], dtype=torch.int64)  # (empty for a run without images)
+        self.allowed_text_tokens = self.allowed_tokens.index_fill(0, boi, False)
         codec = opened.codec
-        self.codes = self.vocabulary.codes > 0  # images are drawn code by code
-        self.bound = () if self.codes else tuple(
+        self.draws_codes = self.vocabulary.num_image_codes > 0
+        self.bound = () if self.draws_codes else tuple(
             torch.tensor(side, dtype=torch.float32, device=self.device).view(-1, 1, 1) for side in (codec.low, codec.high)
         )
-        self.sizes = [(x * codec.scale, y * codec.scale) for y, x in self.vocabulary.boi]  # (width, height)
-        self.rows: list[Row] = []
-        self.requests = 0
-        self.free_slots: dict[tuple[int, int], int] = {}  # by shape: bos and boi, read once
+        self.sizes = [(x * codec.downsampling, y * codec.downsampling) for y, x in self.vocabulary.boi]  # (width, height)
+        self.sequences: list[SequenceState] = []
+        self.num_requests = 0
+        self.uncond_slots: dict[tuple[int, int], int] = {}  # latent shape -> slot with bos and boi
 
-    def generation(self, **chosen: Any) -> GenerationConfig:
-        """The run's own, with what was chosen. ValueError when that is out of bounds, or of no use to a run of codes."""
-        useless = sorted(chosen.keys() & chameleon.OF_NOISE) if self.codes else ()
-        if useless:
-            raise ValueError(f"this run draws an image code by code, without noise: {useless[0]} has no use")
-        generation = replace(self.run.generation, **chosen)
-        sampler_of(generation.sampler, self.run.diffusion)
+    def generation(self, **changes: Any) -> GenerationConfig:
+        """The run's options with these changes. ValueError when one is out of bounds, or has no effect in a run of codes."""
+        ignored = sorted(changes.keys() & chameleon.DIFFUSION_OPTIONS) if self.draws_codes else ()
+        if ignored:
+            raise ValueError(f"this run samples images as codes, without diffusion: {ignored[0]} has no effect")
+        generation = replace(self.run.generation, **changes)
+        get_sampler(generation.sampler, self.run.diffusion.noise_schedule)
         return generation
 
-    def draws(self, size: tuple[int, int], colours: int) -> bool:
-        """Are pictures of this (width, height) and so many colours what this run draws when nobody names a size?"""
-        return self.sizes[:1] == [size] and self.opened.codec.colours == colours
+    def draws_by_default(self, size: tuple[int, int], channels: int) -> bool:
+        """Does the run draw images of this (width, height) and number of channels when a request names no size?"""
+        return self.sizes[:1] == [size] and self.opened.codec.image_channels == channels
 
     def submit(self, request: Request) -> int:
-        """Take a request; its number comes back with every event. ValueError when it cannot be done."""
+        """Add a request: its number, which comes back with every event. ValueError when it cannot be done."""
         if request.num_images is None and not request.parts:
-            raise ValueError("nothing to go on: give a part, or ask for images")
+            raise ValueError("the request is empty: give a part, or num_images")
         if request.num_images is not None and request.num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {request.num_images}")
         generation = request.generation or self.run.generation
-        sampler_of(generation.sampler, self.run.diffusion)
-        segments = tuple(map(self._segment, request.parts))
+        get_sampler(generation.sampler, self.run.diffusion.noise_schedule)
+        segments = tuple(map(self._to_segment, request.parts))
         images = tuple(segment for segment in segments if isinstance(segment, Image))
-        prompt, without_text = (lay_out(Document(given), self.vocabulary, ends=False) for given in (segments, images))
-        needed = len(prompt)
+        prompt, images_only = (encode_document(Document(parts), self.vocabulary, ends=False) for parts in (segments, images))
+        length = len(prompt)
         if request.num_images is not None:
-            shape = self._shape(request.size)
-            prompt, without_text = (piece.followed_by(self.vocabulary.boi[shape]) for piece in (prompt, without_text))
-            needed = len(prompt) + self.vocabulary.patches(shape)
-        if needed > self.context:
-            raise ValueError(f"this takes {needed} positions, and the run was trained on rows of {self.context}")
-        self.requests += 1
-        row = Row(self.requests, request, generation, 0, self.cache.acquire(), prompt, (request.num_images or 1) - 1)
-        # With equal scales, what the images alone would say cancels out.
+            shape = self._latent_shape(request.size)
+            prompt, images_only = (chunk.append(self.vocabulary.boi[shape]) for chunk in (prompt, images_only))
+            length = len(prompt) + self.vocabulary.patches(shape)
+        if length > self.context:
+            raise ValueError(f"the request takes {length} positions; the run supports at most {self.context} (data.seq_len)")
+        self.num_requests += 1
+        slot, image_cond_slot = self.cache.acquire(), None
+        # With equal scales the image-conditional branch cancels out.
         if images and generation.image_guidance_scale not in (None, generation.guidance_scale):
-            row.images_slot, row.images_unread = self.cache.acquire(), without_text
-        self.rows.append(row)
-        return self.requests
+            image_cond_slot = self.cache.acquire()
+        phase = Prefill(prompt, None if image_cond_slot is None else images_only, (request.num_images or 1) - 1)
+        self.sequences.append(SequenceState(self.num_requests, request, generation, 0, phase, slot, image_cond_slot))
+        return self.num_requests
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Move every row by one forward pass of its kind."""
-        with self.opened.lower_precision():
-            return self._step()
-
-    def _step(self) -> list[Event]:
+        """Advance every sequence by one forward pass of its phase."""
         events: list[Event] = []
-        for writing in (True, False):
-            rows = [row for row in self.rows if row.unread is not None and (len(row.unread) == 1) == writing]
-            if rows:
-                apart = [row for row in rows if row.images_unread is not None]
-                slots = [row.slot for row in rows] + [row.images_slot for row in apart]
-                pieces = [row.unread for row in rows] + [row.images_unread for row in apart]
-                logits = text_mode.read(self.model, self.cache, slots, pieces, self.vocabulary).cpu()  # (B, V)
-                for row, after in zip(rows, logits, strict=False):
-                    self._go_on(row, after, events)
-        drawing: dict[tuple[int, int] | None, list[Row]] = {}
-        for row in self.rows:
-            if row.drawing is not None:
-                drawing.setdefault(None if self.codes else row.drawing.shape, []).append(row)
-        for rows in drawing.values():
-            steps, drawings = [row.drawing.step for row in rows], [row.drawing for row in rows]
-            if self.codes:
-                chameleon.write(self.model, self.cache, drawings, self.vocabulary)
-            else:
-                image_mode.denoise(self.model, self.cache, drawings, self.run.diffusion)
-            for row, step in zip(rows, steps, strict=True):
-                self._after_drawing(row, row.drawing.step > step, events)
+        with self.opened.lower_precision():
+            self._read(Decode, events)
+            self._read(Prefill, events)
+            self._draw(events)
         return events
 
+    def _read(self, phase: type[Prefill] | type[Decode], events: list[Event]) -> None:
+        sequences = [sequence for sequence in self.sequences if isinstance(sequence.phase, phase)]
+        if not sequences:
+            return
+        with_image_cond = [sequence for sequence in sequences if sequence.phase.image_cond_chunk is not None]
+        slots = [sequence.slot for sequence in sequences] + [sequence.image_cond_slot for sequence in with_image_cond]
+        chunks = [sequence.phase.chunk for sequence in sequences]
+        chunks += [sequence.phase.image_cond_chunk for sequence in with_image_cond]
+        logits = text_mode.prefill(self.model, self.cache, slots, chunks, self.vocabulary).cpu()  # (B, V)
+        for sequence, sequence_logits in zip(sequences, logits, strict=False):
+            self._after_prefill(sequence, sequence_logits, events)
+
+    def _draw(self, events: list[Event]) -> None:
+        by_shape: dict[tuple[int, int] | None, list[SequenceState]] = {}
+        for sequence in self.sequences:
+            if isinstance(sequence.phase, Draw):
+                by_shape.setdefault(None if self.draws_codes else sequence.phase.image.shape, []).append(sequence)
+        for sequences in by_shape.values():
+            images = [sequence.phase.image for sequence in sequences]
+            steps = [image.step for image in images]
+            if self.draws_codes:
+                chameleon.decode_codes(self.model, self.cache, images, self.vocabulary)
+            else:
+                image_mode.denoise(self.model, self.cache, images, self.run.diffusion)
+            for sequence, image, step in zip(sequences, images, steps, strict=True):
+                self._after_drawing(sequence, sequence.phase, image.step > step, events)
+
     def cancel(self, number: int) -> None:
-        """Forget a request: its rows are gone before the next step."""
-        for row in [row for row in self.rows if row.number == number]:
-            self._remove(row)
+        """Remove a request and its sequences."""
+        for sequence in [sequence for sequence in self.sequences if sequence.request_number == number]:
+            self._remove(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answers]:
-        """All requests at once, to their ends: for each its answers, one per draw. ValueError while others are under way."""
-        if self.rows:
+        """Run all requests together to their end: for each its answers, one per sample.
+
+        ValueError while other requests are under way.
+        """
+        if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
         answers = {
             self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests
         }
         tokens: dict[tuple[int, int], list[int]] = {}
-        while self.rows:
+        while self.sequences:
             for event in self.step():
-                place = event.request, event.draw
-                answer = answers[event.request][event.draw]
-                if isinstance(event, Written):
-                    tokens.setdefault(place, []).append(event.token)
-                elif isinstance(event, Drawn | Finished):
-                    text = self.opened.tokenizer.decode(tokens.pop(place, []))
+                sample = event.request, event.sample_index
+                answer = answers[event.request][event.sample_index]
+                if isinstance(event, TokenEvent):
+                    tokens.setdefault(sample, []).append(event.token)
+                elif isinstance(event, ImageEvent | FinishEvent):
+                    text = self.opened.tokenizer.decode(tokens.pop(sample, []))
                     answer.parts += [text] if text else []
-                if isinstance(event, Drawn):
+                if isinstance(event, ImageEvent):
                     answer.parts.append(event.pixels)
-                elif isinstance(event, Finished):
+                elif isinstance(event, FinishEvent):
                     answer.reason = event.reason
         return list(answers.values())
 
-    def _segment(self, part: str | np.ndarray | Picture.Image) -> Text | Image:
+    def _to_segment(self, part: str | np.ndarray | Picture.Image) -> Text | Image:
         if isinstance(part, str):
             return Text(self.opened.tokenizer.encode(part))
         codec = self.opened.codec
         if not self.sizes:
-            raise ValueError("this run knows no pictures")
+            raise ValueError("this run does not support images")
         if isinstance(part, Picture.Image):
-            part = to_pixels(part, self.sizes, codec.colours)
-        if part.shape[1::-1] not in self.sizes or part.shape[2:] != (codec.colours,):
-            raise ValueError(f"a picture of shape {part.shape} is none of this run's sizes: {self._size_list()}")
+            part = to_pixels(part, self.sizes, codec.image_channels)
+        if part.shape[1::-1] not in self.sizes or part.shape[2:] != (codec.image_channels,):
+            raise ValueError(f"an image of shape {part.shape} is not supported; the run supports {self._size_list()}")
         return Image(codec.encode(part))
 
-    def _shape(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The latent shape (Y, X) of a picture of this (width, height)."""
+    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The latent shape (Y, X) of an image of this (width, height)."""
         if not self.sizes:
-            raise ValueError("this run knows no pictures")
+            raise ValueError("this run does not support images")
         if size is None:
             return next(iter(self.vocabulary.boi))
         if size not in self.sizes:
             raise ValueError(f"the run cannot draw {size[0]}x{size[1]}; it can draw {self._size_list()}")
-        return size[1] // self.opened.codec.scale, size[0] // self.opened.codec.scale
+        return size[1] // self.opened.codec.downsampling, size[0] // self.opened.codec.downsampling
 
     def _size_list(self) -> str:
         return ", ".join(f"{x}x{y}" for x, y in self.sizes)
 
-    def _go_on(self, row: Row, logits: torch.Tensor, events: list[Event]) -> None:
-        """What a row does once all is read: draw if that ended in a boi, else write the next token."""
-        shape = self.vocabulary.shape_of(int(row.unread.tokens[-1]))
-        rows = [row]
-        for draw in range(1, row.forks + 1):
-            fork = Row(row.number, row.request, row.generation, draw, self.cache.acquire(), None, 0)
-            self.cache.copy(row.slot, fork.slot)
-            if row.images_slot is not None:
-                fork.images_slot = self.cache.acquire()
-                self.cache.copy(row.images_slot, fork.images_slot)
-            self.rows.append(fork)
-            rows.append(fork)
-        row.forks = 0
-        for each in rows:
-            each.unread = each.images_unread = None
+    def _after_prefill(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
+        """Fork the samples of a prompt. Then draw if the last token is a boi, else sample the next token."""
+        shape = self.vocabulary.shape_of(int(sequence.phase.chunk.tokens[-1]))
+        remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
+        forks = []
+        for sample_index in range(1, remaining + 1):
+            slot = self.cache.fork(sequence.slot)
+            image_cond_slot = None if sequence.image_cond_slot is None else self.cache.fork(sequence.image_cond_slot)
+            forks.append(replace(
+                sequence, sample_index=sample_index, phase=None, slot=slot, image_cond_slot=image_cond_slot, tokens=[],
+            ))  # fmt: skip
+        self.sequences += forks
+        for sample in (sequence, *forks):
+            sample.phase = None
             if shape is not None:
-                self._begin_image(each, shape)
+                self._begin_image(sample, shape)
             else:
-                self._write(each, logits, events)
+                self._sample_token(sample, logits, events)
 
-    def _write(self, row: Row, logits: torch.Tensor, events: list[Event]) -> None:
+    def _sample_token(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
         vocabulary = self.vocabulary
-        allowed = self.allowed if row.request.may_draw else self.allowed_text
-        token = text_mode.choose(logits, allowed, row.generation, row.generator)
+        allowed = self.allowed_tokens if sequence.request.allow_images else self.allowed_text_tokens
+        token = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator)
         if token == vocabulary.eos:
-            return self._end(row, "eos", events)
+            return self._finish(sequence, "eos", events)
         shape = vocabulary.shape_of(token)
-        needed = self.cache.lengths[row.slot] + 1 + (0 if shape is None else vocabulary.patches(shape) + 1)
-        if row.written >= row.generation.max_tokens or needed > self.context:
-            return self._end(row, "length", events)
-        row.written += 1
-        row.unread = NOTHING.followed_by(token)
-        if shape is not None and row.images_slot is not None:
-            row.images_unread = row.unread
+        length = self.cache.lengths[sequence.slot] + 1 + (0 if shape is None else vocabulary.patches(shape) + 1)
+        if sequence.num_tokens >= sequence.generation.max_tokens or length > self.context:
+            return self._finish(sequence, "length", events)
+        sequence.num_tokens += 1
+        chunk = EMPTY_CHUNK.append(token)
+        sequence.phase = Decode(chunk, chunk if shape is not None and sequence.image_cond_slot is not None else None)
         if shape is None:
-            row.segment.append(token)
-            text = self.opened.tokenizer.decode(row.segment)
-            fresh = "" if text.endswith("\ufffd") else text[row.shown :]
-            row.shown += len(fresh)
-            events.append(Written(row.number, row.draw, token, fresh))
+            sequence.tokens.append(token)
+            text = self.opened.tokenizer.decode(sequence.tokens)
+            new_text = "" if text.endswith("\ufffd") else text[sequence.num_characters :]
+            sequence.num_characters += len(new_text)
+            events.append(TokenEvent(sequence.request_number, sequence.sample_index, token, new_text))
 
-    def _begin_image(self, row: Row, shape: tuple[int, int]) -> None:
-        generation = row.generation
-        branches = [Branch(row.slot, generation.guidance_scale)]
-        if row.images_slot is not None:
-            branches.append(Branch(row.images_slot, generation.image_guidance_scale))
-        if row.images_slot is not None or generation.guidance_scale != 1:
-            row.free_slot = self.cache.acquire()
-            self.cache.copy(self._without_prompt(shape), row.free_slot)
-            branches.append(Branch(row.free_slot))
-        row.segment, row.shown = [], 0
-        seed = seed_from(row.request.seed, row.draw, "image", row.images)
-        if self.codes:
-            row.drawing = chameleon.begin(shape, branches, generation, self.vocabulary, self.cache, seed)
+    def _begin_image(self, sequence: SequenceState, shape: tuple[int, int]) -> None:
+        generation, uncond_slot = sequence.generation, None
+        branches = [Branch(sequence.slot, generation.guidance_scale)]
+        if sequence.image_cond_slot is not None:
+            branches.append(Branch(sequence.image_cond_slot, generation.image_guidance_scale))
+        if sequence.image_cond_slot is not None or generation.guidance_scale != 1:
+            uncond_slot = self.cache.fork(self._uncond_prefix(shape))
+            branches.append(Branch(uncond_slot))
+        sequence.tokens, sequence.num_characters = [], 0
+        seed = derive_seed(sequence.request.seed, sequence.sample_index, "image", sequence.num_images)
+        if self.draws_codes:
+            image = chameleon.begin_image(shape, branches, generation, self.vocabulary, self.cache, seed)
         else:
             latent = (self.run.model.latent_channels, *shape)
-            row.drawing = image_mode.begin(latent, branches, generation, self.run.diffusion, self.bound, seed, self.device)
-        row.images += 1
+            image = image_mode.begin_image(latent, branches, generation, self.run.diffusion, self.bound, seed, self.device)
+        sequence.phase = Draw(image, uncond_slot)
+        sequence.num_images += 1
 
-    def _without_prompt(self, shape: tuple[int, int]) -> int:
-        """The slot of what the model read in training when the caption was dropped: bos and boi."""
-        if shape not in self.free_slots:
-            self.free_slots[shape] = slot = self.cache.acquire()
-            piece = lay_out(Document(()), self.vocabulary, ends=False).followed_by(self.vocabulary.boi[shape])
-            text_mode.read(self.model, self.cache, [slot], [piece], self.vocabulary)
-        return self.free_slots[shape]
+    def _uncond_prefix(self, shape: tuple[int, int]) -> int:
+        """The slot with what training shows when the caption is dropped: bos and boi. Read once per latent shape."""
+        if shape not in self.uncond_slots:
+            self.uncond_slots[shape] = slot = self.cache.acquire()
+            chunk = encode_document(Document(()), self.vocabulary, ends=False).append(self.vocabulary.boi[shape])
+            text_mode.prefill(self.model, self.cache, [slot], [chunk], self.vocabulary)
+        return self.uncond_slots[shape]
 
-    def _after_drawing(self, row: Row, moved: bool, events: list[Event]) -> None:
-        """moved: the drawing has a whole step behind it since it was last here."""
-        drawing, codec = row.drawing, self.opened.codec
-        if moved and row.request.previews and drawing.step % row.request.previews == 0:
-            events.append(Previewed(row.number, row.draw, drawing.step, *drawing.preview(codec)))
-        content = drawing.content()
+    def _after_drawing(self, sequence: SequenceState, phase: Draw, completed_step: bool, events: list[Event]) -> None:
+        image, codec = phase.image, self.opened.codec
+        if completed_step and sequence.request.previews and image.step % sequence.request.previews == 0:
+            events.append(PreviewEvent(sequence.request_number, sequence.sample_index, image.step, *image.preview(codec)))
+        content = image.content()
         if content is None:
             return None
-        if row.free_slot is not None:
-            self.cache.release(row.free_slot)
-        if row.images_slot is not None:
-            # Images that the row draws itself are no part of its prompt.
-            self.cache.advance(row.images_slot, -drawing.kept)
-        row.drawing = row.free_slot = None
-        events.append(Drawn(row.number, row.draw, codec.decode(content)))
-        if row.request.num_images is not None:
-            return self._end(row, "image", events)
-        # The cache still holds nothing of a latent: it is read once more, clean, as later text and images will see it. Of
-        # codes it lacks the last.
-        whole = lay_out(Document((Image(content),)), self.vocabulary, ends=False)  # bos boi patches eoi
-        row.unread = whole.part(1 + drawing.kept)
+        if sequence.image_cond_slot is not None:
+            # Images that the sequence draws itself are not part of its prompt.
+            self.cache.commit(sequence.image_cond_slot, -image.prefix_length)
+        events.append(ImageEvent(sequence.request_number, sequence.sample_index, codec.decode(content)))
+        if sequence.request.num_images is not None:
+            return self._finish(sequence, "image", events)
+        if phase.uncond_slot is not None:
+            self.cache.release(phase.uncond_slot)
+        # The cache holds no patch of a latent, and all codes but the last. The sequence reads the rest, clean, with eoi.
+        document = encode_document(Document((Image(content),)), self.vocabulary, ends=False)  # bos boi patches eoi
+        sequence.phase = Prefill(document.part(1 + image.prefix_length))
 
-    def _end(self, row: Row, reason: str, events: list[Event]) -> None:
-        self._remove(row)
-        events.append(Finished(row.number, row.draw, reason))
+    def _finish(self, sequence: SequenceState, reason: str, events: list[Event]) -> None:
+        self._remove(sequence)
+        events.append(FinishEvent(sequence.request_number, sequence.sample_index, reason))
 
-    def _remove(self, row: Row) -> None:
-        self.rows.remove(row)
-        for slot in row.slots:
+    def _remove(self, sequence: SequenceState) -> None:
+        self.sequences.remove(sequence)
+        for slot in sequence.slots:
             self.cache.release(slot)
 
 
-def open_run(path: str | Path, weights: str = "average", device: str = "auto") -> Engine:
-    """A run's folder, or an exported one, or `owner/name` on the hub, ready to write and draw.
+def open_run(path: str | Path, weights: str = "ema", device: str = "auto") -> Engine:
+    """The engine of a run's folder, of an exported run, or of `owner/name` on the hub.
 
-    `weights="raw"` instead of the moving average; an exported run has one of them.
+    `weights="raw"`: the weights that training continues from, instead of their moving average. An exported run has one of
+    the two. OpenError when there is no such run.
     """
     return Engine(open_checkpoint(path, weights, device))

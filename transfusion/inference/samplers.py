@@ -1,11 +1,11 @@
-"""Noise to image. A sampler is a coroutine: it yields what the model should see, is sent the prediction, returns the image.
+"""Diffusion samplers. A sampler is a coroutine: it yields (x_t, t), is sent the prediction, and returns x0.
 
-    noisy, t = next(sampler); prediction = model(noisy, t); noisy, t = sampler.send(prediction); ...
+    x_t, t = next(sampler); prediction = model(x_t, t); x_t, t = sampler.send(prediction); ...
 
-so one loop can drive many at once, each at its own step. Every one recovers the clean estimate, clips it to the codec's
-bound, then steps: at t = 1 an error in a noise prediction is multiplied by 20,000 before it is clipped.
+One loop can therefore run many samplers, each at its own step. Every sampler clips the estimate of x0 to the codec's bound
+before it steps: at t = 1 an error of an epsilon prediction is multiplied by 20,000 (1 / alpha).
 
-All ask once per step, but heun: twice in every step but the last.
+A new sampler is one function below and one row of `config.SAMPLERS`. `dpm-sde` is the function `dpm_sde`.
 """
 
 import math
@@ -16,174 +16,158 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from transfusion.config import DiffusionConfig
-from transfusion.diffusion import Estimate, noise_beside, read_prediction, shift_time, signal_and_scale
+from transfusion.config import SAMPLERS, DiffusionConfig
+from transfusion.diffusion import X0AndNoise, alpha_sigma, noise_from_x0, shift_t, to_x0_and_noise
 
 Sampler = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (1, C, Y, X) and (1,), is sent and returns (1, C, Y, X)
 Bound = tuple[Tensor, Tensor]  # smallest and largest value of each channel, (C, 1, 1) each
 
 
 @dataclass
-class Walk:
-    """What all samplers need: how many steps over which path, the bound of a clean latent, and chance. For one image."""
+class SamplingSchedule:
+    """What every sampler of one image needs: its times, alpha and sigma at each, the bound of x0, and the generator."""
 
     steps: int
     diffusion: DiffusionConfig
-    bound: Bound | None
+    bound: Bound | None  # None: x0 is not clipped
     generator: torch.Generator
-    step: int = 0  # how many are behind, however often the model was asked in each
+    step: int = 0  # completed steps, however many model calls each took
 
     def each_step(self) -> Iterator[int]:
-        """0, 1, ..., steps - 1; `step` counts those that are done."""
+        """0, 1, ..., steps - 1; `step` counts the completed ones."""
         for step in range(self.steps):
             yield step
             self.step = step + 1
 
     def times(self) -> Tensor:
         """(steps + 1,) from 1 down to 0. 250 steps are the paper's 1000, 996, ..., 4, 0, divided by 1000."""
-        return shift_time(torch.linspace(1, 0, self.steps + 1, dtype=torch.float64), self.diffusion.shift)
+        return shift_t(torch.linspace(1, 0, self.steps + 1, dtype=torch.float64), self.diffusion.t_shift)
 
-    def estimate(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Estimate:
-        """The clipped clean latent, and the noise that is left when it is taken out."""
-        clean = read_prediction(noisy, prediction, t, self.diffusion).clean
+    def to_x0_and_noise(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> X0AndNoise:
+        """The clipped x0, and the noise that with it gives x_t."""
+        x0 = to_x0_and_noise(x_t, prediction, t, self.diffusion).x0
         if self.bound is not None:
-            clean = clean.clamp(*self.bound)
-        return Estimate(clean, noise_beside(noisy, clean, t, self.diffusion))
+            x0 = x0.clamp(*self.bound)
+        return X0AndNoise(x0, noise_from_x0(x_t, x0, t, self.diffusion))
 
     @cached_property
-    def coefficients(self) -> list[tuple[float, float]]:
-        """Signal and scale at each of the times."""
-        return list(zip(*(part.tolist() for part in signal_and_scale(self.times(), self.diffusion.path)), strict=True))
+    def alphas_sigmas(self) -> list[tuple[float, float]]:
+        """alpha and sigma at each time."""
+        return list(zip(*(part.tolist() for part in alpha_sigma(self.times(), self.diffusion.noise_schedule)), strict=True))
 
     @cached_property
-    def half_log_snr(self) -> list[float]:
-        """log(signal / scale) at each of the times: from -9.9 (cosine) or -inf (straight) up to inf."""
+    def lambdas(self) -> list[float]:
+        """log(alpha / sigma) at each time: from -9.9 (cosine) or -inf (rectified flow) up to inf."""
         return [
-            math.inf if scale == 0 else -math.inf if signal == 0 else math.log(signal / scale)
-            for signal, scale in self.coefficients
+            math.inf if sigma == 0 else -math.inf if alpha == 0 else math.log(alpha / sigma)
+            for alpha, sigma in self.alphas_sigmas
         ]
 
-    def ancestral(self, step: int, noisy: Tensor, clean: Tensor) -> Tensor:
-        """A draw of what stands at the end of a step, given its beginning and a clean estimate: of the smaller of DDPM's
-        two posterior variances (Ho et al. 2020).
+    def ancestral_step(self, step: int, x_t: Tensor, x0: Tensor) -> Tensor:
+        """Sample x at the end of a step from x_t and x0, with the smaller of DDPM's two posterior variances (2006.11239)."""
+        (alpha, sigma), (next_alpha, next_sigma) = self.alphas_sigmas[step : step + 2]
+        ratio = alpha / next_alpha
+        variance = sigma**2 - (ratio * next_sigma) ** 2  # of the noise that the forward process adds in this step
+        mean = (ratio * next_sigma**2 / sigma**2) * x_t + (next_alpha * variance / sigma**2) * x0
+        std = max(0.0, variance) ** 0.5 * next_sigma / sigma
+        noise = torch.randn(x_t.shape, generator=self.generator).to(x_t) if std else 0.0
+        return mean + std * noise
+
+    def extrapolate_x0(self, step: int, x0: Tensor, x0_previous: Tensor | None) -> Tensor:
+        """2M correction: extrapolate x0 to the middle of the step in lambda, x0 + h / (2 h_previous) (x0 - x0_previous).
+
+        First-order, and so unchanged: the first step (no x0_previous), the last (lambda -> inf at t = 0), the second of
+        rectified flow (lambda = -inf at t = 1), and steps near t = 1 where the clipped cosine schedule has h_previous = 0.
         """
-        (signal, scale), (next_signal, next_scale) = self.coefficients[step : step + 2]
-        ratio = signal / next_signal  # of this step's signal to the next one's
-        fresh = scale**2 - (ratio * next_scale) ** 2  # variance that this step's noise adds to the next one's
-        mean = (ratio * next_scale**2 / scale**2) * noisy + (next_signal * fresh / scale**2) * clean
-        deviation = max(0.0, fresh) ** 0.5 * next_scale / scale
-        noise = torch.randn(noisy.shape, generator=self.generator).to(noisy) if deviation else 0.0
-        return mean + deviation * noise
-
-    def led_on(self, step: int, clean: Tensor, before: Tensor | None) -> Tensor:
-        """A clean estimate led on the way that it went since the step before, to the middle of this step.
-
-        How far is measured in half the log of the signal-to-noise ratio. The first step has nothing to go by; the last would
-        lead on without end, and is not led. From t = 1 of the straight path the way is endless, and the second step is
-        led by nothing; close to t = 1 the cosine path stands still.
-        """
-        place = self.half_log_snr
-        if not 0 < step < self.steps - 1 or place[step] <= place[step - 1]:
-            return clean
-        share = (place[step + 1] - place[step]) / (place[step] - place[step - 1]) / 2
-        return clean + share * (clean - before)
+        lambdas = self.lambdas
+        if not 0 < step < self.steps - 1 or lambdas[step] <= lambdas[step - 1]:
+            return x0
+        weight = (lambdas[step + 1] - lambdas[step]) / (lambdas[step] - lambdas[step - 1]) / 2
+        return x0 + weight * (x0 - x0_previous)
 
 
-def ddpm(noisy: Tensor, walk: Walk) -> Sampler:
-    """Ancestral sampling (Ho et al. 2020), over any subset of the steps."""
-    times = walk.times()
-    for step in walk.each_step():
-        t = times[step : step + 1].to(noisy)
-        clean = walk.estimate(noisy, (yield noisy, t), t).clean
-        noisy = walk.ancestral(step, noisy, clean)
-    return noisy
+def ddpm(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    """Ancestral sampling (Ho et al. 2020, 2006.11239) over any subset of the steps."""
+    times = schedule.times()
+    for step in schedule.each_step():
+        t = times[step : step + 1].to(x_t)
+        x0 = schedule.to_x0_and_noise(x_t, (yield x_t, t), t).x0
+        x_t = schedule.ancestral_step(step, x_t, x0)
+    return x_t
 
 
-def ddim(noisy: Tensor, walk: Walk) -> Sampler:
-    """Deterministic: the clean estimate and the noise that is left, mixed again for the next time (Song et al. 2021)."""
-    times = walk.times()
-    for step in walk.each_step():
-        t = times[step : step + 1].to(noisy)
-        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
-        signal, scale = walk.coefficients[step + 1]
-        noisy = signal * clean + scale * noise
-    return noisy
+def ddim(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    """Deterministic: x0 and the remaining noise, mixed for the next time (Song et al. 2021, 2010.02502)."""
+    times = schedule.times()
+    for step in schedule.each_step():
+        t = times[step : step + 1].to(x_t)
+        x0, noise = schedule.to_x0_and_noise(x_t, (yield x_t, t), t)
+        alpha, sigma = schedule.alphas_sigmas[step + 1]
+        x_t = alpha * x0 + sigma * noise
+    return x_t
 
 
-def dpm(noisy: Tensor, walk: Walk) -> Sampler:
-    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095): ddim, from a clean estimate led on the way that it last went.
+def dpm(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095): ddim from an extrapolated x0.
 
-    All as diffusers does with a final sigma of zero. What is clipped are the estimates; where they lead may lie beyond the
-    bound for a step.
+    Equal to diffusers' scheduler with a final sigma of zero. x0 is clipped before the extrapolation, not after it.
     """
-    times, clean = walk.times(), None
-    for step in walk.each_step():
-        t = times[step : step + 1].to(noisy)  # (1,)
-        before = clean
-        clean = walk.estimate(noisy, (yield noisy, t), t).clean
-        ahead = walk.led_on(step, clean, before)  # (1, C, Y, X)
-        signal, scale = walk.coefficients[step + 1]
-        noisy = signal * ahead + scale * noise_beside(noisy, ahead, t, walk.diffusion)
-    return noisy
+    times, x0 = schedule.times(), None
+    for step in schedule.each_step():
+        t = times[step : step + 1].to(x_t)  # (1,)
+        x0_previous = x0
+        x0 = schedule.to_x0_and_noise(x_t, (yield x_t, t), t).x0
+        x0_extrapolated = schedule.extrapolate_x0(step, x0, x0_previous)  # (1, C, Y, X)
+        alpha, sigma = schedule.alphas_sigmas[step + 1]
+        x_t = alpha * x0_extrapolated + sigma * noise_from_x0(x_t, x0_extrapolated, t, schedule.diffusion)
+    return x_t
 
 
-def dpm_sde(noisy: Tensor, walk: Walk) -> Sampler:
-    """SDE-DPM-Solver++ 2M (the same paper): ddpm, from an estimate led on like dpm's. New noise mends earlier errors."""
-    times, clean = walk.times(), None
-    for step in walk.each_step():
-        t = times[step : step + 1].to(noisy)  # (1,)
-        before = clean
-        clean = walk.estimate(noisy, (yield noisy, t), t).clean
-        noisy = walk.ancestral(step, noisy, walk.led_on(step, clean, before))
-    return noisy
+def dpm_sde(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    """SDE-DPM-Solver++ 2M (2211.01095): ddpm from an extrapolated x0. New noise corrects errors of earlier steps."""
+    times, x0 = schedule.times(), None
+    for step in schedule.each_step():
+        t = times[step : step + 1].to(x_t)  # (1,)
+        x0_previous = x0
+        x0 = schedule.to_x0_and_noise(x_t, (yield x_t, t), t).x0
+        x_t = schedule.ancestral_step(step, x_t, schedule.extrapolate_x0(step, x0, x0_previous))
+    return x_t
 
 
-def euler(noisy: Tensor, walk: Walk) -> Sampler:
-    """Straight steps along the velocity, for the straight path."""
-    times = walk.times()
-    for step in walk.each_step():
-        t = times[step : step + 1].to(noisy)
-        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
-        noisy = noisy + (times[step + 1] - times[step]).item() * (noise - clean)
-    return noisy
+def euler(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    """Euler steps along the velocity of rectified flow, noise - x0."""
+    times = schedule.times()
+    for step in schedule.each_step():
+        t = times[step : step + 1].to(x_t)
+        x0, noise = schedule.to_x0_and_noise(x_t, (yield x_t, t), t)
+        x_t = x_t + (times[step + 1] - times[step]).item() * (noise - x0)
+    return x_t
 
 
-def heun(noisy: Tensor, walk: Walk) -> Sampler:
-    """Steps along the mean of the velocities at both their ends, for the straight path: euler, tried and corrected.
+def heun(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    """Heun steps of rectified flow: the mean of the velocities at both ends of the step. Two model calls per step.
 
-    The last step is euler's: at t = 0 nothing is left from which a velocity could be read.
+    The last step is an Euler step: at t = 0 a prediction no longer gives a velocity.
     """
-    times = walk.times()
-    for step in walk.each_step():
-        t, later = (times[n : n + 1].to(noisy) for n in (step, step + 1))  # (1,) each
-        length = (times[step + 1] - times[step]).item()
-        clean, noise = walk.estimate(noisy, (yield noisy, t), t)
-        velocity = noise - clean  # (1, C, Y, X)
-        if step + 1 < walk.steps:
-            tried = noisy + length * velocity  # (1, C, Y, X)
-            clean, noise = walk.estimate(tried, (yield tried, later), later)
-            velocity = (velocity + noise - clean) / 2
-        noisy = noisy + length * velocity
-    return noisy
+    times = schedule.times()
+    for step in schedule.each_step():
+        t, next_t = (times[n : n + 1].to(x_t) for n in (step, step + 1))  # (1,) each
+        h = (times[step + 1] - times[step]).item()
+        x0, noise = schedule.to_x0_and_noise(x_t, (yield x_t, t), t)
+        velocity = noise - x0  # (1, C, Y, X)
+        if step + 1 < schedule.steps:
+            x_euler = x_t + h * velocity  # (1, C, Y, X)
+            x0, noise = schedule.to_x0_and_noise(x_euler, (yield x_euler, next_t), next_t)
+            velocity = (velocity + noise - x0) / 2
+        x_t = x_t + h * velocity
+    return x_t
 
 
-def sampler_of(name: str, diffusion: DiffusionConfig) -> Callable[[Tensor, Walk], Sampler]:
-    """The sampler of that name. ValueError when it does not go with the path."""
-    match name:
-        case "ddpm":
-            return ddpm
-        case "ddim":
-            return ddim
-        case "dpm":
-            return dpm
-        case "dpm-sde":
-            return dpm_sde
-        case "euler" if diffusion.path == "straight":
-            return euler
-        case "heun" if diffusion.path == "straight":
-            return heun
-        case "euler" | "heun":
-            other = "dpm, dpm-sde, ddim or ddpm"
-            raise ValueError(f"the {name} sampler walks the straight path; this run's path is cosine: use {other}")
-        case _:
-            raise ValueError(f"there is no sampler {name!r}; there are ddpm, ddim, dpm, dpm-sde, euler, heun")
+def get_sampler(name: str, noise_schedule: str) -> Callable[[Tensor, SamplingSchedule], Sampler]:
+    """The sampler with this name. ValueError when there is none, or when it does not support the noise schedule."""
+    usable = [other for other, schedules in SAMPLERS.items() if noise_schedule in schedules]
+    if name not in SAMPLERS:
+        raise ValueError(f"there is no sampler {name!r}; use {', '.join(usable)}")
+    if name not in usable:
+        raise ValueError(f"the sampler {name} does not support the {noise_schedule} noise schedule; use {', '.join(usable)}")
+    return globals()[name.replace("-", "_")]

@@ -1,53 +1,55 @@
-"""Reading and writing: positions into the cache, and the next token out of it."""
+"""Text mode: positions into the cache, and the next token from the logits."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from transfusion.config import GenerationConfig
 from transfusion.inference.cache import Cache
-from transfusion.model.mask import cached
+from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence import Piece, Vocabulary, collate
-from transfusion.sequence import Row as PackedRow
+from transfusion.sequence import Chunk, Row, Vocabulary, collate
 
-COLDEST = 1e-4  # below this temperature nothing but the likeliest token has a chance that float32 could hold
+MIN_TEMPERATURE = 1e-4  # below it float32 gives every token but the most likely one probability zero
 
 
-def read(model: Transfusion, cache: Cache, slots: list[int], pieces: Sequence[Piece], vocabulary: Vocabulary) -> Tensor:
-    """Put each piece behind what its slot holds, images clean (t = 0); the logits after its last position, (B, V)."""
-    new = max(map(len, pieces))
+def prefill(
+    model: Transfusion, cache: Cache, slots: list[int], chunks: Sequence[Chunk], vocabulary: Vocabulary
+) -> Tensor:
+    """Append each chunk to its slot, images clean (t = 0): the logits after its last position, (B, V) float32."""
+    new = max(map(len, chunks))
     view = cache.view(slots, new)
-    batch = collate([PackedRow((piece,)) for piece in pieces], new, vocabulary).to(cache.device)
-    last = torch.tensor([row * new + len(piece) - 1 for row, piece in enumerate(pieces)], device=cache.device)
-    batch = replace(batch, position=view.place, text_index=last)
-    mask = cached(view.lengths, new, batch.image, model.config.image_attention)
-    clean = [group.clean for group in batch.groups]
-    said = model(batch, clean, [torch.zeros(len(latent), device=cache.device) for latent in clean], mask, view)
-    for slot, piece in zip(slots, pieces, strict=True):
-        cache.advance(slot, len(piece))
-    return said.logits.float()
+    batch = collate([Row((chunk,)) for chunk in chunks], new, vocabulary).to(cache.device)
+    last = torch.tensor([row * new + len(chunk) - 1 for row, chunk in enumerate(chunks)], device=cache.device)  # (B,)
+    mask = cached_mask(view.lengths, new, batch.image_ids, model.config.image_attention)
+    x0 = [group.x0 for group in batch.groups]
+    t = [torch.zeros(len(latents), device=cache.device) for latents in x0]
+    prediction = model.forward_cached(
+        batch.tokens, view.position_ids, mask, view, last, x0, t, [group.index for group in batch.groups]
+    )
+    for slot, chunk in zip(slots, chunks, strict=True):
+        cache.commit(slot, len(chunk))
+    return prediction.logits.float()
 
 
-def choose(logits: Tensor, allowed: Tensor, generation: GenerationConfig, generator: torch.Generator) -> int:
-    """One token id from logits (V,) on the CPU, among those allowed (V,): greedy at temperature 0."""
+def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, generator: torch.Generator) -> int:
+    """One token id from logits (V,) on the CPU, among the allowed ones (V,) bool. Greedy at temperature 0."""
     logits = logits.masked_fill(~allowed, -torch.inf)
-    if generation.temperature < COLDEST:
+    if generation.temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
     probabilities = (logits / generation.temperature).softmax(-1)
     if generation.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        kept = ordered.cumsum(0) - ordered < generation.top_p  # the likeliest ones that together reach top_p
-        probabilities = torch.zeros_like(probabilities).index_copy(0, order, ordered * kept)
+        sorted_probabilities, order = probabilities.sort(descending=True)
+        in_nucleus = sorted_probabilities.cumsum(0) - sorted_probabilities < generation.top_p
+        probabilities = torch.zeros_like(probabilities).index_copy(0, order, sorted_probabilities * in_nucleus)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def allowed_tokens(vocabulary: Vocabulary) -> Tensor:
-    """(V,) bool: text, eos and the bois. bos, pad, eoi and the ids that fill up to 128 are never sampled."""
+    """(V,) bool: text, eos and every boi. bos, pad, eoi and the padding ids of the vocabulary are never sampled."""
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
-    allowed[: vocabulary.text] = True
+    allowed[: vocabulary.num_text_tokens] = True
     allowed[[vocabulary.bos, vocabulary.pad, vocabulary.eoi]] = False
     allowed[[vocabulary.eos, *vocabulary.boi.values()]] = True
     return allowed

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from transfusion.config import ModelConfig, RopeScaling
 from transfusion.disk import CONFIG, OpenError, read_json
-from transfusion.model.transfusion import blueprint
+from transfusion.model.transfusion import build_on_meta
 from transfusion.model.weights import Weights
 
 # Fields of ModelConfig that the folder decides.
 DECIDED = (
-    "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "tied", "norm_eps", "rope_theta", "rope_scaling",
+    "width", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tie_word_embeddings", "norm_eps", "rope_theta",
+    "rope_scaling",
     "qk_norm", "post_norm",
 )  # fmt: skip
 BY_TOKEN = ("tokens.weight", "head.weight")  # one row for each id
@@ -48,8 +49,9 @@ class Llama:
         try:
             return replace(
                 config, width=about["hidden_size"], layers=about["num_hidden_layers"], heads=about["num_attention_heads"],
-                kv_heads=about.get("num_key_value_heads"), head_dim=about.get("head_dim"), hidden=about["intermediate_size"],
-                tied=about.get("tie_word_embeddings", False), norm_eps=float(about["rms_norm_eps"]),
+                kv_heads=about.get("num_key_value_heads"), head_dim=about.get("head_dim"),
+                intermediate_size=about["intermediate_size"],
+                tie_word_embeddings=about.get("tie_word_embeddings", False), norm_eps=float(about["rms_norm_eps"]),
                 rope_theta=float(rope.get("rope_theta", 10_000.0)), rope_scaling=_scaling(rope),
                 qk_norm=False, post_norm=False,
             )  # fmt: skip
@@ -61,11 +63,11 @@ class Llama:
         """OpenError when they are not those of a network like this, with a row for each of the tokenizer's `text` ids."""
         names = names_of(config)
         unheard = {name for name in self.weights.names if name.endswith("rotary_emb.inv_freq")}  # early ones hold it
-        unheard |= {"lm_head.weight"} if config.tied else set()
+        unheard |= {"lm_head.weight"} if config.tie_word_embeddings else set()
         for name in sorted((self.weights.names - unheard) ^ set(names.values())):
             here = name in self.weights.names
             raise OpenError(f"{self.folder} {'holds' if here else 'lacks'} {name}, which a Llama has{' not' * here}")
-        for ours, parameter in blueprint(config).named_parameters():
+        for ours, parameter in build_on_meta(config).named_parameters():
             if ours not in names:
                 continue
             shape, expected = self.weights.shape(names[ours]), tuple(parameter.shape)
@@ -113,7 +115,11 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
 
 def names_of(config: ModelConfig) -> dict[str, str]:
     """Each of our parameters that a Llama has too, and its name there."""
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OUTER.items() if ours != "head" or not config.tied}
+    names = {
+        f"{ours}.weight": f"{theirs}.weight"
+        for ours, theirs in OUTER.items()
+        if ours != "head" or not config.tie_word_embeddings
+    }
     for n in range(config.layers):
         for ours, theirs in OF_BLOCK.items():
             names[f"transformer.blocks.{n}.{ours}.weight"] = f"model.layers.{n}.{theirs}.weight"

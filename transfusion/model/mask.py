@@ -36,14 +36,14 @@ class Mask:
         """
         if self.flex:
             _compiled_flex()
-        _ = self.blocks if self.flex else self.added
+        _ = self.blocks if self.flex else self.attn_bias
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h)."""
         if self.flex:
             return _compiled_flex()(q, k, v, block_mask=self.blocks, enable_gqa=k.shape[1] != q.shape[1])
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.added.to(q.dtype), enable_gqa=k.shape[1] != q.shape[1]
+            q, k, v, attn_mask=self.attn_bias.to(q.dtype), enable_gqa=k.shape[1] != q.shape[1]
         )
 
     @cached_property
@@ -53,7 +53,7 @@ class Mask:
         return ((k >= self.lo[..., None]) & (k < self.hi[..., None]))[:, None]
 
     @cached_property
-    def added(self) -> Tensor:
+    def attn_bias(self) -> Tensor:
         """(B, 1, Lq, Lk) float32, 0 or minus infinity: what SDPA would make of `dense` in every layer anew."""
         return torch.zeros(self.dense.shape, device=self.lo.device).masked_fill_(~self.dense, -torch.inf)
 
@@ -77,34 +77,34 @@ class Mask:
             *_list(some & ~full), *_list(full), BLOCK_SIZE=BLOCK, mask_mod=may_see, seq_lengths=(L, L)
         )
 
-    def pairs(self, real: Tensor) -> int:
+    def count_pairs(self, real: Tensor) -> int:
         """How many query-key pairs there are among real queries (B, Lq) bool: what attention costs, padding aside."""
         return int(((self.hi - self.lo) * real).sum())
 
 
-def packed(document: Tensor, image: Tensor, image_attention: str = "bidirectional") -> Mask:
+def packed_mask(document_ids: Tensor, image_ids: Tensor, image_attention: str = "bidirectional") -> Mask:
     """The mask of packed rows: which document and which image (negative: none) each position belongs to, both (B, L)."""
-    B, L = document.shape
-    i = torch.arange(L, device=document.device, dtype=torch.int32).expand(B, L)
-    lo = torch.where(_changes(document), i, 0).cummax(1).values
+    B, L = document_ids.shape
+    i = torch.arange(L, device=document_ids.device, dtype=torch.int32).expand(B, L)
+    lo = torch.where(_changes(document_ids), i, 0).cummax(1).values
     hi = i + 1
     if image_attention == "bidirectional":
-        last = _changes(image.flip(1)).flip(1)  # the last position of each run of one image
+        last = _changes(image_ids.flip(1)).flip(1)  # the last position of each run of one image
         end = torch.where(last, i + 1, L).flip(1).cummin(1).values.flip(1)
-        hi = torch.where(image >= 0, end, hi)
+        hi = torch.where(image_ids >= 0, end, hi)
     return Mask(lo.int(), hi.int(), L)
 
 
-def cached(lengths: Tensor, new: int, image: Tensor | None = None, image_attention: str = "bidirectional") -> Mask:
+def cached_mask(lengths: Tensor, new: int, image_ids: Tensor | None = None, image_attention: str = "bidirectional") -> Mask:
     """The mask of `new` positions per row after `lengths` (B,) cached ones; `image` (B, new) as in `packed`.
 
     Keys are counted from the start of each row's document; what lies beyond a row's own end is never seen.
     """
     i = torch.arange(new, device=lengths.device, dtype=torch.int32)
-    if image is None:
+    if image_ids is None:
         hi = i.expand(len(lengths), new) + 1
     else:
-        hi = packed(torch.zeros_like(image), image, image_attention).hi
+        hi = packed_mask(torch.zeros_like(image_ids), image_ids, image_attention).hi
     hi = hi + lengths[:, None].int()
     return Mask(torch.zeros_like(hi), hi, int(lengths.max()) + new)
 

@@ -19,18 +19,18 @@ class LinearPatches(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        self.inward = nn.Linear(config.patch_width, config.width)
-        self.outward = nn.Linear(config.width, config.patch_width)
+        self.proj_in = nn.Linear(config.patch_width, config.width)
+        self.proj_out = nn.Linear(config.width, config.patch_width)
         self.time = time_mlp(config.width)
 
-    def enter(self, noisy: Tensor, t: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, noisy: Tensor, t: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Noisy latents (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D), and what `leave` needs: their (Y, X)."""
-        patches = self.inward(patchify(noisy, self.patch_size))  # (N, P, D)
-        return patches + self.time(describe_time(t).to(noisy.dtype))[:, None], noisy.shape[2:]
+        patches = self.proj_in(patchify(noisy, self.patch_size))  # (N, P, D)
+        return patches + self.time(timestep_embedding(t).to(noisy.dtype))[:, None], noisy.shape[2:]
 
-    def leave(self, hidden: Tensor, carried: tuple[int, int]) -> Tensor:
+    def unembed(self, hidden: Tensor, carried: tuple[int, int]) -> Tensor:
         """What the transformer made of the patches (N, P, D) -> a prediction (N, C, Y, X)."""
-        return unpatchify(self.outward(hidden), carried, self.patch_size)
+        return unpatchify(self.proj_out(hidden), carried, self.patch_size)
 
 
 def patchify(latent: Tensor, p: int) -> Tensor:
@@ -50,7 +50,7 @@ def time_mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
 
-def describe_time(t: Tensor) -> Tensor:
+def timestep_embedding(t: Tensor) -> Tensor:
     """Sines and cosines of 1000 t, from one turn per 2 pi steps to one per 2 pi * 10,000: (N,) -> (N, 256)."""
     half = FREQUENCIES // 2
     frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))

@@ -10,23 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from transfusion.chance import seed_from
 from transfusion.config import ModelConfig, from_json, to_json
 from transfusion.disk import CONFIG, OpenError, find_folder, read_json, write_json
-from transfusion.model.mask import Mask, packed
+from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet import UNetPatches
 from transfusion.model.weights import load_weights, write_weights
+from transfusion.seeding import derive_seed
 from transfusion.sequence import Batch
 
+RESIDUAL_OUTPUTS = ("out", "down")  # of attention and convolution blocks, of the feed-forward
 KIND = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # of a config.json
 
 
 class Prediction(NamedTuple):
-    """What the model says: next-token logits (T, V) at the batch's text_index, and per group of images (N, C, Y, X).
+    """Next-token logits (T, V) at the given positions, and one prediction (N, C, Y, X) per group of images.
 
-    A tuple, because FSDP looks for the tensors in what a module returns.
+    A tuple, because FSDP looks for tensors in what a module returns.
     """
 
     logits: Tensor
@@ -34,12 +35,12 @@ class Prediction(NamedTuple):
 
 
 class Transfusion(nn.Module):
-    """The network. It knows no schedule, codec, loss or data; build it with `build`."""
+    """The network. It knows no noise schedule, codec, loss or data. Create it with `build`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocabulary, config.width)
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
         match config.patches:
             case "linear":
                 self.patches = LinearPatches(config)
@@ -48,34 +49,41 @@ class Transfusion(nn.Module):
             case "codes":
                 self.patches = None  # images are tokens
         self.transformer = Transformer(config)
-        # Tied, the embedding is the head: one tensor under one name, so nothing can untie it or save it twice.
-        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        # Tied: the embedding is the head. One tensor under one name cannot be untied, or saved twice, by accident.
+        self.head = None if config.tie_word_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def forward(
-        self, batch: Batch, noisy: list[Tensor], t: list[Tensor], mask: Mask | None = None, cache: Cache | None = None
-    ) -> Prediction:
-        """Latents (N, C, Y, X) at times t (N,) for each of the batch's groups, into the places that the group names.
+    def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor]) -> Prediction:
+        """Packed rows. For each image group of the batch: latents x_t (N, C, Y, X) at times t (N,)."""
+        mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention)
+        image_index = [group.index for group in batch.groups]
+        return self._predict(batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index)
 
-        Without a mask the rows are packed documents; the engine gives its own, and a cache of earlier positions.
-        """
-        if mask is None:
-            mask = packed(batch.document, batch.image, self.config.image_attention)
-        x = self.tokens(batch.tokens)  # (B, L, D)
-        if self.patches is not None and not noisy and torch.is_grad_enabled():
-            # A gradient of zero, not none at all: ranks add up the gradients of the same weights, or wait for ever.
+    def forward_cached(
+        self, tokens: Tensor, position_ids: Tensor, mask: Mask, cache: Cache, text_index: Tensor,
+        x_t: list[Tensor], t: list[Tensor], image_index: list[Tensor],
+    ) -> Prediction:  # fmt: skip
+        """New positions after those in the cache: tokens and position_ids (B, L); logits at text_index (T,) into B * L;
+        x_t and t as in `forward`, at the positions image_index (N, P) into B * L."""
+        return self._predict(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
+
+    def _predict(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
+        x = self.tokens(tokens)  # (B, L, D)
+        if self.patches is not None and not x_t and torch.is_grad_enabled():
+            # Keep unused image weights in the graph with zero gradient: otherwise FSDP's reduce-scatter deadlocks when one
+            # rank has no image.
             x = x + 0 * sum(parameter.sum() for parameter in self.patches.parameters())
         B, L, D = x.shape
-        entered = [self.patches.enter(*pair) for pair in zip(noisy, t, strict=True)]  # (N, P, D), and for the way out
-        if entered:
-            patches = torch.cat([vectors.reshape(-1, D) for vectors, _ in entered])  # (all patches, D)
-            index = torch.cat([group.index.view(-1) for group in batch.groups])
+        embedded = [self.patches.embed(*pair) for pair in zip(x_t, t, strict=True)]  # (N, P, D), and skips for `unembed`
+        if embedded:
+            patches = torch.cat([vectors.reshape(-1, D) for vectors, _ in embedded])  # (all patches, D)
+            index = torch.cat([group.view(-1) for group in image_index])
             x = x.view(-1, D).index_copy(0, index, patches.to(x.dtype)).view(B, L, D)
-        hidden = self.transformer(x, batch.position, mask, cache).view(-1, D)  # (B * L, D)
-        outward = self.tokens.weight if self.head is None else self.head.weight  # (V, D)
-        logits = F.linear(hidden.index_select(0, batch.text_index), outward)  # (T, V)
+        hidden = self.transformer(x, position_ids, mask, cache).view(-1, D)  # (B * L, D)
+        lm_head = self.tokens.weight if self.head is None else self.head.weight  # (V, D)
+        logits = F.linear(hidden.index_select(0, text_index), lm_head)  # (T, V)
         return Prediction(logits, [
-            self.patches.leave(hidden.index_select(0, g.index.view(-1)).view(*g.index.shape, D), carried)
-            for g, (_, carried) in zip(batch.groups, entered, strict=True)
+            self.patches.unembed(hidden.index_select(0, index.view(-1)).view(*index.shape, D), skips)
+            for index, (_, skips) in zip(image_index, embedded, strict=True)
         ])  # fmt: skip
 
     @classmethod
@@ -85,7 +93,7 @@ class Transfusion(nn.Module):
         OpenError when it is neither. To write and draw with it, `transfusion.open_run` opens the whole run.
         """
         folder = find_folder(place)
-        model = empty(read_config(folder), device)
+        model = build_uninitialized(read_config(folder), device)
         load_weights(folder, model)
         return model
 
@@ -120,20 +128,20 @@ def read_config(folder: Path) -> ModelConfig:
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> Transfusion:
     """A new model with its starting weights, the same on any device or number of ranks."""
-    model = empty(config, device)
+    model = build_uninitialized(config, device)
     init_weights(model, seed)
     return model
 
 
-def empty(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusion:
+def build_uninitialized(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusion:
     """A model whose weights are yet to be filled in."""
     with torch.device(device), _Unfilled():
         return Transfusion(config)
 
 
-def blueprint(config: ModelConfig) -> Transfusion:
+def build_on_meta(config: ModelConfig) -> Transfusion:
     """A model without memory for its weights (on the meta device)."""
-    return empty(config, "meta")
+    return build_uninitialized(config, "meta")
 
 
 class _Unfilled(TorchFunctionMode):
@@ -146,38 +154,39 @@ class _Unfilled(TorchFunctionMode):
 
 
 @torch.no_grad()
-def init_weights(model: Transfusion, seed: int, given: Callable[[str, Tensor], None] | None = None) -> None:
-    """Fill in the starting weights, fp32 on the CPU, each parameter's chance from (seed, its name). Of weights that are
-    sharded over ranks each takes its own part. `given` may put other numbers into a parameter, by name, or into some rows.
+def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor], None] | None = None) -> None:
+    """Fill in the starting weights, in float32 on the CPU. The generator of each parameter follows from (seed, its name).
 
-    Matrices and kernels start as large as keeps a signal's size. Layers that write to a residual stream start smaller, so
-    that depth does not make it grow; the image head starts at zero: its first guess is 0, the mean of what it learns to say.
+    Of sharded weights each rank fills in its own shard. `overwrite(name, values)` may replace some of the numbers.
     """
-    config = model.config
     for name, parameter in model.named_parameters():
-        fresh = torch.empty(parameter.shape, dtype=torch.float32)
-        fan_in = parameter[0].numel()
-        generator = torch.Generator().manual_seed(seed_from(seed, name))
-        match name.split(".")[-2:]:
-            case [_, "bias"]:
-                fresh.zero_()
-            case [norm, "weight"] if norm.endswith("norm"):
-                fresh.fill_(1)
-            case ["outward", "weight"]:
-                fresh.zero_()
-            case ["tokens", "weight"]:
-                fresh.normal_(0, 1 if not config.tied else config.width**-0.5, generator=generator)
-            case ["out" | "down", "weight"]:
-                fresh.normal_(0, (2 * config.layers * fan_in) ** -0.5, generator=generator)
-            case _:
-                fresh.normal_(0, fan_in**-0.5, generator=generator)
-        if given is not None:
-            given(name, fresh)
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        _init_parameter(values, *name.split(".")[-2:], model.config, generator)
+        if overwrite is not None:
+            overwrite(name, values)
         if hasattr(parameter, "device_mesh"):  # a DTensor, whose module takes a second to import
             from torch.distributed.tensor import distribute_tensor
 
-            fresh = distribute_tensor(fresh, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(fresh)
+            values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(values)
+
+
+def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, generator: torch.Generator) -> None:
+    """Biases and the image head 0, norms 1, everything else N(0, std^2) with std = fan_in^-1/2, which keeps the variance of
+    a signal. Layers that add to a residual stream are divided by sqrt(2 layers), so that depth does not make it grow.
+    """
+    std = values[0].numel() ** -0.5
+    if kind == "bias" or layer == "proj_out":
+        values.zero_()
+    elif layer.endswith("norm"):
+        values.fill_(1)
+    else:
+        if layer == "tokens":
+            std = config.width**-0.5 if config.tie_word_embeddings else 1
+        elif layer in RESIDUAL_OUTPUTS:
+            std = (2 * config.layers * values[0].numel()) ** -0.5
+        values.normal_(0, std, generator=generator)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
 from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm, to_grid, to_list
-from transfusion.model.patches import FREQUENCIES, describe_time, time_mlp
+from transfusion.model.patches import FREQUENCIES, time_mlp, timestep_embedding
 
 BLOCKS = 2  # residual blocks of the way down, at each resolution; the way up has one more: one for each skip connection
 
 
 @dataclass
-class Carried:
+class Skips:
     """What the way down leaves for the way up."""
 
     time: Tensor  # (N, FREQUENCIES)
@@ -42,25 +42,25 @@ class UNetPatches(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         widths = config.unet_widths
-        self.inward = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.proj_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.down = Down(widths)
         self.to_patches = nn.Linear(widths[-1], config.width)
         self.from_patches = nn.Linear(config.width, widths[-1])
         self.up = Up(widths)
-        self.outward_norm = group_norm(widths[0])
-        self.outward = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
+        self.proj_out_norm = group_norm(widths[0])
+        self.proj_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
 
-    def enter(self, noisy: Tensor, t: Tensor) -> tuple[Tensor, Carried]:
+    def embed(self, noisy: Tensor, t: Tensor) -> tuple[Tensor, Skips]:
         """Noisy latents (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D), and what `leave` needs."""
-        time = describe_time(t).to(noisy.dtype)  # (N, FREQUENCIES)
-        x, skips = self.down(self.inward(noisy), time)
-        return self.to_patches(to_list(x)), Carried(time, skips, x.shape[2:])
+        time = timestep_embedding(t).to(noisy.dtype)  # (N, FREQUENCIES)
+        x, skips = self.down(self.proj_in(noisy), time)
+        return self.to_patches(to_list(x)), Skips(time, skips, x.shape[2:])
 
-    def leave(self, hidden: Tensor, carried: Carried) -> Tensor:
+    def unembed(self, hidden: Tensor, carried: Skips) -> Tensor:
         """What the transformer made of the patches (N, P, D) -> a prediction (N, C, Y, X)."""
         x = to_grid(self.from_patches(hidden), carried.shape)  # (N, lowest width, Y / p, X / p)
         x = self.up(x, reversed(carried.skips), carried.time)  # (N, first width, Y, X)
-        return self.outward(F.silu(self.outward_norm(x)))
+        return self.proj_out(F.silu(self.proj_out_norm(x)))
 
 
 class Down(nn.Module):

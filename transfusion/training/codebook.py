@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from transfusion.chance import seed_from
+from transfusion.codecs.config import CodecTrainingConfig
 from transfusion.codecs.vq import QuantisedNetwork
-from transfusion.config import CodecTrainingConfig
+from transfusion.seeding import derive_seed
 
 
-class Keeper:
+class CodebookReviver:
     """Of one network in training and its moving average.
 
     A code that is not the nearest of anything gets no gradient, so it would stay where it is for good. It moves to a latent
@@ -20,7 +20,7 @@ class Keeper:
         self, network: QuantisedNetwork, average: QuantisedNetwork, optimizer: torch.optim.Optimizer,
         config: CodecTrainingConfig,
     ):  # fmt: skip
-        self.network, self.average, self.optimizer, self.config = network, average, optimizer, config
+        self.network, self.ema, self.optimizer, self.config = network, average, optimizer, config
         device = network.codebook.device
         self.idle = torch.full((network.config.codes,), config.revive_after, device=device)  # (codes,) steps without use
         self.revived = torch.zeros((), dtype=torch.int64, device=device)  # () so far
@@ -30,7 +30,7 @@ class Keeper:
         return {"idle": self.idle, "revived": self.revived}
 
     @torch.no_grad()
-    def tend(self, step: int, latents: Tensor, codes: Tensor) -> dict[str, float]:
+    def update(self, step: int, latents: Tensor, codes: Tensor) -> dict[str, float]:
         """After an update. latents (n, C) and their codes (n,) are the step's; says how many codes were used in it."""
         counts = torch.bincount(codes, minlength=len(self.idle))  # (codes,)
         self.idle.add_(1).masked_fill_(counts > 0, 0)
@@ -46,9 +46,9 @@ class Keeper:
         dead = dead[: int(missed.count_nonzero())]  # (revived,)
         if not len(dead):
             return
-        generator = torch.Generator().manual_seed(seed_from(self.config.seed, "revival", step))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "revival", step))
         places = torch.multinomial(missed, len(dead), generator=generator).to(latents.device)  # (revived,)
-        codebook[dead] = self.average.codebook[dead] = latents[places]  # (revived, C)
+        codebook[dead] = self.ema.codebook[dead] = latents[places]  # (revived, C)
         for moment in ("exp_avg", "exp_avg_sq"):  # those of where it was before
             self.optimizer.state[codebook][moment][dead] = 0
         self.idle[dead] = 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transfusion.config import SurvivalConfig
+from transfusion.config import FaultToleranceConfig
 from transfusion.disk import write_json
 from transfusion.parallel import Ranks
 
@@ -26,12 +26,12 @@ class TrainingError(ValueError):
 class Guard:
     """Judges each update before it is applied. `norms` and `skipped` go into checkpoints: what is usual stays so."""
 
-    def __init__(self, config: SurvivalConfig, folder: Path, ranks: Ranks):
+    def __init__(self, config: FaultToleranceConfig, folder: Path, ranks: Ranks):
         self.config, self.folder, self.ranks = config, folder, ranks
         self.norms: list[float] = []  # of the last updates that were applied
         self.skipped = 0  # in a row
 
-    def allows(self, step: int, norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
+    def accepts_update(self, step: int, norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
         """Is the update of this step (counted from 1) to be applied? All ranks must ask with the same numbers.
 
         If not, faults/step-NNNNNN.json says why, and what each rank read (`batch`). TrainingError when there were more than
@@ -46,13 +46,14 @@ class Guard:
         values = values | {"gradient_norm": norm}
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         read = self.ranks.gather(batch())
-        if self.ranks.first:
+        if self.ranks.is_main:
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"step": step, "reason": reason, **numbers, "read": read})
-        if self.skipped > self.config.skip:
+        if self.skipped > self.config.skip_nonfinite:
             raise TrainingError(
                 f"step {step}: {reason}, so the step was not taken; {path} says what was read, and the last checkpoint is "
-                "whole. A lower training.learning_rate may help, or survival.skip N, which leaves out N such steps in a row"
+                "whole. A lower training.learning_rate may help, or fault_tolerance.skip_nonfinite N, which skips up to N "
+                "such steps in a row"
             )
         return False
 
@@ -62,16 +63,16 @@ class Guard:
                 return f"the {name.replace('_', ' ')} is not finite"
         if not math.isfinite(norm):
             return "the gradient is not finite"
-        if self.config.spike is None or len(self.norms) < ENOUGH:
+        if self.config.skip_spikes_above is None or len(self.norms) < ENOUGH:
             return None
         usual, deviation = statistics.mean(self.norms), statistics.pstdev(self.norms)
-        if norm <= usual + self.config.spike * deviation:
+        if norm <= usual + self.config.skip_spikes_above * deviation:
             return None
         return f"the gradient's norm is {norm:.3g}, a spike (usual: {usual:.3g}, deviation {deviation:.2g})"
 
 
 @contextmanager
-def watching(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
+def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
     """Gives `alive()`: if it is not called again for so long, every thread's stack goes to faults/stacks-rank-N.txt and the
     process ends with exit code 1, so that torchrun can start all of them anew. 0 seconds: nobody watches.
     """

@@ -42,7 +42,7 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-class Screen:
+class ProgressBar:
     """A progress bar on a terminal; elsewhere a line every ten seconds; on ranks but the first (`shows` False) nothing."""
 
     EVERY = 10.0  # seconds between plain lines

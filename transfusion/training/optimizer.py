@@ -39,15 +39,15 @@ def freeze(model: nn.Module, rates: Mapping[str, float]) -> None:
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """For the step with this number, counted from 0: linear warm-up, then half a cosine down to the last."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
     fall = (1 + math.cos(math.pi * progress)) / 2
-    return config.final_learning_rate + fall * (config.learning_rate - config.final_learning_rate)
+    return config.min_learning_rate + fall * (config.learning_rate - config.min_learning_rate)
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+def update_ema(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     """Moves the average towards the weights; early on faster, so that it never remembers the start."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from transfusion import objective
 from transfusion.config import Run
-from transfusion.data.loader import Loader, Place
-from transfusion.model.transfusion import Transfusion, blueprint, init_weights
-from transfusion.objective import Draw
-from transfusion.parallel import ALONE, Ranks, lower_precision, spread
+from transfusion.data.loader import Loader, LoaderState
+from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
+from transfusion.objective import NoiseSample
+from transfusion.parallel import SINGLE_PROCESS, Ranks, lower_precision, parallelize
 from transfusion.sequence import Batch
 from transfusion.training.loop import Loop
-from transfusion.training.optimizer import build_optimizer, freeze, learning_rate, optimizer_tensors, update_average
+from transfusion.training.optimizer import build_optimizer, freeze, learning_rate, optimizer_tensors, update_ema
 
 GRID = 10  # held-out times per walk from clean to noise
 
-Read = list[tuple[Batch, list[Draw]]]  # the micro-batches of a step, each with its noise
+Read = list[tuple[Batch, list[NoiseSample]]]  # the micro-batches of a step, each with its noise
 
 
 class Trainer:
@@ -31,27 +31,27 @@ class Trainer:
 
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
-        ranks: Ranks = ALONE, look: Callable[[Transfusion, int], None] | None = None,
+        ranks: Ranks = SINGLE_PROCESS, look: Callable[[Transfusion, int], None] | None = None,
         start: Callable[[Transfusion], None] | None = None,
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
-        self.ranks, self.look, self.start = ranks, look, start
+        self.ranks, self.on_preview, self.init_from = ranks, look, start
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
-        self.model.transformer.recompute = run.parallel.recompute
-        self.average = self._build(compiled=False, like=self.model).requires_grad_(False)
-        freeze(self.model, run.training.rates)
-        self.optimizer = build_optimizer(self.model, run.training, run.training.rates)
-        self.loop = Loop(self, run.training, run.survival, folder, ranks, run.training.preview_every if look else 0)
+        self.model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
+        self.ema = self._build(compiled=False, like=self.model).requires_grad_(False)
+        freeze(self.model, run.training.lr_scales)
+        self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales)
+        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, run.training.preview_every if look else 0)
 
     def _build(self, compiled: bool, like: Transfusion | None = None) -> Transfusion:
         """The first weights or those of another, each rank's part of them: no rank ever holds the whole."""
-        model = blueprint(self.run.model)
-        spread(model, model.transformer.blocks, self.device, self.mesh, compiled)
+        model = build_on_meta(self.run.model)
+        parallelize(model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",))
         model.to_empty(device=self.device)
-        if like is None and self.start is not None:
-            self.start(model)
+        if like is None and self.init_from is not None:
+            self.init_from(model)
         elif like is None:
             init_weights(model, self.run.training.seed)
         else:
@@ -64,7 +64,7 @@ class Trainer:
         """Everything that a checkpoint stores or fills in, by part and name."""
         return {
             "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
+            "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
 
@@ -74,29 +74,29 @@ class Trainer:
 
     def read(self, place: list[int] | None) -> Iterator[tuple[Read, list[int]]]:
         """The micro-batches of each step with their noise, drawn on the CPU while the step before runs."""
-        batches = self.loader.batches(Place(*place or ()))
+        batches = self.loader.batches(LoaderState(*place or ()))
         while True:
             parts = []
             for _ in range(self.run.training.accumulate):
                 batch, after = next(batches)
-                parts.append((batch, objective.draw(batch, self.run.diffusion)))
+                parts.append((batch, objective.sample_noise(batch, self.run.diffusion)))
             yield parts, [after.block, after.row]
 
     def step(self, number: int, read: Read, allows: Callable[..., bool]) -> tuple[dict[str, float], int]:
         """One update. Losses are divided by the counts of the whole step on all ranks: cutting it up changes nothing."""
         config = self.run.training
-        counted = zip(*[(*objective.counts(batch), batch.positions) for batch, _ in read], strict=True)
+        counted = zip(*[(*objective.loss_counts(batch), batch.positions) for batch, _ in read], strict=True)
         *counts, positions = map(round, self.ranks.sum(*map(sum, counted)))
         rate = learning_rate(number, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         sums = self.ranks.sum(*self._backward(read, *counts[:2]).tolist())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         norm = (norm.full_tensor() if self.ranks.world > 1 else norm).item()
-        values = objective.means(sums, counts)
-        if allows(number + 1, norm, values, lambda: self._tell(read)):
+        values = objective.mean_losses(sums, counts)
+        if allows(number + 1, norm, values, lambda: self._describe_batch(read)):
             self.optimizer.step()
-            update_average(self.average, self.model, number, config.average)
+            update_ema(self.ema, self.model, number, config.ema_decay)
         self.optimizer.zero_grad()
         return {**values, "gradient_norm": norm, "learning_rate": rate}, positions
 
@@ -105,14 +105,14 @@ class Trainer:
         sums = torch.zeros(3, device=self.device)
         for batch, draws in read:
             with lower_precision(self.device):
-                losses = objective.losses(
+                losses = objective.compute_losses(
                     self.model, batch.to(self.device), draws, self.run.diffusion, self.run.model.z_loss
                 )
-            objective.total(losses, text_count, image_count, self.run.training.image_weight).backward()
+            objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
             sums = sums + losses.sums
         return sums
 
-    def _tell(self, read: Read) -> dict:
+    def _describe_batch(self, read: Read) -> dict:
         """What this rank read in a step, by source and number: for a look at what went wrong."""
         return {"rank": self.ranks.rank, "rows": [row for batch, _ in read for row in batch.documents]}
 
@@ -120,25 +120,25 @@ class Trainer:
         return "  ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in ("text", "image") if f"{name}_loss" in values)
 
     @torch.no_grad()
-    def hold_out(self) -> tuple[dict, str]:
+    def evaluate_heldout(self) -> tuple[dict, str]:
         """Mean losses of the averaged weights, by source, on fixed noise and a fixed grid of t."""
-        values = {source: self._hold_out(batches) for source, batches in self.heldout.items()}
+        values = {source: self._evaluate_source(batches) for source, batches in self.heldout.items()}
         return values, "   ".join(f"{source}: {self.describe(found)}" for source, found in values.items())
 
-    def _hold_out(self, batches: list[Batch]) -> dict[str, float]:
+    def _evaluate_source(self, batches: list[Batch]) -> dict[str, float]:
         """Each rank takes every so many-th batch. One that has none left goes along: weights are gathered by all at once."""
         sums = torch.zeros(3, dtype=torch.float64)
         for first in range(0, len(batches), self.ranks.world):
             number = first + self.ranks.rank
             batch = batches[min(number, len(batches) - 1)]
-            draws = objective.draw_on_grid(batch, GRID)
+            draws = objective.sample_noise_on_grid(batch, GRID)
             with lower_precision(self.device):
-                losses = objective.losses(self.average, batch.to(self.device), draws, self.run.diffusion)
+                losses = objective.compute_losses(self.ema, batch.to(self.device), draws, self.run.diffusion)
             if number < len(batches):
                 sums += losses.sums.cpu()
-        counts = [sum(counted) for counted in zip(*map(objective.counts, batches), strict=True)]
-        return objective.means(self.ranks.sum(*sums.tolist()), counts)
+        counts = [sum(counted) for counted in zip(*map(objective.loss_counts, batches), strict=True)]
+        return objective.mean_losses(self.ranks.sum(*sums.tolist()), counts)
 
     def preview(self, step: int) -> None:
         """Lets whoever wants to look at the averaged model."""
-        self.look(self.average, step)
+        self.on_preview(self.ema, step)

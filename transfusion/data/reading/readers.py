@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from transfusion.config import MADE
-from transfusion.data.digits import Digits
-from transfusion.data.emoji import Emoji
-from transfusion.data.photographs import Photographs
+from transfusion.config import BUILT_IN, DigitsConfig, ShapesConfig
+from transfusion.data.built_in.digits import Digits
+from transfusion.data.built_in.emoji import Emoji
+from transfusion.data.built_in.photographs import Photographs
+from transfusion.data.built_in.shapes import Shapes
+from transfusion.data.built_in.topics import Topics
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.containers import (
     PICTURES,
@@ -32,8 +34,6 @@ from transfusion.data.reading.containers import (
 from transfusion.data.reading.files import COMPRESSED, Files
 from transfusion.data.reading.records import FORMS, Form, columns_of, form_of, rename, to_document
 from transfusion.data.reading.tables import CsvTables, Tables
-from transfusion.data.shapes import Shapes
-from transfusion.data.topics import Topics
 
 SUFFIXES = {  # in this order: what a folder holds is the first that is found there
     "tar": ("tar", "tgz"), "parquet": ("parquet",), "arrow": ("arrow",), "jsonl": ("jsonl", "ndjson"),
@@ -54,8 +54,7 @@ class Options:
     pictures: str | None = None  # the folder from which the paths of pictures are counted
     split: str = "train"  # where files or folders are named after splits
     limit: int | None = None  # only so many records
-    shapes_size: int = 32  # pixels along one side of the pictures of `shapes`
-    shapes_level: int = 1  # how much there is in them, 0 to 2
+    shapes: ShapesConfig = ShapesConfig()
 
 
 @dataclass(frozen=True)
@@ -198,11 +197,11 @@ def open_reader(source: str, options: Options = Options()) -> Reader:  # noqa: B
         name, address = "", source
     if name and not all(letter.isalnum() or letter in "-_" for letter in name):
         raise ValueError(f"{name!r} cannot name a source: letters, digits, - and _ can")
-    if name in MADE and address != name:
+    if name in BUILT_IN and address != name:
         raise ValueError(f"{name} is the name of a source that needs no files: choose another for {address}")
     if options.form is not None and options.form not in FORMS:
         raise ValueError(f"there is no form {options.form!r}; there are {', '.join(FORMS)}")
-    if address in MADE:
+    if address in BUILT_IN:
         return Reader(name or address, address, Made(address, options), None, options)
     files = Files.at(address, options.pictures)
     container = _container_of(files, address, options)
@@ -213,8 +212,7 @@ class Made:
     """The sources that need no files: their documents are their records, the first of them held out."""
 
     def __init__(self, name: str, options: Options):
-        scenes = {"level": options.shapes_level, "size": options.shapes_size}
-        self.train, heldout = (made(name, split, **scenes) for split in ("train", "heldout"))
+        self.train, heldout = (open_built_in(name, split, shapes=options.shapes) for split in ("train", "heldout"))
         most = MADE_HELDOUT if options.limit is None else min(MADE_HELDOUT, options.limit // 20)
         self.heldout = [heldout[n] for n in range(min(len(heldout), most))]
 
@@ -235,13 +233,15 @@ class Made:
             yield f"{split}:{found.id}", replace(found, split=split)
 
 
-def made(name: str, split: str, interleaved: float = 0.0, level: int = 1, size: int = 32) -> Any:
+def open_built_in(
+    name: str, split: str, digits: DigitsConfig = DigitsConfig(), shapes: ShapesConfig = ShapesConfig()  # noqa: B008
+) -> Any:
     """A source that needs no files, by its name. ValueError when there is none."""
     match name:
         case "digits":
-            return Digits(split, interleaved)
+            return Digits(split, digits.interleaved)
         case "shapes":
-            return Shapes(level=level, size=size, split=split)
+            return Shapes(level=shapes.level, size=shapes.size, split=split)
         case "topics":
             return Topics(split)
         case "emoji":
@@ -249,7 +249,7 @@ def made(name: str, split: str, interleaved: float = 0.0, level: int = 1, size: 
         case "photographs":
             return Photographs(split)
         case _:
-            raise ValueError(f"there is no source {name!r}; there are {', '.join(MADE)}")
+            raise ValueError(f"there is no source {name!r}; there are {', '.join(BUILT_IN)}")
 
 
 def _name_of(address: str) -> str:
@@ -257,7 +257,7 @@ def _name_of(address: str) -> str:
     last = address.rstrip("/").partition("*")[0].rstrip("/").rpartition("/")[2]
     kept = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in last.split(".")[0])
     kept = kept.strip("_") or "data"
-    return f"my_{kept}" if kept in MADE else kept
+    return f"my_{kept}" if kept in BUILT_IN else kept
 
 
 def _container_of(files: Files, address: str, options: Options) -> Container:

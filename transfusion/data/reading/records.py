@@ -126,22 +126,22 @@ def rename(record: dict, columns: dict[str, str]) -> dict:
 
 
 def _segments(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """Our own form: {"segments": [{"text": ...}, {"image": ..., "loss": false, "max_time": 0.5}], "pairs": false}."""
+    """Our own form: {"segments": [{"text": ...}, {"image": ..., "loss": false, "max_t": 0.5}], "pairs": false}."""
     found = []
     for number, part in enumerate(_list(record, "segments"), 1):
         if isinstance(part, dict):
             part = {key: value for key, value in part.items() if value is not None}  # tables have all columns everywhere
         if not isinstance(part, dict) or ("text" in part) == ("image" in part):
             raise Fault("bad segment", f"segment {number} must be an object with either text or image, not {_shown(part)}")
-        loss, max_time = part.get("loss", True), part.get("max_time", 1.0)
+        loss, max_t = part.get("loss", True), part.get("max_t", 1.0)
         if not isinstance(loss, bool):
             raise Fault("bad segment", f"segment {number}: loss must be true or false, not {_shown(loss)}")
-        if isinstance(max_time, bool) or not isinstance(max_time, int | float) or not 0 <= max_time <= 1:
-            raise Fault("bad segment", f"segment {number}: max_time must lie between 0 and 1, not {_shown(max_time)}")
+        if isinstance(max_t, bool) or not isinstance(max_t, int | float) or not 0 <= max_t <= 1:
+            raise Fault("bad segment", f"segment {number}: max_t must lie between 0 and 1, not {_shown(max_t)}")
         if "text" in part:
             found.append(RawText(_text(part["text"], "text"), loss))
         else:
-            found.append(RawImage(pictures.read(part["image"]), loss, float(max_time)))
+            found.append(RawImage(pictures.read(part["image"]), loss, float(max_t)))
     return found
 
 
@@ -159,7 +159,7 @@ def _conversation(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     marks = sum(text.count(PLACE) for text in said)
     segments: list[RawText | RawImage] = []
     if waiting and not marks:  # no mark: the picture stands first
-        segments += [RawImage(pictures.read(value), loss=False, max_time=0.0) for value in waiting]
+        segments += [RawImage(pictures.read(value), loss=False, max_t=0.0) for value in waiting]
     elif marks != len(waiting):
         raise Fault("lists of different lengths", f"{marks} times {PLACE} for {len(waiting)} pictures")
     coming = iter(waiting)
@@ -168,7 +168,7 @@ def _conversation(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
         learnt = str(_get(turn, "from")).lower() in ("gpt", "assistant", "model")
         for number, part in enumerate(parts):
             if number:
-                segments.append(RawImage(pictures.read(next(coming)), loss=False, max_time=0.0))
+                segments.append(RawImage(pictures.read(next(coming)), loss=False, max_t=0.0))
             text = part.strip("\n") if len(parts) > 1 else part
             segments += [RawText(text, learnt)] if text else []
         segments.append(RawText("\n", learnt))
@@ -238,7 +238,7 @@ def _editing(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
     sources = given if isinstance(given, list) else [given]
     if not sources:
         raise Fault("missing picture", "it has no source")
-    segments: list[RawText | RawImage] = [RawImage(pictures.read(value), loss=False, max_time=0.0) for value in sources]
+    segments: list[RawText | RawImage] = [RawImage(pictures.read(value), loss=False, max_t=0.0) for value in sources]
     segments.append(RawText(_text(_field(record, "instruction"), "instruction"), loss=False))
     return [*segments, RawImage(pictures.read(_field(record, "target")))]
 

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from transfusion.chance import fraction_from
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.disk import sha256_of
+from transfusion.seeding import uniform_from
 
 FONT = "NotoColorEmoji.ttf"  # wherever the system keeps its fonts
 STRIKE = 109  # the one size in which the font holds its pictures; they are 136 x 128 pixels
@@ -33,7 +33,7 @@ class Emoji:
     def __init__(self, split: str = "train"):
         self.font = find_font()
         self.drawn = [(name, pixels) for name, pixels in draw_all(self.font)
-                      if (fraction_from("emoji", name) < HELDOUT) == (split == "heldout")]  # fmt: skip
+                      if (uniform_from("emoji", name) < HELDOUT) == (split == "heldout")]  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.drawn)

@@ -13,22 +13,22 @@ class Limits:
     n: int = 8  # answers to one request
     steps: int = 1000  # denoising steps of an image
     tokens: int = 32_768  # max_tokens; a row ends at the run's own length in any case
-    letters: int = 32  # of a request's text, for each position in a row of the run
+    prompt_chars_per_position: int = 32  # of a request's text, for each position in a row of the run
     body_bytes: int = 32 * 2**20  # of a request
     pictures: int = 8  # in one request
     pixels: int = 16_000_000  # of a picture that is sent
     deadline: float = 300.0  # seconds from a request's arrival to the end of its answer (504)
-    patience: float = 30.0  # seconds that a client may take to send its request, or to take the next part of an answer
-    drain: float = 30.0  # seconds that answers under way are given when the server is told to stop
+    client_timeout: float = 30.0  # seconds that a client may take to send its request, or to take the next part of an answer
+    shutdown_grace: float = 30.0  # seconds that answers under way are given when the server is told to stop
 
     def __post_init__(self):
-        for name in ("rows", "n", "steps", "tokens", "letters", "body_bytes", "pictures", "pixels"):
+        for name in ("rows", "n", "steps", "tokens", "prompt_chars_per_position", "body_bytes", "pictures", "pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("waiting", "drain"):
+        for name in ("waiting", "shutdown_grace"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"limits.{name} must be a number that is not negative, not {getattr(self, name)}")
-        for name in ("deadline", "patience"):
+        for name in ("deadline", "client_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"limits.{name} must be above 0, not {getattr(self, name)}")
 

@@ -4,8 +4,8 @@ from functools import cache
 
 import numpy as np
 
-from transfusion.chance import fraction_from, seed_from
 from transfusion.data.raw import RawDocument, RawImage, RawText
+from transfusion.seeding import derive_seed, uniform_from
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROUNDS = 64  # times each scan stands in the training split, every time in other company when interleaved
@@ -28,8 +28,8 @@ class Digits:
 
     def __getitem__(self, id: int) -> RawDocument:
         members = [id % len(self.scans)]
-        if self.split == "train" and fraction_from("digits", id) < self.interleaved:
-            chance = np.random.default_rng(seed_from("digits", "company", id))
+        if self.split == "train" and uniform_from("digits", id) < self.interleaved:
+            chance = np.random.default_rng(derive_seed("digits", "company", id))
             members += chance.integers(len(self.scans), size=chance.integers(1, 4)).tolist()
         pairs = [(RawText(NAMES[self.labels[n]]), RawImage(self.scans[n])) for n in members]
         return RawDocument(tuple(part for pair in pairs for part in pair), id=id, pairs=True)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from transfusion.codecs.pictures import PictureError, read_picture, to_pixels, to_png
-from transfusion.inference.server.errors import Refused
+from transfusion.serving.errors import APIError
 
 AT_ONCE = 2  # pictures that are decoded: each may take hundreds of megabytes for a moment
 
 
 class PictureReader:
-    """Pictures to pixels (Y, X, colours) uint8 of a size that the run knows, in threads of their own."""
+    """Pictures to pixels (Y, X, channels) uint8 of a size that the run knows, in threads of their own."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], colours: int, most_pixels: int):
-        self.sizes, self.colours, self.most_pixels = sizes, colours, most_pixels
+    def __init__(self, sizes: Sequence[tuple[int, int]], image_channels: int, most_pixels: int):
+        self.sizes, self.image_channels, self.most_pixels = sizes, image_channels, most_pixels
         self.room = asyncio.Semaphore(AT_ONCE)
 
     async def read(self, source: str | bytes, param: str) -> np.ndarray:
@@ -28,9 +28,9 @@ class PictureReader:
     def _read(self, source: str | bytes, param: str) -> np.ndarray:
         try:
             encoded = source if isinstance(source, bytes) else _bytes_of(source)
-            return to_pixels(read_picture(encoded, "it", self.most_pixels), self.sizes, self.colours)
+            return to_pixels(read_picture(encoded, "it", self.most_pixels), self.sizes, self.image_channels)
         except PictureError as error:
-            raise Refused(400, f"{param} cannot be used: {error}", param, "invalid_image") from None
+            raise APIError(400, f"{param} cannot be used: {error}", param, "invalid_image") from None
 
 
 async def data_url(pixels: np.ndarray) -> str:

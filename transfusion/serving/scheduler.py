@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from transfusion.inference.engine import Drawn, Engine, Event, Finished, Previewed, Request, Written
-from transfusion.inference.server.errors import Refused
-from transfusion.inference.server.limits import Limits
-from transfusion.inference.server.metrics import Metrics
+from transfusion.inference.engine import Engine, Event, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
+from transfusion.serving.errors import APIError
+from transfusion.serving.limits import Limits
+from transfusion.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ BACKLOG = 16  # events that a slow client may leave unread before it is shown fe
 
 
 @dataclass(eq=False)
-class Flow:
+class SubRequest:
     """One request to the engine, of the one or several that a ticket stands for."""
 
-    ticket: "Ticket"
+    ticket: "RequestHandle"
     request: Request
     choice: int  # the number of its first answer
     number: int | None = None  # the engine's, once it has a row
@@ -39,16 +39,16 @@ class Flow:
 
     @property
     def draws(self) -> bool:
-        return self.request.may_draw
+        return self.request.allow_images
 
 
 @dataclass(eq=False)
-class Ticket:
+class RequestHandle:
     """What one client asked for. Iterate it: (choice, event), until every choice is finished."""
 
     deadline: float  # of time.monotonic
     loop: asyncio.AbstractEventLoop
-    flows: list[Flow] = field(default_factory=list)
+    flows: list[SubRequest] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
     begun: float = field(default_factory=time.monotonic)
     prompt: int = 0  # positions of the longest one
@@ -65,13 +65,13 @@ class Ticket:
         choices = sum(flow.rows for flow in self.flows)
         while len(self.over) < choices:
             found = await self.queue.get()
-            if isinstance(found, Refused):
+            if isinstance(found, APIError):
                 raise found
             choice, event = found
             if choice in self.over:
                 continue
             yield choice, event
-            if isinstance(event, Finished):
+            if isinstance(event, FinishEvent):
                 self.over.add(choice)
 
 
@@ -81,10 +81,10 @@ class Scheduler:
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics):
         self.engine, self.limits, self.metrics = engine, limits, metrics
         self.changed = threading.Condition()
-        self.arrived: list[Flow] = []
+        self.arrived: list[SubRequest] = []
         self.closing = False
-        self.waiting: list[Flow] = []  # this and what follows is the thread's alone
-        self.flows: dict[int, Flow] = {}  # by the engine's number
+        self.waiting: list[SubRequest] = []  # this and what follows is the thread's alone
+        self.flows: dict[int, SubRequest] = {}  # by the engine's number
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -102,12 +102,12 @@ class Scheduler:
         return self.thread.is_alive()
 
     @contextmanager
-    def take(self, requests: Sequence[Request], deadline: float) -> Iterator[Ticket]:
+    def take(self, requests: Sequence[Request], deadline: float) -> Iterator[RequestHandle]:
         """The engine's answers to these requests, one after the other as choices. Leaving gives up what is not done."""
-        ticket = Ticket(deadline, asyncio.get_running_loop())
+        ticket = RequestHandle(deadline, asyncio.get_running_loop())
         choice = 0
         for request in requests:
-            ticket.flows.append(Flow(ticket, request, choice))
+            ticket.flows.append(SubRequest(ticket, request, choice))
             choice += ticket.flows[-1].rows
         with self.changed:
             self.arrived += ticket.flows
@@ -128,28 +128,28 @@ class Scheduler:
                     return
                 self.waiting += self.arrived
                 self.arrived = []
-            self._let_go()
+            self._drop_cancelled()
             self._admit()
             if self.flows:
                 self._step()
             self._count()
 
-    def _let_go(self) -> None:
+    def _drop_cancelled(self) -> None:
         """Rows and places of those who went away, or whose time is over."""
         now = time.monotonic()
         for flow in [*self.waiting, *self.flows.values()]:
             if not flow.left and now > flow.ticket.deadline:
-                late = Refused(504, f"this was not done within {self.limits.deadline:g} seconds", code="timeout")
+                late = APIError(504, f"this was not done within {self.limits.deadline:g} seconds", code="timeout")
                 self._give_up(flow.ticket, late)
         self.waiting = [flow for flow in self.waiting if not flow.left]
         for number in [number for number, flow in self.flows.items() if flow.left]:
             self.engine.cancel(number)
             del self.flows[number]
 
-    def _give_up(self, ticket: Ticket, why: Refused) -> None:
+    def _give_up(self, ticket: RequestHandle, why: APIError) -> None:
         for flow in ticket.flows:
             flow.left = True
-        self._tell([(ticket, why)])
+        self._publish([(ticket, why)])
 
     def _admit(self) -> None:
         """Rows for as many as there is room for, each kind in its order."""
@@ -169,16 +169,16 @@ class Scheduler:
             self.waiting.remove(flow)
             self._submit(flow)
 
-    def _submit(self, flow: Flow) -> None:
+    def _submit(self, flow: SubRequest) -> None:
         try:
             flow.number = self.engine.submit(flow.request)
-            flow.ticket.prompt = max(flow.ticket.prompt, len(self.engine.rows[-1].unread))
+            flow.ticket.prompt = max(flow.ticket.prompt, len(self.engine.sequences[-1].phase.chunk))
             self.flows[flow.number] = flow
         except ValueError as error:
-            self._give_up(flow.ticket, Refused(400, str(error)))
+            self._give_up(flow.ticket, APIError(400, str(error)))
         except Exception:
             log.exception("a request could not be begun")
-            self._give_up(flow.ticket, Refused(500, "this request could not be begun, by a fault of the server"))
+            self._give_up(flow.ticket, APIError(500, "this request could not be begun, by a fault of the server"))
 
     def _step(self) -> None:
         try:
@@ -189,20 +189,20 @@ class Scheduler:
             self.engine = Engine(self.engine.opened)
             failed, self.flows = {flow.ticket for flow in self.flows.values()}, {}
             for ticket in failed:
-                self._give_up(ticket, Refused(500, "the engine failed while it answered this; it can be asked again"))
+                self._give_up(ticket, APIError(500, "the engine failed while it answered this; it can be asked again"))
             return
         found = []
         for event in events:
             flow = self.flows[event.request]
-            found.append((flow.ticket, (flow.choice + event.draw, event)))
-        for number in self.flows.keys() - {row.number for row in self.engine.rows}:
+            found.append((flow.ticket, (flow.choice + event.sample_index, event)))
+        for number in self.flows.keys() - {row.request_number for row in self.engine.sequences}:
             del self.flows[number]
         self.metrics.steps.inc()
-        self.metrics.tokens.inc(sum(isinstance(event, Written) for event in events))
-        self.metrics.images.inc(sum(isinstance(event, Drawn) for event in events))
-        self._tell(found)  # last: who has an answer finds it counted
+        self.metrics.tokens.inc(sum(isinstance(event, TokenEvent) for event in events))
+        self.metrics.images.inc(sum(isinstance(event, ImageEvent) for event in events))
+        self._publish(found)  # last: who has an answer finds it counted
 
-    def _tell(self, found: list[tuple[Ticket, tuple[int, Event] | Refused]]) -> None:
+    def _publish(self, found: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
         """Hand these over to the loops that wait for them; one that has ended waits no more."""
         for loop in {ticket.loop for ticket, _ in found}:
             try:
@@ -210,13 +210,13 @@ class Scheduler:
             except RuntimeError:
                 log.info("an event loop has ended before its answers")
 
-    def _put(self, found: list[tuple[Ticket, tuple[int, Event] | Refused]]) -> None:
+    def _put(self, found: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
         """On the loop."""
         for ticket, what in found:
-            if ticket.quiet and not isinstance(what, Refused):
+            if ticket.quiet and not isinstance(what, APIError):
                 ticket.quiet = False
                 self.metrics.first.observe(time.monotonic() - ticket.begun)
-            shown = isinstance(what, tuple) and isinstance(what[1], Previewed)
+            shown = isinstance(what, tuple) and isinstance(what[1], PreviewEvent)
             if not (shown and ticket.queue.qsize() > BACKLOG):
                 ticket.queue.put_nowait(what)
 

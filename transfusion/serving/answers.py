@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from transfusion.inference.engine import Drawn, Finished, Previewed, Request, Written
-from transfusion.inference.server.errors import Refused
-from transfusion.inference.server.pictures import base64_of, data_url
-from transfusion.inference.server.scheduler import Ticket
+from transfusion.inference.engine import FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
+from transfusion.serving.errors import APIError
+from transfusion.serving.pictures import base64_of, data_url
+from transfusion.serving.scheduler import RequestHandle
 
-Shown = str | Drawn | Previewed | Finished
+Shown = str | ImageEvent | PreviewEvent | FinishEvent
 REASONS = {"eos": "stop", "image": "stop", "stop": "stop", "length": "length"}
 
 
-class Reading:
+class EventReader:
     """A ticket's events as what can be shown: text without stop words and what follows them, images, ends."""
 
-    def __init__(self, ticket: Ticket, stop: str | list[str] | None, patches: Callable[[np.ndarray], int]):
+    def __init__(self, ticket: RequestHandle, stop: str | list[str] | None, patches: Callable[[np.ndarray], int]):
         self.ticket, self.patches = ticket, patches
         self.stops = [word for word in ([stop] if isinstance(stop, str) else stop or []) if word]
         self.held: dict[int, str] = {}  # letters of each choice that may yet become a stop word
@@ -32,18 +32,18 @@ class Reading:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Shown]]:
         async for choice, event in self.ticket:
-            if isinstance(event, Written):
+            if isinstance(event, TokenEvent):
                 self.positions += 1
                 text, stopped = self._until_stop(self.held.pop(choice, "") + event.text, choice)
                 if text:
                     yield choice, text
                 if stopped:
                     self.ticket.stop(choice)
-                    yield choice, Finished(event.request, event.draw, "stop")
+                    yield choice, FinishEvent(event.request, event.sample_index, "stop")
                 continue
-            if isinstance(event, Drawn):
+            if isinstance(event, ImageEvent):
                 self.positions += self.patches(event.pixels) + 1
-            if not isinstance(event, Previewed) and choice in self.held:
+            if not isinstance(event, PreviewEvent) and choice in self.held:
                 yield choice, self.held.pop(choice)
             yield choice, event
 
@@ -65,7 +65,7 @@ class Reading:
 
 
 @dataclass
-class Said:
+class ChoiceBuilder:
     """One choice, put together."""
 
     text: str = ""
@@ -79,10 +79,10 @@ class Said:
             if not self.parts or self.parts[-1]["type"] != "text":
                 self.parts.append({"type": "text", "text": ""})
             self.parts[-1]["text"] += what
-        elif isinstance(what, Drawn):
+        elif isinstance(what, ImageEvent):
             self.parts.append({"type": "image", "image": len(self.images)})
             self.images.append(image_part(await data_url(what.pixels)))
-        elif isinstance(what, Finished):
+        elif isinstance(what, FinishEvent):
             self.reason = REASONS[what.reason]
 
 
@@ -101,15 +101,15 @@ class Writer:
     def chat(self) -> bool:
         return self.kind == "chat.completion"
 
-    async def whole(self, reading: Reading, choices: int) -> dict:
-        said = [Said() for _ in range(choices)]
+    async def whole(self, reading: EventReader, choices: int) -> dict:
+        said = [ChoiceBuilder() for _ in range(choices)]
         async for choice, what in reading:
             await said[choice].add(what)
         return self._head(self.kind) | {
             "choices": [self._choice(n, one) for n, one in enumerate(said)], "usage": reading.usage,
         }  # fmt: skip
 
-    async def stream(self, reading: Reading, choices: int, include_usage: bool) -> AsyncIterator[str]:
+    async def stream(self, reading: EventReader, choices: int, include_usage: bool) -> AsyncIterator[str]:
         kind = "chat.completion.chunk" if self.chat else self.kind
 
         def chunk(**body) -> str:
@@ -121,15 +121,15 @@ class Writer:
                 new = choice not in opened
                 opened.add(choice)
                 if self.chat and new:
-                    yield chunk(choices=[piece(choice, delta={"role": "assistant", "content": ""})])
-                if isinstance(what, Finished):
+                    yield chunk(choices=[choice_body(choice, delta={"role": "assistant", "content": ""})])
+                if isinstance(what, FinishEvent):
                     end = {"delta": {}} if self.chat else {"text": ""}
-                    yield chunk(choices=[piece(choice, REASONS[what.reason], **end)])
+                    yield chunk(choices=[choice_body(choice, REASONS[what.reason], **end)])
                 elif self.chat:
-                    yield chunk(choices=[piece(choice, delta=await self._delta(what))])
+                    yield chunk(choices=[choice_body(choice, delta=await self._delta(what))])
                 elif isinstance(what, str):
-                    yield chunk(choices=[piece(choice, text=what)])
-        except Refused as refused:
+                    yield chunk(choices=[choice_body(choice, text=what)])
+        except APIError as refused:
             if not opened:
                 raise
             yield event(refused.body())
@@ -142,20 +142,20 @@ class Writer:
         common = {"created": self.created, "model": self.model, "seed": self.seed}
         return {"id": f"{self.prefix}-{self.id}", "object": kind, **common}
 
-    def _choice(self, number: int, said: Said) -> dict:
+    def _choice(self, number: int, said: ChoiceBuilder) -> dict:
         if not self.chat:
-            return piece(number, said.reason, text=said.text)
+            return choice_body(number, said.reason, text=said.text)
         message = {"role": "assistant", "content": said.text if said.text or not said.images else None, "refusal": None}
         if said.images:
             message |= {"images": said.images, "parts": said.parts}
-        return piece(number, said.reason, message=message)
+        return choice_body(number, said.reason, message=message)
 
-    async def _delta(self, what: str | Drawn | Previewed) -> dict:
+    async def _delta(self, what: str | ImageEvent | PreviewEvent) -> dict:
         if isinstance(what, str):
             return {"content": what}
-        if isinstance(what, Drawn):
+        if isinstance(what, ImageEvent):
             return {"images": [image_part(await data_url(what.pixels))]}
-        return {"preview": {"step": what.step} | image_part(await data_url(what.clean))}
+        return {"preview": {"step": what.step} | image_part(await data_url(what.x0))}
 
 
 @dataclass(frozen=True)
@@ -167,17 +167,17 @@ class Images:
     kind: str
     patches: Callable[[np.ndarray], int]
 
-    async def whole(self, ticket: Ticket) -> dict:
+    async def whole(self, ticket: RequestHandle) -> dict:
         data: list[dict] = [{} for _ in range(self.request.num_images)]
         drawn = 0
         async for choice, what in ticket:
-            if isinstance(what, Drawn):
+            if isinstance(what, ImageEvent):
                 data[choice] = {"b64_json": await base64_of(what.pixels)}
                 drawn += self.patches(what.pixels)
         usage = self._usage(ticket, drawn)
         return {"created": int(time.time()), "data": data, **self._about, "usage": usage}
 
-    async def stream(self, ticket: Ticket, most: int | None) -> AsyncIterator[str]:
+    async def stream(self, ticket: RequestHandle, most: int | None) -> AsyncIterator[str]:
         """Images on their way and done. most: so many previews of each; None: all, and as noisy as they still are, too."""
         shown = [0] * self.request.num_images
         begun = False
@@ -185,15 +185,15 @@ class Images:
             async for choice, what in ticket:
                 begun = True
                 about = {"created_at": int(time.time()), "index": choice, **self._about, "quality": "auto"}
-                if isinstance(what, Previewed) and (most is None or shown[choice] < most):
+                if isinstance(what, PreviewEvent) and (most is None or shown[choice] < most):
                     about |= {"partial_image_index": shown[choice], "step": what.step}
                     shown[choice] += 1
-                    about |= {"noisy_b64_json": await base64_of(what.noisy)} if most is None else {}
-                    yield named_event(f"{self.kind}.partial_image", about | {"b64_json": await base64_of(what.clean)})
-                elif isinstance(what, Drawn):
+                    about |= {"noisy_b64_json": await base64_of(what.x_t)} if most is None else {}
+                    yield named_event(f"{self.kind}.partial_image", about | {"b64_json": await base64_of(what.x0)})
+                elif isinstance(what, ImageEvent):
                     about |= {"usage": self._usage(ticket, self.patches(what.pixels))}
                     yield named_event(f"{self.kind}.completed", about | {"b64_json": await base64_of(what.pixels)})
-        except Refused as refused:
+        except APIError as refused:
             if not begun:
                 raise
             yield named_event("error", refused.body())
@@ -202,7 +202,7 @@ class Images:
     def _about(self) -> dict:
         return {"size": self.size, "output_format": "png", "background": "opaque", "seed": self.request.seed}
 
-    def _usage(self, ticket: Ticket, drawn: int) -> dict:
+    def _usage(self, ticket: RequestHandle, drawn: int) -> dict:
         given = sum(self.patches(part) for part in self.request.parts if not isinstance(part, str))
         return {
             "input_tokens": ticket.prompt, "output_tokens": drawn, "total_tokens": ticket.prompt + drawn,
@@ -210,7 +210,7 @@ class Images:
         }  # fmt: skip
 
 
-def piece(choice: int, finish_reason: str | None = None, **body) -> dict:
+def choice_body(choice: int, finish_reason: str | None = None, **body) -> dict:
     return {"index": choice, **body, "logprobs": None, "finish_reason": finish_reason}
 
 

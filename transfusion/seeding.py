@@ -3,12 +3,12 @@
 import hashlib
 
 
-def seed_from(*what: int | str) -> int:
+def derive_seed(*what: int | str) -> int:
     """A 63-bit seed that is the same on every machine for the same words and numbers, in the same order."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in what)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def fraction_from(*what: int | str) -> float:
+def uniform_from(*what: int | str) -> float:
     """A uniform number in [0, 1), from the same words and numbers."""
-    return seed_from(*what) / 2**63
+    return derive_seed(*what) / 2**63

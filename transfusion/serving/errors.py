@@ -9,7 +9,7 @@ TAGS = {"text", "image_url", "image"}  # of the parts of a message: they say how
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-class Refused(Exception):
+class APIError(Exception):
     """A request is not answered. `param` names what in it was wrong, where that can be said."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
@@ -32,21 +32,21 @@ def readable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:LONGEST])
 
 
-def misread(errors: Sequence[Mapping]) -> Refused:
+def misread(errors: Sequence[Mapping]) -> APIError:
     """What pydantic says of a body as one sentence. Of several ways to read a value, the one that came farthest is told."""
     found = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     kind, reason = found["type"], " ".join(found["msg"].split())
     where = _place(found["loc"], kind == "extra_forbidden")
     if kind == "unsupported":
-        return Refused(400, reason, found["ctx"]["name"], "unsupported_value")
+        return APIError(400, reason, found["ctx"]["name"], "unsupported_value")
     if not where and kind != "value_error":
-        return Refused(400, "the body must be a JSON object, sent as application/json")
+        return APIError(400, "the body must be a JSON object, sent as application/json")
     if kind == "extra_forbidden":
         reason = "is not known here"
     elif kind == "missing":
         reason = "is missing"
     reason = reason.removeprefix("Value error, ").replace("Input should", "should", 1)
-    return Refused(400, f"{where} {reason}".strip(), where or None)
+    return APIError(400, f"{where} {reason}".strip(), where or None)
 
 
 def _place(loc: Sequence[str | int], unknown: bool) -> str:

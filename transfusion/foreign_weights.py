@@ -26,14 +26,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def weight_of(found: dict[str, Tensor], name: str, path: Path) -> Tensor:
+def get_tensor(found: dict[str, Tensor], name: str, path: Path) -> Tensor:
     """One of the tensors of this file. ValueError when it is not there."""
     if name not in found:
         raise ValueError(f"{path} holds no {name}: it is not the network that is asked for")
     return found[name]
 
 
-def filled(network: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
+def load_frozen(network: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
     """The network with these weights, for use alone. ValueError when one has another shape."""
     try:
         network.load_state_dict({**network.state_dict(), **state})

@@ -12,13 +12,13 @@ const number = new Intl.NumberFormat("en");
 
 /** Fill in all places that speak of the model. `model`: its entry in /v1/models. */
 export function tellOf(model) {
-  const { id, parameters, step, sources, sizes, colours, generation } = model;
+  const { id, parameters, step, sources, sizes, image_channels, generation } = model;
   const read = sources.map((name) => (BUILT_IN[name] ? `${name} (${BUILT_IN[name][0]})` : name)).join(", ");
   const size = sizes.join(", ").replaceAll("x", " × ");
   document.title = `${id} · transfusion`;
   at("name").textContent = id;
   at("summary").textContent = `${short(parameters)} parameters that read, write and draw, trained${read ? ` on ${sources.join(" and ")}` : ""}.`;
-  at("sees").textContent = `It sees pictures in ${size} pixels${colours === 1 ? ", in grey" : ""}: yours is cut to its middle and made as small.`;
+  at("sees").textContent = `It sees pictures in ${size} pixels${image_channels === 1 ? ", in grey" : ""}: yours is cut to its middle and made as small.`;
   const example = sources.map((name) => BUILT_IN[name]?.[1]).find(Boolean);
   at("prompt").placeholder = at("message").placeholder = example ? `for example: ${example}` : "";
   const facts = {
@@ -26,8 +26,8 @@ export function tellOf(model) {
     Parameters: number.format(parameters),
     "Steps of training": number.format(step),
     "Trained on": read || "not said",
-    "Draws and sees": `${size} pixels, ${colours === 1 ? "grey" : "in colour"}`,
-    "Reads and writes": `at most ${number.format(model.row_length)} positions: pieces of words, and patches of pictures`,
+    "Draws and sees": `${size} pixels, ${image_channels === 1 ? "grey" : "in colour"}`,
+    "Reads and writes": `at most ${number.format(model.seq_len)} positions: pieces of words, and patches of pictures`,
     "Draws, unless told": `${model.image_steps ? "code by code" : `${generation.steps} steps of ${generation.sampler}`}, guidance ${generation.guidance_scale}`,
     "Writes, unless told": `at most ${generation.max_tokens} tokens, temperature ${generation.temperature}, top_p ${generation.top_p}`,
   };

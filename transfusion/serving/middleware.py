@@ -14,9 +14,9 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from transfusion.inference.server.errors import Refused
-from transfusion.inference.server.limits import Limits
-from transfusion.inference.server.metrics import Metrics
+from transfusion.serving.errors import APIError
+from transfusion.serving.limits import Limits
+from transfusion.serving.metrics import Metrics
 
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 BODIES = 8  # largest bodies that are held at once, all requests together
@@ -33,7 +33,7 @@ HEADERS = {
 }  # fmt: skip
 
 
-class Door:
+class LimitsMiddleware:
     """The key, other sites' pages, how many are inside, how much they bring, how long they take.
 
     With a key every path asks for it but the `open` ones (/health, and the page, which asks its user for it): as Bearer,
@@ -47,18 +47,20 @@ class Door:
     ):
         self.app, self.limits, self.metrics, self.open = app, limits, metrics, open
         self.key = None if api_key is None else sha256(api_key.encode()).digest()
-        self.inside = self.held = 0  # requests with a body that were let in, and its bytes
+        self.in_flight = self.held_bytes = 0  # requests with a body that were let in, and its bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        visit = Visit(self, scope, receive, send)
+        visit = RequestContext(self, scope, receive, send)
         works = scope["method"] not in ("GET", "HEAD")
         refused = self._refusal(scope)
-        if refused is None and works and self.inside >= self.limits.rows + self.limits.waiting:
-            refused = Refused(429, f"{self.inside} requests are under way or wait: come back a little later", code="busy")
+        if refused is None and works and self.in_flight >= self.limits.rows + self.limits.waiting:
+            refused = APIError(
+                429, f"{self.in_flight} requests are under way or wait: come back a little later", code="busy"
+            )
         counted = works and refused is None  # who is turned away takes nobody's place
-        self.inside += counted
+        self.in_flight += counted
         try:
             if refused is not None:
                 await visit.turn_away(refused)
@@ -67,20 +69,20 @@ class Door:
         except ClientIsStuck:
             pass  # the server closes the connection
         finally:
-            self.inside -= counted
-            self.held -= visit.size
+            self.in_flight -= counted
+            self.held_bytes -= visit.size
             visit.count()
 
-    def _refusal(self, scope: Scope) -> Refused | None:
+    def _refusal(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)
         origin, host = headers.get("origin"), headers.get("host", "")
         if origin is not None and _site(origin) != host:
-            return Refused(403, "pages of other sites may not use this server")
+            return APIError(403, "pages of other sites may not use this server")
         if self.key is None:
             if _name(host) not in LOCAL:
-                return Refused(403, "without an API key this server answers to localhost and 127.0.0.1 alone")
+                return APIError(403, "without an API key this server answers to localhost and 127.0.0.1 alone")
         elif scope["path"] not in self.open and not self._has_key(headers.get("authorization", "")):
-            return Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+            return APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
         return None
 
     def _has_key(self, said: str) -> bool:
@@ -98,18 +100,18 @@ class ClientIsStuck(Exception):
     """It does not take what it is sent."""
 
 
-class Visit:
+class RequestContext:
     """One request: what is read and sent for it, within limits."""
 
-    def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send):
-        self.door, self.scope, self._receive, self._send = door, scope, receive, send
+    def __init__(self, door: LimitsMiddleware, scope: Scope, receive: Receive, send: Send):
+        self.middleware, self.scope, self._receive, self._send = door, scope, receive, send
         self.begun, self.size, self.whole, self.status = time.monotonic(), 0, False, 500
         most = door.limits.body_bytes
         self.most = most if scope["path"] in PICTURES else min(most, WORDS)
 
     async def receive(self) -> Message:
         """The next part of the body. HTTPException when there is too much, or it takes too long."""
-        limits = self.door.limits
+        limits = self.middleware.limits
         if self.whole:
             return await self._receive()
         message = await self._next()
@@ -117,12 +119,12 @@ class Visit:
             return message
         size = len(message.get("body", b""))
         self.size += size
-        self.door.held += size
+        self.middleware.held_bytes += size
         length = Headers(scope=self.scope).get("content-length", "0")
         if self.size > self.most or int(length) > self.most:
             await self._drain()
             raise HTTPException(413, f"the body is larger than {self.most:,} bytes")
-        if self.door.held > BODIES * limits.body_bytes:
+        if self.middleware.held_bytes > BODIES * limits.body_bytes:
             await self._drain()
             raise HTTPException(429, "too much is being sent to this server: come back a little later")
         return message
@@ -134,12 +136,12 @@ class Visit:
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
         try:
-            async with asyncio.timeout(self.door.limits.patience):
+            async with asyncio.timeout(self.middleware.limits.client_timeout):
                 await self._send(message)
         except TimeoutError:
             raise ClientIsStuck from None
 
-    async def turn_away(self, refused: Refused) -> None:
+    async def turn_away(self, refused: APIError) -> None:
         with suppress(HTTPException, TimeoutError):  # it gets the first reason
             async with asyncio.timeout(GRACE):
                 await self._drain()
@@ -150,23 +152,25 @@ class Visit:
 
     def count(self) -> None:
         path = self.scope["path"] if self.scope["path"] in PATHS else "other"
-        self.door.metrics.requests.labels(path, self.status).inc()
-        self.door.metrics.seconds.labels(path).observe(time.monotonic() - self.begun)
+        self.middleware.metrics.requests.labels(path, self.status).inc()
+        self.middleware.metrics.seconds.labels(path).observe(time.monotonic() - self.begun)
 
     async def _next(self) -> Message:
-        left = self.begun + self.door.limits.patience - time.monotonic()
+        left = self.begun + self.middleware.limits.client_timeout - time.monotonic()
         try:
             async with asyncio.timeout(left):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"the body did not come within {self.door.limits.patience:g} seconds") from None
+            raise HTTPException(
+                408, f"the body did not come within {self.middleware.limits.client_timeout:g} seconds"
+            ) from None
         self.whole = not message.get("more_body", False)
         return message
 
     async def _drain(self) -> None:
         """Read on, keep nothing: a client that still sends would not see an answer."""
         read = 0
-        while not self.whole and read < DRAINED * self.door.limits.body_bytes:
+        while not self.whole and read < DRAINED * self.middleware.limits.body_bytes:
             read += len((await self._next()).get("body", b""))
 
 

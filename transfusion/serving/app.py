@@ -17,16 +17,16 @@ from starlette.exceptions import HTTPException as StarletteException
 from starlette.requests import ClientDisconnect
 
 from transfusion.inference import engine as engines
-from transfusion.inference.server.answers import Images, Reading, Writer
-from transfusion.inference.server.door import Door
-from transfusion.inference.server.errors import Refused, misread
-from transfusion.inference.server.limits import Limits
-from transfusion.inference.server.metrics import Metrics
-from transfusion.inference.server.scheduler import Scheduler
-from transfusion.inference.server.schemas import ChatRequest, CompletionRequest, ImageRequest
-from transfusion.inference.server.served import Served, size_name
+from transfusion.serving.answers import EventReader, Images, Writer
+from transfusion.serving.errors import APIError, misread
+from transfusion.serving.limits import Limits
+from transfusion.serving.metrics import Metrics
+from transfusion.serving.middleware import LimitsMiddleware
+from transfusion.serving.scheduler import Scheduler
+from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageRequest
+from transfusion.serving.served import Served, size_name
 
-PAGE = Path(__file__).parent.parent / "web"
+PAGE = Path(__file__).parent / "web"
 OPEN = frozenset({"/health", "/", *(f"/{path.name}" for path in PAGE.iterdir())})  # without a key
 FIELDS, FIELD = 32, 64 * 2**10  # of a form: how many, and the bytes of one that is no file
 
@@ -44,7 +44,7 @@ def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | 
 
     # Without FastAPI's pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="transfusion", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Door, limits=limits, metrics=metrics, api_key=api_key, open=OPEN)
+    app.add_middleware(LimitsMiddleware, limits=limits, metrics=metrics, api_key=api_key, open=OPEN)
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", service.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/images/generations", service.generate, methods=["POST"], response_model=None)
@@ -54,7 +54,7 @@ def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | 
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", service.count, methods=["GET"], response_model=None)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
-    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(APIError, _refused)
     app.add_exception_handler(RequestValidationError, _misread)
     app.add_exception_handler(StarletteException, _http_error)
     app.add_exception_handler(Exception, _failed)
@@ -84,7 +84,7 @@ class Service:
     async def edit(self, request: Request) -> Response:
         """A form, as OpenAI's: image (one or more files), prompt, and the fields of /v1/images/generations."""
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise Refused(400, "an edit is sent as multipart/form-data, with image and prompt")
+            raise APIError(400, "an edit is sent as multipart/form-data, with image and prompt")
         self.served.check_edits()
         try:
             fields, files = await self._form(request)
@@ -103,7 +103,7 @@ class Service:
         async with request.form(max_files=self.served.limits.pictures, max_fields=FIELDS, max_part_size=FIELD) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) != (name in ("image", "image[]")):
-                    raise Refused(400, f"{name[:60]}: image is sent as a file, and nothing else is", name[:60])
+                    raise APIError(400, f"{name[:60]}: image is sent as a file, and nothing else is", name[:60])
                 if isinstance(value, UploadFile):
                     files.append(await value.read())
                 else:
@@ -119,12 +119,12 @@ class Service:
 
     async def model(self, name: str) -> dict:
         if name != self.served.name:
-            raise Refused(404, f"there is no such model here; there is {self.served.name}", "model", "model_not_found")
+            raise APIError(404, f"there is no such model here; there is {self.served.name}", "model", "model_not_found")
         return self.served.describe()
 
     async def health(self) -> Response:
         if not self.scheduler.works:
-            raise Refused(503, "the engine has stopped")
+            raise APIError(503, "the engine has stopped")
         return JSONResponse({"status": "ok"})
 
     async def count(self) -> Response:
@@ -138,11 +138,11 @@ class Service:
 
         async def whole() -> Response:
             with self.scheduler.take(requests, deadline) as ticket:
-                return JSONResponse(await writer.whole(Reading(ticket, asked.stop, self.served.patches), choices))
+                return JSONResponse(await writer.whole(EventReader(ticket, asked.stop, self.served.patches), choices))
 
         async def stream() -> AsyncIterator[str]:
             with self.scheduler.take(requests, deadline) as ticket:
-                reading = Reading(ticket, asked.stop, self.served.patches)
+                reading = EventReader(ticket, asked.stop, self.served.patches)
                 usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
                 async for line in writer.stream(reading, choices, usage):
                     yield line
@@ -215,7 +215,7 @@ class Stream(StreamingResponse):
             await self.body_iterator.aclose()
 
 
-async def _refused(_: Request, error: Refused) -> Response:
+async def _refused(_: Request, error: APIError) -> Response:
     return error.response()
 
 
@@ -224,11 +224,11 @@ async def _misread(_: Request, error: RequestValidationError) -> Response:
 
 
 async def _failed(*_) -> Response:
-    return Refused(500, "this failed, by a fault of the server").response()
+    return APIError(500, "this failed, by a fault of the server").response()
 
 
 async def _http_error(request: Request, error: StarletteException) -> Response:
     """What the framework itself refuses: a path, a method, a body."""
     known = {404: "there is nothing at this path", 405: f"this path does not take {request.method}"}
     message = known.get(error.status_code, str(error.detail))
-    return Refused(error.status_code, message[:1].lower() + message[1:]).response(error.headers)
+    return APIError(error.status_code, message[:1].lower() + message[1:]).response(error.headers)

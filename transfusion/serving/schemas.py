@@ -64,7 +64,7 @@ class Strict(BaseModel):
         return values
 
 
-class Asked(Strict):
+class RequestBase(Strict):
     """What all that can be asked share."""
 
     NEUTRAL: ClassVar[dict[str, tuple]] = {}
@@ -85,7 +85,7 @@ class Asked(Strict):
         return {name: value for name, value in values.items() if name not in IGNORED and name not in cls.NEUTRAL}
 
 
-class Drawing(Strict):
+class ImageOptions(Strict):
     """Our own words for how an image is drawn; the run has defaults."""
 
     steps: Positive | None = Field(None, validation_alias=AliasChoices("steps", "num_inference_steps"))
@@ -93,7 +93,7 @@ class Drawing(Strict):
     preview_every: Positive | None = None  # denoising steps after which an image on its way is shown
 
 
-class Writing(Strict):
+class TextOptions(Strict):
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -121,7 +121,7 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
-class ShownPart(Strict):
+class OutputPart(Strict):
     type: Literal["image"]
     image: Annotated[int, Field(ge=0)]
 
@@ -132,7 +132,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Annotated[TextPart | ImagePart, BY_TYPE]], *few(ELEMENTS)] | None = None
     images: Annotated[list[ImagePart], *few(ELEMENTS)] | None = None
-    parts: Annotated[list[Annotated[TextPart | ShownPart, BY_TYPE]], *few(ELEMENTS)] | None = None
+    parts: Annotated[list[Annotated[TextPart | OutputPart, BY_TYPE]], *few(ELEMENTS)] | None = None
     name: Any = None
     refusal: Any = None
     annotations: Any = None
@@ -143,7 +143,7 @@ class Message(Strict):
     @model_validator(mode="after")
     def _parts_show_what_is_there(self):
         for part in self.parts or ():
-            if isinstance(part, ShownPart) and part.image >= len(self.images or ()):
+            if isinstance(part, OutputPart) and part.image >= len(self.images or ()):
                 raise ValueError(f"parts show image {part.image}, and images hold {len(self.images or ())}")
         return self
 
@@ -151,7 +151,7 @@ class Message(Strict):
     def said(self) -> list[TextPart | ImagePart]:
         """Text and images in order."""
         if self.parts is not None:
-            return [self.images[part.image] if isinstance(part, ShownPart) else part for part in self.parts]
+            return [self.images[part.image] if isinstance(part, OutputPart) else part for part in self.parts]
         if isinstance(self.content, str):
             content = [TextPart(type="text", text=self.content)]
         else:
@@ -159,7 +159,7 @@ class Message(Strict):
         return [*content, *(self.images or ())]
 
 
-class ChatRequest(Asked, Writing, Drawing):
+class ChatRequest(RequestBase, TextOptions, ImageOptions):
     NEUTRAL = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,),
         "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
@@ -172,7 +172,7 @@ class ChatRequest(Asked, Writing, Drawing):
     max_completion_tokens: Positive | None = None
 
 
-class CompletionRequest(Asked, Writing):
+class CompletionRequest(RequestBase, TextOptions):
     NEUTRAL = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (0,), "best_of": (1,),
         "echo": (False,), "suffix": ("",),
@@ -181,7 +181,7 @@ class CompletionRequest(Asked, Writing):
     prompt: Text | Annotated[list[Text], *few(ELEMENTS, least=1)]
 
 
-class ImageRequest(Asked, Drawing):
+class ImageRequest(RequestBase, ImageOptions):
     NEUTRAL = {
         "response_format": ("b64_json",), "output_format": ("png",), "output_compression": (100,),
         "quality": ("auto", "standard"), "background": ("auto", "opaque"), "style": (), "mask": (), "input_fidelity": (),
