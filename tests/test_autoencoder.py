@@ -389,7 +389,7 @@ def fitted():
 
 def test_fit_codec_makes_a_codec_and_a_page(fitted, capsys):
     about = read_json(fitted / "codec" / "codec.json")
-    assert (about["kind"], about["channels"], about["scale"]) == ("autoencoder", 4, 4)
+    assert (about["kind"], about["channels"], about["downsampling"]) == ("autoencoder", 4, 4)
     assert about["losses"] == ["L1", "KL"]
     assert about["heldout"]["count"] == 6
     assert (fitted / "codec" / "reconstructions.html").read_text().count("data:image/png;base64,") == 12

@@ -273,7 +273,7 @@ def test_the_same_commands_train_draw_and_measure(folders, capsys):
     command("report", str(folders / "run"))
     for words in (("generate", "--num-images", "1", "--sampler", "ddim"), ("evaluate", "--steps", "5")):
         said = fails(capsys, 2 if words[0] == "generate" else 1, words[0], str(folders / "run"), *words[1:])
-        assert "code by code" in said and words[-2].removeprefix("--") in said
+        assert "images as codes" in said and words[-2].removeprefix("--") in said
 
 
 def test_a_model_that_does_not_suit_the_data_is_refused(folders, capsys):

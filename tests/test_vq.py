@@ -344,7 +344,7 @@ def fitted():
 
 def test_fit_codec_makes_a_vq_codec_and_a_page(fitted, capsys):
     about = read_json(fitted / "codec" / "codec.json")
-    assert (about["kind"], about["channels"], about["scale"], about["codes"]) == ("vq", 4, 4, 32)
+    assert (about["kind"], about["channels"], about["downsampling"], about["codes"]) == ("vq", 4, 4, 32)
     assert about["losses"] == ["L1", "codebook", "commitment"]
     assert 0 < about["heldout"]["codes_used"] <= 1
     assert 1 <= about["heldout"]["perplexity"] <= 32
