@@ -330,12 +330,12 @@ def test_pictures_and_words_of_an_answer_keep_their_order(look):
 def test_what_the_server_refuses_is_said_in_its_own_sentence(look, server):
     seen = look()
     seen.draw("three " * 200)
-    expect(seen.error("draw")).to_have_text(re.compile(r"^the request takes \d+ positions; the run supports at most 64"))
+    expect(seen.error("draw")).to_have_text(re.compile(r"^the request takes \d+ positions; the run supports at most 64 "))
     expect(seen.page.locator("#draw-form .stop")).to_be_hidden()
     field = seen.page.get_by_label("What you say")
     field.fill("three " * 200)
     field.press("Enter")
-    expect(seen.error("talk")).to_contain_text("this takes")
+    expect(seen.error("talk")).to_contain_text("the request takes")
     expect(field).to_have_value(("three " * 200).strip())  # to be changed, and sent again
     assert seen.page.get_by_role("log").locator(".turn").count() == 0
     late = {"error": {"message": "this was not done within 300 seconds"}}
