@@ -41,7 +41,7 @@ def construction(batch: Batch, setting: Setting) -> Figure:
         return create_block_mask(rule, *document.shape[:1], None, *[document.shape[1]] * 2, device=str(setting.device))
 
     def computed():
-        return packed_mask(document, image).blocks
+        return packed_mask(document, image).block_mask
 
     one, other = computed(), asked()
     same = torch.equal(one.to_dense(), other.to_dense()) and torch.equal(one.full_kv_num_blocks, other.full_kv_num_blocks)
@@ -66,7 +66,7 @@ def kernels(batch: Batch, setting: Setting) -> Iterator[Figure]:
         "SDPA with a dense mask": dense(mask.attn_bias.to(dtype)),
     }
     mine = "SDPA with a dense mask"
-    if mask.flex:
+    if mask.uses_flex:
         mine, ways["FlexAttention"] = "FlexAttention", mask.attend
         check(both_ways(ways[mine], *given), both_ways(dense(mask.attn_bias), *(part.float() for part in given)))
     seconds = in_turn(

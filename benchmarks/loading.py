@@ -25,7 +25,7 @@ from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_sources
-from transfusion.model.flops import training_flops
+from transfusion.model.flops import count_training_flops
 from transfusion.runs import SIZES
 from transfusion.sequence import Batch
 
@@ -59,7 +59,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
         noising = speed(lambda: noised(next(batches)[0]), seconds)
         yield Figure("  with t and noise drawn", noising, "positions/s")
         for name, model in SIZES.items():
-            eaten = MFU * H100 / (training_flops(found[0], model) / found[0].positions)
+            eaten = MFU * H100 / (count_training_flops(found[0], model) / found[0].positions)
             what = f"  an H100 at 40 % eats with {name}"
             yield Figure(what, eaten, "positions/s", eaten / noising, "one core, with noise")
 

@@ -18,7 +18,7 @@ from benchmarks.sides import peak_memory
 from transfusion.config import Run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
-from transfusion.model.flops import training_flops
+from transfusion.model.flops import count_training_flops
 from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.parallel import pick_device, precision
 from transfusion.runs import SIZES, named_run
@@ -100,7 +100,7 @@ def figures(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
         beside[f"{sheet} TFLOP/s, data sheet"] = sheet * 1e12
     usual = 6 * parameters + 12 * run.model.layers * width * run.data.seq_len
     conventions = {
-        "FLOPs of the real batch": mean(reads, lambda batch: training_flops(batch, run.model)),
+        "FLOPs of the real batch": mean(reads, lambda batch: count_training_flops(batch, run.model)),
         "FLOPs as usual, 6 N + 12 l w L": usual * positions,
     }
     size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.seq_len:,}"

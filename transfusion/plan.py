@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from transfusion.config import Machines, ModelConfig, Run
-from transfusion.model.flops import training_flops
+from transfusion.model.flops import count_training_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
@@ -109,7 +109,7 @@ def plan(run: Run, machines: Machines) -> Plan:
         run, machines, parameters, memory(run, machines), logits=logits(run),
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * run.data.rows,
-        flops=training_flops(batch, config) / batch.positions,
+        flops=count_training_flops(batch, config) / batch.positions,
         usual_flops=6 * sum(parameters.values()) + every_pair,
     )  # fmt: skip
 

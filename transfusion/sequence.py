@@ -22,7 +22,7 @@ NO_IMAGE = -1
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids. `loss`: do they have next-token loss?"""
+    """Token ids. `loss`: are they targets of the next-token loss?"""
 
     tokens: tuple[int, ...]
     loss: bool = True
@@ -52,7 +52,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Document:
-    """An ordered list of segments. Its t and noise follow from `key`; `source` and `id` name it."""
+    """An ordered list of segments. `key` seeds t and noise of its images; `source` and `id` name it."""
 
     segments: tuple[Text | Image, ...]
     id: int = 0
@@ -63,7 +63,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The meaning of each id: the tokenizer's ids, the markers, the codes of images, then padding to a multiple of 128."""
+    """The meaning of each token id: the tokenizer's ids, the markers, image codes, then padding to a multiple of 128."""
 
     num_text_tokens: int  # ids 0 .. num_text_tokens - 1 are the tokenizer's
     bos: int
@@ -124,7 +124,7 @@ class PlacedImage:
 
     image: Image
     start: int
-    key: int  # its t and noise follow from this
+    key: int  # seed of its t and noise
     document: int
     source: str
 
@@ -340,15 +340,15 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
 def _group(images: list[tuple[int, PlacedImage]], patches: int) -> ImageGroup:
     starts = np.array([start for start, _ in images])
     placed = [image for _, image in images]
-    max_t = torch.tensor([one.image.max_t for one in placed])
-    loss = torch.tensor([one.image.loss for one in placed]) & (max_t > 0)
+    max_t = torch.tensor([p.image.max_t for p in placed])
+    loss = torch.tensor([p.image.loss for p in placed]) & (max_t > 0)
     return ImageGroup(
-        x0=torch.from_numpy(np.stack([one.image.content for one in placed]).astype(np.float32, copy=False)),
+        x0=torch.from_numpy(np.stack([p.image.content for p in placed]).astype(np.float32, copy=False)),
         index=torch.from_numpy(starts[:, None] + np.arange(patches)),
         max_t=max_t,
         loss=loss,
         image_count=int(loss.sum()),
-        keys=[one.key for one in placed],
-        documents=[one.document for one in placed],
-        sources=[one.source for one in placed],
+        keys=[p.key for p in placed],
+        documents=[p.document for p in placed],
+        sources=[p.source for p in placed],
     )

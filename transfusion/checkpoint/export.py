@@ -12,14 +12,14 @@ from transfusion.checkpoint.save import FORMAT, fsync_and_hash, hash_config, ver
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.config import to_json
 from transfusion.disk import CONFIG, check_new, open_to_others, read_json, write_json, write_whole
-from transfusion.model.transfusion import KIND
-from transfusion.model.weights import SHARD, write_weights
+from transfusion.model.transfusion import MODEL_TYPE
+from transfusion.model.weights import MAX_SHARD_BYTES, write_weights
 
 MANIFEST = "manifest"  # in results.json: on what machine, with which settings
 CARD = "README.md"
 
 
-def export(run: str | Path, out: Path, weights: str = "ema", shard: int = SHARD) -> Path:
+def export(run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES) -> Path:
     """Write a run's newest checkpoint in float32 into a new folder, all of it or nothing: `open_run` opens it like the run.
 
     Its moving average, or with weights="raw" what training goes on from; in files of `shard` bytes at most. Where its data
@@ -55,7 +55,7 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
     write_whole(folder / "tokenizer.json", text)
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **KIND, "format": FORMAT, "run": values, "vocabulary": ids, "config_sha256": hash_config(values, ids),
+        **MODEL_TYPE, "format": FORMAT, "run": values, "vocabulary": ids, "config_sha256": hash_config(values, ids),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(text).hexdigest()}, "versions": versions(), "notes": notes,

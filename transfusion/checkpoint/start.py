@@ -16,7 +16,7 @@ from transfusion.checkpoint.open import (
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
 from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json
-from transfusion.model.llama import DECIDED, Llama
+from transfusion.model.llama import LLAMA_FIELDS, Llama
 from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.model.weights import Weights
 from transfusion.parallel import Ranks
@@ -64,7 +64,7 @@ class LlamaStart:
     """A folder with a language model of the Llama architecture, and its tokenizer: the text side of the new run."""
 
     kind = "llama"
-    decides = ("vocab_size", "latent_channels", *DECIDED)
+    decides = ("vocab_size", "latent_channels", *LLAMA_FIELDS)
     step = None
 
     def __init__(self, place: str):

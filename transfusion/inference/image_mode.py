@@ -100,8 +100,8 @@ def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState]
     predictions = predict(model, cache, [branches[n][k].slot for n, k in order], x_t, t)  # (B, C, Y, X)
     by_branch = dict(zip(order, predictions, strict=True))
     for n, image in enumerate(images):
-        own = [by_branch[n, k] for k in range(len(branches[n]))]
-        prediction = guide(own, [branch.scale for branch in branches[n]], image.generation.guidance_rescale)[None]
+        branch_predictions = [by_branch[n, k] for k in range(len(branches[n]))]
+        prediction = guide(branch_predictions, [branch.scale for branch in branches[n]], image.generation.guidance_rescale)[None]
         image.x0_prediction = to_x0_and_noise(image.x_t, prediction, image.t, diffusion).x0
         try:
             image.x_t, image.t = image.sampler.send(prediction)
@@ -119,7 +119,7 @@ def guide(predictions: Sequence[Tensor], scales: Sequence[float], rescale: float
     for n in reversed(range(len(predictions) - 1)):
         guided = guided + scales[n] * (predictions[n] - predictions[n + 1])
     if rescale and len(predictions) > 1:
-        cond_std, guided_std = (one.std(correction=0) for one in (predictions[0], guided))
+        cond_std, guided_std = (p.std(correction=0) for p in (predictions[0], guided))
         ratio = torch.where(guided_std > 0, cond_std / guided_std, 1.0)  # () an untrained model predicts 0 everywhere
         guided = guided * (1 + rescale * (ratio - 1))
     return guided

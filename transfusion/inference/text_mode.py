@@ -1,4 +1,4 @@
-"""Text mode: positions into the cache, and the next token from the logits."""
+"""Text mode: prefill the cache, and sample the next token from the logits."""
 
 from collections.abc import Sequence
 

@@ -1,35 +1,35 @@
-"""What a forward pass costs: every multiplication and addition of its matrix products, counted on the real batch."""
+"""FLOPs of a training step: all multiplications and additions of its matrix products, counted on the real batch."""
 
 from transfusion.config import ModelConfig
 from transfusion.model.mask import packed_mask
-from transfusion.model.patches import FREQUENCIES
-from transfusion.model.unet import unet_products
+from transfusion.model.patches import TIME_FEATURES
+from transfusion.model.unet import count_unet_macs
 from transfusion.sequence import Batch
 
-BACKWARD = 2  # a backward pass costs twice its forward pass
+BACKWARD_PER_FORWARD = 2  # a backward pass costs two forward passes
 
 
-def training_flops(batch: Batch, config: ModelConfig) -> int:
-    """Forward and backward over one batch. Padding counts nothing; attention counts the pairs that the mask lets through."""
-    attended = packed_mask(batch.document_ids, batch.image_ids, config.image_attention).count_pairs(batch.document_ids >= 0)
+def count_training_flops(batch: Batch, config: ModelConfig) -> int:
+    """FLOPs of forward and backward for one batch. Padding is not counted; attention counts only unmasked pairs."""
+    pairs = packed_mask(batch.document_ids, batch.image_ids, config.image_attention).count_pairs(batch.document_ids >= 0)
     forward = (
-        2 * block_weights(config) * config.layers * batch.positions
-        + 4 * config.heads * config.head_size * config.layers * attended  # queries by keys, weights by values
+        2 * count_block_weights(config) * config.layers * batch.positions
+        + 4 * config.heads * config.head_size * config.layers * pairs  # queries @ keys, weights @ values
         + 2 * config.width * config.vocab_size * batch.text_count
-        + sum(2 * patch_products(config, group.x0.shape[2:]) * len(group.index) for group in batch.groups)
+        + sum(2 * count_patch_macs(config, group.x0.shape[2:]) * len(group.index) for group in batch.groups)
     )
-    return (1 + BACKWARD) * forward
+    return (1 + BACKWARD_PER_FORWARD) * forward
 
 
-def block_weights(config: ModelConfig) -> int:
-    """Numbers in the matrices of one block."""
-    heads = 2 * config.heads + 2 * config.num_kv_heads
+def count_block_weights(config: ModelConfig) -> int:
+    """Weights in the matrices of one transformer block."""
+    heads = 2 * config.heads + 2 * config.num_kv_heads  # query and output; key and value
     return config.width * (heads * config.head_size + 3 * config.feed_forward_size)
 
 
-def patch_products(config: ModelConfig, shape: tuple[int, int]) -> int:
-    """Multiplications of the layers in and out for one image of shape (Y, X)."""
+def count_patch_macs(config: ModelConfig, shape: tuple[int, int]) -> int:
+    """Multiply-accumulates of the patch layers for one latent of shape (Y, X)."""
     if config.patches == "unet":
-        return unet_products(config, shape)
-    numbers = config.latent_channels * shape[0] * shape[1]
-    return config.width * (2 * numbers + FREQUENCIES + config.width)
+        return count_unet_macs(config, shape)
+    latent_size = config.latent_channels * shape[0] * shape[1]
+    return config.width * (2 * latent_size + TIME_FEATURES + config.width)

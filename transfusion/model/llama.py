@@ -1,4 +1,4 @@
-"""A language model of the Llama architecture, as `transformers` writes it: its sizes, and its weights under our names."""
+"""Llama models in the format of `transformers`: their config as a ModelConfig, and their weights under our names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +11,14 @@ from transfusion.disk import CONFIG, OpenError, read_json
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.weights import Weights
 
-# Fields of ModelConfig that the folder decides.
-DECIDED = (
+# Fields of ModelConfig that the folder sets.
+LLAMA_FIELDS = (
     "width", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tie_word_embeddings", "norm_eps", "rope_theta",
-    "rope_scaling",
-    "qk_norm", "post_norm",
+    "rope_scaling", "qk_norm", "post_norm",
 )  # fmt: skip
-BY_TOKEN = ("tokens.weight", "head.weight")  # one row for each id
-OUTER = {"tokens": "model.embed_tokens", "transformer.norm": "model.norm", "head": "lm_head"}
-OF_BLOCK = {
+VOCAB_WEIGHTS = ("tokens.weight", "head.weight")  # (V, D), one row per token id
+NAMES = {"tokens": "model.embed_tokens", "transformer.norm": "model.norm", "head": "lm_head"}
+BLOCK_NAMES = {
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
     "attention.out": "self_attn.o_proj", "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj", "attention_norm": "input_layernorm",
@@ -28,80 +27,80 @@ OF_BLOCK = {
 
 
 class Llama:
-    """The folder of one. Nothing of it but safetensors and JSON is read.
+    """A folder with a Llama model. Only its safetensors and JSON files are read.
 
-    OpenError says what is missing, or what of it this network cannot do: biases, another activation or stretch of the
-    rotary frequencies, quantised weights.
+    OpenError when a file is missing, or for a feature that this network does not support: biases, other activations or
+    RoPE types, quantised weights.
     """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise OpenError(f"there is no folder {folder}")
-        self.folder, self.about = folder, read_json(folder / CONFIG)
-        if self.about.get("model_type") != "llama":
-            raise OpenError(f"{folder} holds a model of type {self.about.get('model_type')}, and it must be llama")
-        self._check()
+        self.folder, self.values = folder, read_json(folder / CONFIG)
+        if self.values.get("model_type") != "llama":
+            raise OpenError(f"{folder} holds a model of type {self.values.get('model_type')}, not llama")
+        self._check_supported()
         self.weights = Weights(folder)
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """These sizes in the place of the config's own; what it says of patches and vocabulary stays."""
-        about, rope = self.about, self._rope()
+        """The config with the sizes of this folder; its patch and vocabulary fields are unchanged."""
+        values, rope = self.values, self._rope()
         try:
             return replace(
-                config, width=about["hidden_size"], layers=about["num_hidden_layers"], heads=about["num_attention_heads"],
-                kv_heads=about.get("num_key_value_heads"), head_dim=about.get("head_dim"),
-                intermediate_size=about["intermediate_size"],
-                tie_word_embeddings=about.get("tie_word_embeddings", False), norm_eps=float(about["rms_norm_eps"]),
+                config, width=values["hidden_size"], layers=values["num_hidden_layers"], heads=values["num_attention_heads"],
+                kv_heads=values.get("num_key_value_heads"), head_dim=values.get("head_dim"),
+                intermediate_size=values["intermediate_size"],
+                tie_word_embeddings=values.get("tie_word_embeddings", False), norm_eps=float(values["rms_norm_eps"]),
                 rope_theta=float(rope.get("rope_theta", 10_000.0)), rope_scaling=_scaling(rope),
                 qk_norm=False, post_norm=False,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            said = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise OpenError(f"{self.folder / CONFIG} cannot be used: {said}") from None
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise OpenError(f"{self.folder / CONFIG} cannot be used: {reason}") from None
 
-    def check_weights(self, config: ModelConfig, text: int) -> None:
-        """OpenError when they are not those of a network like this, with a row for each of the tokenizer's `text` ids."""
-        names = names_of(config)
-        unheard = {name for name in self.weights.names if name.endswith("rotary_emb.inv_freq")}  # early ones hold it
-        unheard |= {"lm_head.weight"} if config.tie_word_embeddings else set()
-        for name in sorted((self.weights.names - unheard) ^ set(names.values())):
-            here = name in self.weights.names
-            raise OpenError(f"{self.folder} {'holds' if here else 'lacks'} {name}, which a Llama has{' not' * here}")
+    def check_weights(self, config: ModelConfig, num_text_tokens: int) -> None:
+        """OpenError unless names and shapes are those of `config`, with a row for every token id of the tokenizer."""
+        names = llama_names(config)
+        ignored = {name for name in self.weights.names if name.endswith("rotary_emb.inv_freq")}  # in early Llama files
+        ignored |= {"lm_head.weight"} if config.tie_word_embeddings else set()
+        for name in sorted((self.weights.names - ignored) ^ set(names.values())):
+            problem = "has an unexpected tensor" if name in self.weights.names else "lacks the tensor"
+            raise OpenError(f"{self.folder} {problem} {name}: it must have exactly the tensors of its config.json")
         for ours, parameter in build_on_meta(config).named_parameters():
             if ours not in names:
                 continue
             shape, expected = self.weights.shape(names[ours]), tuple(parameter.shape)
-            if ours in BY_TOKEN:
-                expected = (max(text, shape[0]), expected[1])
+            if ours in VOCAB_WEIGHTS:
+                expected = (max(num_text_tokens, shape[0]), expected[1])
             if shape != expected:
-                raise OpenError(f"{self.folder}: {names[ours]} is {shape}, and its config.json and tokenizer say {expected}")
+                raise OpenError(f"{self.folder}: {names[ours]} is {shape}; config.json and the tokenizer require {expected}")
 
-    def fill(self, config: ModelConfig, text: int, name: str, fresh: Tensor) -> None:
-        """Put its numbers into the parameter of this name, if it has it; of what has rows for ids into the first `text`."""
-        theirs = names_of(config).get(name)
-        if theirs is not None:
-            found = self.weights.read(theirs)
-            rows = text if name in BY_TOKEN else len(found)
-            fresh[:rows].copy_(found[:rows])
+    def fill(self, config: ModelConfig, num_text_tokens: int, name: str, values: Tensor) -> None:
+        """Copy the parameter of this name into `values`, if Llama has it; of VOCAB_WEIGHTS, only the text tokens' rows."""
+        llama_name = llama_names(config).get(name)
+        if llama_name is not None:
+            source = self.weights.read(llama_name)
+            rows = num_text_tokens if name in VOCAB_WEIGHTS else len(source)
+            values[:rows].copy_(source[:rows])
 
     def _rope(self) -> dict[str, Any]:
-        """What it says of rotary positions: since transformers 5 in one object, before that in two places."""
-        before = {"rope_theta": self.about.get("rope_theta", 10_000.0), **(self.about.get("rope_scaling") or {})}
-        return self.about.get("rope_parameters") or before
+        """The RoPE options: one object since transformers 5, two fields in older versions."""
+        older = {"rope_theta": self.values.get("rope_theta", 10_000.0), **(self.values.get("rope_scaling") or {})}
+        return self.values.get("rope_parameters") or older
 
-    def _check(self) -> None:
+    def _check_supported(self) -> None:
         rope = self._rope()
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        cannot = {
-            "a bias in attention": self.about.get("attention_bias"), "a bias in its MLP": self.about.get("mlp_bias"),
-            f"the activation {self.about.get('hidden_act')}": self.about.get("hidden_act", "silu") != "silu",
-            f"rotary positions of type {kind}": kind not in ("default", "llama3"),
-            "rotary positions on a part of each head": rope.get("partial_rotary_factor", 1) != 1,
-            "quantised weights": self.about.get("quantization_config"),
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = {
+            "attention biases": self.values.get("attention_bias"), "MLP biases": self.values.get("mlp_bias"),
+            f"the activation {self.values.get('hidden_act')}": self.values.get("hidden_act", "silu") != "silu",
+            f"RoPE of type {rope_type}": rope_type not in ("default", "llama3"),
+            "RoPE on a part of each head": rope.get("partial_rotary_factor", 1) != 1,
+            "quantised weights": self.values.get("quantization_config"),
         }  # fmt: skip
-        for what, is_there in cannot.items():
-            if is_there:
-                raise OpenError(f"{self.folder} has {what}, which this network has not")
+        for feature, is_present in unsupported.items():
+            if is_present:
+                raise OpenError(f"{self.folder} has {feature}: this network does not support it")
 
 
 def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
@@ -113,14 +112,14 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
     )  # fmt: skip
 
 
-def names_of(config: ModelConfig) -> dict[str, str]:
-    """Each of our parameters that a Llama has too, and its name there."""
+def llama_names(config: ModelConfig) -> dict[str, str]:
+    """Our parameter name -> Llama's, for all parameters that a Llama has."""
     names = {
         f"{ours}.weight": f"{theirs}.weight"
-        for ours, theirs in OUTER.items()
+        for ours, theirs in NAMES.items()
         if ours != "head" or not config.tie_word_embeddings
     }
     for n in range(config.layers):
-        for ours, theirs in OF_BLOCK.items():
+        for ours, theirs in BLOCK_NAMES.items():
             names[f"transformer.blocks.{n}.{ours}.weight"] = f"model.layers.{n}.{theirs}.weight"
     return names

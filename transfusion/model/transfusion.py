@@ -1,4 +1,4 @@
-"""One transformer, two ways in, two ways out: tokens and patches (section 3)."""
+"""The network: one transformer with inputs and outputs for tokens and for image patches (section 3)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +20,14 @@ from transfusion.model.weights import load_weights, write_weights
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Batch
 
-RESIDUAL_OUTPUTS = ("out", "down")  # of attention and convolution blocks, of the feed-forward
-KIND = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # of a config.json
+RESIDUAL_OUTPUTS = ("out", "down")  # last layers of attention and convolution blocks, and of the feed-forward
+MODEL_TYPE = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # in config.json
 
 
 class Prediction(NamedTuple):
-    """Next-token logits (T, V) at the given positions, and one prediction (N, C, Y, X) per group of images.
+    """Next-token logits (T, V) at the requested positions, and one prediction (N, C, Y, X) per image group.
 
-    A tuple, because FSDP looks for tensors in what a module returns.
+    A tuple: FSDP finds the tensors of a module's output only in tuples, lists and dicts.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
 
 
 class Transfusion(nn.Module):
-    """The network. It knows no noise schedule, codec, loss or data. Create it with `build`."""
+    """The network, independent of noise schedule, codec, loss and data. Create it with `build`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -49,7 +49,7 @@ class Transfusion(nn.Module):
             case "codes":
                 self.patches = None  # images are tokens
         self.transformer = Transformer(config)
-        # Tied: the embedding is the head. One tensor under one name cannot be untied, or saved twice, by accident.
+        # Tied embeddings have no head module: one tensor with one name cannot be saved twice or untied by accident.
         self.head = None if config.tie_word_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor]) -> Prediction:
@@ -87,25 +87,25 @@ class Transfusion(nn.Module):
         ])  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, place: str | Path, device: str | torch.device = "cpu") -> "Transfusion":
-        """The network of an exported run, or what `save_pretrained` wrote: a folder, or `owner/name` on the hub.
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transfusion":
+        """The network of an exported run or of `save_pretrained`: a folder, or `owner/name` on the hub.
 
-        OpenError when it is neither. To write and draw with it, `transfusion.open_run` opens the whole run.
+        OpenError when it is neither. To generate text and images, open the whole run with `transfusion.open_run`.
         """
-        folder = find_folder(place)
+        folder = find_folder(path)
         model = build_uninitialized(read_config(folder), device)
         load_weights(folder, model)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The network alone, without tokenizer and codec: config.json and model*.safetensors."""
+        """Write config.json and model*.safetensors: the network without tokenizer and codec."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(self.state_dict(), folder)
-        write_json(folder / CONFIG, {**KIND, "run": {"model": to_json(self.config)}})
+        write_json(folder / CONFIG, {**MODEL_TYPE, "run": {"model": to_json(self.config)}})
 
     def push_to_hub(self, name: str, private: bool = False) -> None:
-        """The same into the hub's repository `owner/name`, which is made if it is not there."""
+        """Upload the files of `save_pretrained` to `owner/name` on the hub. A missing repository is created."""
         from huggingface_hub import HfApi
 
         with TemporaryDirectory() as folder:
@@ -116,10 +116,10 @@ class Transfusion(nn.Module):
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """What config.json says of the network. OpenError when it is not of this kind."""
+    """The ModelConfig in config.json. OpenError when it is damaged or of another model type."""
     values = read_json(folder / CONFIG)
-    if values.get("model_type") != KIND["model_type"]:
-        raise OpenError(f"{folder} holds a model of type {values.get('model_type')}, not {KIND['model_type']}")
+    if values.get("model_type") != MODEL_TYPE["model_type"]:
+        raise OpenError(f"{folder} holds a model of type {values.get('model_type')}, not {MODEL_TYPE['model_type']}")
     try:
         return from_json(ModelConfig, values["run"]["model"], "model.")
     except (KeyError, TypeError, ValueError) as error:
@@ -127,15 +127,15 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> Transfusion:
-    """A new model with its starting weights, the same on any device or number of ranks."""
+    """A new model with its starting weights, which do not depend on the device or the number of ranks."""
     model = build_uninitialized(config, device)
     init_weights(model, seed)
     return model
 
 
 def build_uninitialized(config: ModelConfig, device: str | torch.device = "cpu") -> Transfusion:
-    """A model whose weights are yet to be filled in."""
-    with torch.device(device), _Unfilled():
+    """A model whose weights are not set yet."""
+    with torch.device(device), _SkipInit():
         return Transfusion(config)
 
 
@@ -144,8 +144,8 @@ def build_on_meta(config: ModelConfig) -> Transfusion:
     return build_uninitialized(config, "meta")
 
 
-class _Unfilled(TorchFunctionMode):
-    """Layers do not fill what they make: it is done later, and on the meta device it would import sympy, in 1.5 seconds."""
+class _SkipInit(TorchFunctionMode):
+    """Skips PyTorch's own initialisation: `init_weights` follows, and on the meta device it would import sympy (1.5 s)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
@@ -155,9 +155,9 @@ class _Unfilled(TorchFunctionMode):
 
 @torch.no_grad()
 def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor], None] | None = None) -> None:
-    """Fill in the starting weights, in float32 on the CPU. The generator of each parameter follows from (seed, its name).
+    """Set the starting weights, in float32 on the CPU, each parameter with a generator from (seed, its name).
 
-    Of sharded weights each rank fills in its own shard. `overwrite(name, values)` may replace some of the numbers.
+    Of sharded weights each rank sets its own shard. `overwrite(name, values)` may replace values in place.
     """
     for name, parameter in model.named_parameters():
         values = torch.empty(parameter.shape, dtype=torch.float32)
@@ -165,7 +165,7 @@ def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor
         _init_parameter(values, *name.split(".")[-2:], model.config, generator)
         if overwrite is not None:
             overwrite(name, values)
-        if hasattr(parameter, "device_mesh"):  # a DTensor, whose module takes a second to import
+        if hasattr(parameter, "device_mesh"):  # a DTensor; importing its module takes a second
             from torch.distributed.tensor import distribute_tensor
 
             values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -173,8 +173,10 @@ def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor
 
 
 def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, generator: torch.Generator) -> None:
-    """Biases and the image head 0, norms 1, everything else N(0, std^2) with std = fan_in^-1/2, which keeps the variance of
-    a signal. Layers that add to a residual stream are divided by sqrt(2 layers), so that depth does not make it grow.
+    """Biases and the image head: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is also the head.
+
+    All others: N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are also divided by
+    sqrt(2 layers), so that its variance does not grow with depth.
     """
     std = values[0].numel() ** -0.5
     if kind == "bias" or layer == "proj_out":
@@ -190,5 +192,5 @@ def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, 
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that are learnt."""
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Latents to patch vectors and back through the two halves of a U-Net, with the transformer between them (section 3)."""
+"""U-Net patch layers: latents to patch vectors and back, with the transformer between the two halves (section 3)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,34 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
-from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm, to_grid, to_list
-from transfusion.model.patches import FREQUENCIES, time_mlp, timestep_embedding
+from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm, to_grid, to_sequence
+from transfusion.model.patches import TIME_FEATURES, time_mlp, timestep_embedding
 
-BLOCKS = 2  # residual blocks of the way down, at each resolution; the way up has one more: one for each skip connection
+BLOCKS = 2  # residual blocks per resolution in the down half; the up half has one more, for one more skip connection
 
 
 @dataclass
 class Skips:
-    """What the way down leaves for the way up."""
+    """What the down half passes to the up half."""
 
-    time: Tensor  # (N, FREQUENCIES)
-    skips: list[Tensor]  # (N, width, Y, X) each, from the full resolution to the lowest
+    time: Tensor  # (N, TIME_FEATURES)
+    tensors: list[Tensor]  # (N, width, Y, X) each, from full to lowest resolution
     shape: tuple[int, int]  # (Y, X) of the patches
 
 
 class UNetPatches(nn.Module):
-    """The way down makes one pixel of each patch, p = 2, 4, 8 with 1, 2, 3 halvings; the way up undoes it.
+    """The down half makes one pixel of each p x p patch, with log2 p halvings; the up half is its inverse.
 
-    The paper says: down and up blocks as in Nichol and Dhariwal (2021) and Saharia et al. (2022), with self-attention of
-    their own that no mask of the transformer reaches; plain norms where those have adaptive ones (footnote 7), so that t
-    can only be added; 0.27B parameters, whatever the transformer. Its Table 7 counts 106.1 % of the smallest transformer,
-    172M, and 71.3, 35.5, 19.3 and 3.8 % of the others. LMFusion (2412.15188), of the same code, adds that t and skip
-    connections enter the way up.
+    From the paper: down and up blocks as in Nichol and Dhariwal (2021) and Saharia et al. (2022), with self-attention that
+    the transformer's mask does not reach; norms are not adaptive (footnote 7), so t can only be added; 0.27B parameters
+    for every transformer size. Table 7 implies 172M (106.1 %) for the smallest transformer, and 71.3, 35.5, 19.3 and 3.8 %
+    for the others. LMFusion (2412.15188), which uses the same code, adds that t and skip connections enter the up half.
 
-    The rest is our choice, the usual one: group norms, two residual blocks per resolution and a third on the way up,
-    attention between the blocks of the lowest, half the width after each doubling of the resolution (so that all cost
-    about the same and patch_size hardly changes the number of parameters), a time MLP for each way, and a last layer that
-    starts at zero. Widths are solved for the counts above: see `ModelConfig.unet_widths`.
+    The paper leaves the rest open. We take common choices: group norms; two residual blocks per resolution, three in the up
+    half; attention between the blocks of the lowest resolution; half the width at each doubling of the resolution, so that
+    all resolutions cost about the same and patch_size hardly changes the number of parameters; one time MLP per half; a
+    last layer that starts at zero. `ModelConfig.unet_widths` solves the widths for the counts above.
     """
 
     def __init__(self, config: ModelConfig):
@@ -50,21 +49,21 @@ class UNetPatches(nn.Module):
         self.proj_out_norm = group_norm(widths[0])
         self.proj_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
 
-    def embed(self, noisy: Tensor, t: Tensor) -> tuple[Tensor, Skips]:
-        """Noisy latents (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D), and what `leave` needs."""
-        time = timestep_embedding(t).to(noisy.dtype)  # (N, FREQUENCIES)
-        x, skips = self.down(self.proj_in(noisy), time)
-        return self.to_patches(to_list(x)), Skips(time, skips, x.shape[2:])
+    def embed(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Skips]:
+        """Latents x_t (N, C, Y, X) at times t (N,) -> patch vectors (N, P, D), and the input of `unembed`."""
+        time = timestep_embedding(t).to(x_t.dtype)  # (N, TIME_FEATURES)
+        x, skips = self.down(self.proj_in(x_t), time)
+        return self.to_patches(to_sequence(x)), Skips(time, skips, x.shape[2:])
 
-    def unembed(self, hidden: Tensor, carried: Skips) -> Tensor:
-        """What the transformer made of the patches (N, P, D) -> a prediction (N, C, Y, X)."""
-        x = to_grid(self.from_patches(hidden), carried.shape)  # (N, lowest width, Y / p, X / p)
-        x = self.up(x, reversed(carried.skips), carried.time)  # (N, first width, Y, X)
+    def unembed(self, hidden: Tensor, skips: Skips) -> Tensor:
+        """Hidden states of the patches (N, P, D) -> prediction (N, C, Y, X)."""
+        x = to_grid(self.from_patches(hidden), skips.shape)  # (N, lowest width, Y / p, X / p)
+        x = self.up(x, reversed(skips.tensors), skips.time)  # (N, first width, Y, X)
         return self.proj_out(F.silu(self.proj_out_norm(x)))
 
 
 class Down(nn.Module):
-    """From the full resolution to the lowest; every block's output is kept for the way up."""
+    """From full to lowest resolution. Every output is also a skip connection to the up half."""
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
@@ -74,19 +73,19 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
         time = F.silu(self.time(time))  # (N, lowest width)
-        kept = [x]
+        skips = [x]
         for n, stage in enumerate(self.stages):
             if n:
                 x = self.samplers[n - 1](x)
-                kept.append(x)
+                skips.append(x)
             for step in range(BLOCKS):
                 x = stage(x, time, step)
-                kept.append(x)
-        return x, kept
+                skips.append(x)
+        return x, skips
 
 
 class Up(nn.Module):
-    """From the lowest resolution to the full one; every block also reads what its counterpart on the way down made."""
+    """From lowest to full resolution. Every block also has one skip connection from the down half as input."""
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
@@ -94,41 +93,41 @@ class Up(nn.Module):
         self.stages = nn.ModuleList(Stage(2 * w, w, BLOCKS + 1, widths) for w in widths[::-1])
         self.samplers = nn.ModuleList(Upsample(*pair) for pair in pairwise(widths[::-1]))
 
-    def forward(self, x: Tensor, kept: Iterator[Tensor], time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: Iterator[Tensor], time: Tensor) -> Tensor:
         time = F.silu(self.time(time))  # (N, lowest width)
         for n, stage in enumerate(self.stages):
             if n:
                 x = self.samplers[n - 1](x)
             for step in range(BLOCKS + 1):
-                x = stage(torch.cat([x, next(kept)], 1), time, step)
+                x = stage(torch.cat([x, next(skips)], 1), time, step)
         return x
 
 
 class Stage(nn.Module):
-    """The residual blocks of one resolution; at the lowest, attention between each two of them."""
+    """The residual blocks of one resolution. The lowest resolution has attention between every two of them."""
 
-    def __init__(self, before: int, width: int, blocks: int, widths: tuple[int, ...]):
+    def __init__(self, in_channels: int, width: int, blocks: int, widths: tuple[int, ...]):
         super().__init__()
         lowest = widths[-1]
-        self.blocks = nn.ModuleList(ResidualBlock(before, width, lowest) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(in_channels, width, lowest) for _ in range(blocks))
         self.attention = nn.ModuleList(PixelAttention(width) for _ in range(blocks - 1) if width == lowest)
 
     def forward(self, x: Tensor, time: Tensor, step: int) -> Tensor:
-        """Through this block, and the attention behind it if there is one: the skip connections meet between the steps."""
+        """Block number `step` and the attention after it, if any. Skip connections are added or taken between steps."""
         x = self.blocks[step](x, time)
         return self.attention[step](x) if step < len(self.attention) else x
 
 
-def unet_products(config: ModelConfig, shape: tuple[int, int]) -> int:
-    """Multiplications of the products of one image of shape (Y, X), there and back."""
+def count_unet_macs(config: ModelConfig, shape: tuple[int, int]) -> int:
+    """Multiply-accumulates of both halves for one latent of shape (Y, X)."""
     widths, (Y, X), lowest = config.unet_widths, shape, config.unet_widths[-1]
     pixels = [Y * X // 4**n for n in range(len(widths))]
-    found = 2 * 9 * config.latent_channels * widths[0] * pixels[0]  # inward, outward
-    found += 2 * lowest * config.width * pixels[-1]  # to and from the transformer
-    found += 2 * lowest * (FREQUENCIES + lowest)  # both time MLPs
+    macs = 2 * 9 * config.latent_channels * widths[0] * pixels[0]  # proj_in, proj_out
+    macs += 2 * lowest * config.width * pixels[-1]  # to_patches, from_patches
+    macs += 2 * lowest * (TIME_FEATURES + lowest)  # both time MLPs
     for width, area in zip(widths, pixels, strict=True):
-        found += BLOCKS * (2 * 9 * width**2 * area + lowest * width)
-        found += (BLOCKS + 1) * ((3 * 9 + 2) * width**2 * area + lowest * width)  # two widths in, a 1 x 1 shortcut
-    for (above, below), (fine, coarse) in zip(pairwise(widths), pairwise(pixels), strict=True):
-        found += 9 * above * below * (coarse + fine)
-    return found + (2 * BLOCKS - 1) * (4 * lowest**2 * pixels[-1] + 2 * lowest * pixels[-1] ** 2)
+        macs += BLOCKS * (2 * 9 * width**2 * area + lowest * width)
+        macs += (BLOCKS + 1) * ((3 * 9 + 2) * width**2 * area + lowest * width)  # inputs of two widths, a 1 x 1 shortcut
+    for (width, next_width), (area, next_area) in zip(pairwise(widths), pairwise(pixels), strict=True):
+        macs += 9 * width * next_width * (next_area + area)
+    return macs + (2 * BLOCKS - 1) * (4 * lowest**2 * pixels[-1] + 2 * lowest * pixels[-1] ** 2)

@@ -1,4 +1,4 @@
-"""Weights in a folder as others read them, safetensors and JSON alone: written, read."""
+"""Weights in a folder, in the layout of `transformers`: safetensors, and a JSON index when there are several files."""
 
 import os
 from pathlib import Path
@@ -11,80 +11,81 @@ from torch import Tensor, nn
 from transfusion.disk import OpenError, open_to_others, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = 5 * 10**9  # bytes of one file, at most
+MAX_SHARD_BYTES = 5 * 10**9  # of one file
 
 
-def write_weights(tensors: dict[str, Tensor], folder: Path, shard: int = SHARD) -> list[Path]:
-    """model.safetensors, or so many shards of that size and their index: the files, all of them on the disk."""
+def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
+    """Write model.safetensors, or shards of at most `max_shard_bytes` and their index. The paths, all fsynced."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
-    files = []
-    for name, held in split.filename_to_tensors.items():
-        save_file({key: tensors[key].contiguous() for key in held}, folder / name, metadata={"format": "pt"})
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
+    paths = []
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
         open_to_others(folder / name)
-        files.append(folder / name)
-    (folder / INDEX).unlink(missing_ok=True)  # of weights that lay there before
+        paths.append(folder / name)
+    (folder / INDEX).unlink(missing_ok=True)  # from earlier weights in this folder
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-        files.append(folder / INDEX)
-    return files
+        paths.append(folder / INDEX)
+    return paths
 
 
 class Weights:
-    """The tensors of a folder by name, each read when it is asked for. OpenError when they are not there or not whole."""
+    """The tensors of a folder by name; each is read on request. OpenError when one is missing or damaged."""
 
     def __init__(self, folder: Path):
         self.folder, self._files = folder, {}
         if (folder / INDEX).exists():
-            self._file_of = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(self._file_of, dict) or any(Path(str(n)).name != n for n in self._file_of.values()):
-                raise OpenError(f"{folder / INDEX} does not say in which of its files each tensor lies")
+            self._file_names = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(self._file_names, dict) or any(Path(str(n)).name != n for n in self._file_names.values()):
+                raise OpenError(f"{folder / INDEX} has no valid weight_map from tensor names to files")
         elif (folder / SINGLE).exists():
-            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            self._file_names = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
-            raise OpenError(f"{folder} holds no weights: it has neither {SINGLE} nor {INDEX}")
+            raise OpenError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} exists")
 
     @property
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._file_names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._of(name).get_slice(name).get_shape())
+        return tuple(self._file(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         try:
-            return self._of(name).get_tensor(name)
+            return self._file(name).get_tensor(name)
         except SafetensorError as error:
-            raise OpenError(f"{self.folder / self._file_of[name]} does not hold {name}: {error}") from None
+            raise OpenError(f"{self.folder / self._file_names[name]} has no tensor {name}: {error}") from None
 
-    def _of(self, name: str):
-        return self._open(self._file_of[name])
+    def _file(self, name: str):
+        return self._open(self._file_names[name])
 
-    def _open(self, file: str):
-        if file not in self._files:
+    def _open(self, file_name: str):
+        if file_name not in self._files:
             try:
-                self._files[file] = safe_open(self.folder / file, "pt")
+                self._files[file_name] = safe_open(self.folder / file_name, "pt")
             except (OSError, SafetensorError) as error:
-                raise OpenError(f"cannot read {self.folder / file}: {str(error).splitlines()[0]}") from None
-        return self._files[file]
+                raise OpenError(f"cannot read {self.folder / file_name}: {str(error).splitlines()[0]}") from None
+        return self._files[file_name]
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Fill in all of a model's weights. OpenError when names or shapes are not those of the folder."""
+    """Load all weights of a model. OpenError when names or shapes differ."""
     read_into(folder, model.state_dict(), "the model of its config.json")
 
 
 @torch.no_grad()
-def read_into(folder: Path, tensors: dict[str, Tensor], of: str) -> None:
-    """Fill in these, which are all that a folder holds. OpenError when names or shapes differ from those `of` something."""
-    held = Weights(folder)
-    for name in sorted(held.names ^ tensors.keys()):
-        wrong = "not one of its tensors" if name in held.names else "missing"
-        raise OpenError(f"{folder} does not fit {of}: {name} is {wrong}")
+def read_into(folder: Path, tensors: dict[str, Tensor], owner: str) -> None:
+    """Read all tensors of a folder into these. OpenError, which names their `owner`, when names or shapes differ."""
+    weights = Weights(folder)
+    for name in sorted(weights.names ^ tensors.keys()):
+        problem = "unexpected" if name in weights.names else "missing"
+        raise OpenError(f"{folder} does not fit {owner}: {name} is {problem}")
     for name, tensor in tensors.items():
-        if held.shape(name) != tuple(tensor.shape):
-            raise OpenError(f"{folder} does not fit {of}: {name} is {held.shape(name)}, not {tuple(tensor.shape)}")
-        tensor.copy_(held.read(name))
+        shape, expected = weights.shape(name), tuple(tensor.shape)
+        if shape != expected:
+            raise OpenError(f"{folder} does not fit {owner}: {name} has shape {shape}, not {expected}")
+        tensor.copy_(weights.read(name))
