@@ -100,8 +100,8 @@ def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState]
     predictions = predict(model, cache, [branches[n][k].slot for n, k in order], x_t, t)  # (B, C, Y, X)
     by_branch = dict(zip(order, predictions, strict=True))
     for n, image in enumerate(images):
-        branch_predictions = [by_branch[n, k] for k in range(len(branches[n]))]
-        prediction = guide(branch_predictions, [branch.scale for branch in branches[n]], image.generation.guidance_rescale)[None]
+        scales = [branch.scale for branch in branches[n]]
+        prediction = guide([by_branch[n, k] for k in range(len(scales))], scales, image.generation.guidance_rescale)[None]
         image.x0_prediction = to_x0_and_noise(image.x_t, prediction, image.t, diffusion).x0
         try:
             image.x_t, image.t = image.sampler.send(prediction)

@@ -165,9 +165,9 @@ def heun(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
 
 def get_sampler(name: str, noise_schedule: str) -> Callable[[Tensor, SamplingSchedule], Sampler]:
     """The sampler with this name. ValueError when it does not exist or does not support the noise schedule."""
-    supported = [sampler for sampler, schedules in SAMPLERS.items() if noise_schedule in schedules]
+    usable = [sampler for sampler, schedules in SAMPLERS.items() if noise_schedule in schedules]
     if name not in SAMPLERS:
-        raise ValueError(f"there is no sampler {name!r}; use {', '.join(supported)}")
-    if name not in supported:
-        raise ValueError(f"the sampler {name} does not support the {noise_schedule} noise schedule; use {', '.join(supported)}")
+        raise ValueError(f"there is no sampler {name!r}; use {', '.join(usable)}")
+    if name not in usable:
+        raise ValueError(f"the sampler {name} does not support the {noise_schedule} noise schedule; use {', '.join(usable)}")
     return globals()[name.replace("-", "_")]
