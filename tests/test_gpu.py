@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_mask import LONG, heads
-from tests.test_model import TINY, numbers, same_weights
+from tests.test_mask import LONG, random_qkv
+from tests.test_model import TINY, copy_parameters, same_weights
 from tests.test_training import new_trainer, rows_of
 from tests.tiny import small_run
 from transfusion.checkpoint.open import open_checkpoint
@@ -36,11 +36,11 @@ def test_flex_attention_equals_the_dense_mask_forward_and_backward(kv_heads, dty
     images = torch.full_like(documents, -1)
     images[0, 20:60], images[0, 120:300], images[1, 5:133], images[1, 133:261] = 0, 1, 0, 1
     mask = packed_mask(documents, images)
-    assert mask.flex
+    assert mask.uses_flex
     results = []
     for attend, kind in (mask.attend, dtype), (lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask.dense, enable_gqa=kv_heads != 4), torch.float32):  # fmt: skip
-        q, k, v = (x.requires_grad_() for x in heads(2, LONG, kv_heads, 0, device="cuda", dtype=kind))
+        q, k, v = (x.requires_grad_() for x in random_qkv(2, LONG, kv_heads, 0, device="cuda", dtype=kind))
         out = attend(q, k, v)
         out.float().square().sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
@@ -49,8 +49,8 @@ def test_flex_attention_equals_the_dense_mask_forward_and_backward(kv_heads, dty
 
 
 def test_starting_weights_are_the_same():
-    on_gpu = {name: x.cpu() for name, x in numbers(network.build(TINY, 0, "cuda")).items()}
-    assert same_weights(on_gpu, numbers(network.build(TINY, 0)))
+    on_gpu = {name: x.cpu() for name, x in copy_parameters(network.build(TINY, 0, "cuda")).items()}
+    assert same_weights(on_gpu, copy_parameters(network.build(TINY, 0)))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The network: sizes, promise 2 (packed equals alone), what changes what, first weights, Llama's logits."""
+"""The network: sizes, packed equals alone (promise 2), dependencies, starting weights, logits of other decoders."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,8 +48,8 @@ variants = st.sampled_from(sorted(VARIANTS))
 
 
 @torch.no_grad()
-def run(model: network.Transfusion, batch: Batch, noisy: list[Tensor], t: list[Tensor]) -> network.Prediction:
-    return model(batch, noisy, t)
+def run(model: network.Transfusion, batch: Batch, x_t: list[Tensor], t: list[Tensor]) -> network.Prediction:
+    return model(batch, x_t, t)
 
 
 def latents_of(batch: Batch) -> list[Tensor]:
@@ -62,7 +62,7 @@ def latents_of(batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "millions", "percent"), [
     ("0.16b", 162, 0.5), ("0.37b", 374, 0.4), ("0.76b", 778, 0.4), ("1.4b", 1364, 0.4), ("7b", 6738, 0.3),
 ])  # fmt: skip
-def test_sizes_are_the_papers(name, millions, percent):
+def test_sizes_equal_the_papers(name, millions, percent):
     with torch.device("meta"):
         model = network.Transfusion(SIZES[name])
     patches = network.count_parameters(model.patches)
@@ -71,7 +71,7 @@ def test_sizes_are_the_papers(name, millions, percent):
     assert round(100 * patches / transformer, 1) == percent
 
 
-def test_tied_models_have_one_matrix():
+def test_tied_models_have_one_embedding_matrix():
     model, untied = network.build(VARIANTS["tie_word_embeddings"], 0), network.build(TINY, 0)
     is_shared = model.head is None and not any("head" in name for name in model.state_dict())
     assert is_shared
@@ -84,104 +84,104 @@ def test_tied_models_have_one_matrix():
 
 @few
 @given(variants, batches(min_documents=2, min_images=1))
-def test_a_packed_row_equals_its_documents_alone(variant, found):
-    rows, batch = found
+def test_packed_row_equals_its_documents_alone(variant, packed):
+    rows, batch = packed
     model, batch = MODELS[variant], with_all_logits(in_double(batch))
-    together = run(model, batch, latents_of(batch), times_of(batch))
-    logits = together.logits.view(*batch.tokens.shape, -1)
-    images = {  # by where their first patch lies
-        int(index[0]): said
-        for group, found in zip(batch.groups, together.images, strict=True)
-        for index, said in zip(group.index, found, strict=True)
+    prediction = run(model, batch, latents_of(batch), times_of(batch))
+    logits = prediction.logits.view(*batch.tokens.shape, -1)
+    images = {  # by the index of their first patch
+        int(index[0]): image_prediction
+        for group, image_predictions in zip(batch.groups, prediction.images, strict=True)
+        for index, image_prediction in zip(group.index, image_predictions, strict=True)
     }
     for b, begin, chunk in places(rows):
         single = with_all_logits(in_double(alone(chunk)))
-        by_itself = run(model, single, latents_of(single), times_of(single))
-        torch.testing.assert_close(logits[b, begin : begin + len(chunk)], by_itself.logits, rtol=0, atol=1e-9)
-        for group, said in zip(single.groups, by_itself.images, strict=True):
-            for index, one in zip(group.index, said, strict=True):
-                there = images.pop(b * LENGTH + begin + int(index[0]))
-                torch.testing.assert_close(there, one, rtol=0, atol=1e-9)
+        expected = run(model, single, latents_of(single), times_of(single))
+        torch.testing.assert_close(logits[b, begin : begin + len(chunk)], expected.logits, rtol=0, atol=1e-9)
+        for group, image_predictions in zip(single.groups, expected.images, strict=True):
+            for index, image_prediction in zip(group.index, image_predictions, strict=True):
+                in_row = images.pop(b * LENGTH + begin + int(index[0]))
+                torch.testing.assert_close(in_row, image_prediction, rtol=0, atol=1e-9)
     assert not images
 
 
 @few
 @given(batches(min_images=1), st.integers(0, 2**31))
-def test_logits_are_those_of_the_positions_asked_for(found, seed):
-    batch = in_double(found[1])
-    everything = run(MODELS["plain"], with_all_logits(batch), latents_of(batch), times_of(batch))
-    asked = run(MODELS["plain"], batch, latents_of(batch), times_of(batch))
-    torch.testing.assert_close(asked.logits, everything.logits[batch.text_index], rtol=0, atol=1e-12)
+def test_logits_are_computed_at_text_index(packed, seed):
+    batch = in_double(packed[1])
+    all_logits = run(MODELS["plain"], with_all_logits(batch), latents_of(batch), times_of(batch)).logits
+    prediction = run(MODELS["plain"], batch, latents_of(batch), times_of(batch))
+    torch.testing.assert_close(prediction.logits, all_logits[batch.text_index], rtol=0, atol=1e-12)
 
 
-# What may change what
+# Which outputs an input changes
 
 
-def changed(model, batch: Batch, change) -> tuple[Tensor, list[Tensor]]:
-    """Where the logits (B, L), and which images (N,) per group, differ after `change(batch, noisy, t)`."""
+def changed_outputs(model, batch: Batch, change) -> tuple[Tensor, list[Tensor]]:
+    """Positions (B, L) whose logits, and images (N,) per group whose predictions, differ after `change(batch, x_t, t)`."""
     batch = with_all_logits(in_double(batch))
-    noisy, t = latents_of(batch), times_of(batch)
-    before = run(model, batch, noisy, t)
-    batch, noisy, t = (
+    x_t, t = latents_of(batch), times_of(batch)
+    before = run(model, batch, x_t, t)
+    batch, x_t, t = (
         replace(batch, tokens=batch.tokens.clone()),
-        [x.clone() for x in noisy],
+        [x.clone() for x in x_t],
         [x.clone() for x in t],
     )
-    change(batch, noisy, t)
-    after = run(model, batch, noisy, t)
+    change(batch, x_t, t)
+    after = run(model, batch, x_t, t)
     logits = (before.logits - after.logits).abs().amax(1).view(batch.tokens.shape) > 1e-12
     images = [
-        (one - other).flatten(1).abs().amax(1) > 1e-12
-        for one, other in zip(before.images, after.images, strict=True)
+        (old - new).flatten(1).abs().amax(1) > 1e-12
+        for old, new in zip(before.images, after.images, strict=True)
     ]
     return logits, images
 
 
-def seers(batch: Batch, b: int, keys, bidirectional: bool) -> Tensor:
-    """Which positions (B, L) may see any of these positions of row b."""
-    see = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    see[b] = may_see(batch.document_ids[b], batch.image_ids[b], bidirectional)[:, keys].any(1)
-    return see
+def attending(batch: Batch, b: int, keys, bidirectional: bool) -> Tensor:
+    """Positions (B, L) that attend to any of these positions of row b."""
+    attends = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    attends[b] = may_see(batch.document_ids[b], batch.image_ids[b], bidirectional)[:, keys].any(1)
+    return attends
 
 
 def images_of(batch: Batch, positions: Tensor) -> list[Tensor]:
-    """Which images (N,) per group have a patch among these positions (B, L)."""
+    """Images (N,) per group with a patch at one of these positions (B, L)."""
     return [positions.view(-1)[group.index].any(1) for group in batch.groups]
 
 
 @few
 @given(variants, batches(min_images=1), st.data())
-def test_a_token_changes_what_may_see_it_and_nothing_else(variant, found, data):
-    _, batch = found
+def test_token_changes_only_positions_that_attend_to_it(variant, packed, data):
+    _, batch = packed
     b = data.draw(st.integers(0, len(batch.tokens) - 1), label="row")
     text = ((batch.image_ids[b] < 0) & (batch.document_ids[b] >= 0)).nonzero()[:, 0].tolist()
-    at = data.draw(st.sampled_from(text), label="position")
+    position = data.draw(st.sampled_from(text), label="position")
 
-    def change(batch, noisy, t):
-        batch.tokens[b, at] = (batch.tokens[b, at] + 7) % VOCABULARY.num_text_tokens
+    def change(batch, x_t, t):
+        batch.tokens[b, position] = (batch.tokens[b, position] + 7) % VOCABULARY.num_text_tokens
 
-    logits, images = changed(MODELS[variant], batch, change)
-    expected = seers(batch, b, [at], variant != "causal images")
+    logits, images = changed_outputs(MODELS[variant], batch, change)
+    expected = attending(batch, b, [position], variant != "causal images")
     assert torch.equal(logits, expected)
     assert [x.tolist() for x in images] == [x.tolist() for x in images_of(batch, expected)]
 
 
 @few
 @given(variants, batches(min_images=1), st.data())
-def test_a_patch_changes_its_whole_image_what_follows_and_nothing_else(variant, found, data):
-    _, batch = found
+def test_patch_changes_only_positions_that_attend_to_it(variant, packed, data):
+    _, batch = packed
     g, n = data.draw(st.sampled_from([(g, n) for g, group in enumerate(batch.groups)
                                       for n in range(len(group.keys))]), label="image")  # fmt: skip
     patch = data.draw(st.integers(0, batch.groups[g].index.shape[1] - 1), label="patch")
 
-    def change(batch, noisy, t):
-        columns = noisy[g].shape[3] // 2
+    def change(batch, x_t, t):
+        columns = x_t[g].shape[3] // 2
         y, x = 2 * (patch // columns), 2 * (patch % columns)
-        noisy[g][n, 0, y, x] += 1
+        x_t[g][n, 0, y, x] += 1
 
-    logits, images = changed(MODELS[variant], batch, change)
-    b, at = divmod(int(batch.groups[g].index[n, patch]), LENGTH)
-    expected = seers(batch, b, [at], variant != "causal images")
+    logits, images = changed_outputs(MODELS[variant], batch, change)
+    b, position = divmod(int(batch.groups[g].index[n, patch]), LENGTH)
+    expected = attending(batch, b, [position], variant != "causal images")
     assert torch.equal(logits, expected)
     assert [x.tolist() for x in images] == [x.tolist() for x in images_of(batch, expected)]
     if variant != "causal images":
@@ -190,34 +190,34 @@ def test_a_patch_changes_its_whole_image_what_follows_and_nothing_else(variant, 
 
 @few
 @given(variants, batches(min_images=1), st.data())
-def test_a_time_changes_its_image_what_follows_and_nothing_else(variant, found, data):
-    _, batch = found
+def test_t_changes_only_positions_that_attend_to_its_image(variant, packed, data):
+    _, batch = packed
     g, n = data.draw(st.sampled_from([(g, n) for g, group in enumerate(batch.groups)
                                       for n in range(len(group.keys))]), label="image")  # fmt: skip
 
-    def change(batch, noisy, t):
+    def change(batch, x_t, t):
         t[g][n] = (t[g][n] + 0.37) % 1
 
-    logits, images = changed(MODELS[variant], batch, change)
+    logits, images = changed_outputs(MODELS[variant], batch, change)
     index = batch.groups[g].index[n]
-    expected = seers(batch, int(index[0]) // LENGTH, (index % LENGTH).tolist(), variant != "causal images")
+    expected = attending(batch, int(index[0]) // LENGTH, (index % LENGTH).tolist(), variant != "causal images")
     assert torch.equal(logits, expected)
     assert [x.tolist() for x in images] == [x.tolist() for x in images_of(batch, expected)]
 
 
 @some
 @given(st.permutations(range(4)), st.sampled_from([n for n in sorted(VARIANTS) if n != "causal images"]))
-def test_the_order_of_patches_matters(order, variant):
-    """A model whose patches share one position would answer permuted patches with its answer permuted."""
+def test_model_depends_on_the_order_of_patches(order, variant):
+    """If all patches shared one position, permuted patches would give a permuted prediction."""
     document = Document((Text((1, 2)), image((4, 4), seed=5)))
     batch = in_double(alone(encode_document(document, VOCABULARY)))
-    clean, t = batch.groups[0].x0, [torch.tensor([0.5], dtype=torch.float64)]
+    x0, t = batch.groups[0].x0, [torch.tensor([0.5], dtype=torch.float64)]
 
     def permute(latent):
         return unpatchify(patchify(latent, 2)[:, list(order)], (4, 4), 2)
 
-    plain = run(MODELS[variant], batch, [clean], t).images[0]
-    permuted = run(MODELS[variant], batch, [permute(clean)], t).images[0]
+    plain = run(MODELS[variant], batch, [x0], t).images[0]
+    permuted = run(MODELS[variant], batch, [permute(x0)], t).images[0]
     difference = float((permuted - permute(plain)).abs().max() / plain.std())
     assert difference < 1e-9 if list(order) == [0, 1, 2, 3] else difference > 1e-2
 
@@ -228,9 +228,9 @@ def test_the_order_of_patches_matters(order, variant):
 def test_options_change_the_output(variant, other):
     document = Document((Text(tuple(range(20))), image((4, 4), seed=5), Text((3,))))
     batch = with_all_logits(in_double(alone(encode_document(document, VOCABULARY))))
-    one, two = (run(MODELS[name], batch, latents_of(batch), times_of(batch)) for name in (variant, other))
-    assert (one.logits - two.logits).abs().max() > 1e-3
-    assert (one.images[0] - two.images[0]).abs().max() > 1e-3
+    first, second = (run(MODELS[name], batch, latents_of(batch), times_of(batch)) for name in (variant, other))
+    assert (first.logits - second.logits).abs().max() > 1e-3
+    assert (first.images[0] - second.images[0]).abs().max() > 1e-3
 
 
 # Patches
@@ -238,7 +238,7 @@ def test_options_change_the_output(variant, other):
 
 @some
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-def test_unpatchify_undoes_patchify(N, C, rows, columns, p):
+def test_unpatchify_inverts_patchify(N, C, rows, columns, p):
     latent = torch.arange(N * C * rows * p * columns * p, dtype=torch.float32).view(
         N, C, rows * p, columns * p
     )
@@ -252,18 +252,18 @@ def test_unpatchify_undoes_patchify(N, C, rows, columns, p):
         )
 
 
-def test_time_is_described_finely_enough_to_tell_steps_apart():
-    described = timestep_embedding(torch.arange(1001) / 1000)
-    assert described.shape == (1001, 256)
-    assert described.abs().max() <= 1
-    assert (described[1:] - described[:-1]).norm(dim=1).min() > 0.1
-    assert torch.equal(timestep_embedding(torch.tensor([0.25]))[0], described[250])  # each time by itself
+def test_timestep_embedding_differs_for_every_step():
+    embeddings = timestep_embedding(torch.arange(1001) / 1000)
+    assert embeddings.shape == (1001, 256)
+    assert embeddings.abs().max() <= 1
+    assert (embeddings[1:] - embeddings[:-1]).norm(dim=1).min() > 0.1
+    assert torch.equal(timestep_embedding(torch.tensor([0.25]))[0], embeddings[250])  # independent of the batch
 
 
 # Starting weights
 
 
-def numbers(model: torch.nn.Module) -> dict[str, Tensor]:
+def copy_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -272,50 +272,50 @@ def same_weights(one: dict, other: dict) -> bool:
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_starting_weights_follow_from_seed_and_name_alone(variant):
+def test_starting_weights_depend_only_on_seed_and_name(variant):
     config = VARIANTS[variant]
-    expected = numbers(network.build(config, seed=5))
-    torch.manual_seed(123)  # neither the process' own chance,
-    assert same_weights(numbers(network.build(config, seed=5)), expected)
-    backwards = network.Transfusion(config)  # nor what stood there, nor the order of parameters
-    order = list(backwards.named_parameters())[::-1]
-    backwards.named_parameters = lambda: iter(order)
-    network.init_weights(backwards, seed=5)
-    del backwards.named_parameters
-    assert same_weights(numbers(backwards), expected)
-    double = network.Transfusion(config).double()  # nor the precision they are kept in
-    network.init_weights(double, seed=5)
-    assert same_weights({name: x.float() for name, x in numbers(double).items()}, expected)
+    expected = copy_parameters(network.build(config, seed=5))
+    torch.manual_seed(123)  # not on the global generator
+    assert same_weights(copy_parameters(network.build(config, seed=5)), expected)
+    reversed_model = network.Transfusion(config)  # not on earlier values or on the order of parameters
+    order = list(reversed_model.named_parameters())[::-1]
+    reversed_model.named_parameters = lambda: iter(order)
+    network.init_weights(reversed_model, seed=5)
+    del reversed_model.named_parameters
+    assert same_weights(copy_parameters(reversed_model), expected)
+    double_model = network.Transfusion(config).double()  # not on the dtype
+    network.init_weights(double_model, seed=5)
+    assert same_weights({name: x.float() for name, x in copy_parameters(double_model).items()}, expected)
 
 
-def test_starting_weights_are_all_different_and_of_any_seed():
-    one, other = numbers(network.build(TINY, 0)), numbers(network.build(TINY, 1))
-    random = {name: x for name, x in one.items() if x.std() > 0}
-    assert all(not torch.equal(x, other[name]) for name, x in random.items())
-    assert len({tuple(x.flatten()[:8].tolist()) for x in random.values()}) == len(random)
-    constant = sorted(set(one) - set(random))
+def test_starting_weights_differ_by_parameter_and_seed():
+    weights, other_weights = copy_parameters(network.build(TINY, 0)), copy_parameters(network.build(TINY, 1))
+    random_weights = {name: x for name, x in weights.items() if x.std() > 0}
+    assert all(not torch.equal(x, other_weights[name]) for name, x in random_weights.items())
+    assert len({tuple(x.flatten()[:8].tolist()) for x in random_weights.values()}) == len(random_weights)
+    constant = sorted(set(weights) - set(random_weights))
     assert all(
         name.endswith(("norm.weight", "bias")) or name == "patches.proj_out.weight" for name in constant
     )
 
 
-def test_a_deeper_model_starts_with_the_same_first_tables():
-    """A parameter's chance hangs on no other parameter: layers before it in the file do not move it."""
-    one, deeper = numbers(network.build(TINY, 0)), numbers(network.build(replace(TINY, layers=4), 0))
+def test_deeper_model_has_the_same_starting_weights():
+    """The random numbers of a parameter do not depend on other parameters."""
+    weights, deeper = copy_parameters(network.build(TINY, 0)), copy_parameters(network.build(replace(TINY, layers=4), 0))
     for name in (
         "tokens.weight",
         "head.weight",
         "patches.time.2.weight",
         "transformer.blocks.1.attention.query.weight",
     ):
-        assert torch.equal(one[name], deeper[name])
+        assert torch.equal(weights[name], deeper[name])
 
 
-def test_the_first_guess_of_the_image_head_is_zero():
+def test_image_predictions_start_at_zero():
     batch = alone(encode_document(Document((image((4, 4), 0),)), VOCABULARY))
-    said = run(network.build(TINY, 0), batch, latents_of(batch), [torch.tensor([0.5])])
-    assert torch.equal(said.images[0], torch.zeros(1, CHANNELS, 4, 4))
-    assert said.logits.std() > 0.1
+    prediction = run(network.build(TINY, 0), batch, latents_of(batch), [torch.tensor([0.5])])
+    assert torch.equal(prediction.images[0], torch.zeros(1, CHANNELS, 4, 4))
+    assert prediction.logits.std() > 0.1
 
 
 # Gradients
@@ -329,93 +329,93 @@ def test_the_first_guess_of_the_image_head_is_zero():
     st.floats(0, 5),
     st.integers(0, 99),
 )
-def test_norms_are_torchs_forward_and_backward(shape, width, eps, size, seed):
-    """Ours writes its gradient out; it is used only where there is one to compute."""
+def test_rms_norm_equals_torchs_forward_and_backward(shape, width, eps, size, seed):
+    """The hand-written gradient is used only where gradients are enabled."""
     generator = torch.Generator().manual_seed(seed)
     x, gradient = torch.randn(2, *shape, width, generator=generator, dtype=torch.float64)
-    ours, plain = RMSNorm(width, eps).double(), torch.nn.RMSNorm(width, eps).double()
+    ours, torchs = RMSNorm(width, eps).double(), torch.nn.RMSNorm(width, eps).double()
     with torch.no_grad():
-        for norm in (ours, plain):
+        for norm in (ours, torchs):
             norm.weight.copy_(torch.linspace(0.5, 2, width))
-    found = []
-    for norm in (ours, plain):
-        inward = (size * x).requires_grad_()
-        out = norm(inward)
+    results = []
+    for norm in (ours, torchs):
+        scaled = (size * x).requires_grad_()
+        out = norm(scaled)
         out.backward(gradient)
-        found.append((out.detach(), inward.grad, norm.weight.grad))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+        results.append((out.detach(), scaled.grad, norm.weight.grad))
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
-        torch.testing.assert_close(ours(size * x), found[0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours(size * x), results[0][0], rtol=1e-12, atol=1e-12)
 
 
 @few
 @given(variants, batches(min_images=1))
-def test_training_sees_the_outputs_that_generating_sees(variant, found):
-    batch = with_all_logits(in_double(found[1]))
+def test_outputs_are_equal_with_and_without_gradients(variant, packed):
+    batch = with_all_logits(in_double(packed[1]))
     inputs = batch, latents_of(batch), times_of(batch)
     plain, with_gradient = run(MODELS[variant], *inputs), MODELS[variant](*inputs)
     torch.testing.assert_close(with_gradient.logits.detach(), plain.logits, rtol=0, atol=1e-10)
-    for one, other in zip(with_gradient.images, plain.images, strict=True):
-        torch.testing.assert_close(one.detach(), other, rtol=0, atol=1e-10)
+    for actual, expected in zip(with_gradient.images, plain.images, strict=True):
+        torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_lower_precision_gives_nearly_the_same(variant):
+def test_bfloat16_outputs_are_close_to_float32(variant):
     document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4, 5))))
     batch, model = alone(encode_document(document, VOCABULARY)), build(VARIANTS[variant], seed=1, dtype=torch.float32)
     inputs = batch, latents_of(batch), [torch.tensor([0.5])]
     exact = run(model, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = model(*inputs)
-    (rough.logits.float().sum() + rough.images[0].float().sum()).backward()
-    for one, other in ((rough.logits, exact.logits), (rough.images[0], exact.images[0])):
-        assert (one.detach().float() - other).std() < 0.05 * other.std()
+        lower = model(*inputs)
+    (lower.logits.float().sum() + lower.images[0].float().sum()).backward()
+    for actual, expected in ((lower.logits, exact.logits), (lower.images[0], exact.images[0])):
+        assert (actual.detach().float() - expected).std() < 0.05 * expected.std()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def unused(batch: Batch, variant: str) -> tuple[set[str], set[str]]:
-    """Which parameters a step on this batch leaves without a gradient, and with one of only zeros."""
+def unused_parameters(batch: Batch, variant: str) -> tuple[set[str], set[str]]:
+    """Names of parameters that have no gradient, and of those with a gradient of zero, after a step on this batch."""
     model = build(VARIANTS[variant], seed=1)
     batch = in_double(batch)
-    said = model(batch, latents_of(batch), times_of(batch))
-    (said.logits.logsumexp(1).sum() + sum(x.square().sum() for x in said.images)).backward()
-    none = {name for name, p in model.named_parameters() if p.grad is None}
-    return none, {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    prediction = model(batch, latents_of(batch), times_of(batch))
+    (prediction.logits.logsumexp(1).sum() + sum(x.square().sum() for x in prediction.images)).backward()
+    missing = {name for name, p in model.named_parameters() if p.grad is None}
+    return missing, {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_text_and_images_together_use_every_parameter(variant):
+def test_text_with_images_uses_every_parameter(variant):
     document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4, 5)), image((2, 6), 1)))
-    assert unused(alone(encode_document(document, VOCABULARY)), variant) == (set(), set())
+    assert unused_parameters(alone(encode_document(document, VOCABULARY)), variant) == (set(), set())
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_text_alone_gives_only_the_patch_layers_a_gradient_of_zero(variant):
-    """And not none at all: with many processes each weight's gradients are added up."""
-    none, zero = unused(alone(encode_document(Document((Text((1, 2, 3)),)), VOCABULARY)), variant)
+def test_text_without_images_gives_patch_layers_zero_gradients(variant):
+    """Not missing: with several ranks the gradients of every weight are summed."""
+    missing, zero = unused_parameters(alone(encode_document(Document((Text((1, 2, 3)),)), VOCABULARY)), variant)
     names = {name for name, _ in MODELS[variant].named_parameters()}
     assert zero == {name for name in names if name.startswith("patches.")}
-    assert not none
+    assert not missing
 
 
-def test_images_alone_leave_only_the_vocabulary_without_a_gradient():
+def test_images_without_text_leave_only_the_head_without_gradient():
     document = Document((image((4, 4), 0, loss=False), Text((), loss=False)))
     batch = alone(encode_document(document, VOCABULARY))
     assert batch.text_count == 0
-    assert unused(batch, "plain") == (set(), {"head.weight"})
+    assert unused_parameters(batch, "plain") == (set(), {"head.weight"})
 
 
-def test_a_batch_of_empty_rows_runs():
+def test_batch_of_empty_rows_runs():
     batch = collate([Row(())], 8, VOCABULARY)
     assert run(MODELS["plain"], batch, [], []).logits.shape == (0, TINY.vocab_size)
 
 
-# Promise 11: other people's decoders
+# Decoders of transformers (promise 11)
 
 
 def copy_weights(theirs, config: ModelConfig) -> network.Transfusion:
-    """Ours with the weights of a transformers decoder: q, k, v in one matrix, gate and up in another."""
+    """Our model with the weights of a decoder of transformers."""
     model = build(config, seed=9, dtype=torch.float32)
     names = dict(_names(theirs.state_dict(), config.layers, config.tie_word_embeddings))
     missing = {n for n, _ in model.named_parameters() if not n.startswith("patches.")} - names.keys()
@@ -429,7 +429,7 @@ def _names(weights: dict, layers: int, is_tied: bool) -> Iterator[tuple[str, Ten
     yield "transformer.norm.weight", weights["model.norm.weight"]
     if not is_tied:
         yield "head.weight", weights["lm_head.weight"]
-    renamed = {
+    block_names = {
         "self_attn.q_proj": "attention.query",
         "self_attn.k_proj": "attention.key",
         "self_attn.v_proj": "attention.value",
@@ -443,25 +443,25 @@ def _names(weights: dict, layers: int, is_tied: bool) -> Iterator[tuple[str, Ten
     norms = ("input_layernorm", "post_attention_layernorm")
     if "model.layers.0.post_feedforward_layernorm.weight" in weights:
         norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-    renamed |= dict(zip(norms, ("attention_norm", "feed_forward_norm"), strict=True))
+    block_names |= dict(zip(norms, ("attention_norm", "feed_forward_norm"), strict=True))
     for n in range(layers):
         layer = {k.removeprefix(f"model.layers.{n}."): v for k, v in weights.items() if f".layers.{n}." in k}
-        for theirs, ours in renamed.items():
+        for theirs, ours in block_names.items():
             if f"{theirs}.weight" in layer:
                 yield f"transformer.blocks.{n}.{ours}.weight", layer[f"{theirs}.weight"]
 
 
 def sizes_of(config: ModelConfig) -> dict:
-    """Our config in transformers' words."""
+    """Our config as arguments of a config of transformers."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        s = config.rope_scaling
+        scaling = config.rope_scaling
         rope |= {
             "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_frequency_factor,
-            "high_freq_factor": s.high_frequency_factor,
-            "original_max_position_embeddings": s.original_length,
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_length,
         }
     return dict(
         hidden_size=config.width, intermediate_size=config.feed_forward_size, num_hidden_layers=config.layers,
@@ -474,7 +474,7 @@ def sizes_of(config: ModelConfig) -> dict:
 
 
 def check_equal(theirs, config: ModelConfig, seed: int):
-    """Packed rows of texts: our logits of each document are theirs."""
+    """In packed rows, our logits of each document equal those of `theirs`."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     theirs = theirs.eval()
@@ -495,13 +495,13 @@ def check_equal(theirs, config: ModelConfig, seed: int):
     ):
         with torch.no_grad():
             expected = theirs(torch.from_numpy(chunk.tokens)[None]).logits[0]
-        assert expected.std() > 0.1  # logits that say something
+        assert expected.std() > 0.1  # not trivially equal
         torch.testing.assert_close(logits[b, begin : begin + len(chunk)], expected, rtol=0, atol=1e-4)
 
 
 @st.composite
 def decoders(draw):
-    """Small decoders of any shape."""
+    """Configs of small decoders."""
     heads = draw(st.sampled_from((2, 4)))
     scaling = st.builds(
         RopeScaling,
@@ -521,7 +521,7 @@ def decoders(draw):
 
 @few
 @given(decoders(), st.integers(0, 2**31))
-def test_a_llamas_weights_give_its_logits(config, seed):
+def test_logits_equal_llamas(config, seed):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -530,7 +530,7 @@ def test_a_llamas_weights_give_its_logits(config, seed):
 
 @few
 @given(decoders(), st.integers(0, 2**31))
-def test_qk_norm_is_that_of_qwen3(config, seed):
+def test_logits_with_qk_norm_equal_qwen3s(config, seed):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -538,8 +538,8 @@ def test_qk_norm_is_that_of_qwen3(config, seed):
     check_equal(Qwen3ForCausalLM(Qwen3Config(**sizes_of(config))), config, seed)
 
 
-def test_post_norm_is_that_of_olmo2():
-    """Theirs normalises queries and keys over all heads at once: the same as ours where there is one head."""
+def test_logits_with_post_norm_equal_olmo2s():
+    """OLMo 2 normalises queries and keys over all heads together; with one head this equals ours."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     torch.manual_seed(0)
