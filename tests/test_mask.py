@@ -168,7 +168,7 @@ def test_attend_equals_masked_softmax(ids, kv_heads):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_compiled_before_the_blocks(monkeypatch):
-    """If it were first compiled while a block is traced, uncompiled calls (held-out losses) would use eager FlexAttention."""
+    """If it were first compiled while a block is traced, uncompiled calls (held-out losses) would be eager."""
     monkeypatch.setattr(mask_module, "_flex", None)
     monkeypatch.setattr(Mask, "uses_flex", True)
     torch._dynamo.reset()

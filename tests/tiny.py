@@ -1,4 +1,4 @@
-"""Runs made without training: an engine in memory whose model notes what it is asked, a folder on disk."""
+"""Untrained runs: an engine in memory whose model records its calls, and run folders on disk."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -34,14 +34,14 @@ from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate
 from transfusion.training.codec import CodecTrainer
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
-torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
+torch.set_num_threads(1)  # small tensors: a second thread would be slower
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel("WARNING")  # it logs every tensor that is saved
 
-SIZES = tuple((x, y) for y, x in SHAPES)  # (width, height) of what an engine here draws
+SIZES = tuple((x, y) for y, x in SHAPES)  # (width, height) of the engine's images
 
 
 class Latents(Pixels):
-    """Pictures that are latents, never rounded: what is drawn can be looked at to the last bit."""
+    """A codec whose images are latents without rounding, so that generated images can be compared exactly."""
 
     def __init__(self, bound: float = 3.0):
         side = np.full(CHANNELS, bound)
@@ -61,33 +61,33 @@ def tokenizer() -> Tokenizer:
 
 
 def picture(shape: tuple[int, int], seed: int) -> np.ndarray:
-    """(Y, X, channels) numbers that follow from the seed."""
+    """A random image (Y, X, channels) from a seed."""
     return np.random.default_rng(seed).standard_normal((*shape, CHANNELS), dtype=np.float32).clip(-3, 3)
 
 
 @dataclass
 class Call:
-    """One forward pass: whose slots, what was asked, and what the model said of it."""
+    """One forward pass: its cache slots, inputs and prediction."""
 
     slots: list[int]
     tokens: Tensor  # (B, L)
-    position: Tensor  # (B, L)
-    noisy: list[Tensor]
+    position_ids: Tensor  # (B, L)
+    x_t: list[Tensor]
     t: list[Tensor]
-    said: Prediction
+    prediction: Prediction
     mask_keys: int
 
     @property
     def kind(self) -> str:
-        """Images are drawn without asking for logits; a row that writes reads one token."""
-        if not len(self.said.logits):
-            return f"draw {tuple(self.noisy[0].shape[2:])}"
-        return "write" if self.tokens.shape[1] == 1 else "read"
+        """A denoising step has no logits; decoding reads one token."""
+        if not len(self.prediction.logits):
+            return f"draw {tuple(self.x_t[0].shape[2:])}"
+        return "decode" if self.tokens.shape[1] == 1 else "prefill"
 
 
 @dataclass
-class Watched:
-    """A model that notes what it is asked. `bias` (V,) is added to the logits it hands on, not to its own."""
+class RecordingModel:
+    """A model that records its calls, and adds `bias` (V,) to the logits that it returns, not to the recorded ones."""
 
     model: Transfusion
     bias: Tensor | None = None
@@ -104,7 +104,7 @@ class Watched:
         return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)
 
 
-def engine(
+def build_engine(
     bias: dict[int, float] | Callable[[Vocabulary], dict[int, float]] | None = None, context: int = 200,
     diffusion: DiffusionConfig = DiffusionConfig(prediction="velocity"),  # noqa: B008 (frozen)
     shapes: Sequence[tuple[int, int]] = SHAPES, text: Tokenizer | None = None, seed: int = 0, **model,
@@ -119,16 +119,16 @@ def engine(
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
     )  # fmt: skip
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    found = Engine(OpenedRun(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
-    added = torch.zeros(vocabulary.size)
+    engine = Engine(OpenedRun(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
+    added_bias = torch.zeros(vocabulary.size)
     for token, value in (bias(vocabulary) if callable(bias) else bias or {}).items():
-        added[token] = value
-    found.model = Watched(model, added)
-    return found
+        added_bias[token] = value
+    engine.model = RecordingModel(model, added_bias)
+    return engine
 
 
 def prompt_segments(parts: Sequence, text: Tokenizer | None = None) -> tuple[Text | Image, ...]:
-    """A request's parts as the segments they are."""
+    """The segments of a request's parts."""
     text = text or tokenizer()
     return tuple(
         Text(text.encode(p)) if isinstance(p, str) else Image(p.transpose(2, 0, 1).copy()) for p in parts
@@ -137,9 +137,9 @@ def prompt_segments(parts: Sequence, text: Tokenizer | None = None) -> tuple[Tex
 
 @torch.no_grad()
 def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tuple[Tensor, Tensor | None]:
-    """One forward pass over a whole sequence: its logits (L, V), what is said of its last image (C, Y, X).
+    """One forward pass over a whole sequence: logits (L, V), and the prediction for its last image (C, Y, X).
 
-    Every image is clean, t = 0; with `t`, the last one is noisy and the sequence ends with its patches.
+    Every image is clean, t = 0; with `t`, the last one is noisy (at t) and the sequence ends with its patches.
     """
     vocabulary, model = engine.vocabulary, engine.model.model
     chunk = encode_document(Document(tuple(segments)), vocabulary, ends=False)
@@ -151,8 +151,8 @@ def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tupl
         return model(batch, [group.x0 for group in batch.groups], times).logits, None
     last = max(range(len(times)), key=lambda g: batch.groups[g].index.max())
     times[last][-1] = t
-    said = model(batch, [group.x0 for group in batch.groups], times)
-    return said.logits, said.images[last][-1]
+    prediction = model(batch, [group.x0 for group in batch.groups], times)
+    return prediction.logits, prediction.images[last][-1]
 
 
 def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
