@@ -1,5 +1,4 @@
-"""Noise to image: the samplers against diffusers' schedulers, and driven by a model that is never wrong."""
-
+"""The samplers, compared with diffusers' schedulers, and with perfect predictions."""
 
 import pytest
 import torch
@@ -18,59 +17,63 @@ from torch import Tensor
 from tests.profile import examples
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion import add_noise, alpha_sigma, noise_from_x0, target, to_x0_and_noise
-from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.inference.samplers import Sampler, SamplingSchedule, get_sampler
 
-torch.set_num_threads(1)  # tensors of a few numbers: a second thread would only be waited for
+torch.set_num_threads(1)  # small tensors: a second thread would be slower
 
 few = examples(12, quick=6)
 some = examples(15, quick=8)
 
 SHAPE = (1, 3, 2, 2)
-COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # of steps; they divide 1000, for diffusers walks whole ones
+STEP_COUNTS = (1, 2, 4, 5, 10, 50, 250, 1000)  # steps; they divide 1000, because diffusers' timesteps are integers
 THEIR_NAMES = {"epsilon": "epsilon", "velocity": "v_prediction", "x0": "sample"}
-STRAIGHT = [("rectified_flow", name) for name in ("ddpm", "ddim", "dpm", "dpm-sde", "euler", "heun")]
-SAMPLERS = [("cosine", name) for name in ("ddpm", "ddim", "dpm", "dpm-sde")] + STRAIGHT
-WITH_CHANCE = ("ddpm", "dpm-sde")
+RECTIFIED_FLOW = [("rectified_flow", name) for name in ("ddpm", "ddim", "dpm", "dpm-sde", "euler", "heun")]
+SAMPLERS = [("cosine", name) for name in ("ddpm", "ddim", "dpm", "dpm-sde")] + RECTIFIED_FLOW
+STOCHASTIC = ("ddpm", "dpm-sde")
 
-predictions = st.sampled_from(("epsilon", "velocity", "x0"))
-counts = st.sampled_from(COUNTS)
+prediction_types = st.sampled_from(("epsilon", "velocity", "x0"))
+step_counts = st.sampled_from(STEP_COUNTS)
 seeds = st.integers(0, 2**32 - 1)
 bounds = st.none() | st.just(1.0)
 
 
-def walk(
+def make_schedule(
     steps: int, diffusion: DiffusionConfig, bound: float | None = None, seed: int = 0, dtype=torch.float64
 ) -> SamplingSchedule:
-    """A walk whose bound is the same on both sides of 0 and for every channel."""
+    """A schedule with the bound (-bound, bound) for every channel."""
     sides = None if bound is None else tuple(torch.full((3, 1, 1), s * bound, dtype=dtype) for s in (-1, 1))
     return SamplingSchedule(steps, diffusion, sides, torch.Generator().manual_seed(seed))
 
 
-def drive(sampler, answer) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run a sampler to its end with answer(noisy, t): the image, and all that it wanted to be told about."""
-    asked = []
-    noisy, t = next(sampler)
+def start_sampler(name: str, x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
+    return get_sampler(name, schedule.diffusion.noise_schedule)(x_t, schedule)
+
+
+def run_sampler(sampler: Sampler, predict) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Run a sampler to its end with predict(x_t, t): x0, and all (x_t, t) that it yielded."""
+    yielded = []
+    x_t, t = next(sampler)
     while True:
-        asked.append((noisy, t))
+        yielded.append((x_t, t))
         try:
-            noisy, t = sampler.send(answer(noisy, t))
+            x_t, t = sampler.send(predict(x_t, t))
         except StopIteration as finished:
-            return finished.value, asked
+            return finished.value, yielded
 
 
-def calls(name: str, steps: int) -> int:
-    """How often a sampler asks the model."""
+def count_calls(name: str, steps: int) -> int:
+    """Model calls of a sampler."""
     return 2 * steps - 1 if name == "heun" else steps
 
 
 def random(seed: int, number: int, dtype=torch.float64) -> Tensor:
-    """Noise number so and so of a seed."""
+    """Noise tensor `number` of a seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((number + 1, *SHAPE), generator=generator, dtype=dtype)[number]
 
 
 def in_double(scheduler) -> None:
-    """Give a scheduler its own table at full precision: in float32 its last abar is off by 5e-5 of itself."""
+    """Recompute a scheduler's table in float64: in float32 its last alpha-bar has a relative error of 5e-5."""
     steps = torch.arange(1001, dtype=torch.float64) / 1000
     cosine = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
     betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
@@ -80,7 +83,7 @@ def in_double(scheduler) -> None:
 
 
 def scheduler_of(kind, steps: int, prediction: str, bound: float | None, **more):
-    """diffusers' scheduler on the path, steps and prediction of the paper (section 4.1)."""
+    """diffusers' scheduler with the noise schedule and timesteps of the paper (section 4.1)."""
     scheduler = kind(
         beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample=bound is not None,
         prediction_type=THEIR_NAMES[prediction], clip_sample_range=bound or 1.0, **more,
@@ -90,134 +93,137 @@ def scheduler_of(kind, steps: int, prediction: str, bound: float | None, **more)
     return scheduler
 
 
-def their_way(scheduler, noisy: Tensor, said: list[Tensor], seed: int = 0) -> list[Tensor]:
-    """All that their loop passes through: where it begins, and what each of these predictions makes of it.
+def their_trajectory(scheduler, x_t: Tensor, predictions: list[Tensor], seed: int = 0) -> list[Tensor]:
+    """x_t before the first step and after each step of diffusers' loop with these predictions.
 
-    With our chance: float32 noise from one generator, fresh in every step.
+    It uses our random numbers: float32 noise from one generator.
     """
-    generator, way = torch.Generator().manual_seed(seed), [noisy]
+    generator, trajectory = torch.Generator().manual_seed(seed), [x_t]
 
-    def draw(shape, **_):
+    def randn_tensor(shape, **_):
         return torch.randn(shape, generator=generator).double()
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (scheduling_ddpm, scheduling_dpmsolver_multistep):
-            patch.setattr(module, "randn_tensor", draw)
-        for t, prediction in zip(scheduler.timesteps, said, strict=True):
-            way.append(scheduler.step(prediction, t, way[-1]).prev_sample)
-    return way
+            patch.setattr(module, "randn_tensor", randn_tensor)
+        for t, prediction in zip(scheduler.timesteps, predictions, strict=True):
+            trajectory.append(scheduler.step(prediction, t, trajectory[-1]).prev_sample)
+    return trajectory
 
 
-def our_way(name: str, walk: SamplingSchedule, noisy: Tensor, said: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same of ours, and the times (1,) at which it asked."""
-    answers = iter(said)
-    image, asked = drive(get_sampler(name, walk.diffusion.noise_schedule)(noisy, walk), lambda *_: next(answers))
-    return [*(noisy for noisy, _ in asked), image], [t for _, t in asked]
+def our_trajectory(
+    name: str, schedule: SamplingSchedule, x_t: Tensor, predictions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of our sampler, and the t (1,) of each model call."""
+    sampler = start_sampler(name, x_t, schedule)
+    answers = iter(predictions)
+    image, yielded = run_sampler(sampler, lambda *_: next(answers))
+    return [*(x_t for x_t, _ in yielded), image], [t for _, t in yielded]
 
 
-def agree(ours: Tensor, theirs: Tensor, within: float = 1e-4) -> None:
-    """Within 1e-4 of the largest number there is: unclipped, an error at t = 1 is multiplied by 20,000."""
-    assert (ours - theirs).abs().max() <= within * max(1, theirs.abs().max())
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """Relative to the largest absolute value: without clipping, an error at t = 1 is multiplied by 20,000."""
+    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
 
 
-# Against diffusers
+# Compared with diffusers
 
 
 @some
-@given(counts, predictions, bounds, seeds)
-def test_ddpm_is_the_schedulers(steps, prediction, bound, seed):
+@given(step_counts, prediction_types, bounds, seeds)
+def test_ddpm_equals_diffusers(steps, prediction, bound, seed):
     assume(bound is not None or prediction != "epsilon")  # see the test below
     diffusion = DiffusionConfig(prediction=prediction)
-    said = [random(seed, 2 + n % 8) for n in range(steps)]
-    answers = iter(said)
-    sampler = get_sampler("ddpm", diffusion.noise_schedule)(random(seed, 0), walk(steps, diffusion, bound, seed))
-    ours, asked = drive(sampler, lambda noisy, t: next(answers))
+    predictions = [random(seed, 2 + n % 8) for n in range(steps)]
+    answers = iter(predictions)
+    sampler = start_sampler("ddpm", random(seed, 0), make_schedule(steps, diffusion, bound, seed))
+    ours, yielded = run_sampler(sampler, lambda x_t, t: next(answers))
     scheduler = scheduler_of(DDPMScheduler, steps, prediction, bound, variance_type="fixed_small")
-    assert [round(1000 * t.item()) - 1 for _, t in asked] == scheduler.timesteps.tolist()
-    agree(ours, their_way(scheduler, random(seed, 0), said, seed)[-1], 1e-5)
+    assert [round(1000 * t.item()) - 1 for _, t in yielded] == scheduler.timesteps.tolist()
+    assert_near(ours, their_trajectory(scheduler, random(seed, 0), predictions, seed)[-1], 1e-5)
 
 
 @some
-@given(counts, predictions, bounds, seeds)
-def test_ddim_is_the_schedulers(steps, prediction, bound, seed):
+@given(step_counts, prediction_types, bounds, seeds)
+def test_ddim_equals_diffusers(steps, prediction, bound, seed):
     assume(bound is not None or prediction != "epsilon")
     diffusion = DiffusionConfig(prediction=prediction)
-    said = [random(seed, 2 + n % 8) for n in range(steps)]
-    answers = iter(said)
-    sampler = get_sampler("ddim", diffusion.noise_schedule)(random(seed, 0), walk(steps, diffusion, bound))
-    ours, asked = drive(sampler, lambda noisy, t: next(answers))
+    predictions = [random(seed, 2 + n % 8) for n in range(steps)]
+    answers = iter(predictions)
+    sampler = start_sampler("ddim", random(seed, 0), make_schedule(steps, diffusion, bound))
+    ours, yielded = run_sampler(sampler, lambda x_t, t: next(answers))
     scheduler = scheduler_of(DDIMScheduler, steps, prediction, bound)
-    assert [round(1000 * t.item()) - 1 for _, t in asked] == scheduler.timesteps.tolist()
+    assert [round(1000 * t.item()) - 1 for _, t in yielded] == scheduler.timesteps.tolist()
     theirs = random(seed, 0)
-    for t, prediction in zip(scheduler.timesteps, said, strict=True):
+    for t, prediction in zip(scheduler.timesteps, predictions, strict=True):
         theirs = scheduler.step(prediction, t, theirs, eta=0.0, use_clipped_model_output=True).prev_sample
-    agree(ours, theirs, 1e-5)
+    assert_near(ours, theirs, 1e-5)
 
 
 @few
-@given(counts, st.sampled_from(("ddpm", "ddim")), seeds)
-def test_unclipped_noise_predictions_are_the_schedulers(steps, name, seed):
-    """The one case in which their abar at t = 1, 2.4288e-9, counts: predictions are divided by its root."""
+@given(step_counts, st.sampled_from(("ddpm", "ddim")), seeds)
+def test_unclipped_epsilon_predictions_equal_diffusers(steps, name, seed):
+    """Only here diffusers' alpha-bar at t = 1, 2.4288e-9, matters: predictions are divided by its root."""
     diffusion = DiffusionConfig()
-    said = [random(seed, 2 + n % 8) for n in range(steps)]
-    answers = iter(said)
-    sampler = get_sampler(name, diffusion.noise_schedule)(random(seed, 0), walk(steps, diffusion, None, seed))
-    ours, _ = drive(sampler, lambda *_: next(answers))
+    predictions = [random(seed, 2 + n % 8) for n in range(steps)]
+    answers = iter(predictions)
+    sampler = start_sampler(name, random(seed, 0), make_schedule(steps, diffusion, None, seed))
+    ours, _ = run_sampler(sampler, lambda *_: next(answers))
     theirs = random(seed, 0)
     if name == "ddpm":
         scheduler = scheduler_of(DDPMScheduler, steps, "epsilon", None, variance_type="fixed_small")
-        theirs = their_way(scheduler, theirs, said, seed)[-1]
+        theirs = their_trajectory(scheduler, theirs, predictions, seed)[-1]
     else:
         scheduler = scheduler_of(DDIMScheduler, steps, "epsilon", None)
-        for t, prediction in zip(scheduler.timesteps, said, strict=True):
+        for t, prediction in zip(scheduler.timesteps, predictions, strict=True):
             theirs = scheduler.step(prediction, t, theirs).prev_sample
-    agree(ours, theirs)
+    assert_near(ours, theirs)
 
 
 @some
 @given(st.integers(1, 60), st.sampled_from((1.0, 0.5, 3.0)), seeds)
-def test_euler_is_the_schedulers(steps, shift, seed):
+def test_euler_equals_diffusers(steps, shift, seed):
     diffusion = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity", t_shift=shift)
-    said = [random(seed, 2 + n % 8, torch.float32) for n in range(steps)]
-    answers = iter(said)
+    predictions = [random(seed, 2 + n % 8, torch.float32) for n in range(steps)]
+    answers = iter(predictions)
     start = random(seed, 0, torch.float32)
-    sampler = get_sampler("euler", diffusion.noise_schedule)(start, walk(steps, diffusion))
-    ours, asked = drive(sampler, lambda *_: next(answers))
+    sampler = start_sampler("euler", start, make_schedule(steps, diffusion))
+    ours, yielded = run_sampler(sampler, lambda *_: next(answers))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1 - n / steps for n in range(steps)])
-    torch.testing.assert_close(torch.cat([t for _, t in asked]), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat([t for _, t in yielded]), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
     theirs = start
-    for t, prediction in zip(scheduler.timesteps, said, strict=True):
+    for t, prediction in zip(scheduler.timesteps, predictions, strict=True):
         theirs = scheduler.step(prediction, t, theirs).prev_sample
-    agree(ours, theirs)
+    assert_near(ours, theirs)
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("dpm", "dpmsolver++"), ("dpm-sde", "sde-dpmsolver++")])
 @some
-@given(counts, predictions, bounds, seeds)
-def test_dpm_is_the_schedulers(name, theirs, steps, prediction, bound, seed):
-    """All along the way, not only at its end, where the last step is first-order and gives the last estimate."""
+@given(step_counts, prediction_types, bounds, seeds)
+def test_dpm_equals_diffusers(name, theirs, steps, prediction, bound, seed):
+    """After every step, not only at the end: the last step is first-order and returns the last x0."""
     diffusion = DiffusionConfig(prediction=prediction)
-    said = [random(seed, 2 + n % 8) for n in range(steps)]
-    ours, times = our_way(name, walk(steps, diffusion, bound, seed), random(seed, 0), said)
+    predictions = [random(seed, 2 + n % 8) for n in range(steps)]
+    ours, times = our_trajectory(name, make_schedule(steps, diffusion, bound, seed), random(seed, 0), predictions)
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=THEIR_NAMES[prediction],
         algorithm_type=theirs, solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
-        thresholding=bound is not None, sample_max_value=bound or 1.0,  # at 1, dynamic thresholds do not move: they clip
+        thresholding=bound is not None, sample_max_value=bound or 1.0,  # at 1, dynamic thresholding is plain clipping
     )  # fmt: skip
     in_double(scheduler)
     scheduler.set_timesteps(steps)
     assert [round(1000 * t.item()) - 1 for t in times] == scheduler.timesteps.tolist()
-    abar = scheduler.alphas_cumprod[scheduler.timesteps]  # (steps,)
-    exact = torch.cat([(1 / abar - 1).sqrt(), torch.zeros(1)])  # (steps + 1,)
+    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]  # (steps,)
+    exact = torch.cat([(1 / alpha_bar - 1).sqrt(), torch.zeros(1)])  # (steps + 1,)
     torch.testing.assert_close(exact.float(), scheduler.sigmas, rtol=1e-5, atol=1e-6)
     scheduler.sigmas = exact
-    for one, other in zip(ours, their_way(scheduler, random(seed, 0), said, seed), strict=True):
-        agree(one, other, 3e-5)  # they round to float32 in each of up to 1,000 steps
+    for actual, expected in zip(ours, their_trajectory(scheduler, random(seed, 0), predictions, seed), strict=True):
+        assert_near(actual, expected, 3e-5)  # diffusers rounds to float32 in each of up to 1,000 steps
 
 
-class ShortWalk(SamplingSchedule):
-    """The times of diffusers' flow matching, which begin at 0.999 and not at 1: sigmas of 1 would be infinitely far."""
+class DiffusersSchedule(SamplingSchedule):
+    """The times of diffusers' flow matching, which begin at 0.999: at 1, lambda would be -inf."""
 
     def times(self) -> Tensor:
         times = 0.999 * torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)  # (steps + 1,)
@@ -227,143 +233,143 @@ class ShortWalk(SamplingSchedule):
 
 @some
 @given(st.integers(1, 60), st.sampled_from((1.0, 0.5, 3.0)), st.booleans(), bounds, seeds)
-def test_dpm_on_the_straight_path_is_the_schedulers(steps, shift, short, bound, seed):
-    """On their own times, and on ours, which begin at t = 1: no signal, and a first step of endless length."""
+def test_dpm_with_rectified_flow_equals_diffusers(steps, shift, starts_at_0_999, bound, seed):
+    """With diffusers' times, and with ours, which begin at t = 1: alpha is 0, and the first step in lambda is infinite."""
     diffusion = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity", t_shift=shift)
-    said = [random(seed, 2 + n % 8) for n in range(steps)]
-    full = walk(steps, diffusion, bound)
-    bounded = ShortWalk(steps, diffusion, full.bound, full.generator) if short else full
-    ours, times = our_way("dpm", bounded, random(seed, 0), said)
+    predictions = [random(seed, 2 + n % 8) for n in range(steps)]
+    schedule = make_schedule(steps, diffusion, bound)
+    if starts_at_0_999:
+        schedule = DiffusersSchedule(steps, diffusion, schedule.bound, schedule.generator)
+    ours, times = our_trajectory("dpm", schedule, random(seed, 0), predictions)
     scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", solver_order=2,
         thresholding=bound is not None, sample_max_value=bound or 1.0,
     )  # fmt: skip
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
-    if short:
+    if starts_at_0_999:
         torch.testing.assert_close(torch.cat(times).float(), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
-    scheduler.sigmas = bounded.times()
-    for one, other in zip(ours, their_way(scheduler, random(seed, 0), said), strict=True):
-        agree(one, other, 1e-5)
+    scheduler.sigmas = schedule.times()
+    for actual, expected in zip(ours, their_trajectory(scheduler, random(seed, 0), predictions), strict=True):
+        assert_near(actual, expected, 1e-5)
 
 
 @some
 @given(st.integers(1, 60), st.sampled_from((1.0, 0.5, 3.0)), seeds)
-def test_heun_is_the_schedulers(steps, shift, seed):
-    """On our times: theirs end with one of 0.001, whatever the number of steps, and are shifted twice."""
+def test_heun_equals_diffusers(steps, shift, seed):
+    """With our times: diffusers' last time is always 0.001, and its times are shifted twice."""
     diffusion = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity", t_shift=shift)
-    said = [random(seed, 2 + n % 8, torch.float32) for n in range(calls("heun", steps))]
+    predictions = [random(seed, 2 + n % 8, torch.float32) for n in range(count_calls("heun", steps))]
     start = random(seed, 0, torch.float32)
-    ours, times = our_way("heun", walk(steps, diffusion), start, said)
+    ours, times = our_trajectory("heun", make_schedule(steps, diffusion), start, predictions)
     scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
     assert len(scheduler.timesteps) == len(times)
-    first, *others = walk(steps, diffusion).times().float()
+    first, *others = make_schedule(steps, diffusion).times().float()
     scheduler.sigmas = torch.stack([first, *(t for t in others[:-1] for _ in range(2)), others[-1]])
     torch.testing.assert_close(torch.cat(times), scheduler.sigmas[:-1], rtol=0, atol=0)
-    for one, other in zip(ours, their_way(scheduler, start, said), strict=True):
-        agree(one, other, 1e-5)
+    for actual, expected in zip(ours, their_trajectory(scheduler, start, predictions), strict=True):
+        assert_near(actual, expected, 1e-5)
 
 
-# Against a model that is never wrong
+# With perfect predictions
 
 
-@pytest.mark.parametrize(("path", "name"), SAMPLERS)
+@pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @few
-@given(st.integers(2, 40), predictions, st.booleans(), st.sampled_from((1.0, 2.0)), seeds)
-def test_a_perfect_predictor_gives_the_clean_latent(
-    path, name, dtype, steps, prediction, clipped, shift, seed
-):
-    """It knows the clean latent, and says what of the noisy one it is shown is noise."""
-    diffusion = DiffusionConfig(noise_schedule=path, prediction=prediction, t_shift=shift)
-    clean = random(seed, 1, dtype).clamp(-2, 2)
+@given(st.integers(2, 40), prediction_types, st.booleans(), st.sampled_from((1.0, 2.0)), seeds)
+def test_perfect_predictions_give_x0(noise_schedule, name, dtype, steps, prediction, clipped, shift, seed):
+    """The predictor knows x0 and computes the noise from x_t."""
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction, t_shift=shift)
+    x0 = random(seed, 1, dtype).clamp(-2, 2)
 
-    def perfect(noisy: Tensor, t: Tensor) -> Tensor:
-        return target(clean, noise_from_x0(noisy, clean, t, diffusion), t, diffusion)
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        return target(x0, noise_from_x0(x_t, x0, t, diffusion), t, diffusion)
 
-    bounded = walk(steps, diffusion, 2.0 if clipped else None, seed, dtype)
-    image, asked = drive(get_sampler(name, diffusion.noise_schedule)(random(seed, 0, dtype), bounded), perfect)
-    assert len(asked) == calls(name, steps)
+    schedule = make_schedule(steps, diffusion, 2.0 if clipped else None, seed, dtype)
+    image, yielded = run_sampler(start_sampler(name, random(seed, 0, dtype), schedule), predict)
+    assert len(yielded) == count_calls(name, steps)
     assert image.dtype == dtype
     # At t = 1 float32's own error is multiplied by 20,000, but only that of t = 1 / steps is left at the end.
-    torch.testing.assert_close(image, clean, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
+    torch.testing.assert_close(image, x0, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
 
 
 @few
-@given(st.integers(1, 40), predictions, seeds)
-def test_without_chance_the_way_back_is_the_way_there(steps, prediction, seed):
-    """All that draw none pass through the very noisy latents that training makes of this image and this noise."""
-    for path, name in SAMPLERS:
-        if name in WITH_CHANCE or (path, prediction) == ("rectified_flow", "epsilon"):
-            continue  # at t = 1 of the straight path a noise prediction says nothing of the image
-        diffusion = DiffusionConfig(noise_schedule=path, prediction=prediction)
-        clean, noise = random(seed, 1), random(seed, 0)
-        start = add_noise(clean, noise, torch.ones(1, dtype=torch.float64), diffusion)
-        _, asked = drive(
-            get_sampler(name, diffusion.noise_schedule)(start, walk(steps, diffusion)),
-            lambda noisy, t, c=clean, n=noise, d=diffusion: target(c, n, t, d),
+@given(st.integers(1, 40), prediction_types, seeds)
+def test_deterministic_samplers_pass_through_the_forward_process(steps, prediction, seed):
+    """With perfect predictions, every x_t is alpha x0 + sigma noise."""
+    for noise_schedule, name in SAMPLERS:
+        if name in STOCHASTIC or (noise_schedule, prediction) == ("rectified_flow", "epsilon"):
+            continue  # at t = 1 of rectified flow, epsilon does not determine x0
+        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction)
+        x0, noise = random(seed, 1), random(seed, 0)
+        start = add_noise(x0, noise, torch.ones(1, dtype=torch.float64), diffusion)
+        _, yielded = run_sampler(
+            start_sampler(name, start, make_schedule(steps, diffusion)),
+            lambda x_t, t, x0=x0, noise=noise, diffusion=diffusion: target(x0, noise, t, diffusion),
         )
-        for noisy, t in asked:
-            torch.testing.assert_close(noisy, add_noise(clean, noise, t, diffusion), rtol=0, atol=1e-9)
+        for x_t, t in yielded:
+            torch.testing.assert_close(x_t, add_noise(x0, noise, t, diffusion), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", WITH_CHANCE)
+@pytest.mark.parametrize("name", STOCHASTIC)
 @few
 @given(st.integers(5, 60), seeds)
-def test_new_noise_keeps_it_as_large_as_the_path_says(name, steps, seed):
-    """Around a known clean latent, what is not signal is normal with the path's own scale, at every step."""
-    for path in ("cosine", "rectified_flow"):
-        diffusion = DiffusionConfig(noise_schedule=path, prediction="x0")
+def test_stochastic_samplers_keep_the_noise_level_of_the_schedule(name, steps, seed):
+    """With a known x0, (x_t - alpha x0) / sigma is standard normal at every step."""
+    for noise_schedule in ("cosine", "rectified_flow"):
+        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="x0")
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(1, 1, 100, 100, generator=generator)
-        clean = torch.full_like(start, 0.5)
-        sampler = get_sampler(name, diffusion.noise_schedule)(start, walk(steps, diffusion, None, seed))
-        _, asked = drive(sampler, lambda *_, clean=clean: clean)
-        for noisy, t in asked:
-            left = noise_from_x0(noisy, clean, t, diffusion)
-            assert abs(left.mean()) < 0.06  # 10,000 numbers: six deviations of their mean
-            assert abs(left.std() - 1) < 0.05
+        x0 = torch.full_like(start, 0.5)
+        sampler = start_sampler(name, start, make_schedule(steps, diffusion, None, seed))
+        _, yielded = run_sampler(sampler, lambda *_, x0=x0: x0)
+        for x_t, t in yielded:
+            noise = noise_from_x0(x_t, x0, t, diffusion)
+            assert abs(noise.mean()) < 0.06  # 10,000 values: six standard deviations of their mean
+            assert abs(noise.std() - 1) < 0.05
 
 
-# Against a world whose images are known
+# With a known data distribution
 
 
-def known(noisy: Tensor, t: Tensor, path: str) -> Tensor:
-    """The mean of all clean latents that this noisy one may come from: each number lies about one of three centres."""
+def posterior_mean(x_t: Tensor, t: Tensor, noise_schedule: str) -> Tensor:
+    """E[x0 | x_t] when each value of x0 comes from a mixture of three normal distributions."""
     centres = torch.tensor([-1.2, 0.3, 1.0], dtype=torch.float64)  # (3,)
-    spread, shares = 0.3, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)  # (3,)
-    signal, scale = alpha_sigma(t, path)
-    variance = (signal * spread) ** 2 + scale**2
-    off = noisy[..., None] - signal * centres  # (1, C, Y, X, 3)
-    chance = (shares.log() - off**2 / (2 * variance)).softmax(-1)  # (1, C, Y, X, 3)
-    return (chance * (centres + signal * spread**2 / variance * off)).sum(-1)
+    std, weights = 0.3, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)  # (3,)
+    alpha, sigma = alpha_sigma(t, noise_schedule)
+    variance = (alpha * std) ** 2 + sigma**2
+    offset = x_t[..., None] - alpha * centres  # (1, C, Y, X, 3)
+    responsibilities = (weights.log() - offset**2 / (2 * variance)).softmax(-1)  # (1, C, Y, X, 3)
+    return (responsibilities * (centres + alpha * std**2 / variance * offset)).sum(-1)
 
 
-def walked(name: str, path: str, steps: int, start: Tensor) -> Tensor:
-    """What becomes of pure noise in that world."""
-    diffusion = DiffusionConfig(noise_schedule=path, prediction="x0")
-    sampler = get_sampler(name, diffusion.noise_schedule)(start, walk(steps, diffusion))
-    return drive(sampler, lambda noisy, t: known(noisy, t, path))[0]
+def sample_known(name: str, noise_schedule: str, steps: int, start: Tensor) -> Tensor:
+    """The image that a sampler makes of this noise for this data distribution."""
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="x0")
+    sampler = start_sampler(name, start, make_schedule(steps, diffusion))
+    return run_sampler(sampler, lambda x_t, t: posterior_mean(x_t, t, noise_schedule))[0]
 
 
-@pytest.mark.parametrize(("path", "name", "steps", "rival", "times_closer"), [
+@pytest.mark.parametrize(("noise_schedule", "name", "steps", "first_order", "ratio"), [
     ("cosine", "dpm", 20, "ddim", 3), ("rectified_flow", "dpm", 20, "ddim", 3), ("rectified_flow", "heun", 10, "euler", 3),
 ])  # fmt: skip
-def test_second_order_comes_closer_to_the_end_of_the_way_with_as_many_questions(path, name, steps, rival, times_closer):
-    """The end is where ddim comes in 1,000 steps; first order has 20 of them, as many as second order's questions."""
+def test_second_order_samplers_are_more_accurate_with_as_many_model_calls(noise_schedule, name, steps, first_order, ratio):
+    """The reference is ddim with 1,000 steps. Both samplers use 20 model calls (heun 19)."""
     start = torch.randn(1, 1, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    end = walked("ddim", path, 1000, start)
-    ours, theirs = ((walked(*way, start) - end).abs().mean() for way in ((name, path, steps), (rival, path, 20)))
-    assert ours * times_closer < theirs
+    end = sample_known("ddim", noise_schedule, 1000, start)
+    error = (sample_known(name, noise_schedule, steps, start) - end).abs().mean()
+    first_order_error = (sample_known(first_order, noise_schedule, 20, start) - end).abs().mean()
+    assert error * ratio < first_order_error
 
 
-# The walk
+# The schedule
 
 
-def test_250_steps_are_those_of_the_paper():
-    times = walk(250, DiffusionConfig()).times()
+def test_250_steps_equal_the_papers():
+    times = make_schedule(250, DiffusionConfig()).times()
     assert len(times) == 251
     expected = torch.arange(1000, -1, -4, dtype=torch.float64)
     torch.testing.assert_close(times * 1000, expected, rtol=0, atol=1e-9)
@@ -371,123 +377,126 @@ def test_250_steps_are_those_of_the_paper():
 
 @some
 @given(st.integers(1, 1000), st.floats(0.1, 10))
-def test_every_walk_goes_down_from_1_to_0(steps, shift):
-    times = walk(steps, DiffusionConfig(noise_schedule="rectified_flow", t_shift=shift)).times()
+def test_times_decrease_from_1_to_0(steps, shift):
+    times = make_schedule(steps, DiffusionConfig(noise_schedule="rectified_flow", t_shift=shift)).times()
     assert (len(times), times[-1]) == (steps + 1, 0)
     assert abs(times[0] - 1) < 1e-12
     assert (times.diff() < 0).all()
 
 
-@pytest.mark.parametrize(("path", "name"), SAMPLERS)
+@pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)
 @few
-@given(st.integers(1, 20), predictions, st.floats(0.1, 3), seeds)
-def test_clipping_keeps_the_clean_estimate_inside_the_bound(path, name, steps, prediction, bound, seed):
-    """Channel by channel, whatever the model says; the last step gives the last estimate itself."""
-    diffusion = DiffusionConfig(noise_schedule=path, prediction=prediction)
+@given(st.integers(1, 20), prediction_types, st.floats(0.1, 3), seeds)
+def test_clipping_keeps_x0_inside_the_bound(noise_schedule, name, steps, prediction, bound, seed):
+    """For each channel and any prediction; the last step returns the last x0."""
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction)
     low = -bound * torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64).view(3, 1, 1)
     high = bound * torch.tensor([0.2, 1.0, 2.0], dtype=torch.float64).view(3, 1, 1)
-    bounded = SamplingSchedule(steps, diffusion, (low, high), torch.Generator().manual_seed(seed))
-    said = iter(10 * random(seed, 1 + n % 8) for n in range(calls(name, steps)))
-    seen = []
+    schedule = SamplingSchedule(steps, diffusion, (low, high), torch.Generator().manual_seed(seed))
+    predictions = iter(10 * random(seed, 1 + n % 8) for n in range(count_calls(name, steps)))
+    inverted = []
 
-    def answer(noisy: Tensor, t: Tensor) -> Tensor:
-        prediction = next(said)
-        seen.append((bounded.to_x0_and_noise(noisy, prediction, t), noisy, t))
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        prediction = next(predictions)
+        inverted.append((schedule.to_x0_and_noise(x_t, prediction, t), x_t, t))
         return prediction
 
-    image, _ = drive(get_sampler(name, diffusion.noise_schedule)(random(seed, 0), bounded), answer)
-    for (clean, noise), noisy, t in seen:
-        assert ((low <= clean) & (clean <= high)).all()
-        mixed = add_noise(clean, noise, t, diffusion)  # and the noise is what then is left
-        torch.testing.assert_close(mixed, noisy, rtol=0, atol=1e-6)
-    torch.testing.assert_close(image, seen[-1][0].x0, rtol=0, atol=1e-9)
+    image, _ = run_sampler(start_sampler(name, random(seed, 0), schedule), predict)
+    for (x0, noise), x_t, t in inverted:
+        assert ((low <= x0) & (x0 <= high)).all()
+        mixed = add_noise(x0, noise, t, diffusion)  # the noise belongs to the clipped x0
+        torch.testing.assert_close(mixed, x_t, rtol=0, atol=1e-6)
+    torch.testing.assert_close(image, inverted[-1][0].x0, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("path", "name"), SAMPLERS)
+@pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)
 @few
 @given(st.integers(1, 20))
-def test_a_walk_counts_its_steps_and_not_how_often_the_model_is_asked(path, name, steps):
-    diffusion = DiffusionConfig(noise_schedule=path, prediction="velocity")
-    counting, behind = walk(steps, diffusion), []
+def test_schedule_counts_steps_not_model_calls(noise_schedule, name, steps):
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity")
+    schedule, steps_at_calls = make_schedule(steps, diffusion), []
 
-    def answer(noisy: Tensor, t: Tensor) -> Tensor:
-        behind.append(counting.step)
-        return 0 * noisy
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        steps_at_calls.append(schedule.step)
+        return 0 * x_t
 
-    drive(get_sampler(name, diffusion.noise_schedule)(random(0, 0), counting), answer)
-    twice = 2 if name == "heun" else 1
-    assert behind == [n for n in range(steps) for _ in range(twice)][: calls(name, steps)]
-    assert counting.step == steps
+    run_sampler(start_sampler(name, random(0, 0), schedule), predict)
+    calls_per_step = 2 if name == "heun" else 1
+    assert steps_at_calls == [n for n in range(steps) for _ in range(calls_per_step)][: count_calls(name, steps)]
+    assert schedule.step == steps
 
 
 @pytest.mark.parametrize(("second", "first"), [("dpm", "ddim"), ("dpm-sde", "ddpm")])
 @few
 @given(st.sampled_from(("cosine", "rectified_flow")), st.integers(1, 3), seeds)
-def test_where_it_has_nothing_to_go_by_second_order_is_first(second, first, path, steps, seed):
-    """In the first step, in the last, and behind an endless one, which the straight path begins with."""
-    assume(path == "rectified_flow" or steps < 3)
-    diffusion = DiffusionConfig(noise_schedule=path, prediction="velocity")
-    said = [random(seed, n) for n in range(1, steps + 1)]
-    one, other = (our_way(name, walk(steps, diffusion, 1.0), random(seed, 0), said)[0] for name in (second, first))
-    for ours, expected in zip(one, other, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+def test_dpm_steps_without_history_are_first_order(second, first, noise_schedule, steps, seed):
+    """In the first and last step, and after the infinite first step of rectified flow."""
+    assume(noise_schedule == "rectified_flow" or steps < 3)
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity")
+    predictions = [random(seed, n) for n in range(1, steps + 1)]
+    ours, theirs = (
+        our_trajectory(name, make_schedule(steps, diffusion, 1.0), random(seed, 0), predictions)[0]
+        for name in (second, first)
+    )
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", ["cosine", "rectified_flow"])
-def test_steps_too_short_to_change_anything_do_not_stop_dpm(path):
-    """Shifted that far, the cosine path's signal is the smallest there is at more than one of the times."""
-    diffusion = DiffusionConfig(noise_schedule=path, prediction="velocity", t_shift=1000.0)
-    wandering = walk(100, diffusion, 1.0)
-    signals = [signal for signal, _ in wandering.alphas_sigmas]
-    assert path == "rectified_flow" or signals[0] == signals[1]
-    image, asked = drive(get_sampler("dpm", diffusion.noise_schedule)(random(0, 0), wandering), lambda x, t: random(0, 1))
-    assert all(noisy.isfinite().all() and noisy.abs().max() < 10 for noisy, _ in asked)
+@pytest.mark.parametrize("noise_schedule", ["cosine", "rectified_flow"])
+def test_dpm_supports_steps_of_length_0(noise_schedule):
+    """With so large a shift, the cosine alpha is at its minimum for several times."""
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity", t_shift=1000.0)
+    schedule = make_schedule(100, diffusion, 1.0)
+    alphas = [alpha for alpha, _ in schedule.alphas_sigmas]
+    assert noise_schedule == "rectified_flow" or alphas[0] == alphas[1]
+    image, yielded = run_sampler(start_sampler("dpm", random(0, 0), schedule), lambda x_t, t: random(0, 1))
+    assert all(x_t.isfinite().all() and x_t.abs().max() < 10 for x_t, _ in yielded)
     assert image.abs().max() <= 1
 
 
 @few
 @given(st.integers(1, 20), seeds)
-def test_a_wide_bound_changes_nothing(steps, seed):
-    for path, name in SAMPLERS:
-        diffusion = DiffusionConfig(noise_schedule=path, prediction="velocity")
+def test_wide_bound_changes_nothing(steps, seed):
+    for noise_schedule, name in SAMPLERS:
+        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity")
         images = []
         for bound in (None, 1e6):
-            said = iter(random(seed, 1 + n % 8) for n in range(calls(name, steps)))
-            sampler = get_sampler(name, diffusion.noise_schedule)(random(seed, 0), walk(steps, diffusion, bound, seed))
-            images.append(drive(sampler, lambda *_, said=said: next(said))[0])
+            predictions = iter(random(seed, 1 + n % 8) for n in range(count_calls(name, steps)))
+            sampler = start_sampler(name, random(seed, 0), make_schedule(steps, diffusion, bound, seed))
+            images.append(run_sampler(sampler, lambda *_, predictions=predictions: next(predictions))[0])
         torch.testing.assert_close(*images, rtol=0, atol=1e-9)
 
 
 @few
 @given(st.integers(2, 20), seeds, seeds)
-def test_only_those_with_chance_draw_and_the_same_seed_draws_the_same(steps, seed, other):
-    assume(seed != other)
-    for path, name in SAMPLERS:
-        diffusion = DiffusionConfig(noise_schedule=path, prediction="velocity")
-        walks = [walk(steps, diffusion, 1.0, s) for s in (seed, seed, other)]
-        images = [drive(get_sampler(name, diffusion.noise_schedule)(random(0, 0), w), lambda x, t: 0 * x)[0] for w in walks]
+def test_only_stochastic_samplers_depend_on_the_seed(steps, seed, other_seed):
+    assume(seed != other_seed)
+    for noise_schedule, name in SAMPLERS:
+        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity")
+        schedules = [make_schedule(steps, diffusion, 1.0, s) for s in (seed, seed, other_seed)]
+        images = [run_sampler(start_sampler(name, random(0, 0), s), lambda x_t, t: 0 * x_t)[0] for s in schedules]
         assert torch.equal(images[0], images[1])
-        assert torch.equal(images[0], images[2]) == (name not in WITH_CHANCE)
+        assert torch.equal(images[0], images[2]) == (name not in STOCHASTIC)
 
 
-def test_a_sampler_that_is_not_there_or_not_for_this_path_is_refused():
+def test_unknown_and_unsupported_samplers_are_refused():
     with pytest.raises(ValueError, match="no sampler 'magic'.*ddpm, ddim, dpm, dpm-sde"):
         get_sampler("magic", DiffusionConfig().noise_schedule)
     for name in ("euler", "heun"):
         with pytest.raises(ValueError, match=f"{name} does not support the cosine noise schedule; use ddpm"):
             get_sampler(name, DiffusionConfig().noise_schedule)
-    for path, name in SAMPLERS:
-        assert callable(get_sampler(name, DiffusionConfig(noise_schedule=path).noise_schedule))
+    for noise_schedule, name in SAMPLERS:
+        assert callable(get_sampler(name, DiffusionConfig(noise_schedule=noise_schedule).noise_schedule))
 
 
 @few
-@given(predictions, st.floats(0.01, 0.99), seeds)
-def test_an_estimate_without_bound_is_what_the_prediction_says(prediction, t, seed):
-    for path in ("cosine", "rectified_flow"):
-        diffusion = DiffusionConfig(noise_schedule=path, prediction=prediction)
-        time = torch.tensor([t], dtype=torch.float64)
-        noisy, said = random(seed, 0), random(seed, 1)
-        found = walk(1, diffusion).to_x0_and_noise(noisy, said, time)
-        expected = to_x0_and_noise(noisy, said, time, diffusion)
-        torch.testing.assert_close(found.x0, expected.x0)
-        torch.testing.assert_close(found.noise, expected.noise, rtol=1e-6, atol=1e-6)
+@given(prediction_types, st.floats(0.01, 0.99), seeds)
+def test_schedule_without_bound_does_not_change_x0_and_noise(prediction, t_value, seed):
+    for noise_schedule in ("cosine", "rectified_flow"):
+        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction)
+        t = torch.tensor([t_value], dtype=torch.float64)
+        x_t, output = random(seed, 0), random(seed, 1)
+        actual = make_schedule(1, diffusion).to_x0_and_noise(x_t, output, t)
+        expected = to_x0_and_noise(x_t, output, t, diffusion)
+        torch.testing.assert_close(actual.x0, expected.x0)
+        torch.testing.assert_close(actual.noise, expected.noise, rtol=1e-6, atol=1e-6)

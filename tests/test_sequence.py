@@ -241,7 +241,8 @@ def vocabularies(draw):
     num_text_tokens = draw(st.integers(3, 1000))
     tokenizer_ids = draw(st.permutations(range(min(num_text_tokens, 8))))[:3]
     bos, eos, pad = (id_ if draw(st.booleans()) else None for id_ in tokenizer_ids)
-    return (num_text_tokens, bos, eos, pad), Vocabulary.build(num_text_tokens, draw(sizes), patch_size=2, bos=bos, eos=eos, pad=pad)
+    vocabulary = Vocabulary.build(num_text_tokens, draw(sizes), patch_size=2, bos=bos, eos=eos, pad=pad)
+    return (num_text_tokens, bos, eos, pad), vocabulary
 
 
 @many
