@@ -1,4 +1,4 @@
-"""The paper's baseline: images as codes among the tokens, from their place in the sequence to the picture that is drawn."""
+"""Images as codes, the paper's baseline (Chameleon): layout, losses, sampling, guidance, commands."""
 
 import math
 from dataclasses import replace
@@ -41,8 +41,8 @@ segments = st.lists(
 ).map(tuple)  # fmt: skip
 
 
-class Grids:
-    """A codec whose pictures are their codes."""
+class IdentityCodec:
+    """A codec whose pixels are the codes."""
 
     kind, downsampling, image_channels, codes = "vq", 1, 1, CODES
 
@@ -53,179 +53,179 @@ class Grids:
         return codes[..., None].astype(np.uint8)
 
 
-def engine(seed: int = 0, context: int = 120, **asked) -> Engine:
-    """With random weights that are steep enough for the likeliest code to be likely."""
+def build_engine(seed: int = 0, context: int = 120, **options) -> Engine:
+    """An engine with random weights; qk_norm and post_norm make its logits differ clearly."""
     config = ModelConfig(width=32, layers=2, heads=4, intermediate_size=48, vocab_size=VOCABULARY.size,
                          patches="codes", patch_size=1,
                          qk_norm=True, post_norm=True)  # fmt: skip
-    generation = GenerationConfig(**{"guidance_scale": 2.0, "max_tokens": 8, "temperature": 0.0} | asked)
+    generation = GenerationConfig(**{"guidance_scale": 2.0, "max_tokens": 8, "temperature": 0.0} | options)
     run = Run("tiny", config, DiffusionConfig(), DataConfig(seq_len=context), generation=generation)
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    return Engine(OpenedRun(run, tokenizer(), Grids(), VOCABULARY, {}, model, 0, torch.device("cpu")))
+    return Engine(OpenedRun(run, tokenizer(), IdentityCodec(), VOCABULARY, {}, model, 0, torch.device("cpu")))
 
 
-def logits_after(ours: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
-    """(V,) of the whole sequence in one pass, without a cache: these segments, then these tokens."""
+def logits_after(engine: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
+    """Logits (V,) after these segments and these tokens, in one forward pass without a cache."""
     chunk = encode_document(Document(parts), VOCABULARY, ends=False)
     for token in tail:
         chunk = chunk.append(token)
     batch = collate([Row((chunk,))], len(chunk), VOCABULARY)
     batch = replace(batch, text_index=torch.tensor([len(chunk) - 1]))
     with torch.no_grad():
-        return ours.model(batch, [], []).logits[0]
+        return engine.model(batch, [], []).logits[0]
 
 
-def written_by_hand(ours: Engine, parts: tuple, shape: tuple[int, int], scale: float) -> np.ndarray:
-    """The likeliest codes, each from two whole passes: behind the prompt, and behind nothing but bos and boi."""
+def sample_uncached(engine: Engine, parts: tuple, shape: tuple[int, int], scale: float) -> np.ndarray:
+    """Greedy codes with guidance, each from two uncached passes: with the prompt, and with only bos and boi."""
     tail = [VOCABULARY.boi[shape]]
     for _ in range(math.prod(shape)):
-        given, free = logits_after(ours, parts, tail), logits_after(ours, (), tail)
-        guided = free + scale * (given - free)
+        cond, uncond = logits_after(engine, parts, tail), logits_after(engine, (), tail)
+        guided = uncond + scale * (cond - uncond)
         tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.num_used].argmax()))
     return np.array(tail[1:]).reshape(shape) - VOCABULARY.first_code
 
 
-# In the sequence
+# Layout and losses
 
 
 @given(segments)
-def test_codes_stand_where_patches_would_and_are_learnt_like_text(parts):
+def test_codes_replace_patches_and_have_text_loss(parts):
     chunk = encode_document(Document(parts), VOCABULARY)
-    expected, learnt = [VOCABULARY.bos], []
+    expected, loss_mask = [VOCABULARY.bos], []
     for part in parts:
         if isinstance(part, Text):
-            expected, learnt = expected + list(part.tokens), learnt + [part.loss] * len(part.tokens)
+            expected, loss_mask = expected + list(part.tokens), loss_mask + [part.loss] * len(part.tokens)
         else:
             codes = [VOCABULARY.first_code + code for row in part.content for code in row]
             expected += [VOCABULARY.boi[part.shape], *codes, VOCABULARY.eoi]
-            learnt += [part.loss] * (1 + len(codes)) + [False]  # eoi is appended, never predicted
-    expected, learnt = [*expected, VOCABULARY.eos], [*learnt, parts[-1].loss]
+            loss_mask += [part.loss] * (1 + len(codes)) + [False]  # eoi is appended, never predicted
+    expected, loss_mask = [*expected, VOCABULARY.eos], [*loss_mask, parts[-1].loss]
     assert chunk.tokens.tolist() == expected
-    targets = [token if yes else NO_TARGET for token, yes in zip(expected[1:], learnt, strict=True)]
+    targets = [token if has_loss else NO_TARGET for token, has_loss in zip(expected[1:], loss_mask, strict=True)]
     assert chunk.targets.tolist() == [*targets, NO_TARGET]
     assert not chunk.images  # nothing to denoise
-    whole = np.array([part.content.size for part in parts if isinstance(part, Image)], int)
-    cut = np.flatnonzero(chunk.can_break)
-    inside = [n for n, token in enumerate(expected) if token >= VOCABULARY.first_code or token == VOCABULARY.eoi]
-    assert not set(cut) & set(inside)
-    assert whole.sum() + len(whole) == len(inside)
+    code_counts = np.array([part.content.size for part in parts if isinstance(part, Image)], int)
+    breaks = np.flatnonzero(chunk.can_break)
+    image_positions = [n for n, token in enumerate(expected) if token >= VOCABULARY.first_code or token == VOCABULARY.eoi]
+    assert not set(breaks) & set(image_positions)
+    assert code_counts.sum() + len(code_counts) == len(image_positions)
 
 
-def test_the_ids_of_codes_follow_the_markers():
+def test_ids_of_codes_follow_the_markers():
     assert VOCABULARY.first_code == max(VOCABULARY.boi.values()) + 1
     assert VOCABULARY.num_used == VOCABULARY.first_code + CODES <= VOCABULARY.size
     assert Vocabulary.from_json(VOCABULARY.to_json()) == VOCABULARY
     allowed = text_mode.allowed_tokens(VOCABULARY)
-    assert not allowed[VOCABULARY.first_code : VOCABULARY.num_used].any()  # text mode writes no codes
+    assert not allowed[VOCABULARY.first_code : VOCABULARY.num_used].any()  # text mode samples no codes
 
 
 @few
 @given(st.lists(segments, min_size=1, max_size=3), st.integers(0, 99))
-def test_the_loss_is_the_mean_over_all_tokens_and_is_told_apart(documents, seed):
-    ours = engine(seed)
+def test_loss_is_the_mean_over_all_tokens_and_logged_separately(documents, seed):
+    engine = build_engine(seed)
     rows = [Row((encode_document(Document(parts), VOCABULARY),)) for parts in documents]
     batch = collate(rows, 120, VOCABULARY)
-    found = compute_losses(ours.model, batch, [], ours.run.diffusion)
-    wrong = -ours.model(batch, [], []).logits.log_softmax(-1)[torch.arange(batch.text_count), batch.text_target]  # (T,)
-    codes = batch.text_target >= VOCABULARY.first_code
-    assert (found.text_count, found.image_count, found.code_count) == (len(wrong), 0, int(codes.sum()))
+    losses = compute_losses(engine.model, batch, [], engine.run.diffusion)
+    nll = -engine.model(batch, [], []).logits.log_softmax(-1)[torch.arange(batch.text_count), batch.text_target]  # (T,)
+    is_code = batch.text_target >= VOCABULARY.first_code
+    assert (losses.text_count, losses.image_count, losses.code_count) == (len(nll), 0, int(is_code.sum()))
     assert math.isclose(
-        total_loss(found, found.text_count, 0, 5.0), wrong.sum() / max(1, len(wrong)), rel_tol=1e-5, abs_tol=1e-9
+        total_loss(losses, losses.text_count, 0, 5.0), nll.sum() / max(1, len(nll)), rel_tol=1e-5, abs_tol=1e-9
     )
-    told = mean_losses(found.sums.tolist(), (found.text_count, 0, found.code_count))
-    for name, chosen in (("text_loss", ~codes), ("image_loss", codes)):
-        if chosen.any():
-            assert math.isclose(told[name], float(wrong[chosen].mean()), rel_tol=1e-4)
+    means = mean_losses(losses.sums.tolist(), (losses.text_count, 0, losses.code_count))
+    for name, is_selected in (("text_loss", ~is_code), ("image_loss", is_code)):
+        if is_selected.any():
+            assert math.isclose(means[name], float(nll[is_selected].mean()), rel_tol=1e-4)
 
 
-def test_means_of_latents_are_what_they_were():
-    found = Losses(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(0.0), 3, 2, 0)
-    assert mean_losses(found.sums.tolist(), (3, 2, 0)) == {"text_loss": 2.0, "image_loss": 0.5}
+def test_mean_losses_of_latents():
+    losses = Losses(torch.tensor(6.0), torch.tensor(1.0), torch.tensor(0.0), 3, 2, 0)
+    assert mean_losses(losses.sums.tolist(), (3, 2, 0)) == {"text_loss": 2.0, "image_loss": 0.5}
     assert mean_losses([6.0, 0.0, 0.0], (3, 0, 0)) == {"text_loss": 2.0}
 
 
-# Drawn
+# Sampling
 
 
 @few
 @given(words, st.sampled_from(SHAPES), st.sampled_from([1.0, 2.0, 3.5]), st.integers(0, 99))
-def test_drawing_from_the_cache_equals_drawing_without_one(text, shape, scale, seed):
-    ours = engine(seed, guidance_scale=scale)
-    (answer,) = ours.generate([Request((text,), num_images=1, size=shape[::-1])])[0]
-    expected = written_by_hand(ours, (Text(tokenizer().encode(text)),), shape, scale)
+def test_cached_sampling_equals_uncached_sampling(text, shape, scale, seed):
+    engine = build_engine(seed, guidance_scale=scale)
+    (answer,) = engine.generate([Request((text,), num_images=1, size=shape[::-1])])[0]
+    expected = sample_uncached(engine, (Text(tokenizer().encode(text)),), shape, scale)
     assert np.array_equal(answer.parts[0][..., 0], expected)
 
 
 @few
 @given(st.lists(st.tuples(words, st.sampled_from(SHAPES)), min_size=2, max_size=4), st.integers(0, 99))
-def test_together_they_are_drawn_as_alone(asked, seed):
+def test_batched_requests_equal_single_requests(specs, seed):
     requests = [
-        Request((text,), num_images=2, size=shape[::-1], seed=n) for n, (text, shape) in enumerate(asked)
+        Request((text,), num_images=2, size=shape[::-1], seed=n) for n, (text, shape) in enumerate(specs)
     ]
-    ours = engine(3, temperature=1.0, top_p=0.9)
-    together = ours.generate(requests)
-    for request, answers in zip(requests, together, strict=True):
-        (alone,) = ours.generate([request])
-        assert all(np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(answers, alone, strict=True))
-    assert len(ours.cache.free) == len(ours.cache.lengths) - len(ours.uncond_slots)  # no slot is lost
+    engine = build_engine(3, temperature=1.0, top_p=0.9)
+    batched = engine.generate(requests)
+    for request, answers in zip(requests, batched, strict=True):
+        (single,) = engine.generate([request])
+        assert all(np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(answers, single, strict=True))
+    assert len(engine.cache.free) == len(engine.cache.lengths) - len(engine.uncond_slots)  # no slot is lost
 
 
-def test_what_follows_an_image_has_read_it():
-    """Text behind a drawn image is the text behind the same image as a prompt."""
-    ours = engine(1, temperature=0.0)
+def test_text_after_an_image_depends_on_it():
+    """Text after a drawn image equals text after the same image in a prompt."""
+    engine = build_engine(1, temperature=0.0)
     boi = VOCABULARY.boi[SHAPES[0]]
-    ours.allowed_tokens[:] = False
-    ours.allowed_tokens[[boi, *range(97, 105)]] = True
-    real = text_mode.sample_token
-    turn = iter([boi])
+    engine.allowed_tokens[:] = False
+    engine.allowed_tokens[[boi, *range(97, 105)]] = True
+    real_sample_token = text_mode.sample_token
+    first_tokens = iter([boi])
 
-    def choose(logits, allowed, *rest):
-        return next(turn, None) or real(logits, allowed, *rest)
+    def sample_boi_first(logits, allowed, *rest):
+        is_text = allowed is engine.allowed_tokens
+        return (next(first_tokens, None) if is_text else None) or real_sample_token(logits, allowed, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_mode, "sample_token", lambda logits, allowed, *rest: (
-            real if allowed is not ours.allowed_tokens else choose)(logits, allowed, *rest))  # fmt: skip
-        (answer,) = ours.generate([Request(("ab",))])[0]
-    drawn = answer.parts[0]
-    again = engine(1, temperature=0.0, max_tokens=7)
-    again.allowed_tokens = ours.allowed_tokens
-    (plain,) = again.generate([Request(("ab", drawn))])[0]
-    assert answer.parts[1] and answer.parts[1] == plain.parts[0]
+        patch.setattr(text_mode, "sample_token", sample_boi_first)
+        (answer,) = engine.generate([Request(("ab",))])[0]
+    image = answer.parts[0]
+    second_engine = build_engine(1, temperature=0.0, max_tokens=7)
+    second_engine.allowed_tokens = engine.allowed_tokens
+    (expected,) = second_engine.generate([Request(("ab", image))])[0]
+    assert answer.parts[1] and answer.parts[1] == expected.parts[0]
 
 
-def test_where_text_and_images_guide_apart_the_prompt_images_are_kept_as_they_were():
-    ours = engine(2, image_guidance_scale=1.5, guidance_scale=3.0)
-    given = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
-    (answer,) = ours.generate([Request(("a", given), num_images=1, size=(3, 2))])[0]
-    tail, image = [VOCABULARY.boi[2, 3]], Image(given[..., 0].astype(np.int64))
+def test_separate_scales_use_the_images_of_the_prompt():
+    engine = build_engine(2, image_guidance_scale=1.5, guidance_scale=3.0)
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    (answer,) = engine.generate([Request(("a", pixels), num_images=1, size=(3, 2))])[0]
+    tail, image = [VOCABULARY.boi[2, 3]], Image(pixels[..., 0].astype(np.int64))
     for _ in range(6):
-        said = [logits_after(ours, parts, tail) for parts in ((Text(tokenizer().encode("a")), image), (image,), ())]
-        guided = said[2] + 1.5 * (said[1] - said[2]) + 3.0 * (said[0] - said[1])
+        logits = [logits_after(engine, parts, tail) for parts in ((Text(tokenizer().encode("a")), image), (image,), ())]
+        guided = logits[2] + 1.5 * (logits[1] - logits[2]) + 3.0 * (logits[0] - logits[1])
         tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.num_used].argmax()))
     assert (answer.parts[0].ravel().astype(int) + VOCABULARY.first_code).tolist() == tail[1:]
 
 
-def test_a_preview_shows_what_is_drawn_and_leaves_the_rest_grey():
-    ours = engine()
-    ours.submit(Request(("a",), num_images=1, size=(4, 4), previews=5))
-    seen, drawn = [], None
-    while ours.sequences:
-        for event in ours.step():
-            seen += [event] if isinstance(event, PreviewEvent) else []
-            drawn = event.pixels if isinstance(event, ImageEvent) else drawn
-    assert [event.step for event in seen] == [5, 10, 15]
-    for event in seen:
-        flat = event.x0.reshape(-1)
-        assert (flat[event.step :] == 128).all()
-        assert np.array_equal(flat[: event.step], drawn.reshape(-1)[: event.step])
+def test_preview_shows_sampled_codes_and_grey():
+    engine = build_engine()
+    engine.submit(Request(("a",), num_images=1, size=(4, 4), previews=5))
+    previews, pixels = [], None
+    while engine.sequences:
+        for event in engine.step():
+            previews += [event] if isinstance(event, PreviewEvent) else []
+            pixels = event.pixels if isinstance(event, ImageEvent) else pixels
+    assert [event.step for event in previews] == [5, 10, 15]
+    for event in previews:
+        preview = event.x0.reshape(-1)
+        assert (preview[event.step :] == 128).all()
+        assert np.array_equal(preview[: event.step], pixels.reshape(-1)[: event.step])
 
 
-# From pictures to pictures, through the commands
+# Commands
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A VQ codec and what it made of some scenes, by the commands that anyone would type."""
+    """A VQ codec and prepared scenes, made by the commands."""
     folder = tmp_path_factory.mktemp("chameleon")
     command(
         "data", "fit-codec", "small", "shapes", "--shapes-size", "16", "--size", "16x16", "--most", "400",
@@ -247,7 +247,7 @@ def train(folders, name: str, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_grid_of_codes_goes_to_the_disk_and_comes_back(folders):
+def test_prepared_codes_equal_the_codecs(folders):
     prepared = open_prepared(folders / "data")
     source = prepared.source("shapes", "train")
     image = next(part for part in source[0].segments if isinstance(part, Image))
@@ -255,12 +255,12 @@ def test_a_grid_of_codes_goes_to_the_disk_and_comes_back(folders):
     assert image.content.shape == (4, 4)
     assert 0 <= image.content.min() <= image.content.max() < CODES
     scenes = Shapes(size=16)
-    known = [prepared.codec.encode(scenes[n].pair[1]) for n in range(100)]
-    assert any(np.array_equal(image.content, codes) for codes in known)
-    assert len({codes.tobytes() for codes in known}) > 1  # the codec tells scenes apart
+    expected = [prepared.codec.encode(scenes[n].pair[1]) for n in range(100)]
+    assert any(np.array_equal(image.content, codes) for codes in expected)
+    assert len({codes.tobytes() for codes in expected}) > 1  # scenes have different codes
 
 
-def test_the_same_commands_train_draw_and_measure(folders, capsys):
+def test_commands_train_generate_evaluate_and_report(folders, capsys):
     command(*train(folders, "run", "--model.patches", "codes", "--model.patch-size", "1"))
     heldout = [line for line in (folders / "run" / "metrics.jsonl").read_text().splitlines() if "heldout" in line]
     assert '"image_loss"' in heldout[-1]
@@ -272,11 +272,11 @@ def test_the_same_commands_train_draw_and_measure(folders, capsys):
     assert results["shapes"]["conditioning"]["image_loss"] > 0
     command("report", str(folders / "run"))
     for words in (("generate", "--num-images", "1", "--sampler", "ddim"), ("evaluate", "--steps", "5")):
-        said = fails(capsys, 2 if words[0] == "generate" else 1, words[0], str(folders / "run"), *words[1:])
-        assert "images as codes" in said and words[-2].removeprefix("--") in said
+        message = fails(capsys, 2 if words[0] == "generate" else 1, words[0], str(folders / "run"), *words[1:])
+        assert "images as codes" in message and words[-2].removeprefix("--") in message
 
 
-def test_a_model_that_does_not_suit_the_data_is_refused(folders, capsys):
+def test_model_that_does_not_fit_the_data_is_refused(folders, capsys):
     assert "--model.patches codes" in fails(capsys, 2, *train(folders, "wrong", "--model.patch-size", "1"))
-    said = fails(capsys, 2, *train(folders, "wrong", "--model.patches", "codes", "--model.patch-size", "2"))
-    assert "patch_size must be 1" in said
+    message = fails(capsys, 2, *train(folders, "wrong", "--model.patches", "codes", "--model.patch-size", "2"))
+    assert "patch_size must be 1" in message

@@ -1,4 +1,4 @@
-"""The engine: cached equals uncached, batch equals single, one forward pass per kind and step, limits."""
+"""The engine: cached equals uncached, batched equals single, one forward pass per phase and step, limits."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tokenizers import decoders as decoding
 
 from tests.documents import SHAPES
 from tests.profile import examples
-from tests.tiny import SIZES, engine, picture, prompt_segments, tokenizer, uncached
+from tests.tiny import SIZES, build_engine, picture, prompt_segments, tokenizer, uncached
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DiffusionConfig, GenerationConfig
 from transfusion.inference import image_mode, text_mode
@@ -31,7 +31,7 @@ seeds = st.integers(0, 2**31)
 pictures = st.builds(picture, st.sampled_from(SHAPES), seeds)
 words = st.text("ab é<>", max_size=6)
 prompts = st.lists(words | pictures, min_size=1, max_size=4)
-NETWORKS = [
+MODEL_OPTIONS = [
     {},
     {"kv_heads": 2, "qk_norm": True},
     {"image_attention": "causal"},
@@ -43,8 +43,8 @@ def generation(engine: Engine, **changes) -> GenerationConfig:
     return replace(engine.run.generation, **changes)
 
 
-def to_the_end(engine: Engine) -> list:
-    """All events of what was submitted."""
+def run_to_end(engine: Engine) -> list:
+    """All events until every request is finished."""
     events = []
     while engine.sequences:
         events += engine.step()
@@ -52,183 +52,184 @@ def to_the_end(engine: Engine) -> list:
 
 
 def draw_now_and_then(vocabulary) -> dict[int, float]:
-    """Makes about every fourth token a boi, and eos rare."""
+    """Logit biases: about every fourth token is a boi, and eos is rare."""
     return {token: 4.0 for token in vocabulary.boi.values()} | {vocabulary.eos: -1.0}
 
 
 def never_end(vocabulary) -> dict[int, float]:
+    """Logit biases: no eos, many images."""
     return {vocabulary.eos: -1e4} | {token: 3.0 for token in vocabulary.boi.values()}
 
 
-def same_answers(found, expected) -> None:
-    """The same tokens; images within 1e-4; the same ends."""
-    for one, other in zip(found, expected, strict=True):
-        assert one.reason == other.reason
-        for part, wanted in zip(one.parts, other.parts, strict=True):
-            if isinstance(wanted, str):
-                assert part == wanted
+def assert_same_answers(answers, expected_answers) -> None:
+    """Equal texts and reasons; images within 1e-4."""
+    for answer, expected in zip(answers, expected_answers, strict=True):
+        assert answer.reason == expected.reason
+        for part, expected_part in zip(answer.parts, expected.parts, strict=True):
+            if isinstance(expected_part, str):
+                assert part == expected_part
             else:
-                np.testing.assert_allclose(part, wanted, rtol=0, atol=1e-4)
+                np.testing.assert_allclose(part, expected_part, rtol=0, atol=1e-4)
 
 
-def settled(engine: Engine) -> None:
-    """No row is left, and every slot is free again, once, but those that hold bos and boi."""
+def assert_no_slot_is_lost(engine: Engine) -> None:
+    """No sequence is left, and every slot is free, except the ones that hold bos and boi."""
     assert not engine.sequences
-    held = list(engine.uncond_slots.values())
-    assert sorted(engine.cache.free + held) == list(range(len(engine.cache.lengths)))
+    used = list(engine.uncond_slots.values())
+    assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
 
 
 # Cached equals uncached
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("model_options", MODEL_OPTIONS)
 @few
 @given(st.lists(prompts, min_size=1, max_size=3), st.data())
-def test_reading_in_pieces_is_reading_at_once(network, chosen, data):
-    """Rows of different lengths, each cut at its own places; inside an image there is no place to cut."""
-    ours = engine(**network)
+def test_prefill_in_chunks_equals_one_prefill(model_options, prompt_list, data):
+    """Sequences of different lengths, each split at its own positions, never inside an image."""
+    engine = build_engine(**model_options)
     chunks, logits = [], []
-    for parts in chosen:
-        chunk = encode_document(Document(prompt_segments(parts)), ours.vocabulary, ends=False)
-        inside = {
-            p.start + n for p in chunk.images for n in range(1, ours.vocabulary.patches(p.image.shape))
+    for parts in prompt_list:
+        chunk = encode_document(Document(prompt_segments(parts)), engine.vocabulary, ends=False)
+        image_positions = {
+            p.start + n for p in chunk.images for n in range(1, engine.vocabulary.patches(p.image.shape))
         }
-        places = [n for n in range(1, len(chunk)) if n not in inside]
-        cuts = sorted(data.draw(st.sets(st.sampled_from(places), max_size=4))) if places else []
+        break_positions = [n for n in range(1, len(chunk)) if n not in image_positions]
+        cuts = sorted(data.draw(st.sets(st.sampled_from(break_positions), max_size=4))) if break_positions else []
         chunks.append([chunk.part(*ends) for ends in zip([0, *cuts], [*cuts, len(chunk)], strict=True)])
-        logits.append(uncached(ours, prompt_segments(parts))[0])
-    slots = [ours.cache.acquire() for _ in chunks]
+        logits.append(uncached(engine, prompt_segments(parts))[0])
+    slots = [engine.cache.acquire() for _ in chunks]
     for turn in range(max(map(len, chunks))):
         rows = [n for n, parts in enumerate(chunks) if turn < len(parts)]
-        found = text_mode.prefill(
-            ours.model, ours.cache, [slots[n] for n in rows], [chunks[n][turn] for n in rows], ours.vocabulary
+        new_logits = text_mode.prefill(
+            engine.model, engine.cache, [slots[n] for n in rows], [chunks[n][turn] for n in rows], engine.vocabulary
         )
-        for n, after in zip(rows, found, strict=True):
-            place = ours.cache.lengths[slots[n]] - 1
-            assert place == sum(map(len, chunks[n][: turn + 1])) - 1
-            torch.testing.assert_close(after, logits[n][place], rtol=0, atol=1e-5)
+        for n, last_logits in zip(rows, new_logits, strict=True):
+            last = engine.cache.lengths[slots[n]] - 1
+            assert last == sum(map(len, chunks[n][: turn + 1])) - 1
+            torch.testing.assert_close(last_logits, logits[n][last], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("model_options", MODEL_OPTIONS)
 @few
 @given(st.lists(prompts, min_size=1, max_size=3), st.sampled_from(SHAPES), st.data())
-def test_an_image_behind_its_cached_prefix_is_one_in_the_whole_sequence(network, chosen, shape, data):
-    ours = engine(**network)
-    slots, noisy, times, expected = [], [], [], []
-    for parts in chosen:
-        slots.append(ours.cache.acquire())
+def test_prediction_after_a_cached_prefix_equals_the_uncached_one(model_options, prompt_list, shape, data):
+    engine = build_engine(**model_options)
+    slots, x_t, times, expected = [], [], [], []
+    for parts in prompt_list:
+        slots.append(engine.cache.acquire())
         segments = prompt_segments(parts)
-        prefix = encode_document(Document(segments), ours.vocabulary, ends=False)
-        prefix = prefix.append(ours.vocabulary.boi[shape])
-        text_mode.prefill(ours.model, ours.cache, slots[-1:], [prefix], ours.vocabulary)
-        noisy.append(torch.from_numpy(picture(shape, data.draw(seeds)).transpose(2, 0, 1).copy()))
+        prefix = encode_document(Document(segments), engine.vocabulary, ends=False)
+        prefix = prefix.append(engine.vocabulary.boi[shape])
+        text_mode.prefill(engine.model, engine.cache, slots[-1:], [prefix], engine.vocabulary)
+        x_t.append(torch.from_numpy(picture(shape, data.draw(seeds)).transpose(2, 0, 1).copy()))
         times.append(data.draw(st.floats(0, 1)))
-        expected.append(uncached(ours, [*segments, Image(noisy[-1].numpy())], times[-1])[1])
-    lengths = list(ours.cache.lengths)
-    for _ in range(2):  # a denoising step leaves no trace in the cache
-        said = image_mode.predict(ours.model, ours.cache, slots, torch.stack(noisy), torch.tensor(times))
-        torch.testing.assert_close(said, torch.stack(expected), rtol=0, atol=1e-5)
-    assert ours.cache.lengths == lengths
+        expected.append(uncached(engine, [*segments, Image(x_t[-1].numpy())], times[-1])[1])
+    lengths = list(engine.cache.lengths)
+    for _ in range(2):  # a denoising step changes nothing in the cache
+        predictions = image_mode.predict(engine.model, engine.cache, slots, torch.stack(x_t), torch.tensor(times))
+        torch.testing.assert_close(predictions, torch.stack(expected), rtol=0, atol=1e-5)
+    assert engine.cache.lengths == lengths
 
 
-def check_against_uncached(ours: Engine, parts, events) -> None:
-    """Everything that the model said while one row ran, against forward passes over what was there."""
-    vocabulary, segments, written = ours.vocabulary, list(prompt_segments(parts)), []
-    history = [list(segments)]  # the document as it stood when each image was begun
+def check_against_uncached(engine: Engine, parts, events) -> None:
+    """Compare all predictions for one sequence with uncached forward passes."""
+    vocabulary, segments, tokens = engine.vocabulary, list(prompt_segments(parts)), []
+    history = [list(segments)]  # the document at the start of each image
     for event in events:
         if isinstance(event, TokenEvent):
-            written.append(event.token)
+            tokens.append(event.token)
         elif isinstance(event, ImageEvent):
-            segments += [Text(tuple(written)), Image(event.pixels.transpose(2, 0, 1).copy())]
-            history[-1].append(Text(tuple(written)))
+            segments += [Text(tuple(tokens)), Image(event.pixels.transpose(2, 0, 1).copy())]
+            history[-1].append(Text(tuple(tokens)))
             history.append(list(segments))
-            written = []
-    whole = encode_document(Document((*segments, Text(tuple(written)))), vocabulary, ends=False)
-    logits = uncached(ours, [*segments, Text(tuple(written))])[0]
-    free = [call for call in ours.model.calls if call.slots[0] in ours.uncond_slots.values()]
-    texts = [call for call in ours.model.calls if call.kind in ("read", "write") and call not in free]
-    # Every token and marker went into the cache once, in its place; also sampled bois and eois (B3, B5).
-    assert torch.cat([call.tokens[0] for call in texts]).tolist() == whole.tokens.tolist()
-    assert torch.cat([call.position[0] for call in texts]).tolist() == list(range(len(whole)))
-    for call in texts:
-        torch.testing.assert_close(call.said.logits[0], logits[call.position[0, -1]], rtol=0, atol=1e-5)
-    steps = iter([call for call in ours.model.calls if call.kind.startswith("draw")])
+            tokens = []
+    chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, ends=False)
+    logits = uncached(engine, [*segments, Text(tuple(tokens))])[0]
+    uncond_calls = [call for call in engine.model.calls if call.slots[0] in engine.uncond_slots.values()]
+    text_calls = [call for call in engine.model.calls if call.kind in ("prefill", "decode") and call not in uncond_calls]
+    # Every token and marker was written to the cache once, in order; also sampled bois, and eois (B3, B5).
+    assert torch.cat([call.tokens[0] for call in text_calls]).tolist() == chunk.tokens.tolist()
+    assert torch.cat([call.position_ids[0] for call in text_calls]).tolist() == list(range(len(chunk)))
+    for call in text_calls:
+        torch.testing.assert_close(call.prediction.logits[0], logits[call.position_ids[0, -1]], rtol=0, atol=1e-5)
+    draw_calls = iter([call for call in engine.model.calls if call.kind.startswith("draw")])
     for before in history[:-1]:
-        for _ in range(ours.run.generation.steps):
-            call = next(steps)
-            for row, prefix in enumerate((before, [])):  # with the prompt, and without: exactly bos boi (B7)
-                noisy = Image(call.noisy[0][row].numpy())
-                said = uncached(ours, [*prefix, noisy], call.t[0][row].item())[1]
-                torch.testing.assert_close(call.said.images[0][row], said, rtol=0, atol=1e-5)
-    assert next(steps, None) is None
+        for _ in range(engine.run.generation.steps):
+            call = next(draw_calls)
+            for row, prefix in enumerate((before, [])):  # with the prompt, and without: only bos boi (B7)
+                image = Image(call.x_t[0][row].numpy())
+                prediction = uncached(engine, [*prefix, image], call.t[0][row].item())[1]
+                torch.testing.assert_close(call.prediction.images[0][row], prediction, rtol=0, atol=1e-5)
+    assert next(draw_calls, None) is None
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("model_options", MODEL_OPTIONS)
 @few
 @given(prompts, seeds)
-def test_all_that_a_free_run_computes_is_what_one_forward_pass_says(network, parts, seed):
-    ours = engine(draw_now_and_then, **network)
-    ours.submit(Request(tuple(parts), seed=seed))
-    check_against_uncached(ours, parts, to_the_end(ours))
+def test_predictions_while_generating_equal_uncached_ones(model_options, parts, seed):
+    engine = build_engine(draw_now_and_then, **model_options)
+    engine.submit(Request(tuple(parts), seed=seed))
+    check_against_uncached(engine, parts, run_to_end(engine))
 
 
-def test_free_runs_draw_and_write_on():
-    """The test above must not pass because nothing is drawn, or nothing written after."""
-    ours = engine(draw_now_and_then)
-    answers = [a for (a,) in ours.generate([Request(("a",), seed=seed) for seed in range(30)])]
-    after = [
+def test_free_generation_draws_and_continues_with_text():
+    """The test above needs images, and text after images."""
+    engine = build_engine(draw_now_and_then)
+    answers = [a for (a,) in engine.generate([Request(("a",), seed=seed) for seed in range(30)])]
+    texts_after_images = [
         part for a in answers for before, part in zip(a.parts, a.parts[1:], strict=False)
         if isinstance(part, str) and not isinstance(before, str)
     ]  # fmt: skip
     shapes = Counter(part.shape[:2] for a in answers for part in a.parts if not isinstance(part, str))
-    assert len(after) > 10
+    assert len(texts_after_images) > 10
     assert set(shapes) == set(SHAPES)
 
 
 @some
 @given(prompts, st.sampled_from(SIZES), st.sampled_from((1.0, 0.0, 2.5)), st.booleans(), seeds)
-def test_a_drawing_is_the_sampler_driven_by_guided_uncached_predictions(parts, size, scale, clipped, seed):
-    ours = engine()
-    asked = generation(ours, guidance_scale=scale, clip_x0=clipped)
-    ours.submit(Request(tuple(parts), num_images=1, size=size, seed=seed, generation=asked))
-    (drawn,) = [event for event in to_the_end(ours) if isinstance(event, ImageEvent)]
+def test_image_equals_the_sampler_with_guided_uncached_predictions(parts, size, scale, clipped, seed):
+    engine = build_engine()
+    options = generation(engine, guidance_scale=scale, clip_x0=clipped)
+    engine.submit(Request(tuple(parts), num_images=1, size=size, seed=seed, generation=options))
+    (event,) = [event for event in run_to_end(engine) if isinstance(event, ImageEvent)]
     segments = prompt_segments(parts)
-    first = next(call for call in ours.model.calls if call.kind.startswith("draw"))
-    walk = SamplingSchedule(asked.steps, ours.run.diffusion, ours.bound if clipped else None, torch.Generator())
-    sampler = get_sampler(asked.sampler, ours.run.diffusion.noise_schedule)(first.noisy[0][:1], walk)
-    noisy, t = next(sampler)
+    first = next(call for call in engine.model.calls if call.kind.startswith("draw"))
+    schedule = SamplingSchedule(options.steps, engine.run.diffusion, engine.bound if clipped else None, torch.Generator())
+    sampler = get_sampler(options.sampler, engine.run.diffusion.noise_schedule)(first.x_t[0][:1], schedule)
+    x_t, t = next(sampler)
     while True:
-        image = Image(noisy[0].numpy())
-        given = uncached(ours, [*segments, image], t.item())[1]
-        without = uncached(ours, [image], t.item())[1]
+        image = Image(x_t[0].numpy())
+        cond = uncached(engine, [*segments, image], t.item())[1]
+        uncond = uncached(engine, [image], t.item())[1]
         try:
-            noisy, t = sampler.send((without + scale * (given - without))[None])
+            x_t, t = sampler.send((uncond + scale * (cond - uncond))[None])
         except StopIteration as finished:
             expected = finished.value[0].numpy().transpose(1, 2, 0)
             break
-    np.testing.assert_allclose(drawn.pixels, expected, rtol=0, atol=1e-4)
-    assert drawn.pixels.shape[1::-1] == size
+    np.testing.assert_allclose(event.pixels, expected, rtol=0, atol=1e-4)
+    assert event.pixels.shape[1::-1] == size
 
 
 @few
-@given(st.lists(st.tuples(prompts, pictures).map(lambda made: [*made[0], made[1]]), min_size=1, max_size=3))
-def test_greedy_captions_are_the_same_every_time_to_the_last_bit(chosen):
-    """Images of a prompt are clean, t = 0, each time (B4)."""
-    ours = engine(lambda v: dict.fromkeys(v.boi.values(), -1e4))
-    requests = [Request(tuple(parts), generation=generation(ours, temperature=0.0)) for parts in chosen]
-    said = []
+@given(st.lists(st.tuples(prompts, pictures).map(lambda spec: [*spec[0], spec[1]]), min_size=1, max_size=3))
+def test_greedy_captions_are_reproducible_bit_by_bit(prompt_list):
+    """Images of a prompt are always clean, t = 0 (B4)."""
+    engine = build_engine(lambda v: dict.fromkeys(v.boi.values(), -1e4))
+    requests = [Request(tuple(parts), generation=generation(engine, temperature=0.0)) for parts in prompt_list]
+    results = []
     for _ in range(2):
-        ours.model.calls.clear()
-        answers = ours.generate(requests)
-        said.append(([a.parts for (a,) in answers], [call.said.logits for call in ours.model.calls]))
-    (first, logits), (second, again) = said
+        engine.model.calls.clear()
+        answers = engine.generate(requests)
+        results.append(([a.parts for (a,) in answers], [call.prediction.logits for call in engine.model.calls]))
+    (first, logits), (second, logits_again) = results
     assert first == second
-    assert all(torch.equal(*pair) for pair in zip(logits, again, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(logits, logits_again, strict=True))
 
 
 # Batch equals single
 
-WAYS = [
+OPTIONS = [
     dict(zip("steps sampler guidance_scale max_tokens temperature top_p".split(), values, strict=True))
     for values in (
         (1, "ddim", 1.0, 9, 1.0, 1.0), (2, "ddpm", 2.0, 4, 0.0, 1.0), (3, "ddim", 2.0, 9, 1.0, 0.8),
@@ -236,159 +237,159 @@ WAYS = [
     )
 ]  # fmt: skip
 requests_ = st.tuples(
-    prompts, st.none() | st.integers(1, 3), st.sampled_from(SIZES), seeds, st.sampled_from(WAYS)
+    prompts, st.none() | st.integers(1, 3), st.sampled_from(SIZES), seeds, st.sampled_from(OPTIONS)
 )
 
 
-def request_of(engine: Engine, made) -> Request:
-    parts, num, size, seed, changes = made
+def request_of(engine: Engine, spec) -> Request:
+    parts, num, size, seed, changes = spec
     return Request(tuple(parts), num, seed, generation(engine, **changes), size)
 
 
 @some
 @given(st.lists(requests_, min_size=2, max_size=4))
-def test_a_request_among_others_gets_what_it_gets_alone(chosen):
-    together = engine(draw_now_and_then)
-    found = together.generate([request_of(together, made) for made in chosen])
-    for made, answers in zip(chosen, found, strict=True):
-        alone = engine(draw_now_and_then)
-        (expected,) = alone.generate([request_of(alone, made)])
-        same_answers(answers, expected)
-        assert len(answers) == (made[1] or 1)
-    settled(together)
+def test_batched_requests_equal_single_requests(specs):
+    together = build_engine(draw_now_and_then)
+    batched = together.generate([request_of(together, spec) for spec in specs])
+    for spec, answers in zip(specs, batched, strict=True):
+        alone = build_engine(draw_now_and_then)
+        (expected,) = alone.generate([request_of(alone, spec)])
+        assert_same_answers(answers, expected)
+        assert len(answers) == (spec[1] or 1)
+    assert_no_slot_is_lost(together)
 
 
 @few
 @given(st.lists(st.tuples(requests_, st.integers(0, 5)), min_size=2, max_size=4))
-def test_requests_that_come_later_change_nothing(timed):
-    """Each is submitted some steps after the one before, so that rows read, write and draw in one step."""
-    ours, events, chosen = engine(draw_now_and_then), [], [made for made, _ in timed]
-    for made, steps in timed:
-        ours.submit(request_of(ours, made))
+def test_later_requests_change_nothing(timed):
+    """Requests are submitted some steps apart, so that sequences prefill, decode and draw in the same step."""
+    engine, events, specs = build_engine(draw_now_and_then), [], [spec for spec, _ in timed]
+    for spec, steps in timed:
+        engine.submit(request_of(engine, spec))
         for _ in range(steps):
-            events += ours.step()
-    events += to_the_end(ours)
-    for number, made in enumerate(chosen, 1):
-        alone = engine(draw_now_and_then)
-        alone.submit(request_of(alone, made))
-        expected = to_the_end(alone)
-        for draw in range(made[1] or 1):
-            mine = [e for e in events if (e.request, e.sample_index) == (number, draw)]
-            theirs = [e for e in expected if e.sample_index == draw]
-            assert [type(e) for e in mine] == [type(e) for e in theirs]
-            for one, other in zip(mine, theirs, strict=True):
-                match one:
+            events += engine.step()
+    events += run_to_end(engine)
+    for number, spec in enumerate(specs, 1):
+        alone = build_engine(draw_now_and_then)
+        alone.submit(request_of(alone, spec))
+        expected = run_to_end(alone)
+        for sample_index in range(spec[1] or 1):
+            batched = [e for e in events if (e.request, e.sample_index) == (number, sample_index)]
+            single = [e for e in expected if e.sample_index == sample_index]
+            assert [type(e) for e in batched] == [type(e) for e in single]
+            for event, expected_event in zip(batched, single, strict=True):
+                match event:
                     case TokenEvent():
-                        assert (one.token, one.text) == (other.token, other.text)
+                        assert (event.token, event.text) == (expected_event.token, expected_event.text)
                     case ImageEvent():
-                        np.testing.assert_allclose(one.pixels, other.pixels, rtol=0, atol=1e-4)
+                        np.testing.assert_allclose(event.pixels, expected_event.pixels, rtol=0, atol=1e-4)
                     case FinishEvent():
-                        assert one.reason == other.reason
+                        assert event.reason == expected_event.reason
 
 
 @few
 @given(st.lists(st.lists(pictures, min_size=1, max_size=1), min_size=2, max_size=4), seeds)
-def test_a_cache_full_of_rubbish_changes_nothing(chosen, seed):
-    """What lies behind a slot's length is never seen, whoever left it there."""
-    clean, dirty = engine(draw_now_and_then), engine(draw_now_and_then)
-    for slot in [dirty.cache.acquire() for _ in range(8)]:
-        dirty.cache.release(slot)
-    dirty.cache.view([0], 150)
-    for store in (dirty.cache.keys, dirty.cache.values):
+def test_old_cache_entries_change_nothing(prompt_list, seed):
+    """Entries after a slot's length are never used."""
+    new, used = build_engine(draw_now_and_then), build_engine(draw_now_and_then)
+    for slot in [used.cache.acquire() for _ in range(8)]:
+        used.cache.release(slot)
+    used.cache.view([0], 150)
+    for store in (used.cache.keys, used.cache.values):
         store.normal_(0, 100, generator=torch.Generator().manual_seed(seed))
-    requests = [Request(tuple(parts), seed=seed) for parts in chosen]
-    for found, expected in zip(dirty.generate(requests), clean.generate(requests), strict=True):
-        same_answers(found, expected)
+    requests = [Request(tuple(parts), seed=seed) for parts in prompt_list]
+    for answers, expected in zip(used.generate(requests), new.generate(requests), strict=True):
+        assert_same_answers(answers, expected)
 
 
-# What is computed
+# Forward passes
 
 
-def warm(ours: Engine) -> Engine:
-    """bos and boi of a size are read once in an engine's life, when the first drawing of that size begins."""
-    ours.generate([Request((), 1, size=size, generation=generation(ours, steps=1)) for size in SIZES])
-    ours.model.calls.clear()
-    return ours
+def warm_up(engine: Engine) -> Engine:
+    """Draw one image of each size: bos and boi of a size are read once, for its first image."""
+    engine.generate([Request((), 1, size=size, generation=generation(engine, steps=1)) for size in SIZES])
+    engine.model.calls.clear()
+    return engine
 
 
 @some
 @given(st.lists(requests_, min_size=1, max_size=4))
-def test_one_forward_pass_per_kind_and_step_and_none_for_rows_that_wait(chosen):
-    ours = warm(engine(draw_now_and_then))
-    for made in chosen:
-        ours.submit(request_of(ours, made))
-    while ours.sequences:
-        reading = [row for row in ours.sequences if not isinstance(row.phase, Draw)]
-        events = ours.step()
-        calls = {call.kind: call for call in ours.model.calls}
-        assert len(calls) == len(ours.model.calls)
-        ours.model.calls.clear()
-        own = {call.kind: len(call.slots) for call in calls.values()}
-        assert own.pop("write", 0) + own.pop("read", 0) == len(reading)
+def test_one_forward_pass_per_phase_and_step(specs):
+    engine = warm_up(build_engine(draw_now_and_then))
+    for spec in specs:
+        engine.submit(request_of(engine, spec))
+    while engine.sequences:
+        reading = [sequence for sequence in engine.sequences if not isinstance(sequence.phase, Draw)]
+        events = engine.step()
+        calls = {call.kind: call for call in engine.model.calls}
+        assert len(calls) == len(engine.model.calls)
+        engine.model.calls.clear()
+        num_slots = {call.kind: len(call.slots) for call in calls.values()}
+        assert num_slots.pop("decode", 0) + num_slots.pop("prefill", 0) == len(reading)
         finished = [e for e in events if isinstance(e, ImageEvent)]
-        drawn = [(row.request_number, row.phase.image.shape) for row in ours.sequences if isinstance(row.phase, Draw)]
-        drawn += [(event.request, event.pixels.shape[:2]) for event in finished]
+        drawing = [(s.request_number, s.phase.image.shape) for s in engine.sequences if isinstance(s.phase, Draw)]
+        drawing += [(event.request, event.pixels.shape[:2]) for event in finished]
         branches = Counter()
-        for number, shape in drawn:
-            guided = chosen[number - ours.num_requests + len(chosen) - 1][4]["guidance_scale"] != 1
+        for number, shape in drawing:
+            guided = specs[number - engine.num_requests + len(specs) - 1][4]["guidance_scale"] != 1
             branches[f"draw {shape}"] += 1 + guided
-        assert own == branches
+        assert num_slots == branches
         for call in calls.values():
             assert len(set(call.slots)) == len(call.slots)
-            if call.kind.startswith("draw"):  # an image's own patches, and nothing of what is before them
-                y, x = call.noisy[0].shape[2:]
+            if call.kind.startswith("draw"):  # only the patches of the image
+                y, x = call.x_t[0].shape[2:]
                 assert call.tokens.numel() == len(call.slots) * y * x // 4
 
 
 @few
 @given(prompts, st.integers(1, 3), st.sampled_from((1.0, 3.0)))
-def test_a_prompt_is_read_once_however_many_are_drawn_from_it(parts, num, scale):
-    ours = warm(engine())
-    ours.generate([Request(tuple(parts), num, generation=generation(ours, guidance_scale=scale))])
-    prompt = encode_document(Document(prompt_segments(parts)), ours.vocabulary, ends=False)
-    reads = [call.tokens.shape for call in ours.model.calls if not call.kind.startswith("draw")]
+def test_prompt_is_read_once_for_any_number_of_samples(parts, num, scale):
+    engine = warm_up(build_engine())
+    engine.generate([Request(tuple(parts), num, generation=generation(engine, guidance_scale=scale))])
+    prompt = encode_document(Document(prompt_segments(parts)), engine.vocabulary, ends=False)
+    reads = [call.tokens.shape for call in engine.model.calls if not call.kind.startswith("draw")]
     assert reads == [(1, len(prompt) + 1)]
-    draws = [call for call in ours.model.calls if call.kind.startswith("draw")]
-    assert len(draws) == ours.run.generation.steps
+    draws = [call for call in engine.model.calls if call.kind.startswith("draw")]
+    assert len(draws) == engine.run.generation.steps
     assert {call.tokens.shape for call in draws} == {(num * (1 if scale == 1 else 2), 4)}
 
 
 @few
 @given(prompts, st.sampled_from(SIZES))
-def test_without_guidance_there_is_no_second_branch(parts, size):
+def test_without_guidance_there_is_one_branch(parts, size):
     assume(any(len(part) for part in parts))
-    ours = engine(draw_now_and_then)
-    asked = generation(ours, guidance_scale=1.0)
-    ours.generate([
-        Request(tuple(parts), 1, size=size, generation=asked), Request(tuple(parts), generation=asked)
+    engine = build_engine(draw_now_and_then)
+    options = generation(engine, guidance_scale=1.0)
+    engine.generate([
+        Request(tuple(parts), 1, size=size, generation=options), Request(tuple(parts), generation=options)
     ])  # fmt: skip
-    assert not ours.uncond_slots
-    assert all(len(call.slots) <= 2 for call in ours.model.calls)
-    assert not any(call.tokens.tolist() == [[ours.vocabulary.bos, b]] for call in ours.model.calls
-                   for b in ours.vocabulary.boi.values())  # fmt: skip
+    assert not engine.uncond_slots
+    assert all(len(call.slots) <= 2 for call in engine.model.calls)
+    assert not any(call.tokens.tolist() == [[engine.vocabulary.bos, b]] for call in engine.model.calls
+                   for b in engine.vocabulary.boi.values())  # fmt: skip
 
 
-# Chance
+# Seeds
 
 
 @few
 @given(prompts, st.integers(0, 1000), st.integers(0, 1000))
-def test_the_same_seed_draws_the_same_and_another_another(parts, seed, other):
-    assume(seed != other)
-    ours = engine()
-    one, same, another = (
-        ours.generate([Request(tuple(parts), 2, seed=s)])[0] for s in (seed, seed, other)
+def test_equal_seeds_draw_equal_images_and_others_differ(parts, seed, other_seed):
+    assume(seed != other_seed)
+    engine = build_engine()
+    first, second, others = (
+        engine.generate([Request(tuple(parts), 2, seed=s)])[0] for s in (seed, seed, other_seed)
     )
-    same_answers(one, same)
-    images = [answer.parts[0] for answer in (*one, *another)]
-    for n, image in enumerate(images):  # two draws of two seeds: four images
+    assert_same_answers(first, second)
+    images = [answer.parts[0] for answer in (*first, *others)]
+    for n, image in enumerate(images):  # two samples of two seeds: four images
         assert all(np.abs(image - before).max() > 1e-2 for before in images[:n])
 
 
-def test_rows_of_one_request_and_requests_of_another_seed_write_differently():
-    ours = engine(lambda v: {v.eos: -1e4} | dict.fromkeys(v.boi.values(), -1e4))
-    asked = generation(ours, max_tokens=12)
-    answers = ours.generate([Request(("a",), seed=seed, generation=asked) for seed in (0, 0, 1, 2)])
+def test_texts_depend_on_the_seed():
+    engine = build_engine(lambda v: {v.eos: -1e4} | dict.fromkeys(v.boi.values(), -1e4))
+    options = generation(engine, max_tokens=12)
+    answers = engine.generate([Request(("a",), seed=seed, generation=options) for seed in (0, 0, 1, 2)])
     texts = [answer.parts for (answer,) in answers]
     assert texts[0] == texts[1]
     assert len({str(parts) for parts in texts}) == 3
@@ -396,15 +397,15 @@ def test_rows_of_one_request_and_requests_of_another_seed_write_differently():
 
 @few
 @given(seeds)
-def test_the_images_of_one_free_run_differ(seed):
-    """Each of them has noise of its own, also where they are of one size."""
-    ours = engine(lambda v: {v.boi[SHAPES[0]]: 1e4}, context=60)
-    ours.submit(Request(("a",), seed=seed))
-    to_the_end(ours)
-    draws = [call for call in ours.model.calls if call.kind.startswith("draw")]
-    starts = [call.noisy[0][0] for call in draws if call.t[0][0] == 1]
+def test_images_of_one_sequence_have_different_noise(seed):
+    """Also images of one size."""
+    engine = build_engine(lambda v: {v.boi[SHAPES[0]]: 1e4}, context=60)
+    engine.submit(Request(("a",), seed=seed))
+    run_to_end(engine)
+    draws = [call for call in engine.model.calls if call.kind.startswith("draw")]
+    starts = [call.x_t[0][0] for call in draws if call.t[0][0] == 1]
     assert len(starts) > 3
-    assert all(not torch.equal(one, two) for n, one in enumerate(starts) for two in starts[:n])
+    assert all(not torch.equal(first, second) for n, first in enumerate(starts) for second in starts[:n])
 
 
 # Ends and limits
@@ -412,56 +413,56 @@ def test_the_images_of_one_free_run_differ(seed):
 
 @few
 @given(prompts, st.integers(1, 4), st.sampled_from(SIZES), st.integers(1, 3))
-def test_a_request_for_images_gives_so_many_of_that_size(parts, num, size, max_tokens):
-    ours = engine()
-    asked = generation(ours, max_tokens=max_tokens)
-    (answers,) = ours.generate([Request(tuple(parts), num, size=size, generation=asked)])
+def test_image_request_gives_num_images_of_its_size(parts, num, size, max_tokens):
+    engine = build_engine()
+    options = generation(engine, max_tokens=max_tokens)
+    (answers,) = engine.generate([Request(tuple(parts), num, size=size, generation=options)])
     assert [answer.reason for answer in answers] == ["image"] * num
     assert [[part.shape[1::-1] for part in answer.parts] for answer in answers] == [[size]] * num
 
 
-def test_two_sizes_in_one_run_are_each_drawn_at_their_own_latent_shape():
-    """The decoded size is the one asked for, whichever others are drawn beside it (B1, B2)."""
-    ours = engine()
-    answers = ours.generate([Request(("a",), 2, size=size) for size in (*SIZES, None)])
-    found = [{answer.parts[0].shape[1::-1] for answer in row} for row in answers]
-    assert found == [{size} for size in (*SIZES, SIZES[0])]
+def test_images_of_several_sizes_in_one_batch_have_their_requested_size():
+    """The decoded size is the requested one, for any other sizes in the same batch (B1, B2)."""
+    engine = build_engine()
+    answers = engine.generate([Request(("a",), 2, size=size) for size in (*SIZES, None)])
+    sizes = [{answer.parts[0].shape[1::-1] for answer in request_answers} for request_answers in answers]
+    assert sizes == [{size} for size in (*SIZES, SIZES[0])]
 
 
 @few
 @given(prompts, seeds, st.sampled_from((-1e4, 0.0, 8.0)))
-def test_a_free_run_ends_with_eos_or_at_its_limit(parts, seed, liking):
-    ours = engine(lambda v: {v.eos: liking})
-    ours.submit(Request(tuple(parts), seed=seed))
-    events = to_the_end(ours)
+def test_free_generation_ends_with_eos_or_at_max_tokens(parts, seed, eos_bias):
+    engine = build_engine(lambda v: {v.eos: eos_bias})
+    engine.submit(Request(tuple(parts), seed=seed))
+    events = run_to_end(engine)
     assert [isinstance(event, FinishEvent) for event in events] == [False] * (len(events) - 1) + [True]
-    written = sum(isinstance(event, TokenEvent | ImageEvent) for event in events)
-    assert (events[-1].reason == "length") == (written == 12) or events[-1].reason == "eos"
-    assert liking == 0 or events[-1].reason == ("length" if liking < 0 else "eos") or written == 12
+    num_tokens = sum(isinstance(event, TokenEvent | ImageEvent) for event in events)
+    assert (events[-1].reason == "length") == (num_tokens == 12) or events[-1].reason == "eos"
+    assert eos_bias == 0 or events[-1].reason == ("length" if eos_bias < 0 else "eos") or num_tokens == 12
 
 
-def test_a_request_that_may_not_draw_only_writes():
-    """Even with a model that wants nothing else, and beside one that may."""
-    ours = engine(lambda v: {v.eos: -1e4} | dict.fromkeys(v.boi.values(), 1e3))
-    requests = [Request(("a house",), seed=3, allow_images=may) for may in (True, False)]
-    (free,), (text,) = ours.generate(requests)
-    assert all(isinstance(part, np.ndarray) for part in free.parts)
-    assert text.reason == "length" and [type(part) for part in text.parts] == [str]
-    same_answers([text], ours.generate(requests[1:])[0])
+def test_request_without_allow_images_gives_only_text():
+    """Even with a strong bias for boi, and together with a request that allows images."""
+    engine = build_engine(lambda v: {v.eos: -1e4} | dict.fromkeys(v.boi.values(), 1e3))
+    requests = [Request(("a house",), seed=3, allow_images=allow_images) for allow_images in (True, False)]
+    (with_images,), (text_only,) = engine.generate(requests)
+    assert all(isinstance(part, np.ndarray) for part in with_images.parts)
+    assert text_only.reason == "length" and [type(part) for part in text_only.parts] == [str]
+    assert_same_answers([text_only], engine.generate(requests[1:])[0])
 
 
 @few
 @given(prompts, seeds, st.sampled_from((0.0, 0.5, 1.0)), st.sampled_from((0.01, 0.9, 1.0)))
-def test_markers_padding_and_unused_ids_are_never_written(parts, seed, temperature, top_p):
-    """Even by a model that wants nothing else (B12)."""
-    ours = engine(lambda v: dict.fromkeys([v.bos, v.pad, v.eoi, *range(v.num_used, v.size)], 1e4))
-    allowed = {*range(ours.vocabulary.num_text_tokens)}
-    asked = generation(ours, temperature=temperature, top_p=top_p)
-    ours.submit(Request(tuple(parts), seed=seed, generation=asked))
-    written = [event.token for event in to_the_end(ours) if isinstance(event, TokenEvent)]
+def test_markers_padding_and_unused_ids_are_never_sampled(parts, seed, temperature, top_p):
+    """Even with a strong bias for them (B12)."""
+    engine = build_engine(lambda v: dict.fromkeys([v.bos, v.pad, v.eoi, *range(v.num_used, v.size)], 1e4))
+    allowed = {*range(engine.vocabulary.num_text_tokens)}
+    options = generation(engine, temperature=temperature, top_p=top_p)
+    engine.submit(Request(tuple(parts), seed=seed, generation=options))
+    written = [event.token for event in run_to_end(engine) if isinstance(event, TokenEvent)]
     assert set(written) <= allowed
-    read = {call.tokens.item() for call in ours.model.calls if call.kind == "write" and call.position.item()}
-    assert read <= allowed | set(ours.vocabulary.boi.values())
+    read = {call.tokens.item() for call in engine.model.calls if call.kind == "decode" and call.position_ids.item()}
+    assert read <= allowed | set(engine.vocabulary.boi.values())
 
 
 @some
@@ -469,57 +470,57 @@ def test_markers_padding_and_unused_ids_are_never_written(parts, seed, temperatu
     st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6), st.sets(st.integers(0, 5), min_size=1),
     st.just(0.0) | st.floats(0.1, 3), st.floats(0.01, 1), seeds,
 )  # fmt: skip
-def test_a_token_is_chosen_among_the_likeliest_that_are_allowed(logits, allowed, temperature, top_p, seed):
+def test_sampled_token_is_allowed_and_in_the_nucleus(logits, allowed, temperature, top_p, seed):
     values = torch.tensor(logits)
-    may = torch.tensor([n in allowed for n in range(6)])
+    mask = torch.tensor([n in allowed for n in range(6)])
     config = GenerationConfig(temperature=temperature, top_p=top_p)
-    token = text_mode.sample_token(values, may, config, torch.Generator().manual_seed(seed))
+    token = text_mode.sample_token(values, mask, config, torch.Generator().manual_seed(seed))
     assert token in allowed
     if temperature == 0:
         assert logits[token] == max(logits[n] for n in allowed)
         return
     weights = {n: np.exp((values[n].item() - max(logits)) / temperature) for n in allowed}
-    likelier = sum(w for w in weights.values() if w > weights[token] * 1.0001)  # float32 may see a tie there
-    assert likelier / sum(weights.values()) < top_p + 1e-4  # they alone do not reach top_p
+    likelier = sum(w for w in weights.values() if w > weights[token] * 1.0001)  # a tolerance for ties in float32
+    assert likelier / sum(weights.values()) < top_p + 1e-4  # the likelier tokens alone do not reach top_p
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
-def test_a_temperature_near_zero_is_greedy(temperature):
+def test_temperature_near_zero_is_greedy(temperature):
     config = GenerationConfig(temperature=temperature)
-    values, may = torch.tensor([3.0, -20.0, 5.0, 30.0]), torch.tensor([True, True, True, False])
-    assert text_mode.sample_token(values, may, config, torch.Generator()) == 2
+    values, mask = torch.tensor([3.0, -20.0, 5.0, 30.0]), torch.tensor([True, True, True, False])
+    assert text_mode.sample_token(values, mask, config, torch.Generator()) == 2
 
 
 @some
 @given(prompts, st.integers(1, 9), st.integers(0, 40), st.booleans(), seeds)
-def test_max_tokens_and_context_are_never_passed_images_included(parts, max_tokens, room, drawing, seed):
-    prompt = encode_document(Document(prompt_segments(parts)), engine().vocabulary, ends=False)
-    ours = engine(never_end if drawing else None, context=len(prompt) + room)
-    ours.submit(Request(tuple(parts), seed=seed, generation=generation(ours, max_tokens=max_tokens)))
-    events = to_the_end(ours)
+def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_positions, with_images, seed):
+    prompt = encode_document(Document(prompt_segments(parts)), build_engine().vocabulary, ends=False)
+    engine = build_engine(never_end if with_images else None, context=len(prompt) + free_positions)
+    engine.submit(Request(tuple(parts), seed=seed, generation=generation(engine, max_tokens=max_tokens)))
+    events = run_to_end(engine)
     assert sum(isinstance(event, TokenEvent | ImageEvent) for event in events) <= max_tokens
-    for call in ours.model.calls:
-        assert call.position.max() < ours.context
-        assert call.mask_keys <= ours.context
-    if drawing:
+    for call in engine.model.calls:
+        assert call.position_ids.max() < engine.context
+        assert call.mask_keys <= engine.context
+    if with_images:
         assert events[-1].reason == "length"
 
 
 @few
 @given(prompts, st.sampled_from(SIZES))
-def test_the_context_holds_a_prompt_and_its_image_exactly_or_refuses(parts, size):
-    measure = engine()
+def test_prompt_and_image_may_fill_the_context_exactly(parts, size):
+    any_engine = build_engine()
     shape = size[::-1]
-    prompt = encode_document(Document(prompt_segments(parts)), measure.vocabulary, ends=False)
-    needed = len(prompt) + 1 + measure.vocabulary.patches(shape)
-    exact = engine(context=needed)
+    prompt = encode_document(Document(prompt_segments(parts)), any_engine.vocabulary, ends=False)
+    needed = len(prompt) + 1 + any_engine.vocabulary.patches(shape)
+    exact = build_engine(context=needed)
     (answers,) = exact.generate([Request(tuple(parts), 2, size=size)])
     assert [answer.reason for answer in answers] == ["image", "image"]
     assert max(call.mask_keys for call in exact.model.calls) == needed
-    tight = engine(context=needed - 1)
+    too_small = build_engine(context=needed - 1)
     with pytest.raises(ValueError, match=f"{needed} positions.*{needed - 1}"):
-        tight.submit(Request(tuple(parts), 2, size=size))
-    settled(tight)
+        too_small.submit(Request(tuple(parts), 2, size=size))
+    assert_no_slot_is_lost(too_small)
 
 
 # Cancelling
@@ -534,59 +535,59 @@ actions = st.lists(
 
 @some
 @given(actions, requests_)
-def test_cancelling_frees_slots_and_later_requests_get_the_right_answer(done, last):
-    ours = engine(draw_now_and_then)
+def test_cancel_frees_slots_and_does_not_change_later_answers(actions_, last):
+    engine = build_engine(draw_now_and_then)
     cancelled = set()
-    for what, value in done:
-        match what:
+    for action, value in actions_:
+        match action:
             case "submit":
-                ours.submit(request_of(ours, value))
+                engine.submit(request_of(engine, value))
             case "cancel":
-                ours.cancel(value)
-                cancelled |= {value} if value <= ours.num_requests else set()
+                engine.cancel(value)
+                cancelled |= {value} if value <= engine.num_requests else set()
             case "step":
-                assert not {event.request for event in ours.step()} & cancelled
-    for number in range(ours.num_requests + 1):
-        ours.cancel(number)
-    settled(ours)
-    assert ours.step() == []
-    alone = engine(draw_now_and_then)
+                assert not {event.request for event in engine.step()} & cancelled
+    for number in range(engine.num_requests + 1):
+        engine.cancel(number)
+    assert_no_slot_is_lost(engine)
+    assert engine.step() == []
+    alone = build_engine(draw_now_and_then)
     (expected,) = alone.generate([request_of(alone, last)])
-    (found,) = ours.generate([request_of(ours, last)])
-    same_answers(found, expected)
-    settled(ours)
+    (answers,) = engine.generate([request_of(engine, last)])
+    assert_same_answers(answers, expected)
+    assert_no_slot_is_lost(engine)
 
 
-def test_slots_are_used_again():
-    ours = engine()
+def test_slots_are_reused():
+    engine = build_engine()
     for seed in range(30):
-        ours.generate([Request(("a",), 2, seed=seed)])
-    assert len(ours.cache.lengths) <= 8  # the first lot that is ever made
+        engine.generate([Request(("a",), 2, seed=seed)])
+    assert len(engine.cache.lengths) <= 8  # the first allocation
 
 
 @some
 @given(st.lists(st.booleans(), max_size=40))
-def test_a_slot_has_one_owner(wanted):
-    ours, held = Cache(engine().run.model, torch.device("cpu")), []
-    for more in wanted:
-        if more:
-            slot = ours.acquire()
-            assert slot not in held
-            assert ours.lengths[slot] == 0
-            held.append(slot)
-            ours.commit(slot, 3)
-        elif held:
-            ours.release(held.pop(0))
+def test_slot_has_one_owner(acquires):
+    cache, used = Cache(build_engine().run.model, torch.device("cpu")), []
+    for is_acquire in acquires:
+        if is_acquire:
+            slot = cache.acquire()
+            assert slot not in used
+            assert cache.lengths[slot] == 0
+            used.append(slot)
+            cache.commit(slot, 3)
+        elif used:
+            cache.release(used.pop(0))
 
 
-def test_generate_is_refused_while_others_are_under_way():
-    """Their events would be lost in it."""
-    ours = engine()
-    ours.submit(Request(("a",)))
+def test_generate_is_refused_while_other_requests_are_under_way():
+    """Their events would be lost."""
+    engine = build_engine()
+    engine.submit(Request(("a",)))
     with pytest.raises(ValueError, match="under way"):
-        ours.generate([Request(("b",), 1)])
-    to_the_end(ours)
-    (answers,) = ours.generate([Request(("b",), 1)])
+        engine.generate([Request(("b",), 1)])
+    run_to_end(engine)
+    (answers,) = engine.generate([Request(("b",), 1)])
     assert answers[0].reason == "image"
 
 
@@ -595,24 +596,24 @@ def test_generate_is_refused_while_others_are_under_way():
 
 @few
 @given(prompts, seeds)
-def test_what_events_show_is_what_the_answer_says(parts, seed):
-    """Letters are shown once they are whole: together they are the text, but for a letter that never was."""
-    ours = engine(draw_now_and_then)
-    ours.submit(Request(tuple(parts), seed=seed))
-    (answer,) = engine(draw_now_and_then).generate([Request(tuple(parts), seed=seed)])[0]
-    shown, tokens, found = "", [], []
-    for event in to_the_end(ours):
+def test_events_equal_the_answer(parts, seed):
+    """Events have complete characters only: joined they are the text, except for an incomplete character at its end."""
+    engine = build_engine(draw_now_and_then)
+    engine.submit(Request(tuple(parts), seed=seed))
+    (answer,) = build_engine(draw_now_and_then).generate([Request(tuple(parts), seed=seed)])[0]
+    text_of_events, tokens, parts_of_events = "", [], []
+    for event in run_to_end(engine):
         if isinstance(event, TokenEvent):
-            shown += event.text
+            text_of_events += event.text
             tokens.append(event.token)
         if isinstance(event, ImageEvent | FinishEvent):
             text = tokenizer().decode(tokens)
-            assert text.startswith(shown)
-            assert shown == text or text.endswith("\ufffd")
-            found += [text] if text else []
-            found += [event.pixels] if isinstance(event, ImageEvent) else []
-            shown, tokens = "", []
-    assert [p if isinstance(p, str) else p.tolist() for p in found] == [
+            assert text.startswith(text_of_events)
+            assert text_of_events == text or text.endswith("\ufffd")
+            parts_of_events += [text] if text else []
+            parts_of_events += [event.pixels] if isinstance(event, ImageEvent) else []
+            text_of_events, tokens = "", []
+    assert [p if isinstance(p, str) else p.tolist() for p in parts_of_events] == [
         p if isinstance(p, str) else p.tolist() for p in answer.parts
     ]
 
@@ -620,64 +621,64 @@ def test_what_events_show_is_what_the_answer_says(parts, seed):
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
 @few
 @given(st.integers(1, 6), st.integers(0, 4))
-def test_previews_come_every_so_many_steps_and_change_nothing(sampler, steps, every):
-    """Of whole steps: heun, which asks twice in each, shows nothing of what it only tries."""
-    straight = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity")
-    ours = engine(diffusion=straight)
-    asked = generation(ours, steps=steps, sampler=sampler)
-    ours.submit(Request(("a",), 1, seed=1, generation=asked, previews=every))
-    events = to_the_end(ours)
-    shown = [event for event in events if isinstance(event, PreviewEvent)]
-    assert [event.step for event in shown] == [n for n in range(1, steps + 1) if every and n % every == 0]
-    (drawn,) = [event for event in events if isinstance(event, ImageEvent)]
-    (answer,) = engine(diffusion=straight).generate([Request(("a",), 1, seed=1, generation=asked)])[0]
-    assert np.array_equal(drawn.pixels, answer.parts[0])
-    draws = [call for call in ours.model.calls if call.kind.startswith("draw")]
-    firsts = draws[:: 2 if sampler == "heun" else 1]  # of each step
-    assert len(firsts) == steps
-    for event in shown[: -1 if shown and shown[-1].step == steps else None]:  # what the next step begins with
-        np.testing.assert_array_equal(event.x_t.transpose(2, 0, 1), firsts[event.step].noisy[0][0])
-    if shown and shown[-1].step == steps:
-        np.testing.assert_array_equal(shown[-1].x_t, drawn.pixels)
-        np.testing.assert_allclose(shown[-1].x0.clip(-3, 3), drawn.pixels, rtol=0, atol=1e-5)
+def test_previews_come_at_their_interval_and_change_nothing(sampler, steps, every):
+    """After completed steps only: heun calls the model twice per step."""
+    rectified_flow = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity")
+    engine = build_engine(diffusion=rectified_flow)
+    options = generation(engine, steps=steps, sampler=sampler)
+    engine.submit(Request(("a",), 1, seed=1, generation=options, previews=every))
+    events = run_to_end(engine)
+    previews = [event for event in events if isinstance(event, PreviewEvent)]
+    assert [event.step for event in previews] == [n for n in range(1, steps + 1) if every and n % every == 0]
+    (image,) = [event for event in events if isinstance(event, ImageEvent)]
+    (answer,) = build_engine(diffusion=rectified_flow).generate([Request(("a",), 1, seed=1, generation=options)])[0]
+    assert np.array_equal(image.pixels, answer.parts[0])
+    calls = [call for call in engine.model.calls if call.kind.startswith("draw")]
+    first_calls = calls[:: 2 if sampler == "heun" else 1]  # of every step
+    assert len(first_calls) == steps
+    for event in previews[: -1 if previews and previews[-1].step == steps else None]:  # x_t of the next step
+        np.testing.assert_array_equal(event.x_t.transpose(2, 0, 1), first_calls[event.step].x_t[0][0])
+    if previews and previews[-1].step == steps:
+        np.testing.assert_array_equal(previews[-1].x_t, image.pixels)
+        np.testing.assert_allclose(previews[-1].x0.clip(-3, 3), image.pixels, rtol=0, atol=1e-5)
 
 
-# What goes in
+# Inputs
 
 
-def spelling_tokenizer(spelt: bool) -> Tokenizer:
-    """Bytes, and with `spelt` tokens that a text could spell, special ones and one that is not."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    found = Library(models.BPE(vocab={letter: n for n, letter in enumerate(sorted(letters))}, merges=[]))
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoding.ByteLevel()
-    if spelt:
-        found.add_special_tokens(["<s>", "</s>", "<pad>", "<|image|>"])
-        found.add_tokens([AddedToken("<x>", special=False)])
-    return Tokenizer.from_json(found.to_str())
+def byte_tokenizer(added: bool) -> Tokenizer:
+    """A byte tokenizer; with `added`, it also has special tokens and a normal added token."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer_ = Library(models.BPE(vocab={character: n for n, character in enumerate(sorted(alphabet))}, merges=[]))
+    tokenizer_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer_.decoder = decoding.ByteLevel()
+    if added:
+        tokenizer_.add_special_tokens(["<s>", "</s>", "<pad>", "<|image|>"])
+        tokenizer_.add_tokens([AddedToken("<x>", special=False)])
+    return Tokenizer.from_json(tokenizer_.to_str())
 
 
 @some
 @given(st.lists(st.sampled_from(("<s>", "</s>", "<pad>", "<|image|>", "<x>", " ", "a", "é")), max_size=6))
-def test_text_that_spells_special_tokens_is_plain_text(spelt):
-    text, ids = "".join(spelt), {}
+def test_text_that_contains_special_tokens_is_plain_text(strings):
+    text, ids = "".join(strings), {}
     for special in (True, False):
-        ours = engine(text=spelling_tokenizer(special))
-        ours.submit(Request((text,), generation=generation(ours, max_tokens=1)))
-        ours.step()
-        ids[special] = ours.model.calls[0].tokens[0].tolist()[1:]
-        assert ours.opened.tokenizer.decode(ids[special]) == text
+        engine = build_engine(text=byte_tokenizer(special))
+        engine.submit(Request((text,), generation=generation(engine, max_tokens=1)))
+        engine.step()
+        ids[special] = engine.model.calls[0].tokens[0].tolist()[1:]
+        assert engine.opened.tokenizer.decode(ids[special]) == text
     assert ids[True] == ids[False]
     assert all(token < 256 for token in ids[True])
 
 
 @few
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(("RGB", "L", "RGBA", "P")))
-def test_a_picture_of_any_size_and_mode_goes_in_at_a_size_of_the_run(width, height, mode):
-    ours = engine()
-    ours.submit(Request((Picture.new(mode, (width, height)),), generation=generation(ours, max_tokens=1)))
-    ours.step()
-    assert tuple(ours.model.calls[0].noisy[0].shape[2:]) in SHAPES
+def test_pictures_of_any_size_and_mode_are_resized_to_a_supported_size(width, height, mode):
+    engine = build_engine()
+    engine.submit(Request((Picture.new(mode, (width, height)),), generation=generation(engine, max_tokens=1)))
+    engine.step()
+    assert tuple(engine.model.calls[0].x_t[0].shape[2:]) in SHAPES
 
 
 @pytest.mark.parametrize(
@@ -697,21 +698,21 @@ def test_a_picture_of_any_size_and_mode_goes_in_at_a_size_of_the_run(width, heig
         (Request(("a",), generation=GenerationConfig(sampler="heun")), "heun"),
     ],
 )
-def test_what_cannot_be_done_is_refused_at_once(request_, message):
-    ours = engine()
+def test_invalid_requests_are_refused_at_once(request_, message):
+    engine = build_engine()
     with pytest.raises(ValueError, match=message) as raised:
-        ours.submit(request_)
+        engine.submit(request_)
     assert len(str(raised.value).splitlines()) == 1
-    settled(ours)
-    assert ours.step() == []
-    assert not ours.model.calls
+    assert_no_slot_is_lost(engine)
+    assert engine.step() == []
+    assert not engine.model.calls
 
 
 @few
 @given(prompts, st.integers(1, 2), st.sampled_from(("euler", "heun", "dpm")))
-def test_the_straight_path_and_its_samplers_draw_too(parts, num, sampler):
-    ours = engine(diffusion=DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity"))
-    asked = generation(ours, sampler=sampler)
-    (answers,) = ours.generate([Request(tuple(parts), num, generation=asked)])
+def test_rectified_flow_samplers_draw(parts, num, sampler):
+    engine = build_engine(diffusion=DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity"))
+    options = generation(engine, sampler=sampler)
+    (answers,) = engine.generate([Request(tuple(parts), num, generation=options)])
     assert all(np.isfinite(answer.parts[0]).all() for answer in answers)
     assert len(answers) == num

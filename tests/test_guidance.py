@@ -1,4 +1,4 @@
-"""Guidance: which branches an image is seen in, what they say together, and that none of them costs more than it must."""
+"""Guidance: its branches, their combination, and the number of forward passes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.documents import SHAPES
 from tests.profile import examples
-from tests.test_engine import draw_now_and_then, generation, same_answers, settled, to_the_end
-from tests.tiny import SIZES, engine, picture, prompt_segments, uncached
+from tests.test_engine import assert_no_slot_is_lost, assert_same_answers, draw_now_and_then, generation, run_to_end
+from tests.tiny import SIZES, build_engine, picture, prompt_segments, uncached
 from transfusion.config import DiffusionConfig, GenerationConfig, from_json, to_json
 from transfusion.inference.engine import Engine, ImageEvent, Request, TokenEvent
 from transfusion.inference.image_mode import guide
@@ -28,298 +28,298 @@ seeds = st.integers(0, 2**31)
 pictures = st.builds(picture, st.sampled_from(SHAPES), seeds)
 words = st.text("ab é<>", min_size=1, max_size=6)
 illustrated = st.tuples(st.lists(words | pictures, max_size=2), pictures, st.lists(words | pictures, max_size=2)).map(
-    lambda made: [*made[0], made[1], *made[2]]
+    lambda spec: [*spec[0], spec[1], *spec[2]]
 )  # prompts with at least one picture
-scales = st.sampled_from([(3.0, 1.5), (1.0, 2.5), (0.0, -0.5), (2.0, 0.0)])  # of all and of the images
+scales = st.sampled_from([(3.0, 1.5), (1.0, 2.5), (0.0, -0.5), (2.0, 0.0)])  # guidance_scale, image_guidance_scale
 
 
 def images_of(segments) -> list[Image]:
     return [segment for segment in segments if isinstance(segment, Image)]
 
 
-def draws(ours: Engine) -> list:
-    return [call for call in ours.model.calls if call.kind.startswith("draw")]
+def draws(engine: Engine) -> list:
+    return [call for call in engine.model.calls if call.kind.startswith("draw")]
 
 
-def reads(ours: Engine) -> list:
-    """All that was read, but bos and boi, which every engine reads once."""
+def reads(engine: Engine) -> list:
+    """Calls that read a prompt, tokens or a finished image; without the one call for bos and boi."""
     return [
-        call for call in ours.model.calls
-        if not call.kind.startswith("draw") and not set(call.slots) & set(ours.uncond_slots.values())
+        call for call in engine.model.calls
+        if not call.kind.startswith("draw") and not set(call.slots) & set(engine.uncond_slots.values())
     ]  # fmt: skip
 
 
-def drawn_by_hand(ours: Engine, prefixes: list, asked: GenerationConfig, say, start: Tensor) -> np.ndarray:
-    """The sampler driven by say(t, predictions), one uncached prediction behind each of these prefixes."""
-    diffusion = ours.run.diffusion
-    sampler = get_sampler(asked.sampler, diffusion.noise_schedule)(
-        start, SamplingSchedule(asked.steps, diffusion, ours.bound, torch.Generator())
+def draw_uncached(engine: Engine, prefixes: list, options: GenerationConfig, combine, start: Tensor) -> np.ndarray:
+    """The image of the sampler with combine(t, predictions), one uncached prediction after each of these prefixes."""
+    diffusion = engine.run.diffusion
+    sampler = get_sampler(options.sampler, diffusion.noise_schedule)(
+        start, SamplingSchedule(options.steps, diffusion, engine.bound, torch.Generator())
     )
-    noisy, t = next(sampler)
+    x_t, t = next(sampler)
     while True:
-        image = Image(noisy[0].numpy())
-        said = [uncached(ours, [*prefix, image], t.item())[1] for prefix in prefixes]
+        image = Image(x_t[0].numpy())
+        predictions = [uncached(engine, [*prefix, image], t.item())[1] for prefix in prefixes]
         try:
-            noisy, t = sampler.send(say(t.item(), said)[None])
+            x_t, t = sampler.send(combine(t.item(), predictions)[None])
         except StopIteration as finished:
             return finished.value[0].numpy().transpose(1, 2, 0)
 
 
-# What the branches say together
+# Combination of branches
 
 
 @few
 @given(seeds, scales)
-def test_branches_are_mixed_as_the_papers_mix_them(seed, scale):
-    everything, images, nothing = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+def test_branches_are_combined_as_in_the_papers(seed, scale):
+    cond, image_cond, uncond = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
     text_scale, image_scale = scale
-    expected = nothing + image_scale * (images - nothing) + text_scale * (everything - images)
-    torch.testing.assert_close(guide([everything, images, nothing], [*scale, 1.0]), expected)
-    expected = nothing + text_scale * (everything - nothing)
-    torch.testing.assert_close(guide([everything, nothing], [text_scale, 1.0]), expected)
-    torch.testing.assert_close(guide([everything, images, nothing], [text_scale, text_scale, 1.0]), expected)
-    assert torch.equal(guide([everything], [text_scale]), everything)
+    expected = uncond + image_scale * (image_cond - uncond) + text_scale * (cond - image_cond)
+    torch.testing.assert_close(guide([cond, image_cond, uncond], [*scale, 1.0]), expected)
+    expected = uncond + text_scale * (cond - uncond)
+    torch.testing.assert_close(guide([cond, uncond], [text_scale, 1.0]), expected)
+    torch.testing.assert_close(guide([cond, image_cond, uncond], [text_scale, text_scale, 1.0]), expected)
+    assert torch.equal(guide([cond], [text_scale]), cond)
 
 
 @few
 @given(seeds, scales, st.floats(0, 1))
-def test_rescaled_guidance_is_diffusers(seed, scale, rescale):
-    said = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    found = guide(said, [*scale, 1.0], rescale)
-    expected = rescale_noise_cfg(guide(said, [*scale, 1.0])[None], said[:1], rescale)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def test_rescaled_guidance_equals_diffusers(seed, scale, rescale):
+    predictions = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    rescaled = guide(predictions, [*scale, 1.0], rescale)
+    expected = rescale_noise_cfg(guide(predictions, [*scale, 1.0])[None], predictions[:1], rescale)[0]
+    torch.testing.assert_close(rescaled, expected, rtol=1e-5, atol=1e-5)
     if rescale == 1:
-        torch.testing.assert_close(found.std(), said[0].std())
+        torch.testing.assert_close(rescaled.std(), predictions[0].std())
 
 
-def test_a_model_that_says_0_everywhere_is_rescaled_to_0():
-    """A new one does: its way out begins with zeros."""
+def test_rescaled_zero_predictions_are_zero():
+    """An untrained model predicts 0: its last layer starts at zero."""
     assert torch.equal(guide(torch.zeros(2, 3, 4, 4), [3.0, 1.0], rescale=0.7), torch.zeros(3, 4, 4))
 
 
-# Text and images apart
+# Separate scales for text and images
 
 
 @some
 @given(illustrated, scales, st.integers(1, 3), st.sampled_from(SIZES), seeds)
-def test_an_edit_is_the_sampler_driven_by_three_uncached_branches(parts, scale, num, size, seed):
-    """With everything; with the images and without the text, as training drops it; and with nothing."""
-    ours = engine()
+def test_edited_image_equals_the_sampler_with_three_uncached_branches(parts, scale, num, size, seed):
+    """The whole prompt; only its images, as when training drops the text; and nothing."""
+    engine = build_engine()
     text_scale, image_scale = scale
-    asked = generation(ours, guidance_scale=text_scale, image_guidance_scale=image_scale)
-    (answers,) = ours.generate([Request(tuple(parts), num, seed, asked, size)])
+    options = generation(engine, guidance_scale=text_scale, image_guidance_scale=image_scale)
+    (answers,) = engine.generate([Request(tuple(parts), num, seed, options, size)])
     segments = prompt_segments(parts)
-    first = draws(ours)[0]
+    first = draws(engine)[0]
     assert len(first.slots) == 3 * num
-    for draw, answer in enumerate(answers):
-        expected = drawn_by_hand(
-            ours, [segments, images_of(segments), []], asked,
-            lambda _, said: said[2] + image_scale * (said[1] - said[2]) + text_scale * (said[0] - said[1]),
-            first.noisy[0][draw : draw + 1],
+    for sample_index, answer in enumerate(answers):
+        expected = draw_uncached(
+            engine, [segments, images_of(segments), []], options,
+            lambda _, p: p[2] + image_scale * (p[1] - p[2]) + text_scale * (p[0] - p[1]),
+            first.x_t[0][sample_index : sample_index + 1],
         )  # fmt: skip
         np.testing.assert_allclose(answer.parts[0], expected, rtol=0, atol=1e-4)
-    settled(ours)
+    assert_no_slot_is_lost(engine)
 
 
 @some
 @given(illustrated, seeds)
-def test_the_images_branch_of_a_free_run_has_read_the_prompts_images_and_nothing_since(parts, seed):
-    """However many images the row has written and drawn itself, of whatever sizes."""
-    ours = engine(draw_now_and_then)
-    asked = generation(ours, guidance_scale=2.0, image_guidance_scale=1.5, steps=2)
-    ours.submit(Request(tuple(parts), seed=seed, generation=asked))
-    segments, written = list(prompt_segments(parts)), []
-    given_images, steps = images_of(segments), iter(draws(ours))
-    events = to_the_end(ours)
-    steps = iter(draws(ours))
+def test_image_branch_of_free_generation_contains_only_the_images_of_the_prompt(parts, seed):
+    """For any number and size of images that the sequence has drawn itself."""
+    engine = build_engine(draw_now_and_then)
+    options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5, steps=2)
+    engine.submit(Request(tuple(parts), seed=seed, generation=options))
+    segments, tokens = list(prompt_segments(parts)), []
+    prompt_images = images_of(segments)
+    events = run_to_end(engine)
+    calls = iter(draws(engine))
     for event in events:
         if isinstance(event, TokenEvent):
-            written.append(event.token)
+            tokens.append(event.token)
         elif isinstance(event, ImageEvent):
-            segments.append(Text(tuple(written)))
-            for _ in range(asked.steps):
-                call = next(steps)
-                for row, prefix in enumerate((segments, given_images, [])):
-                    noisy, t = Image(call.noisy[0][row].numpy()), call.t[0][row].item()
-                    said = uncached(ours, [*prefix, noisy], t)[1]
-                    torch.testing.assert_close(call.said.images[0][row], said, rtol=0, atol=1e-5)
+            segments.append(Text(tuple(tokens)))
+            for _ in range(options.steps):
+                call = next(calls)
+                for row, prefix in enumerate((segments, prompt_images, [])):
+                    image, t = Image(call.x_t[0][row].numpy()), call.t[0][row].item()
+                    prediction = uncached(engine, [*prefix, image], t)[1]
+                    torch.testing.assert_close(call.prediction.images[0][row], prediction, rtol=0, atol=1e-5)
             segments.append(Image(event.pixels.transpose(2, 0, 1).copy()))
-            written = []
-    assert next(steps, None) is None
-    settled(ours)
+            tokens = []
+    assert next(calls, None) is None
+    assert_no_slot_is_lost(engine)
 
 
-def test_free_runs_with_images_in_their_prompts_draw_several():
-    """The test above must not pass because nothing is drawn, or never twice."""
-    ours = engine(draw_now_and_then)
-    asked = generation(ours, guidance_scale=2.0, image_guidance_scale=1.5, steps=2)
-    requests = [Request((picture(SHAPES[0], 0),), seed=seed, generation=asked) for seed in range(20)]
-    counts = [sum(not isinstance(part, str) for part in answer.parts) for (answer,) in ours.generate(requests)]
+def test_free_generation_with_images_in_the_prompt_draws_several():
+    """The test above needs sequences with more than one image."""
+    engine = build_engine(draw_now_and_then)
+    options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5, steps=2)
+    requests = [Request((picture(SHAPES[0], 0),), seed=seed, generation=options) for seed in range(20)]
+    counts = [sum(not isinstance(part, str) for part in answer.parts) for (answer,) in engine.generate(requests)]
     assert sum(count > 1 for count in counts) > 5
 
 
 @few
 @given(illustrated, st.integers(1, 3))
-def test_prompt_and_images_are_read_once_and_in_one_forward_pass(parts, num):
-    ours = engine()
-    asked = generation(ours, guidance_scale=2.0, image_guidance_scale=1.5)
-    ours.generate([Request(tuple(parts), num, generation=asked)])
-    segments, vocabulary = prompt_segments(parts), ours.vocabulary
-    (call,) = reads(ours)
+def test_prompt_and_its_images_are_read_in_one_forward_pass(parts, num):
+    engine = build_engine()
+    options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5)
+    engine.generate([Request(tuple(parts), num, generation=options)])
+    segments, vocabulary = prompt_segments(parts), engine.vocabulary
+    (call,) = reads(engine)
     boi = next(iter(vocabulary.boi.values()))
-    for row, read in enumerate((segments, images_of(segments))):
-        expected = encode_document(Document(tuple(read)), vocabulary, ends=False).append(boi).tokens.tolist()
+    for row, row_segments in enumerate((segments, images_of(segments))):
+        expected = encode_document(Document(tuple(row_segments)), vocabulary, ends=False).append(boi).tokens.tolist()
         assert call.tokens[row].tolist()[: len(expected)] == expected
     assert len(call.slots) == 2
-    assert [len(call.slots) for call in draws(ours)] == [3 * num] * asked.steps
+    assert [len(call.slots) for call in draws(engine)] == [3 * num] * options.steps
 
 
-def test_a_free_run_reads_a_boi_for_both_in_one_forward_pass():
-    ours = engine(lambda v: {v.boi[SHAPES[0]]: 1e4})
-    asked = generation(ours, guidance_scale=2.0, image_guidance_scale=1.5, steps=1, max_tokens=3)
-    ours.generate([Request(("a", picture(SHAPES[1], 0), "b"), generation=asked)])
-    assert [(call.kind, len(call.slots)) for call in reads(ours)] == [
-        ("read", 2), *[("write", 2), ("read", 1)] * 3,  # the prompt; each boi, and the image it brought
+def test_boi_is_read_for_both_branches_in_one_forward_pass():
+    engine = build_engine(lambda v: {v.boi[SHAPES[0]]: 1e4})
+    options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5, steps=1, max_tokens=3)
+    engine.generate([Request(("a", picture(SHAPES[1], 0), "b"), generation=options)])
+    assert [(call.kind, len(call.slots)) for call in reads(engine)] == [
+        ("prefill", 2), *[("decode", 2), ("prefill", 1)] * 3,  # the prompt; each boi, and its image
     ]  # fmt: skip
 
 
 @few
 @given(illustrated, st.lists(words, min_size=1, max_size=2), st.sampled_from((1.0, 2.0)), seeds)
-def test_without_a_scale_of_their_own_or_images_there_are_two_branches_as_ever(parts, text, scale, seed):
-    for given_parts, image_scale in ((parts, None), (parts, scale), (text, 1.5)):
-        ours, plain = engine(), engine()
-        asked = generation(ours, guidance_scale=scale)
-        apart = replace(asked, image_guidance_scale=image_scale)
-        (found,) = ours.generate([Request(tuple(given_parts), 2, seed, apart)])
-        (expected,) = plain.generate([Request(tuple(given_parts), 2, seed, asked)])
-        assert all(np.array_equal(*map(lambda a: a.parts[0], pair)) for pair in zip(found, expected, strict=True))
-        assert [call.slots for call in ours.model.calls] == [call.slots for call in plain.model.calls]
-        assert {len(call.slots) for call in draws(ours)} == {2 if scale == 1 else 4}
+def test_without_image_scale_or_images_there_are_two_branches(parts, text, scale, seed):
+    for prompt, image_scale in ((parts, None), (parts, scale), (text, 1.5)):
+        engine, plain = build_engine(), build_engine()
+        options = generation(engine, guidance_scale=scale)
+        with_image_scale = replace(options, image_guidance_scale=image_scale)
+        (answers,) = engine.generate([Request(tuple(prompt), 2, seed, with_image_scale)])
+        (expected,) = plain.generate([Request(tuple(prompt), 2, seed, options)])
+        assert all(np.array_equal(*map(lambda a: a.parts[0], pair)) for pair in zip(answers, expected, strict=True))
+        assert [call.slots for call in engine.model.calls] == [call.slots for call in plain.model.calls]
+        assert {len(call.slots) for call in draws(engine)} == {2 if scale == 1 else 4}
 
 
 @few
 @given(illustrated, seeds)
-def test_scales_that_are_nearly_equal_draw_nearly_what_equal_ones_draw(parts, seed):
-    """So that leaving a branch out where they are equal is no jump."""
+def test_nearly_equal_scales_draw_nearly_equal_images(parts, seed):
+    """Equal scales leave one branch out; the result is continuous there."""
     images = []
     for image_scale in (2.0, 2.0 + 1e-5):
-        ours = engine()
-        asked = generation(ours, guidance_scale=2.0, image_guidance_scale=image_scale)
-        images.append(ours.generate([Request(tuple(parts), 1, seed, asked)])[0][0].parts[0])
+        engine = build_engine()
+        options = generation(engine, guidance_scale=2.0, image_guidance_scale=image_scale)
+        images.append(engine.generate([Request(tuple(parts), 1, seed, options)])[0][0].parts[0])
     np.testing.assert_allclose(*images, rtol=0, atol=1e-3)
 
 
-# Not all the way
+# Guidance interval and shift
 
 
 @some
 @given(
     illustrated, st.booleans(), st.lists(st.integers(0, 10), min_size=2, max_size=2), st.sampled_from((0.0, 0.7)), seeds
 )
-def test_guidance_is_for_its_interval_and_elsewhere_only_one_branch_is_computed(parts, apart, ends, rescale, seed):
-    """Its ends belong to it, though t is float32 and they are not."""
+def test_outside_the_guidance_interval_only_one_branch_is_computed(parts, with_image_scale, ends, rescale, seed):
+    """The interval includes its ends, although t is float32."""
     interval = tuple(sorted(end / 10 for end in ends))
-    ours = engine()
-    asked = generation(
-        ours, guidance_scale=2.0, image_guidance_scale=1.5 if apart else None, steps=10, guidance_interval=interval,
-        guidance_rescale=rescale,
+    engine = build_engine()
+    options = generation(
+        engine, guidance_scale=2.0, image_guidance_scale=1.5 if with_image_scale else None, steps=10,
+        guidance_interval=interval, guidance_rescale=rescale,
     )  # fmt: skip
-    ((answer,),) = ours.generate([Request(tuple(parts), 1, seed, asked)])
+    ((answer,),) = engine.generate([Request(tuple(parts), 1, seed, options)])
     is_guided = [min(ends) <= n <= max(ends) for n in range(10, 0, -1)]
-    rows = [len(call.slots) for call in draws(ours)]
-    assert rows == [(3 if apart else 2) if guided else 1 for guided in is_guided]
-    segments, factors = prompt_segments(parts), [2.0, 1.5, 1.0] if apart else [2.0, 1.0]
+    num_slots = [len(call.slots) for call in draws(engine)]
+    assert num_slots == [(3 if with_image_scale else 2) if guided else 1 for guided in is_guided]
+    segments, scales_ = prompt_segments(parts), [2.0, 1.5, 1.0] if with_image_scale else [2.0, 1.0]
 
-    def say(t: float, said: list[Tensor]) -> Tensor:
+    def combine(t: float, predictions: list[Tensor]) -> Tensor:
         guided = interval[0] - 1e-6 < t < interval[1] + 1e-6
-        return guide(said, factors, rescale) if guided else said[0]
+        return guide(predictions, scales_, rescale) if guided else predictions[0]
 
-    prefixes = [segments, images_of(segments), []] if apart else [segments, []]
-    expected = drawn_by_hand(ours, prefixes, asked, say, draws(ours)[0].noisy[0][:1])
+    prefixes = [segments, images_of(segments), []] if with_image_scale else [segments, []]
+    expected = draw_uncached(engine, prefixes, options, combine, draws(engine)[0].x_t[0][:1])
     np.testing.assert_allclose(answer.parts[0], expected, rtol=0, atol=1e-4)
 
 
 @few
 @given(illustrated, st.sampled_from((None, 0.5, 4.0)), st.sampled_from((1.0, 3.0)))
-def test_a_shift_for_drawing_takes_the_place_of_the_runs_own(parts, shift, own):
-    ours = engine(diffusion=DiffusionConfig(prediction="velocity", t_shift=own))
-    asked = generation(ours, steps=5, t_shift=shift)
-    ours.generate([Request(tuple(parts), 1, generation=asked)])
-    by = DiffusionConfig(t_shift=own if shift is None else shift)
-    expected = SamplingSchedule(5, by, None, torch.Generator()).times()[:-1].float()
-    torch.testing.assert_close(torch.stack([call.t[0][0] for call in draws(ours)]), expected, rtol=0, atol=0)
+def test_t_shift_of_the_generation_replaces_the_runs(parts, shift, run_shift):
+    engine = build_engine(diffusion=DiffusionConfig(prediction="velocity", t_shift=run_shift))
+    options = generation(engine, steps=5, t_shift=shift)
+    engine.generate([Request(tuple(parts), 1, generation=options)])
+    diffusion = DiffusionConfig(t_shift=run_shift if shift is None else shift)
+    expected = SamplingSchedule(5, diffusion, None, torch.Generator()).times()[:-1].float()
+    torch.testing.assert_close(torch.stack([call.t[0][0] for call in draws(engine)]), expected, rtol=0, atol=0)
 
 
-# Among others, and cut short
+# Batches and cancellation
 
-WAYS = [
+OPTIONS = [
     dict(zip("guidance_scale image_guidance_scale guidance_interval guidance_rescale".split(), values, strict=True))
     for values in (
         (2.0, 1.5, (0.0, 1.0), 0.0), (1.0, 1.0, (0.0, 1.0), 0.5), (3.0, 1.0, (0.3, 0.7), 0.5),
         (1.0, 2.0, (0.5, 1.0), 1.0), (2.0, 4.0, (0.0, 0.0), 0.0),
     )
 ]  # fmt: skip
-requests_ = st.tuples(illustrated, st.none() | st.integers(1, 2), st.sampled_from(SIZES), seeds, st.sampled_from(WAYS))
+requests_ = st.tuples(illustrated, st.none() | st.integers(1, 2), st.sampled_from(SIZES), seeds, st.sampled_from(OPTIONS))
 
 
-def request_of(ours: Engine, made) -> Request:
-    parts, num, size, seed, changes = made
-    return Request(tuple(parts), num, seed, generation(ours, **changes), size)
+def request_of(engine: Engine, spec) -> Request:
+    parts, num, size, seed, changes = spec
+    return Request(tuple(parts), num, seed, generation(engine, **changes), size)
 
 
 @some
 @given(st.lists(requests_, min_size=2, max_size=4))
-def test_a_request_among_others_is_guided_as_it_is_alone(chosen):
-    together = engine(draw_now_and_then)
-    found = together.generate([request_of(together, made) for made in chosen])
-    for made, answers in zip(chosen, found, strict=True):
-        alone = engine(draw_now_and_then)
-        same_answers(answers, alone.generate([request_of(alone, made)])[0])
-    settled(together)
+def test_batched_guided_requests_equal_single_requests(specs):
+    together = build_engine(draw_now_and_then)
+    batched = together.generate([request_of(together, spec) for spec in specs])
+    for spec, answers in zip(specs, batched, strict=True):
+        alone = build_engine(draw_now_and_then)
+        assert_same_answers(answers, alone.generate([request_of(alone, spec)])[0])
+    assert_no_slot_is_lost(together)
 
 
 @few
 @given(st.lists(requests_, min_size=1, max_size=4))
-def test_all_branches_of_one_shape_go_through_one_forward_pass(chosen):
-    ours = engine(draw_now_and_then)
-    for size in SIZES:  # bos and boi of each are read
-        ours.generate([Request((), 1, size=size, generation=generation(ours, steps=1))])
-    for made in chosen:
-        ours.submit(request_of(ours, made))
-    while ours.sequences:
-        ours.model.calls.clear()
-        ours.step()
-        assert max(Counter(call.kind for call in ours.model.calls).values()) == 1
-        assert all(len(set(call.slots)) == len(call.slots) for call in ours.model.calls)
+def test_all_branches_of_one_shape_are_computed_in_one_forward_pass(specs):
+    engine = build_engine(draw_now_and_then)
+    for size in SIZES:  # reads bos and boi of each size
+        engine.generate([Request((), 1, size=size, generation=generation(engine, steps=1))])
+    for spec in specs:
+        engine.submit(request_of(engine, spec))
+    while engine.sequences:
+        engine.model.calls.clear()
+        engine.step()
+        assert max(Counter(call.kind for call in engine.model.calls).values()) == 1
+        assert all(len(set(call.slots)) == len(call.slots) for call in engine.model.calls)
 
 
 @some
 @given(st.lists(requests_, min_size=1, max_size=3), st.integers(0, 12))
-def test_no_slot_is_lost_wherever_a_request_is_cancelled(chosen, steps):
-    ours = engine(draw_now_and_then)
-    numbers = [ours.submit(request_of(ours, made)) for made in chosen]
+def test_cancel_loses_no_slot_at_any_step(specs, steps):
+    engine = build_engine(draw_now_and_then)
+    numbers = [engine.submit(request_of(engine, spec)) for spec in specs]
     for _ in range(steps):
-        ours.step()
+        engine.step()
     for number in numbers:
-        ours.cancel(number)
-        held = [slot for row in ours.sequences for slot in row.slots] + list(ours.uncond_slots.values())
-        assert sorted(ours.cache.free + held) == list(range(len(ours.cache.lengths)))
-    settled(ours)
+        engine.cancel(number)
+        used = [slot for sequence in engine.sequences for slot in sequence.slots] + list(engine.uncond_slots.values())
+        assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
+    assert_no_slot_is_lost(engine)
 
 
-def test_forks_that_are_cancelled_while_they_draw_give_three_slots_back_each():
-    """The test above must not pass because nothing is under way when it cancels."""
-    ours = engine()
-    asked = generation(ours, guidance_scale=2.0, image_guidance_scale=1.5)
-    number = ours.submit(Request(("a", picture(SHAPES[0], 0)), 3, generation=asked))
-    ours.step()
-    before = len(ours.cache.free)
-    ours.cancel(number)
-    assert len(ours.cache.free) == before + 9
-    settled(ours)
+def test_cancelled_samples_release_three_slots_each():
+    """The test above needs requests that are cancelled while they draw."""
+    engine = build_engine()
+    options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5)
+    number = engine.submit(Request(("a", picture(SHAPES[0], 0)), 3, generation=options))
+    engine.step()
+    before = len(engine.cache.free)
+    engine.cancel(number)
+    assert len(engine.cache.free) == before + 9
+    assert_no_slot_is_lost(engine)
 
 
-# Numbers that cannot be meant
+# Refused options
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -334,16 +334,16 @@ def test_forks_that_are_cancelled_while_they_draw_give_three_slots_back_each():
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
     ({"t_shift": 0.0}, "t_shift must be a number above 0, not 0.0"), ({"t_shift": float("inf")}, "t_shift"),
 ])  # fmt: skip
-def test_what_no_guidance_can_be_is_refused_in_one_line(changes, words):
+def test_invalid_guidance_options_are_refused_in_one_line(changes, words):
     with pytest.raises(ValueError, match=words) as raised:
         GenerationConfig(**changes)
     assert len(str(raised.value).splitlines()) == 1
 
 
 @few
-@given(st.sampled_from(WAYS), st.none() | st.floats(0.1, 10))
-def test_guidance_survives_the_way_to_disk_and_back(changes, shift):
+@given(st.sampled_from(OPTIONS), st.none() | st.floats(0.1, 10))
+def test_guidance_options_json_round_trip(changes, shift):
     config = GenerationConfig(**changes, t_shift=shift)
     assert from_json(GenerationConfig, to_json(config)) == config
-    old = {"sampler": "ddim", "steps": 50, "guidance_scale": 2.0}  # written before there was anything else
+    old = {"sampler": "ddim", "steps": 50, "guidance_scale": 2.0}  # from before guidance_interval existed
     assert from_json(GenerationConfig, old).guidance_interval == (0.0, 1.0)

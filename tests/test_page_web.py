@@ -14,7 +14,7 @@ import pytest
 
 from tests.abuse import picture
 from tests.serving import Gate, Server, serving, until
-from tests.test_chameleon import engine as engine_with_codes
+from tests.test_chameleon import build_engine as engine_with_codes
 from transfusion import page as reports
 from transfusion import serving as room
 from transfusion.inference.engine import Engine, Request, open_run

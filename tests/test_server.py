@@ -28,7 +28,7 @@ from tests.abuse import CHAT, DRAW, EDIT, TEXT, fine, form, is_clear, malformed,
 from tests.lazy import Lazy
 from tests.profile import examples
 from tests.serving import Gate, serving, until
-from tests.test_chameleon import engine as engine_with_codes
+from tests.test_chameleon import build_engine as engine_with_codes
 from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
