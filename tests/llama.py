@@ -1,11 +1,11 @@
-"""A small random language model of the Llama architecture on the disk, as transformers writes it."""
+"""Writes a small random Llama model to disk in the format of transformers."""
 
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from tokenizers import Tokenizer as Engine
+from tokenizers import Tokenizer as Library
 
 from tests.test_model import sizes_of
 from transfusion.codecs.text import Tokenizer
@@ -16,15 +16,15 @@ CONFIG = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, intermediate_size=
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
-    """All bytes, and two special tokens behind them."""
-    engine = Engine.from_str(Tokenizer.train(["a small house"] * 3, 260).to_json())
-    engine.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
-    engine.save(str(folder / "tokenizer.json"))
+    """A byte tokenizer with two special tokens after the bytes."""
+    tokenizer = Library.from_str(Tokenizer.train(["a small house"] * 3, 260).to_json())
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return Tokenizer.from_file(folder / "tokenizer.json")
 
 
 def write_llama(folder: Path, config: ModelConfig = CONFIG, rows: int = 300, shard: str = "5GB", **changed):
-    """A small random language model as transformers writes it, its config.json with some changes; the model."""
+    """Write a small random model, with these changes of its config.json, and return it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(exist_ok=True)
@@ -36,6 +36,6 @@ def write_llama(folder: Path, config: ModelConfig = CONFIG, rows: int = 300, sha
             if "norm" in name:
                 parameter.normal_(1, 0.3)
     model.save_pretrained(folder, max_shard_size=shard)
-    about = json.loads((folder / "config.json").read_text()) | changed
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in about.items() if v is not ...}))
+    values = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
     return model.eval()

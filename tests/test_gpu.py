@@ -1,4 +1,4 @@
-"""A GPU does what a CPU does: attention, starting weights, steps, resuming, reading, writing and drawing."""
+"""GPU results equal CPU results: attention, starting weights, training, resuming, and generation."""
 
 from dataclasses import replace
 
@@ -19,43 +19,43 @@ from transfusion.model.mask import packed_mask
 from transfusion.sequence import Document, Text, encode_document
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-NEAR = 0.03  # bfloat16 has 8 bits
+TOLERANCE = 0.03  # relative; bfloat16 has 8 significant bits
 
 
-def near(one: torch.Tensor, other: torch.Tensor, within: float = NEAR) -> bool:
-    """Do they differ by little of their norm? (What is not a number is not near.)"""
-    one, other = one.float().cpu(), other.float().cpu()
-    return ((one - other).norm() <= within * other.norm()).item()
+def is_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Is the norm of the difference small relative to the expected norm? False for NaN."""
+    actual, expected = actual.float().cpu(), expected.float().cpu()
+    return ((actual - expected).norm() <= tolerance * expected.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_flex_attention_equals_the_dense_mask_forward_and_backward(kv_heads, dtype):
-    """Also where a query sees nothing of the first block that its neighbours see."""
+    """Also where a query attends to no key of its block's first key block."""
     documents = torch.tensor([[0] * 100 + [1] * 250 + [-1] * 34, [0] * 384], dtype=torch.int32, device="cuda")
     images = torch.full_like(documents, -1)
     images[0, 20:60], images[0, 120:300], images[1, 5:133], images[1, 133:261] = 0, 1, 0, 1
     mask = packed_mask(documents, images)
     assert mask.uses_flex
     results = []
-    for attend, kind in (mask.attend, dtype), (lambda q, k, v: F.scaled_dot_product_attention(
+    for attend, dtype_ in (mask.attend, dtype), (lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask.dense, enable_gqa=kv_heads != 4), torch.float32):  # fmt: skip
-        q, k, v = (x.requires_grad_() for x in random_qkv(2, LONG, kv_heads, 0, device="cuda", dtype=kind))
+        q, k, v = (x.requires_grad_() for x in random_qkv(2, LONG, kv_heads, 0, device="cuda", dtype=dtype_))
         out = attend(q, k, v)
         out.float().square().sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
-    for name, mine, plain in zip("oqkv", *results, strict=True):
-        assert near(mine, plain), name
+    for name, flex, dense in zip("oqkv", *results, strict=True):
+        assert is_near(flex, dense), name
 
 
-def test_starting_weights_are_the_same():
+def test_starting_weights_are_equal():
     on_gpu = {name: x.cpu() for name, x in copy_parameters(network.build(TINY, 0, "cuda")).items()}
     assert same_weights(on_gpu, copy_parameters(network.build(TINY, 0)))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of one small run: trained on a CPU, on the GPU (compiled, rows of whole blocks), there with a stop."""
+    """Folders of one small run: trained on a CPU, on the GPU (compiled, rows of whole blocks), and there with a resume."""
     run = small_run(steps=8)
     run = replace(run, data=replace(run.data, seq_len=128))
     folders = [tmp_path_factory.mktemp(name) for name in ("cpu", "gpu", "resumed")]
@@ -70,17 +70,17 @@ def trained(tmp_path_factory):
     return folders
 
 
-def test_steps_learn_what_they_learn_on_a_cpu(trained):
-    one, other = ([row for row in rows_of(folder) if "text_loss" in row] for folder in trained[:2])
-    for row, expected in zip(one, other, strict=True):
+def test_training_metrics_equal_those_of_a_cpu(trained):
+    cpu_rows, gpu_rows = ([row for row in rows_of(folder) if "text_loss" in row] for folder in trained[:2])
+    for row, expected in zip(cpu_rows, gpu_rows, strict=True):
         for name in ("text_loss", "image_loss", "gradient_norm"):
-            assert row[name] == pytest.approx(expected[name], rel=NEAR), (row["step"], name)
+            assert row[name] == pytest.approx(expected[name], rel=TOLERANCE), (row["step"], name)
 
 
 @torch.inference_mode()
-def test_reading_and_drawing_give_what_they_give_on_a_cpu(trained):
+def test_logits_and_images_equal_those_of_a_cpu(trained):
     engines = [Engine(open_checkpoint(trained[1], device=device)) for device in ("cpu", "cuda")]
-    logits, drawn = [], []
+    logits, images = [], []
     for engine in engines:
         text = Text(engine.opened.tokenizer.encode("three"))
         chunk = encode_document(Document((text,)), engine.vocabulary, ends=False)
@@ -89,8 +89,8 @@ def test_reading_and_drawing_give_what_they_give_on_a_cpu(trained):
                 text_mode.prefill(engine.model, engine.cache, [engine.cache.acquire()], [chunk], engine.vocabulary)
             )
         [answers] = engine.generate([Request(("three",), num_images=4)])
-        drawn.append(np.stack([answer.parts[0] for answer in answers]).astype(np.float32))
+        images.append(np.stack([answer.parts[0] for answer in answers]).astype(np.float32))
         [[answer]] = engine.generate([Request(("three",))])
         assert answer.reason
-    assert near(logits[1], logits[0])
-    assert near(torch.from_numpy(drawn[1]), torch.from_numpy(drawn[0]), 3 * NEAR)
+    assert is_near(logits[1], logits[0])
+    assert is_near(torch.from_numpy(images[1]), torch.from_numpy(images[0]), 3 * TOLERANCE)
