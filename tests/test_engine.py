@@ -174,7 +174,7 @@ def test_predictions_while_generating_equal_uncached_ones(model_options, parts, 
 
 
 def test_free_generation_draws_and_continues_with_text():
-    """The test above needs images, and text after images."""
+    """The test above is only valid if sequences have images, and text after them."""
     engine = build_engine(draw_now_and_then)
     answers = [a for (a,) in engine.generate([Request(("a",), seed=seed) for seed in range(30)])]
     texts_after_images = [

@@ -150,7 +150,7 @@ def test_image_branch_of_free_generation_contains_only_the_images_of_the_prompt(
 
 
 def test_free_generation_with_images_in_the_prompt_draws_several():
-    """The test above needs sequences with more than one image."""
+    """The test above is only valid if sequences have more than one image."""
     engine = build_engine(draw_now_and_then)
     options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5, steps=2)
     requests = [Request((picture(SHAPES[0], 0),), seed=seed, generation=options) for seed in range(20)]
@@ -308,7 +308,7 @@ def test_cancel_loses_no_slot_at_any_step(specs, steps):
 
 
 def test_cancelled_samples_release_three_slots_each():
-    """The test above needs requests that are cancelled while they draw."""
+    """The test above is only valid if requests are cancelled while they draw."""
     engine = build_engine()
     options = generation(engine, guidance_scale=2.0, image_guidance_scale=1.5)
     number = engine.submit(Request(("a", picture(SHAPES[0], 0)), 3, generation=options))

@@ -156,7 +156,7 @@ def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tupl
 
 
 def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
-    """A run on digits that takes a hundredth of a second per step; its vocabulary is set by `prepared`."""
+    """A run on digits with 0.01 seconds per step; `prepared` sets its vocabulary."""
     return Run(
         "tiny",
         ModelConfig(width=32, layers=2, heads=2, intermediate_size=48, latent_channels=1),
@@ -187,23 +187,23 @@ def prepared(run: Run):
 
 
 def run_tensors(run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint of this run holds, filled with chance."""
-    model, average = (build(run.model, seed + n, torch.float32) for n in range(2))
+    """Random tensors for all parts of a checkpoint of this run."""
+    model, ema = (build(run.model, seed + n, torch.float32) for n in range(2))
     optimizer = optimizer_tensors(model, build_optimizer(model, run.training))
     for name, value in optimizer.items():
         value.normal_(generator=torch.Generator().manual_seed(len(name) + seed))
-    return {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer}
+    return {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer}
 
 
 def begin_run(folder: Path, run: Run | None = None) -> Run:
-    """A folder with all that a run needs besides weights."""
+    """Write a run folder without checkpoints."""
     run, encoder = prepared(run or small_run())
     create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {"made": "for a test"})
     return run
 
 
 def narrow_discriminator():
-    """While it is open, what judges an autoencoder's pictures has an eighth of the channels."""
+    """A context in which the discriminator of an autoencoder has an eighth of its channels."""
     return mock.patch("transfusion.training.codec.PatchDiscriminator", partial(PatchDiscriminator, width=8))
 
 
@@ -224,14 +224,14 @@ def finished(trainer: CodecTrainer, folder: Path, stop_at: int | None = None) ->
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int = 2) -> Path:
-    """One checkpoint and nothing else: its folder, when it is written."""
+    """Write one checkpoint and return its folder."""
     with Saver(folder, keep, SINGLE_PROCESS) as saver:
         saver.save(step, tensors, state)
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def write_run(folder: Path, steps: Sequence[int] = (1,)) -> Run:
-    """A run's folder with a checkpoint at each of these steps, every one with weights of its own."""
+    """Write a run folder with a checkpoint of different weights at each of these steps."""
     run = begin_run(folder)
     for step in steps:
         save(folder, step, run_tensors(run, step), {"step": step}, keep=len(steps))

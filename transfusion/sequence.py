@@ -1,4 +1,4 @@
-"""How text and images form one sequence: the only file that knows where the positions of a segment are.
+"""How text and images form one sequence. Only this file defines the positions of a segment.
 
 Shapes, in all files: **B** rows, **L** positions, **D** width, **H** heads, **V** vocabulary, **N** images in the batch,
 **P** patches per image, **C, Y, X** a latent's channels, height and width. Training packs with this file and inference
@@ -175,7 +175,7 @@ def encode_document(document: Document, vocabulary: Vocabulary, ends: bool = Tru
     """bos, text, boi, patches, eoi, text, ..., eos: the document as positions.
 
     A position has text loss iff the next position holds a token of a segment with loss that is not eoi. This covers boi to
-    patch, patch to eoi, and the end. Codes are tokens in the place of patches (Chameleon, 2405.09818). `ends=False` leaves
+    patch, patch to eoi, and the end. Codes are tokens instead of patches (Chameleon, 2405.09818). `ends=False` leaves
     out eos (a prompt).
     """
     tokens, loss_mask, can_break, images = [vocabulary.bos], [False], [False], []

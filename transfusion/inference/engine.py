@@ -6,7 +6,7 @@ decode a token, one for those that prefill (a prompt, or their own finished imag
 draw, conditional and unconditional together. A run whose images are codes samples them one by one (`chameleon`).
 
 Where the text and the images of a prompt have guidance scales of their own (`image_guidance_scale`), a sequence has a second
-slot with what training shows when the text is dropped: bos, the prompt's images, boi. It joins the same forward passes.
+slot. It holds what training uses when it drops the text: bos, the prompt's images, boi. It joins the same forward passes.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Request:
     parts: the prompt in order, text or pictures (PIL, or (Y, X, channels) uint8 of a size that the run supports).
     num_images: this many samples of one image each (boi is forced), of `size` (width, height) in pixels. Not set: one
     sample of free text, which ends with eos and draws where the model samples a boi, unless allow_images is False.
-    previews: an event shows the image after every so many denoising steps; 0: never.
+    previews: denoising steps (or codes) between two PreviewEvents; 0: no previews.
     """
 
     parts: tuple[str | np.ndarray | Picture.Image, ...] = ()
@@ -93,7 +93,7 @@ Event = TokenEvent | PreviewEvent | ImageEvent | FinishEvent
 
 @dataclass(frozen=True)
 class Prefill:
-    """To read: a prompt or a finished image, and what the image-conditional slot reads of it."""
+    """Next input: a prompt or a finished image, and its part for the image-conditional slot."""
 
     chunk: Chunk
     image_cond_chunk: Chunk | None = None
@@ -102,7 +102,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """To read: the token that was sampled last, one position."""
+    """Next input: the last sampled token, one position."""
 
     chunk: Chunk
     image_cond_chunk: Chunk | None = None
@@ -110,7 +110,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Draw:
-    """An image under way, and the slot of its unconditional branch."""
+    """An unfinished image, and the slot of its unconditional branch."""
 
     image: image_mode.LatentImageState | chameleon.CodeImageState
     uncond_slot: int | None
@@ -354,7 +354,7 @@ class Engine:
         sequence.num_images += 1
 
     def _uncond_prefix(self, shape: tuple[int, int]) -> int:
-        """The slot with what training shows when the caption is dropped: bos and boi. Read once per latent shape."""
+        """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
         if shape not in self.uncond_slots:
             self.uncond_slots[shape] = slot = self.cache.acquire()
             chunk = encode_document(Document(()), self.vocabulary, ends=False).append(self.vocabulary.boi[shape])

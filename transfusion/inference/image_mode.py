@@ -1,7 +1,7 @@
 """Image mode: one denoising step for all images of one latent shape, each after its own cached prefixes.
 
 Guidance predicts an image in several branches: after everything that its sequence has read, after less, and after only bos
-and boi. `scale` weighs the difference between a branch and the next one, which knows less:
+and boi. `scale` weighs the difference between a branch and the next one, which has less context:
 
     uncond + image_scale (image_cond - uncond) + scale (cond - image_cond)     InstructPix2Pix (2211.09800), section 3.2.1
     uncond + scale (cond - uncond)                                             classifier-free guidance (2207.12598)
