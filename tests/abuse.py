@@ -1,7 +1,7 @@
-"""Requests that no server should answer with anything but a 4xx and one clear sentence.
+"""Malformed requests: a server must answer each one with a 4xx and one clear sentence.
 
-`python -m tests.abuse RUN` sends 2,000 of them to a server of its own, and 50 clients that go away in the middle, and looks
-at its memory before and after.
+`python -m tests.abuse RUN` starts a server, sends 2,000 of them, then 50 requests whose clients disconnect in mid-stream,
+and prints the server's memory before and after.
 """
 
 import base64
@@ -21,24 +21,22 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 
 CHAT, TEXT, DRAW, EDIT = "/v1/chat/completions", "/v1/completions", "/v1/images/generations", "/v1/images/edits"
-LONGEST = 400  # letters of a clear sentence, its braces apart
+MAX_MESSAGE_CHARS = 400
 
 
 @dataclass(frozen=True)
-class Sent:
-    """One request, as bytes."""
-
+class RawRequest:
     method: str
     path: str
     body: bytes
-    kind: str = "application/json"
+    content_type: str = "application/json"
 
-    def to(self, client: httpx2.Client) -> httpx2.Response:
-        return client.request(self.method, self.path, content=self.body, headers={"content-type": self.kind})
+    def send(self, client: httpx2.Client) -> httpx2.Response:
+        return client.request(self.method, self.path, content=self.body, headers={"content-type": self.content_type})
 
 
-def valid(path: str) -> dict:
-    """A request that is answered, without what a run must be asked for by name."""
+def valid_body(path: str) -> dict:
+    """The body of a valid request."""
     match path:
         case "/v1/chat/completions":
             return {"messages": [{"role": "user", "content": "three"}], "max_tokens": 2, "seed": 1}
@@ -48,40 +46,42 @@ def valid(path: str) -> dict:
             return {"prompt": "three", "steps": 1, "seed": 1}
 
 
-def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """A PNG whose header promises this size, whatever stands behind it."""
+def make_png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG whose header declares this size, whatever its data is."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-def picture(kind: str = "PNG") -> bytes:
-    """24x16 pixels, the same every time."""
+def make_picture(file_format: str = "PNG") -> bytes:
+    """24x16 pixels, the same at every call."""
     file = io.BytesIO()
-    Picture.linear_gradient("L").resize((24, 16)).save(file, kind)
+    Picture.linear_gradient("L").resize((24, 16)).save(file, file_format)
     return file.getvalue()
 
 
-def url(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def to_data_url(content: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def form(fields: dict[str, str], files: list[bytes], edge: str = "edge") -> Sent:
-    parts = [f'--{edge}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in fields.items()]
-    head = 'Content-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
-    parts += [f"--{edge}\r\n{head}".encode() + file + b"\r\n" for file in files]
-    return Sent("POST", EDIT, b"".join(parts) + f"--{edge}--\r\n".encode(), f"multipart/form-data; boundary={edge}")
+def form_request(fields: dict[str, str], files: list[bytes], boundary: str = "edge") -> RawRequest:
+    part = f"--{boundary}\r\nContent-Disposition: form-data; name="
+    header = f'{part}"image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'.encode()
+    parts = [f'{part}"{name}"\r\n\r\n{value}\r\n'.encode() for name, value in fields.items()]
+    parts += [header + file + b"\r\n" for file in files]
+    body = b"".join(parts) + f"--{boundary}--\r\n".encode()
+    return RawRequest("POST", EDIT, body, f"multipart/form-data; boundary={boundary}")
 
 
 broken_pictures = (
     st.binary(max_size=64)
-    | st.builds(lambda kind, share: picture(kind)[: int(share * len(picture(kind)))],
+    | st.builds(lambda name, share: make_picture(name)[: int(share * len(make_picture(name)))],
                 st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]), st.floats(0, 0.6))
-    | st.builds(png, st.sampled_from([0, 50_000, 2**31 - 1]), st.sampled_from([50_000, 2**31 - 1]))
-    | st.just(png(9_000, 9_000, bytes(10_000)))
+    | st.builds(make_png, st.sampled_from([0, 50_000, 2**31 - 1]), st.sampled_from([50_000, 2**31 - 1]))
+    | st.just(make_png(9_000, 9_000, bytes(10_000)))
     | st.sampled_from([b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7", b"P6 4 4 255 " + bytes(48), b"",
                        b"II*\0" + bytes(40), b"SIMPLE  =         T", b"8BPS" + bytes(30), b"GIF89a" + b"\xff" * 10])
 )  # fmt: skip
@@ -95,19 +95,19 @@ wrong_numbers = words | st.booleans() | st.lists(st.integers(), max_size=2) | st
 too_small, too_large = st.integers(-(2**70), 0), st.integers(2**31, 2**80) | st.just(10**500)
 wrong_texts = st.integers() | st.floats() | st.booleans() | st.dictionaries(words, words, max_size=1)
 
-above_0 = st.floats(0.1, 0.9)  # where whole numbers are wanted
-below_0 = st.floats(max_value=-0.001)
+fractions = st.floats(0.1, 0.9)  # for fields that must be integers
+negative_floats = st.floats(max_value=-0.001)
 some_dictionaries = st.lists(st.dictionaries(st.sampled_from(["type", "text", "image_url"]), words, max_size=2), min_size=1)
 wrong_contents = st.integers() | st.lists(words, min_size=1, max_size=2) | some_dictionaries
 
-FIELDS = {  # what a field is not, on every path that has it
-    "n": wrong_numbers | too_small | st.integers(9, 2**80) | above_0,
-    "seed": wrong_numbers | st.integers(2**63) | above_0,
-    "max_tokens": wrong_numbers | too_small | too_large | above_0,
-    "steps": wrong_numbers | too_small | st.integers(1001) | above_0,
-    "temperature": words | st.booleans() | st.floats(2.001) | below_0 | st.lists(st.floats(), max_size=1),
-    "top_p": words | st.booleans() | st.floats(1.001) | below_0,
-    "guidance_scale": words | st.booleans() | st.floats(100.1) | below_0 | st.just(float("nan")),
+INVALID_VALUES = {  # by field, for every path that has it
+    "n": wrong_numbers | too_small | st.integers(9, 2**80) | fractions,
+    "seed": wrong_numbers | st.integers(2**63) | fractions,
+    "max_tokens": wrong_numbers | too_small | too_large | fractions,
+    "steps": wrong_numbers | too_small | st.integers(1001) | fractions,
+    "temperature": words | st.booleans() | st.floats(2.001) | negative_floats | st.lists(st.floats(), max_size=1),
+    "top_p": words | st.booleans() | st.floats(1.001) | negative_floats,
+    "guidance_scale": words | st.booleans() | st.floats(100.1) | negative_floats | st.just(float("nan")),
     "stream": words | st.integers() | st.just([]),
     "stop": st.integers() | st.lists(words, min_size=5, max_size=6) | st.lists(st.integers(), min_size=1, max_size=2),
     "model": words | wrong_texts,
@@ -122,7 +122,7 @@ FIELDS = {  # what a field is not, on every path that has it
     "logprobs": st.just(5), "tools": st.just([{"type": "function"}]), "response_format": st.just({"type": "json_object"}),
     "mask": st.just("x"),
 }  # fmt: skip
-OF_PATH = {
+FIELDS_OF_PATH = {
     CHAT: ["n", "seed", "max_tokens", "steps", "temperature", "top_p", "guidance_scale", "stream", "stop", "model",
            "modalities", "messages", "logprobs", "tools", "response_format"],
     TEXT: ["n", "seed", "max_tokens", "temperature", "top_p", "stream", "stop", "model", "prompt", "logprobs"],
@@ -131,62 +131,63 @@ OF_PATH = {
 
 
 @st.composite
-def wrong_fields(draw) -> Sent:
+def wrong_fields(draw) -> RawRequest:
     path = draw(st.sampled_from([CHAT, TEXT, DRAW]))
-    name = draw(st.sampled_from(OF_PATH[path]))
-    value = draw(FIELDS[name])
+    name = draw(st.sampled_from(FIELDS_OF_PATH[path]))
+    value = draw(INVALID_VALUES[name])
     if name == "model" and value == "tiny" or name == "size" and value in ("8x8", "auto"):
         value = 7
     if name == "response_format" and path == DRAW:
         value = "url"
-    return Sent("POST", path, json.dumps(valid(path) | {name: value}).encode())
+    return RawRequest("POST", path, json.dumps(valid_body(path) | {name: value}).encode())
 
 
 @st.composite
-def unknown_fields(draw) -> Sent:
+def unknown_fields(draw) -> RawRequest:
     path = draw(st.sampled_from([CHAT, TEXT, DRAW]))
     name = draw(st.text(max_size=12).map("x_{}".format) | st.just("x" * 3000))
-    return Sent("POST", path, json.dumps(valid(path) | {name: draw(st.none() | st.integers())}).encode())
+    return RawRequest("POST", path, json.dumps(valid_body(path) | {name: draw(st.none() | st.integers())}).encode())
 
 
 @st.composite
-def broken_images(draw) -> Sent:
-    address = draw(addresses | broken_pictures.map(url))
+def broken_images(draw) -> RawRequest:
+    address = draw(addresses | broken_pictures.map(to_data_url))
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": address}}]
     if draw(st.integers(0, 9)) == 0:
-        parts = [{"type": "image_url", "image_url": {"url": url(picture())}}] * 9
-    return Sent("POST", CHAT, json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 2}).encode())
+        parts = [{"type": "image_url", "image_url": {"url": to_data_url(make_picture())}}] * 9
+    return RawRequest("POST", CHAT, json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 2}).encode())
 
 
 @st.composite
-def wrong_forms(draw) -> Sent:
-    """All are wrong even where a run can edit."""
+def wrong_forms(draw) -> RawRequest:
+    """Each is wrong also for a run that can edit."""
     match draw(st.integers(0, 5)):
         case 0:
-            return form({"prompt": "a"}, [draw(broken_pictures)])
+            return form_request({"prompt": "a"}, [draw(broken_pictures)])
         case 1:
-            return form({"prompt": "a", "n": draw(st.sampled_from(["0", "x", "99", "1.5", "", "1e99"]))}, [picture()])
+            n = draw(st.sampled_from(["0", "x", "99", "1.5", "", "1e99"]))
+            return form_request({"prompt": "a", "n": n}, [make_picture()])
         case 2:
-            return form({"prompt": "a"}, [picture()] * 9)
+            return form_request({"prompt": "a"}, [make_picture()] * 9)
         case 3:
-            return form({"prompt": "a", draw(st.sampled_from(["x", "image", "mask"])): "b"}, [picture()])
+            return form_request({"prompt": "a", draw(st.sampled_from(["x", "image", "mask"])): "b"}, [make_picture()])
         case 4:
-            return Sent("POST", EDIT, draw(st.binary(max_size=60)), "multipart/form-data; boundary=edge")
-    return form({"steps": "1"}, [picture()]) if draw(st.booleans()) else form({"prompt": "a"}, [])
+            return RawRequest("POST", EDIT, draw(st.binary(max_size=60)), "multipart/form-data; boundary=edge")
+    return form_request({"steps": "1"}, [make_picture()]) if draw(st.booleans()) else form_request({"prompt": "a"}, [])
 
 
 @st.composite
-def wrong_bodies(draw) -> Sent:
+def wrong_bodies(draw) -> RawRequest:
     path = draw(st.sampled_from([CHAT, TEXT, DRAW]))
-    whole = json.dumps(valid(path)).encode()
-    body, kind = whole, "application/json"
+    valid = json.dumps(valid_body(path)).encode()
+    body, content_type = valid, "application/json"
     match draw(st.integers(0, 6)):
         case 0:
             body = draw(st.binary(max_size=40))
         case 1:
-            body = whole[: draw(st.integers(0, len(whole) - 1))]
+            body = valid[: draw(st.integers(0, len(valid) - 1))]
         case 2:
-            kind = draw(st.sampled_from(["text/plain", "application/x-www-form-urlencoded", "image/png", "a"]))
+            content_type = draw(st.sampled_from(["text/plain", "application/x-www-form-urlencoded", "image/png", "a"]))
         case 3:
             depth = draw(st.sampled_from([200, 100_000]))
             body = b'{"prompt":' + b"[" * depth + b"]" * depth + b"}"
@@ -196,88 +197,88 @@ def wrong_bodies(draw) -> Sent:
             field = b'"messages":[{"role":"user","content":"\\ud800"}]' if path == CHAT else b'"prompt":"\\ud800"'
             body = b"{" + field + b"}"
         case 6:
-            body = whole[:-1] + b', "seed": ' + draw(st.sampled_from([b"1" * 5000, b"NaN", b"1e999", b"-", b"0x1"])) + b"}"
-    return Sent("POST", path, body, kind)
+            body = valid[:-1] + b', "seed": ' + draw(st.sampled_from([b"1" * 5000, b"NaN", b"1e999", b"-", b"0x1"])) + b"}"
+    return RawRequest("POST", path, body, content_type)
 
 
 @st.composite
-def wrong_places(draw) -> Sent:
+def wrong_paths(draw) -> RawRequest:
     if draw(st.booleans()):
         paths = ["/v1", "/v1/embeddings", "/v1/models/none", "/v1/../etc/passwd", "/%2e%2e/%2e%2e/run.json"]
-        return Sent(draw(st.sampled_from(["GET", "POST", "DELETE"])), draw(st.sampled_from(paths)), b"")
+        return RawRequest(draw(st.sampled_from(["GET", "POST", "DELETE"])), draw(st.sampled_from(paths)), b"")
     methods = st.sampled_from(["GET", "PUT", "PATCH", "DELETE"])
-    return Sent(draw(methods), draw(st.sampled_from([CHAT, TEXT, DRAW, EDIT])), b"")
+    return RawRequest(draw(methods), draw(st.sampled_from([CHAT, TEXT, DRAW, EDIT])), b"")
 
 
 malformed = st.one_of(
-    wrong_fields(), wrong_fields(), unknown_fields(), broken_images(), wrong_forms(), wrong_bodies(), wrong_places()
+    wrong_fields(), wrong_fields(), unknown_fields(), broken_images(), wrong_forms(), wrong_bodies(), wrong_paths()
 )
 
 
-def is_clear(answer: httpx2.Response) -> None:
-    """A 4xx in OpenAI's shape, with one sentence that gives nothing of the server away."""
-    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:500])
-    error = answer.json()["error"]
+def assert_clear_error(response: httpx2.Response) -> None:
+    """A 4xx in OpenAI's format, with one sentence that contains no internals of the server."""
+    assert 400 <= response.status_code < 500, (response.status_code, response.text[:500])
+    error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     message = error["message"]
-    assert 8 < len(message) < LONGEST and message.isprintable(), message
+    assert 8 < len(message) < MAX_MESSAGE_CHARS and message.isprintable(), message
     assert not re.search(r"Traceback|File \"|\.py|0x[0-9a-f]{6}|site-packages|pydantic|Errno", message), message
 
 
-def main(run: Path, requests: int = 2000, gone: int = 50) -> None:
-    """Prints how many were answered as they should, and the server's memory."""
+def main(run: Path, requests: int = 2000, disconnects: int = 50) -> None:
+    """Prints the number of requests, and the server's memory."""
     command = [sys.executable, "-m", "transfusion", "serve", str(run), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        base = re.search(r"http://\S+", server.stderr.readline())[0]
-        with httpx2.Client(base_url=base, timeout=120) as client:
-            fine(client)
-            send(client, 200)
-            warm = memory(server.pid)
-            send(client, requests)
-            fine(client)
-            after = memory(server.pid)
+        base_url = re.search(r"http://\S+", server.stderr.readline())[0]
+        with httpx2.Client(base_url=base_url, timeout=120) as client:
+            assert_works(client)
+            send_malformed(client, 200)
+            before = measure_memory(server.pid)
+            send_malformed(client, requests)
+            assert_works(client)
+            after = measure_memory(server.pid)
             print(f"{requests} malformed requests, each answered with a 4xx and one sentence")
-            print(f"memory: {warm:.1f} MiB after 200 to warm up, {after:.1f} MiB in the end ({after / warm - 1:+.1%})")
-            for number in range(gone):
-                body = valid(DRAW) | {"steps": 1000, "stream": True, "preview_every": 1, "n": 1 + number % 4}
-                with client.stream("POST", DRAW, json=body) as answer:
-                    next(answer.iter_bytes())
-            fine(client)
-            rows = re.findall(r'transfusion_rows\{kind="\w+"\} (\S+)', client.get("/metrics").text)
-            print(f"{gone} clients gone in mid-stream: {sum(map(float, rows)):.0f} rows held, {memory(server.pid):.1f} MiB")
+            print(f"memory: {before:.1f} MiB after 200 requests, {after:.1f} MiB at the end ({after / before - 1:+.1%})")
+            for number in range(disconnects):
+                body = valid_body(DRAW) | {"steps": 1000, "stream": True, "preview_every": 1, "n": 1 + number % 4}
+                with client.stream("POST", DRAW, json=body) as response:
+                    next(response.iter_bytes())
+            assert_works(client)
+            rows = sum(map(float, re.findall(r'transfusion_rows\{kind="\w+"\} (\S+)', client.get("/metrics").text)))
+            print(f"{disconnects} disconnects in mid-stream: {rows:.0f} rows in use, {measure_memory(server.pid):.1f} MiB")
     finally:
         server.terminate()
         server.wait()
 
 
-def fine(client: httpx2.Client) -> None:
-    """It still serves."""
+def assert_works(client: httpx2.Client) -> None:
+    """The server answers valid requests."""
     for path in (CHAT, TEXT, DRAW):
-        assert client.post(path, json=valid(path)).status_code == 200
+        assert client.post(path, json=valid_body(path)).status_code == 200
 
 
-def send(client: httpx2.Client, requests: int) -> None:
+def send_malformed(client: httpx2.Client, requests: int) -> None:
     count = 0
 
     @settings(
         max_examples=requests, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     @given(malformed)
-    def one(sent: Sent) -> None:
+    def send(request: RawRequest) -> None:
         nonlocal count
-        is_clear(sent.to(client))
+        assert_clear_error(request.send(client))
         count += 1
         if count % 100 == 0:
-            fine(client)
+            assert_works(client)
 
     while count < requests:
-        one()
+        send()
 
 
-def memory(process: int) -> float:
-    """MiB that it holds."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024
+def measure_memory(process_id: int) -> float:
+    """Resident memory of a process in MiB."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process_id}/status").read_text())[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A server in a thread of the test's own process, on a free port of this machine, and an engine that can be held."""
+"""A server in a thread of the test process, on a free local port, and an engine that a test can pause."""
 
 import socket
 import threading
@@ -16,12 +16,12 @@ from transfusion.serving.app import build_app
 from transfusion.serving.limits import Limits
 from transfusion.serving.scheduler import Scheduler
 
-SECONDS = 30  # after which something that should have happened has not
+TIMEOUT = 30  # seconds until `wait_until` fails
 
 
 @dataclass
 class Server:
-    """`url`, and what is behind it."""
+    """`url`, and the scheduler behind it."""
 
     url: str
     scheduler: Scheduler
@@ -35,46 +35,46 @@ class Server:
         return urlsplit(self.url).port
 
     def client(self, **options) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=2 * SECONDS, verify=False, **options)  # no certificates to load
+        return httpx2.Client(base_url=self.url, timeout=2 * TIMEOUT, verify=False, **options)  # no certificates to load
 
-    def settled(self) -> bool:
-        """Nothing is under way or waits, and all of the cache is free but what every image shares."""
-        engine = self.engine
-        held = list(engine.uncond_slots.values())
-        idle = not (engine.sequences or self.scheduler.flows or self.scheduler.waiting or self.scheduler.arrived)
-        return idle and sorted(engine.cache.free + held) == list(range(len(engine.cache.lengths)))
+    def is_idle(self) -> bool:
+        """Nothing runs or waits, and the whole cache is free except the slots that all images share."""
+        engine, scheduler = self.engine, self.scheduler
+        shared = list(engine.uncond_slots.values())
+        is_idle = not (engine.sequences or scheduler.running or scheduler.waiting or scheduler.submitted)
+        return is_idle and sorted(engine.cache.free + shared) == list(range(len(engine.cache.lengths)))
 
     @property
-    def asked(self) -> int:
-        """Answers that are under way or wait."""
+    def num_requests(self) -> int:
+        """Requests to the engine that run or wait."""
         scheduler = self.scheduler
-        return len(scheduler.arrived) + len(scheduler.waiting) + len(scheduler.flows)
+        return len(scheduler.submitted) + len(scheduler.waiting) + len(scheduler.running)
 
-    def vanish(self, path: str, body: bytes, read: int = 0, when: threading.Event | None = None) -> None:
-        """Send a request, read so many bytes of its answer, go away (then, or when it is said)."""
-        with socket.create_connection(("127.0.0.1", self.port)) as place:
-            place.sendall(
+    def send_and_disconnect(self, path: str, body: bytes, num_bytes: int = 0, when: threading.Event | None = None) -> None:
+        """Send a request, read `num_bytes` of its answer, and disconnect (after the event `when`, if there is one)."""
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(
                 f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n".encode() + body
             )
-            while read > 0:
-                got = place.recv(min(read, 4096))
-                assert got
-                read -= len(got)
+            while num_bytes > 0:
+                received = connection.recv(min(num_bytes, 4096))
+                assert received
+                num_bytes -= len(received)
             if when is not None:
-                when.wait(SECONDS)
+                when.wait(TIMEOUT)
 
 
 @contextmanager
 def serving(engine: Engine, limits: Limits = Limits(), api_key: str | None = None) -> Iterator[Server]:  # noqa: B008
     app = build_app(engine, limits, api_key)
-    with socket.create_server(("127.0.0.1", 0)) as place:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        until(lambda: server.started)
+        wait_until(lambda: server.started)
         try:
-            yield Server(f"http://127.0.0.1:{place.getsockname()[1]}", app.state.service.scheduler)
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service.scheduler)
         finally:
             if isinstance(gate := getattr(engine.step, "__self__", None), Gate):
                 gate.open()
@@ -83,36 +83,36 @@ def serving(engine: Engine, limits: Limits = Limits(), api_key: str | None = Non
 
 
 class Gate:
-    """Holds an engine before each step until it is let through: so many steps, or `open` for all that come."""
+    """Blocks an engine before each step: `allow` lets a number of steps pass, `open` lets all pass."""
 
     def __init__(self, engine: Engine):
-        self.turns, self.step, self.taken = threading.Semaphore(0), engine.step, 0
+        self.permits, self.step, self.steps_taken = threading.Semaphore(0), engine.step, 0
         self.is_open = False
         engine.step = self._step
 
     def _step(self):
-        while not self.is_open and not self.turns.acquire(timeout=0.01):
+        while not self.is_open and not self.permits.acquire(timeout=0.01):
             pass
-        self.taken += 1
+        self.steps_taken += 1
         return self.step()
 
-    def let(self, steps: int) -> None:
-        """Returns when these are taken."""
-        target = self.taken + steps
-        self.turns.release(steps)
-        until(lambda: self.taken >= target)
+    def allow(self, steps: int) -> None:
+        """Returns when these steps have started."""
+        target = self.steps_taken + steps
+        self.permits.release(steps)
+        wait_until(lambda: self.steps_taken >= target)
 
     def open(self) -> None:
         self.is_open = True
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Waits for it. TimeoutError when it does not come."""
-    end = time.monotonic() + SECONDS
+def wait_until(condition: Callable[[], bool]) -> None:
+    """TimeoutError when the condition does not become true."""
+    end = time.monotonic() + TIMEOUT
     while True:
-        with suppress(RuntimeError):  # a dictionary that another thread changes meanwhile
-            if holds():
+        with suppress(RuntimeError):  # a dictionary that another thread changes at the same time
+            if condition():
                 return
         if time.monotonic() > end:
-            raise TimeoutError("this did not come to be")
+            raise TimeoutError(f"the condition is not true after {TIMEOUT} seconds")
         time.sleep(0.002)

@@ -1,7 +1,6 @@
-"""What an engine says, as OpenAI's answers: whole, or in parts as it comes (server-sent events).
+"""Engine events as OpenAI's answers: one JSON body, or a stream of server-sent events.
 
-Text stands in `content`, images in `images`; `parts` says in which order they came. In a stream the order is that of the
-chunks.
+Text is in `content`, images are in `images`; `parts` gives their order. In a stream the order is that of the chunks.
 """
 
 import json
@@ -14,213 +13,216 @@ import numpy as np
 
 from transfusion.inference.engine import FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
 from transfusion.serving.errors import APIError
-from transfusion.serving.pictures import base64_of, data_url
+from transfusion.serving.pictures import to_base64, to_data_url
 from transfusion.serving.scheduler import RequestHandle
 
-Shown = str | ImageEvent | PreviewEvent | FinishEvent
-REASONS = {"eos": "stop", "image": "stop", "stop": "stop", "length": "length"}
+Output = str | ImageEvent | PreviewEvent | FinishEvent
+FINISH_REASONS = {"eos": "stop", "image": "stop", "stop": "stop", "length": "length"}
 
 
 class EventReader:
-    """A ticket's events as what can be shown: text without stop words and what follows them, images, ends."""
+    """Iterates over (choice, output). Text ends before the first stop word."""
 
-    def __init__(self, ticket: RequestHandle, stop: str | list[str] | None, patches: Callable[[np.ndarray], int]):
-        self.ticket, self.patches = ticket, patches
-        self.stops = [word for word in ([stop] if isinstance(stop, str) else stop or []) if word]
-        self.held: dict[int, str] = {}  # letters of each choice that may yet become a stop word
-        self.positions = 0  # written and drawn
+    def __init__(self, handle: RequestHandle, stop: str | list[str] | None, count_patches: Callable[[np.ndarray], int]):
+        self.handle, self.count_patches = handle, count_patches
+        self.stop_words = [word for word in ([stop] if isinstance(stop, str) else stop or []) if word]
+        self.held_text: dict[int, str] = {}  # by choice: the end of its text that may be the start of a stop word
+        self.num_positions = 0  # of text and images so far
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Shown]]:
-        async for choice, event in self.ticket:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+        async for choice, event in self.handle:
             if isinstance(event, TokenEvent):
-                self.positions += 1
-                text, stopped = self._until_stop(self.held.pop(choice, "") + event.text, choice)
+                self.num_positions += 1
+                text, is_stopped = self._until_stop(self.held_text.pop(choice, "") + event.text, choice)
                 if text:
                     yield choice, text
-                if stopped:
-                    self.ticket.stop(choice)
+                if is_stopped:
+                    self.handle.stop(choice)
                     yield choice, FinishEvent(event.request, event.sample_index, "stop")
                 continue
             if isinstance(event, ImageEvent):
-                self.positions += self.patches(event.pixels) + 1
-            if not isinstance(event, PreviewEvent) and choice in self.held:
-                yield choice, self.held.pop(choice)
+                self.num_positions += self.count_patches(event.pixels) + 1
+            if not isinstance(event, PreviewEvent) and choice in self.held_text:
+                yield choice, self.held_text.pop(choice)
             yield choice, event
 
     def _until_stop(self, text: str, choice: int) -> tuple[str, bool]:
-        """What can be shown of it, and whether it ends there; the rest is held back."""
-        found = [place for place in map(text.find, self.stops) if place >= 0]
-        if found:
-            return text[: min(found)], True
-        keep = max((n for word in self.stops for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
-        if keep:
-            self.held[choice] = text[-keep:]
-        return text[: len(text) - keep], False
+        """The text to send, and whether it ends at a stop word. A possible start of a stop word is held back."""
+        starts = [start for start in map(text.find, self.stop_words) if start >= 0]
+        if starts:
+            return text[: min(starts)], True
+        held = max((n for word in self.stop_words for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+        if held:
+            self.held_text[choice] = text[-held:]
+        return text[: len(text) - held], False
 
     @property
     def usage(self) -> dict:
-        """Positions: an image counts as its patches."""
-        read = self.ticket.prompt
-        return {"prompt_tokens": read, "completion_tokens": self.positions, "total_tokens": read + self.positions}
+        """Numbers of positions; an image counts as its patches."""
+        prompt, completion = self.handle.prompt_tokens, self.num_positions
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 @dataclass
 class ChoiceBuilder:
-    """One choice, put together."""
+    """Collects the outputs of one choice."""
 
     text: str = ""
     images: list[dict] = field(default_factory=list)
     parts: list[dict] = field(default_factory=list)
-    reason: str | None = None
+    finish_reason: str | None = None
 
-    async def add(self, what: Shown) -> None:
-        if isinstance(what, str):
-            self.text += what
+    async def add(self, output: Output) -> None:
+        if isinstance(output, str):
+            self.text += output
             if not self.parts or self.parts[-1]["type"] != "text":
                 self.parts.append({"type": "text", "text": ""})
-            self.parts[-1]["text"] += what
-        elif isinstance(what, ImageEvent):
+            self.parts[-1]["text"] += output
+        elif isinstance(output, ImageEvent):
             self.parts.append({"type": "image", "image": len(self.images)})
-            self.images.append(image_part(await data_url(what.pixels)))
-        elif isinstance(what, FinishEvent):
-            self.reason = REASONS[what.reason]
+            self.images.append(make_image_part(await to_data_url(output.pixels)))
+        elif isinstance(output, FinishEvent):
+            self.finish_reason = FINISH_REASONS[output.reason]
 
 
 @dataclass(frozen=True)
-class Writer:
-    """What all answers of one kind have in common."""
+class CompletionWriter:
+    """Answers of /v1/chat/completions and /v1/completions."""
 
     model: str
     seed: int
-    kind: str  # "chat.completion" or "text_completion"
-    prefix: str
+    object_name: str  # "chat.completion" or "text_completion"
+    id_prefix: str
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def chat(self) -> bool:
-        return self.kind == "chat.completion"
+    def is_chat(self) -> bool:
+        return self.object_name == "chat.completion"
 
-    async def whole(self, reading: EventReader, choices: int) -> dict:
-        said = [ChoiceBuilder() for _ in range(choices)]
-        async for choice, what in reading:
-            await said[choice].add(what)
-        return self._head(self.kind) | {
-            "choices": [self._choice(n, one) for n, one in enumerate(said)], "usage": reading.usage,
-        }  # fmt: skip
+    async def collect(self, reader: EventReader, num_choices: int) -> dict:
+        builders = [ChoiceBuilder() for _ in range(num_choices)]
+        async for choice, output in reader:
+            await builders[choice].add(output)
+        choices = [self._build_choice(index, builder) for index, builder in enumerate(builders)]
+        return self._head(self.object_name) | {"choices": choices, "usage": reader.usage}
 
-    async def stream(self, reading: EventReader, choices: int, include_usage: bool) -> AsyncIterator[str]:
-        kind = "chat.completion.chunk" if self.chat else self.kind
+    async def stream(self, reader: EventReader, include_usage: bool) -> AsyncIterator[str]:
+        object_name = "chat.completion.chunk" if self.is_chat else self.object_name
 
         def chunk(**body) -> str:
-            return event(self._head(kind) | ({"usage": None} if include_usage else {}) | body)
+            return format_event(self._head(object_name) | ({"usage": None} if include_usage else {}) | body)
 
         try:
             opened = set()
-            async for choice, what in reading:
-                new = choice not in opened
+            async for choice, output in reader:
+                is_first = choice not in opened
                 opened.add(choice)
-                if self.chat and new:
-                    yield chunk(choices=[choice_body(choice, delta={"role": "assistant", "content": ""})])
-                if isinstance(what, FinishEvent):
-                    end = {"delta": {}} if self.chat else {"text": ""}
-                    yield chunk(choices=[choice_body(choice, REASONS[what.reason], **end)])
-                elif self.chat:
-                    yield chunk(choices=[choice_body(choice, delta=await self._delta(what))])
-                elif isinstance(what, str):
-                    yield chunk(choices=[choice_body(choice, text=what)])
-        except APIError as refused:
+                if self.is_chat and is_first:
+                    yield chunk(choices=[make_choice(choice, delta={"role": "assistant", "content": ""})])
+                if isinstance(output, FinishEvent):
+                    content = {"delta": {}} if self.is_chat else {"text": ""}
+                    yield chunk(choices=[make_choice(choice, FINISH_REASONS[output.reason], **content)])
+                elif self.is_chat:
+                    yield chunk(choices=[make_choice(choice, delta=await self._build_delta(output))])
+                elif isinstance(output, str):
+                    yield chunk(choices=[make_choice(choice, text=output)])
+        except APIError as error:
             if not opened:
                 raise
-            yield event(refused.body())
+            yield format_event(error.body())
             return
         if include_usage:
-            yield chunk(choices=[], usage=reading.usage)
+            yield chunk(choices=[], usage=reader.usage)
         yield "data: [DONE]\n\n"
 
-    def _head(self, kind: str) -> dict:
+    def _head(self, object_name: str) -> dict:
         common = {"created": self.created, "model": self.model, "seed": self.seed}
-        return {"id": f"{self.prefix}-{self.id}", "object": kind, **common}
+        return {"id": f"{self.id_prefix}-{self.id}", "object": object_name, **common}
 
-    def _choice(self, number: int, said: ChoiceBuilder) -> dict:
-        if not self.chat:
-            return choice_body(number, said.reason, text=said.text)
-        message = {"role": "assistant", "content": said.text if said.text or not said.images else None, "refusal": None}
-        if said.images:
-            message |= {"images": said.images, "parts": said.parts}
-        return choice_body(number, said.reason, message=message)
+    def _build_choice(self, index: int, choice: ChoiceBuilder) -> dict:
+        if not self.is_chat:
+            return make_choice(index, choice.finish_reason, text=choice.text)
+        content = choice.text if choice.text or not choice.images else None
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if choice.images:
+            message |= {"images": choice.images, "parts": choice.parts}
+        return make_choice(index, choice.finish_reason, message=message)
 
-    async def _delta(self, what: str | ImageEvent | PreviewEvent) -> dict:
-        if isinstance(what, str):
-            return {"content": what}
-        if isinstance(what, ImageEvent):
-            return {"images": [image_part(await data_url(what.pixels))]}
-        return {"preview": {"step": what.step} | image_part(await data_url(what.x0))}
+    async def _build_delta(self, output: str | ImageEvent | PreviewEvent) -> dict:
+        if isinstance(output, str):
+            return {"content": output}
+        if isinstance(output, ImageEvent):
+            return {"images": [make_image_part(await to_data_url(output.pixels))]}
+        return {"preview": {"step": output.step} | make_image_part(await to_data_url(output.x0))}
 
 
 @dataclass(frozen=True)
-class Images:
-    """What all answers to a request for images have in common. kind: image_generation or image_edit."""
+class ImageWriter:
+    """Answers of /v1/images/generations and /v1/images/edits. event_prefix: image_generation or image_edit."""
 
     request: Request
     size: str
-    kind: str
-    patches: Callable[[np.ndarray], int]
+    event_prefix: str
+    count_patches: Callable[[np.ndarray], int]
 
-    async def whole(self, ticket: RequestHandle) -> dict:
+    async def collect(self, handle: RequestHandle) -> dict:
         data: list[dict] = [{} for _ in range(self.request.num_images)]
-        drawn = 0
-        async for choice, what in ticket:
-            if isinstance(what, ImageEvent):
-                data[choice] = {"b64_json": await base64_of(what.pixels)}
-                drawn += self.patches(what.pixels)
-        usage = self._usage(ticket, drawn)
-        return {"created": int(time.time()), "data": data, **self._about, "usage": usage}
+        num_patches = 0
+        async for choice, event in handle:
+            if isinstance(event, ImageEvent):
+                data[choice] = {"b64_json": await to_base64(event.pixels)}
+                num_patches += self.count_patches(event.pixels)
+        usage = self._usage(handle, num_patches)
+        return {"created": int(time.time()), "data": data, **self._settings, "usage": usage}
 
-    async def stream(self, ticket: RequestHandle, most: int | None) -> AsyncIterator[str]:
-        """Images on their way and done. most: so many previews of each; None: all, and as noisy as they still are, too."""
-        shown = [0] * self.request.num_images
-        begun = False
+    async def stream(self, handle: RequestHandle, max_previews: int | None) -> AsyncIterator[str]:
+        """Previews and finished images. max_previews: of each image. None: all, with the noisy image (x_t) beside x0."""
+        num_previews = [0] * self.request.num_images
+        has_output = False
         try:
-            async for choice, what in ticket:
-                begun = True
-                about = {"created_at": int(time.time()), "index": choice, **self._about, "quality": "auto"}
-                if isinstance(what, PreviewEvent) and (most is None or shown[choice] < most):
-                    about |= {"partial_image_index": shown[choice], "step": what.step}
-                    shown[choice] += 1
-                    about |= {"noisy_b64_json": await base64_of(what.x_t)} if most is None else {}
-                    yield named_event(f"{self.kind}.partial_image", about | {"b64_json": await base64_of(what.x0)})
-                elif isinstance(what, ImageEvent):
-                    about |= {"usage": self._usage(ticket, self.patches(what.pixels))}
-                    yield named_event(f"{self.kind}.completed", about | {"b64_json": await base64_of(what.pixels)})
-        except APIError as refused:
-            if not begun:
+            async for choice, event in handle:
+                has_output = True
+                body = {"created_at": int(time.time()), "index": choice, **self._settings, "quality": "auto"}
+                if isinstance(event, PreviewEvent) and (max_previews is None or num_previews[choice] < max_previews):
+                    body |= {"partial_image_index": num_previews[choice], "step": event.step}
+                    num_previews[choice] += 1
+                    body |= {"noisy_b64_json": await to_base64(event.x_t)} if max_previews is None else {}
+                    body |= {"b64_json": await to_base64(event.x0)}
+                    yield format_named_event(f"{self.event_prefix}.partial_image", body)
+                elif isinstance(event, ImageEvent):
+                    body |= {"usage": self._usage(handle, self.count_patches(event.pixels))}
+                    body |= {"b64_json": await to_base64(event.pixels)}
+                    yield format_named_event(f"{self.event_prefix}.completed", body)
+        except APIError as error:
+            if not has_output:
                 raise
-            yield named_event("error", refused.body())
+            yield format_named_event("error", error.body())
 
     @property
-    def _about(self) -> dict:
+    def _settings(self) -> dict:
         return {"size": self.size, "output_format": "png", "background": "opaque", "seed": self.request.seed}
 
-    def _usage(self, ticket: RequestHandle, drawn: int) -> dict:
-        given = sum(self.patches(part) for part in self.request.parts if not isinstance(part, str))
+    def _usage(self, handle: RequestHandle, output_tokens: int) -> dict:
+        image_tokens = sum(self.count_patches(part) for part in self.request.parts if not isinstance(part, str))
+        prompt_tokens = handle.prompt_tokens
         return {
-            "input_tokens": ticket.prompt, "output_tokens": drawn, "total_tokens": ticket.prompt + drawn,
-            "input_tokens_details": {"image_tokens": given, "text_tokens": ticket.prompt - given},
+            "input_tokens": prompt_tokens, "output_tokens": output_tokens, "total_tokens": prompt_tokens + output_tokens,
+            "input_tokens_details": {"image_tokens": image_tokens, "text_tokens": prompt_tokens - image_tokens},
         }  # fmt: skip
 
 
-def choice_body(choice: int, finish_reason: str | None = None, **body) -> dict:
-    return {"index": choice, **body, "logprobs": None, "finish_reason": finish_reason}
+def make_choice(index: int, finish_reason: str | None = None, **body) -> dict:
+    return {"index": index, **body, "logprobs": None, "finish_reason": finish_reason}
 
 
-def image_part(url: str) -> dict:
+def make_image_part(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def event(body: dict) -> str:
+def format_event(body: dict) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def named_event(name: str, body: dict) -> str:
-    return f"event: {name}\n{event({'type': name} | body)}"
+def format_named_event(name: str, body: dict) -> str:
+    return f"event: {name}\n{format_event({'type': name} | body)}"

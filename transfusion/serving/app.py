@@ -1,4 +1,4 @@
-"""An engine behind OpenAI's API: its paths, and what stands in front of and behind them."""
+"""The HTTP application: an engine behind OpenAI's API, and the page."""
 
 import asyncio
 import time
@@ -17,24 +17,24 @@ from starlette.exceptions import HTTPException as StarletteException
 from starlette.requests import ClientDisconnect
 
 from transfusion.inference import engine as engines
-from transfusion.serving.answers import EventReader, Images, Writer
-from transfusion.serving.errors import APIError, misread
+from transfusion.serving.answers import CompletionWriter, EventReader, ImageWriter
+from transfusion.serving.errors import APIError, from_validation_errors
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
 from transfusion.serving.middleware import LimitsMiddleware
 from transfusion.serving.scheduler import Scheduler
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageRequest
-from transfusion.serving.served import Served, size_name
+from transfusion.serving.served import ServedRun, format_size
 
-PAGE = Path(__file__).parent / "web"
-OPEN = frozenset({"/health", "/", *(f"/{path.name}" for path in PAGE.iterdir())})  # without a key
-FIELDS, FIELD = 32, 64 * 2**10  # of a form: how many, and the bytes of one that is no file
+WEB = Path(__file__).parent / "web"
+PUBLIC_PATHS = frozenset({"/health", "/", *(f"/{path.name}" for path in WEB.iterdir())})  # these need no key
+MAX_FORM_FIELDS, MAX_FIELD_BYTES = 32, 64 * 2**10  # of a form; MAX_FIELD_BYTES does not apply to files
 
 
 def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | None = None) -> FastAPI:  # noqa: B008
-    """The application; the engine's thread runs while it does."""
+    """The application. It starts the engine's thread at startup and ends it at shutdown."""
     metrics = Metrics()
-    service = Service(Served(engine, limits), Scheduler(engine, limits, metrics))
+    service = Service(ServedRun(engine, limits), Scheduler(engine, limits, metrics))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,171 +42,174 @@ def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | 
         yield
         await asyncio.to_thread(service.scheduler.close)
 
-    # Without FastAPI's pages of documentation: they load scripts from elsewhere.
+    # FastAPI's documentation pages are disabled: they load scripts from other servers.
     app = FastAPI(title="transfusion", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(LimitsMiddleware, limits=limits, metrics=metrics, api_key=api_key, open=OPEN)
+    app.add_middleware(LimitsMiddleware, limits=limits, metrics=metrics, api_key=api_key, public_paths=PUBLIC_PATHS)
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", service.complete, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/images/generations", service.generate, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/images/edits", service.edit, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", service.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"])
-    app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
-    app.add_api_route("/metrics", service.count, methods=["GET"], response_model=None)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    app.add_exception_handler(APIError, _refused)
-    app.add_exception_handler(RequestValidationError, _misread)
-    app.add_exception_handler(StarletteException, _http_error)
-    app.add_exception_handler(Exception, _failed)
+    app.add_api_route("/v1/images/generations", service.generate_images, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/images/edits", service.edit_images, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", service.list_models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", service.get_model, methods=["GET"])
+    app.add_api_route("/health", service.get_health, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics", service.get_metrics, methods=["GET"], response_model=None)
+    app.mount("/", StaticFiles(directory=WEB, html=True))
+    app.add_exception_handler(APIError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(StarletteException, _on_http_error)
+    app.add_exception_handler(Exception, _on_exception)
     app.state.service = service
     return app
 
 
 class Service:
-    """What each path does."""
+    """The handlers of all paths."""
 
-    def __init__(self, served: Served, scheduler: Scheduler):
+    def __init__(self, served: ServedRun, scheduler: Scheduler):
         self.served, self.scheduler, self.metrics = served, scheduler, scheduler.metrics
 
-    async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        requests = await self._unless_gone(request, self.served.chat(asked))
-        writer = Writer(self.served.name, requests[0].seed, "chat.completion", "chatcmpl")
-        return await self._write(request, requests, writer, asked)
+    async def chat(self, body: ChatRequest, http_request: Request) -> Response:
+        requests = await self._cancel_on_disconnect(http_request, self.served.parse_chat(body))
+        writer = CompletionWriter(self.served.name, requests[0].seed, "chat.completion", "chatcmpl")
+        return await self._respond_with_text(http_request, requests, writer, body)
 
-    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        requests = self.served.complete(asked)
-        writer = Writer(self.served.name, requests[0].seed, "text_completion", "cmpl")
-        return await self._write(request, requests, writer, asked)
+    async def complete(self, body: CompletionRequest, http_request: Request) -> Response:
+        requests = self.served.parse_completion(body)
+        writer = CompletionWriter(self.served.name, requests[0].seed, "text_completion", "cmpl")
+        return await self._respond_with_text(http_request, requests, writer, body)
 
-    async def generate(self, asked: ImageRequest, request: Request) -> Response:
-        return await self._draw(request, self.served.draw(asked), asked, "image_generation")
+    async def generate_images(self, body: ImageRequest, http_request: Request) -> Response:
+        return await self._respond_with_images(http_request, self.served.parse_image(body), body, "image_generation")
 
-    async def edit(self, request: Request) -> Response:
-        """A form, as OpenAI's: image (one or more files), prompt, and the fields of /v1/images/generations."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise APIError(400, "an edit is sent as multipart/form-data, with image and prompt")
+    async def edit_images(self, http_request: Request) -> Response:
+        """OpenAI's form: image (one or more files), prompt, and the fields of /v1/images/generations."""
+        if not http_request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise APIError(400, "the body must be multipart/form-data with the fields image and prompt")
         self.served.check_edits()
         try:
-            fields, files = await self._form(request)
+            fields, files = await self._read_form(http_request)
         except ClientDisconnect:
-            return self._gone()
+            return self._on_disconnect()
         try:
-            asked = ImageRequest.model_validate_strings(fields, strict=False)  # in a form all is words
+            body = ImageRequest.model_validate_strings(fields, strict=False)  # all values of a form are strings
         except ValidationError as error:
-            raise misread(error.errors()) from None
-        drawing = await self._unless_gone(request, self.served.edit(asked, files))
-        return await self._draw(request, drawing, asked, "image_edit")
+            raise from_validation_errors(error.errors()) from None
+        request = await self._cancel_on_disconnect(http_request, self.served.parse_edit(body, files))
+        return await self._respond_with_images(http_request, request, body, "image_edit")
 
-    async def _form(self, request: Request) -> tuple[dict[str, str], list[bytes]]:
+    async def _read_form(self, http_request: Request) -> tuple[dict[str, str], list[bytes]]:
         """Its fields, and its pictures."""
         fields, files = {}, []
-        async with request.form(max_files=self.served.limits.pictures, max_fields=FIELDS, max_part_size=FIELD) as form:
+        limits = {"max_files": self.served.limits.pictures, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_FIELD_BYTES}
+        async with http_request.form(**limits) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) != (name in ("image", "image[]")):
-                    raise APIError(400, f"{name[:60]}: image is sent as a file, and nothing else is", name[:60])
+                    raise APIError(400, f"{name[:60]}: image must be a file, and no other field may be one", name[:60])
                 if isinstance(value, UploadFile):
                     files.append(await value.read())
                 else:
                     fields[name] = value
         return fields, files
 
-    def _gone(self) -> Response:
-        self.metrics.gone.inc()
-        return Response(status_code=499)  # nobody reads it; proxies' word for this in logs and metrics
+    def _on_disconnect(self) -> Response:
+        self.metrics.disconnects.inc()
+        return Response(status_code=499)  # for logs and metrics, as in nginx; the client is gone
 
-    async def models(self) -> dict:
+    async def list_models(self) -> dict:
         return {"object": "list", "data": [self.served.describe()]}
 
-    async def model(self, name: str) -> dict:
-        if name != self.served.name:
-            raise APIError(404, f"there is no such model here; there is {self.served.name}", "model", "model_not_found")
+    async def get_model(self, name: str) -> dict:
+        self.served.check_model(name)
         return self.served.describe()
 
-    async def health(self) -> Response:
-        if not self.scheduler.works:
+    async def get_health(self) -> Response:
+        if not self.scheduler.is_alive:
             raise APIError(503, "the engine has stopped")
         return JSONResponse({"status": "ok"})
 
-    async def count(self) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+    async def get_metrics(self) -> Response:
+        return Response(self.metrics.to_text(), media_type="text/plain; version=0.0.4")
 
-    async def _write(
-        self, request: Request, requests: Sequence[engines.Request], writer: Writer, asked: ChatRequest | CompletionRequest
+    async def _respond_with_text(
+        self, http_request: Request, requests: Sequence[engines.Request], writer: CompletionWriter,
+        body: ChatRequest | CompletionRequest,
+    ) -> Response:  # fmt: skip
+        num_choices = sum(request.num_images or 1 for request in requests)
+        deadline = time.monotonic() + self.served.limits.deadline
+
+        async def collect() -> Response:
+            with self.scheduler.submit(requests, deadline) as handle:
+                reader = EventReader(handle, body.stop, self.served.count_patches)
+                return JSONResponse(await writer.collect(reader, num_choices))
+
+        async def stream() -> AsyncIterator[str]:
+            with self.scheduler.submit(requests, deadline) as handle:
+                reader = EventReader(handle, body.stop, self.served.count_patches)
+                include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+                async for event in writer.stream(reader, include_usage):
+                    yield event
+
+        return await self._cancel_on_disconnect(http_request, start_stream(stream()) if body.stream else collect())
+
+    async def _respond_with_images(
+        self, http_request: Request, request: engines.Request, body: ImageRequest, event_prefix: str
     ) -> Response:
-        choices = sum(one.num_images or 1 for one in requests)
         deadline = time.monotonic() + self.served.limits.deadline
+        writer = ImageWriter(request, format_size(request.size), event_prefix, self.served.count_patches)
+        max_previews = None if body.preview_every else body.partial_images or 0
 
-        async def whole() -> Response:
-            with self.scheduler.take(requests, deadline) as ticket:
-                return JSONResponse(await writer.whole(EventReader(ticket, asked.stop, self.served.patches), choices))
+        async def collect() -> Response:
+            with self.scheduler.submit([request], deadline) as handle:
+                return JSONResponse(await writer.collect(handle))
 
         async def stream() -> AsyncIterator[str]:
-            with self.scheduler.take(requests, deadline) as ticket:
-                reading = EventReader(ticket, asked.stop, self.served.patches)
-                usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-                async for line in writer.stream(reading, choices, usage):
-                    yield line
+            with self.scheduler.submit([request], deadline) as handle:
+                async for event in writer.stream(handle, max_previews):
+                    yield event
 
-        return await self._unless_gone(request, begun(stream()) if asked.stream else whole())
+        return await self._cancel_on_disconnect(http_request, start_stream(stream()) if body.stream else collect())
 
-    async def _draw(self, request: Request, drawing: engines.Request, asked: ImageRequest, name: str) -> Response:
-        deadline = time.monotonic() + self.served.limits.deadline
-        images = Images(drawing, size_name(drawing.size), name, self.served.patches)
-        most = None if asked.preview_every else asked.partial_images or 0
-
-        async def whole() -> Response:
-            with self.scheduler.take([drawing], deadline) as ticket:
-                return JSONResponse(await images.whole(ticket))
-
-        async def stream() -> AsyncIterator[str]:
-            with self.scheduler.take([drawing], deadline) as ticket:
-                async for line in images.stream(ticket, most):
-                    yield line
-
-        return await self._unless_gone(request, begun(stream()) if asked.stream else whole())
-
-    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-        """What the work gives; when the client goes away before that, it is given up."""
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(departure(request))
+    async def _cancel_on_disconnect(self, http_request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of `work`. If the client disconnects first, `work` is cancelled."""
+        task = asyncio.ensure_future(work)
+        disconnect = asyncio.ensure_future(wait_for_disconnect(http_request))
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                return self._gone()
-            return task.result()
+            await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else self._on_disconnect()
         finally:
             task.cancel()
-            gone.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
+            disconnect.cancel()
+            await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def departure(request: Request) -> None:
-    """Returns when the client has gone away. For when all of its body is read."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def wait_for_disconnect(http_request: Request) -> None:
+    """Returns when the client has disconnected. The request's body must have been read."""
+    while (await http_request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def begun(lines: AsyncGenerator[str]) -> "Stream":
-    """A stream, as soon as it has something to send: until then an error still has a status of its own."""
+async def start_stream(events: AsyncGenerator[str]) -> "EventStreamResponse":
+    """A response that starts after the first event: an error before it still sets the HTTP status."""
     try:
-        first = await anext(lines)
+        first = await anext(events)
     except BaseException:
-        await lines.aclose()
+        await events.aclose()
         raise
 
-    async def all_lines() -> AsyncIterator[str]:
+    async def all_events() -> AsyncIterator[str]:
         try:
             yield first
-            async for line in lines:
-                yield line
+            async for event in events:
+                yield event
         finally:
-            await lines.aclose()
+            await events.aclose()
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return Stream(all_lines(), media_type="text/event-stream", headers=headers)
+    return EventStreamResponse(all_events(), media_type="text/event-stream", headers=headers)
 
 
-class Stream(StreamingResponse):
-    """Closes what it reads from, however it ends: a client that goes away gives its row back at once."""
+class EventStreamResponse(StreamingResponse):
+    """Always closes its iterator, so that the rows of a client that disconnects are free at once."""
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -215,20 +218,20 @@ class Stream(StreamingResponse):
             await self.body_iterator.aclose()
 
 
-async def _refused(_: Request, error: APIError) -> Response:
+async def _on_api_error(_: Request, error: APIError) -> Response:
     return error.response()
 
 
-async def _misread(_: Request, error: RequestValidationError) -> Response:
-    return misread(error.errors()).response()
+async def _on_validation_error(_: Request, error: RequestValidationError) -> Response:
+    return from_validation_errors(error.errors()).response()
 
 
-async def _failed(*_) -> Response:
-    return APIError(500, "this failed, by a fault of the server").response()
+async def _on_exception(*_) -> Response:
+    return APIError(500, "the request failed because of an error in the server").response()
 
 
-async def _http_error(request: Request, error: StarletteException) -> Response:
-    """What the framework itself refuses: a path, a method, a body."""
-    known = {404: "there is nothing at this path", 405: f"this path does not take {request.method}"}
-    message = known.get(error.status_code, str(error.detail))
+async def _on_http_error(http_request: Request, error: StarletteException) -> Response:
+    """Errors of the framework: an unknown path, a wrong method or body."""
+    messages = {404: "this path does not exist", 405: f"this path does not support the method {http_request.method}"}
+    message = messages.get(error.status_code, str(error.detail))
     return APIError(error.status_code, message[:1].lower() + message[1:]).response(error.headers)

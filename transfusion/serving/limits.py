@@ -1,4 +1,4 @@
-"""What one request may ask for, and what the server does at once. Checked before any work is done."""
+"""Limits of one request and of the whole server. They are checked before any work is done."""
 
 import math
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What is more is refused with one sentence, or waits."""
+    """A request above a limit fails with one sentence, or waits."""
 
-    rows: int = 16  # answers that are written and drawn at once; the rest wait
-    waiting: int = 64  # requests that may wait; one more is told to come back later (429)
-    n: int = 8  # answers to one request
-    steps: int = 1000  # denoising steps of an image
-    tokens: int = 32_768  # max_tokens; a row ends at the run's own length in any case
-    prompt_chars_per_position: int = 32  # of a request's text, for each position in a row of the run
-    body_bytes: int = 32 * 2**20  # of a request
-    pictures: int = 8  # in one request
-    pixels: int = 16_000_000  # of a picture that is sent
-    deadline: float = 300.0  # seconds from a request's arrival to the end of its answer (504)
-    client_timeout: float = 30.0  # seconds that a client may take to send its request, or to take the next part of an answer
-    shutdown_grace: float = 30.0  # seconds that answers under way are given when the server is told to stop
+    rows: int = 16  # Number of sequences generated at once; others wait.
+    waiting: int = 64  # Number of requests that may wait; one more fails with 429.
+    n: int = 8  # Largest n: choices or images of one request.
+    steps: int = 1000  # Largest number of denoising steps of an image.
+    tokens: int = 32_768  # Largest max_tokens. A sequence also ends at the run's data.seq_len.
+    prompt_chars_per_position: int = 32  # Prompt limit in characters, divided by the run's data.seq_len.
+    body_bytes: int = 32 * 2**20  # Largest body of a request, in bytes.
+    pictures: int = 8  # Largest number of pictures in one request.
+    pixels: int = 16_000_000  # Largest picture in a request, in pixels.
+    deadline: float = 300.0  # Seconds from a request's arrival to the end of its answer, or it fails with 504.
+    client_timeout: float = 30.0  # Seconds for a client to send its body, or to receive the next part of the answer.
+    shutdown_grace: float = 30.0  # Seconds for running requests to finish after SIGTERM or Ctrl-C.
 
     def __post_init__(self):
         for name in ("rows", "n", "steps", "tokens", "prompt_chars_per_position", "body_bytes", "pictures", "pixels"):
@@ -27,17 +27,17 @@ class Limits:
                 raise ValueError(f"limits.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("waiting", "shutdown_grace"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"limits.{name} must be a number that is not negative, not {getattr(self, name)}")
+                raise ValueError(f"limits.{name} must be at least 0 and finite, not {getattr(self, name)}")
         for name in ("deadline", "client_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"limits.{name} must be above 0, not {getattr(self, name)}")
 
     @property
     def text_rows(self) -> int:
-        """Rows that images never take, so that a short text is not kept waiting until a long drawing ends."""
+        """Rows reserved for text: a short text does not wait until a long drawing ends."""
         return self.rows // 4
 
     @property
-    def answers(self) -> int:
-        """The largest n: what is drawn for one request begins together."""
+    def max_n(self) -> int:
+        """The largest n: the images of one request start together, in rows that are not reserved for text."""
         return min(self.n, self.rows - self.text_rows)

@@ -1,4 +1,4 @@
-"""What the server counts, for /metrics in Prometheus' text format. Never what was said."""
+"""Counts and times for /metrics, in Prometheus' text format. They never contain what a client sent."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -13,21 +13,21 @@ class Metrics:
         self.requests = Counter(
             "transfusion_requests", "Answered requests.", ("path", "status"), registry=self.registry
         )
-        self.seconds = Histogram(
-            "transfusion_request_seconds", "From a request's arrival to the end of its answer.", ("path",), buckets=SECONDS,
-            registry=self.registry,
-        )  # fmt: skip
-        self.first = Histogram(
-            "transfusion_first_seconds", "From a request's arrival at the engine to the first that it writes or draws.",
+        self.request_seconds = Histogram(
+            "transfusion_request_seconds", "Seconds from a request's arrival to the end of its answer.", ("path",),
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.tokens = Counter("transfusion_tokens", "Tokens written.", registry=self.registry)
-        self.images = Counter("transfusion_images", "Images drawn.", registry=self.registry)
+        self.first_event_seconds = Histogram(
+            "transfusion_first_event_seconds", "Seconds from a request's arrival at the engine to its first output.",
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.tokens = Counter("transfusion_tokens", "Generated tokens.", registry=self.registry)
+        self.images = Counter("transfusion_images", "Drawn images.", registry=self.registry)
         self.steps = Counter("transfusion_engine_steps", "Steps of the engine.", registry=self.registry)
-        self.failures = Counter("transfusion_engine_failures", "Steps that failed.", registry=self.registry)
-        self.gone = Counter("transfusion_gone", "Requests whose client went away.", registry=self.registry)
-        self.rows = Gauge("transfusion_rows", "Rows in flight.", ("kind",), registry=self.registry)
-        self.waiting = Gauge("transfusion_waiting", "Answers that wait for a row.", registry=self.registry)
+        self.failures = Counter("transfusion_engine_failures", "Failed steps of the engine.", registry=self.registry)
+        self.disconnects = Counter("transfusion_disconnects", "Clients that disconnected early.", registry=self.registry)
+        self.rows = Gauge("transfusion_rows", "Rows in use.", ("kind",), registry=self.registry)
+        self.waiting = Gauge("transfusion_waiting", "Requests to the engine that wait for a row.", registry=self.registry)
 
-    def text(self) -> bytes:
+    def to_text(self) -> bytes:
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""What every request passes before anything is done for it, and what every answer passes on its way out."""
+"""ASGI middleware in front of the API: access, limits of requests and bodies, timeouts, response headers, metrics."""
 
 import asyncio
 import base64
@@ -18,172 +18,167 @@ from transfusion.serving.errors import APIError
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
 
-LOCAL = {"localhost", "127.0.0.1", "::1"}
-BODIES = 8  # largest bodies that are held at once, all requests together
-DRAINED = 4  # largest bodies that are read and thrown away, so that a client sees why it is refused
-GRACE = 1.0  # seconds in which a client that is turned away may end its sending
-WORDS = 2**20  # largest body where no pictures are sent
-PICTURES = {"/v1/chat/completions", "/v1/images/edits"}  # where they are
-PATHS = {"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/images/generations",
-         "/v1/images/edits", "/"}  # fmt: skip
-HEADERS = {
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
+MAX_HELD_BODIES = 8  # x limits.body_bytes: bytes in memory for all requests together
+MAX_DRAINED_BODIES = 4  # x limits.body_bytes: bytes read and discarded, so that the client receives the error
+DRAIN_SECONDS = 1.0  # for a rejected client to finish its body
+MAX_TEXT_BODY_BYTES = 2**20  # of a request to a path that takes no pictures
+PICTURE_PATHS = {"/v1/chat/completions", "/v1/images/edits"}
+METRIC_PATHS = {"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/images/generations",
+                "/v1/images/edits", "/"}  # fmt: skip
+RESPONSE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
-    "Cache-Control": "no-cache",  # of the page: a newer server's scripts are not mixed with older ones
+    "Cache-Control": "no-cache",  # of the page: scripts of two server versions are not mixed
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; frame-ancestors 'none'",
 }  # fmt: skip
 
 
 class LimitsMiddleware:
-    """The key, other sites' pages, how many are inside, how much they bring, how long they take.
+    """Checks the API key, the origin, the number of requests, the size of bodies and the time of clients.
 
-    With a key every path asks for it but the `open` ones (/health, and the page, which asks its user for it): as Bearer,
-    which OpenAI's clients send, or as the password of Basic, for which a browser asks its user. Without one, only names of
-    this machine are answered to, so that no page that a browser shows can reach the server under a name of its own (DNS
-    rebinding); none may send requests from elsewhere in any case.
+    With a key, every path requires it except `public_paths` (/health and the page). Clients send it as Bearer (OpenAI's
+    clients) or as the password of Basic (browsers). Without a key, the Host header must name this machine: so a web page
+    cannot reach the server under its own name (DNS rebinding). Requests from pages of other origins always fail.
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None, open: Set[str] = frozenset()
-    ):
-        self.app, self.limits, self.metrics, self.open = app, limits, metrics, open
-        self.key = None if api_key is None else sha256(api_key.encode()).digest()
-        self.in_flight = self.held_bytes = 0  # requests with a body that were let in, and its bytes
+        self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None,
+        public_paths: Set[str] = frozenset(),
+    ):  # fmt: skip
+        self.app, self.limits, self.metrics, self.public_paths = app, limits, metrics, public_paths
+        self.key_hash = None if api_key is None else sha256(api_key.encode()).digest()
+        self.in_flight = self.held_bytes = 0  # accepted requests with a body, and the bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        visit = RequestContext(self, scope, receive, send)
-        works = scope["method"] not in ("GET", "HEAD")
-        refused = self._refusal(scope)
-        if refused is None and works and self.in_flight >= self.limits.rows + self.limits.waiting:
-            refused = APIError(
-                429, f"{self.in_flight} requests are under way or wait: come back a little later", code="busy"
-            )
-        counted = works and refused is None  # who is turned away takes nobody's place
-        self.in_flight += counted
+        context = RequestContext(self, scope, receive, send)
+        needs_work = scope["method"] not in ("GET", "HEAD")
+        error = self._check_access(scope)
+        if error is None and needs_work and self.in_flight >= self.limits.rows + self.limits.waiting:
+            error = APIError(429, f"{self.in_flight} requests are running or waiting: try again later", code="busy")
+        is_counted = needs_work and error is None  # rejected requests do not use up the limit
+        self.in_flight += is_counted
         try:
-            if refused is not None:
-                await visit.turn_away(refused)
+            if error is not None:
+                await context.reject(error)
             else:
-                await self.app(scope, visit.receive, visit.send)
-        except ClientIsStuck:
+                await self.app(scope, context.receive, context.send)
+        except ClientStalled:
             pass  # the server closes the connection
         finally:
-            self.in_flight -= counted
-            self.held_bytes -= visit.size
-            visit.count()
+            self.in_flight -= is_counted
+            self.held_bytes -= context.received_bytes
+            context.record_metrics()
 
-    def _refusal(self, scope: Scope) -> APIError | None:
+    def _check_access(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and _site(origin) != host:
+        if origin is not None and _parse_origin(origin) != host:
             return APIError(403, "pages of other sites may not use this server")
-        if self.key is None:
-            if _name(host) not in LOCAL:
-                return APIError(403, "without an API key this server answers to localhost and 127.0.0.1 alone")
-        elif scope["path"] not in self.open and not self._has_key(headers.get("authorization", "")):
+        if self.key_hash is None:
+            if _parse_hostname(host) not in LOCAL_HOSTS:
+                return APIError(403, "without an API key the server accepts only the hosts localhost and 127.0.0.1")
+        elif scope["path"] not in self.public_paths and not self._has_key(headers.get("authorization", "")):
             return APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
         return None
 
-    def _has_key(self, said: str) -> bool:
-        """Compared as hashes, in a time that depends on neither."""
-        scheme, _, given = said.encode("latin-1").partition(b" ")  # the bytes that were sent
+    def _has_key(self, authorization: str) -> bool:
+        """Compares hashes in constant time."""
+        scheme, _, key = authorization.encode("latin-1").partition(b" ")  # the bytes that were sent
         if scheme.lower() == b"basic":
             try:
-                given = base64.b64decode(given, validate=True).partition(b":")[2]
+                key = base64.b64decode(key, validate=True).partition(b":")[2]
             except binascii.Error:
-                given = b""
-        return hmac.compare_digest(sha256(given).digest(), self.key)
+                key = b""
+        return hmac.compare_digest(sha256(key).digest(), self.key_hash)
 
 
-class ClientIsStuck(Exception):
-    """It does not take what it is sent."""
+class ClientStalled(Exception):
+    """The client did not receive a part of the answer in time."""
 
 
 class RequestContext:
-    """One request: what is read and sent for it, within limits."""
+    """One request: receives its body and sends its answer within the limits."""
 
-    def __init__(self, door: LimitsMiddleware, scope: Scope, receive: Receive, send: Send):
-        self.middleware, self.scope, self._receive, self._send = door, scope, receive, send
-        self.begun, self.size, self.whole, self.status = time.monotonic(), 0, False, 500
-        most = door.limits.body_bytes
-        self.most = most if scope["path"] in PICTURES else min(most, WORDS)
+    def __init__(self, middleware: LimitsMiddleware, scope: Scope, receive: Receive, send: Send):
+        self.middleware, self.scope, self._receive, self._send = middleware, scope, receive, send
+        self.started, self.received_bytes, self.is_complete, self.status = time.monotonic(), 0, False, 500
+        max_bytes = middleware.limits.body_bytes
+        self.max_bytes = max_bytes if scope["path"] in PICTURE_PATHS else min(max_bytes, MAX_TEXT_BODY_BYTES)
 
     async def receive(self) -> Message:
-        """The next part of the body. HTTPException when there is too much, or it takes too long."""
-        limits = self.middleware.limits
-        if self.whole:
+        """The next part of the body. HTTPException when the body is too large or too slow."""
+        if self.is_complete:
             return await self._receive()
-        message = await self._next()
+        message = await self._next_part()
         if message["type"] != "http.request":
             return message
         size = len(message.get("body", b""))
-        self.size += size
+        self.received_bytes += size
         self.middleware.held_bytes += size
-        length = Headers(scope=self.scope).get("content-length", "0")
-        if self.size > self.most or int(length) > self.most:
+        content_length = Headers(scope=self.scope).get("content-length", "0")
+        if self.received_bytes > self.max_bytes or int(content_length) > self.max_bytes:
             await self._drain()
-            raise HTTPException(413, f"the body is larger than {self.most:,} bytes")
-        if self.middleware.held_bytes > BODIES * limits.body_bytes:
+            raise HTTPException(413, f"the body is larger than {self.max_bytes:,} bytes")
+        if self.middleware.held_bytes > MAX_HELD_BODIES * self.middleware.limits.body_bytes:
             await self._drain()
-            raise HTTPException(429, "too much is being sent to this server: come back a little later")
+            raise HTTPException(429, "the bodies of all running requests are too large together: try again later")
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
+            for name, value in RESPONSE_HEADERS.items():
                 headers.setdefault(name, value)
         try:
             async with asyncio.timeout(self.middleware.limits.client_timeout):
                 await self._send(message)
         except TimeoutError:
-            raise ClientIsStuck from None
+            raise ClientStalled from None
 
-    async def turn_away(self, refused: APIError) -> None:
-        with suppress(HTTPException, TimeoutError):  # it gets the first reason
-            async with asyncio.timeout(GRACE):
+    async def reject(self, error: APIError) -> None:
+        with suppress(HTTPException, TimeoutError):  # the client receives `error`
+            async with asyncio.timeout(DRAIN_SECONDS):
                 await self._drain()
-        headers = {"WWW-Authenticate": 'Basic realm="transfusion"'} if refused.status == 401 else {}
-        if not self.whole:
+        headers = {"WWW-Authenticate": 'Basic realm="transfusion"'} if error.status == 401 else {}
+        if not self.is_complete:
             headers["Connection"] = "close"
-        await refused.response(headers)(self.scope, self._receive, self.send)
+        await error.response(headers)(self.scope, self._receive, self.send)
 
-    def count(self) -> None:
-        path = self.scope["path"] if self.scope["path"] in PATHS else "other"
+    def record_metrics(self) -> None:
+        path = self.scope["path"] if self.scope["path"] in METRIC_PATHS else "other"
         self.middleware.metrics.requests.labels(path, self.status).inc()
-        self.middleware.metrics.seconds.labels(path).observe(time.monotonic() - self.begun)
+        self.middleware.metrics.request_seconds.labels(path).observe(time.monotonic() - self.started)
 
-    async def _next(self) -> Message:
-        left = self.begun + self.middleware.limits.client_timeout - time.monotonic()
+    async def _next_part(self) -> Message:
+        timeout = self.middleware.limits.client_timeout
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(self.started + timeout - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(
-                408, f"the body did not come within {self.middleware.limits.client_timeout:g} seconds"
-            ) from None
-        self.whole = not message.get("more_body", False)
+            raise HTTPException(408, f"the body did not arrive within {timeout:g} seconds") from None
+        self.is_complete = not message.get("more_body", False)
         return message
 
     async def _drain(self) -> None:
-        """Read on, keep nothing: a client that still sends would not see an answer."""
+        """Read the rest of the body and discard it: a client that is still sending would not read the answer."""
         read = 0
-        while not self.whole and read < DRAINED * self.middleware.limits.body_bytes:
-            read += len((await self._next()).get("body", b""))
+        while not self.is_complete and read < MAX_DRAINED_BODIES * self.middleware.limits.body_bytes:
+            read += len((await self._next_part()).get("body", b""))
 
 
-def _site(origin: str) -> str | None:
-    """The host and port of an Origin header."""
+def _parse_origin(origin: str) -> str | None:
+    """Host and port of an Origin header."""
     try:
         return urlsplit(origin).netloc
     except ValueError:
         return None
 
 
-def _name(host: str) -> str:
-    """Of a Host header, without the port."""
+def _parse_hostname(host: str) -> str:
+    """The host of a Host header, without the port."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

@@ -1,8 +1,9 @@
-"""The engine's thread: requests join the running batch, and leave it, between any two steps.
+"""Runs the engine in its own thread: requests join the running batch, and leave it, between two steps.
 
-The engine belongs to this one thread. What asks runs on an event loop: it hands a `Ticket` over and reads its events. Of
-the rows a quarter is kept for text while images wait, and images never take those; within a kind, first come, first served.
-So a short text does not wait until long drawings end, and neither kind can shut the other out.
+Only this thread uses the engine. Request handlers run on an event loop; each submits requests and reads events from a
+`RequestHandle`. A quarter of the rows is reserved for text: images never take it, and while an image waits, text gets only
+that quarter. Within each kind, first come, first served. So a short text does not wait for long drawings, and neither kind
+can block the other.
 """
 
 import asyncio
@@ -20,18 +21,18 @@ from transfusion.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 16  # events that a slow client may leave unread before it is shown fewer previews
+MAX_QUEUED_EVENTS = 16  # a slow client that has more unread events receives no more previews
 
 
 @dataclass(eq=False)
 class SubRequest:
-    """One request to the engine, of the one or several that a ticket stands for."""
+    """One request to the engine; a handle has one or several."""
 
-    ticket: "RequestHandle"
+    handle: "RequestHandle"
     request: Request
-    choice: int  # the number of its first answer
-    number: int | None = None  # the engine's, once it has a row
-    left: bool = False  # nobody wants more of it
+    first_choice: int  # index of its first choice in the client's answer
+    number: int | None = None  # the engine's number, set when it has rows
+    is_cancelled: bool = False
 
     @property
     def rows(self) -> int:
@@ -44,183 +45,186 @@ class SubRequest:
 
 @dataclass(eq=False)
 class RequestHandle:
-    """What one client asked for. Iterate it: (choice, event), until every choice is finished."""
+    """The request of one client. Iterate it for (choice, event), until every choice is finished."""
 
-    deadline: float  # of time.monotonic
+    deadline: float  # in time.monotonic()
     loop: asyncio.AbstractEventLoop
-    flows: list[SubRequest] = field(default_factory=list)
+    sub_requests: list[SubRequest] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
-    begun: float = field(default_factory=time.monotonic)
-    prompt: int = 0  # positions of the longest one
-    quiet: bool = True  # nothing has come yet
-    over: set[int] = field(default_factory=set)  # choices
+    submitted: float = field(default_factory=time.monotonic)
+    prompt_tokens: int = 0  # positions of the longest prompt
+    has_output: bool = False
+    finished: set[int] = field(default_factory=set)  # choices
 
     def stop(self, choice: int) -> None:
-        """No more of this one is wanted."""
-        self.over.add(choice)
-        next(flow for flow in reversed(self.flows) if flow.choice <= choice).left = True
+        """Cancel this choice."""
+        self.finished.add(choice)
+        next(sub for sub in reversed(self.sub_requests) if sub.first_choice <= choice).is_cancelled = True
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        """Refused when the engine cannot do it, has failed, or was too slow."""
-        choices = sum(flow.rows for flow in self.flows)
-        while len(self.over) < choices:
-            found = await self.queue.get()
-            if isinstance(found, APIError):
-                raise found
-            choice, event = found
-            if choice in self.over:
+        """APIError when the engine cannot do the request, has failed, or misses the deadline."""
+        num_choices = sum(sub.rows for sub in self.sub_requests)
+        while len(self.finished) < num_choices:
+            item = await self.queue.get()
+            if isinstance(item, APIError):
+                raise item
+            choice, event = item
+            if choice in self.finished:
                 continue
             yield choice, event
             if isinstance(event, FinishEvent):
-                self.over.add(choice)
+                self.finished.add(choice)
 
 
 class Scheduler:
-    """Runs an engine. `start` it, `take` tickets, `close` it."""
+    """Runs an engine: `start` the thread, `submit` requests, `close` the thread."""
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics):
         self.engine, self.limits, self.metrics = engine, limits, metrics
-        self.changed = threading.Condition()
-        self.arrived: list[SubRequest] = []
-        self.closing = False
-        self.waiting: list[SubRequest] = []  # this and what follows is the thread's alone
-        self.flows: dict[int, SubRequest] = {}  # by the engine's number
+        self.condition = threading.Condition()
+        self.submitted: list[SubRequest] = []
+        self.is_closing = False
+        self.waiting: list[SubRequest] = []  # this and the next one belong to the engine's thread
+        self.running: dict[int, SubRequest] = {}  # by the engine's number
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
 
     def close(self) -> None:
-        """Returns when the thread has ended; what was under way is given up."""
-        with self.changed:
-            self.closing = True
-            self.changed.notify()
+        """Drop all running requests; return when the thread has ended."""
+        with self.condition:
+            self.is_closing = True
+            self.condition.notify()
         self.thread.join()
 
     @property
-    def works(self) -> bool:
+    def is_alive(self) -> bool:
         return self.thread.is_alive()
 
     @contextmanager
-    def take(self, requests: Sequence[Request], deadline: float) -> Iterator[RequestHandle]:
-        """The engine's answers to these requests, one after the other as choices. Leaving gives up what is not done."""
-        ticket = RequestHandle(deadline, asyncio.get_running_loop())
+    def submit(self, requests: Sequence[Request], deadline: float) -> Iterator[RequestHandle]:
+        """Generate these requests; their samples are numbered in order as choices. Leaving the context cancels the rest."""
+        handle = RequestHandle(deadline, asyncio.get_running_loop())
         choice = 0
         for request in requests:
-            ticket.flows.append(SubRequest(ticket, request, choice))
-            choice += ticket.flows[-1].rows
-        with self.changed:
-            self.arrived += ticket.flows
-            self.changed.notify()
+            handle.sub_requests.append(SubRequest(handle, request, choice))
+            choice += handle.sub_requests[-1].rows
+        with self.condition:
+            self.submitted += handle.sub_requests
+            self.condition.notify()
         try:
-            yield ticket
+            yield handle
         finally:
-            for flow in ticket.flows:
-                flow.left = True
+            for sub in handle.sub_requests:
+                sub.is_cancelled = True
 
-    # The thread's
+    # In the engine's thread
 
     def _run(self) -> None:
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.arrived or self.waiting or self.flows or self.closing)
-                if self.closing:
+            with self.condition:
+                self.condition.wait_for(lambda: self.submitted or self.waiting or self.running or self.is_closing)
+                if self.is_closing:
                     return
-                self.waiting += self.arrived
-                self.arrived = []
+                self.waiting += self.submitted
+                self.submitted = []
             self._drop_cancelled()
             self._admit()
-            if self.flows:
+            if self.running:
                 self._step()
-            self._count()
+            self._update_gauges()
 
     def _drop_cancelled(self) -> None:
-        """Rows and places of those who went away, or whose time is over."""
+        """Free the rows of requests that are cancelled or past their deadline."""
         now = time.monotonic()
-        for flow in [*self.waiting, *self.flows.values()]:
-            if not flow.left and now > flow.ticket.deadline:
-                late = APIError(504, f"this was not done within {self.limits.deadline:g} seconds", code="timeout")
-                self._give_up(flow.ticket, late)
-        self.waiting = [flow for flow in self.waiting if not flow.left]
-        for number in [number for number, flow in self.flows.items() if flow.left]:
+        for sub in [*self.waiting, *self.running.values()]:
+            if not sub.is_cancelled and now > sub.handle.deadline:
+                message = f"the request took longer than {self.limits.deadline:g} seconds"
+                self._fail(sub.handle, APIError(504, message, code="timeout"))
+        self.waiting = [sub for sub in self.waiting if not sub.is_cancelled]
+        for number in [number for number, sub in self.running.items() if sub.is_cancelled]:
             self.engine.cancel(number)
-            del self.flows[number]
+            del self.running[number]
 
-    def _give_up(self, ticket: RequestHandle, why: APIError) -> None:
-        for flow in ticket.flows:
-            flow.left = True
-        self._publish([(ticket, why)])
+    def _fail(self, handle: RequestHandle, error: APIError) -> None:
+        for sub in handle.sub_requests:
+            sub.is_cancelled = True
+        self._publish([(handle, error)])
 
     def _admit(self) -> None:
-        """Rows for as many as there is room for, each kind in its order."""
-        stuck = set()  # kinds whose next one must wait
-        for flow in list(self.waiting):
-            if flow.draws in stuck or flow.left:
+        """Submit waiting requests to the engine while rows are free, each kind in its order."""
+        blocked = set()  # kinds whose next request must wait
+        for sub in list(self.waiting):
+            if sub.draws in blocked or sub.is_cancelled:
                 continue
-            drawing, writing = (sum(f.rows for f in self.flows.values() if f.draws is kind) for kind in (True, False))
-            room = self.limits.rows - drawing - writing
-            if flow.draws:
-                room = min(room, self.limits.rows - self.limits.text_rows - drawing)
-            elif True in stuck:
-                room = min(room, self.limits.text_rows - writing)
-            if flow.rows > room:
-                stuck.add(flow.draws)
+            image_rows, text_rows = self._count_rows(draws=True), self._count_rows(draws=False)
+            free = self.limits.rows - image_rows - text_rows
+            if sub.draws:
+                free = min(free, self.limits.rows - self.limits.text_rows - image_rows)
+            elif True in blocked:
+                free = min(free, self.limits.text_rows - text_rows)
+            if sub.rows > free:
+                blocked.add(sub.draws)
                 continue
-            self.waiting.remove(flow)
-            self._submit(flow)
+            self.waiting.remove(sub)
+            self._start(sub)
 
-    def _submit(self, flow: SubRequest) -> None:
+    def _count_rows(self, draws: bool) -> int:
+        return sum(sub.rows for sub in self.running.values() if sub.draws is draws)
+
+    def _start(self, sub: SubRequest) -> None:
         try:
-            flow.number = self.engine.submit(flow.request)
-            flow.ticket.prompt = max(flow.ticket.prompt, len(self.engine.sequences[-1].phase.chunk))
-            self.flows[flow.number] = flow
+            sub.number = self.engine.submit(sub.request)
+            sub.handle.prompt_tokens = max(sub.handle.prompt_tokens, len(self.engine.sequences[-1].phase.chunk))
+            self.running[sub.number] = sub
         except ValueError as error:
-            self._give_up(flow.ticket, APIError(400, str(error)))
+            self._fail(sub.handle, APIError(400, str(error)))
         except Exception:
-            log.exception("a request could not be begun")
-            self._give_up(flow.ticket, APIError(500, "this request could not be begun, by a fault of the server"))
+            log.exception("a request could not be started")
+            self._fail(sub.handle, APIError(500, "the request could not be started because of an error in the server"))
 
     def _step(self) -> None:
         try:
             events = self.engine.step()
         except Exception:
-            log.exception("a step of the engine failed; what was under way is given up, and it begins anew")
+            log.exception("a step of the engine failed: its requests fail, and a new engine starts")
             self.metrics.failures.inc()
             self.engine = Engine(self.engine.opened)
-            failed, self.flows = {flow.ticket for flow in self.flows.values()}, {}
-            for ticket in failed:
-                self._give_up(ticket, APIError(500, "the engine failed while it answered this; it can be asked again"))
+            failed, self.running = {sub.handle for sub in self.running.values()}, {}
+            for handle in failed:
+                self._fail(handle, APIError(500, "the engine failed during this request; you can send it again"))
             return
-        found = []
+        items = []
         for event in events:
-            flow = self.flows[event.request]
-            found.append((flow.ticket, (flow.choice + event.sample_index, event)))
-        for number in self.flows.keys() - {row.request_number for row in self.engine.sequences}:
-            del self.flows[number]
+            sub = self.running[event.request]
+            items.append((sub.handle, (sub.first_choice + event.sample_index, event)))
+        for number in self.running.keys() - {sequence.request_number for sequence in self.engine.sequences}:
+            del self.running[number]
         self.metrics.steps.inc()
         self.metrics.tokens.inc(sum(isinstance(event, TokenEvent) for event in events))
         self.metrics.images.inc(sum(isinstance(event, ImageEvent) for event in events))
-        self._publish(found)  # last: who has an answer finds it counted
+        self._publish(items)  # last: a client that has its answer finds it in the metrics
 
-    def _publish(self, found: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
-        """Hand these over to the loops that wait for them; one that has ended waits no more."""
-        for loop in {ticket.loop for ticket, _ in found}:
+    def _publish(self, items: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
+        """Pass these to the event loops that wait for them. A loop that has ended is skipped."""
+        for loop in {handle.loop for handle, _ in items}:
             try:
-                loop.call_soon_threadsafe(self._put, [(ticket, what) for ticket, what in found if ticket.loop is loop])
+                loop.call_soon_threadsafe(self._enqueue, [item for item in items if item[0].loop is loop])
             except RuntimeError:
-                log.info("an event loop has ended before its answers")
+                log.info("an event loop ended before its answers")
 
-    def _put(self, found: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
-        """On the loop."""
-        for ticket, what in found:
-            if ticket.quiet and not isinstance(what, APIError):
-                ticket.quiet = False
-                self.metrics.first.observe(time.monotonic() - ticket.begun)
-            shown = isinstance(what, tuple) and isinstance(what[1], PreviewEvent)
-            if not (shown and ticket.queue.qsize() > BACKLOG):
-                ticket.queue.put_nowait(what)
+    def _enqueue(self, items: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
+        """On the event loop."""
+        for handle, item in items:
+            if not handle.has_output and not isinstance(item, APIError):
+                handle.has_output = True
+                self.metrics.first_event_seconds.observe(time.monotonic() - handle.submitted)
+            is_preview = isinstance(item, tuple) and isinstance(item[1], PreviewEvent)
+            if not (is_preview and handle.queue.qsize() > MAX_QUEUED_EVENTS):
+                handle.queue.put_nowait(item)
 
-    def _count(self) -> None:
-        for name, kind in (("text", False), ("image", True)):
-            self.metrics.rows.labels(name).set(sum(f.rows for f in self.flows.values() if f.draws is kind))
+    def _update_gauges(self) -> None:
+        for kind, draws in (("text", False), ("image", True)):
+            self.metrics.rows.labels(kind).set(self._count_rows(draws))
         self.metrics.waiting.set(len(self.waiting))

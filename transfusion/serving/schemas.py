@@ -1,138 +1,128 @@
-"""What may be asked, in OpenAI's words and a few of our own.
+"""The fields of requests: OpenAI's, and a few of our own.
 
-What OpenAI's clients send, falls into three: what is done; what is ignored because no answer depends on it (IGNORED);
-what would change the answer and cannot be done here, so that only its neutral value is taken (NEUTRAL). Anything else is
-refused: a misspelt field would else do nothing, silently.
+OpenAI's fields are supported, ignored because no answer depends on them (IGNORED), or not supported and accepted only with
+a value that has no effect (NEUTRAL). Any other field is an error: a misspelt one would otherwise be ignored silently.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "parallel_tool_calls", "moderation",
 }  # fmt: skip
-ELEMENTS, KEYS = 256, 64  # at most, of one list and of one object
+MAX_ELEMENTS, MAX_FIELDS = 256, 64  # of one list, of one object
 
 
-def few(most: int, least: int = 0) -> tuple:
-    """What makes a list short, looked at before its elements are, and the first wrong one ends it: each would else cost."""
+def limited_list(max_length: int, min_length: int = 0) -> tuple:
+    """Annotations that check a list's length before its elements, and stop at the first wrong element: each costs time."""
 
-    def check(value: Any) -> Any:
-        if isinstance(value, list) and len(value) > most:
-            raise ValueError(f"has {len(value):,} elements; at most {most:,} are read")
+    def check_length(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > max_length:
+            raise ValueError(f"has {len(value):,} elements; at most {max_length:,} are allowed")
         return value
 
-    return Field(min_length=least, fail_fast=True), BeforeValidator(check)
+    return Field(min_length=min_length, fail_fast=True), BeforeValidator(check_length)
 
 
-def _whole_letters(text: str) -> str:
+def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half a letter (a lone surrogate)") from None
+        raise ValueError("is not valid Unicode (it has a lone surrogate)") from None
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole_letters)]
-LONG = Field(ge=-(2**63), lt=2**63)
+Text = Annotated[str, AfterValidator(_check_unicode)]
 BY_TYPE = Field(discriminator="type")
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-class Strict(BaseModel):
-    """No field that is not known, and no value of another type."""
+class StrictModel(BaseModel):
+    """Unknown fields and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _few_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict) and len(values) > KEYS:
-            raise ValueError(f"an object has {len(values):,} fields; at most {KEYS} are read")
+    def _limit_fields(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > MAX_FIELDS:
+            raise ValueError(f"an object has {len(values):,} fields; at most {MAX_FIELDS} are allowed")
         return values
 
 
-class RequestBase(Strict):
-    """What all that can be asked share."""
+class RequestBase(StrictModel):
+    """Fields of all requests."""
 
     NEUTRAL: ClassVar[dict[str, tuple]] = {}
 
     model: str | None = None
-    n: Positive | None = None
-    seed: Annotated[int, LONG] | None = None  # none: one is drawn, and told in the answer
+    n: PositiveInt | None = None
+    seed: Int64 | None = None  # not set: random; the answer contains the seed
     stream: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _set_aside(cls, values: Any) -> Any:
+    def _drop_ignored(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         for name, allowed in cls.NEUTRAL.items():
             if values.get(name) is not None and values[name] not in allowed:
-                raise PydanticCustomError("unsupported", "{name} is not supported here: leave it out", {"name": name})
+                raise PydanticCustomError("unsupported", "{name} is not supported: leave it out", {"name": name})
         return {name: value for name, value in values.items() if name not in IGNORED and name not in cls.NEUTRAL}
 
 
-class ImageOptions(Strict):
-    """Our own words for how an image is drawn; the run has defaults."""
+class ImageOptions(StrictModel):
+    """Our own fields for drawing images; not set: the run's defaults."""
 
-    steps: Positive | None = Field(None, validation_alias=AliasChoices("steps", "num_inference_steps"))
-    guidance_scale: Scale | None = None
-    preview_every: Positive | None = None  # denoising steps after which an image on its way is shown
+    steps: PositiveInt | None = Field(None, validation_alias=AliasChoices("steps", "num_inference_steps"))
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    preview_every: PositiveInt | None = None  # denoising steps between two previews of an image
 
 
-class TextOptions(Strict):
-    max_tokens: Positive | None = None
+class TextOptions(StrictModel):
+    max_tokens: PositiveInt | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Annotated[list[str], *few(4)] | None = None
+    stop: str | Annotated[list[str], *limited_list(4)] | None = None
     stream_options: "StreamOptions | None" = None
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: Text
 
 
-class ImageURL(Strict):
+class ImageURL(StrictModel):
     url: str
     detail: Any = None
 
 
-class ImagePart(Strict):
+class ImagePart(StrictModel):
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-class OutputPart(Strict):
+class OutputPart(StrictModel):
     type: Literal["image"]
     image: Annotated[int, Field(ge=0)]
 
 
-class Message(Strict):
-    """What was said. An assistant's message may be given back as it came: `parts` keep the order of its text and images."""
+class Message(StrictModel):
+    """A chat message. An assistant's message can be sent back unchanged: `parts` is the order of its text and images."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Annotated[TextPart | ImagePart, BY_TYPE]], *few(ELEMENTS)] | None = None
-    images: Annotated[list[ImagePart], *few(ELEMENTS)] | None = None
-    parts: Annotated[list[Annotated[TextPart | OutputPart, BY_TYPE]], *few(ELEMENTS)] | None = None
+    content: Text | Annotated[list[Annotated[TextPart | ImagePart, BY_TYPE]], *limited_list(MAX_ELEMENTS)] | None = None
+    images: Annotated[list[ImagePart], *limited_list(MAX_ELEMENTS)] | None = None
+    parts: Annotated[list[Annotated[TextPart | OutputPart, BY_TYPE]], *limited_list(MAX_ELEMENTS)] | None = None
     name: Any = None
     refusal: Any = None
     annotations: Any = None
@@ -141,14 +131,14 @@ class Message(Strict):
     tool_calls: None = None
 
     @model_validator(mode="after")
-    def _parts_show_what_is_there(self):
+    def _check_parts(self):
         for part in self.parts or ():
             if isinstance(part, OutputPart) and part.image >= len(self.images or ()):
-                raise ValueError(f"parts show image {part.image}, and images hold {len(self.images or ())}")
+                raise ValueError(f"parts has image {part.image}, but images has only {len(self.images or ())}")
         return self
 
     @property
-    def said(self) -> list[TextPart | ImagePart]:
+    def content_parts(self) -> list[TextPart | ImagePart]:
         """Text and images in order."""
         if self.parts is not None:
             return [self.images[part.image] if isinstance(part, OutputPart) else part for part in self.parts]
@@ -167,9 +157,9 @@ class ChatRequest(RequestBase, TextOptions, ImageOptions):
         "verbosity": ("medium",), "web_search_options": (),
     }  # fmt: skip
 
-    messages: Annotated[list[Message], *few(ELEMENTS, least=1)]
-    modalities: Annotated[list[Literal["text", "image"]], *few(ELEMENTS, least=1)] | None = None
-    max_completion_tokens: Positive | None = None
+    messages: Annotated[list[Message], *limited_list(MAX_ELEMENTS, 1)]
+    modalities: Annotated[list[Literal["text", "image"]], *limited_list(MAX_ELEMENTS, 1)] | None = None
+    max_completion_tokens: PositiveInt | None = None
 
 
 class CompletionRequest(RequestBase, TextOptions):
@@ -178,7 +168,7 @@ class CompletionRequest(RequestBase, TextOptions):
         "echo": (False,), "suffix": ("",),
     }  # fmt: skip
 
-    prompt: Text | Annotated[list[Text], *few(ELEMENTS, least=1)]
+    prompt: Text | Annotated[list[Text], *limited_list(MAX_ELEMENTS, 1)]
 
 
 class ImageRequest(RequestBase, ImageOptions):
@@ -189,5 +179,5 @@ class ImageRequest(RequestBase, ImageOptions):
     }  # fmt: skip
 
     prompt: Text
-    size: str | None = None  # "auto": the run's first
+    size: str | None = None  # "auto" or not set: the run's first
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None

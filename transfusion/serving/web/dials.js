@@ -51,7 +51,7 @@ export function fit(model) {
   steps.value = usual;
   codes = model.image_steps;
   at("steps-dial").hidden = Boolean(codes);
-  count.max = model.most_answers;
+  count.max = model.max_n;
   at("size").replaceChildren(...model.sizes.map((size) => make("option", { value: size }, size)));
   at("size-dial").hidden = model.sizes.length < 2;
   showValues();
