@@ -1,16 +1,17 @@
-// Describing: a picture goes in, by drop, paste or choice, and the model's words come out.
-import { at, make, readPicture } from "./parts.js";
-import { answerTo } from "./server.js";
-import { workOf } from "./work.js";
+// The Describe tab: an image goes in (dropped, pasted or chosen), and the model's text comes out.
+import { at, make, readImage } from "./dom.js";
+import { streamChat } from "./server.js";
+import { showTab } from "./tabs.js";
+import { taskOf } from "./task.js";
 
-const begin = workOf(at("describe-form"), work);
+const start = taskOf(at("describe-form"), run);
 const drop = at("drop");
 
 at("file").addEventListener("change", ({ target }) => {
-  if (target.files.length) begin(target.files[0]);
-  target.value = ""; // the same file may be chosen again
+  if (target.files.length) start(target.files[0]);
+  target.value = ""; // the same file can be chosen again
 });
-// Anywhere on the page: beside the marked place, a browser would leave the page and show the file.
+// On the whole page: otherwise the browser leaves the page and shows the file.
 document.addEventListener("dragover", (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
@@ -31,21 +32,21 @@ document.addEventListener("paste", (event) => {
   if (file && !event.defaultPrevented) describe(file);
 });
 
-/** Describe a file, or a drawn picture by its data: URL. */
-export function describe(picture) {
-  at("describe").scrollIntoView();
-  begin(picture);
+/** Open the tab and describe this image: a file, or a drawn image's data: URL. */
+export function describe(image) {
+  showTab("describe");
+  start(image);
 }
 
-async function work(say, signal, given) {
-  say("Reading the picture.");
-  const url = typeof given === "string" ? given : await readPicture(given);
+async function run(report, signal, source) {
+  report("Reading the image.");
+  const url = typeof source === "string" ? source : await readImage(source);
   signal.throwIfAborted();
-  const picture = make("img", { src: url, alt: given.name ?? "a drawn picture", className: given.name ? "photo" : "drawn" });
-  const words = make("q");
-  at("described").replaceChildren(picture, words);
-  const content = [{ type: "image_url", image_url: { url } }];
-  const asked = { messages: [{ role: "user", content }], modalities: ["text"], temperature: 0 }; // the likeliest words
-  for await (const { content: more } of answerTo(asked, signal)) words.append(more ?? "");
-  say(words.textContent ? `The model says: ${words.textContent}` : "The model said nothing.");
+  const image = make("img", { src: url, alt: source.name ?? "a drawn image", className: source.name ? "photo" : "drawn" });
+  const text = make("q");
+  at("described").replaceChildren(image, text);
+  const messages = [{ role: "user", content: [{ type: "image_url", image_url: { url } }] }];
+  const body = { messages, modalities: ["text"], temperature: 0 }; // the most likely text
+  for await (const { content } of streamChat(body, signal)) text.append(content ?? "");
+  report(text.textContent ? `The model's text: ${text.textContent}` : "The model returned no text.");
 }

@@ -1,97 +1,95 @@
-// Drawing: the prompt goes out, and the picture is watched as it comes out of the noise.
-import * as dials from "./dials.js";
+// The Draw tab: sends the prompt and shows the image at each step, from noise to the result.
 import { describe } from "./describe.js";
-import { keep } from "./gallery.js";
-import { at, drawn, make, pngUrl } from "./parts.js";
+import { at, drawnImage, make, pngUrl } from "./dom.js";
+import { addToGallery } from "./gallery.js";
 import { stream } from "./server.js";
-import { workOf } from "./work.js";
+import { countSteps, describeSettings, readSettings, showSeed, writeSettings } from "./settings.js";
+import { taskOf } from "./task.js";
 
-const FRAMES = 8; // columns of the film strip
-const SHOWN = 25; // how often a picture is seen on its way
+const COLUMNS = 8; // of the film strip
+const MAX_PREVIEWS = 25; // of each image
 
 const form = at("draw-form");
-const begin = workOf(form, draw);
+const start = taskOf(form, run);
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  begin(at("prompt").value.trim(), dials.settings());
+  const settings = readSettings();
+  showSeed(settings.seed);
+  start(at("prompt").value.trim(), settings);
 });
 
-/** Put a drawn picture on the shelf: it can be described, and whatever else is handed in. */
-export function keepDrawn(picture, actions = {}) {
-  keep(picture, { ...actions, Describe: () => describe(picture.src) });
-}
-
-/** Draw this with these settings, as if they had been set by hand. */
+/** Draw again with this prompt and these settings. */
 function drawAgain(prompt, settings) {
   at("prompt").value = prompt;
-  dials.set(settings);
-  form.scrollIntoView();
-  begin(prompt, settings);
+  writeSettings(settings);
+  form.scrollIntoView({ block: "nearest" });
+  start(prompt, settings);
 }
 
-async function draw(say, signal, prompt, settings) {
-  const name = prompt || "whatever comes to its mind";
-  const [progress, places] = [at("progress"), framesFor(name, settings)];
-  const steps = dials.stepsOf(settings);
-  const film = new Film(name, steps, settings.n);
-  say(`Waiting for its turn to draw ${name}.`);
-  let finished = 0;
+async function run(report, signal, prompt, settings) {
+  const name = prompt || "an image without a prompt";
+  const [progress, frames] = [at("progress"), makeFrames(name, settings)];
+  const steps = countSteps(settings);
+  const film = new FilmStrip(name, steps, settings.n);
+  report(`Waiting to draw ${name}.`);
+  let numFinished = 0;
   try {
-    const asked = { prompt, ...settings, preview_every: Math.ceil(steps / SHOWN) };
-    for await (const event of stream("v1/images/generations", asked, signal)) {
-      const picture = places[event.index];
+    const body = { prompt, ...settings, preview_every: Math.ceil(steps / MAX_PREVIEWS) };
+    for await (const event of stream("v1/images/generations", body, signal)) {
+      const frame = frames[event.index];
       if (event.type.endsWith(".partial_image")) {
-        say(`Drawing ${name}.`);
+        report(`Drawing ${name}.`);
         progress.hidden = false;
         progress.value = event.step / steps;
-        picture.src = pngUrl(event.noisy_b64_json);
+        frame.src = pngUrl(event.noisy_b64_json);
         if (event.index === 0) film.add(event);
       } else {
-        picture.src = pngUrl(event.b64_json);
-        picture.alt = name;
-        keepDrawn({ name, src: picture.src, how: dials.inWords(settings) }, { Again: () => drawAgain(prompt, settings) });
-        finished += 1;
+        const src = (frame.src = pngUrl(event.b64_json));
+        frame.alt = name;
+        const actions = { Again: () => drawAgain(prompt, settings), Describe: () => describe(src) };
+        addToGallery({ name, src, details: describeSettings(settings) }, actions);
+        numFinished += 1;
       }
     }
   } finally {
     progress.hidden = true;
-    for (const picture of places) if (!picture.hasAttribute("src")) picture.remove();
+    for (const frame of frames) if (!frame.hasAttribute("src")) frame.remove();
   }
-  if (finished < settings.n) throw new Error("the answer broke off before all was drawn");
-  say(`Drawn: ${name}, ${finished} ${finished === 1 ? "picture" : "pictures"}, seed ${settings.seed}.`);
+  if (numFinished < settings.n) throw new Error("the answer ended before all images were drawn");
+  report(`Drawn: ${name}, ${numFinished} ${numFinished === 1 ? "image" : "images"}, seed ${settings.seed}.`);
 }
 
-/** Places for the pictures that come, on the emptied stage. */
-function framesFor(name, { n, size }) {
+/** Empty frames for the new images; older images are removed. */
+function makeFrames(name, { n, size }) {
   const [width, height] = size === "auto" ? [1, 1] : size.split("x");
-  const places = Array.from({ length: n }, () => make("img", { className: "drawn", alt: `${name}, on its way` }));
-  for (const place of places) place.style.aspectRatio = `${width} / ${height}`;
-  at("pictures").className = n === 1 ? "" : n <= 4 ? "few" : "many";
-  at("pictures").replaceChildren(...places);
-  return places;
+  const frames = Array.from({ length: n }, () => make("img", { className: "drawn", alt: `${name}, in progress` }));
+  for (const frame of frames) frame.style.aspectRatio = `${width} / ${height}`;
+  at("frames").className = n === 1 ? "" : n <= 4 ? "few" : "many";
+  at("frames").replaceChildren(...frames);
+  return frames;
 }
 
-/** The strip below: what the model saw at a few of its steps, and what it took the picture to be. */
-class Film {
+/** The film strip: the noisy image (x_t) and the model's prediction (x0) at a few steps. */
+class FilmStrip {
   constructor(name, steps, n) {
-    [this.steps, this.name, this.frame] = [steps, name, -1];
-    this.rows = ["step", "it sees", "it expects"].map((word) => [make("b", {}, word)]);
-    at("film-title").textContent = n === 1 ? "How it came" : "How the first one came";
+    [this.steps, this.name, this.column] = [steps, name, -1];
+    this.rows = ["step", "noisy", "predicted"].map((label) => [make("b", {}, label)]);
+    at("film-title").textContent = n === 1 ? "Denoising steps" : "Denoising steps of the first image";
     at("film").hidden = true;
   }
 
-  /** Shows this step when it is the next of a few that lie evenly from the first to the last. */
+  /** Add this step, if it belongs to the next of the evenly spaced columns. */
   add({ step, noisy_b64_json, b64_json }) {
     this.first ??= step;
-    const frame = Math.floor(((step - this.first) * (FRAMES - 1)) / Math.max(1, this.steps - this.first));
-    if (frame === this.frame) return;
-    this.frame = frame;
-    const [numbers, seen, expected] = this.rows;
+    const column = Math.floor(((step - this.first) * (COLUMNS - 1)) / Math.max(1, this.steps - this.first));
+    if (column === this.column) return;
+    this.column = column;
+    const [numbers, noisy, predicted] = this.rows;
     numbers.push(make("small", {}, String(step)));
-    seen.push(drawn(noisy_b64_json, `${this.name}, as noisy as it is at step ${step}`));
-    expected.push(drawn(b64_json, `${this.name}, as expected at step ${step}`));
-    const empty = () => Array.from({ length: FRAMES + 1 - numbers.length }, () => make("span"));
-    at("film-strip").replaceChildren(...this.rows.flatMap((row) => [...row, ...empty()]));
+    noisy.push(drawnImage(noisy_b64_json, `${this.name}, noisy image at step ${step}`));
+    predicted.push(drawnImage(b64_json, `${this.name}, predicted image at step ${step}`));
+    const makeEmpty = () => Array.from({ length: COLUMNS + 1 - numbers.length }, () => make("span"));
+    at("film-strip").replaceChildren(...this.rows.flatMap((row) => [...row, ...makeEmpty()]));
     at("film").hidden = false;
   }
 }

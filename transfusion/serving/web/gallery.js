@@ -1,19 +1,25 @@
-// What was drawn since the page was opened, the newest first, with what can be done with it.
-import { at, make } from "./parts.js";
+// The images drawn in the Draw tab since the page was opened, newest first; and the buttons of a drawn image.
+import { at, make } from "./dom.js";
 
-/** Put a picture on the shelf. `how`: what is said below its name; `actions`: what each of its buttons does, by its word. */
-export function keep({ name, src, how }, actions) {
-  const buttons = Object.entries(actions).map(([word, act]) => {
-    const button = make("button", { type: "button", ariaLabel: `${word}: ${name}, ${how}` }, word);
+/** Add an image. `details`: the text below its name; `actions`: a function for each button, by the button's label. */
+export function addToGallery(image, actions) {
+  const { name, src, details } = image;
+  const picture = make("img", { src, alt: name, className: "drawn" });
+  at("images").prepend(make("li", {}, picture, make("strong", {}, name), make("small", {}, details), makeActions(image, actions)));
+  at("gallery").hidden = false;
+}
+
+/** A button for each action, and a link that saves the image. */
+export function makeActions({ name, src, details }, actions) {
+  const buttons = Object.entries(actions).map(([label, act]) => {
+    const button = make("button", { type: "button", ariaLabel: `${label}: ${name}, ${details}` }, label);
     button.addEventListener("click", act);
     return button;
   });
-  const save = make("a", { href: src, download: `${fileName(name)}.png`, ariaLabel: `Save: ${name}, ${how}` }, "Save");
-  const picture = make("img", { src, alt: name, className: "drawn" });
-  at("shelf").prepend(make("li", {}, picture, make("strong", {}, name), make("small", {}, how), make("span", {}, ...buttons, save)));
-  at("gallery-empty").hidden = true;
+  const save = make("a", { href: src, download: `${fileName(name)}.png`, ariaLabel: `Save: ${name}, ${details}` }, "Save");
+  return make("span", { className: "actions" }, ...buttons, save);
 }
 
 function fileName(name) {
-  return name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "picture";
+  return name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "image";
 }

@@ -1,20 +1,20 @@
-// The dialog that asks for the server's key, when the server has asked for it.
-import { at } from "./parts.js";
+// The dialog that asks for the API key, when the server requires one.
+import { at } from "./dom.js";
 
-const dialog = at("door");
+const dialog = at("key-dialog");
 const field = at("key");
-let asked = null; // the one answer that all wait for
+let pending = null; // one promise for all requests that wait
 
-/** The key that is typed in. `sentence`: why the server wants it. Throws that sentence when the dialog is dismissed. */
-export function askForKey(sentence) {
-  asked ??= new Promise((resolve, reject) => {
-    at("door-reason").textContent = sentence;
+/** The key that the user enters. `reason`: the server's sentence. Rejects with it when the dialog is closed. */
+export function askForKey(reason) {
+  pending ??= new Promise((resolve, reject) => {
+    at("key-reason").textContent = reason;
     field.value = dialog.returnValue = "";
     dialog.addEventListener("close", () => {
-      asked = null;
-      dialog.returnValue === "enter" ? resolve(field.value) : reject(new Error(sentence));
+      pending = null;
+      dialog.returnValue === "enter" ? resolve(field.value) : reject(new Error(reason));
     }, { once: true });
     dialog.showModal();
   });
-  return asked;
+  return pending;
 }

@@ -1,16 +1,17 @@
-// Where the page begins: asks which model is served, and lets every section be used.
-import { tellOf } from "./about.js";
+// Entry point: reads which model is served, and loads all parts of the page.
+import { showModel } from "./about.js";
 import "./describe.js";
-import { fit } from "./dials.js";
+import { at } from "./dom.js";
 import "./draw.js";
-import { at } from "./parts.js";
 import { get } from "./server.js";
+import { applyModel } from "./settings.js";
+import "./tabs.js";
 import "./talk.js";
 
 try {
   const { data } = await get("v1/models");
-  tellOf(data[0]);
-  fit(data[0]);
-} catch (problem) {
-  at("trouble").textContent = problem.message;
+  showModel(data[0]);
+  applyModel(data[0]);
+} catch (error) {
+  at("page-error").textContent = error.message;
 }

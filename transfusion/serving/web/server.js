@@ -1,81 +1,81 @@
-// Asks the server: plain answers, streams of events, and its errors in its own sentence.
+// Requests to the server: JSON answers, streams of events, and the server's error messages.
 import { askForKey } from "./key.js";
 
-const KEPT = "transfusion-key"; // in sessionStorage: for this tab, until it is closed
+const KEY = "transfusion-key"; // in sessionStorage: for this tab, until it is closed
 
 /** JSON from a path. Throws an Error with one sentence. */
 export async function get(path) {
-  return (await ask(path, {})).json();
+  return (await request(path, {})).json();
 }
 
-/** The events of a streamed answer, one object each. Ending the signal, or leaving the loop, frees what the server works with. */
+/** The events of a streamed answer. Aborting the signal, or leaving the loop, cancels the request on the server. */
 export async function* stream(path, body, signal) {
-  const answer = await ask(path, {
+  const response = await request(path, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true }),
     signal,
   });
-  const lines = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
-      const { done, value } = await lines.read();
+      const { done, value } = await reader.read();
       if (done) return;
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) {
         const data = event.split("\n").find((line) => line.startsWith("data: "))?.slice("data: ".length);
         if (data === "[DONE]") return;
-        const said = JSON.parse(data);
-        if (said.error) throw new Error(said.error.message);
-        yield said;
+        const content = JSON.parse(data);
+        if (content.error) throw new Error(content.error.message);
+        yield content;
       }
     }
   } catch (error) {
-    throw error instanceof TypeError ? new Error("the answer broke off: the server went away") : error;
+    throw error instanceof TypeError ? new Error("the connection to the server was lost") : error;
   } finally {
-    lines.cancel().catch(() => {}); // a stream that has failed cannot be cancelled any more
+    reader.cancel().catch(() => {}); // cancel() of a failed stream is an error
   }
 }
 
-/** What a model says to these messages, piece by piece: { content }, { preview } or { images }. */
-export async function* answerTo(body, signal) {
-  let ended = false;
+/** The deltas of a chat answer: { content }, { preview } or { images }. */
+export async function* streamChat(body, signal) {
+  let isFinished = false;
   for await (const { choices: [{ delta, finish_reason }] } of stream("v1/chat/completions", body, signal)) {
-    ended ||= Boolean(finish_reason);
+    isFinished ||= Boolean(finish_reason);
     yield delta;
   }
-  if (!ended) throw new Error("the answer broke off before its end");
+  if (!isFinished) throw new Error("the answer ended before it was complete");
 }
 
-async function ask(path, options) {
+async function request(path, options) {
   for (;;) {
-    const answer = await send(path, options);
-    if (answer.ok) return answer;
-    const sentence = await sentenceOf(answer);
-    if (answer.status !== 401) throw new Error(sentence);
-    sessionStorage.removeItem(KEPT);
-    sessionStorage.setItem(KEPT, await askForKey(sentence));
+    const response = await send(path, options);
+    if (response.ok) return response;
+    const message = await readError(response);
+    if (response.status !== 401) throw new Error(message);
+    sessionStorage.removeItem(KEY);
+    sessionStorage.setItem(KEY, await askForKey(message));
   }
 }
 
 async function send(path, options) {
-  const key = sessionStorage.getItem(KEPT);
-  // As the password of Basic, which takes letters of every kind.
+  const key = sessionStorage.getItem(KEY);
+  // As the password of Basic, which may have any characters.
   const headers = key === null ? options.headers : { ...options.headers, Authorization: `Basic ${base64(`:${key}`)}` };
   try {
-    return await fetch(path, { ...options, headers, credentials: "omit" }); // or the browser would ask for the key itself
+    return await fetch(path, { ...options, headers, credentials: "omit" }); // otherwise the browser asks for the key itself
   } catch (error) {
     throw error.name === "AbortError" ? error : new Error("the server cannot be reached");
   }
 }
 
-async function sentenceOf(answer) {
+async function readError(response) {
   try {
-    return (await answer.json()).error.message;
+    return (await response.json()).error.message;
   } catch {
-    return `the server answered with status ${answer.status}`;
+    return `the server answered with status ${response.status}`;
   }
 }
 

@@ -1,18 +1,19 @@
-// Talking: what was said so far goes out, and text and pictures come back in their order.
-import { inWords, settings, stepsOf } from "./dials.js";
-import { keepDrawn } from "./draw.js";
-import { at, make, readPicture } from "./parts.js";
-import { answerTo } from "./server.js";
-import { workOf } from "./work.js";
+// The Talk tab: sends the conversation so far; text and images come back in their order.
+import { describe } from "./describe.js";
+import { at, make, readImage } from "./dom.js";
+import { makeActions } from "./gallery.js";
+import { streamChat } from "./server.js";
+import { countSteps, describeSettings, readSettings } from "./settings.js";
+import { taskOf } from "./task.js";
 
-const PREVIEWS = 12; // of each picture on its way
+const MAX_PREVIEWS = 12; // of each image
 
 const form = at("talk-form");
 const field = at("message");
 const log = at("log");
-const begin = workOf(form, answer);
-let talk = { messages: [] }; // as the API has them
-let attached = null; // a data: URL
+const start = taskOf(form, run);
+let conversation = { messages: [] }; // in the API's format
+let attachment = null; // a data: URL
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -25,7 +26,7 @@ field.addEventListener("keydown", (event) => {
 });
 at("attachment").addEventListener("change", ({ target }) => {
   if (target.files.length) attachFile(target.files[0]);
-  target.value = ""; // the same file may be chosen again
+  target.value = ""; // the same file can be chosen again
 });
 field.addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
@@ -33,9 +34,9 @@ field.addEventListener("paste", (event) => {
   event.preventDefault();
   attachFile(file);
 });
-at("over").addEventListener("click", () => {
+at("start-over").addEventListener("click", () => {
   form.querySelector(".stop").click();
-  talk = { messages: [] };
+  conversation = { messages: [] };
   log.replaceChildren();
   for (const name of [".status", ".error"]) form.querySelector(name).textContent = "";
   attach(null);
@@ -46,82 +47,82 @@ async function attachFile(file) {
   const error = form.querySelector(".error");
   error.textContent = "";
   try {
-    attach(await readPicture(file));
+    attach(await readImage(file));
   } catch (problem) {
     error.textContent = problem.message;
   }
 }
 
 function attach(url) {
-  attached = url;
-  at("attached").replaceChildren(...(url ? [make("img", { src: url, alt: "the picture that goes with it", className: "photo" })] : []));
+  attachment = url;
+  at("attached").replaceChildren(...(url ? [make("img", { src: url, alt: "the attached image", className: "photo" })] : []));
 }
 
 function send() {
   const text = field.value.trim();
-  if (!text && !attached) return;
-  begin(text, attached);
+  if (!text && !attachment) return;
+  start(text, attachment);
   field.value = "";
   attach(null);
 }
 
-async function answer(say, signal, text, picture) {
-  const mine = talk;
+async function run(report, signal, text, imageUrl) {
+  const current = conversation;
   const content = [];
   if (text) content.push({ type: "text", text });
-  if (picture) content.push({ type: "image_url", image_url: { url: picture } });
-  const own = turn("You");
-  if (text) own.append(make("q", {}, text));
-  if (picture) own.append(make("img", { src: picture, alt: "your picture", className: "photo" }));
-  const chosen = settings();
-  const { guidance_scale, steps, seed } = chosen;
-  const asked = {
-    messages: [...mine.messages, { role: "user", content }],
-    modalities: at("may-draw").checked ? ["text", "image"] : ["text"],
-    guidance_scale, steps, seed, preview_every: Math.ceil(stepsOf(chosen) / PREVIEWS),
+  if (imageUrl) content.push({ type: "image_url", image_url: { url: imageUrl } });
+  const question = addTurn("You");
+  if (text) question.append(make("q", {}, text));
+  if (imageUrl) question.append(make("img", { src: imageUrl, alt: "your image", className: "photo" }));
+  const settings = readSettings();
+  const { guidance_scale, steps, seed } = settings;
+  const body = {
+    messages: [...current.messages, { role: "user", content }],
+    modalities: at("allow-images").checked ? ["text", "image"] : ["text"],
+    guidance_scale, steps, seed, preview_every: Math.ceil(countSteps(settings) / MAX_PREVIEWS),
   };
-  const back = new Answer(text, inWords(asked));
-  say("The model answers.");
-  log.ariaBusy = "true"; // read out when it is whole, not word by word
+  const answer = new Answer(text, describeSettings(body));
+  report("The model is answering.");
+  log.ariaBusy = "true"; // screen readers announce the whole answer, not each word
   try {
-    for await (const delta of answerTo(asked, signal)) {
-      back.add(delta);
+    for await (const delta of streamChat(body, signal)) {
+      answer.add(delta);
       log.scrollTop = log.scrollHeight;
     }
-    if (!back.parts.length) back.place.append(make("i", {}, "nothing"));
+    if (!answer.parts.length) answer.element.append(make("i", {}, "(empty answer)"));
   } catch (problem) {
-    if (!back.parts.length) {
-      for (const place of [own, back.place]) place.parentElement.remove();
-      if (mine === talk && !field.value && !attached) { // to be changed and sent again
+    if (!answer.parts.length) {
+      for (const element of [question, answer.element]) element.parentElement.remove();
+      if (current === conversation && !field.value && !attachment) { // the message can be changed and sent again
         field.value = text;
-        attach(picture);
+        attach(imageUrl);
       }
     }
-    back.onItsWay?.remove();
+    answer.preview?.remove();
     throw problem;
   } finally {
     log.ariaBusy = "false";
-    if (back.parts.length) mine.messages = [...asked.messages, back.message];
+    if (answer.parts.length) current.messages = [...body.messages, answer.message];
   }
-  say("");
+  report("");
 }
 
-/** The place for what one side says. */
-function turn(who) {
-  const place = make("p");
-  log.append(make("div", { className: who === "You" ? "turn own" : "turn" }, make("b", {}, who), place));
+/** An empty element for the content of a new turn. */
+function addTurn(speaker) {
+  const element = make("p");
+  log.append(make("div", { className: speaker === "You" ? "turn own" : "turn" }, make("b", {}, speaker), element));
   log.scrollTop = log.scrollHeight;
-  return place;
+  return element;
 }
 
-/** What the model says, as it is shown and as it can be given back. */
+/** The model's answer, on the page and in the API's format. */
 class Answer {
   parts = [];
   images = [];
-  onItsWay = null; // the picture that is being drawn
+  preview = null; // the image in progress
 
-  constructor(name, how) {
-    [this.name, this.how, this.place] = [name || "a picture", how, turn("The model")];
+  constructor(prompt, details) {
+    [this.prompt, this.details, this.element] = [prompt, details, addTurn("Model")];
   }
 
   get message() {
@@ -129,38 +130,42 @@ class Answer {
   }
 
   add({ content, preview, images = [] }) {
-    if (content) this.write(content);
-    if (preview) this.show(preview.image_url.url);
-    for (const image of images) this.draw(image);
+    if (content) this.addText(content);
+    if (preview) this.showPreview(preview.image_url.url);
+    for (const image of images) this.addImage(image);
   }
 
-  write(text) {
+  addText(text) {
     if (this.parts.at(-1)?.type !== "text") {
       this.parts.push({ type: "text", text: "" });
-      this.place.append(make("q"));
+      this.element.append(make("q"));
     }
     this.parts.at(-1).text += text;
-    this.place.lastChild.append(text);
+    this.element.lastChild.append(text);
   }
 
-  show(src) {
-    if (this.onItsWay === null) this.place.append((this.onItsWay = make("img", { className: "drawn" })));
-    Object.assign(this.onItsWay, { src, alt: `${this.latest}, on its way` });
+  showPreview(src) {
+    if (this.preview === null) {
+      this.preview = make("span", { className: "answer-image" }, make("img", { className: "drawn" }));
+      this.element.append(this.preview);
+    }
+    Object.assign(this.preview.firstChild, { src, alt: `${this.imageName}, in progress` });
   }
 
-  draw(image) {
+  addImage(image) {
     const { url } = image.image_url;
-    this.show(url);
-    this.onItsWay.alt = this.latest;
-    this.onItsWay = null;
-    keepDrawn({ name: this.latest, src: url, how: this.how });
+    this.showPreview(url);
+    this.preview.firstChild.alt = this.imageName;
+    const actions = makeActions({ name: this.imageName, src: url, details: this.details }, { Describe: () => describe(url) });
+    this.preview.append(make("small", {}, this.details), actions);
+    this.preview = null;
     this.parts.push({ type: "image", image: this.images.length });
     this.images.push(image);
   }
 
-  /** The words that a picture stands behind: they name it. */
-  get latest() {
+  /** The text before the image, or the prompt. */
+  get imageName() {
     const texts = this.parts.filter(({ type, text }) => type === "text" && text.trim());
-    return texts.at(-1)?.text.trim() ?? this.name;
+    return texts.at(-1)?.text.trim() ?? (this.prompt || "an image");
   }
 }
