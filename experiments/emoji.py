@@ -1,7 +1,7 @@
-"""Pictures that nobody made for a test: colour emoji at 64x64, through an autoencoder of their own, drawn and captioned.
+"""Train on real images: colour emoji at 64x64, with an autoencoder trained on them, drawn and captioned.
 
-There are 1,391 of them, so this shows the whole path on real pictures, and what is remembered rather than understood:
-emoji.html has some that were trained on and some that were held out.
+There are only 1,391 emoji. The experiment shows the complete workflow on real images, and memorisation rather than
+generalisation: emoji.html shows training emoji and held-out emoji.
 
     python -m experiments.emoji --out runs/emoji           # two cores
     python -m experiments.emoji --large --out runs/emoji   # one GPU
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments.lab import transfusion
+from experiments.lab import run_command
 from transfusion.data.loader import Source
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
@@ -22,7 +22,7 @@ from transfusion.page import Page
 
 PIXELS = 64
 SIZE = f"{PIXELS}x{PIXELS}"
-SHOWN = 48  # emoji of each kind
+NUM_SHOWN = 48  # emoji of each split
 SMALL = "--training.steps", "3000"
 LARGE = (
     "--model.width", "512", "--model.layers", "12", "--model.heads", "8", "--model.intermediate-size", "1408",
@@ -31,7 +31,7 @@ LARGE = (
     "--training.checkpoint-every", "1000", "--training.preview-every", "0",
 )  # fmt: skip
 LARGE_CODEC = (
-    "--network.width", "64", "--network.blocks", "2", "--training.batch_size", "32", "--training.steps", "2000",
+    "--network.width", "64", "--network.blocks", "2", "--training.batch-size", "32", "--training.steps", "2000",
     "--training.learning-rate", "1e-3", "--training.validate-every", "500", "--training.checkpoint-every", "1000",
 )  # fmt: skip
 
@@ -39,46 +39,47 @@ LARGE_CODEC = (
 @dataclass
 class Options:
     out: Path = Path("runs/emoji")
-    """The folder of autoencoder, data, run and page; the same command goes on where it stopped."""
+    """Folder of the autoencoder, the data, the run and the page. The same command resumes an interrupted experiment."""
     large: bool = False
-    """For a GPU: 40 million parameters instead of 2, on eight times as many positions a step."""
+    """For a GPU: 40 million parameters instead of 2, and eight times as many positions per step."""
     train: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """More options of `transfusion train`: --train=--training.steps=20"""
+    """Further options of `transfusion train`: --train=--training.steps=20"""
     codec: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """More options of `transfusion data fit-codec`."""
+    """Further options of `transfusion data fit-codec`."""
     device: str = "auto"
+    """Device for all commands: auto, cpu, cuda or mps."""
 
 
-def main(asked: Options) -> None:
-    codec, data, run = asked.out / "codec", asked.out / "data", asked.out / "run"
+def main(options: Options) -> None:
+    codec, data, run = options.out / "codec", options.out / "data", options.out / "run"
     if not (codec / "reconstructions.html").exists():
-        transfusion("data", "fit-codec", "small", "emoji", "--size", SIZE, *(LARGE_CODEC if asked.large else ()),
-                    *asked.codec, "--device", asked.device, "--out", codec)  # fmt: skip
-    transfusion("data", "prepare", "emoji", "--sizes", SIZE, "--codec", codec, "--out", data)
-    transfusion("train", "small", "--data", data, *(LARGE if asked.large else SMALL), *asked.train,
-                "--device", asked.device, "--out", run)  # fmt: skip
+        run_command("data", "fit-codec", "small", "emoji", "--size", SIZE, *(LARGE_CODEC if options.large else ()),
+                    *options.codec, "--device", options.device, "--out", codec)  # fmt: skip
+    run_command("data", "prepare", "emoji", "--sizes", SIZE, "--codec", codec, "--out", data)
+    run_command("train", "small", "--data", data, *(LARGE if options.large else SMALL), *options.train,
+                "--device", options.device, "--out", run)  # fmt: skip
     page = Page("Emoji at 64x64")
     page.say(
-        "Each picture is a pair: left the emoji, right what the model draws from its name. Below stands its name, and "
-        "what the model calls it when it is shown, where that is something else. None are picked."
+        "Each pair shows an emoji on the left, and on the right the image that the model draws from its name. The text "
+        "below is the name, followed by the model's caption of the emoji if it is different. The emoji are not selected."
     )
-    engine = open_run(run, device=asked.device)
-    for split, heading in (("train", "Trained on"), ("heldout", "Held out")):
+    engine = open_run(run, device=options.device)
+    for split, heading in (("train", "Training set"), ("heldout", "Held out")):
         (source,) = open_raw(engine.run.data, split)
         page.heading(heading)
-        page.pictures(look(engine, source), width=2 * PIXELS)
-    print(f"wrote {page.write(asked.out / 'emoji.html')}")
+        page.pictures(draw_pairs(engine, source), width=2 * PIXELS)
+    print(f"wrote {page.write(options.out / 'emoji.html')}")
 
 
-def look(engine: Engine, source: Source) -> list[tuple[str, np.ndarray, bool]]:
-    """The first emoji of a source, each beside what is drawn from its name: caption, pixels, is it named rightly?"""
-    pairs = [source[n].pair for n in range(min(SHOWN, len(source)))]
-    said = [answer["said"] for answer in caption_heldout(engine, source, len(pairs))["answers"]]
+def draw_pairs(engine: Engine, source: Source) -> list[tuple[str, np.ndarray, bool]]:
+    """The first emoji of a source, each next to the image drawn from its name: (text, pixels, is the caption correct?)."""
+    pairs = [source[n].pair for n in range(min(NUM_SHOWN, len(source)))]
+    captions = [answer["said"] for answer in caption_heldout(engine, source, len(pairs))["answers"]]
     drawn = engine.generate([Request((name,), num_images=1, seed=n) for n, (name, _) in enumerate(pairs)])
     return [
-        (name if called == name else f"{name}\nsaid: {called}",
-         np.concatenate([pixels, answer.parts[-1]], 1), called == name)
-        for (name, pixels), called, (answer,) in zip(pairs, said, drawn, strict=True)
+        (name if caption == name else f"{name}\ncaption: {caption}",
+         np.concatenate([pixels, answer.parts[-1]], 1), caption == name)
+        for (name, pixels), caption, (answer,) in zip(pairs, captions, drawn, strict=True)
     ]  # fmt: skip
 
 

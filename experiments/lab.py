@@ -1,8 +1,8 @@
-"""What every table is made with: variants of runs, each from several seeds, trained, measured, kept, printed and judged.
+"""Shared code of all tables: train variants of runs with several seeds, measure them, print the table and its verdicts.
 
-A cell is a run's folder, runs/WHAT/seed-N, made by commands that anyone could type, with one file more: measured.json. WHAT
-is the hash of what is typed and of how its data were made, so tables that hold the same variant share its cells. The same
-command again goes on where it stopped. `--variants` and `--seeds` share a table out among processes or machines.
+A cell is the folder of one run, runs/KEY/seed-N, made by ordinary `transfusion` commands. It holds one more file,
+measured.json. KEY is the hash of the options and of the recipe of the data, so tables with the same variant share its cells.
+The same command resumes an interrupted table. `--variants` and `--seeds` split a table among processes or machines.
 """
 
 import hashlib
@@ -25,61 +25,68 @@ from scipy import stats
 from transfusion.disk import read_json, write_json
 from transfusion.inference.engine import Engine, open_run
 
+Preset = Literal["cpu", "gpu"]
+
 
 @dataclass
 class Options:
-    """Make a table, or go on with it, and print what is there of it."""
+    """Train and measure the missing cells of a table, then print the table."""
 
     out: Path = Path("runs/lab")
-    """The folder of all tables; variants that several of them hold are trained once."""
+    """Folder shared by all tables. Variants that several tables contain are trained once."""
     variants: tuple[str, ...] = ()
-    """Only these; none: all."""
+    """Train only these variants. Default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the weights, the order of the data and all noise."""
+    """Seeds of the weights, the data order and the noise. Each seed is one run."""
     train: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Options of `transfusion train` for every cell, after those of the table: --train=--training.steps=20"""
-    scale: Literal["cpu", "gpu"] = "cpu"
-    """Networks and steps for two cores, or for one GPU."""
+    """Further options of `transfusion train` for every cell: --train=--training.steps=20"""
+    preset: Preset = "cpu"
+    """Model sizes and training steps for two CPU cores (cpu) or for one GPU (gpu)."""
     show: bool = False
-    """Train nothing: print what is there."""
+    """Print the cells that exist. Train nothing."""
     device: str = "auto"
+    """Device for training and measuring: auto, cpu, cuda or mps."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: its name, and what is typed behind `transfusion train` for it.
+    """One row of a table: its name, and its arguments to `transfusion train`.
 
-    `data`: the folder of the lab that it reads, if it reads one. `paper`: what the paper's row says, by column.
+    `data`: the folder of prepared data inside `Options.out`, if any. `paper`: the paper's figures for this row, by column.
     """
 
     name: str
     arguments: tuple[str, ...]
     data: str = ""
-    paper: Mapping[str, float] = field(default_factory=dict)
+    paper: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Column:
-    """What is measured under this name: how it is written, and which is better."""
+    """One measured quantity: its title in the table, its number format, and which direction is better."""
 
-    form: str
+    title: str
+    format: str
     better: Literal["higher", "lower"] = "higher"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two rows: the first is better than the second, or with a margin worse by no more than that."""
+    """A statement of the paper about two rows: `first` is better than `second`.
 
-    says: str
+    With a margin the claim is non-inferiority: `first` is worse by less than that share of `second`.
+    """
+
+    text: str
     column: str
     first: str
     second: str
-    margin: float = 0.0  # share of the second
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper in miniature."""
+    """A table of the paper at small scale."""
 
     name: str
     variants: Sequence[Variant]
@@ -93,174 +100,183 @@ DOCS = Path(__file__).parent.parent / "docs"
 Measure = Callable[[Engine], Mapping[str, float]]
 
 
-def options(about: str) -> Options:
-    """What was typed behind a table's name."""
-    return tyro.cli(Options, description=about)
+def parse_options(description: str) -> Options:
+    """The options on the command line of a table."""
+    return tyro.cli(Options, description=description)
 
 
-def transfusion(*arguments: str | Path) -> None:
-    """Type a command. What it says goes to the screen; when it fails, so does the table, in the command's own line."""
+def run_command(*arguments: str | Path) -> None:
+    """Run a `transfusion` command with its output on the terminal. If it fails, exit with its exit code."""
     print("$ transfusion", *arguments, flush=True)
-    done = subprocess.run([sys.executable, "-m", "transfusion", *map(str, arguments)])
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([sys.executable, "-m", "transfusion", *map(str, arguments)])
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
-def make(asked: Options, table: Table, measure: Measure, prepare: Callable[[Options], None] | None = None) -> None:
-    """Fill the cells that were asked for, unless it is only to be shown, and print the table. `prepare` makes what all of
-    them read, before the first one."""
-    if not asked.show:
-        check_names(asked, table.variants)
+def run_table(
+    options: Options, table: Table, measure: Measure, prepare: Callable[[Options], None] | None = None
+) -> None:  # fmt: skip
+    """Fill the selected cells (not with --show) and print the table. `prepare` makes the data that all cells share."""
+    if not options.show:
+        check_names(options, table.variants)
         if prepare is not None:
-            prepare(asked)
-        fill(asked, table.variants, measure)
-    show(asked, table)
+            prepare(options)
+        fill_cells(options, table.variants, measure)
+    show_table(options, table)
 
 
-def check_names(asked: Options, variants: Sequence[Variant]) -> None:
-    """End with a line when a variant was asked for that is none."""
-    unknown = set(asked.variants) - {variant.name for variant in variants}
+def check_names(options: Options, variants: Sequence[Variant]) -> None:
+    """Exit with one line if `--variants` contains an unknown name."""
+    unknown = set(options.variants) - {variant.name for variant in variants}
     if unknown:
-        sys.exit(f"there is no variant {min(unknown)!r}; there are {', '.join(repr(one.name) for one in variants)}")
+        names = ", ".join(repr(variant.name) for variant in variants)
+        sys.exit(f"--variants: unknown variant {min(unknown)!r}; use {names}")
 
 
-def fill(asked: Options, variants: Sequence[Variant], measure: Measure) -> None:
-    """Train and measure every cell that was asked for and is not there yet."""
-    check_names(asked, variants)
-    for seed in asked.seeds:
+def fill_cells(options: Options, variants: Sequence[Variant], measure: Measure) -> None:
+    """Train and measure every selected cell that is missing."""
+    check_names(options, variants)
+    for seed in options.seeds:
         for variant in variants:
-            if not asked.variants or variant.name in asked.variants:
-                _fill_cell(asked, variant, seed, measure)
+            if not options.variants or variant.name in options.variants:
+                _fill_cell(options, variant, seed, measure)
 
 
-def _fill_cell(asked: Options, variant: Variant, seed: int, measure: Measure) -> None:
-    data = ("--data", asked.out / variant.data) if variant.data else ()
-    if not (cell(asked, variant, seed) / "measured.json").exists():
-        measure_run(asked, variant, seed, train(asked, variant, seed, (*variant.arguments, *data)), measure)
+def _fill_cell(options: Options, variant: Variant, seed: int, measure: Measure) -> None:
+    data = ("--data", options.out / variant.data) if variant.data else ()
+    if not (cell_folder(options, variant, seed) / "measured.json").exists():
+        measure_run(options, variant, seed, train(options, variant, seed, (*variant.arguments, *data)), measure)
 
 
-def train(asked: Options, variant: Variant, seed: int, words: Sequence[str | Path]) -> Path:
-    """The folder of a run that these words train, in the cell of its variant."""
-    folder = cell(asked, variant, seed)
-    transfusion("train", *words, *asked.train, "--training.seed", str(seed), "--device", asked.device, "--out", folder)
+def train(options: Options, variant: Variant, seed: int, arguments: Sequence[str | Path]) -> Path:
+    """Train a run with these arguments in the cell of the variant; return its folder."""
+    folder = cell_folder(options, variant, seed)
+    seed_and_device = "--training.seed", str(seed), "--device", options.device
+    run_command("train", *arguments, *options.train, *seed_and_device, "--out", folder)
     return folder
 
 
-def measure_run(asked: Options, variant: Variant, seed: int, run: Path, measure: Measure) -> None:
-    """Measure a run for the cell of a variant, whose own it need not be."""
-    engine = open_run(run, device=asked.device)
+def measure_run(options: Options, variant: Variant, seed: int, run: Path, measure: Measure) -> None:
+    """Measure a run and write the result to the cell of the variant. The run may be in another cell."""
+    engine = open_run(run, device=options.device)
     if engine.opened.step < engine.run.training.steps:
-        sys.exit("stopped: the same command goes on from here")
-    found = {**measure(engine), **_last_losses(run), "parameters": engine.opened.parameters}
-    folder = cell(asked, variant, seed)
+        sys.exit("training stopped early; run the same command again to resume it")
+    values = {**measure(engine), **_read_final_losses(run), "parameters": engine.opened.parameters}
+    folder = cell_folder(options, variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    typed = [*variant.arguments, *asked.train]
-    write_json(folder / "measured.json", {"arguments": typed, **_where(str(engine.device)), **found})
+    arguments = [*variant.arguments, *options.train]
+    write_json(folder / "measured.json", {"arguments": arguments, **_describe_machine(str(engine.device)), **values})
 
 
-def _last_losses(folder: Path) -> dict[str, float]:
-    """Held out, at the last step, of each source or of the only one; positions read, and the time that training took."""
+def _read_final_losses(folder: Path) -> dict[str, float]:
+    """Held-out losses at the last step, trained positions, and training time in minutes.
+
+    With several sources the name of each loss starts with its source.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     heldout = [line["heldout"] for line in lines if "heldout" in line][-1]
-    alone = len(heldout) == 1
-    losses = {name if alone else f"{source}_{name}": value for source, of in heldout.items() for name, value in of.items()}
-    seen = read_json(max((folder / "checkpoints").glob("*/state.json")))["seen"]
-    return {**losses, "positions": seen, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
+    losses = {
+        name if len(heldout) == 1 else f"{source}_{name}": value
+        for source, by_name in heldout.items() for name, value in by_name.items()
+    }  # fmt: skip
+    positions = read_json(max((folder / "checkpoints").glob("*/state.json")))["seen"]
+    return {**losses, "positions": positions, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
 
 
-def _where(device: str) -> dict[str, str | int]:
-    """With what, and on what, a cell was made."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+def _describe_machine(device: str) -> dict[str, str | int]:
+    """Commit, machine and number of threads of a cell."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
     return {"commit": commit or "unknown", "machine": machine, "threads": torch.get_num_threads()}
 
 
-def show(asked: Options, table: Table) -> None:
+def show_table(options: Options, table: Table) -> None:
     """Print the table and its verdicts, and write them to NAME.md and NAME.json.
 
-    Per variant and column the mean over its seeds ± their standard deviation; below, what the paper has, where it has it.
+    Each cell shows the mean over seeds ± the standard deviation. The next row shows the paper's figures, if there are any.
     """
     rows = []
     for variant in table.variants:
-        found = measured(asked, variant)
-        cells = [_mean([one[name] for one in found if name in one], of.form) for name, of in table.columns.items()]
-        rows += [[variant.name, str(len(found)), *cells]] if found else []
-        if found and variant.paper:
+        cells = read_cells(options, variant)
+        means = [
+            _format_mean([cell[name] for cell in cells if name in cell], column.format)
+            for name, column in table.columns.items()
+        ]
+        rows += [[variant.name, str(len(cells)), *means]] if cells else []
+        if cells and variant.paper:
             rows += [["*paper*", "", *(str(variant.paper.get(name, "")) for name in table.columns)]]
-    text = markdown(["", "seeds", *table.columns], rows)
-    judged = [(claim.says, judge(asked, table, claim)) for claim in table.claims]
-    verdicts = [f"- {says}: **{verdict}**" for says, verdict in judged if verdict != NOT_RUN]
-    if waiting := len(judged) - len(verdicts):
-        verdicts.append(f"- {waiting} claim{'s wait' if waiting > 1 else ' waits'} for rows that are not run yet")
+    text = format_markdown(["", "seeds", *(column.title for column in table.columns.values())], rows)
+    judged = [(claim.text, judge_claim(options, table, claim)) for claim in table.claims]
+    verdicts = [f"- {claim}: **{verdict}**" for claim, verdict in judged if verdict != NOT_RUN]
+    if num_missing := len(judged) - len(verdicts):
+        verdicts.append(f"- {num_missing} claim{'s' * (num_missing > 1)} without a verdict: rows not run yet")
     text += "\n" + "\n".join(verdicts) + "\n" if verdicts else ""
-    asked.out.mkdir(parents=True, exist_ok=True)
-    path(asked, table, ".md").write_text(text)
-    kept = {"cells": {variant.name: measured(asked, variant) for variant in table.variants}, "verdicts": verdicts}
-    write_json(path(asked, table, ".json"), {"table": table.name, "scale": asked.scale, **kept})
+    options.out.mkdir(parents=True, exist_ok=True)
+    table_path(options, table, ".md").write_text(text)
+    contents = {"cells": {variant.name: read_cells(options, variant) for variant in table.variants}, "verdicts": verdicts}
+    write_json(table_path(options, table, ".json"), {"table": table.name, "preset": options.preset, **contents})
     print(text, end="")
 
 
-def path(asked: Options, table: Table, ending: str) -> Path:
-    """Where a table is written."""
-    return asked.out / f"{table.name}{'' if asked.scale == 'cpu' else f'-{asked.scale}'}{ending}"
+def table_path(options: Options, table: Table, suffix: str) -> Path:
+    """The file that a table is written to."""
+    return options.out / f"{table.name}{'' if options.preset == 'cpu' else f'-{options.preset}'}{suffix}"
 
 
-def judge(asked: Options, table: Table, claim: Claim) -> str:
-    """What became of a claim: "holds", "does not hold", or "within noise" where the difference lies in its own 95 % interval
-    (Student's t, with the spread of both rows' seeds). With one seed each there is no verdict.
+def judge_claim(options: Options, table: Table, claim: Claim) -> str:
+    """The verdict on a claim, from a two-sided 95 % t-test over seeds with pooled variance.
+
+    "holds" and "does not hold" are significant differences; "not shown" is neither. One seed per row gives no verdict.
     """
     column = table.columns[claim.column]
-    found = {variant.name: values_of(asked, variant, claim.column) for variant in table.variants}
-    first, second = found[claim.first], found[claim.second]
+    by_name = {variant.name: column_values(options, variant, claim.column) for variant in table.variants}
+    first, second = by_name[claim.first], by_name[claim.second]
     if not first or not second:
         return NOT_RUN
-
-    def shown(values: Sequence[float]) -> str:
-        return f"{statistics.mean(values):{column.form}}"
-
-    freedom = len(first) + len(second) - 2
-    if not freedom:
-        return f"one seed each ({shown(first)} and {shown(second)}): no verdict"
+    mean_first, mean_second = statistics.mean(first), statistics.mean(second)
+    means = f"{mean_first:{column.format}} and {mean_second:{column.format}}"
+    degrees = len(first) + len(second) - 2
+    if not degrees:
+        return f"one seed each ({means}): no verdict"
     squares = sum((len(values) - 1) * statistics.variance(values) for values in (first, second) if len(values) > 1)
-    error = stats.t.ppf(0.975, freedom) * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second)))
-    ahead = statistics.mean(first) - statistics.mean(second)
-    ahead = ahead if column.better == "higher" else -ahead
-    ahead += claim.margin * abs(statistics.mean(second))
-    verdict = "holds" if ahead > error else "does not hold" if ahead < -error else "within noise"
-    return f"{verdict} ({shown(first)} and {shown(second)})"
+    half_width = stats.t.ppf(0.975, degrees) * math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
+    advantage = mean_first - mean_second
+    advantage = advantage if column.better == "higher" else -advantage
+    advantage += claim.margin * abs(mean_second)
+    verdict = "holds" if advantage > half_width else "does not hold" if advantage < -half_width else "not shown"
+    return f"{verdict} ({means})"
 
 
-def values_of(asked: Options, variant: Variant, column: str) -> list[float]:
-    """What a variant reached in a column, one number per seed."""
-    return [one[column] for one in measured(asked, variant) if column in one]
+def column_values(options: Options, variant: Variant, column: str) -> list[float]:
+    """The values of a variant in one column, one per seed."""
+    return [cell[column] for cell in read_cells(options, variant) if column in cell]
 
 
-def measured(asked: Options, variant: Variant) -> list[dict]:
-    """What is known of a variant, seed by seed."""
-    return list(by_seed(asked, variant).values())
+def read_cells(options: Options, variant: Variant) -> list[dict]:
+    """The measured values of a variant, one dict per seed."""
+    return list(read_cells_by_seed(options, variant).values())
 
 
-def by_seed(asked: Options, variant: Variant) -> dict[int, dict]:
-    """What is known of a variant, and from which seeds."""
-    cells = {seed: cell(asked, variant, seed) / "measured.json" for seed in asked.seeds}
-    return {seed: read_json(path) for seed, path in cells.items() if path.exists()}
+def read_cells_by_seed(options: Options, variant: Variant) -> dict[int, dict]:
+    """The measured values of a variant by seed."""
+    paths = {seed: cell_folder(options, variant, seed) / "measured.json" for seed in options.seeds}
+    return {seed: read_json(path) for seed, path in paths.items() if path.exists()}
 
 
-def cell(asked: Options, variant: Variant, seed: int) -> Path:
+def cell_folder(options: Options, variant: Variant, seed: int) -> Path:
     """The folder of one run of a variant."""
-    words = json.dumps([variant.arguments, variant.data, asked.train])
-    return asked.out / "runs" / hashlib.sha256(words.encode()).hexdigest()[:12] / f"seed-{seed}"
+    key = json.dumps([variant.arguments, variant.data, options.train])
+    return options.out / "runs" / hashlib.sha256(key.encode()).hexdigest()[:12] / f"seed-{seed}"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text."""
-    lines = [[name.replace("_", " ") for name in head], ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def format_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
-def _mean(values: Sequence[float], form: str) -> str:
+def _format_mean(values: Sequence[float], number_format: str) -> str:
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
+    std = f" ± {statistics.stdev(values):{number_format}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{number_format}}{std}"

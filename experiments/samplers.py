@@ -1,7 +1,7 @@
-"""How few steps draw as well as the paper's 250 of DDPM?
+"""Compare samplers by accuracy and time: how few steps match the paper's 250 steps of DDPM?
 
-Claim (DPM-Solver++, 2211.01095): about 20 steps of a second-order solver are as good as hundreds of first-order ones.
-Here: a trained run of `shapes`, the same held-out captions, seeds and guidance for every sampler.
+Claim (DPM-Solver++, arXiv 2211.01095): about 20 steps of a second-order solver equal hundreds of first-order steps.
+Here: a trained run of `shapes`, with the same held-out captions, seeds and guidance for every sampler.
 
     python -m experiments.samplers runs/shapes
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from experiments.lab import markdown
+from experiments.lab import format_markdown
+from experiments.scenes import ATTRIBUTES
 from transfusion.data.sources import open_raw
 from transfusion.disk import OpenError
 from transfusion.evaluation.scenes import draw_scenes
@@ -23,36 +24,37 @@ SAMPLERS = (
     ("ddpm", 250), ("ddpm", 50), ("ddpm", 20), ("ddim", 50), ("ddim", 20), ("dpm", 20), ("dpm", 10), ("dpm", 5),
     ("dpm-sde", 50), ("dpm-sde", 20), ("dpm-sde", 10),
 )  # fmt: skip
-COLUMNS = ("everything", "count", "colour", "shape", "size", "place")
+COLUMNS = ("everything", *ATTRIBUTES)
 
 
 @dataclass
 class Options:
     run: tyro.conf.Positional[Path]
-    """The folder of a run that has learnt `shapes`."""
+    """Folder of a run trained on `shapes`."""
     scenes: int = 200
-    """Held-out captions, one drawing each."""
+    """Number of held-out captions. One image is drawn for each."""
     device: str = "auto"
+    """Device for drawing: auto, cpu, cuda or mps."""
 
 
-def main(asked: Options) -> None:
+def main(options: Options) -> None:
     """Draw with each sampler, print the table, and write it to samplers.md in the run's folder."""
     try:
-        engine, rows = open_run(asked.run, device=asked.device), []
+        engine, rows = open_run(options.run, device=options.device), []
     except OpenError as error:
         sys.exit(str(error))
-    source = next((one for one in open_raw(engine.run.data, "heldout") if one.name == "shapes"), None)
+    source = next((source for source in open_raw(engine.run.data, "heldout") if source.name == "shapes"), None)
     if source is None or engine.draws_codes:
-        sys.exit(f"{asked.run} has not learnt to draw shapes out of noise")
+        sys.exit(f"{options.run}: not a diffusion run on `shapes`; train one with `transfusion train shapes`")
     for sampler, steps in SAMPLERS:
         engine.run = replace(engine.run, generation=replace(engine.run.generation, sampler=sampler, steps=steps))
-        begun = time.monotonic()
-        values, _ = draw_scenes(engine, source, asked.scenes)
-        seconds = time.monotonic() - begun
-        rows.append([f"{sampler}, {steps} steps", *(f"{values[name]:.1%}" for name in COLUMNS), f"{seconds:.0f}"])
+        start = time.monotonic()
+        accuracy, _ = draw_scenes(engine, source, options.scenes)
+        seconds = time.monotonic() - start
+        rows.append([f"{sampler}, {steps} steps", *(f"{accuracy[name]:.1%}" for name in COLUMNS), f"{seconds:.0f}"])
         print(*rows[-1], sep="  ", flush=True)
-    table = markdown(["", *COLUMNS, "seconds"], rows)
-    (asked.run / "samplers.md").write_text(table)
+    table = format_markdown(["", "all correct", *ATTRIBUTES, "seconds"], rows)
+    (options.run / "samplers.md").write_text(table)
     print(table, end="")
 
 
