@@ -1,1 +1,1 @@
-"""Speed: `python -m benchmarks` measures it, as ratios of things that are measured side by side in one call."""
+"""Speed: `python -m benchmarks` reports ratios between alternatives that are timed alternately in one call."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks: measures speed part by part, prints one table and writes one JSON."""
+"""python -m benchmarks: measure speed part by part, print one table and write one JSON file."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from benchmarks import attention, codec, compare, decoding, drawing, loading, training
-from benchmarks.measuring import HEAD, Setting, load, machine
+from benchmarks.timing import TABLE_HEAD, Setting, describe_machine, load_average
 from transfusion.disk import write_json
 from transfusion.parallel import pick_device
 
@@ -19,42 +19,44 @@ PARTS = dict(zip(get_args(Part), (training, attention, decoding, drawing, loadin
 
 @dataclass
 class Options:
-    """How fast all of it is, as ratios measured side by side in one call."""
+    """Measure speed, as ratios between alternatives that are timed alternately in one call."""
 
     parts: Annotated[tuple[Part, ...], tyro.conf.Positional] = ()
-    """What to measure; nothing said: all but compare."""
+    """Parts to measure. Default: all except compare."""
     device: str = "auto"
+    """Device to measure: auto, cpu, cuda or mps."""
     json: Path = Path("runs/benchmarks.json")
-    """Where all figures go, with what they belong to."""
+    """File for all figures and the description of the machine."""
     quick: bool = False
-    """The least work that still does everything: its figures mean nothing."""
+    """Run every part with minimal work, as a test. The figures are meaningless."""
     compare: bool = False
-    """Beside transfusion-pytorch 0.20.0 too, in an environment of its own."""
+    """Also compare with transfusion-pytorch 0.20.0, which is installed in a separate environment."""
     peer_python: Path | None = None
-    """Of that environment; None: of .venv-peer, which is made where it is missing."""
+    """Python of that environment. Default: .venv-peer, which is created if it is missing."""
 
 
 def main(options: Options) -> None:
-    """Every figure is printed and written as soon as it is known: what there is outlives an interruption."""
+    """Print and write every figure as soon as it is measured, so that an interruption loses nothing."""
     setting = Setting(pick_device(options.device), options.quick, options.peer_python)
-    chosen = [part for part in PARTS if part in options.parts or (part == "compare" and options.compare)]
+    selected = [part for part in PARTS if part in options.parts or (part == "compare" and options.compare)]
     if not options.parts:
-        chosen = [part for part in PARTS if part != "compare" or options.compare]
+        selected = [part for part in PARTS if part != "compare" or options.compare]
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    begun, about = time.monotonic(), machine(setting)
-    found = {part: [] for part in chosen}
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    print(f"{about['commit']} on {about['device']}, {about['threads']} threads of {about['processor']}")
-    print(f"{versions}, load {about['load_at_start'][0]}{', QUICK: the figures mean nothing' * setting.quick}\n\n{HEAD}")
-    for part in chosen:
+    start, machine = time.monotonic(), describe_machine(setting)
+    figures = {part: [] for part in selected}
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    print(f"{machine['commit']} on {machine['device']}, {machine['threads']} threads of {machine['processor']}")
+    quick = ", QUICK: the figures are meaningless" * setting.quick
+    print(f"{versions}, load {machine['load_at_start'][0]}{quick}\n\n{TABLE_HEAD}")
+    for part in selected:
         print(part)
         for figure in PARTS[part].measure(setting):
-            found[part].append(asdict(figure))
-            print(figure.line(), flush=True)
-            write_json(options.json, about | {
-                "load_at_end": load(), "seconds": round(time.monotonic() - begun, 1), "parts": found,
+            figures[part].append(asdict(figure))
+            print(figure.format(), flush=True)
+            write_json(options.json, machine | {
+                "load_at_end": load_average(), "seconds": round(time.monotonic() - start, 1), "parts": figures,
             })  # fmt: skip
-    print(f"\nload at the end {load()[0]}; all of it is in {options.json}")
+    print(f"\nload at the end {load_average()[0]}; all figures are in {options.json}")
 
 
 if __name__ == "__main__":

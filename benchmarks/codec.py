@@ -1,7 +1,7 @@
-"""How much of the processor's matrix speed encoding reaches: pictures through an autoencoder beside a bare matrix product.
+"""FLOP/s of encoding images with an autoencoder, against a plain matrix product.
 
-The product is the network's convolution at full size, written as a matrix: pixels x (9 width) x width. Data are prepared
-on the CPU, so this is measured there.
+The product is the network's convolution at full resolution as a matrix: pixels x (9 width) x width. Data are prepared on
+the CPU, so this part measures the CPU.
 """
 
 from collections.abc import Iterator
@@ -10,32 +10,31 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import Figure, Setting, in_turn
+from benchmarks.timing import Figure, Setting, time_alternately
 from transfusion.codecs.autoencoder import build_network, encode_raw
 from transfusion.codecs.config import AutoencoderConfig
 
-TIMES = 4
+NUM_MATMULS = 4
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """Both in turn."""
     width, size, count = setting.pick(64, 8), setting.pick(128, 32), 4
     config = AutoencoderConfig(width=width, multipliers=(1, 2, 2, 2), blocks=1)
     network = build_network(config, 0).eval().requires_grad_(False)
-    chance = np.random.default_rng(0)
-    pictures = list(chance.integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8))
     with FlopCounterMode(display=False) as counter:
-        encode_raw(network, pictures)
+        encode_raw(network, images)
     pixels = count * size**2
     a, b = torch.randn(pixels, 9 * width), torch.randn(9 * width, width)
 
-    def product():
-        for _ in range(TIMES):
+    def run_matmuls():
+        for _ in range(NUM_MATMULS):
             a @ b
 
-    ways = {"encoding": lambda: encode_raw(network, pictures), "product": product}
-    seconds = in_turn(ways, setting.pick(7, 1), torch.device("cpu"), warm=0)
-    reached = counter.get_total_flops() / seconds["encoding"]
-    bare = TIMES * 2 * pixels * 9 * width**2 / seconds["product"]
-    yield Figure(f"{size}x{size}, an autoencoder of width {width}", count / seconds["encoding"], "pictures/s")
-    yield Figure("  FLOPs", reached / 1e9, "GFLOP/s", reached / bare, "its convolution, a product")
+    functions = {"encoding": lambda: encode_raw(network, images), "matmul": run_matmuls}
+    seconds = time_alternately(functions, setting.pick(7, 1), torch.device("cpu"), warmup=0)
+    encoding_flops = counter.get_total_flops() / seconds["encoding"]
+    matmul_flops = NUM_MATMULS * 2 * pixels * 9 * width**2 / seconds["matmul"]
+    yield Figure(f"{size}x{size}, an autoencoder of width {width}", count / seconds["encoding"], "images/s")
+    yield Figure("  FLOPs", encoding_flops / 1e9, "GFLOP/s", encoding_flops / matmul_flops, "its convolution as a matmul")

@@ -1,7 +1,7 @@
-"""This package beside transfusion-pytorch, on the same work in the same call: training steps, drawings, memory. On the CPU.
+"""This package against transfusion-pytorch on the CPU: training steps, image generation and memory, with the same work.
 
-Each side is a process of its own that works when it is told to; they take turns. Ours has the peer's width, or as many
-parameters as the peer. `python -m benchmarks.compare WIDTH HIDDEN` is one such process.
+Each implementation runs in a worker process; the workers take turns. Our models have the peer's width, or as many parameters
+as the peer. `python -m benchmarks.compare WIDTH INTERMEDIATE_SIZE` is one of our workers.
 """
 
 import statistics
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import sides
-from benchmarks.measuring import ROOT, Figure, Setting, memory
-from benchmarks.sides import CHANNELS, PROMPT, SEQUENCES, SIDE, TEXTS, VOCABULARY, Worker
+from benchmarks import worker
+from benchmarks.timing import ROOT, Figure, Setting, memory_figure
+from benchmarks.worker import BATCH_SIZE, CHANNELS, LATENT_SIZE, PROMPT_LENGTH, TEXT_LENGTHS, VOCAB_SIZE, Worker
 from transfusion.checkpoint.open import OpenedRun
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
@@ -32,166 +32,168 @@ from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocab
 from transfusion.training.trainer import Trainer
 
 PEER, VERSION = "transfusion-pytorch", "0.20.0"
-OURS = {"ours, as wide": ("256", "768"), "ours, as large": ("448", "1184")}  # width and hidden
+OURS = {"ours, same width": ("256", "768"), "ours, same parameters": ("448", "1184")}  # width, intermediate_size
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """ValueError when there is no peer to compare with."""
-    python, threads = setting.peer_python or peer_environment(), torch.get_num_threads()
+    """ValueError if the peer is missing or has another version."""
+    python, threads = setting.peer_python or create_peer_environment(), torch.get_num_threads()
     commands = {PEER: [str(python), "-m", "benchmarks.peer"]}
-    commands |= {name: [sys.executable, "-m", "benchmarks.compare", *numbers] for name, numbers in OURS.items()}
+    commands |= {name: [sys.executable, "-m", "benchmarks.compare", *sizes] for name, sizes in OURS.items()}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(command, threads)) for name, command in commands.items()}
-        for name, worker in workers.items():
-            about = worker.ask("about")
-            found = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+        for name, process in workers.items():
+            about = process.ask("about")
+            versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
             if about["versions"].get(PEER, VERSION) != VERSION:
-                raise ValueError(f"the peer must be {PEER} {VERSION}, and {python} has {found}")
-            yield Figure(name, beside=f"{about['parameters'] / 1e6:.2f}M, {about['threads']} threads, {found}")
-        yield from training(workers, setting)
-        yield from drawing(workers, setting)
+                raise ValueError(f"--peer-python {python}: the peer must be {PEER} {VERSION}, not {versions}")
+            yield Figure(name, beside=f"{about['parameters'] / 1e6:.2f}M, {about['threads']} threads, {versions}")
+        yield from measure_training(workers, setting)
+        yield from measure_drawing(workers, setting)
 
 
-def training(workers: Mapping[str, Worker], setting: Setting) -> Iterator[Figure]:
-    """A few steps of each in turn, again and again."""
+def measure_training(workers: Mapping[str, Worker], setting: Setting) -> Iterator[Figure]:
+    """Time a few steps of each worker alternately."""
     seconds = {name: [] for name in workers}
-    for worker in workers.values():
-        worker.ask(f"train {setting.pick(3, 1)}")  # the peer is slow in its first steps, and looks for its way
+    for process in workers.values():
+        process.ask(f"train {setting.pick(3, 1)}")  # warm-up: the peer's first steps are slow
     for _ in range(setting.pick(8, 1)):
-        for name, worker in workers.items():
-            seconds[name] += worker.ask(f"train {setting.pick(3, 1)}")
-    step = Figure("training", beside=f"{sides.POSITIONS:,} positions a step")
-    yield from beside_the_peer(step, seconds, "positions/s", lambda each: sides.POSITIONS / each)
-    for name, worker in workers.items():
-        yield memory(f"{name}: memory of the process", worker.ask("memory"))
+        for name, process in workers.items():
+            seconds[name] += process.ask(f"train {setting.pick(3, 1)}")
+    head = Figure("training", beside=f"{worker.POSITIONS:,} positions a step")
+    yield from compare_with_peer(head, seconds, "positions/s", lambda step: worker.POSITIONS / step)
+    for name, process in workers.items():
+        yield memory_figure(f"{name}: memory of the process", process.ask("memory"))
 
 
-def drawing(workers: Mapping[str, Worker], setting: Setting) -> Iterator[Figure]:
-    """One image behind a prompt, guided: with as many forward passes as the peer takes, and as each does by itself."""
-    peer, ours = workers[PEER], {name: worker for name, worker in workers.items() if name != PEER}
+def measure_drawing(workers: Mapping[str, Worker], setting: Setting) -> Iterator[Figure]:
+    """Time one guided image after a prompt: with the peer's number of forward passes, and with each worker's defaults."""
+    peer, ours = workers[PEER], {name: process for name, process in workers.items() if name != PEER}
     passes = peer.ask("draw")["passes"]
-    for worker in ours.values():
-        worker.ask(f"draw {passes}")  # the first drawing of all reads what is read once
-    alike, each = ({name: [] for name in workers} for _ in range(2))
+    for process in ours.values():
+        process.ask(f"draw {passes}")  # warm-up: the first image loads and initialises
+    same_passes, defaults = ({name: [] for name in workers} for _ in range(2))
     for _ in range(setting.pick(7, 1)):
-        alike[PEER].append(peer.ask("draw"))
-        for name, worker in ours.items():
-            alike[name].append(worker.ask(f"draw {passes}"))
-            each[name].append(worker.ask("draw"))
-    each[PEER] = alike[PEER]
-    for what, found in (("drawing, with as many forward passes", alike), ("drawing, as each does by itself", each)):
-        counts = sorted({answer["passes"] for answers in found.values() for answer in answers})
-        head = Figure(what, beside=f"{' and '.join(map(str, counts))} forward passes")
-        seconds = {name: [answer["seconds"] for answer in answers] for name, answers in found.items()}
-        yield from beside_the_peer(head, seconds, "s", float)
+        same_passes[PEER].append(peer.ask("draw"))
+        for name, process in ours.items():
+            same_passes[name].append(process.ask(f"draw {passes}"))
+            defaults[name].append(process.ask("draw"))
+    defaults[PEER] = same_passes[PEER]
+    for title, by_name in (("drawing, same number of forward passes", same_passes), ("drawing, default settings", defaults)):
+        counts = sorted({answer["passes"] for answers in by_name.values() for answer in answers})
+        head = Figure(title, beside=f"{' and '.join(map(str, counts))} forward passes")
+        seconds = {name: [answer["seconds"] for answer in answers] for name, answers in by_name.items()}
+        yield from compare_with_peer(head, seconds, "s", float)
 
 
-def beside_the_peer(
-    head: Figure, seconds: Mapping[str, list[float]], unit: str, show: Callable[[float], float]
+def compare_with_peer(
+    head: Figure, seconds: Mapping[str, list[float]], unit: str, convert: Callable[[float], float]
 ) -> Iterator[Figure]:
-    """The median of each, ours beside the peer's."""
-    median = {name: statistics.median(found) for name, found in seconds.items()}
+    """The median of each worker, ours with the ratio to the peer's."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     yield head
-    for name, found in median.items():
-        ratio, beside = (None, "") if name == PEER else (median[PEER] / found, PEER)
-        yield Figure(f"  {name}", show(found), unit, ratio, beside)
+    for name, median in medians.items():
+        ratio, beside = (None, "") if name == PEER else (medians[PEER] / median, PEER)
+        yield Figure(f"  {name}", convert(median), unit, ratio, beside)
 
 
-def peer_environment() -> Path:
-    """The python of .venv-peer, which is made if it is not there. ValueError when it cannot be."""
+def create_peer_environment() -> Path:
+    """The python of .venv-peer. Create the environment if it is missing. ValueError if that fails."""
     folder = ROOT / ".venv-peer"
-    python, whole = folder / "bin" / "python", folder / "whole"
-    if whole.exists():
+    python, complete = folder / "bin" / "python", folder / "whole"
+    if complete.exists():
         return python
-    print(f"  (making {folder} for {PEER} {VERSION}: a few minutes)", flush=True)
+    print(f"  (creating {folder} for {PEER} {VERSION}: a few minutes)", flush=True)
     packages = f"torch=={version('torch').split('+')[0]}", f"{PEER}=={VERSION}"
     folder.mkdir(exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
     for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", *packages]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-            raise ValueError(f"cannot make {folder}, which takes a package index: {said[-1]}")
-    whole.touch()
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            lines = (process.stderr or process.stdout).strip().splitlines() or ["no output"]
+            raise ValueError(f"cannot create {folder} (this needs a package index): {lines[-1]}")
+    complete.touch()
     return python
 
 
-# Our side
+# Our worker
 
 
-class Sequences:
-    """The work as a loader gives it: every sequence a row of its own, all chance."""
+class RandomLoader:
+    """A loader of random sequences, one per row."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
-        self.chance = np.random.default_rng(0)
-        self.seq_len = len(self.chunk())
+        self.rng = np.random.default_rng(0)
+        self.seq_len = len(self.make_chunk())
 
-    def chunk(self) -> Chunk:
-        first, *others = (Text(tuple(self.chance.integers(VOCABULARY, size=length).tolist())) for length in TEXTS)
+    def make_chunk(self) -> Chunk:
+        first, *others = (Text(tuple(self.rng.integers(VOCAB_SIZE, size=length).tolist())) for length in TEXT_LENGTHS)
         segments = [first]
         for text in others:
-            segments += [Image(self.chance.standard_normal((CHANNELS, SIDE, SIDE), dtype=np.float32)), text]
+            segments += [Image(self.rng.standard_normal((CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)), text]
         return encode_document(Document(tuple(segments)), self.vocabulary)
 
     def batches(self, start: LoaderState = BEGINNING) -> Iterator[tuple[Batch, LoaderState]]:
         while True:
-            yield collate([Row((self.chunk(),)) for _ in range(SEQUENCES)], self.seq_len, self.vocabulary), start
+            yield collate([Row((self.make_chunk(),)) for _ in range(BATCH_SIZE)], self.seq_len, self.vocabulary), start
 
 
-class Ours:
-    """A model of some width, 6 layers, heads of 64; it trains by the trainer's own step and draws by the engine."""
+class OurModel:
+    """A model of this width with 6 layers and heads of 64. It trains with the trainer's step and draws with the engine."""
 
-    def __init__(self, width: int, hidden: int):
-        vocabulary = Vocabulary.build(VOCABULARY, [(SIDE, SIDE)], patch_size=1)
-        loader = Sequences(vocabulary)
+    def __init__(self, width: int, intermediate_size: int):
+        vocabulary = Vocabulary.build(VOCAB_SIZE, [(LATENT_SIZE, LATENT_SIZE)], patch_size=1)
+        loader = RandomLoader(vocabulary)
         run = Run(
             "compare",
             ModelConfig(
-                width=width, intermediate_size=hidden, layers=6, heads=width // 64, vocab_size=vocabulary.size,
+                width=width, intermediate_size=intermediate_size, layers=6, heads=width // 64, vocab_size=vocabulary.size,
                 latent_channels=CHANNELS, patch_size=1,
             ),
-            data=DataConfig(seq_len=loader.seq_len, rows=SEQUENCES),
-            training=TrainingConfig(learning_rate=sides.RATE, max_grad_norm=sides.CLIP),
+            data=DataConfig(seq_len=loader.seq_len, rows=BATCH_SIZE),
+            training=TrainingConfig(learning_rate=worker.LEARNING_RATE, max_grad_norm=worker.MAX_GRAD_NORM),
         )  # fmt: skip
         device = pick_device("cpu")
         self.trainer = Trainer(run, Path(), loader, {}, device)
-        self.reading, self.steps = self.trainer.read(None), count()
-        side = np.ones(CHANNELS)
-        codec = Pixels(0 * side, side, -3 * side, 3 * side)
-        tokenizer = Tokenizer.train([], VOCABULARY)  # a byte a token
+        self.reads, self.steps = self.trainer.read(None), count()
+        ones = np.ones(CHANNELS)
+        codec = Pixels(0 * ones, ones, -3 * ones, 3 * ones)
+        tokenizer = Tokenizer.train([], VOCAB_SIZE)  # one token per byte
         model = self.trainer.ema.eval()
         self.engine = Engine(OpenedRun(run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
         self.passes = 0
-        model.transformer.register_forward_pre_hook(self._count)
+        model.transformer.register_forward_pre_hook(self._count_passes)
 
-    def _count(self, _, arguments: tuple) -> None:
-        self.passes += len(arguments[0])  # both branches of guidance go through in one pass: they count as two
+    def _count_passes(self, _, args: tuple) -> None:
+        self.passes += len(args[0])  # both branches of guidance share one call: it counts as two passes
 
-    def about(self) -> dict:
+    def describe(self) -> dict:
         versions = {name: version(name) for name in ("transfusion", "torch")}
         parameters = count_parameters(self.trainer.model)
         return {"parameters": parameters, "threads": torch.get_num_threads(), "versions": versions}
 
     def train(self, steps: int) -> list[float]:
-        """Seconds of each step, its data made in it."""
+        """Seconds of each step, including its data."""
         seconds = []
         for _ in range(steps):
-            begun = time.perf_counter()
-            read, _ = next(self.reading)
+            start = time.perf_counter()
+            read, _ = next(self.reads)
             self.trainer.step(next(self.steps), read, lambda *_: True)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
         return seconds
 
     def draw(self, passes: int | None = None) -> dict:
-        """One image behind a prompt: with so many forward passes (one reads the prompt, a step takes two), or by default."""
+        """Draw one image after a prompt. `passes`: 1 for the prompt and 2 per step; None: the default settings."""
         default = GenerationConfig()
         generation = default if passes is None else GenerationConfig("ddim", steps=(passes - 1) // 2)
-        self.passes, begun = 0, time.perf_counter()
-        self.engine.generate([Request(("a" * PROMPT,), num_images=1, generation=generation)])
-        return {"seconds": time.perf_counter() - begun, "passes": self.passes}
+        self.passes, start = 0, time.perf_counter()
+        self.engine.generate([Request(("a" * PROMPT_LENGTH,), num_images=1, generation=generation)])
+        return {"seconds": time.perf_counter() - start, "passes": self.passes}
 
 
 if __name__ == "__main__":
-    side = Ours(*map(int, sys.argv[1:]))
-    sides.obey({"about": side.about, "train": side.train, "draw": side.draw, "memory": sides.peak_memory})
+    model = OurModel(*map(int, sys.argv[1:]))
+    worker.serve_commands(
+        {"about": model.describe, "train": model.train, "draw": model.draw, "memory": worker.peak_memory_mib}
+    )

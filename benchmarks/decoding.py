@@ -1,64 +1,63 @@
-"""Writing: the engine's tokens a second behind a cached prompt, beside reading everything again for each token."""
+"""Text generation: tokens per second with the KV cache, against recomputing the whole sequence for each token."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from benchmarks.made import engine
-from benchmarks.measuring import Figure, Setting, in_turn
+from benchmarks.fixtures import make_engine
+from benchmarks.timing import Figure, Setting, time_alternately
 from transfusion.config import GenerationConfig
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import lower_precision, precision
 from transfusion.sequence import Document, Row, Text, collate, encode_document
 
-# 200 tokens, with what follows never 256: whole blocks would go to FlexAttention, and be compiled.
+# 200 tokens. With the generated ones never 256: whole blocks would use FlexAttention, which is compiled.
 PROMPT = " ".join(["three"] * 100)
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """Both ways in turn. RuntimeError when they do not write the same (in bfloat16 near equals may change places)."""
-    writer, tokens = engine("digits", setting), setting.pick(32, 3)
-    writer.allowed_tokens[[writer.vocabulary.eos, *writer.vocabulary.boi.values()]] = (
-        False  # text, and as much as is asked for
-    )
-    prompt = len(writer.opened.tokenizer.encode(PROMPT))
+    """RuntimeError if both ways give different tokens. (In bfloat16 nearly equal logits may swap.)"""
+    engine, num_tokens = make_engine("digits", setting), setting.pick(32, 3)
+    # Text only, and always as many tokens as requested.
+    engine.allowed_tokens[[engine.vocabulary.eos, *engine.vocabulary.boi.values()]] = False
+    prompt_length = len(engine.opened.tokenizer.encode(PROMPT))
     for rows in setting.pick((1, 16), (2,)):
-        same = with_cache(writer, rows, tokens) == again(writer, rows, tokens)
-        if not same and precision(setting.device) == torch.float32:
-            raise RuntimeError("with the cache the engine writes something else than without")
-        ways = {
-            "cache": lambda rows=rows: with_cache(writer, rows, tokens),
-            "again": lambda rows=rows: again(writer, rows, tokens),
+        is_same = generate_cached(engine, rows, num_tokens) == generate_uncached(engine, rows, num_tokens)
+        if not is_same and precision(setting.device) == torch.float32:
+            raise RuntimeError("the engine generates different tokens with and without the cache")
+        functions = {
+            "cached": lambda rows=rows: generate_cached(engine, rows, num_tokens),
+            "uncached": lambda rows=rows: generate_uncached(engine, rows, num_tokens),
         }
-        seconds = in_turn(ways, setting.pick(5, 1), setting.device, warm=0)
-        what = f"{rows} row{'s' * (rows > 1)}, {tokens} tokens behind {prompt}"
-        ratio = seconds["again"] / seconds["cache"]
-        yield Figure(what, rows * tokens / seconds["cache"], "tokens/s", ratio, "reading everything again")
+        seconds = time_alternately(functions, setting.pick(5, 1), setting.device, warmup=0)
+        name = f"{rows} row{'s' * (rows > 1)}, {num_tokens} tokens after {prompt_length}"
+        ratio = seconds["uncached"] / seconds["cached"]
+        yield Figure(name, rows * num_tokens / seconds["cached"], "tokens/s", ratio, "without a cache")
 
 
-def with_cache(writer: Engine, rows: int, tokens: int) -> list[str]:
-    """The engine's own way, the prompt read along; greedy."""
-    generation = GenerationConfig(temperature=0, max_tokens=tokens)
-    answers = writer.generate([Request((PROMPT,), generation=generation)] * rows)
+def generate_cached(engine: Engine, rows: int, num_tokens: int) -> list[str]:
+    """Greedy generation by the engine, including the prefill."""
+    generation = GenerationConfig(temperature=0, max_tokens=num_tokens)
+    answers = engine.generate([Request((PROMPT,), generation=generation)] * rows)
     return [answer.parts[0] for (answer,) in answers]
 
 
 @torch.inference_mode()
-def again(writer: Engine, rows: int, tokens: int) -> list[str]:
-    """All rows from their beginning for every token."""
-    encode, decode = writer.opened.tokenizer.encode, writer.opened.tokenizer.decode
-    written = [list(encode(PROMPT)) for _ in range(rows)]
-    given = len(written[0])
-    for _ in range(tokens):
-        laid = [encode_document(Document((Text(tuple(row)),)), writer.vocabulary, ends=False) for row in written]
-        length = len(laid[0])
-        batch = collate([Row((chunk,)) for chunk in laid], length, writer.vocabulary)
-        batch = replace(batch, text_index=torch.arange(rows) * length + length - 1).to(writer.device)
-        with lower_precision(writer.device):
-            logits = writer.model(batch, [], []).logits.float().cpu()  # (B, V)
-        for row, token in zip(
-            written, logits.masked_fill(~writer.allowed_tokens, -torch.inf).argmax(-1).tolist(), strict=True
-        ):
-            row.append(token)
-    return [decode(row[given:]) for row in written]
+def generate_uncached(engine: Engine, rows: int, num_tokens: int) -> list[str]:
+    """Greedy generation that recomputes all rows from the start for every token."""
+    encode, decode = engine.opened.tokenizer.encode, engine.opened.tokenizer.decode
+    sequences = [list(encode(PROMPT)) for _ in range(rows)]
+    prompt_length = len(sequences[0])
+    for _ in range(num_tokens):
+        documents = [Document((Text(tuple(tokens)),)) for tokens in sequences]
+        chunks = [encode_document(document, engine.vocabulary, ends=False) for document in documents]
+        length = len(chunks[0])
+        batch = collate([Row((chunk,)) for chunk in chunks], length, engine.vocabulary)
+        batch = replace(batch, text_index=torch.arange(rows) * length + length - 1).to(engine.device)
+        with lower_precision(engine.device):
+            logits = engine.model(batch, [], []).logits.float().cpu()  # (B, V)
+        next_tokens = logits.masked_fill(~engine.allowed_tokens, -torch.inf).argmax(-1).tolist()
+        for tokens, token in zip(sequences, next_tokens, strict=True):
+            tokens.append(token)
+    return [decode(tokens[prompt_length:]) for tokens in sequences]

@@ -1,7 +1,7 @@
-"""What one core reads from prepared data, beside what models can eat: the paper's mixture, 256-patch images and text 1:1.
+"""Data loading on one core from prepared data, against the consumption of a GPU: 256-patch images and text, 1:1.
 
-Pictures of 256x256 pixels become latents of 8x32x32 (256 patches of 32 numbers, in float16), rows are 4,096 positions.
-All is held to one core. What a GPU eats is computed, not measured: 40 % of an H100's 989 TFLOP/s.
+Images of 256x256 pixels are latents of 8x32x32 (256 patches of 32 numbers, in float16). Rows have 4,096 positions. The
+consumption of a GPU is computed, not measured: 40 % of an H100's 989 TFLOP/s.
 """
 
 import json
@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
-from benchmarks.measuring import Figure, Setting
+from benchmarks.timing import Figure, Setting
 from transfusion import objective
 from transfusion.config import DataConfig, DiffusionConfig, PrepareConfig
 from transfusion.data.built_in.shapes import Shapes
@@ -29,78 +29,78 @@ from transfusion.model.flops import count_training_flops
 from transfusion.runs import SIZES
 from transfusion.sequence import Batch
 
-H100, MFU = 989e12, 0.4
+H100_FLOPS, MFU = 989e12, 0.4
 ROWS = 8
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """Prepare a small data set, then read it round and round."""
-    with one_core(), tempfile.TemporaryDirectory() as place:
-        folder, seconds = Path(place), setting.pick(10, 0.2)
+    """Prepare a small data set, then read it repeatedly."""
+    with pin_to_one_core(), tempfile.TemporaryDirectory() as temporary:
+        folder, seconds = Path(temporary), setting.pick(10, 0.2)
         write_sources(folder, setting.pick(512, 24), setting.pick(None, 24))
         readers = [open_reader(f"{folder}/pictures"), open_reader(f"{folder}/passages.jsonl")]
-        begun = time.perf_counter()
-        about = prepare(readers, PrepareConfig(), folder / "prepared")
-        preparing = time.perf_counter() - begun
-        records = sum(source["records"] for source in about["sources"].values())
-        yield Figure("prepared from pictures and text", records / preparing, "documents/s")
+        start = time.perf_counter()
+        dataset = prepare(readers, PrepareConfig(), folder / "prepared")
+        prepare_seconds = time.perf_counter() - start
+        records = sum(source["records"] for source in dataset["sources"].values())
+        yield Figure("prepared from images and text", records / prepare_seconds, "documents/s")
         config = DataConfig(
             prepared=(str(folder / "prepared"),), seq_len=4096, rows=ROWS, shuffle_block=setting.pick(2048, 64)
         )
         encoder = fit(config, patch_size=2, seed=0)
         batches = Loader(open_sources(config, "train"), encoder).batches()
-        found = [batch for batch, _ in islice(batches, setting.pick(40, 2))]  # more than two blocks
-        positions = sum(batch.positions for batch in found)
-        yield Figure("rows of 4,096 are filled", 100 * positions / (len(found) * ROWS * config.seq_len), "%")
-        images = sum(batch.image_count for batch in found) * 258 / positions
-        yield Figure("  images are of their positions", 100 * images, "%")
-        reading = speed(lambda: next(batches)[0], seconds)
+        sample = [batch for batch, _ in islice(batches, setting.pick(40, 2))]  # more than two shuffle blocks
+        positions = sum(batch.positions for batch in sample)
+        yield Figure("filled positions of rows of 4,096", 100 * positions / (len(sample) * ROWS * config.seq_len), "%")
+        images = sum(batch.image_count for batch in sample) * 258 / positions
+        yield Figure("  of these in images", 100 * images, "%")
+        reading = positions_per_second(lambda: next(batches)[0], seconds)
         yield Figure("read and packed, one core", reading, "positions/s")
-        noising = speed(lambda: noised(next(batches)[0]), seconds)
-        yield Figure("  with t and noise drawn", noising, "positions/s")
+        noising = positions_per_second(lambda: add_noise(next(batches)[0]), seconds)
+        yield Figure("  with t and noise sampled", noising, "positions/s")
         for name, model in SIZES.items():
-            eaten = MFU * H100 / (count_training_flops(found[0], model) / found[0].positions)
-            what = f"  an H100 at 40 % eats with {name}"
-            yield Figure(what, eaten, "positions/s", eaten / noising, "one core, with noise")
+            consumption = MFU * H100_FLOPS / (count_training_flops(sample[0], model) / sample[0].positions)
+            label = f"  consumed by an H100 at 40 % with {name}"
+            yield Figure(label, consumption, "positions/s", consumption / noising, "one core, with noise")
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
-    """What this thread does, and what it starts, stays on one core."""
-    threads, held = torch.get_num_threads(), hasattr(os, "sched_setaffinity")
-    cores = os.sched_getaffinity(0) if held else set()
-    if held:
+def pin_to_one_core() -> Iterator[None]:
+    """Run this thread and the threads that it starts on one core."""
+    threads, has_affinity = torch.get_num_threads(), hasattr(os, "sched_setaffinity")
+    cores = os.sched_getaffinity(0) if has_affinity else set()
+    if has_affinity:
         os.sched_setaffinity(0, {min(cores)})
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        if held:
+        if has_affinity:
             os.sched_setaffinity(0, cores)
 
 
-def write_sources(folder: Path, pictures: int, passages: int | None) -> None:
-    """A folder of captioned pictures, and passages as JSON lines."""
+def write_sources(folder: Path, num_images: int, num_passages: int | None) -> None:
+    """Write a folder of captioned images, and text passages as JSON Lines."""
     (folder / "pictures").mkdir()
     shapes, topics = Shapes(level=2, size=256), Topics()
-    for n in range(pictures):
+    for n in range(num_images):
         caption, image = shapes[n].segments
-        Picture.fromarray(image.pixels).save(folder / "pictures" / f"{n:05d}.png", compress_level=1)
+        PILImage.fromarray(image.pixels).save(folder / "pictures" / f"{n:05d}.png", compress_level=1)
         (folder / "pictures" / f"{n:05d}.txt").write_text(caption.text)
-    lines = (json.dumps({"text": topics[n].segments[0].text}) for n in range(len(topics))[:passages])
+    lines = (json.dumps({"text": topics[n].segments[0].text}) for n in range(len(topics))[:num_passages])
     (folder / "passages.jsonl").write_text("\n".join(lines))
 
 
-def noised(batch: Batch) -> Batch:
-    """With t and noise for every image, as the trainer draws them."""
+def add_noise(batch: Batch) -> Batch:
+    """Sample t and noise for every image, as the trainer does."""
     objective.sample_noise(batch, DiffusionConfig())
     return batch
 
 
-def speed(read: Callable[[], Batch], seconds: float) -> float:
-    """Positions a second, padding not counted."""
-    positions, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+def positions_per_second(read: Callable[[], Batch], seconds: float) -> float:
+    """Positions per second without padding."""
+    positions, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
         positions += read().positions
-    return positions / (time.perf_counter() - begun)
+    return positions / (time.perf_counter() - start)

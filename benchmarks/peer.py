@@ -1,4 +1,4 @@
-"""The peer's side of the comparison, in the peer's environment: there is nothing of ours but `sides`."""
+"""The worker for transfusion-pytorch. It runs in the peer's environment and imports nothing of ours except `worker`."""
 
 import time
 from importlib.metadata import version
@@ -6,60 +6,71 @@ from importlib.metadata import version
 import torch
 from transfusion_pytorch import Transfusion
 
-from benchmarks.sides import CHANNELS, CLIP, PROMPT, RATE, SEQUENCES, SIDE, TEXTS, VOCABULARY, obey, peak_memory
+from benchmarks.worker import (
+    BATCH_SIZE,
+    CHANNELS,
+    LATENT_SIZE,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    PROMPT_LENGTH,
+    TEXT_LENGTHS,
+    VOCAB_SIZE,
+    peak_memory_mib,
+    serve_commands,
+)
 
 
-class Peer:
-    """A model of width 256, 6 layers, 4 heads of 64, and whatever else the package takes for granted."""
+class PeerModel:
+    """A model of width 256 with 6 layers and 4 heads of 64; otherwise the package's defaults."""
 
     def __init__(self):
         torch.manual_seed(0)
         self.model = Transfusion(
-            num_text_tokens=VOCABULARY, dim_latent=CHANNELS, modality_default_shape=(SIDE, SIDE), modality_num_dim=2,
-            transformer={"dim": 256, "depth": 6, "heads": 4, "dim_head": 64},
+            num_text_tokens=VOCAB_SIZE, dim_latent=CHANNELS, modality_default_shape=(LATENT_SIZE, LATENT_SIZE),
+            modality_num_dim=2, transformer={"dim": 256, "depth": 6, "heads": 4, "dim_head": 64},
         )  # fmt: skip
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         self.passes = 0
-        self.model.transformer.register_forward_pre_hook(self._count)
+        self.model.transformer.register_forward_pre_hook(self._count_passes)
 
-    def _count(self, *_) -> None:
+    def _count_passes(self, *_) -> None:
         self.passes += 1
 
-    def about(self) -> dict:
+    def describe(self) -> dict:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         versions = {name: version(name) for name in ("transfusion-pytorch", "torch")}
         return {"parameters": parameters, "threads": torch.get_num_threads(), "versions": versions}
 
     def train(self, steps: int) -> list[float]:
-        """Seconds of each step, its data made in it."""
+        """Seconds of each step, including its data."""
         self.model.train()
         seconds = []
         for _ in range(steps):
-            begun = time.perf_counter()
-            self.model([sequence() for _ in range(SEQUENCES)]).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+            start = time.perf_counter()
+            self.model([random_sequence() for _ in range(BATCH_SIZE)]).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
         return seconds
 
     def draw(self) -> dict:
-        """One image behind a prompt, all choices left to the package; `max_length` (the prompt left out) ends it there."""
+        """Draw one image after a prompt with the package's defaults. `max_length` (without the prompt) stops after it."""
         self.model.eval()
-        prompt, shape = torch.randint(VOCABULARY, (PROMPT,)), (SIDE, SIDE)
-        self.passes, begun = 0, time.perf_counter()
+        prompt, shape = torch.randint(VOCAB_SIZE, (PROMPT_LENGTH,)), (LATENT_SIZE, LATENT_SIZE)
+        self.passes, start = 0, time.perf_counter()
         self.model.sample(
-            prompt, max_length=SIDE**2 - 1, force_modality_at_start=(0, shape), return_unprocessed_modalities=True
+            prompt, max_length=LATENT_SIZE**2 - 1, force_modality_at_start=(0, shape), return_unprocessed_modalities=True
         )
-        return {"seconds": time.perf_counter() - begun, "passes": self.passes}
+        return {"seconds": time.perf_counter() - start, "passes": self.passes}
 
 
-def sequence() -> list[torch.Tensor]:
-    """Text, image, text, image, text: all chance."""
-    first, *others = (torch.randint(VOCABULARY, (length,)) for length in TEXTS)
-    return [first, *(part for text in others for part in (torch.randn(SIDE, SIDE, CHANNELS), text))]
+def random_sequence() -> list[torch.Tensor]:
+    """Random text, image, text, image, text."""
+    first, *others = (torch.randint(VOCAB_SIZE, (length,)) for length in TEXT_LENGTHS)
+    return [first, *(part for text in others for part in (torch.randn(LATENT_SIZE, LATENT_SIZE, CHANNELS), text))]
 
 
 if __name__ == "__main__":
-    peer = Peer()
-    obey({"about": peer.about, "train": peer.train, "draw": peer.draw, "memory": peak_memory})
+    model = PeerModel()
+    serve_commands({"about": model.describe, "train": model.train, "draw": model.draw, "memory": peak_memory_mib})

@@ -1,9 +1,9 @@
-"""A server under load: mixed requests, 16 at a time, against the same one at a time; and how long the first sign takes.
+"""A server under load: mixed requests, 16 concurrent against one at a time, and the latency of the first output.
 
-`python -m benchmarks.serving RUN` starts a server of its own on this machine's loopback. Every answer is compared with what
-the engine alone gives for the same request and seed: pixels may differ by 2 of 255; text not at all, unless the two best
-scores of some token were less than 1e-4 apart (a batch adds in another order). Times are wall times; beside them stands
-what the server's process computed, which other work on the machine hardly changes.
+`python -m benchmarks.serving RUN` starts a server on the loopback interface. Every answer is compared with the engine's
+answer to the same request and seed. Pixels may differ by 2 of 255. Text must be equal, unless the two largest logits of some
+token differ by less than 1e-4 (a batch adds numbers in another order). Times are wall-clock times. Next to them stands the
+CPU time of the server process, which depends little on other load on the machine.
 """
 
 import base64
@@ -23,32 +23,34 @@ import httpx2
 import numpy as np
 import torch
 import tyro
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
-from benchmarks.measuring import Setting, load, machine
+from benchmarks.timing import Setting, describe_machine, load_average
 from transfusion.disk import write_json
 from transfusion.inference import text_mode
 from transfusion.inference.engine import Engine, Request, open_run
 
-CLOSE = 1e-4  # between the two best scores
+TIE = 1e-4  # between the two largest logits
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
 class Options:
-    """A server under load, and beside it the same server, one request at a time."""
+    """Measure a server under load, and the same server with one request at a time."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder, for example of `transfusion train digits --training.steps 30`."""
+    """Folder of a run, for example of `transfusion train digits --training.steps 30`."""
     requests: int = 200
-    at_once: int = 16
+    """Number of requests."""
+    concurrency: int = 16
+    """Number of concurrent requests."""
     json: Path = Path("runs/serving.json")
-    """Where all figures go."""
+    """File for all figures."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request, for the server and for the engine."""
+class LoadRequest:
+    """One request, as an HTTP request and for the engine."""
 
     kind: str
     path: str
@@ -57,61 +59,63 @@ class Asked:
 
 
 @dataclass
-class Took:
-    """What it took to answer all."""
+class LoadResult:
+    """Total wall-clock and CPU seconds, and the seconds and the answer of each request."""
 
     wall: float = 0.0
-    processor: float = 0.0
+    cpu: float = 0.0
     seconds: list[float] = field(default_factory=list)
     answers: list[httpx2.Response | Exception] = field(default_factory=list)
 
 
 def main(options: Options) -> None:
     engine = open_run(options.run)
-    asked = [mixed(engine, number) for number in range(options.requests)]
-    with serving(options.run) as (client, process):
-        for one in asked[:6]:
-            client.post(one.path, json=one.body)
-        many = ask_all(client, process, asked, options.at_once)
-        single = ask_all(client, process, asked, 1)
-        first = first_signs(client, process)
-    about = machine(Setting(torch.device("cpu")))
-    found, verdicts = summary(many, single, options), check_all(engine, asked, many.answers + single.answers)
-    print(f"{about['commit']}, {about['cores']} cores of {about['processor']}, load {load()[0]}")
-    for line in (*found, *first):
+    requests = [make_request(engine, number) for number in range(options.requests)]
+    with start_server(options.run) as (client, pid):
+        for request in requests[:6]:
+            client.post(request.path, json=request.body)
+        concurrent = send_all(client, pid, requests, options.concurrency)
+        sequential = send_all(client, pid, requests, 1)
+        latencies = measure_first_output(client, pid)
+    machine = describe_machine(Setting(torch.device("cpu")))
+    summary = summarize(concurrent, sequential, options)
+    verdicts = check_answers(engine, requests, concurrent.answers + sequential.answers)
+    print(f"{machine['commit']}, {machine['cores']} cores of {machine['processor']}, load {load_average()[0]}")
+    for line in (*summary, *latencies):
         print(f"  {line}")
-    print(f"  answers, {2 * len(asked)} in all: " + ", ".join(f"{n} {what}" for what, n in verdicts.items()))
+    print(f"  {2 * len(requests)} answers: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.json, about | {"load_at_end": load(), "figures": found + first, "answers": dict(verdicts)})
-    if verdicts.keys() - {"right", "parted where two scores were equal"}:
+    contents = {"load_at_end": load_average(), "figures": summary + latencies, "answers": dict(verdicts)}
+    write_json(options.json, machine | contents)
+    if verdicts.keys() - {"correct", "different after a tie"}:
         sys.exit("benchmarks.serving: some answers were lost or wrong")
 
 
-def mixed(engine: Engine, number: int) -> Asked:
-    """In turn: text to write, an image to draw, an image to caption."""
+def make_request(engine: Engine, number: int) -> LoadRequest:
+    """In turn: a text completion, an image to draw, an image to caption."""
     greedy = replace(engine.run.generation, temperature=0.0, max_tokens=16)
     word, common = WORDS[number % 10], {"seed": number, "temperature": 0, "max_tokens": 16}
     match number % 3:
         case 0:
             request = Request((f"the {word}",), seed=number, generation=greedy, allow_images=False)
-            return Asked("text", "/v1/completions", {"prompt": f"the {word}", **common}, request)
+            return LoadRequest("text", "/v1/completions", {"prompt": f"the {word}", **common}, request)
         case 1:
-            return Asked("drawing", "/v1/images/generations", {"prompt": word, "seed": number}, Request((word,), 1, number))
-    (width, height), colours = engine.sizes[0], engine.opened.codec.image_channels
-    pixels = np.random.default_rng(number).integers(256, size=(height, width, colours), dtype=np.uint8)
+            body = {"prompt": word, "seed": number}
+            return LoadRequest("drawing", "/v1/images/generations", body, Request((word,), 1, number))
+    (width, height), channels = engine.sizes[0], engine.opened.codec.image_channels
+    pixels = np.random.default_rng(number).integers(256, size=(height, width, channels), dtype=np.uint8)
     file = io.BytesIO()
-    Picture.fromarray(pixels.squeeze()).save(file, "PNG")
+    PILImage.fromarray(pixels.squeeze()).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}]
     body = {"messages": [{"role": "user", "content": content}], **common}
-    return Asked(
-        "caption", "/v1/chat/completions", body, Request((pixels,), seed=number, generation=greedy, allow_images=False)
-    )
+    request = Request((pixels,), seed=number, generation=greedy, allow_images=False)
+    return LoadRequest("caption", "/v1/chat/completions", body, request)
 
 
 @contextmanager
-def serving(run: Path):
-    """A client of a new server, and its process."""
+def start_server(run: Path):
+    """Start a server; yield a client and the process id."""
     command = [sys.executable, "-m", "transfusion", "serve", str(run), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -123,106 +127,106 @@ def serving(run: Path):
         server.wait()
 
 
-def ask_all(client: httpx2.Client, process: int, asked: list[Asked], at_once: int) -> Took:
-    took = Took()
+def send_all(client: httpx2.Client, pid: int, requests: list[LoadRequest], concurrency: int) -> LoadResult:
+    result = LoadResult()
 
-    def ask(one: Asked) -> tuple[httpx2.Response | Exception, float]:
-        begun = time.perf_counter()
+    def send(request: LoadRequest) -> tuple[httpx2.Response | Exception, float]:
+        start = time.perf_counter()
         try:
-            answer = client.post(one.path, json=one.body)
+            answer = client.post(request.path, json=request.body)
         except httpx2.HTTPError as error:
             answer = error
-        return answer, time.perf_counter() - begun
+        return answer, time.perf_counter() - start
 
-    begun, before = time.perf_counter(), processor_seconds(process)
-    with ThreadPoolExecutor(at_once) as pool:
-        for answer, seconds in pool.map(ask, asked):
-            took.answers.append(answer)
-            took.seconds.append(seconds)
-    took.wall, took.processor = time.perf_counter() - begun, processor_seconds(process) - before
-    return took
+    start, cpu_start = time.perf_counter(), cpu_seconds(pid)
+    with ThreadPoolExecutor(concurrency) as pool:
+        for answer, seconds in pool.map(send, requests):
+            result.answers.append(answer)
+            result.seconds.append(seconds)
+    result.wall, result.cpu = time.perf_counter() - start, cpu_seconds(pid) - cpu_start
+    return result
 
 
-def processor_seconds(process: int) -> float:
-    """That a process has computed so far, all its threads together."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far, over all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def first_signs(client: httpx2.Client, process: int, rounds: int = 15) -> list[str]:
-    """Milliseconds from a request to the first token and to the first preview, nothing else being asked."""
+def measure_first_output(client: httpx2.Client, pid: int, rounds: int = 15) -> list[str]:
+    """Milliseconds from a request to the first token and to the first preview, without other requests."""
     chat = {"messages": [{"role": "user", "content": "three"}], "stream": True, "max_tokens": 8}
     draw = {"prompt": "three", "stream": True, "preview_every": 1, "steps": 20}
     lines = []
-    for what, path, body, sign in (
+    for name, path, body, marker in (
         ("first token", "/v1/chat/completions", chat, '"content": "'),
         ("first preview", "/v1/images/generations", draw, "partial_image"),
     ):
-        wall, computed = [], []
+        wall, cpu = [], []
         for _ in range(rounds):
-            begun, before = time.perf_counter(), processor_seconds(process)
+            start, cpu_start = time.perf_counter(), cpu_seconds(pid)
             with client.stream("POST", path, json=body) as answer:
-                next(line for line in answer.iter_lines() if sign in line)
-                wall.append(1e3 * (time.perf_counter() - begun))
-            computed.append(1e3 * (processor_seconds(process) - before))
+                next(line for line in answer.iter_lines() if marker in line)
+                wall.append(1e3 * (time.perf_counter() - start))
+            cpu.append(1e3 * (cpu_seconds(pid) - cpu_start))
         lines.append(
-            f"{what}: {statistics.median(wall):.0f} ms (median; fastest {min(wall):.0f}, slowest {max(wall):.0f}; "
-            f"the process computed {statistics.median(computed):.0f} until the client had gone)"
+            f"{name}: {statistics.median(wall):.0f} ms (median; fastest {min(wall):.0f}, slowest {max(wall):.0f}; "
+            f"CPU time of the server until the client disconnected: {statistics.median(cpu):.0f})"
         )
     return lines
 
 
-def summary(many: Took, single: Took, options: Options) -> list[str]:
+def summarize(concurrent: LoadResult, sequential: LoadResult, options: Options) -> list[str]:
     lines = []
-    for took, name in ((many, f"{options.at_once} at once"), (single, "one at a time")):
-        p50, p95 = np.percentile(took.seconds, [50, 95])
+    for result, name in ((concurrent, f"{options.concurrency} concurrent"), (sequential, "one at a time")):
+        p50, p95 = np.percentile(result.seconds, [50, 95])
+        num_requests = len(result.seconds)
         lines.append(
-            f"{name}: {len(took.seconds) / took.wall:.1f} requests a second, {len(took.seconds) / took.processor:.1f} a "
-            f"second of computing; p50 {1e3 * p50:.0f} ms, p95 {1e3 * p95:.0f} ms"
+            f"{name}: {num_requests / result.wall:.1f} requests/s, {num_requests / result.cpu:.1f} per second of CPU time; "
+            f"p50 {1e3 * p50:.0f} ms, p95 {1e3 * p95:.0f} ms"
         )
-    ratios = single.wall / many.wall, single.processor / many.processor
-    lines.append(f"{ratios[0]:.2f} times the throughput of one at a time ({ratios[1]:.2f} times by time computed)")
+    ratios = sequential.wall / concurrent.wall, sequential.cpu / concurrent.cpu
+    lines.append(f"{ratios[0]:.2f} times the throughput of one at a time ({ratios[1]:.2f} times by CPU time)")
     return lines
 
 
-def check_all(engine: Engine, asked: list[Asked], answers: list[httpx2.Response | Exception]) -> Counter:
-    """What became of each answer, by kind of verdict."""
-    alone = [engine.generate([one.request])[0][0].parts for one in asked]
+def check_answers(engine: Engine, requests: list[LoadRequest], answers: list[httpx2.Response | Exception]) -> Counter:
+    """Compare each answer with the engine's and count the verdicts. `answers` is one or more rounds of all requests."""
+    expected_parts = [engine.generate([request.request])[0][0].parts for request in requests]
     verdicts = Counter()
     for number, answer in enumerate(answers):
-        one, expected = asked[number % len(asked)], alone[number % len(asked)]
+        request, expected = requests[number % len(requests)], expected_parts[number % len(requests)]
         if isinstance(answer, Exception) or answer.status_code != 200:
             verdicts["lost"] += 1
-        elif one.kind == "drawing":
-            encoded = base64.b64decode(answer.json()["data"][0]["b64_json"])
-            pixels = np.asarray(Picture.open(io.BytesIO(encoded))).reshape(expected[0].shape).astype(int)
-            verdicts["right" if np.abs(pixels - expected[0]).max() <= 2 else "wrong image"] += 1
+        elif request.kind == "drawing":
+            png = base64.b64decode(answer.json()["data"][0]["b64_json"])
+            pixels = np.asarray(PILImage.open(io.BytesIO(png))).reshape(expected[0].shape).astype(int)
+            verdicts["correct" if np.abs(pixels - expected[0]).max() <= 2 else "wrong image"] += 1
         else:
             choice = answer.json()["choices"][0]
-            text = choice["text"] if one.kind == "text" else choice["message"]["content"]
-            wanted = "".join(expected)
-            if text.rstrip("\ufffd") == wanted.rstrip("\ufffd"):
-                verdicts["right"] += 1
+            text = choice["text"] if request.kind == "text" else choice["message"]["content"]
+            if text.rstrip("\ufffd") == "".join(expected).rstrip("\ufffd"):
+                verdicts["correct"] += 1
             else:
-                verdicts["parted where two scores were equal" if is_close(engine, one) else "wrong text"] += 1
+                verdicts["different after a tie" if has_tie(engine, request) else "wrong text"] += 1
     return verdicts
 
 
-def is_close(engine: Engine, one: Asked) -> bool:
-    """Whether the two best scores of any token of this text lie so close that the order of adding may decide."""
-    gaps, choose = [], text_mode.sample_token
+def has_tie(engine: Engine, request: LoadRequest) -> bool:
+    """True if the two largest logits of any generated token are so close that rounding may decide."""
+    gaps, sample_token = [], text_mode.sample_token
 
-    def watched(logits, allowed, *rest):
-        best = logits.masked_fill(~allowed, -np.inf).topk(2).values
-        gaps.append((best[0] - best[1]).item())
-        return choose(logits, allowed, *rest)
+    def record_gap(logits, allowed, *args):
+        largest = logits.masked_fill(~allowed, -np.inf).topk(2).values
+        gaps.append((largest[0] - largest[1]).item())
+        return sample_token(logits, allowed, *args)
 
-    text_mode.sample_token = watched
+    text_mode.sample_token = record_gap
     try:
-        engine.generate([one.request])
+        engine.generate([request.request])
     finally:
-        text_mode.sample_token = choose
-    return min(gaps) < CLOSE
+        text_mode.sample_token = sample_token
+    return min(gaps) < TIE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A training step of every named run that fits the device: positions a second, of the machine's matrix speed, and memory."""
+"""Training steps of every named run that fits the device: positions per second, share of the peak FLOP/s, and memory."""
 
 import gc
 import math
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.made import paper_loader
-from benchmarks.measuring import Figure, Setting, in_turn, memory, number
-from benchmarks.sides import peak_memory
+from benchmarks.fixtures import make_paper_loader
+from benchmarks.timing import Figure, Setting, format_number, memory_figure, time_alternately
+from benchmarks.worker import peak_memory_mib
 from transfusion.config import Run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
@@ -25,160 +25,163 @@ from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch
 from transfusion.training.trainer import Read, Trainer
 
-SMALL = ("digits", "shapes")
-WARM, READS = 3, 8  # steps that do not count; reads that are trained on in turn
-STATE = 20  # bytes of memory for each parameter: weights, their average, a gradient and two moments
-ROOM_FOR_STATE = 0.75  # of what is free; with more there is no use in trying
-PEAKS = {  # TFLOP/s in bfloat16 by the data sheets; the first name that is part of the device's counts
+SMALL_RUNS = ("digits", "shapes")
+WARMUP_STEPS, NUM_READS = 3, 8  # reads are trained on in turn
+STATE_BYTES = 20  # per parameter: weights, EMA, gradient and two moments
+MAX_STATE_SHARE = 0.75  # of the free memory; a larger model is not tried
+PEAK_TFLOPS = {  # bfloat16, from the data sheets; the first name that is part of the device's name is used
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
 }  # fmt: skip
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """On a CPU the small runs on their own data; on CUDA the paper's sizes, on as many rows of the paper's kind as fit."""
-    for name in setting.pick(SMALL, SMALL[:1]) if not setting.cuda else ():
-        yield from figures(small(name, setting.device), setting)
-        yield memory_of_a_process(name)
+    """On a CPU the small runs with their own data; on CUDA the paper's sizes with as many random rows as fit."""
+    for name in setting.pick(SMALL_RUNS, SMALL_RUNS[:1]) if not setting.cuda else ():
+        yield from measure_steps(make_small_trainer(name, setting.device), setting)
+        yield measure_process_memory(name)
     rows = 8
     for name in setting.pick(tuple(SIZES), ("0.16b",)) if setting.cuda else ():
-        rows, found = as_many_rows_as_fit(name, rows, setting)
-        yield from found
+        rows, figures = measure_largest_batch(name, rows, setting)
+        yield from figures
 
 
-def small(name: str, device: torch.device) -> Trainer:
-    """A small run at its first step."""
+def make_small_trainer(name: str, device: torch.device) -> Trainer:
+    """A small run before its first step."""
     run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, 0)
     run = replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size))
     return Trainer(run, Path(), Loader(open_sources(run.data, "train"), encoder), {}, device)
 
 
-def paper_sized(name: str, rows: int, device: torch.device) -> Trainer:
-    """One of the paper's models at its first step."""
+def make_paper_trainer(name: str, rows: int, device: torch.device) -> Trainer:
+    """A model of the paper before its first step."""
     run = named_run(name)
     run = replace(run, data=replace(run.data, rows=rows))
-    return Trainer(run, Path(), paper_loader(run.data.seq_len, rows), {}, device)
+    return Trainer(run, Path(), make_paper_loader(run.data.seq_len, rows), {}, device)
 
 
-def as_many_rows_as_fit(name: str, rows: int, setting: Setting) -> tuple[int, list[Figure]]:
-    """One of the paper's models with so many rows in a step, or half as many, and so on; 0 where none fits."""
-    need, room = STATE * count_parameters(build_on_meta(SIZES[name])), torch.cuda.mem_get_info(setting.device)[0]
-    while rows and need < ROOM_FOR_STATE * room:
+def measure_largest_batch(name: str, rows: int, setting: Setting) -> tuple[int, list[Figure]]:
+    """Measure a model of the paper; halve `rows` until a step fits in memory. Return the rows (0: none fit) and figures."""
+    required = STATE_BYTES * count_parameters(build_on_meta(SIZES[name]))
+    free = torch.cuda.mem_get_info(setting.device)[0]
+    while rows and required < MAX_STATE_SHARE * free:
         try:
-            found = list(figures(paper_sized(name, rows, setting.device), setting))
+            figures = list(measure_steps(make_paper_trainer(name, rows, setting.device), setting))
         except torch.OutOfMemoryError:
-            found = []
+            figures = []
         gc.collect()
         torch.cuda.empty_cache()
-        if found:
-            return rows, found
+        if figures:
+            return rows, figures
         rows //= 2
-    why = f"left out, {number(need / 2**30)} GiB of state and rows beside it do not fit in {number(room / 2**30)} GiB"
-    return 0, [Figure(name, beside=why)]
+    state, memory = format_number(required / 2**30), format_number(free / 2**30)
+    return 0, [Figure(name, beside=f"left out: {state} GiB of state and the rows do not fit in {memory} GiB")]
 
 
-def figures(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
-    """Steps and bare products in turn."""
+def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
+    """Time training steps and plain matrix products alternately."""
     run, device = trainer.run, setting.device
-    reads = [read for read, _ in islice(trainer.read(None), READS)]
-    step = stepper(trainer, reads)
+    reads = [read for read, _ in islice(trainer.read(None), NUM_READS)]
+    step = make_stepper(trainer, reads)
     if setting.cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(WARM):
+    for _ in range(WARMUP_STEPS):
         step()
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if setting.cuda else None
-    ways = {"step": step} | {shape: partial(multiply, *operands(shape, device)) for shape in products_of(run)}
+    functions = {"step": step} | {shape: partial(run_matmuls, *make_operands(shape, device)) for shape in matmul_shapes(run)}
     if setting.cuda:
-        ways["causal"] = stepper(trainer, [causal(read) for read in reads])
-    seconds = in_turn(ways, setting.pick(10 if setting.cuda else 40, 1), device)
-    parameters, positions = count_parameters(trainer.model), mean(reads, lambda batch: batch.positions)
-    speed = {shape: TIMES * 2 * shape[0] * shape[1] * shape[2] / seconds[shape] for shape in products_of(run)}
+        functions["causal"] = make_stepper(trainer, [make_causal(read) for read in reads])
+    seconds = time_alternately(functions, setting.pick(10 if setting.cuda else 40, 1), device)
+    parameters, positions = count_parameters(trainer.model), mean_per_step(reads, lambda batch: batch.positions)
+    speeds = {shape: NUM_MATMULS * 2 * shape[0] * shape[1] * shape[2] / seconds[shape] for shape in matmul_shapes(run)}
     rows, width = run.data.rows * run.data.seq_len, run.model.width
-    beside = {"bare rows x width x width": speed[rows, width, width], "its fastest bare product": max(speed.values())}
-    sheet = next((top for name, top in PEAKS.items() if setting.cuda and name in torch.cuda.get_device_name(device)), None)
-    if sheet is not None:
-        beside[f"{sheet} TFLOP/s, data sheet"] = sheet * 1e12
-    usual = 6 * parameters + 12 * run.model.layers * width * run.data.seq_len
+    baselines = {"matmul rows x width x width": speeds[rows, width, width], "its fastest matmul": max(speeds.values())}
+    device_name = torch.cuda.get_device_name(device) if setting.cuda else ""
+    peak_tflops = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
+    if peak_tflops is not None:
+        baselines[f"{peak_tflops} TFLOP/s, data sheet"] = peak_tflops * 1e12
+    standard = 6 * parameters + 12 * run.model.layers * width * run.data.seq_len
     conventions = {
-        "FLOPs of the real batch": mean(reads, lambda batch: count_training_flops(batch, run.model)),
-        "FLOPs as usual, 6 N + 12 l w L": usual * positions,
+        "FLOPs of the actual batch": mean_per_step(reads, lambda batch: count_training_flops(batch, run.model)),
+        "standard FLOPs, 6 N + 12 l w L": standard * positions,
     }
     size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.seq_len:,}"
     yield Figure(f"{size}: a step", positions / seconds["step"], "positions/s")
     for convention, flops in conventions.items():
-        for product, fastest in beside.items():
-            reached = flops / seconds["step"]
-            yield Figure(f"  {convention}", reached / 1e9, "GFLOP/s", reached / fastest, product)
+        for baseline, baseline_flops in baselines.items():
+            speed = flops / seconds["step"]
+            yield Figure(f"  {convention}", speed / 1e9, "GFLOP/s", speed / baseline_flops, baseline)
     if setting.cuda:
         ratio = seconds["causal"] / seconds["step"]
         yield Figure("  with its own mask", positions / seconds["step"], "positions/s", ratio, "plain causal attention")
-        yield memory("  memory on the device", peak)
+        yield memory_figure("  memory on the device", peak)
 
 
-def stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
-    """The trainer's own step, on these reads in turn. RuntimeError when one's gradient is not finite."""
-    coming, numbers = cycle(reads), count()
+def make_stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
+    """A function that runs the trainer's step on the next of these reads. RuntimeError if a gradient is not finite."""
+    next_reads, steps = cycle(reads), count()
 
-    def allows(number: int, norm: float, *_) -> bool:
+    def accepts_update(step: int, norm: float, *_) -> bool:
         if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient of step {number} is not finite")
+            raise RuntimeError(f"the gradient of step {step} is not finite")
         return True
 
-    return lambda: trainer.step(next(numbers), next(coming), allows)
+    return lambda: trainer.step(next(steps), next(next_reads), accepts_update)
 
 
-def causal(read: Read) -> Read:
-    """The same positions, but every row one document, and images no more than text to the mask."""
+def make_causal(read: Read) -> Read:
+    """The same positions with a plain causal mask: one document per row, no bidirectional images."""
     return [
         (
             replace(
                 batch, document_ids=torch.zeros_like(batch.document_ids), image_ids=torch.full_like(batch.image_ids, -1)
             ),
-            draws,
+            noise,
         )
-        for batch, draws in read
+        for batch, noise in read
     ]
 
 
-def mean(reads: list[Read], of: Callable[[Batch], int]) -> float:
-    """Of a step, over all reads."""
-    return sum(of(batch) for read in reads for batch, _ in read) / len(reads)
+def mean_per_step(reads: list[Read], count_batch: Callable[[Batch], int]) -> float:
+    return sum(count_batch(batch) for read in reads for batch, _ in read) / len(reads)
 
 
-# Bare products
+# Matrix products
 
-TIMES = 12  # about the work of one layer's forward and backward
-
-
-def products_of(run: Run) -> list[tuple[int, int, int]]:
-    """The shapes of a run's own matrix products: rows x width x width, those of attention together, of the feed-forward."""
-    rows, width, hidden = run.data.rows * run.data.seq_len, run.model.width, run.model.feed_forward_size
-    return sorted({(rows, width, width), (rows, width, 3 * width), (rows, width, 2 * hidden), (rows, hidden, width)})
+NUM_MATMULS = 12  # about the work of one layer's forward and backward pass
 
 
-def operands(shape: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Two matrices and the place of their product, in the precision of a forward pass."""
+def matmul_shapes(run: Run) -> list[tuple[int, int, int]]:
+    """The shapes (m, k, n) of a run's products: rows x width x width, the fused q, k, v, and the feed-forward layers."""
+    rows, width, intermediate = run.data.rows * run.data.seq_len, run.model.width, run.model.feed_forward_size
+    return sorted(
+        {(rows, width, width), (rows, width, 3 * width), (rows, width, 2 * intermediate), (rows, intermediate, width)}
+    )
+
+
+def make_operands(shape: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Two matrices (m, k) and (k, n) and the output (m, n), in the precision of a forward pass."""
     m, k, n = shape
-    return tuple(torch.randn(side, device=device, dtype=precision(device)) for side in ((m, k), (k, n), (m, n)))
+    return tuple(torch.randn(size, device=device, dtype=precision(device)) for size in ((m, k), (k, n), (m, n)))
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> None:
-    for _ in range(TIMES):
-        torch.mm(a, b, out=product)
+def run_matmuls(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    for _ in range(NUM_MATMULS):
+        torch.mm(a, b, out=out)
 
 
 # Memory on a CPU
 
 
-def memory_of_a_process(name: str) -> Figure:
-    """Of one that does nothing but train this run."""
+def measure_process_memory(name: str) -> Figure:
+    """The peak memory of a process that only trains this run."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return memory("  memory of a process that trains it", pool.submit(memory_of_training, name).result())
+        return memory_figure("  memory of a process that trains it", pool.submit(train_and_read_memory, name).result())
 
 
-def memory_of_training(name: str) -> float | None:
-    trainer = small(name, pick_device("cpu"))
-    step = stepper(trainer, [read for read, _ in islice(trainer.read(None), READS)])
-    for _ in range(WARM):
+def train_and_read_memory(name: str) -> float | None:
+    trainer = make_small_trainer(name, pick_device("cpu"))
+    step = make_stepper(trainer, [read for read, _ in islice(trainer.read(None), NUM_READS)])
+    for _ in range(WARMUP_STEPS):
         step()
-    return peak_memory()
+    return peak_memory_mib()

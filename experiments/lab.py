@@ -115,7 +115,7 @@ def run_command(*arguments: str | Path) -> None:
 
 def run_table(
     options: Options, table: Table, measure: Measure, prepare: Callable[[Options], None] | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Fill the selected cells (not with --show) and print the table. `prepare` makes the data that all cells share."""
     if not options.show:
         check_names(options, table.variants)
