@@ -236,7 +236,7 @@ def test_extrapolated_parity_ratio_is_marked(tmp_path, advantage, is_beyond):
 
 
 TABLES = [attention, patches, noise, text, scaling]
-PRESETS = ["cpu", "gpu"]
+PRESET_NAMES = ["cpu", "gpu"]
 
 
 @cache
@@ -245,7 +245,7 @@ def parse_arguments(*arguments: str) -> Run:
     return parse_run(Train, "train", *named("train", list(arguments)))[0]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 @pytest.mark.parametrize("module", TABLES, ids=lambda module: module.__name__)
 def test_variants_and_claims_of_a_table_are_valid(module, preset):
     """Every variant is a run; every claim names existing rows and columns."""
@@ -263,7 +263,7 @@ def test_variants_and_claims_of_a_table_are_valid(module, preset):
         assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_number_of_patches_matches_the_variant_name(preset):
     for variant in patches.build_table(preset).variants:
         run = parse_arguments(*variant.arguments)
@@ -271,7 +271,7 @@ def test_number_of_patches_matches_the_variant_name(preset):
         assert num_patches == int(variant.name.split()[1])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_tables_share_common_cells(preset):
     def cells(module) -> set[Path]:
         return {cell_folder(Options(), variant, 0) for variant in module.build_table(preset).variants}
