@@ -1,4 +1,4 @@
-"""What it reads: sources of raw documents, and the way from them to prepared, packed rows."""
+"""Sources of raw documents, and how they become prepared, packed rows."""
 
 from absl import logging
 

@@ -1,4 +1,4 @@
-"""What documents are encoded with, fitted on the first of them: the tokenizer, the codec, and the size of the pictures."""
+"""What documents are encoded with, fitted on the first of them: the tokenizer, the codec and the image sizes."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,28 +20,28 @@ from transfusion.data.store import open_prepared
 from transfusion.disk import OpenError, check_codec, read_checked, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
-FIT_PIXELS = 4_000_000  # of pictures that the codec is fitted on, over all sources
-FIT_LETTERS = 20_000_000  # of text that the tokenizer is trained on
-LOOK = 16  # pictures of a source that give its size and channels
-MOST_IDS, LETTERS_PER_ID = 8192, 64  # of a tokenizer whose size nobody asked for
+MAX_FIT_PIXELS = 4_000_000  # of the images that the codec is fitted on, over all sources
+MAX_FIT_CHARS = 20_000_000  # of the text that the tokenizer is trained on
+NUM_SIZE_SAMPLES = 16  # images of a source that decide the default size and the number of channels
+MAX_DEFAULT_VOCAB, CHARS_PER_TOKEN = 8192, 64  # default tokenizer size: 256 + characters / 64, at most 8192
 
-Firsts = Callable[[], Iterator[RawDocument]]  # the first training documents of a source, from the beginning
+DocumentStream = Callable[[], Iterator[RawDocument]]  # returns the first training documents of a source, from the start
 
 
 class PrepareError(ValueError):
-    """The data set cannot be made; the message says why. What is finished stays, and the same command goes on from it."""
+    """The data set cannot be prepared; the message names the cause. Finished shards stay, and the same command resumes."""
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """What documents are encoded with."""
+class TokenizerAndCodec:
+    """Encodes raw documents: tokenizer, codec and image sizes."""
 
     tokenizer: Tokenizer
     codec: Codec | VQ
     sizes: tuple[tuple[int, int], ...]  # (width, height)
 
-    def cut(self, raw: RawDocument) -> RawDocument:
-        """Its pictures cut to the nearest size."""
+    def crop(self, raw: RawDocument) -> RawDocument:
+        """The document with its images resized and cropped to the nearest size."""
         segments = tuple(
             replace(part, pixels=to_pixels(part.pixels, self.sizes, self.codec.image_channels)) if isinstance(part, RawImage)
             else part for part in raw.segments
@@ -49,9 +49,9 @@ class Encoders:
         return replace(raw, segments=segments)
 
     def encode(self, raws: Sequence[RawDocument]) -> list[Document]:
-        """Text to ids, and pictures, which are cut already, to latents or codes, all of them together."""
-        pictures = [part.pixels for raw in raws for part in raw.segments if isinstance(part, RawImage)]
-        contents = iter(encode_many(self.codec, pictures))
+        """Text to ids, and cropped images to latents or codes, the images of all documents in one batch."""
+        images = [part.pixels for raw in raws for part in raw.segments if isinstance(part, RawImage)]
+        contents = iter(encode_many(self.codec, images))
         return [
             Document(tuple(
                 Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
@@ -61,39 +61,41 @@ class Encoders:
         ]  # fmt: skip
 
 
-def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
-    """Train or take the tokenizer, fit or open the codec, on training documents only; write both, and what was decided."""
+def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) -> None:
+    """Train or load the tokenizer, fit or load the codec, on training documents only; write both and `fitted.json`.
+
+    PrepareError when there are no images, or the codec's downsampling does not divide a size.
+    """
     if config.like is not None:
-        return _take(Path(config.like), folder)
-    sizes, image_channels = _geometry(firsts, config)
-    brought = is_brought(config.codec)
-    if brought:
+        return _copy_encoders(Path(config.like), folder)
+    sizes, image_channels = _choose_sizes(streams, config)
+    is_loaded = is_codec_folder(config.codec)
+    if is_loaded:
         codec = open_codec(Path(config.codec))
         image_channels = codec.image_channels
     elif is_pretrained(config.codec):
         image_channels = 3
     texts: list[str] = []
-    pictures: list[np.ndarray] = []
-    for first in firsts:
-        letters = pixels = 0
-        for raw in first():
+    images: list[np.ndarray] = []
+    for stream in streams:
+        chars = pixels = 0
+        for raw in stream():
             for part in raw.segments:
-                if isinstance(part, RawText) and letters < FIT_LETTERS // len(firsts):
+                if isinstance(part, RawText) and chars < MAX_FIT_CHARS // len(streams):
                     texts.append(part.text)
-                    letters += len(part.text)
-                elif isinstance(part, RawImage) and pixels < FIT_PIXELS // len(firsts):
-                    pictures.append(to_pixels(part.pixels, sizes, image_channels))
-                    pixels += pictures[-1].shape[0] * pictures[-1].shape[1]
+                    chars += len(part.text)
+                elif isinstance(part, RawImage) and pixels < MAX_FIT_PIXELS // len(streams):
+                    images.append(to_pixels(part.pixels, sizes, image_channels))
+                    pixels += images[-1].shape[0] * images[-1].shape[1]
     if config.tokenizer is None:
         tokenizer = train_tokenizer(texts, config.tokenizer_size)
     else:
         tokenizer = Tokenizer.from_file(Path(config.tokenizer))
-    codec = codec if brought else _fit_codec(config, sizes, pictures)
+    codec = codec if is_loaded else _fit_codec(config, sizes, images)
     for width, height in sizes:
         if width % codec.downsampling or height % codec.downsampling:
-            raise PrepareError(
-                f"a picture of {width}x{height} pixels cannot be cut into squares of {codec.downsampling} pixels"
-            )
+            raise PrepareError(f"--sizes {width}x{height}: width and height must be divisible by the codec's downsampling, "
+                               f"{codec.downsampling}")  # fmt: skip
     text, encoded = tokenizer.to_json().encode(), codec_to_bytes(codec)
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / "codec.safetensors", encoded)
@@ -105,60 +107,62 @@ def fit(firsts: Sequence[Firsts], config: PrepareConfig, folder: Path) -> None:
 
 
 def open_codec(folder: Path) -> Codec | VQ:
-    """A codec that `fit-codec` made. OpenError when the folder holds none, or it was changed."""
-    about, path = about_codec(folder), folder / "codec.safetensors"
+    """A codec written by `fit-codec`. OpenError when the folder has none, or it was changed."""
+    info, path = read_codec_info(folder), folder / "codec.safetensors"
     try:
-        return codec_from_bytes(about["kind"], read_checked(path, about["sha256"]))
+        return codec_from_bytes(info["kind"], read_checked(path, info["sha256"]))
     except KeyError as error:
         raise OpenError(f"{folder / 'codec.json'} is damaged: {error} is missing") from None
     except OpenError:
         raise
-    except ValueError as error:  # without its statistics, say
+    except ValueError as error:  # for example without its statistics
         raise OpenError(f"{path} cannot be used: {error}") from None
 
 
-def is_brought(codec: str) -> bool:
-    """Is it a folder that `fit-codec` made, or ought to be?"""
+def is_codec_folder(codec: str) -> bool:
+    """Whether --codec means a folder written by `fit-codec`."""
     return codec not in ("auto", Pixels.kind, BlockPCA.kind) and not is_pretrained(codec)
 
 
-def about_codec(folder: Path) -> dict:
-    """Its codec.json. OpenError when there is none."""
+def read_codec_info(folder: Path) -> dict:
+    """The codec.json of a folder. OpenError when there is none."""
     return read_json(check_codec(folder) / "codec.json")
 
 
-def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], pictures: Sequence[np.ndarray]) -> Codec:
-    """One that needs no training, as asked or as suits the size of the pictures; or one that diffusers opens."""
+def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], images: Sequence[np.ndarray]) -> Codec:
+    """A codec without training: of the configured kind, or chosen by the image size; or a pretrained one of diffusers."""
     if is_pretrained(config.codec):
-        return Pretrained.fit(config.codec, pictures)
+        return Pretrained.fit(config.codec, images)
     side = min(min(size) for size in sizes)
     kind = config.codec if config.codec != "auto" else Pixels.kind if side < 16 else BlockPCA.kind
     block = config.codec_block or (4 if side < 64 else 8)
-    return fit_codec(kind, pictures, block, config.codec_components or (6 if block <= 4 else 8))
+    return fit_codec(kind, images, block, config.codec_components or (6 if block <= 4 else 8))
 
 
-def _take(like: Path, folder: Path) -> None:
-    """What another prepared folder, or a run, encodes with."""
-    about = about_like(like)
+def _copy_encoders(like: Path, folder: Path) -> None:
+    """Use the tokenizer, codec and sizes of another prepared folder, or of a run."""
+    info = read_like_info(like)
     for name in ("tokenizer.json", "codec.safetensors"):
         write_whole(folder / name, (like / name).read_bytes())
-    write_json(folder / "fitted.json", {name: about[name] for name in ("tokenizer", "codec", "sizes", "image_channels")})
+    write_json(folder / "fitted.json", {name: info[name] for name in ("tokenizer", "codec", "sizes", "image_channels")})
 
 
-def about_like(like: Path) -> dict:
-    """What a prepared folder says of its tokenizer, codec and pictures, or a run, also an exported one. OpenError when it is
-    none of these, or was changed."""
-    found = next((like / name for name in ("dataset.json", "run.json", "config.json") if (like / name).exists()), None)
-    if found is None or found.name == "dataset.json":
-        return open_prepared(like).about
-    values = read_json(found)
+def read_like_info(like: Path) -> dict:
+    """The tokenizer, codec, sizes and image channels of a prepared folder, a run, or an exported run.
+
+    OpenError when it is none of these, or was changed.
+    """
+    path = next((like / name for name in ("dataset.json", "run.json", "config.json") if (like / name).exists()), None)
+    if path is None or path.name == "dataset.json":
+        return open_prepared(like).metadata
+    values = read_json(path)
     try:
         kind, ids = values["codec"]["kind"], values["vocabulary"]
         codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))
         text = read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"]).decode()
         shapes = Vocabulary.from_json(ids).boi
     except (KeyError, TypeError, AttributeError) as error:
-        raise OpenError(f"{found} is neither a run's nor that of an exported one: {error!r}") from None
+        raise OpenError(f"{path} is neither a run's nor an exported run's: {error!r}") from None
     return {
         "tokenizer": {"size": Tokenizer.from_json(text).size, "sha256": values["tokenizer"]["sha256"]},
         "codec": {"kind": kind, "channels": codec.channels, "sha256": values["codec"]["sha256"]},
@@ -168,32 +172,35 @@ def about_like(like: Path) -> dict:
 
 
 def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:
-    """On these texts. Without a size as large as there is text for: else whole captions would become one token each."""
-    room = 256 + sum(map(len, texts)) // LETTERS_PER_ID
-    return Tokenizer.train(texts, min(MOST_IDS, room) if size is None else size)
+    """A tokenizer trained on these texts. The default size grows with the text: otherwise a whole caption is one token."""
+    default = 256 + sum(map(len, texts)) // CHARS_PER_TOKEN
+    return Tokenizer.train(texts, min(MAX_DEFAULT_VOCAB, default) if size is None else size)
 
 
-def _geometry(firsts: Sequence[Firsts], config: PrepareConfig) -> tuple[tuple[tuple[int, int], ...], int]:
-    """(width, height) of the pictures, as asked or as the first of them are, and their channels: 1 if all are grey."""
-    found: list[tuple[int, ...]] = []
-    for first in firsts:
-        parts = (part for raw in first() for part in raw.segments)
-        found += [part.pixels.shape for part in islice((p for p in parts if isinstance(p, RawImage)), LOOK)]
-    if not found:
-        raise PrepareError(
-            "none of the first documents holds a picture: name a source that does beside this one, or --like a prepared "
-            "folder whose codec and tokenizer are to be used"
-        )
-    image_channels = 1 if all(shape[2] == 1 for shape in found) else 3
-    height, width = found[0][:2]
-    alike = all(shape[:2] == (height, width) for shape in found)
-    natural = (width, height) if alike and max(height, width) <= 256 else (256, 256)
-    return tuple(map(parse_size, config.sizes)) or (natural,), image_channels
+def _choose_sizes(
+    streams: Sequence[DocumentStream], config: PrepareConfig
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Image sizes (width, height), and the number of channels: 1 if the first images are all grey, otherwise 3.
+
+    The default is the size of the first images if it is the same for all and at most 256; otherwise 256 x 256.
+    """
+    shapes: list[tuple[int, ...]] = []
+    for stream in streams:
+        parts = (part for raw in stream() for part in raw.segments)
+        shapes += [part.pixels.shape for part in islice((p for p in parts if isinstance(p, RawImage)), NUM_SIZE_SAMPLES)]
+    if not shapes:
+        raise PrepareError("none of the first documents has an image: add a source with images, or use the codec and "
+                           "tokenizer of another prepared folder with --like")  # fmt: skip
+    image_channels = 1 if all(shape[2] == 1 for shape in shapes) else 3
+    height, width = shapes[0][:2]
+    is_same_size = all(shape[:2] == (height, width) for shape in shapes)
+    default = (width, height) if is_same_size and max(height, width) <= 256 else (256, 256)
+    return tuple(map(parse_size, config.sizes)) or (default,), image_channels
 
 
-def open_tools(folder: Path) -> Encoders:
-    """What `fit` has written."""
-    about = read_json(folder / "fitted.json")
-    tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", about["tokenizer"]["sha256"]).decode())
-    codec = codec_from_bytes(about["codec"]["kind"], read_checked(folder / "codec.safetensors", about["codec"]["sha256"]))
-    return Encoders(tokenizer, codec, tuple(map(tuple, about["sizes"])))
+def open_encoders(folder: Path) -> TokenizerAndCodec:
+    """Open what `fit` has written. OpenError when a file is missing or was changed."""
+    info = read_json(folder / "fitted.json")
+    tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", info["tokenizer"]["sha256"]).decode())
+    codec = codec_from_bytes(info["codec"]["kind"], read_checked(folder / "codec.safetensors", info["codec"]["sha256"]))
+    return TokenizerAndCodec(tokenizer, codec, tuple(map(tuple, info["sizes"])))

@@ -1,50 +1,51 @@
-"""Documents as a person sees them: a page with their texts, thumbnails, and what of them is learnt."""
+"""A page that shows documents: texts, thumbnails, and which segments the loss includes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from transfusion.data.raw import Fault, RawDocument, RawText
 from transfusion.data.reading.readers import Reader
-from transfusion.data.store import DecodedSource, Prepared
+from transfusion.data.store import DecodedSource, PreparedFolder
 from transfusion.page import Page
 
-SIDE = 256  # pixels of a thumbnail, at most; small pictures are enlarged in whole pixels
-WIDTH = 128  # of a thumbnail on the page
-LETTERS = 1_200  # of a text that are shown
-UNIT = 256  # records read at a time
+MAX_SIDE = 256  # pixels of a thumbnail; small images are enlarged by whole factors
+DISPLAY_WIDTH = 128  # of a thumbnail on the page
+MAX_CHARS = 1_200  # of a text that are shown
+UNIT_SIZE = 256  # records read at a time
 
 
 def show_source(page: Page, reader: Reader, count: int) -> None:
-    """The first records of a source: documents and faults."""
+    """Add the first records of a source to the page: documents and faults."""
     page.heading(reader.name)
-    reading = (one for unit in reader.units(UNIT) for one in reader.read(unit))
-    first = [one if isinstance(one, Fault) else _small(one) for one in islice(reading, count)]
+    documents = (document for unit in reader.units(UNIT_SIZE) for document in reader.read(unit))
+    first = [document if isinstance(document, Fault) else _shrink_images(document) for document in islice(documents, count)]
     page.say(f"The first {len(first)} records of `{reader.address}`. {reader.describe()}.")
     _show(page, first)
 
 
-def show_prepared(page: Page, prepared: Prepared, count: int) -> None:
-    """Documents of a prepared folder, evenly spread, as the model gets them: text from its ids, pictures from latents."""
+def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
+    """Add evenly spaced documents of a prepared folder, as the model gets them: decoded from ids and latents."""
     for name in prepared.names:
-        about = prepared.about["sources"][name]
-        stored = DecodedSource(prepared.source(name, "train"))
-        chosen = [n * len(stored) // min(count, len(stored)) for n in range(min(count, len(stored)))]
+        info = prepared.metadata["sources"][name]
+        source = DecodedSource(prepared.source(name, "train"))
+        indices = [n * len(source) // min(count, len(source)) for n in range(min(count, len(source)))]
         page.heading(name)
-        left_out = sum(about["faults"].values())
+        num_faults = sum(info["faults"].values())
         page.say(
-            f"{len(chosen)} of {len(stored):,} training documents, evenly spread. {about['documents']['heldout']:,} more "
-            f"are held out, {left_out:,} of {about['records']:,} records were left out. Pictures went through the codec."
+            f"{len(indices)} of {len(source):,} training documents, evenly spaced. {info['documents']['heldout']:,} more "
+            f"are held out; {num_faults:,} of {info['records']:,} records were left out. The codec encoded and decoded the "
+            "images."
         )
-        _show(page, [_small(stored[n]) for n in chosen])
+        _show(page, [_shrink_images(source[n]) for n in indices])
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as it is shown, and the size that it has."""
+    """A reduced image, and the original size as text."""
 
     pixels: np.ndarray
     size: str
@@ -52,8 +53,8 @@ class Thumbnail:
     max_t: float
 
 
-def _small(document: RawDocument) -> RawDocument:
-    """The document with thumbnails in place of pictures: many photographs at once would not fit into memory."""
+def _shrink_images(document: RawDocument) -> RawDocument:
+    """The document with thumbnails instead of images: many photographs at once would not fit into memory."""
     return replace(document, segments=tuple(
         part if isinstance(part, RawText)
         else Thumbnail(thumbnail(part.pixels), "{1} x {0}".format(*part.pixels.shape), part.loss, part.max_t)
@@ -61,35 +62,35 @@ def _small(document: RawDocument) -> RawDocument:
     ))  # fmt: skip
 
 
-def _show(page: Page, found: Sequence[RawDocument | Fault]) -> None:
-    if any(isinstance(one, RawDocument) and one.pairs for one in found):
-        page.say("In a pair, caption and picture change places in some epochs; in some the caption is left out.", quiet=True)
-    for one in found:
-        if isinstance(one, Fault):
-            page.say(f"`{one.where}` cannot be used, {one.kind}: {one.message}")
+def _show(page: Page, documents: Sequence[RawDocument | Fault]) -> None:
+    if any(isinstance(document, RawDocument) and document.pairs for document in documents):
+        page.say("In some epochs a pair is read with its image first, or without its caption.", quiet=True)
+    for document in documents:
+        if isinstance(document, Fault):
+            page.say(f"`{document.where}` cannot be used, {document.kind}: {document.message}")
             continue
-        page.say(f"`{one.where}`{', a pair' if one.pairs else ''}", quiet=True)
+        page.say(f"`{document.where}`{', a pair' if document.pairs else ''}", quiet=True)
         parts: list[tuple[str | np.ndarray, str]] = []
-        for part in one.segments:
-            learnt = "learnt" if part.loss else "not learnt"
+        for part in document.segments:
+            loss = "in the loss" if part.loss else "not in the loss"
             if isinstance(part, RawText):
-                rest = len(part.text) - LETTERS
-                text = part.text[:LETTERS] + (f" ... and {rest:,} letters more" if rest > 0 else "")
-                parts.append((text, f"text, {learnt}"))
+                rest = len(part.text) - MAX_CHARS
+                text = part.text[:MAX_CHARS] + (f" ... and {rest:,} more characters" if rest > 0 else "")
+                parts.append((text, f"text, {loss}"))
             else:
-                clean = ", always clean" if part.max_t == 0 else ""
-                parts.append((part.pixels, f"{part.size}, {learnt}{clean}"))
-        page.passage(parts, WIDTH)
+                no_noise = ", without noise" if part.max_t == 0 else ""
+                parts.append((part.pixels, f"{part.size}, {loss}{no_noise}"))
+        page.passage(parts, DISPLAY_WIDTH)
 
 
-def thumbnail(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """The picture (Y, X, 1 | 3) uint8 with its longer side at most `side`; much smaller ones enlarged."""
+def thumbnail(pixels: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
+    """The image (Y, X, 1 | 3) uint8 with its longer side at most `max_side`; much smaller ones are enlarged."""
     longest = max(pixels.shape[:2])
-    if longest * 2 <= side:
-        zoom = side // longest
-        return np.repeat(np.repeat(pixels, zoom, 0), zoom, 1)
-    if longest <= side:
+    if longest * 2 <= max_side:
+        factor = max_side // longest
+        return np.repeat(np.repeat(pixels, factor, 0), factor, 1)
+    if longest <= max_side:
         return pixels
-    picture = Picture.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    picture.thumbnail((side, side))
-    return np.asarray(picture).reshape(picture.height, picture.width, -1)
+    image = PILImage.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image.thumbnail((max_side, max_side))
+    return np.asarray(image).reshape(image.height, image.width, -1)

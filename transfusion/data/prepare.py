@@ -1,8 +1,8 @@
-"""Sources to a prepared data set: fit the tokenizer and the codec, encode everything once, note what was left out.
+"""Sources to a prepared data set: fit the tokenizer and the codec, encode everything once, list what was left out.
 
-The work is cut into units that follow from the files alone. A unit becomes one shard, whichever process writes it, and is
-finished when its `00000.json` is there: so a killed run goes on where it stopped, and the result does not depend on how
-many processes there were.
+The work is divided into units that depend only on the files. Each unit becomes one shard, and any process may write it. A
+shard is finished when its `00000.json` exists. So a killed run resumes where it stopped, and the result does not depend on
+the number of processes.
 """
 
 import hashlib
@@ -20,7 +20,15 @@ import pyarrow as pa
 
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
-from transfusion.data.fitting import Encoders, PrepareError, about_codec, about_like, fit, is_brought, open_tools
+from transfusion.data.fitting import (
+    PrepareError,
+    TokenizerAndCodec,
+    fit,
+    is_codec_folder,
+    open_encoders,
+    read_codec_info,
+    read_like_info,
+)  # fmt: skip
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
@@ -28,103 +36,102 @@ from transfusion.disk import read_json, write_json, write_whole
 from transfusion.seeding import uniform_from
 from transfusion.sequence import Document, Image, Text
 
-TOGETHER = 32  # documents that are encoded at a time
-SHOWN = 10  # faults that are named where the work stops
+BATCH_SIZE = 32  # documents encoded at a time
+NUM_SHOWN_FAULTS = 10  # in the error that stops the work
 
 
 @dataclass(frozen=True)
-class Job:
-    """One unit of a source, and the number of the shard that it becomes."""
+class ShardJob:
+    """One unit of a source, and the number of its shard."""
 
     reader: Reader
     number: int
     unit: Unit
-    heldout: float  # share of the documents of its source
+    heldout: float  # held-out share of the documents of its source
 
 
 def prepare(
     readers: Sequence[Reader], config: PrepareConfig, folder: Path, rank: int = 0, world: int = 1,
-    wait: Callable[[], None] = lambda: None, tick: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    barrier: Callable[[], None] = lambda: None, on_progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict:  # fmt: skip
-    """Make a prepared data set, or go on with one; returns its dataset.json.
+    """Prepare a data set, or resume its preparation; returns its dataset.json.
 
-    Each of `world` processes calls this with its rank; `wait` returns when all have called it. `tick` hears how many
-    records are done. PrepareError and OSError say what stopped it.
+    Each of `world` processes calls this with its rank; `barrier` returns when all processes have called it. `on_progress`
+    gets the number of records that are done, and their total. PrepareError or OSError when the work stops early.
     """
-    check_places(readers, folder)
-    jobs = _jobs(readers, config)
+    check_not_nested(readers, folder)
+    jobs = _list_jobs(readers, config)
     if rank == 0:
-        with _goes_on("the tokenizer and the codec could not be fitted"):
+        with _wrap_os_errors("the tokenizer and the codec could not be fitted"):
             folder.mkdir(parents=True, exist_ok=True)
-            _check_recipe(folder, _recipe(readers, config, jobs))
+            _check_recipe(folder, _build_recipe(readers, config, jobs))
             if not (folder / "fitted.json").exists():
-                say("fitting the tokenizer and the codec on the first documents")
+                report("fitting the tokenizer and the codec on the first documents")
                 fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
-    wait()
+    barrier()
     if not (folder / "dataset.json").exists():
-        tools = open_tools(folder)
-        _write_shards(jobs, config, tools, folder, rank, world, tick)
-        wait()
+        encoders = open_encoders(folder)
+        _write_shards(jobs, config, encoders, folder, rank, world, on_progress)
+        barrier()
         if rank == 0:
-            with _goes_on("dataset.json could not be written"):
-                _finish(readers, config, jobs, folder)
-        wait()
+            with _wrap_os_errors("dataset.json could not be written"):
+                _write_dataset(readers, config, jobs, folder)
+        barrier()
     return read_json(folder / "dataset.json")
 
 
 @contextmanager
-def _goes_on(what: str) -> Iterator[None]:
-    """A full disk, or a network that failed, ends the work in words."""
+def _wrap_os_errors(failure: str) -> Iterator[None]:
+    """Turn the OSError of a full disk or a failed network into a PrepareError."""
     try:
         yield
     except OSError as error:
-        raise PrepareError(f"{what}: {error.strerror or error}; the same command goes on from what is finished") from None
+        raise PrepareError(f"{failure}: {error.strerror or error}; the same command resumes") from None
 
 
-def check_places(readers: Sequence[Reader], folder: Path) -> None:
-    """What is made may not lie among what it is made from, nor the other way round: it would be read the next time."""
+def check_not_nested(readers: Sequence[Reader], folder: Path) -> None:
+    """PrepareError when the output folder contains a source or is inside one: the output would be read next time."""
     out = folder.resolve()
     for reader in readers:
         if reader.files is not None and reader.files.local:
             root = Path(reader.files.root.partition("*")[0]).resolve()
             if out == root or out in root.parents or (root.is_dir() and root in out.parents):
-                raise PrepareError(f"{folder} and the source {reader.address} lie in one another: give an --out elsewhere")
+                raise PrepareError(f"--out {folder} contains the source {reader.address} or is inside it: choose another --out")
 
 
-def _jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[Job]:
+def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:
     names = Counter(reader.name for reader in readers)
     for name, count in names.items():
         if count > 1:
-            raise PrepareError(f"{count} sources are called {name}: give each a name of its own, NAME=PATH")
+            raise PrepareError(f"{count} sources are called {name}: give each a different name, NAME=PATH")
     jobs = []
     for reader in readers:
         units = reader.units(config.shard)
         heldout = min(0.05, config.heldout / sum(unit.rows for unit in units))
-        jobs += [Job(reader, number, unit, heldout) for number, unit in enumerate(units)]
+        jobs += [ShardJob(reader, number, unit, heldout) for number, unit in enumerate(units)]
     return jobs
 
 
-def _split(job: Job, document: RawDocument) -> str:
-    """Chance decides, from the name of a document's kin: nothing else of the data set matters."""
+def _choose_split(job: ShardJob, document: RawDocument) -> str:
+    """The split that its source defines; otherwise random, derived from the source's name and the document's group."""
     if document.split:
         return document.split
-    return SPLITS[uniform_from("heldout", job.reader.name, document.kin) < job.heldout]
+    return SPLITS[uniform_from("heldout", job.reader.name, document.split_group) < job.heldout]
 
 
-def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[Job]) -> Iterator[RawDocument]:
+def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[ShardJob]) -> Iterator[RawDocument]:
     """The first training documents of a source."""
-    mine = [job for job in jobs if job.reader is reader]
-    found = (one for job in mine for one in reader.read(job.unit)
-             if not isinstance(one, Fault) and _split(job, one) == "train")  # fmt: skip
-    return islice(found, config.fit_documents)
+    documents = (document for job in jobs if job.reader is reader for document in reader.read(job.unit)
+                 if not isinstance(document, Fault) and _choose_split(job, document) == "train")  # fmt: skip
+    return islice(documents, config.fit_documents)
 
 
 # The recipe
 
 
-def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job]) -> dict:
-    """All that the data set follows from."""
+def _build_recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob]) -> dict:
+    """Everything that decides the content of the data set."""
     sources = {}
     for reader in readers:
         sources[reader.name] = {
@@ -132,129 +139,130 @@ def _recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
             "options": asdict(reader.options), "files": reader.fingerprint(),
         }  # fmt: skip
     settings = asdict(config)
-    del settings["max_faults"]  # what is finished stays as it is, however many of the rest may be left out
+    del settings["max_faults"]  # it does not change finished shards
     if config.like is not None:
-        settings["like"] = about_like(Path(config.like))["codec"]["sha256"]
-    if is_brought(config.codec):
-        settings["codec"] = about_codec(Path(config.codec)).get("sha256")
+        settings["like"] = read_like_info(Path(config.like))["codec"]["sha256"]
+    if is_codec_folder(config.codec):
+        settings["codec"] = read_codec_info(Path(config.codec)).get("sha256")
     if config.tokenizer is not None:
         settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     return {"format": FORMAT, "settings": settings, "sources": sources}
 
 
 def _check_recipe(folder: Path, recipe: dict) -> None:
-    """Write the recipe, or see that what the folder holds already follows the same one."""
+    """Write the recipe. PrepareError when the folder already has a different one, with the differences."""
     path = folder / "recipe.json"
     recipe = json.loads(json.dumps(recipe))
     if not path.exists() or not (folder / "fitted.json").exists():
         write_json(path, recipe)
         return
-    known = read_json(path)
-    if known == recipe:
+    existing = read_json(path)
+    if existing == recipe:
         return
-    before, now = (list(found.get("sources", {})) for found in (known, recipe))
-    changed = [f"its sources are {', '.join(before)}"] if before != now else [
-        f"{name}: {what} is {known['sources'][name].get(what)} there, {value} here"
-        for name, source in recipe["sources"].items() for what, value in source.items()
-        if known["sources"][name].get(what) != value
+    before, now = (list(values.get("sources", {})) for values in (existing, recipe))
+    changes = [f"its sources are {', '.join(before)}"] if before != now else [
+        f"{name}: {key} is {existing['sources'][name].get(key)} there, {value} here"
+        for name, source in recipe["sources"].items() for key, value in source.items()
+        if existing["sources"][name].get(key) != value
     ]  # fmt: skip
-    changed += [
-        f"{name} is {known.get('settings', {}).get(name)} there, {value} here"
-        for name, value in recipe["settings"].items() if known.get("settings", {}).get(name) != value
+    changes += [
+        f"{name} is {existing.get('settings', {}).get(name)} there, {value} here"
+        for name, value in recipe["settings"].items() if existing.get("settings", {}).get(name) != value
     ]  # fmt: skip
-    raise PrepareError(f"{folder} was begun from other files or settings ({'; '.join(changed)}): give another --out")
+    raise PrepareError(f"{folder} was started with other files or settings ({'; '.join(changes)}): choose another --out")
 
 
 # Shards
 
 
 def _write_shards(
-    jobs: Sequence[Job], config: PrepareConfig, tools: Encoders, folder: Path, rank: int, world: int,
-    tick: Callable[[int, int], None],
+    jobs: Sequence[ShardJob], config: PrepareConfig, encoders: TokenizerAndCodec, folder: Path, rank: int, world: int,
+    on_progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """This process's shards, as far as they are not finished."""
-    mine = jobs[rank::world]
-    total, done = sum(job.unit.rows for job in mine), 0
-    records, faults = Counter(), Counter()
+    """Write the unfinished shards of this rank."""
+    rank_jobs = jobs[rank::world]
+    total, done = sum(job.unit.rows for job in rank_jobs), 0
+    records, num_faults = Counter(), Counter()
     for job in jobs:
         records[job.reader.name] += job.unit.rows
-    named: dict[str, list[dict]] = {}
-    for job in mine:
+    shown: dict[str, list[dict]] = {}
+    for job in rank_jobs:
         path = folder / job.reader.name / f"{job.number:05d}.json"
         if not path.exists():
-            with _goes_on(f"shard {job.number} of {job.reader.name} could not be made"):
+            with _wrap_os_errors(f"shard {job.number} of {job.reader.name} could not be written"):
                 path.parent.mkdir(exist_ok=True)
-                _write_shard(job, tools, path, lambda rows, before=done: tick(before + rows, total))
-        found = read_json(path)["faults"]
+                _write_shard(job, encoders, path, lambda rows, before=done: on_progress(before + rows, total))
+        faults = read_json(path)["faults"]
         name = job.reader.name
-        faults[name] += len(found)
-        named.setdefault(name, []).extend(found[: SHOWN - len(named.get(name, ()))])
-        _check_faults(f"{name}, so far,", faults[name], records[name], named[name], config)
+        num_faults[name] += len(faults)
+        shown.setdefault(name, []).extend(faults[: NUM_SHOWN_FAULTS - len(shown.get(name, ()))])
+        _check_faults(f"{name}, so far,", num_faults[name], records[name], shown[name], config)
         done += job.unit.rows
-        tick(done, total)
+        on_progress(done, total)
 
 
-def _write_shard(job: Job, tools: Encoders, path: Path, tick: Callable[[int], None]) -> None:
-    """One unit, encoded and written: the Arrow files, then what is in them. Nothing half done stays."""
-    codes = isinstance(tools.codec, VQ)
-    writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), codes) for split in SPLITS}
-    about = Contents()
+def _write_shard(job: ShardJob, encoders: TokenizerAndCodec, path: Path, on_progress: Callable[[int], None]) -> None:
+    """Encode one unit and write its Arrow files, then its JSON file. An error leaves no partial file."""
+    is_vq = isinstance(encoders.codec, VQ)
+    writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), is_vq) for split in SPLITS}
+    info = ShardInfo()
     try:
         done = 0
-        # each is cut as it is read: a photograph as it was taken may have a hundred times the pixels
-        reading = (one if isinstance(one, Fault) else tools.cut(one) for one in job.reader.read(job.unit))
-        while found := list(islice(reading, TOGETHER)):
-            faults = [one for one in found if isinstance(one, Fault)]
-            about.faults += [{"kind": one.kind, "where": one.where, "message": one.message} for one in faults]
-            raws = [one for one in found if not isinstance(one, Fault)]
-            for raw, document in zip(raws, tools.encode(raws), strict=True):
-                split = _split(job, raw)
-                pictures = [part.pixels for part in raw.segments if isinstance(part, RawImage)] if split == "heldout" else ()
-                writers[split].add(document, raw.where, raw.name, pictures)
-                about.add(document, split, bool(raw.name))
-            done += len(found)
-            tick(min(done, job.unit.rows))
+        # crop each image as it is read: the original photograph may have a hundred times the pixels
+        records = (record if isinstance(record, Fault) else encoders.crop(record) for record in job.reader.read(job.unit))
+        while batch := list(islice(records, BATCH_SIZE)):
+            faults = [record for record in batch if isinstance(record, Fault)]
+            info.faults += [{"kind": fault.kind, "where": fault.where, "message": fault.message} for fault in faults]
+            raws = [record for record in batch if not isinstance(record, Fault)]
+            for raw, document in zip(raws, encoders.encode(raws), strict=True):
+                split = _choose_split(job, raw)
+                images = [part.pixels for part in raw.segments if isinstance(part, RawImage)] if split == "heldout" else ()
+                writers[split].add(document, raw.where, raw.name, images)
+                info.add(document, split, bool(raw.name))
+            done += len(batch)
+            on_progress(min(done, job.unit.rows))
         digests = {writer.path.name: writer.close() for writer in writers.values()}
-        write_json(path, {**asdict(about), "sha256": digests})
+        write_json(path, {**asdict(info), "sha256": digests})
     except BaseException:
         for writer in writers.values():
-            writer.abandon()
+            writer.abort()
         raise
 
 
 @dataclass
-class Contents:
-    """What is in a shard, by split: what a run must know before it reads any of it."""
+class ShardInfo:
+    """Counts of a shard by split, needed before any of it is read."""
 
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    caption_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of single pairs
+    caption_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of documents with one pair
     images: dict[str, dict[str, int]] = field(default_factory=lambda: {split: {} for split in SPLITS})
-    unbreakable: dict[str, int] = field(default_factory=dict)  # most positions that stay with an image, by its shape
-    named: bool = False  # has any document an id of its own?
+    # latent shape -> most positions that must stay in one row with an image's patches: caption, boi, eoi, eos
+    max_image_overhead: dict[str, int] = field(default_factory=dict)
+    has_ids: bool = False  # whether any document has an id given by its source
     faults: list[dict] = field(default_factory=list)
 
-    def add(self, document: Document, split: str, named: bool) -> None:
+    def add(self, document: Document, split: str, has_id: bool) -> None:
         segments = document.segments
-        texts = sum(len(part.tokens) for part in segments if isinstance(part, Text))
+        tokens = sum(len(part.tokens) for part in segments if isinstance(part, Text))
         self.documents[split] += 1
-        self.tokens[split] += texts
-        self.caption_tokens[split] += texts if document.pairs and len(segments) == 2 else 0
-        self.named |= named
+        self.tokens[split] += tokens
+        self.caption_tokens[split] += tokens if document.pairs and len(segments) == 2 else 0
+        self.has_ids |= has_id
         for number, part in enumerate(segments):
             if isinstance(part, Image):
                 name = "{}x{}".format(*part.shape)
                 self.images[split][name] = self.images[split].get(name, 0) + 1
                 caption = len(segments[number - 1].tokens) if document.pairs else 0
-                last = number + 1 == len(segments)  # eos stays with it
-                self.unbreakable[name] = max(self.unbreakable.get(name, 0), caption + 2 + last)
+                is_last = number + 1 == len(segments)  # then eos follows
+                self.max_image_overhead[name] = max(self.max_image_overhead.get(name, 0), caption + 2 + is_last)
 
 
-# The end
+# dataset.json
 
 
-def _finish(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job], folder: Path) -> None:
-    """All shards are written: find ids that stand twice, write quarantine.jsonl and dataset.json."""
+def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob], folder: Path) -> None:
+    """After all shards are written: skip documents with a duplicate id, write quarantine.jsonl and dataset.json."""
     sources, quarantine = {}, []
     for reader in readers:
         shards = [read_json(folder / reader.name / f"{job.number:05d}.json") for job in jobs if job.reader is reader]
@@ -265,7 +273,7 @@ def _finish(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
         quarantine += [{"source": reader.name, **fault} for fault in faults]
         totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
         if not totals["train"]:
-            raise PrepareError(f"nothing of {reader.name} is left to train on ({records} records, {len(faults)} faults)")
+            raise PrepareError(f"{reader.name} has no training documents ({records} records, {len(faults)} faults)")
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,
             "faults": dict(Counter(fault["kind"] for fault in faults).most_common()), "shards": shards,
@@ -280,14 +288,14 @@ def _finish(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[Job
 
 
 def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
-    """Of documents with one id the first stays; the others become faults, and are skipped where they lie.
+    """Keep the first document of each id. The others become faults, and their rows are listed as skipped.
 
-    Documents of one id are kin and so of one split; within it shards and rows stand in the order of the source.
+    Documents with the same id have the same split group, so the same split. Shards and rows follow the source's order.
     """
-    seen: set[int] = set()  # hashes: a set of the names themselves would be several times as large
+    seen: set[int] = set()  # hashes: the ids themselves would need several times the memory
     for number, shard in enumerate(shards):
         shard["skipped"] = {split: [] for split in SPLITS}
-        for split in SPLITS if shard.pop("named") else ():
+        for split in SPLITS if shard.pop("has_ids") else ():
             row = 0
             for batch in pa.ipc.open_stream(pa.memory_map(str(folder / f"{split}-{number:05d}.arrow"))):
                 for name, where in zip(batch.column("name").to_pylist(), batch.column("where").to_pylist(), strict=True):
@@ -301,15 +309,15 @@ def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
 
 
 def duplicate_id(name: str, where: str) -> dict:
-    """The fault of a document whose id another has already."""
-    return {"kind": "duplicate id", "where": where, "message": f"another document before it has the id {name!r}"}
+    """The fault of a document whose id an earlier document has."""
+    return {"kind": "duplicate id", "where": where, "message": f"an earlier document has the same id {name!r}"}
 
 
 def _check_faults(source: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:
-    """PrepareError with the first faults when there are more than may be left out."""
+    """PrepareError with the first faults when there are more than `max_faults` allows."""
     if count > config.max_faults * records:
-        first = "".join(f"\n  {fault['where']}: {fault['message']}" for fault in faults[:SHOWN])
+        first = "".join(f"\n  {fault['where']}: {fault['message']}" for fault in faults[:NUM_SHOWN_FAULTS])
         raise PrepareError(
-            f"{count:,} of {records:,} records of {source} cannot be used, and max_faults {config.max_faults:g} lets "
-            f"{int(config.max_faults * records):,} pass; the first:{first}"
+            f"{count:,} of {records:,} records of {source} cannot be used; --max-faults {config.max_faults:g} allows "
+            f"{int(config.max_faults * records):,}. The first faults:{first}"
         )

@@ -1,6 +1,6 @@
-"""The schema: a document as people have it, text and pictures in order, before tokenizer and codec.
+"""Raw documents: text and images in order, before tokenizer and codec.
 
-Every reader gives these, whatever the files looked like; `docs/data.md` shows one of each kind. Preparing turns a
+Every reader returns these, whatever the file format; `docs/data.md` shows one of each kind. Preparation turns a
 `RawDocument` into a `sequence.Document`: text into ids, pixels into latents.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RawText:
-    """A run of text as a person would read it. `loss`: is it to be learnt?"""
+    """A text segment. `loss`: whether the training loss includes it."""
 
     text: str
     loss: bool = True
@@ -19,9 +19,9 @@ class RawText:
 
 @dataclass(frozen=True)
 class RawImage:
-    """A picture, upright, of any size. `loss`: is it to be learnt, or does it only condition what follows?
+    """An upright image of any size. `loss`: whether the training loss includes it; otherwise it is only a condition.
 
-    `max_t` is the most noise it is trained with (see `sequence.Image`); 0: always clean.
+    `max_t` is the highest noise level it is trained with (see `sequence.Image`); 0: always without noise.
     """
 
     pixels: np.ndarray  # (Y, X, 3) or (Y, X, 1) uint8
@@ -31,33 +31,29 @@ class RawImage:
 
 @dataclass(frozen=True)
 class RawDocument:
-    """Text and pictures in order. `id` is its number in its source, from which all its chance follows."""
+    """Text and images in order. `id` is its number in its source; all its randomness is derived from it."""
 
     segments: tuple[RawText | RawImage, ...]
     id: int = 0
-    pairs: bool = False  # caption/image pairs in order, whose order and captions the loader may change
-    name: str = ""  # the id that its source gives it, if any; no two documents share one
+    pairs: bool = False  # alternating captions and images; the loader may swap them and drop captions
+    name: str = ""  # the id given by its source, if any; unique in the source
     where: str = ""  # file and row
-    split: str = ""  # "train" or "heldout", where its source says so; else chance decides
-    kin: str = ""  # documents of one kin (five captions of one picture) are held out together or not at all
+    split: str = ""  # "train" or "heldout" when its source defines it; otherwise `split_group` decides
+    split_group: str = ""  # documents of one group (five captions of one image) are in the same split
 
     @property
     def pair(self) -> tuple[str, np.ndarray]:
-        """Its first text and the pixels of its first picture, in whichever order they stand."""
+        """Its first text and the pixels of its first image, in either order."""
         text = next(part.text for part in self.segments if isinstance(part, RawText))
         return text, next(part.pixels for part in self.segments if isinstance(part, RawImage))
 
 
 class Fault(ValueError):
-    """One record that cannot become a document: where it stands, of which kind the fault is, and what exactly."""
+    """A record that cannot become a document: the kind of fault, a message, and where it is (file and row)."""
 
     def __init__(self, kind: str, message: str, where: str = ""):
         super().__init__(message)
         self.kind, self.message, self.where = kind, message, where
-
-    def at(self, where: str) -> "Fault":
-        """The same fault, with its place."""
-        return Fault(self.kind, self.message, where)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message

@@ -1,16 +1,17 @@
-"""The made world `shapes`: captioned scenes of coloured things, endless, and checkable from the pixels alone.
+"""`shapes`: a synthetic data set of captioned scenes of coloured objects, whose images can be checked automatically.
 
-A level 0 caption names one thing: "a large red circle". Level 1 also names two in a relation: "a small green
-triangle left of a large cyan circle". Level 2 adds counts and more things: "three small red circles", "a large red circle
-above two small blue squares", "a small red circle above a large cyan square left of a small blue circle"
-(each relation joins its two neighbours). The first named is the upper or the left one. A single group may
-stand anywhere.
+A level 0 caption names one object: "a large red circle". Level 1 also names two with a relation: "a small green
+triangle left of a large cyan circle". Level 2 adds counts and more objects: "three small red circles", "a large red
+circle above two small blue squares", "a small red circle above a large cyan square left of a small blue circle"
+(each relation joins its two neighbours). The first object named is the upper or the left one. A single group may be
+anywhere.
 
-Lengths are in units of a canvas of 32 x 32, x to the right and y down. What a scene promises: the boxes of
-any two things lie at least `GAP` apart in x or in y, and none comes closer to the border than `MARGIN`; in "A
-above B" every box of A ends at least `GAP` before every box of B begins, and the way from the middle of A to
-the middle of B leads at least twice as far down as sideways ("left of" likewise). The groups of a scene
-differ in size, colour or shape. So of all captions that are drawn one alone is true of a picture.
+Lengths are in units of a canvas of 32 x 32, x to the right and y down. Rules of every scene:
+- The boxes of any two objects are at least `GAP` apart in x or in y, and at least `MARGIN` from the border.
+- In "A above B" every box of A ends at least `GAP` before every box of B begins. The vector from the centre of A to
+  the centre of B is at least twice as long in y as in x. "left of" is the same with x and y swapped.
+- The groups of a scene differ in size, colour or shape.
+So exactly one of all possible captions is true of an image.
 """
 
 import re
@@ -29,7 +30,7 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "left of")
 COUNTS = ("a", "two", "three", "four")
 LEVELS = (0, 1, 2)
-MOST = 4  # things in a scene
+MAX_OBJECTS = 4  # in a scene
 
 COLOURS = {"red": (235, 60, 60), "green": (45, 190, 75), "blue": (50, 85, 245),
            "yellow": (250, 220, 60), "purple": (185, 70, 225), "cyan": (70, 225, 235)}  # fmt: skip
@@ -37,15 +38,15 @@ BACKGROUND = (24, 26, 34)
 BOXES = {
     ("small", "circle"): (8.0, 8.0), ("small", "square"): (8.0, 8.0), ("small", "triangle"): (9.5, 9.0),
     ("large", "circle"): (13.0, 13.0), ("large", "square"): (13.0, 13.0), ("large", "triangle"): (13.5, 13.0),
-}  # (width, height); areas are 43 to 64 and 88 to 169, so that a size is hard to mistake  # fmt: skip
+}  # (width, height); areas are 43 to 64 and 88 to 169: small and large differ clearly  # fmt: skip
 GAP = 3.0
 MARGIN = 0.5
-STEP = 0.25  # centres lie on a grid this fine; that of odd seeds is half a step off: they share no picture
+GRID_STEP = 0.25  # centres are on this grid; odd seeds shift it by half a step, so they never give an image of an even seed
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One thing as a caption names it."""
+class SceneObject:
+    """One object as a caption names it."""
 
     size: str
     colour: str
@@ -54,41 +55,40 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: `counts[g]` things like `kinds[g]`, `relations[g]` between groups g and g + 1."""
+    """The meaning of a caption: `counts[g]` objects `kinds[g]`; `relations[g]` is between groups g and g + 1."""
 
-    kinds: tuple[Thing, ...]
+    kinds: tuple[SceneObject, ...]
     counts: tuple[int, ...]
     relations: tuple[str, ...] = ()
 
     @property
-    def things(self) -> tuple[Thing, ...]:
+    def objects(self) -> tuple[SceneObject, ...]:
         return tuple(kind for kind, count in zip(self.kinds, self.counts, strict=True) for _ in range(count))
 
     @property
     def groups(self) -> tuple[slice, ...]:
-        """Where each group's things stand among `things`."""
+        """The slice of `objects` that each group takes."""
         ends = np.cumsum(self.counts).tolist()
         return tuple(slice(end - count, end) for end, count in zip(ends, self.counts, strict=True))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A description, and the centre (x, y) of the box of each of its things, in units of a 32 x 32 canvas."""
+    """A description, and the centre (x, y) of each object's box in units of a 32 x 32 canvas."""
 
     description: Description
     centres: tuple[tuple[float, float], ...]
 
     @property
-    def things(self) -> tuple[Thing, ...]:
-        return self.description.things
+    def objects(self) -> tuple[SceneObject, ...]:
+        return self.description.objects
 
 
 class Shapes:
     """A random-access source of scenes with their captions.
 
-    No held-out picture is a training picture, whatever the seeds (see `STEP`), but captions recur: level 1
-    has only 2,556. What is held out is the picture, not the idea, and a training picture very like it may
-    well exist.
+    No held-out image is a training image for any seeds (see `GRID_STEP`). Captions do recur: level 1 has only 2,556.
+    So only the image is held out, not its content, and a very similar training image may exist.
     """
 
     name = "shapes"
@@ -96,8 +96,8 @@ class Shapes:
     def __init__(self, level: int = 1, size: int = CANVAS, split: str = "train", seed: int = 0):
         lengths = {"train": 1_000_000, "heldout": 2_000}
         if level not in LEVELS or split not in lengths or seed < 0 or size < 1:
-            raise ValueError(f"no such shapes: level {level} of {LEVELS}, split {split!r} of {[*lengths]}, "
-                             f"size {size} (at least 1), seed {seed} (at least 0)")  # fmt: skip
+            raise ValueError(f"shapes does not support level {level}, split {split!r}, size {size}, seed {seed}: level "
+                             f"must be one of {LEVELS}, split one of {[*lengths]}, size at least 1, seed at least 0")  # fmt: skip
         self.level, self.size, self.split, self.seed = level, size, split, seed
         self.length = lengths[split]
 
@@ -109,29 +109,29 @@ class Shapes:
         return RawDocument((RawText(caption(scene)), RawImage(render(scene, self.size))), id=i, pairs=True)
 
     def scene(self, i: int) -> Scene:
-        """The scene of document i. IndexError beyond the end."""
+        """The scene of document i. IndexError when there is no document i."""
         if not 0 <= i < self.length:
             raise IndexError(f"shapes ({self.split}) has documents 0 to {self.length - 1}, not {i}")
-        return draw_scene(self.level, 2 * (self.seed * 2**32 + i) + (self.split == "heldout"))
+        return sample_scene(self.level, 2 * (self.seed * 2**32 + i) + (self.split == "heldout"))
 
 
-def draw_scene(level: int, seed: int) -> Scene:
-    """A scene of this level, all chance from the seed, which is at least 0.
+def sample_scene(level: int, seed: int) -> Scene:
+    """A random scene of this level, a pure function of the seed (at least 0).
 
-    From 32 pixels up, no picture of an even seed, of whichever level, equals one of an odd seed.
+    At 32 pixels or more, no image of an even seed equals one of an odd seed, at any level.
     """
     if level not in LEVELS:
-        raise ValueError(f"no level {level}: {LEVELS}")
-    chance = np.random.default_rng(seed)
-    while True:  # a description that finds no place is drawn anew
-        description = _draw_description(level, chance)
-        centres = _draw_centres(description, chance, shift=STEP / 2 * (seed % 2))
+        raise ValueError(f"shapes has no level {level}; use one of {LEVELS}")
+    rng = np.random.default_rng(seed)
+    while True:  # sample the description again when no placement is found
+        description = _sample_description(level, rng)
+        centres = _sample_centres(description, rng, shift=GRID_STEP / 2 * (seed % 2))
         if centres is not None:
             return Scene(description, tuple((float(x), float(y)) for x, y in centres))
 
 
 def caption(scene: Scene | Description) -> str:
-    """The one caption of a scene."""
+    """The caption of a scene."""
     description = scene.description if isinstance(scene, Scene) else scene
     words = [f"{COUNTS[count - 1]} {kind.size} {kind.colour} {kind.shape}{'s' if count > 1 else ''}"
              for kind, count in zip(description.kinds, description.counts, strict=True)]  # fmt: skip
@@ -140,20 +140,19 @@ def caption(scene: Scene | Description) -> str:
 
 
 def parse(caption: str) -> Description | None:
-    """What a caption says: the inverse of `caption`. None when the string is not a caption of the world.
+    """The description that a caption means: the inverse of `caption`. None when the string is not a valid caption.
 
-    The grammar is a little wider than what is drawn (of at most `MOST` things): it knows "four large red
-    circles" (for which there is hardly room) and "a small red circle above a small red circle" (the same kind
-    twice).
+    The grammar accepts slightly more than is sampled, with at most `MAX_OBJECTS` objects: "four large red circles"
+    (rarely fits) and "a small red circle above a small red circle" (the same kind twice).
     """
     parts = _RELATION.split(caption)
     groups = [_GROUP.fullmatch(part) for part in parts[::2]]
     if not all(groups):
         return None
     counts = tuple(COUNTS.index(group[1]) + 1 for group in groups)
-    if sum(counts) > MOST or any((n > 1) != bool(group[5]) for n, group in zip(counts, groups, strict=True)):
+    if sum(counts) > MAX_OBJECTS or any((n > 1) != bool(group[5]) for n, group in zip(counts, groups, strict=True)):
         return None
-    return Description(tuple(Thing(*group.group(2, 3, 4)) for group in groups), counts, tuple(parts[1::2]))
+    return Description(tuple(SceneObject(*group.group(2, 3, 4)) for group in groups), counts, tuple(parts[1::2]))
 
 
 _GROUP = re.compile(" ".join(f"({'|'.join(words)})" for words in (COUNTS, SIZES, COLOURS, SHAPES)) + "(s?)")
@@ -161,30 +160,30 @@ _RELATION = re.compile(rf" ({'|'.join(RELATIONS)}) ")
 
 
 def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """The picture of a scene: (size, size, 3) uint8, edges smoothed, on a plain dark ground."""
-    picture = np.empty((size, size, 3), np.float32)  # (Y, X, 3)
-    picture[:] = BACKGROUND
-    for thing, centre in zip(scene.things, scene.centres, strict=True):
-        cover = coverage(thing.shape, BOXES[thing.size, thing.shape], centre, size)  # (Y, X)
-        picture += cover[..., None] * _COLOUR_STEPS[thing.colour]
-    return (picture + 0.5).astype(np.uint8)  # (Y, X, 3)
+    """The image of a scene: (size, size, 3) uint8, anti-aliased, on a plain dark background."""
+    image = np.empty((size, size, 3), np.float32)  # (Y, X, 3)
+    image[:] = BACKGROUND
+    for item, centre in zip(scene.objects, scene.centres, strict=True):
+        mask = coverage(item.shape, BOXES[item.size, item.shape], centre, size)  # (Y, X)
+        image += mask[..., None] * _COLOUR_OFFSETS[item.colour]
+    return (image + 0.5).astype(np.uint8)  # (Y, X, 3)
 
 
-_COLOUR_STEPS = {name: np.float32(np.subtract(colour, BACKGROUND)) for name, colour in COLOURS.items()}
+_COLOUR_OFFSETS = {name: np.float32(np.subtract(colour, BACKGROUND)) for name, colour in COLOURS.items()}
 
 
 def coverage(
     shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS
 ) -> np.ndarray:
-    """How much of each pixel a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units.
+    """Share of each pixel that a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units.
 
-    It is the distance from a pixel's middle to the outline, cut at half a pixel on either side: exact for an
-    edge along the grid, close for the others, and many times faster than counting finer pixels.
+    coverage = clip(0.5 - d, 0, 1), d: signed distance in pixels from the pixel's centre to the outline. Exact for
+    edges along the grid, close for the others, and many times faster than supersampling.
     """
     width, height = box
     pixel = CANVAS / size
-    x = _middles(size) - np.float32(centre[0])  # (X,)
-    y = _middles(size)[:, None] - np.float32(centre[1])  # (Y, 1)
+    x = _pixel_centres(size) - np.float32(centre[0])  # (X,)
+    y = _pixel_centres(size)[:, None] - np.float32(centre[1])  # (Y, 1)
     match shape:
         case "circle":
             outside = np.hypot(x, y) - width / 2  # (Y, X)
@@ -196,77 +195,77 @@ def coverage(
             slanted = np.abs(x) * across - (y + height / 2) * down  # (Y, X)
             outside = np.maximum(slanted, y - height / 2)  # (Y, X)
         case _:
-            raise ValueError(f"no shape {shape!r}: {SHAPES}")
+            raise ValueError(f"there is no shape {shape!r}; use one of {SHAPES}")
     return np.clip(0.5 - outside / np.float32(pixel), 0, 1)  # (Y, X)
 
 
 @lru_cache(maxsize=8)
-def _middles(size: int) -> np.ndarray:
+def _pixel_centres(size: int) -> np.ndarray:
     return ((np.arange(size) + 0.5) * (CANVAS / size)).astype(np.float32)  # (size,)
 
 
-def _draw_description(level: int, chance: np.random.Generator) -> Description:
-    """Level 0: single things. Level 1: a quarter of those, the rest pairs. Level 2: a quarter each of level 1, a counted
-    group, two groups with counts, three things around a corner (but what finds no place drops out)."""
-    form = chance.integers(4)
+def _sample_description(level: int, rng: np.random.Generator) -> Description:
+    """Level 0: single objects. Level 1: a quarter single, the rest pairs. Level 2: a quarter each of level 1, a counted
+    group, two groups with counts, and three objects around a corner. Descriptions without a placement are rejected."""
+    form = rng.integers(4)
     if level == 0:
-        return _draw_groups([1], chance)
+        return _sample_groups([1], rng)
     if level == 1:
-        return _draw_groups([1] if form == 0 else [1, 1], chance)
+        return _sample_groups([1] if form == 0 else [1, 1], rng)
     match form:
         case 0:
-            return _draw_description(1, chance)
+            return _sample_description(1, rng)
         case 1:
-            return _draw_groups([int(chance.integers(2, 5))], chance)
+            return _sample_groups([int(rng.integers(2, 5))], rng)
         case 2:
-            return _draw_groups([(1, 2), (2, 1), (2, 2)][chance.integers(3)], chance)
+            return _sample_groups([(1, 2), (2, 1), (2, 2)][rng.integers(3)], rng)
         case _:
-            return _draw_groups([1, 1, 1], chance)
+            return _sample_groups([1, 1, 1], rng)
 
 
-def _draw_groups(counts: Sequence[int], chance: np.random.Generator) -> Description:
-    """Groups of so many things. Of three things in relations one at most is large: else there is no room."""
+def _sample_groups(counts: Sequence[int], rng: np.random.Generator) -> Description:
+    """Groups with these counts. Among three related objects at most one is large; more would not fit."""
     colours = tuple(COLOURS)
-    relations = [RELATIONS[chance.integers(2)]]
-    while len(relations) < len(counts) - 1:  # around a corner: three in one line would have no room
+    relations = [RELATIONS[rng.integers(2)]]
+    while len(relations) < len(counts) - 1:  # around a corner: three in one line would not fit
         relations.append(RELATIONS[1 - RELATIONS.index(relations[-1])])
     while True:
-        kinds = [Thing(SIZES[a], colours[b], SHAPES[c])
-                 for a, b, c in chance.integers((2, 6, 3), size=(len(counts), 3))]  # fmt: skip
+        kinds = [SceneObject(SIZES[a], colours[b], SHAPES[c])
+                 for a, b, c in rng.integers((2, 6, 3), size=(len(counts), 3))]  # fmt: skip
         description = Description(tuple(kinds), tuple(counts), tuple(relations[: len(counts) - 1]))
-        large = sum(thing.size == "large" for thing in description.things)
-        room = large <= 1 if sum(counts) > 2 and len(counts) > 1 else large <= 3
-        if room and len(set(kinds)) == len(kinds):
+        large = sum(item.size == "large" for item in description.objects)
+        can_fit = large <= 1 if sum(counts) > 2 and len(counts) > 1 else large <= 3
+        if can_fit and len(set(kinds)) == len(kinds):
             return description
 
 
-def _draw_centres(description: Description, chance: np.random.Generator, shift: float) -> np.ndarray | None:
-    """Any allowed placement, each as likely as any other: (things, 2), x and y. None when none is found."""
-    half = np.array([BOXES[thing.size, thing.shape] for thing in description.things]) / 2  # (K, 2)
-    first = np.ceil((MARGIN + half - shift) / STEP)  # (K, 2)
-    choices = np.floor((CANVAS - MARGIN - half - shift) / STEP) - first + 1  # (K, 2)
-    for tries in (32, 256, 2048):  # most descriptions fit at once, two large things in a row rarely
-        steps = first + np.floor(chance.random((tries, *half.shape)) * choices)  # (T, K, 2)
-        centres = shift + STEP * steps  # (T, K, 2)
-        allowed = np.flatnonzero(_is_allowed(description, centres, half))
-        if len(allowed):
-            centres = centres[allowed[0]]  # (K, 2)
-            for group in description.groups:  # like things from the left: equal pictures are equal scenes
+def _sample_centres(description: Description, rng: np.random.Generator, shift: float) -> np.ndarray | None:
+    """A placement sampled uniformly from the valid ones: (objects, 2), x and y. None when none is found."""
+    half = np.array([BOXES[item.size, item.shape] for item in description.objects]) / 2  # (K, 2)
+    first = np.ceil((MARGIN + half - shift) / GRID_STEP)  # (K, 2)
+    choices = np.floor((CANVAS - MARGIN - half - shift) / GRID_STEP) - first + 1  # (K, 2)
+    for tries in (32, 256, 2048):  # most descriptions fit in the first 32, two large objects in a row rarely
+        steps = first + np.floor(rng.random((tries, *half.shape)) * choices)  # (T, K, 2)
+        centres = shift + GRID_STEP * steps  # (T, K, 2)
+        valid = np.flatnonzero(_find_valid(description, centres, half))
+        if len(valid):
+            centres = centres[valid[0]]  # (K, 2)
+            for group in description.groups:  # equal objects sorted by x: equal images are equal scenes
                 centres[group] = centres[group][np.lexsort((centres[group, 1], centres[group, 0]))]
             return centres
     return None
 
 
-def _is_allowed(description: Description, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Which of the placements (T, K, 2) keep what a scene promises: (T,) booleans."""
-    allowed = np.ones(len(centres), bool)  # (T,)
+def _find_valid(description: Description, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Which of the placements (T, K, 2) follow the rules of a scene: (T,) bool."""
+    valid = np.ones(len(centres), bool)  # (T,)
     for i, j in combinations(range(len(half)), 2):
-        allowed &= (np.abs(centres[:, i] - centres[:, j]) >= half[i] + half[j] + GAP).any(1)
+        valid &= (np.abs(centres[:, i] - centres[:, j]) >= half[i] + half[j] + GAP).any(1)
     groups = description.groups
     for relation, before, after in zip(description.relations, groups, groups[1:], strict=False):
         along, across = (1, 0) if relation == "above" else (0, 1)
         end = (centres[:, before] + half[before])[..., along].max(1)  # (T,)
         begin = (centres[:, after] - half[after])[..., along].min(1)  # (T,)
-        way = centres[:, after].mean(1) - centres[:, before].mean(1)  # (T, 2)
-        allowed &= (begin - end >= GAP) & (way[:, along] >= 2 * np.abs(way[:, across]))
-    return allowed
+        offset = centres[:, after].mean(1) - centres[:, before].mean(1)  # (T, 2)
+        valid &= (begin - end >= GAP) & (offset[:, along] >= 2 * np.abs(offset[:, across]))
+    return valid
