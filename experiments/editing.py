@@ -66,7 +66,7 @@ def generate_edits(split: str, count: int) -> Iterator[tuple[Scene, str, Scene]]
     for n in range(count):
         rng = np.random.default_rng(derive_seed("edit", split, n))
         scene = source.scene(n)
-        (thing,) = scene.things
+        (thing,) = scene.objects
         if rng.random() < 0.5:
             (colour,) = rng.choice([name for name in COLOURS if name != thing.colour], 1)
             instruction, changed = f"make it {colour}", replace(thing, colour=str(colour))

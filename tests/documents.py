@@ -150,11 +150,11 @@ class Notes:
 @st.composite
 def pictures(draw, side: int = 8):
     """Some pictures of one size: noise, or smooth, or with a channel that never changes."""
-    chance = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n, colours = draw(st.integers(2, 6)), draw(st.sampled_from((1, 3)))
-    found = chance.integers(0, 256, (n, side, 2 * side, colours))
+    found = rng.integers(0, 256, (n, side, 2 * side, colours))
     if draw(st.booleans()):
-        found = found // 8 + chance.integers(0, 200, (n, 1, 1, colours))
+        found = found // 8 + rng.integers(0, 200, (n, 1, 1, colours))
     if draw(st.booleans()):
         found[..., 0] = 77
     return list(found.astype(np.uint8))

@@ -10,7 +10,7 @@ THOROUGH = os.environ.get("TEST_PROFILE") == "all"
 
 def few_samples(count: int = 64):
     """While it is open a loader looks at so many documents of a source to learn how long they are: it is made so often."""
-    return mock.patch("transfusion.data.loader.SAMPLE", count)
+    return mock.patch("transfusion.data.loader.NUM_SAMPLES", count)
 
 
 def examples(thorough: int, quick: int = 25) -> settings:

@@ -9,7 +9,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from transfusion.data.raw import Fault, RawDocument, RawText
-from transfusion.data.reading.readers import Options, Reader, open_reader
+from transfusion.data.reading.readers import Reader, ReaderOptions, open_reader
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
@@ -20,7 +20,7 @@ def read(reader: Reader, most: int = 1000) -> list[RawDocument | Fault]:
 
 
 def read_at(source: str | Path, most: int = 1000, **options) -> list[RawDocument | Fault]:
-    return read(open_reader(str(source), Options(**options)), most)
+    return read(open_reader(str(source), ReaderOptions(**options)), most)
 
 
 def texts(found: list) -> list[str]:

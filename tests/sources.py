@@ -54,5 +54,5 @@ def write_photos(folder: Path, count: int, width: int = 16, height: int = 16) ->
 def write_texts(path: Path, count: int) -> Path:
     """Lines of text, of very different lengths."""
     words = "the of a red blue green small large circle over under two three four".split()
-    chance = np.random.default_rng(0)
-    return write_lines(path, [{"text": " ".join(chance.choice(words, 1 + n % 7 * 9))} for n in range(count)])
+    rng = np.random.default_rng(0)
+    return write_lines(path, [{"text": " ".join(rng.choice(words, 1 + n % 7 * 9))} for n in range(count)])

@@ -396,7 +396,7 @@ def test_fit_codec_makes_a_codec_and_a_page(fitted, capsys):
     command("data", "fit-codec", "small", fitted / "photos", "--out", fitted / "codec", *FIT)
     assert "PSNR" in capsys.readouterr().err
     other = ("--out", fitted / "codec", *FIT, "--limit", 30)
-    assert "begun with other pictures" in fails(capsys, 1, "data", "fit-codec", "small", fitted / "photos", *other)
+    assert "started with other images" in fails(capsys, 1, "data", "fit-codec", "small", fitted / "photos", *other)
     said = fails(capsys, 2, "data", "fit-codec", "small", fitted / "photos", "--out", fitted / "codec", *FIT[:-1], 3)
     assert "training.validate_every 4, not 3" in said
 
@@ -417,7 +417,7 @@ def test_a_run_learns_through_its_own_autoencoder(fitted, tmp_path, capsys):
     assert "codec is" in fails(capsys, 1, *prepared)
     assert "holds no codec" in fails(capsys, 1, *prepared[:-1], tmp_path / "more", "--codec", tmp_path)
     said = fails(capsys, 1, *prepared[:-1], tmp_path / "odd", "--codec", fitted / "codec", "--sizes", "18x16")
-    assert "18x16 pixels cannot be cut into squares of 4" in said
+    assert "--sizes 18x16: width and height must be divisible by the codec's downsampling, 4" in said
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [

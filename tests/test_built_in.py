@@ -12,7 +12,7 @@ from tests.reading import read_at
 from tests.test_cli import TINY, command, fails
 from transfusion.config import BUILT_IN
 from transfusion.data.built_in import emoji
-from transfusion.data.built_in.emoji import Emoji, draw_all, find_font
+from transfusion.data.built_in.emoji import Emoji, find_font, render_all
 from transfusion.data.built_in.photographs import Photographs
 from transfusion.data.reading.readers import open_built_in, open_reader
 from transfusion.data.store import open_prepared
@@ -38,7 +38,7 @@ def without_font(monkeypatch):
 
 @needs_font
 def test_emoji_are_coloured_squares_on_white_with_their_unicode_names():
-    drawn = dict(draw_all(find_font()))
+    drawn = dict(render_all(find_font()))
     assert len(drawn) > 1_000
     for name, pixels in drawn.items():
         assert name == unicodedata.name(unicodedata.lookup(name)).lower()
@@ -55,7 +55,7 @@ def test_emoji_are_coloured_squares_on_white_with_their_unicode_names():
 def test_the_splits_of_emoji_share_no_name_and_leave_none_out():
     train, heldout = (Emoji(split) for split in ("train", "heldout"))
     one, other = ([source[n].segments[0].text for n in range(len(source))] for source in (train, heldout))
-    assert sorted(one + other) == sorted(name for name, _ in draw_all(find_font()))
+    assert sorted(one + other) == sorted(name for name, _ in render_all(find_font()))
     assert len(set(one + other)) == len(one) + len(other)
     assert 0.03 < len(other) / len(one + other) < 0.07
     assert train[7].pairs
@@ -64,8 +64,8 @@ def test_the_splits_of_emoji_share_no_name_and_leave_none_out():
 
 @needs_font
 def test_every_emoji_is_drawn_the_same_again():
-    again = draw_all.__wrapped__(find_font())
-    assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(draw_all(find_font()), again, strict=True))
+    again = render_all.__wrapped__(find_font())
+    assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(render_all(find_font()), again, strict=True))
 
 
 @needs_font
@@ -74,7 +74,7 @@ def test_another_font_is_noticed(tmp_path, monkeypatch, capsys):
     assert open_reader("emoji").fingerprint() == before
     words = ("data", "prepare", "emoji", "--sizes", "16x16", "--out", tmp_path / "out")
     command(*words)
-    assert open_prepared(tmp_path / "out").about["sources"]["emoji"]["documents"]["heldout"] == len(Emoji("heldout"))
+    assert open_prepared(tmp_path / "out").metadata["sources"]["emoji"]["documents"]["heldout"] == len(Emoji("heldout"))
     other = tmp_path / "other.ttf"
     shutil.copy(find_font(), other)
     with other.open("ab") as file:
@@ -128,7 +128,7 @@ def test_each_photograph_is_in_one_split_with_its_caption():
 def test_photographs_are_prepared_like_any_other_source(tmp_path):
     command("data", "prepare", "photographs", "--sizes", "64x48", "--out", tmp_path / "out")
     prepared = open_prepared(tmp_path / "out")
-    assert prepared.about["sources"]["photographs"]["documents"] == {"train": 1, "heldout": 1}
+    assert prepared.metadata["sources"]["photographs"]["documents"] == {"train": 1, "heldout": 1}
     assert prepared.shapes == [(12, 16)]
 
 
@@ -147,4 +147,4 @@ def test_a_folder_of_the_same_name_is_not_read_silently_instead(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert open_reader("photographs").describe() == "photographs: built in"
     Path("photographs").mkdir()
-    assert open_reader("photographs").describe() == "photographs: built in; what lies here under that name is ./photographs"
+    assert open_reader("photographs").describe() == "photographs: built in; the local path of this name is ./photographs"

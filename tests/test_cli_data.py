@@ -36,7 +36,7 @@ def place(prepared) -> Path:
 def test_prepare_says_what_it_left_out_and_where_that_is_listed(place, tmp_path, capsys):
     command("data", "prepare", place / "photos", "--out", tmp_path / "out", *PREPARE)
     said = capsys.readouterr().err
-    assert re.search(r"photos: \d+ to train on, \d+ held out; 1 left out \(1 unreadable picture\): see .*quarantine", said)
+    assert re.search(r"photos: \d+ to train on, \d+ held out; 1 left out \(1 unreadable image\): see .*quarantine", said)
     (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == "metadata.jsonl:8"
     command("data", "prepare", place / "photos", "--out", tmp_path / "out", *PREPARE)
@@ -75,7 +75,7 @@ def test_inspect_writes_a_page_of_pictures_and_texts(place, tmp_path, capsys):
     assert html.count("data:image/png;base64,") == 8
     assert "number 3" in html
     assert "metadata.jsonl:8" in html  # the fault has its place, too
-    assert "unreadable picture" in html
+    assert "unreadable image" in html
     command("data", "inspect", place / "prepared", "--count", 5, "--out", tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     assert html.count("data:image/png;base64,") == 5
@@ -185,8 +185,8 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     assert set(values["notes"]["element_weights"]) == {"photos", "texts"}
     assert values["notes"]["edits"] is False
     before = open_prepared(data)
-    assert values["codec"]["sha256"] == before.about["codec"]["sha256"]
-    assert values["tokenizer"]["sha256"] == before.about["tokenizer"]["sha256"]
+    assert values["codec"]["sha256"] == before.metadata["codec"]["sha256"]
+    assert values["tokenizer"]["sha256"] == before.metadata["tokenizer"]["sha256"]
     assert (run / "samples" / "step-000004.png").exists()
     command("evaluate", run)
     results = json.loads((run / "results.json").read_text())
@@ -363,6 +363,6 @@ def test_what_is_held_does_not_grow_with_what_is_read(tmp_path):
         out = tmp_path / f"out-{count}"
         for verb in (["validate"], ["prepare", "--out", str(out), *ALIKE]):
             peaks.setdefault(verb[0], []).append(peak_of("data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:]))
-        assert sum(open_prepared(out).about["sources"][str(count)]["documents"].values()) == count
+        assert sum(open_prepared(out).metadata["sources"][str(count)]["documents"].values()) == count
     for before, after in peaks.values():
         assert after - before < 32 * 32 * 3 * (many - few)

@@ -13,8 +13,8 @@ from tests.sources import write_photos
 from tests.test_cli import command, fails
 from transfusion.codecs.pictures import to_pixels
 from transfusion.data import crops
-from transfusion.data.crops import cut_crops, gather_pictures
-from transfusion.data.reading.readers import Options, open_reader
+from transfusion.data.crops import cut_crops, gather_images
+from transfusion.data.reading.readers import ReaderOptions, open_reader
 
 sides = st.integers(1, 24)
 
@@ -81,28 +81,28 @@ def test_the_finest_crops_are_excerpts_bit_for_bit_from_end_to_end(height, width
 
 def test_what_is_gathered_is_the_crops_of_every_picture_in_turn(tmp_path):
     reader = open_reader(str(write_photos(tmp_path / "photos", 5, 40, 30)))
-    found = gather_pictures([reader], (16, 16), 3, 20, tmp_path, crops=4)
-    assert (len(found.pictures), found.faults, found.heldout) == (20, 0, ())
+    found = gather_images([reader], (16, 16), 3, 20, tmp_path, crops=4)
+    assert (len(found.images), found.faults, found.heldout) == (20, 0, ())
     raws = [one.segments[1].pixels for unit in reader.units(9) for one in reader.read(unit)]
     expected = [one for number, raw in enumerate(raws) for one in cut_crops(raw, number, (16, 16), 3, 4)]
-    assert np.array_equal(found.pictures, expected)
+    assert np.array_equal(found.images, expected)
 
 
 def test_with_too_few_places_there_are_fewer_crops_of_every_picture(tmp_path):
     reader = open_reader(str(write_photos(tmp_path / "photos", 5, 40, 30)))
-    found = gather_pictures([reader], (16, 16), 3, 11, tmp_path, crops=4)
+    found = gather_images([reader], (16, 16), 3, 11, tmp_path, crops=4)
     raws = [one.segments[1].pixels for unit in reader.units(9) for one in reader.read(unit)]
     expected = [one for number, raw in enumerate(raws) for one in cut_crops(raw, number, (16, 16), 3, 2)]
-    assert np.array_equal(found.pictures, expected)
+    assert np.array_equal(found.images, expected)
 
 
 def test_with_too_many_records_some_are_taken_from_everywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(crops, "UNIT", 4)
+    monkeypatch.setattr(crops, "UNIT_SIZE", 4)
     readers = [open_reader(str(write_photos(tmp_path / name, 40, 20, 20 + n))) for n, name in enumerate("ab")]
-    found = gather_pictures(readers, (16, 16), 3, 24, tmp_path / "a")
+    found = gather_images(readers, (16, 16), 3, 24, tmp_path / "a")
     wanted = [one.segments[1].pixels for reader in readers for unit in reader.units(4) for one in reader.read(unit)]
     known = [to_pixels(raw, [(16, 16)], 3).tobytes() for raw in wanted]
-    places = [known.index(one.tobytes()) for one in found.pictures]
+    places = [known.index(one.tobytes()) for one in found.images]
     assert len(places) == 24 and places[0] < 4 and places[-1] >= 76
     assert sum(place < 40 for place in places) == 12
 
@@ -111,36 +111,36 @@ def test_a_picture_that_stands_there_twice_is_used_once_and_a_fault_is_told(tmp_
     folder, told = write_photos(tmp_path / "photos", 5), []
     (folder / "0001.png").write_bytes((folder / "0000.png").read_bytes())
     (folder / "0002.png").write_bytes(b"no picture")
-    found = gather_pictures([open_reader(str(folder))], (16, 16), 3, 100, tmp_path, hear=told.append)
-    assert (len(found.pictures), found.faults) == (3, 1)
+    found = gather_images([open_reader(str(folder))], (16, 16), 3, 100, tmp_path, on_fault=told.append)
+    assert (len(found.images), found.faults) == (3, 1)
     assert len(told) == 1 and "0002.png" in str(told[0])
 
 
 def test_what_a_source_holds_out_is_known(tmp_path):
-    found = gather_pictures([open_reader("digits", Options(limit=60))], (16, 16), 1, 100, tmp_path)
+    found = gather_images([open_reader("digits", ReaderOptions(limit=60))], (16, 16), 1, 100, tmp_path)
     assert found.heldout == (0, 1, 2)  # of the first documents one in twenty
 
 
 def test_pictures_that_are_lost_are_said_so(tmp_path):
     reader = open_reader(str(write_photos(tmp_path / "photos", 5)))
-    gather_pictures([reader], (16, 16), 3, 100, tmp_path)
+    gather_images([reader], (16, 16), 3, 100, tmp_path)
     (tmp_path / "pictures.u8").write_bytes(b"short")
-    with pytest.raises(ValueError, match="pictures.u8 is missing or cut short"):
-        gather_pictures([reader], (16, 16), 3, 100, tmp_path)
+    with pytest.raises(ValueError, match="pictures.u8 is missing or truncated"):
+        gather_images([reader], (16, 16), 3, 100, tmp_path)
 
 
 def test_crops_are_part_of_what_a_folder_was_begun_with(tmp_path):
     reader = open_reader(str(write_photos(tmp_path / "photos", 5, 40, 30)))
-    begun = gather_pictures([reader], (16, 16), 3, 100, tmp_path).pictures
-    assert np.array_equal(gather_pictures([reader], (16, 16), 3, 100, tmp_path).pictures, begun)
-    with pytest.raises(ValueError, match="begun with other pictures"):
-        gather_pictures([reader], (16, 16), 3, 100, tmp_path, crops=2)
+    begun = gather_images([reader], (16, 16), 3, 100, tmp_path).images
+    assert np.array_equal(gather_images([reader], (16, 16), 3, 100, tmp_path).images, begun)
+    with pytest.raises(ValueError, match="started with other images"):
+        gather_images([reader], (16, 16), 3, 100, tmp_path, crops=2)
 
 
 def test_one_built_in_source_is_not_taken_for_another(tmp_path):
-    gather_pictures([open_reader("digits", Options(limit=3))], (8, 8), 3, 3, tmp_path)
-    with pytest.raises(ValueError, match="begun with other pictures"):
-        gather_pictures([open_reader("photographs", Options(limit=3))], (8, 8), 3, 3, tmp_path)
+    gather_images([open_reader("digits", ReaderOptions(limit=3))], (8, 8), 3, 3, tmp_path)
+    with pytest.raises(ValueError, match="started with other images"):
+        gather_images([open_reader("photographs", ReaderOptions(limit=3))], (8, 8), 3, 3, tmp_path)
 
 
 def test_fit_codec_takes_crops_of_the_photographs(tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_fit_codec_takes_crops_of_the_photographs(tmp_path, capsys):
     assert "60 different crops of 16x16" in capsys.readouterr().err
     page = (tmp_path / "codec" / "reconstructions.html").read_text()
     assert "30 held-out pictures" in page  # of the flower, while it learns from the temple
-    assert "begun with other pictures" in fails(capsys, 1, *fit, "--crops", 31)
+    assert "started with other images" in fails(capsys, 1, *fit, "--crops", 31)
     assert "at least 0" in fails(capsys, 2, *fit, "--crops", -1)
     assert json.loads(Path(tmp_path / "codec" / "pictures.json").read_text())["recipe"]["crops"] == 30
 
@@ -163,8 +163,8 @@ def test_a_codec_takes_no_folder_of_something_else(tmp_path, capsys):
     before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
     assert "holds a data set" in fails(capsys, 2, *fit, "--out", tmp_path / "data")
     assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
-    assert "lie in one another" in fails(capsys, 1, *fit, "--out", photos)
-    assert "lie in one another" in fails(capsys, 1, *fit, "--out", photos / "codec")
+    assert "or is inside it" in fails(capsys, 1, *fit, "--out", photos)
+    assert "or is inside it" in fails(capsys, 1, *fit, "--out", photos / "codec")
 
 
 def test_a_slip_of_the_pen_does_not_spoil_the_folder(tmp_path, capsys):

@@ -32,8 +32,8 @@ from transfusion.codecs.pixels import FLOOR, BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, DigitsConfig
 from transfusion.data import sources as run_sources
-from transfusion.data.built_in.digits import NAMES, Digits, scans
-from transfusion.data.built_in.topics import EVERY, Topics, split_text
+from transfusion.data.built_in.digits import NAMES, Digits, load_scans
+from transfusion.data.built_in.topics import HELDOUT_EVERY, Topics, split_text
 from transfusion.data.loader import BEGINNING, Encoder, Loader, LoaderState, heldout_batches, reorder_and_drop
 from transfusion.data.packing import pack
 from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, encode_document, split_chunk
@@ -196,7 +196,7 @@ def test_iterators_of_one_loader_do_not_disturb_each_other():
 
 def test_batches_are_the_rows_of_the_blocks_in_order():
     found = loader(rows=3)
-    rows = [row for block in range(4) for row in found.rows_of(block)]
+    rows = [row for block in range(4) for row in found.pack_block(block)]
     for n, (batch, _) in enumerate(take(len(rows) // 3, found)):
         assert same_batch(batch, collate(rows[3 * n : 3 * n + 3], 96, found.encoder.vocabulary))
 
@@ -210,7 +210,7 @@ def test_a_block_holds_each_of_its_documents_once():
             for source, epoch, id_ in entries
         ]
         chunks = [split_chunk(encode_document(document, found.encoder.vocabulary), 96) for document in expected]
-        packed = Counter(chunk for row in contents_of(found.rows_of(block)) for chunk in row)
+        packed = Counter(chunk for row in contents_of(found.pack_block(block)) for chunk in row)
         assert packed == Counter(contents(chunk) for parts in chunks for chunk in parts)
 
 
@@ -302,7 +302,7 @@ def test_the_split_of_digits_is_sklearns():
     sides = train_test_split(range(1797), test_size=297, random_state=0, stratify=bunch.target)
     assert set(sides[0]).isdisjoint(sides[1])
     for side, split in zip(sides, ("train", "heldout"), strict=True):
-        pixels, labels = scans(split)
+        pixels, labels = load_scans(split)
         assert labels.tolist() == bunch.target[side].tolist()
         assert np.abs(pixels[..., 0] / 255 * 16 - bunch.images[side]).max() < 0.04
         assert pixels.dtype == np.uint8
@@ -313,9 +313,9 @@ def test_no_training_document_holds_a_heldout_scan_and_captions_are_true(interle
     name_of = {
         scan.tobytes(): NAMES[label]
         for split in ("train", "heldout")
-        for scan, label in zip(*scans(split), strict=True)
+        for scan, label in zip(*load_scans(split), strict=True)
     }
-    heldout = {scan.tobytes() for scan in scans("heldout")[0]}
+    heldout = {scan.tobytes() for scan in load_scans("heldout")[0]}
     source, counts, company = Digits("train", interleaved), [], set()
     for id_ in range(0, len(source), 16):
         document = source[id_]
@@ -337,7 +337,7 @@ def test_heldout_digits_are_read_once_each_and_by_themselves():
     documents = [source[n] for n in range(len(source))]
     assert len(documents) == 297
     assert all(len(document.segments) == 2 for document in documents)
-    heldout = {scan.tobytes() for scan in scans("heldout")[0]}
+    heldout = {scan.tobytes() for scan in load_scans("heldout")[0]}
     assert {document.segments[1].pixels.tobytes() for document in documents} == heldout
 
 
@@ -347,7 +347,7 @@ def test_topics_are_split_without_overlap():
     train, heldout = Topics("train"), Topics("heldout")
     assert sorted(train.texts + heldout.texts) == sorted(topics.values())
     assert not set(train.texts) & set(heldout.texts)
-    assert heldout.texts == [topics[name] for name in sorted(topics)[::EVERY]]
+    assert heldout.texts == [topics[name] for name in sorted(topics)[::HELDOUT_EVERY]]
     assert train.describe()["sha256"] != heldout.describe()["sha256"]
     for source in (train, heldout):  # passages are all of the text, in order
         passages = [source[n].segments[0].text for n in range(len(source))]

@@ -335,7 +335,7 @@ def test_codecs_differ_only_in_the_codebook(tmp_path, monkeypatch):
 
 def test_edit_changes_one_attribute_and_names_it(tmp_path, monkeypatch):
     for before, instruction, after in editing.generate_edits("heldout", 50):
-        (old,), (new,) = before.things, after.things
+        (old,), (new,) = before.objects, after.objects
         assert before.centres == after.centres and old.size == new.size
         value = instruction.split()[3] if instruction.startswith("make it a ") else instruction.split()[2]
         assert value in (new.colour, new.shape) and value not in (old.colour, old.shape)

@@ -26,7 +26,7 @@ from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_line
 from transfusion.codecs import pictures
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading import containers
-from transfusion.data.reading.readers import Options, open_reader
+from transfusion.data.reading.readers import ReaderOptions, open_reader
 from transfusion.data.reading.records import FORMS, to_document
 
 GOOD = png(1)
@@ -120,14 +120,14 @@ def test_a_broken_picture_is_a_fault_wherever_it_lies_and_its_neighbours_are_rea
     }  # fmt: skip
     for source, where in places.items():
         found = read_at(source)
-        assert outcomes(found) == list(zip(where, ["", "unreadable picture", ""], strict=False))
+        assert outcomes(found) == list(zip(where, ["", "unreadable image", ""], strict=False))
         with pytest.raises(Fault, match=words):
             raise found[1]
 
 
 def test_what_is_read_of_a_broken_picture_is_never_decoded_before_its_size_is_known(monkeypatch, folder):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 15)
-    assert kinds(read_at(folder)) == ["unreadable picture"]
+    assert kinds(read_at(folder)) == ["unreadable image"]
     monkeypatch.setattr(pictures, "MOST_PIXELS", 16)
     assert kinds(read_at(folder)) == [""]
 
@@ -147,14 +147,14 @@ MISSING = {
 
 @pytest.mark.parametrize("what", MISSING)
 def test_a_picture_that_is_not_there_is_a_fault_whatever_stands_in_its_place(what, folder):
-    check_between(folder, [{"image": MISSING[what], "caption": "a bird"}], "missing picture")
+    check_between(folder, [{"image": MISSING[what], "caption": "a bird"}], "missing image")
 
 
 def test_a_damaged_picture_inside_an_address_is_a_fault(folder):
     inline = "data:image/png;base64," + base64.b64encode(GOOD).decode()
     damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=",
                "data:image/png;base64,", inline[:-24] + "A" * 24 + "===="]  # fmt: skip
-    check_between(folder, [{"image": one, "caption": "a bird"} for one in damaged], "unreadable picture")
+    check_between(folder, [{"image": one, "caption": "a bird"} for one in damaged], "unreadable image")
 
 
 def test_a_file_that_is_too_large_for_a_picture_is_not_read(folder):
@@ -172,7 +172,7 @@ def test_data_from_elsewhere_cannot_name_files_of_this_disk(root, address, disks
     put(f"{root}/good.png", GOOD)
     records = [PAIR, {"image": address, "caption": "a secret"}, PAIR]
     put(f"{root}/a.jsonl", "\n".join(map(json.dumps, records)))
-    assert outcomes(read_at(root)) == [("a.jsonl:1", ""), ("a.jsonl:2", "missing picture"), ("a.jsonl:3", "")]
+    assert outcomes(read_at(root)) == [("a.jsonl:1", ""), ("a.jsonl:2", "missing image"), ("a.jsonl:3", "")]
 
 
 # Captions and texts
@@ -222,7 +222,7 @@ def test_an_id_that_cannot_be_written_down_is_a_fault(folder):
 
 
 def test_passages_that_are_not_utf8_are_faults_and_those_around_them_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "PASSAGE", 4)
+    monkeypatch.setattr(containers, "PASSAGE_BYTES", 4)
     (tmp_path / "a.txt").write_bytes("one.\n\ngröße\n\nthree".encode("latin-1"))
     (tmp_path / "b.txt").write_text("four")
     found = read_at(tmp_path)
@@ -264,7 +264,7 @@ RECORDS = [{"text": f"Größe {n} 中", "more": [1, {"a": "]"}]} for n in range(
 
 @pytest.mark.parametrize("chunk", [7, 2**20])
 def test_a_list_that_is_cut_short_gives_all_that_is_whole_and_one_fault(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "CHUNK", chunk)
+    monkeypatch.setattr(containers, "READ_SIZE", chunk)
     content = json.dumps(RECORDS, ensure_ascii=False).encode()
     path = tmp_path / "a.json"
     for cut in range(60, len(content), 3 if chunk > 7 else 11):
@@ -294,9 +294,9 @@ def test_a_bad_element_of_a_list_is_a_fault_and_the_list_goes_on_where_it_can(el
 
 
 def test_an_element_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MOST_MEMBER", 300)
-    monkeypatch.setattr(containers, "CHUNK", 50)
-    monkeypatch.setattr(containers._Letters, "more", counted := counting(containers._Letters.more))
+    monkeypatch.setattr(containers, "MAX_RECORD_SIZE", 300)
+    monkeypatch.setattr(containers, "READ_SIZE", 50)
+    monkeypatch.setattr(containers._TextBuffer, "read_more", counted := counting(containers._TextBuffer.read_more))
     path = tmp_path / "a.json"
     for bomb in ('{"text": "' + "x" * 10_000_000, '{"text": "' + "x" * 320 + '"}]', '{"a": [' + "0, " * 1_000_000):
         path.write_text('[{"text": "one"}, ' + bomb)
@@ -324,10 +324,10 @@ def test_a_file_among_others_that_holds_nothing_of_the_kind_is_a_fault(tmp_path)
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("", "is no JSON"), ("two words", "is no JSON"), ('{"a": ' + DEEP, "is no JSON"),
+    ("", "is not valid JSON"), ("two words", "is not valid JSON"), ('{"a": ' + DEEP, "is not valid JSON"),
     ('{"annotations": []}', "neither a list"), ('{\n"text": "spread over lines"}', "neither a list"),
-    ("[]", "holds no records"), ("[5]", "nothing in it can be read"),
-    ("\xff", "is no JSON"), ("{", "is no JSON"),
+    ("[]", "has no records"), ("[5]", "no record can be read"),
+    ("\xff", "is not valid JSON"), ("{", "is not valid JSON"),
 ])  # fmt: skip
 def test_a_json_file_that_holds_no_records_is_refused_in_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
@@ -365,7 +365,7 @@ BAD_FORMS = {
         ("bad segment", {"texts": ["a"], "images": ["good.png"]}), ("bad segment", {"texts": [None], "images": [None]}),
         ("bad segment", {"texts": [""], "images": [""]}), ("bad segment", {"texts": [5], "images": [None]}),
         ("empty document", {"texts": [], "images": []}), ("empty document", {"texts": [" "], "images": [None]}),
-        ("missing column", {"texts": "a", "images": [None]}), ("missing picture", {"texts": [None], "images": [3]}),
+        ("missing column", {"texts": "a", "images": [None]}), ("missing image", {"texts": [None], "images": [3]}),
     ],
     "mmc4": [
         (LENGTHS, matched({"image_name": "good.png", "matched_text_index": 1})),
@@ -407,9 +407,9 @@ BAD_FORMS = {
     "editing": [
         ("missing column", {"source": "good.png", "target": "good.png"}),
         ("empty instruction", {"source": "good.png", "instruction": " ", "target": "good.png"}),
-        ("missing picture", {"source": "good.png", "instruction": "turn it", "target": "none.png"}),
-        ("missing picture", {"source": ["good.png", "none.png"], "instruction": "turn it", "target": "good.png"}),
-        ("missing picture", {"source": [], "instruction": "turn it", "target": "good.png"}),
+        ("missing image", {"source": "good.png", "instruction": "turn it", "target": "none.png"}),
+        ("missing image", {"source": ["good.png", "none.png"], "instruction": "turn it", "target": "good.png"}),
+        ("missing image", {"source": [], "instruction": "turn it", "target": "good.png"}),
     ],
 }  # fmt: skip
 
@@ -443,7 +443,7 @@ class Any:
         self.asked += 1
         if self.asked % 2:
             return np.zeros((2, 2, 3), np.uint8)
-        raise Fault("missing picture", "there is none")
+        raise Fault("missing image", "there is none")
 
 
 @examples(400)
@@ -521,7 +521,7 @@ def test_an_archive_that_is_cut_gives_the_groups_before_the_cut_and_one_fault(tm
         path.write_bytes(content[:cut])
         whole = max(0, (cut - block) // group)
         if whole == 0:
-            with pytest.raises(ValueError, match="nothing in it can be read; first a.tar"):
+            with pytest.raises(ValueError, match="no record can be read; the first fault: a.tar"):
                 open_reader(str(path))
             continue
         for most in (1, 1000):
@@ -582,7 +582,7 @@ def test_an_archive_of_nothing_but_long_names_is_a_fault(tmp_path):
 
 
 def test_members_that_say_nothing_usable_are_faults_of_their_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MOST_MEMBER", 1000)
+    monkeypatch.setattr(containers, "MAX_RECORD_SIZE", 1000)
     groups = [("a.png", GOOD), ("a.txt", b"a bird"), ("b.png", GOOD), ("b.txt", b" \n"), ("c.png", GOOD), ("c.json", b"{"),
               ("d.png", GOOD), ("d.json", b"[1]"), ("e.png", GOOD), ("f.txt", b"no picture"), ("g.png", GOOD),
               ("g.txt", b"x" * 1001), ("h.png", GOOD), ("h.txt", b"a nest")]  # fmt: skip
@@ -700,7 +700,7 @@ def test_annotations_that_name_no_picture_are_faults(folder):
                    {"image_id": 1, "caption": "a bird again"}]  # fmt: skip
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     found = read_at(folder / "captions.json")
-    assert kinds(found) == ["", *["missing picture"] * 6, "empty caption", "bad segment", "missing picture", ""]
+    assert kinds(found) == ["", *["missing image"] * 6, "empty caption", "bad segment", "missing image", ""]
     assert [one.where for one in found] == [f"captions.json:annotation {n}" for n in range(1, 12)]
     for second in ("{", '{"images": null, "annotations": null}', '{"images": [], "annotations": {}}'):
         (folder / "captions_z.json").write_text(second)
@@ -768,7 +768,7 @@ def test_damage_of_any_kind_ends_in_faults_or_is_refused_in_one_line(name, seed,
         path = Path(folder) / Path(name).name
         path.write_bytes(content)
         try:
-            reader = open_reader(str(path), Options())
+            reader = open_reader(str(path), ReaderOptions())
             units = reader.units(2)
         except (ValueError, OSError) as error:
             assert str(error).isprintable()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion.data.built_in.shapes import Description, Shapes, caption, draw_scene, parse, render
+from transfusion.data.built_in.shapes import Description, Shapes, caption, parse, render, sample_scene
 from transfusion.evaluation import geneval_prompts
 from transfusion.evaluation.geneval import (
     CATEGORIES,
@@ -242,7 +242,7 @@ def test_what_is_not_asked_for_does_not_count():
 def picture_of(text: str) -> np.ndarray:
     """Some picture that the caption is true of: that of a scene of its form, in its colours."""
     described = parse(text)
-    scenes = (draw_scene(1 if max(described.counts) == 1 else 2, seed) for seed in count())
+    scenes = (sample_scene(1 if max(described.counts) == 1 else 2, seed) for seed in count())
     scene = next(scene for scene in scenes if form(scene.description) == form(described))
     return render(replace(scene, description=described))
 

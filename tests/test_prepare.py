@@ -32,16 +32,16 @@ from transfusion.data.loader import (
     BEGINNING,
     Encoder,
     Loader,
+    contains_edits,
     element_weights,
     heldout_batches,
-    holds_edits,
     reorder_and_drop,
 )  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument, RawText
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
-from transfusion.data.store import Prepared, ShardWriter, open_prepared
+from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
 from transfusion.sequence import Document, Image, Text, encode_document, split_chunk
@@ -78,7 +78,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def documents_of(prepared: Prepared, name: str) -> dict[str, Document]:
+def documents_of(prepared: PreparedFolder, name: str) -> dict[str, Document]:
     """Every document of a source, held out or not, by where it came from."""
     stored = [prepared.source(name, split) for split in ("train", "heldout")]
     found = {source.where(n): source[n] for source in stored for n in range(len(source))}
@@ -122,7 +122,7 @@ def test_held_out_documents_keep_their_pictures(tmp_path):
     for one in shown:
         for part, original in zip(one.segments, raws[one.where].segments, strict=True):
             assert part.text == original.text if isinstance(part, RawText) else np.array_equal(part.pixels, original.pixels)
-    assert not any(train.stored.pictures(n) for n in range(len(train)))
+    assert not any(train.stored.original_images(n) for n in range(len(train)))
     with_pictures = next(train[n] for n in range(len(train)) if len(train[n].segments) == 3)
     before = raws[with_pictures.where].segments[0].pixels
     assert not np.array_equal(with_pictures.segments[0].pixels, before)  # the codec has lost some of it
@@ -243,7 +243,7 @@ def test_a_folder_may_be_made_like_another(tmp_path):
     one, other = open_prepared(whole()), open_prepared(tmp_path / "texts")
     for name in ("tokenizer.json", "codec.safetensors"):
         assert (whole() / name).read_bytes() == (tmp_path / "texts" / name).read_bytes()
-    assert one.about["sizes"] == other.about["sizes"]
+    assert one.metadata["sizes"] == other.metadata["sizes"]
     (before, now) = (documents_of(prepared, "texts") for prepared in (one, other))
     assert {where: d.segments for where, d in before.items()} == {where: d.segments for where, d in now.items()}
     with pytest.raises(OpenError, match="no prepared data"):
@@ -259,7 +259,7 @@ def test_one_run_reads_several_folders_that_go_together(tmp_path):
     texts = [{source.where(n): source[n].segments for n in range(len(source))} for source in sources[1:]]
     assert all(texts[0][where] == texts[1][where] for where in texts[0].keys() & texts[1].keys())
     assert both.vocabulary == encoder().vocabulary
-    assert Loader(sources, both).rows_of(0)
+    assert Loader(sources, both).pack_block(0)
     with pytest.raises(ValueError, match="called photos"):
         encoder(prepared=(str(whole()), str(whole())))
     prepare(readers(), replace(CONFIG, tokenizer_size=280), tmp_path / "other")
@@ -309,7 +309,7 @@ def test_however_many_processes_the_result_is_the_same(tmp_path, world):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=4))
 def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
     with TemporaryDirectory() as temporary:
-        folder, made, real = Path(temporary) / "out", [], fitting.Encoders.cut
+        folder, made, real = Path(temporary) / "out", [], fitting.TokenizerAndCodec.crop
         written = {}
         for moment in [*moments, None]:
             left = [moment]
@@ -323,8 +323,8 @@ def test_killed_anywhere_it_goes_on_and_redoes_no_finished_shard(moments):
                 return real(self, raw)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fitting.Encoders, "cut", cut_once)
-                patch.setattr(ShardWriter, "abandon", lambda self: None)  # who is killed cleans nothing up
+                patch.setattr(fitting.TokenizerAndCodec, "crop", cut_once)
+                patch.setattr(ShardWriter, "abort", lambda self: None)  # who is killed cleans nothing up
                 try:
                     prepare(readers(), CONFIG, folder)
                 except Killed:
@@ -352,7 +352,7 @@ def test_a_full_disk_stops_it_in_words_and_costs_nothing(tmp_path, monkeypatch, 
     with pytest.raises(PrepareError, match="No space left on device") as error:
         prepare(readers(), CONFIG, tmp_path / "out")
     assert "\n" not in str(error.value)
-    assert "goes on" in str(error.value)
+    assert "resumes" in str(error.value)
     assert not list((tmp_path / "out").rglob("*.tmp"))
     with pytest.raises(OpenError, match="not finished"):
         open_prepared(tmp_path / "out")
@@ -362,7 +362,7 @@ def test_a_full_disk_stops_it_in_words_and_costs_nothing(tmp_path, monkeypatch, 
 
 def test_prepared_again_it_only_says_so(monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in whole().rglob("*")}
-    monkeypatch.setattr(fitting.Encoders, "cut", None)
+    monkeypatch.setattr(fitting.TokenizerAndCodec, "crop", None)
     assert prepare(readers(), CONFIG, whole()) == read_json(whole() / "dataset.json")
     assert {path: path.stat().st_mtime_ns for path in whole().rglob("*")} == before
 
@@ -395,7 +395,7 @@ def test_a_start_that_failed_ties_nobody_to_its_settings(tmp_path):
 @pytest.mark.parametrize("out", ["photos", "photos/prepared", "."])
 def test_what_is_made_may_not_lie_among_its_sources(tmp_path, out):
     write_photos(tmp_path / "photos", 5)
-    with pytest.raises(PrepareError, match="lie in one another"):
+    with pytest.raises(PrepareError, match="contains the source .* or is inside it"):
         prepare([open_reader(f"{tmp_path}/photos")], CONFIG, tmp_path / out)
     assert not list(tmp_path.rglob("recipe.json"))
 
@@ -416,7 +416,7 @@ def test_a_disk_that_is_full_while_fitting_or_at_the_end_is_said_in_words(tmp_pa
     with monkeypatch.context() as patch:
         for module in (disk, fitting, preparing):
             patch.setattr(module, "write_whole", full)
-        with pytest.raises(PrepareError, match="No space left on device.*goes on"):
+        with pytest.raises(PrepareError, match="No space left on device.*resumes"):
             prepare(readers(), CONFIG, tmp_path / "out")
     prepare(readers(), CONFIG, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(whole())
@@ -424,14 +424,14 @@ def test_a_disk_that_is_full_while_fitting_or_at_the_end_is_said_in_words(tmp_pa
 
 def test_photographs_are_cut_as_they_are_read(tmp_path, monkeypatch):
     """However many documents are encoded together, hardly more than one is held as it was read."""
-    alive, most, real = [], [], fitting.Encoders.cut
+    alive, most, real = [], [], fitting.TokenizerAndCodec.crop
 
     def cut(self, raw):
         alive.append(weakref.ref(raw))
         most.append(sum(one() is not None for one in alive))
         return real(self, raw)
 
-    monkeypatch.setattr(fitting.Encoders, "cut", cut)
+    monkeypatch.setattr(fitting.TokenizerAndCodec, "crop", cut)
     prepare(readers(), CONFIG, tmp_path / "out")
     assert len(most) == 160
     assert max(most) <= 2
@@ -505,7 +505,7 @@ def test_of_documents_with_one_id_the_first_stays(tmp_path):
 
 
 def test_a_source_without_pictures_alone_is_refused(tmp_path):
-    with pytest.raises(PrepareError, match="none of the first documents holds a picture"):
+    with pytest.raises(PrepareError, match="none of the first documents has an image"):
         prepare(readers()[1:], CONFIG, tmp_path / "out")
 
 
@@ -532,12 +532,12 @@ def test_a_damaged_shard_raises_nothing_but_one_clear_error(seed, truncate):
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "out"
         shutil.copytree(whole(), folder)
-        path, chance = folder / "photos" / "train-00000.arrow", np.random.default_rng(seed)
+        path, rng = folder / "photos" / "train-00000.arrow", np.random.default_rng(seed)
         content = bytearray(path.read_bytes())
         if truncate:
-            content = content[: chance.integers(len(content))]
-        for at in chance.integers(len(content), size=3) if content else ():
-            content[at] ^= 1 << int(chance.integers(8))
+            content = content[: rng.integers(len(content))]
+        for at in rng.integers(len(content), size=3) if content else ():
+            content[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         stored = open_prepared(folder).source("photos", "train")
         for number in range(len(stored)):
@@ -607,7 +607,7 @@ def test_every_position_of_an_epoch_comes_exactly_once():
             expected.update(
                 contents(piece) for piece in split_chunk(encode_document(document, found.encoder.vocabulary), 64)
             )
-        packed.update(piece for row in contents_of(found.rows_of(block)) for piece in row)
+        packed.update(piece for row in contents_of(found.pack_block(block)) for piece in row)
         block += 1
     assert packed == expected
 
@@ -667,10 +667,10 @@ def test_whatever_the_batch_sizes_no_row_is_missed_or_repeated(sessions):
 )
 def test_random_corpora_lose_and_repeat_nothing(corpus, shard):
     """Numbers are lengths of texts, None is a picture."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     records = [
         {"segments": [{"image": inline(picture(n)[1])} if size is None else
-                      {"text": "".join(chance.choice(list("abcdefgh "), size)) + "."} for size in document]}
+                      {"text": "".join(rng.choice(list("abcdefgh "), size)) + "."} for size in document]}
         for n, document in enumerate([*corpus, [None]])
     ]  # fmt: skip
     with TemporaryDirectory() as temporary:
@@ -682,7 +682,7 @@ def test_random_corpora_lose_and_repeat_nothing(corpus, shard):
         found = Loader(open_sources(data, "train"), fitted)
         epoch = len(found.sources[0])
         blocks = -(-epoch // 7)
-        kept = [row for block in range(blocks) for row in contents_of(found.rows_of(block))]
+        kept = [row for block in range(blocks) for row in contents_of(found.pack_block(block))]
         expected = Counter()
         for n in range(7 * blocks):
             _, number, id_ = found.stream[n]
@@ -708,7 +708,7 @@ def test_a_row_too_short_for_an_image_is_refused_before_training():
     with pytest.raises(ValueError, match="raise data.seq_len"):
         encoder(seq_len=shortest - 2)
     found = loader(seq_len=shortest - 1)
-    assert all(len(found.rows_of(block)) for block in range(4))
+    assert all(len(found.pack_block(block)) for block in range(4))
 
 
 def test_weights_follow_from_exact_mean_lengths():
@@ -781,8 +781,8 @@ def test_a_source_with_edits_is_known_by_them():
     """Only then does a server take edits."""
     picture, text = Image(np.zeros((3, 4, 4))), Text((1,))
     others = [Document((text, picture)), Document((picture, text, picture)), Document((text,)), Document(())]
-    assert holds_edits([*others, edit(1)])
-    assert not holds_edits(others)
+    assert contains_edits([*others, edit(1)])
+    assert not contains_edits(others)
 
 
 @pytest.mark.parametrize("segments", [

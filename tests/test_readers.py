@@ -19,14 +19,14 @@ from tests.fixtures import make
 from tests.reading import EXPECTED, FIXTURES, Block, other_disks, put, read, read_at, texts, write_lines
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading import containers, files
-from transfusion.data.reading.readers import Options, Reader, open_reader
+from transfusion.data.reading.readers import Reader, ReaderOptions, open_reader
 
 UNITS = (1, 2, 1000)
 
 
 def open_fixture(title: str, root: str | Path = FIXTURES) -> Reader:
     expected = EXPECTED[title]
-    return open_reader(f"{root}/{expected['source']}", Options(**expected["options"]))
+    return open_reader(f"{root}/{expected['source']}", ReaderOptions(**expected["options"]))
 
 
 def check(found: list, expected: list[dict]) -> None:
@@ -34,7 +34,7 @@ def check(found: list, expected: list[dict]) -> None:
     assert [getattr(one, "where", one) for one in found] == [document["where"] for document in expected]
     for one, document in zip(found, expected, strict=True):
         assert isinstance(one, RawDocument), str(one)
-        about = {name: getattr(one, name) for name in ("where", "name", "kin", "split", "pairs")}
+        about = {name: getattr(one, name) for name in ("where", "name", "split", "pairs")} | {"kin": one.split_group}
         assert {**about, "segments": document["segments"]} == document
         assert len(one.segments) == len(document["segments"])
         for part, segment in zip(one.segments, document["segments"], strict=True):
@@ -136,7 +136,7 @@ def test_what_lies_on_this_disk_is_never_asked_of_the_hub(tmp_path, monkeypatch)
     (tmp_path / "owner/name.jsonl").write_text('{"text": "here"}')
     assert texts(read_at("owner/name.jsonl")) == ["here"]
     for missing in ("./owner/other", "../owner/other", "~/no/such", f"{tmp_path}/other", "other", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="there is nothing at"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             open_reader(missing)
 
 
@@ -153,7 +153,7 @@ def test_without_a_network_one_line_says_which_address_could_not_be_asked(error,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError) as raised:
         open_reader("owner/name")
-    assert "there is nothing at owner/name, and the hub says" in str(raised.value)
+    assert "owner/name does not exist; the hub's error" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -191,7 +191,7 @@ def test_patterns_choose_files_and_folders(root, disks, tmp_path):
     assert texts(read_at(f"{root}/a-*.jsonl")) == ["a-0.jsonl", "a-1.jsonl"]
     assert texts(read_at(f"{root}/*/*.jsonl")) == ["more/a-2.jsonl"]
     assert [one.where for one in read_at(f"{root}/a-*")] == ["a-0.jsonl:1", "a-1.jsonl:1"]
-    with pytest.raises(FileNotFoundError, match="nothing is called"):
+    with pytest.raises(FileNotFoundError, match="no file matches"):
         open_reader(f"{root}/c-*.jsonl")
 
 
@@ -246,7 +246,7 @@ def spread(value, data) -> str:
 def test_elements_of_a_list_are_read_once_each_however_it_is_cut_into_chunks(records, data, chunk, bom, most):
     content = ("\ufeff" if bom else "") + spread(records, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "CHUNK", chunk)
+        patch.setattr(containers, "READ_SIZE", chunk)
         found = read_content("a.json", content.encode(), most)
     assert texts(found) == [record["text"] for record in records]
     assert [one.where for one in found] == [f"a.json:{n}" for n in range(1, len(records) + 1)]
@@ -300,12 +300,12 @@ lines = st.lists(st.text("aé中😀 \t", max_size=30), max_size=40).flatmap(
 @given(lines, st.booleans(), sizes, st.sampled_from(((20, 40), (1, 5), (10, 12))))
 def test_passages_joined_are_the_file_to_the_byte(content, bom, most, limits):
     if not content.strip():
-        with pytest.raises(ValueError, match="holds no records"):
+        with pytest.raises(ValueError, match="has no records"):
             read_content("a.txt", content.encode(), most)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "PASSAGE", limits[0])
-        patch.setattr(containers, "LONGEST_PASSAGE", limits[1])
+        patch.setattr(containers, "PASSAGE_BYTES", limits[0])
+        patch.setattr(containers, "MAX_PASSAGE_BYTES", limits[1])
         found = read_content("a.txt", ("\ufeff" * bom + content).encode(), most)
     passages = texts(found)
     assert "".join(passages) == content
@@ -325,7 +325,8 @@ def test_columns_are_taken_by_the_names_that_a_person_gives(tmp_path):
     assert texts(read_at(path)) == ["another"] * 3
     assert texts(read_at(path, columns={"text": "alt"})) == ["alt 0", "alt 1", "alt 2"]
     assert [one.name for one in read_at(path)] == ["7"] * 3
-    assert [(one.name, one.kin) for one in read_at(path, columns={"id": ""})] == [("", f"a.jsonl:{n}") for n in (1, 2, 3)]
+    without_id = read_at(path, columns={"id": ""})
+    assert [(one.name, one.split_group) for one in without_id] == [("", f"a.jsonl:{n}") for n in (1, 2, 3)]
     (tmp_path / "bird.png").write_bytes(make.png(1))
     path = write_lines(tmp_path / "b.jsonl", {"picture_of": "bird.png", "says": "one", "caption": "two", "img": "none.png"})
     (found,) = read_at(path, columns={"image": "picture_of", "caption": "says"})
@@ -337,7 +338,7 @@ def test_columns_are_taken_by_the_names_that_a_person_gives(tmp_path):
 def test_a_column_that_is_nowhere_is_refused_and_those_there_are_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"alt": "a bird", "text": "another"})
     with pytest.raises(ValueError, match="no column 'alt_text', only alt, text"):
-        open_reader(str(path), Options(columns={"text": "alt_text"}))
+        open_reader(str(path), ReaderOptions(columns={"text": "alt_text"}))
 
 
 def test_a_column_that_one_record_lacks_is_not_replaced_by_another(tmp_path):
@@ -353,8 +354,8 @@ def test_the_form_of_records_can_be_said(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"image": "bird.png", "caption": "a bird"})
     for form, kinds in (("pair", [RawText, RawImage]), ("text", [RawText]), ("image", [RawImage])):
         assert [type(part) for part in read_at(path, form=form)[0].segments] == kinds
-    with pytest.raises(ValueError, match="there is no form 'pears'; there are document, pair"):
-        open_reader(str(path), Options(form="pears"))
+    with pytest.raises(ValueError, match="there is no form 'pears'; use one of document, pair"):
+        open_reader(str(path), ReaderOptions(form="pears"))
 
 
 def test_most_records_decide_the_form_and_captions_that_some_pictures_lack_are_not_dropped(tmp_path):
@@ -374,7 +375,7 @@ def test_a_limit_ends_the_records_where_it_says(title):
     expected = EXPECTED[title]
     for limit in (1, 2, 3):
         for most in UNITS:
-            reader = open_reader(f"{FIXTURES}/{expected['source']}", Options(limit=limit))
+            reader = open_reader(f"{FIXTURES}/{expected['source']}", ReaderOptions(limit=limit))
             assert sum(unit.rows for unit in reader.units(most)) == limit
             check(read(reader, most), expected["documents"][:limit])
 
@@ -402,7 +403,7 @@ def test_splits_are_found_in_the_names_of_files_and_folders(tmp_path):
 
 def test_a_saved_split_that_is_not_there_is_refused():
     with pytest.raises(FileNotFoundError, match="there is no split dev in"):
-        open_reader(str(FIXTURES / "saved_splits"), Options(split="dev"))
+        open_reader(str(FIXTURES / "saved_splits"), ReaderOptions(split="dev"))
 
 
 def test_caches_beside_a_saved_data_set_are_not_read(tmp_path):
@@ -429,13 +430,13 @@ def test_paths_of_pictures_can_be_counted_from_another_folder(tmp_path):
     (tmp_path / "images/bird.png").write_bytes(make.png(1))
     path = write_lines(tmp_path / "lists/a.jsonl", {"image": "bird.png", "caption": "a bird"})
     assert isinstance(read_at(path)[0], Fault)
-    assert read_at(path, pictures=str(tmp_path / "images"))[0].segments[1].pixels.tobytes() == make.noise(1).tobytes()
+    assert read_at(path, image_root=str(tmp_path / "images"))[0].segments[1].pixels.tobytes() == make.noise(1).tobytes()
     about = {"images": [{"id": 1, "file_name": "bird.png"}], "annotations": [{"image_id": 1, "caption": "a bird"}]}
     (tmp_path / "lists/captions.json").write_text(json.dumps(about))
-    found = read_at(tmp_path / "lists/captions.json", pictures=str(tmp_path / "images"))
+    found = read_at(tmp_path / "lists/captions.json", image_root=str(tmp_path / "images"))
     assert found[0].segments[1].pixels.tobytes() == make.noise(1).tobytes()
-    with pytest.raises(ValueError, match="another kind of disk"):
-        open_reader(str(path), Options(pictures="memory://images"))
+    with pytest.raises(ValueError, match="same kind of file system"):
+        open_reader(str(path), ReaderOptions(image_root="memory://images"))
 
 
 @pytest.mark.parametrize(("source", "name"), [
@@ -454,9 +455,9 @@ def test_a_folder_that_is_called_like_a_source_of_ours_gets_another_name(tmp_pat
 
 
 @pytest.mark.parametrize(("source", "words"), [
-    ("a b=metadata", "'a b' cannot name a source"), ("a:b=metadata", "'a:b' cannot name a source"),
-    ("shapes=metadata", "shapes is the name of a source that needs no files: choose another for metadata"),
-    ("digits=shapes", "digits is the name of a source"),
+    ("a b=metadata", "'a b' is not a valid source name"), ("a:b=metadata", "'a:b' is not a valid source name"),
+    ("shapes=metadata", "shapes is the name of a built-in source: choose another name for metadata"),
+    ("digits=shapes", "digits is the name of a built-in source"),
 ])  # fmt: skip
 def test_bad_and_reserved_names_are_refused(source, words, monkeypatch):
     monkeypatch.chdir(FIXTURES)
@@ -473,11 +474,11 @@ def test_sources_that_need_no_files_give_their_documents_in_units_of_any_size():
 
 
 def test_a_folder_of_nothing_that_can_be_read_is_refused_in_one_line(tmp_path):
-    with pytest.raises((ValueError, OSError), match="holds no files"):
+    with pytest.raises((ValueError, OSError), match="has no files"):
         open_reader(str(tmp_path))
     (tmp_path / "model.pt").write_bytes(b"x")
     (tmp_path / "table.xlsx").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds nothing that can be read \(only \.pt, \.xlsx\)"):
+    with pytest.raises(ValueError, match=r"has no supported files \(only \.pt, \.xlsx\)"):
         open_reader(str(tmp_path))
 
 
@@ -558,7 +559,7 @@ def test_a_dead_address_is_one_fault_and_no_more(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     found = read_at(tmp_path)
     assert [isinstance(one, RawDocument) for one in found] == [True, False, True]
-    assert (found[1].kind, found[1].where) == ("missing picture", "a.jsonl:2")
+    assert (found[1].kind, found[1].where) == ("missing image", "a.jsonl:2")
 
 
 def test_the_documents_that_the_page_shows_are_read_as_it_says(tmp_path):

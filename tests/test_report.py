@@ -20,7 +20,7 @@ from tests.tiny import save
 from transfusion import cli
 from transfusion.checkpoint.save import create_run_folder
 from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
-from transfusion.data.built_in.digits import NAMES, scans
+from transfusion.data.built_in.digits import NAMES, load_scans
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import build
@@ -225,7 +225,7 @@ def test_a_report_shows_the_drawings_and_the_scans_themselves(digits):
     answers = engine.generate([Request(parts=(name,), num_images=10) for name in NAMES])
     assert np.array_equal(drawn, [answers[9][9].parts[0][..., 0]])
     right = [n for n in range(60) if n % 3][:20]
-    assert np.array_equal(captioned, scans("heldout")[0][right, :, :, 0])
+    assert np.array_equal(captioned, load_scans("heldout")[0][right, :, :, 0])
 
 
 def test_the_same_run_gives_the_same_report(digits):

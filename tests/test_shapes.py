@@ -23,12 +23,12 @@ from transfusion.data.built_in.shapes import (
     SIZES,
     Description,
     Scene,
+    SceneObject,
     Shapes,
-    Thing,
     caption,
-    draw_scene,
     parse,
     render,
+    sample_scene,
 )
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.evaluation.shapes import judge, read_scene
@@ -45,13 +45,13 @@ seeds = st.integers(0, 2**48)
 @given(levels, seeds)
 @examples(200)
 def test_parse_inverts_caption(level, seed):
-    scene = draw_scene(level, seed)
+    scene = sample_scene(level, seed)
     assert parse(caption(scene)) == scene.description
     assert caption(parse(caption(scene))) == caption(scene)
 
 
 def test_level_1_has_2556_captions_and_each_has_one_meaning():
-    things = [Thing(*words) for words in product(SIZES, COLOURS, SHAPES)]
+    things = [SceneObject(*words) for words in product(SIZES, COLOURS, SHAPES)]
     singles = [Description((one,), (1,)) for one in things]
     pairs = [Description((one, other), (1, 1), (relation,))
              for one, other, relation in product(things, things, RELATIONS) if one != other]  # fmt: skip
@@ -61,7 +61,7 @@ def test_level_1_has_2556_captions_and_each_has_one_meaning():
 
 
 def test_captions_read_as_english():
-    words = [caption(draw_scene(2, seed)) for seed in range(400)]
+    words = [caption(sample_scene(2, seed)) for seed in range(400)]
     for text in ("a large red circle", "three small red circles",
                  "a small cyan square left of a large red circle",
                  "a large red circle above two small blue squares",
@@ -90,9 +90,9 @@ def test_other_strings_mean_nothing(text):
 @given(levels, seeds)
 @examples(200)
 def test_things_keep_apart_and_relations_are_plain(level, seed):
-    scene = draw_scene(level, seed)
+    scene = sample_scene(level, seed)
     assert keeps_apart(scene)
-    half = np.array([BOXES[thing.size, thing.shape] for thing in scene.things]) / 2  # (K, 2)
+    half = np.array([BOXES[thing.size, thing.shape] for thing in scene.objects]) / 2  # (K, 2)
     centres = np.array(scene.centres)  # (K, 2)
     groups = scene.description.groups
     for relation, before, after in zip(scene.description.relations, groups, groups[1:], strict=False):
@@ -107,9 +107,9 @@ def test_every_shape_and_size_stands_beside_every_other():
     kinds = list(product(SIZES, SHAPES))
     wanted = set(product(kinds, kinds, RELATIONS))
     for seed in range(3000):
-        scene = draw_scene(1, seed)
-        if len(scene.things) == 2:
-            drawn = [(thing.size, thing.shape) for thing in scene.things]
+        scene = sample_scene(1, seed)
+        if len(scene.objects) == 2:
+            drawn = [(thing.size, thing.shape) for thing in scene.objects]
             wanted.discard((*drawn, *scene.description.relations))
     assert not wanted
 
@@ -120,11 +120,11 @@ def test_every_shape_and_size_stands_beside_every_other():
 def test_many_scenes_are_read_as_they_were_drawn():
     """Every thing's size, colour, shape, place and box, and the caption: at all levels, the larger canvas in turn."""
     for n in range(MANY):
-        scene = draw_scene(n % 3, n)
+        scene = sample_scene(n % 3, n)
         pixels = render(scene, (32, 64)[n % 2])
         assert judge(caption(scene), pixels).everything, caption(scene)
         seen = read_scene(pixels)
-        left = list(zip(scene.things, scene.centres, strict=True))
+        left = list(zip(scene.objects, scene.centres, strict=True))
         for it in seen:
             thing, centre = min(left, key=lambda one: np.hypot(*np.subtract(one[1], it.centre)))
             left.remove((thing, centre))
@@ -144,32 +144,32 @@ def test_many_scenes_with_one_thing_changed_are_rejected():
         scene, other = next(
             (scene, other)
             for seed in count(1000 * n)
-            if (other := changed(scene := draw_scene(level, seed), what, np.random.default_rng(seed)))
+            if (other := changed(scene := sample_scene(level, seed), what, np.random.default_rng(seed)))
         )
         wrong = wrong_parts(scene.description, render(other))
-        missing = len(other.things) < len(scene.things)
+        missing = len(other.objects) < len(scene.objects)
         assert what in wrong if missing else wrong == {what}, (caption(scene), what, wrong)
         rejected[what] += 1
     assert rejected == dict.fromkeys(PARTS, MANY // len(PARTS))
 
 
-def changed(scene: Scene, what: str, chance: np.random.Generator) -> Scene | None:
+def changed(scene: Scene, what: str, rng: np.random.Generator) -> Scene | None:
     """The scene with one thing changed, all else where it was. None when there is no such thing, or no room."""
-    things, centres = list(scene.things), list(scene.centres)
-    k = int(chance.integers(len(things)))
+    things, centres = list(scene.objects), list(scene.centres)
+    k = int(rng.integers(len(things)))
     match what:
         case "colour" | "shape" | "size":
             words = {"colour": tuple(COLOURS), "shape": SHAPES, "size": SIZES}[what]
             others = [word for word in words if word != getattr(things[k], what)]
-            things[k] = replace(things[k], **{what: others[chance.integers(len(others))]})
-        case "count" if len(things) > 1 and chance.integers(2):
+            things[k] = replace(things[k], **{what: others[rng.integers(len(others))]})
+        case "count" if len(things) > 1 and rng.integers(2):
             del things[k], centres[k]
         case "count":
             things.append(things[k])
-            centres.append(tuple(float(at) for at in chance.integers(4 * 4, 28 * 4, 2) / 4))
+            centres.append(tuple(float(at) for at in rng.integers(4 * 4, 28 * 4, 2) / 4))
         case "place" if not scene.description.relations:
             return None
-        case "place" if chance.integers(2):  # seen in a mirror, what was above is below
+        case "place" if rng.integers(2):  # seen in a mirror, what was above is below
             axis = int(scene.description.relations[0] == "above")
             centres = [tuple(CANVAS - at if n == axis else at for n, at in enumerate(centre)) for centre in centres]
         case "place":  # what was above is to the left
@@ -180,7 +180,7 @@ def changed(scene: Scene, what: str, chance: np.random.Generator) -> Scene | Non
 
 def keeps_apart(scene: Scene) -> bool:
     """Do the things stand as far from each other and from the border as a scene promises?"""
-    half = np.array([BOXES[thing.size, thing.shape] for thing in scene.things]) / 2  # (K, 2)
+    half = np.array([BOXES[thing.size, thing.shape] for thing in scene.objects]) / 2  # (K, 2)
     centres = np.array(scene.centres)  # (K, 2)
     inside = (centres - half >= MARGIN).all() and (centres + half <= CANVAS - MARGIN).all()
     return bool(inside) and all(
@@ -190,15 +190,15 @@ def keeps_apart(scene: Scene) -> bool:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_noise_and_specks_are_forgiven(level):
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def spoil(picture):
-        picture = picture + chance.normal(0, 12, picture.shape)
-        for y, x in chance.integers(0, 31, (6, 2)):  # specks of one or two pixels, of any colour
-            picture[y, x : x + chance.integers(1, 3)] = chance.integers(0, 256, 3)
+        picture = picture + rng.normal(0, 12, picture.shape)
+        for y, x in rng.integers(0, 31, (6, 2)):  # specks of one or two pixels, of any colour
+            picture[y, x : x + rng.integers(1, 3)] = rng.integers(0, 256, 3)
         return picture.round().clip(0, 255).astype(np.uint8)
 
-    scenes = [draw_scene(level, seed) for seed in range(SOME)]
+    scenes = [sample_scene(level, seed) for seed in range(SOME)]
     assert share_right(scenes, [spoil(render(scene)) for scene in scenes])["everything"] >= 0.99
 
 
@@ -210,11 +210,11 @@ def test_block_pca_of_six_components_is_forgiven(level):
         cut = np.stack(pictures).reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5)
         return cut.reshape(-1, 8, 8, 48).astype(np.float32)
 
-    fitted = blocks([render(draw_scene(level, 2 * seed)) for seed in range(4 * SOME)])
+    fitted = blocks([render(sample_scene(level, 2 * seed)) for seed in range(4 * SOME)])
     centre = fitted.mean((0, 1, 2))
     flat = (fitted - centre).reshape(-1, 48)  # (blocks, 48)
     basis = np.linalg.eigh(flat.T @ flat)[1][:, -6:]  # (48, 6)
-    scenes = [draw_scene(level, 2 * seed + 1) for seed in range(SOME)]
+    scenes = [sample_scene(level, 2 * seed + 1) for seed in range(SOME)]
     lossy = (blocks([render(scene) for scene in scenes]) - centre) @ basis @ basis.T + centre
     lossy = lossy.reshape(-1, 8, 8, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 3)
     right = share_right(scenes, lossy.round().clip(0, 255).astype(np.uint8))
@@ -222,7 +222,7 @@ def test_block_pca_of_six_components_is_forgiven(level):
 
 
 def test_dull_and_soft_pictures_are_forgiven():
-    scenes = [draw_scene(1, seed) for seed in range(200)]
+    scenes = [sample_scene(1, seed) for seed in range(200)]
     dull = [(np.array(BACKGROUND) + 0.75 * (render(scene) - np.float32(BACKGROUND))) for scene in scenes]
     nine = list(product((-1, 0, 1), repeat=2))
     soft = [sum(np.roll(picture, step, (0, 1)) for step in nine) / 9 for picture in dull]
@@ -234,7 +234,7 @@ def test_dull_and_soft_pictures_are_forgiven():
 @given(levels, seeds, st.data())
 @examples(150)
 def test_one_wrong_word_is_one_wrong_part(level, seed, data):
-    scene = draw_scene(level, seed)
+    scene = sample_scene(level, seed)
     said, pixels = scene.description, render(scene)
     g = data.draw(st.integers(0, len(said.kinds) - 1))
     for part, words in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("size", SIZES)):
@@ -253,7 +253,7 @@ def test_one_wrong_word_is_one_wrong_part(level, seed, data):
 @given(seeds)
 @examples(40)
 def test_one_caption_alone_is_true(seed):
-    scene = draw_scene(2, seed)
+    scene = sample_scene(2, seed)
     said, pixels = scene.description, render(scene)
     true = set()
     for order in permutations(range(len(said.kinds))):
@@ -268,7 +268,7 @@ def test_one_caption_alone_is_true(seed):
 @given(levels, seeds)
 @examples(100)
 def test_a_thing_too_many_and_a_missing_thing_fail(level, seed):
-    scene = draw_scene(level, seed)
+    scene = sample_scene(level, seed)
     said = scene.description
     if len(said.kinds) > 1:
         first = Description(said.kinds[:1], said.counts[:1])
@@ -284,7 +284,7 @@ def test_a_thing_too_many_and_a_missing_thing_fail(level, seed):
 @given(levels, seeds)
 @examples(100)
 def test_half_erased_pictures_fail(level, seed):
-    scene = draw_scene(level, seed)
+    scene = sample_scene(level, seed)
     said, pixels = caption(scene), render(scene)
     right, low = (round(max(centre[axis] for centre in scene.centres)) for axis in (0, 1))
     for erased in (np.s_[:, right:], np.s_[low:, :], np.s_[:, :16] if right <= 16 else np.s_[:, 16:]):
@@ -296,13 +296,13 @@ def test_half_erased_pictures_fail(level, seed):
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_pictures_of_nothing_fail(size):
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     blank = np.full((size, size, 3), BACKGROUND, np.uint8)
     pictures = [blank, np.zeros_like(blank), np.full_like(blank, 255), np.full_like(blank, COLOURS["red"])]
-    pictures += [chance.integers(0, 256, blank.shape, np.uint8) for _ in range(10)]
-    pictures += [(blank + chance.normal(0, 60, blank.shape)).clip(0, 255).astype(np.uint8) for _ in range(10)]
+    pictures += [rng.integers(0, 256, blank.shape, np.uint8) for _ in range(10)]
+    pictures += [(blank + rng.normal(0, 60, blank.shape)).clip(0, 255).astype(np.uint8) for _ in range(10)]
     for seed, picture in enumerate(pictures):
-        assert not judge(caption(draw_scene(1 + seed % 2, seed)), picture).everything
+        assert not judge(caption(sample_scene(1 + seed % 2, seed)), picture).everything
     assert wrong_parts(parse("a large red circle"), blank) == {"count", "colour", "shape", "size"}
     assert read_scene(blank) == []
 
@@ -342,7 +342,7 @@ def test_splits_seeds_and_levels_share_no_picture():
 @examples(100)
 def test_odd_seeds_stand_on_their_own_grid(level, seed):
     """Why a held-out picture is never a training picture: some eighths of a pixel are theirs alone."""
-    eighths = np.array(draw_scene(level, seed).centres) * 8
+    eighths = np.array(sample_scene(level, seed).centres) * 8
     assert (eighths % 2 == seed % 2).all()
 
 
@@ -352,10 +352,10 @@ def test_lengths_and_ends():
         with pytest.raises(IndexError):
             Shapes(split="heldout")[i]
     for wrong in ({"level": 3}, {"split": "test"}, {"seed": -1}, {"size": 0}):
-        with pytest.raises(ValueError, match="no such shapes"):
+        with pytest.raises(ValueError, match="shapes does not support"):
             Shapes(**wrong)
     with pytest.raises(ValueError, match="no level 3"):
-        draw_scene(3, 0)
+        sample_scene(3, 0)
 
 
 def share_right(scenes, pictures):

@@ -90,18 +90,18 @@ def fit_codec(arguments: list[str]) -> None:
             asked.out.mkdir(parents=True, exist_ok=True)
             found = _gather(asked, readers, size)
             lost = f"; {found.faults:,} records of no use" if found.faults else ""
-            say(f"{len(found.pictures):,} different {'crops' if asked.crops else 'pictures'} of {asked.size}{lost}")
+            say(f"{len(found.images):,} different {'crops' if asked.crops else 'pictures'} of {asked.size}{lost}")
         ranks.wait()
         if not ranks.is_main:
             found = _gather(asked, readers, size)
         trainer = CodecTrainer(
-            asked.network, asked.training, asked.out, found.pictures, device, ranks, asked.fault_tolerance, found.heldout
+            asked.network, asked.training, asked.out, found.images, device, ranks, asked.fault_tolerance, found.heldout
         )
         _train(trainer, asked)
 
 
 def _gather(asked: FitCodec, readers: list, size: tuple[int, int]):
-    from transfusion.data.crops import gather_pictures
+    from transfusion.data.crops import gather_images
 
     named = []
 
@@ -111,15 +111,15 @@ def _gather(asked: FitCodec, readers: list, size: tuple[int, int]):
             say(f"  {fault}")
 
     with progress("reading pictures") as tick:
-        return gather_pictures(readers, size, asked.network.image_channels, asked.most, asked.out, tick, asked.crops, hear)
+        return gather_images(readers, size, asked.network.image_channels, asked.most, asked.out, tick, asked.crops, hear)
 
 
 def _check_folder(asked: FitCodec, readers: list) -> None:
     """A codec has a folder of its own, apart from its pictures', and goes on as it began or not at all."""
     from transfusion.checkpoint.save import list_checkpoints
-    from transfusion.data.prepare import check_places
+    from transfusion.data.prepare import check_not_nested
 
-    check_places(readers, asked.out)
+    check_not_nested(readers, asked.out)
     for name, what in (("run.json", "a run"), ("recipe.json", "a data set"), ("dataset.json", "a data set")):
         if (asked.out / name).exists():
             raise UsageError(f"{asked.out} holds {what}: give another --out")

@@ -165,7 +165,7 @@ def stats(asked: Stats) -> None:
     found = [one for folder in prepared for one in survey_prepared(folder)]
     for reader in readers:
         with progress(f"reading {reader.name}") as tick:
-            found.append(survey(reader, tokenizer, tick=tick))
+            found.append(survey(reader, tokenizer, on_progress=tick))
     for one in found:
         print(one.name)
         print(*(f"  {what:14}{how_much}" for what, how_much in one.rows()), sep="\n")

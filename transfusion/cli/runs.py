@@ -240,7 +240,7 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     from transfusion.checkpoint.open import describe_run
     from transfusion.checkpoint.save import create_run_folder
     from transfusion.checkpoint.start import OtherRunStart, name_place, note_of, open_start
-    from transfusion.data.loader import Encoder, element_weights, holds_edits
+    from transfusion.data.loader import Encoder, contains_edits, element_weights
     from transfusion.data.sources import fingerprint, fit, open_sources, reuse
 
     if (folder / RUN).exists():
@@ -269,7 +269,7 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
     weights = element_weights(sources, encoder)
     notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
-    notes["edits"] = any(map(holds_edits, sources))
+    notes["edits"] = any(map(contains_edits, sources))
     notes |= {"prepared": fingerprint(run.data)} if run.data.prepared else {}
     notes |= {"start": note_of(start, name_place(*asked))} if start else {}
     create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)

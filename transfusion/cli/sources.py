@@ -38,7 +38,7 @@ class Reading:
 
 def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) -> list:
     """Readers of all sources, as the options say. UsageError or ValueError in one line."""
-    from transfusion.data.reading.readers import Options, open_reader
+    from transfusion.data.reading.readers import ReaderOptions, open_reader
 
     if needed and not sources:
         raise UsageError(f"name a source.\n{SOURCES}")
@@ -50,6 +50,6 @@ def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) 
         columns[ours] = theirs
     if reading.limit is not None and reading.limit < 1:
         raise UsageError(f"--limit must be at least 1, not {reading.limit}")
-    options = Options(reading.form, columns, reading.pictures, reading.split, reading.limit,
-                      ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
+    options = ReaderOptions(reading.form, columns, reading.pictures, reading.split, reading.limit,
+                            ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
     return [open_reader(source, options) for source in sources]

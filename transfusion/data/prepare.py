@@ -97,7 +97,7 @@ def check_not_nested(readers: Sequence[Reader], folder: Path) -> None:
         if reader.files is not None and reader.files.local:
             root = Path(reader.files.root.partition("*")[0]).resolve()
             if out == root or out in root.parents or (root.is_dir() and root in out.parents):
-                raise PrepareError(f"--out {folder} contains the source {reader.address} or is inside it: choose another --out")
+                raise PrepareError(f"--out {folder} contains the source {reader.address} or is inside it: choose another")
 
 
 def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:

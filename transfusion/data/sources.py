@@ -58,8 +58,8 @@ def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | N
     if config.prepared:
         folders = _open_folders(config)
         if tokenizer is not None and tokenizer.to_json() != folders[0].tokenizer.to_json():
-            raise ValueError(f"{folders[0].folder} was prepared with another tokenizer than the language model's: prepare it "
-                             "with --tokenizer and the language model's tokenizer.json")  # fmt: skip
+            raise ValueError(f"{folders[0].folder} was prepared with another tokenizer than the language model's: prepare "
+                             "it with --tokenizer and the language model's tokenizer.json")  # fmt: skip
         tokenizer, codec = folders[0].tokenizer, folders[0].codec
         shapes = sorted({shape for folder in folders for shape in folder.shapes})
         _check_patches(shapes, patch_size)

@@ -46,19 +46,19 @@ def read_pictures(captioned: Sequence[CaptionedPicture], path: Path, pictures: s
 
     `pictures`: the folder from which paths count, if not that of the file.
     """
-    beside = Files.at(str(path), pictures).beside(str(path.resolve()))
+    images = Files.from_address(str(path), pictures).image_reader(str(path.resolve()))
     for one in captioned:
         try:
-            yield beside.read(one.path)
+            yield images.read(one.path)
         except Fault as fault:
             raise OpenError(f"{path}: {fault.message}") from None
 
 
 def find_missing(captioned: Sequence[CaptionedPicture], path: Path, pictures: str | None) -> None:
     """OpenError names the first picture that is not there."""
-    beside = Files.at(str(path), pictures).beside(str(path.resolve()))
+    images = Files.from_address(str(path), pictures).image_reader(str(path.resolve()))
     for one in captioned:
-        if not beside.has(one.path):
+        if not images.exists(one.path):
             raise OpenError(f"{path}: there is no picture {one.path}")
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from transfusion.data.built_in.digits import NAMES, scans
+from transfusion.data.built_in.digits import NAMES, load_scans
 from transfusion.inference.engine import Engine, Request
 
 PER_NAME = 20
@@ -17,8 +17,8 @@ def draw_digits(engine: Engine, seed: int = 0) -> tuple[dict, np.ndarray]:
     """
     from sklearn.svm import SVC
 
-    train, labels = scans("train")
-    heldout, heldout_labels = scans("heldout")
+    train, labels = load_scans("train")
+    heldout, heldout_labels = load_scans("heldout")
     classifier = SVC().fit(_features(train), labels)
     answers = engine.generate([Request(parts=(name,), num_images=PER_NAME, seed=seed) for name in NAMES])
     drawn = np.stack([answer.parts[0][..., 0] for draws in answers for answer in draws])  # (200, 8, 8)

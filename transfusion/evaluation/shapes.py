@@ -21,7 +21,7 @@ from transfusion.data.built_in.shapes import (
     SHAPES,
     SIZES,
     Description,
-    Thing,
+    SceneObject,
     coverage,
     parse,
 )
@@ -43,7 +43,7 @@ class DetectedShape:
     `OFF_SIZE`.
     """
 
-    thing: Thing
+    thing: SceneObject
     centre: tuple[float, float]  # of its box, (x, y)
     box: tuple[float, float]  # (width, height), as large as it was drawn
     likeness: float
@@ -74,7 +74,7 @@ def judge(caption: str | Description, pixels: np.ndarray) -> Judgement:
     described = parse(caption) if isinstance(caption, str) else caption
     if described is None:
         raise ValueError(f"not a caption of the world shapes: {caption!r}")
-    named, seen = described.things, read_scene(pixels)
+    named, seen = described.objects, read_scene(pixels)
     best = max(_matches(named, seen), key=lambda match: _rank(described, match))
     pairs = [(thing, it.thing if it else _NOTHING) for thing, it in zip(named, best, strict=True)]
     return Judgement(
@@ -86,7 +86,7 @@ def judge(caption: str | Description, pixels: np.ndarray) -> Judgement:
     )
 
 
-_NOTHING = Thing("", "", "")
+_NOTHING = SceneObject("", "", "")
 
 
 def read_scene(pixels: np.ndarray) -> list[DetectedShape]:
@@ -147,7 +147,7 @@ def _read_thing(step: np.ndarray, mask: np.ndarray, colour: str, taken: np.ndarr
     x, y = ((np.average(at, weights=weight) + 0.5) * CANVAS / size for at in (columns, rows))
     soft = _soften(full)  # (Y, X)
     likeness, shape, kind, centre, box = max(_liken(soft, area, x, y, shape) for shape in SHAPES)
-    return DetectedShape(Thing(kind, colour, shape if likeness >= LIKENESS else UNCLEAR), centre, box, likeness)
+    return DetectedShape(SceneObject(kind, colour, shape if likeness >= LIKENESS else UNCLEAR), centre, box, likeness)
 
 
 def _liken(
@@ -188,7 +188,7 @@ def _colour_steps() -> np.ndarray:
 Match = Sequence[DetectedShape | None]  # for each thing named, the thing seen that stands for it
 
 
-def _matches(named: Sequence[Thing], seen: Sequence[DetectedShape]) -> Iterator[Match]:
+def _matches(named: Sequence[SceneObject], seen: Sequence[DetectedShape]) -> Iterator[Match]:
     """Every way to match; of very many things only the largest few can be meant."""
     seen = list(seen[: len(named) + 2])
     return permutations(seen + [None] * (len(named) - len(seen)), len(named))
@@ -196,7 +196,7 @@ def _matches(named: Sequence[Thing], seen: Sequence[DetectedShape]) -> Iterator[
 
 def _rank(described: Description, match: Match) -> tuple[int, bool]:
     """Better matches rank higher: by attributes that are right, then by place."""
-    found = [(thing, it.thing) for thing, it in zip(described.things, match, strict=True) if it]
+    found = [(thing, it.thing) for thing, it in zip(described.objects, match, strict=True) if it]
     right = [(a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in found]
     return sum(right), _is_placed(described, match)
 

@@ -96,8 +96,8 @@ class Shapes:
     def __init__(self, level: int = 1, size: int = CANVAS, split: str = "train", seed: int = 0):
         lengths = {"train": 1_000_000, "heldout": 2_000}
         if level not in LEVELS or split not in lengths or seed < 0 or size < 1:
-            raise ValueError(f"shapes does not support level {level}, split {split!r}, size {size}, seed {seed}: level "
-                             f"must be one of {LEVELS}, split one of {[*lengths]}, size at least 1, seed at least 0")  # fmt: skip
+            raise ValueError(f"shapes does not support level {level}, split {split!r}, size {size}, seed {seed}: use level "
+                             f"{LEVELS}, split {[*lengths]}, a size of at least 1, a seed of at least 0")  # fmt: skip
         self.level, self.size, self.split, self.seed = level, size, split, seed
         self.length = lengths[split]
 

@@ -1,1 +1,1 @@
-"""What people have, read: files to records, records to documents."""
+"""Readers: files to records, records to raw documents."""

@@ -1,8 +1,8 @@
-"""Files to records: JSON lines, a JSON list, tar archives, folders of pictures, plain text, COCO; tables are in `tables.py`.
+"""Files to records: JSON lines, JSON lists, tar archives, image folders, plain text, COCO. `tables.py` has tables.
 
-A container cuts its files into spans, which can be read in any order and by any process, and gives the records of a span
-one by one. Nothing is unpacked to the disk and nothing is ever executed: of an archive only pictures, text and JSON are
-read. A file that is damaged gives a `Fault` in place of a record.
+A container divides its files into spans, which any process can read in any order, and yields the records of a span.
+Nothing is extracted to disk or executed: only images, text and JSON are read from an archive. A damaged file yields a
+`Fault` instead of a record.
 """
 
 import codecs
@@ -16,31 +16,31 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from transfusion.data.raw import Fault
-from transfusion.data.reading.files import Files, Found, reason_of
+from transfusion.data.reading.files import Files, ListedPath, error_line
 
-PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
-MOST_MEMBER = 256 * 2**20  # bytes of one file in an archive, letters of one element of a list
-PASSAGE = 20_000  # bytes of plain text after which the next blank line ends a document
-LONGEST_PASSAGE = 80_000  # ... and after which the next line does
-CHUNK = 2**20  # bytes read at a time
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
+MAX_RECORD_SIZE = 256 * 2**20  # bytes of one file in an archive, characters of one element of a list
+PASSAGE_BYTES = 20_000  # of plain text; after them the next blank line ends a document
+MAX_PASSAGE_BYTES = 80_000  # after them the next line ends it
+READ_SIZE = 2**20  # bytes read at a time
 BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True)
 class Span:
-    """Records that stand side by side in one file."""
+    """Consecutive records of one file."""
 
     path: str
     first: int  # row of the first, counted from 0
     rows: int
-    offset: int = 0  # where it begins, in whatever the container counts
+    offset: int = 0  # of its start, in a unit of the container
 
 
 class Container(Protocol):
     """Files of one kind."""
 
-    def spans(self, most: int) -> Iterator[Span]:
-        """All that is there in order, at most so many records each."""
+    def spans(self, max_rows: int) -> Iterator[Span]:
+        """All records in order, in spans of at most `max_rows`."""
         ...
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
@@ -48,37 +48,37 @@ class Container(Protocol):
         ...
 
 
-def _chop(path: str, offsets: Iterator[tuple[int, int]], most: int) -> Iterator[Span]:
-    """(row, offset) of every record to spans of at most `most`. A file that fails on the way keeps what came before it."""
-    begun: tuple[int, int] | None = None
+def _group(path: str, offsets: Iterator[tuple[int, int]], max_rows: int) -> Iterator[Span]:
+    """The (row, offset) of every record, grouped into spans of at most `max_rows`."""
+    start: tuple[int, int] | None = None
     count = 0
     for row, offset in offsets:
-        if count == most:
-            yield Span(path, begun[0], count, begun[1])
-            begun, count = None, 0
-        begun, count = begun or (row, offset), count + 1
-    if begun:
-        yield Span(path, begun[0], count, begun[1])
+        if count == max_rows:
+            yield Span(path, start[0], count, start[1])
+            start, count = None, 0
+        start, count = start or (row, offset), count + 1
+    if start:
+        yield Span(path, start[0], count, start[1])
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """One object a line. Rows are lines, counted with the empty ones, which are no records."""
+    """One JSON object per line. Rows are line numbers; empty lines count, but are not records."""
 
     files: Files
     paths: Sequence[str]
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
-            yield from _chop(path, ((row, offset) for row, offset, _ in self._lines(path)), most)
+            yield from _group(path, ((row, offset) for row, offset, _ in self._lines(path)), max_rows)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         lines = self._lines(span.path, span.first, span.offset)
         for _, (row, _, line) in zip(range(span.rows), lines, strict=False):
-            yield self.files.row(span.path, row), line if isinstance(line, Fault) else _object(line)
+            yield self.files.format_row(span.path, row), line if isinstance(line, Fault) else _parse_object(line)
 
     def _lines(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes | Fault]]:
-        """(row, byte offset, line). What cannot be unpacked is a Fault, and the last."""
+        """(row, byte offset, line). Where decompression fails, the last item is a Fault."""
         try:
             with self.files.open(path, offset) as file:
                 for line in file:
@@ -86,352 +86,357 @@ class JsonLines:
                         yield row, offset, line
                     row, offset = row + 1, offset + len(line)
         except OSError as error:
-            yield row, offset, damage(error)
+            yield row, offset, damage_fault(error)
 
 
-def damage(error: Exception, kind: str = "cut short") -> Fault:
-    """What is wrong with a file. A disk or a network that fails is no fault of the data, and is raised again."""
+def damage_fault(error: Exception, kind: str = "cut short") -> Fault:
+    """The fault of a damaged file. Errors of a disk or a network are not faults of the data and are raised again."""
     if isinstance(error, OSError) and not isinstance(error, pa.ArrowException | FileNotFoundError):
         if type(error) is not OSError or error.errno is not None:  # see `Files.open`
             raise error
-    return Fault(kind, f"it cannot be read from here on: {reason_of(error)}")
+    return Fault(kind, f"the file cannot be read from here on: {error_line(error)}")
 
 
-def _object(content: bytes | str) -> dict | Fault:
-    """A JSON object, or what is wrong with it."""
+def _parse_object(content: bytes | str) -> dict | Fault:
+    """A JSON object, or a Fault when the content is not one."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text)
     except UnicodeDecodeError as error:
         return Fault("wrong encoding", f"it is not UTF-8 at byte {error.start}")
     except (ValueError, RecursionError) as error:
-        return Fault("bad JSON", f"it is no JSON: {error}")
-    return value if isinstance(value, dict) else _no_object(value)
+        return Fault("bad JSON", f"it is not valid JSON: {error}")
+    return value if isinstance(value, dict) else _not_an_object(value)
 
 
-def _no_object(value: Any) -> Fault:
+def _not_an_object(value: Any) -> Fault:
     kinds = {list: "a list", str: "text", type(None): "null"}  # the value itself may be of any length and depth
     return Fault("bad JSON", f"it must be a JSON object, not {kinds.get(type(value), value)}")
 
 
 @dataclass(frozen=True)
 class JsonList:
-    """One list of objects, read piece by piece however long it is."""
+    """One JSON list of objects, read in pieces, so its length is not limited."""
 
     files: Files
     paths: Sequence[str]
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
-            yield from _chop(path, ((row, offset) for row, offset, _ in self._elements(path)), most)
+            yield from _group(path, ((row, offset) for row, offset, _ in self._elements(path)), max_rows)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         elements = self._elements(span.path, span.first, span.offset)
         for _, (row, _, value) in zip(range(span.rows), elements, strict=False):
             if not isinstance(value, dict | Fault):
-                value = _no_object(value)
-            yield self.files.row(span.path, row), value
+                value = _not_an_object(value)
+            yield self.files.format_row(span.path, row), value
 
     def _elements(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, Any]]:
-        """(row, byte offset, element). One behind which nothing can be read is a Fault, and the last."""
+        """(row, byte offset, element). Where the rest cannot be read, the last item is a Fault."""
         with self.files.open(path, offset) as file:
-            text = _Letters(file, offset)
-            if not offset:  # else some element stands there
-                text.pass_over(_SPACE)
-                if not text.begins_with("["):
-                    yield row, 0, text.end if text.damaged else Fault("bad JSON", "the file holds no list")
+            text = _TextBuffer(file, offset)
+            if not offset:  # otherwise an element starts there
+                text.skip_all(_SPACE)
+                if not text.starts_with("["):
+                    fault = text.end_fault if text.is_damaged else Fault("bad JSON", "the file does not contain a list")
+                    yield row, 0, fault
                     return
-                text.skip(text.at + 1)
+                text.skip(text.position + 1)
             while True:
-                text.pass_over(_BETWEEN)
-                if text.begins_with("]"):
+                text.skip_all(_SEPARATOR)
+                if text.starts_with("]"):
                     return
-                value, end = text.element()
+                value, end = text.parse_element()
                 yield row, text.offset, value
-                if end == text.at:
+                if end == text.position:
                     return
                 text.skip(end)
                 row += 1
 
 
 _DECODER = json.JSONDecoder()
-_SPACE, _BETWEEN = re.compile("[ \n\r\t\ufeff]*"), re.compile("[ \n\r\t,]*")
+_SPACE, _SEPARATOR = re.compile("[ \n\r\t\ufeff]*"), re.compile("[ \n\r\t,]*")
 
 
-class _Letters:
-    """The text of a file from some byte on. Bytes that are no UTF-8 stay in it as halves of surrogates."""
+class _TextBuffer:
+    """The text of a file from a byte offset. Bytes that are not UTF-8 become lone surrogates."""
 
     def __init__(self, file: BinaryIO, offset: int):
-        self.file, self.text, self.at = file, "", 0  # what is held of it, and the letter that comes next
-        self.offset = offset  # of that letter, in bytes of the file
-        self.end: Fault | None = None  # why there is no more
-        self.damaged = False
+        self.file, self.text, self.position = file, "", 0  # the buffered text, and the next character in it
+        self.offset = offset  # of the next character, in bytes of the file
+        self.end_fault: Fault | None = None  # the reason why there is no more text
+        self.is_damaged = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
-    def more(self) -> bool:
-        """Read on, further each time; False at the end."""
-        if self.end:
+    def read_more(self) -> bool:
+        """Add to the buffer, more each time; False at the end."""
+        if self.end_fault:
             return False
         try:
-            content = self.file.read1(max(CHUNK, len(self.text) - self.at))
+            content = self.file.read1(max(READ_SIZE, len(self.text) - self.position))
             if not content:
-                self.end = Fault("cut short", "the list has no end: the file is cut short")
+                self.end_fault = Fault("cut short", "the list has no end: the file is cut short")
         except OSError as error:
-            content, self.end, self.damaged = b"", damage(error), True
-        self.text, self.at = self.text[self.at :] + self._decoder.decode(content, final=not content), 0
+            content, self.end_fault, self.is_damaged = b"", damage_fault(error), True
+        self.text, self.position = self.text[self.position :] + self._decoder.decode(content, final=not content), 0
         return True
 
-    def skip(self, to: int) -> None:
-        self.offset += len(self.text[self.at : to].encode(errors="surrogateescape"))
-        self.at = to
+    def skip(self, position: int) -> None:
+        self.offset += len(self.text[self.position : position].encode(errors="surrogateescape"))
+        self.position = position
 
-    def pass_over(self, letters: re.Pattern) -> None:
-        """Skip all of these, and see that something is held behind them if anything is there."""
+    def skip_all(self, characters: re.Pattern) -> None:
+        """Skip all of these characters, and read until another character or the end."""
         while True:
-            self.skip(letters.match(self.text, self.at).end())
-            if self.at < len(self.text) or not self.more():
+            self.skip(characters.match(self.text, self.position).end())
+            if self.position < len(self.text) or not self.read_more():
                 return
 
-    def begins_with(self, letter: str) -> bool:
-        return self.text.startswith(letter, self.at)
+    def starts_with(self, character: str) -> bool:
+        return self.text.startswith(character, self.position)
 
-    def element(self) -> tuple[Any, int]:
-        """The JSON value that stands here and the letter behind it; a Fault, if there is none that is whole."""
+    def parse_element(self) -> tuple[Any, int]:
+        """The JSON value at the current position, and the position after it; a Fault when no complete value is there."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text):  # else it may be a number that goes on
+                value, end = _DECODER.raw_decode(self.text, self.position)
+                if end < len(self.text):  # otherwise a number may continue
                     break
             except json.JSONDecodeError as error:
-                value, end = Fault("bad JSON", f"it is no JSON, nor read further: {error.msg}"), self.at
+                value, end = Fault("bad JSON", f"it is not valid JSON, the rest is not read: {error.msg}"), self.position
                 if error.pos < len(self.text) - 16 and not error.msg.startswith("Unterminated"):
-                    return value, end  # whatever else comes
+                    return value, end  # more text cannot help
             except (ValueError, RecursionError) as error:
-                return Fault("bad JSON", f"it cannot be read, nor what follows: {reason_of(error)}"), self.at
-            if len(self.text) - self.at > MOST_MEMBER or not self.more():
+                return Fault("bad JSON", f"it cannot be read, the rest is not read: {error_line(error)}"), self.position
+            if len(self.text) - self.position > MAX_RECORD_SIZE or not self.read_more():
                 break
-        if end - self.at > MOST_MEMBER or (end == self.at and len(self.text) - self.at > MOST_MEMBER):
-            return Fault("too large", f"it has more than {MOST_MEMBER:,} letters, and is not read further"), self.at
-        if end == self.at and (self.at == len(self.text) or self.damaged):
-            return self.end, self.at
+        size = (len(self.text) if end == self.position else end) - self.position
+        if size > MAX_RECORD_SIZE:
+            return Fault("too large", f"it has over {MAX_RECORD_SIZE:,} characters, the rest is not read"), self.position
+        if end == self.position and (self.position == len(self.text) or self.is_damaged):
+            return self.end_fault, self.position
         try:
-            self.text[self.at : end].encode()
-        except UnicodeEncodeError:  # these letters stand for bytes: see the decoder
+            self.text[self.position : end].encode()
+        except UnicodeEncodeError:  # lone surrogates: see the decoder
             value = Fault("wrong encoding", "it is not UTF-8")
         return value, end
 
 
 @dataclass(frozen=True)
-class Archives:
-    """WebDataset: a tar whose members of one key (their name up to the first dot) are one record.
+class TarArchives:
+    """WebDataset: a tar archive in which members with the same key (their name up to the first dot) are one record.
 
-    Only pictures, .txt, .caption, .cls and .json are read; whatever else lies there (pickles, say) is passed over. Of an
-    archive that breaks off the last group may lack members: it is not read.
+    Only images, .txt, .caption, .cls and .json are read; other members (for example pickles) are skipped. In a truncated
+    archive the last record may lack members, so it is not read.
     """
 
     files: Files
     paths: Sequence[str]
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
-            groups = ((row, offset) for row, (offset, _, _) in enumerate(self._groups(path, 0, reading=False)))
-            yield from _chop(path, groups, most)
+            groups = ((row, offset) for row, (offset, _, _) in enumerate(self._groups(path, 0, read=False)))
+            yield from _group(path, groups, max_rows)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
-        groups = self._groups(span.path, span.offset, reading=True)
-        for _, (_, key, found) in zip(range(span.rows), groups, strict=False):
-            yield f"{self.files.shown(span.path)}:{key}".rstrip(":"), found
+        groups = self._groups(span.path, span.offset, read=True)
+        for _, (_, key, record) in zip(range(span.rows), groups, strict=False):
+            yield f"{self.files.relative_path(span.path)}:{key}".rstrip(":"), record
 
-    def _groups(self, path: str, offset: int, reading: bool) -> Iterator[tuple[int, str, Any]]:
-        """(offset, key, record or Fault) in order, without contents unless `reading`. Damage is a Fault, and the last."""
+    def _groups(self, path: str, offset: int, read: bool) -> Iterator[tuple[int, str, Any]]:
+        """(offset, key, record or Fault) in order; records are None unless `read`. Damage ends with a Fault."""
         key, contents = "", {}
         try:
             with self.files.open(path, offset) as file, _open_tar(file) as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # it would remember all of them
+                    archive.members = []  # otherwise tarfile keeps all of them
                     if archive.offset <= member.offset:
                         raise tarfile.ReadError("a member has no size")
-                    own, suffix = _key_and_suffix(member.name)
-                    if not member.isreg() or not own or suffix not in _READ:
+                    member_key, suffix = _key_and_suffix(member.name)
+                    if not member.isreg() or not member_key or suffix not in _READ_SUFFIXES:
                         continue
-                    if own != key:
+                    if member_key != key:
                         if contents:
-                            yield offset, key, _record(key, contents) if reading else None
-                        key, contents, offset = own, {}, member.offset
-                    contents[suffix] = self._content(archive, member) if reading else b""
+                            yield offset, key, _build_record(key, contents) if read else None
+                        key, contents, offset = member_key, {}, member.offset
+                    contents[suffix] = self._content(archive, member) if read else b""
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("it has no end mark")
         except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
-            yield offset, key, damage(error)
+            yield offset, key, damage_fault(error)
             return
         if contents:
-            yield offset, key, _record(key, contents) if reading else None
+            yield offset, key, _build_record(key, contents) if read else None
 
     @staticmethod
     def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Fault:
-        if member.size > MOST_MEMBER:
-            return Fault("too large", f"{member.name} has {member.size:,} bytes")
+        if member.size > MAX_RECORD_SIZE:
+            return Fault("too large", f"{member.name} has {member.size:,} bytes; at most {MAX_RECORD_SIZE:,}")
         return archive.extractfile(member).read()
 
 
 def _open_tar(file: BinaryIO) -> tarfile.TarFile:
-    # whoever opened the file has undone its compression
+    # the file is already decompressed
     return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace")
 
 
-_TEXTS = ("cls", "caption", "txt")  # the last that is there counts
-_READ = (*PICTURES, *_TEXTS, "json")
+_TEXT_SUFFIXES = ("cls", "caption", "txt")  # the last that exists is the caption
+_READ_SUFFIXES = (*IMAGE_SUFFIXES, *_TEXT_SUFFIXES, "json")
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key is the path up to the first dot of its last part."""
+    """WebDataset's rule: the key is the path up to the first dot of the file name."""
     folder, _, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
     return f"{folder}/{stem}" if folder and stem else stem, suffix.lower()
 
 
-def _record(key: str, contents: dict[str, Any]) -> dict | Fault:
+def _build_record(key: str, contents: dict[str, Any]) -> dict | Fault:
     fault = next((value for value in contents.values() if isinstance(value, Fault)), None)
     if fault:
         return fault
-    about = _object(contents["json"]) if "json" in contents else {}
-    if isinstance(about, Fault):
-        return Fault(about.kind, f"{key}.json: {about.message}")
-    record: dict[str, Any] = dict(about)
-    for suffix in (suffix for suffix in _READ if suffix in contents):
-        if suffix in PICTURES:
+    fields = _parse_object(contents["json"]) if "json" in contents else {}
+    if isinstance(fields, Fault):
+        return Fault(fields.kind, f"{key}.json: {fields.message}")
+    record: dict[str, Any] = dict(fields)
+    for suffix in (suffix for suffix in _READ_SUFFIXES if suffix in contents):
+        if suffix in IMAGE_SUFFIXES:
             record["image"] = contents[suffix]
-        elif suffix in _TEXTS:
-            record["caption"] = _caption(contents[suffix])
+        elif suffix in _TEXT_SUFFIXES:
+            record["caption"] = _strip_caption(contents[suffix])
     return record
 
 
-def _caption(content: bytes) -> bytes:
-    """What a text file says, without what editors put around it."""
+def _strip_caption(content: bytes) -> bytes:
+    """The content of a text file without byte order mark and surrounding white space."""
     return content.removeprefix(BOM).strip()
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """Pictures, each with its caption in a .txt beside it, or captioned with its folder's name, or alone."""
+class ImageFolder:
+    """Images, each with a caption from a .txt file of the same name or from its folder's name, or without captions."""
 
     files: Files
     paths: Sequence[str]
-    captions: str  # "text": a .txt beside each; "folder": the name of its folder; "": none
+    captions: str  # "text": a .txt file of the same name; "folder": the name of its folder; "": no captions
 
-    def spans(self, most: int) -> Iterator[Span]:
-        for first in range(0, len(self.paths), most):
-            yield Span("", first, min(most, len(self.paths) - first))
+    def spans(self, max_rows: int) -> Iterator[Span]:
+        for first in range(0, len(self.paths), max_rows):
+            yield Span("", first, min(max_rows, len(self.paths) - first))
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         for path in self.paths[span.first : span.first + span.rows]:
-            record: dict[str, Any] = {"image": Found(path)}
+            record: dict[str, Any] = {"image": ListedPath(path)}
             if self.captions == "text":
-                beside = path.rpartition(".")[0] + ".txt"
-                record["caption"] = _caption(self.files.read(beside)) if self.files.exists(beside) else None
+                text_path = path.rpartition(".")[0] + ".txt"
+                has_text = self.files.exists(text_path)
+                record["caption"] = _strip_caption(self.files.read(text_path)) if has_text else None
             elif self.captions == "folder":
                 record["caption"] = path.rpartition("/")[0].rpartition("/")[2].replace("_", " ")
-            yield self.files.shown(path), record
+            yield self.files.relative_path(path), record
 
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text files: each is a document, or several where it is long, cut behind a blank line. Not a letter is lost."""
+    """Text files. Each is one document; a long one is split after blank lines into several. No character is lost."""
 
     files: Files
     paths: Sequence[str]
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
-            yield from _chop(path, ((row, offset) for row, offset, _ in self._passages(path)), most)
+            yield from _group(path, ((row, offset) for row, offset, _ in self._passages(path)), max_rows)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         passages = self._passages(span.path, span.first, span.offset)
         for _, (row, _, content) in zip(range(span.rows), passages, strict=False):
-            where = f"{self.files.shown(span.path)}:passage {row + 1}"
+            where = f"{self.files.relative_path(span.path)}:passage {row + 1}"
             yield where, content if isinstance(content, Fault) else {"text": content if row else content.removeprefix(BOM)}
 
     def _passages(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes | Fault]]:
-        """(row, byte offset, content). From the offset of any passage on, the same ones follow; none is blank."""
-        found, size, says, ended = [], 0, False, False
+        """(row, byte offset, content) of passages that are not blank. Each offset is a valid start for the rest."""
+        lines, size, has_text, after_blank = [], 0, False, False
         try:
             with self.files.open(path, offset) as file:
                 for line in _short_lines(file):
-                    blank = line.strip() in (b"", BOM)
-                    if says and not blank and (size >= LONGEST_PASSAGE - 4 or (size >= PASSAGE and ended)):
-                        yield row, offset, b"".join(found)
-                        found, row, offset, size, says = [], row + 1, offset + size, 0, False
-                    found.append(line)
-                    size, says, ended = size + len(line), says or not blank, blank
-            if says:
-                yield row, offset, b"".join(found)
+                    is_blank = line.strip() in (b"", BOM)
+                    is_full = size >= MAX_PASSAGE_BYTES - 4 or (size >= PASSAGE_BYTES and after_blank)
+                    if has_text and not is_blank and is_full:
+                        yield row, offset, b"".join(lines)
+                        lines, row, offset, size, has_text = [], row + 1, offset + size, 0, False
+                    lines.append(line)
+                    size, has_text, after_blank = size + len(line), has_text or not is_blank, is_blank
+            if has_text:
+                yield row, offset, b"".join(lines)
         except OSError as error:
-            yield row, offset, damage(error)
+            yield row, offset, damage_fault(error)
 
 
 def _short_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; one that is too long comes in pieces, cut between two letters."""
+    """The lines of a file; one that is too long is split between two characters."""
     tail = b""
-    while line := tail + file.readline(LONGEST_PASSAGE - len(tail)):
+    while line := tail + file.readline(MAX_PASSAGE_BYTES - len(tail)):
         tail = b""
-        if len(line) == LONGEST_PASSAGE and not line.endswith(b"\n"):  # cut before its last letter
-            letter = next((n for n in range(1, 5) if line[-n] & 0xC0 != 0x80), 1)
-            line, tail = line[:-letter], line[-letter:]
+        if len(line) == MAX_PASSAGE_BYTES and not line.endswith(b"\n"):  # split before its last character
+            size = next((n for n in range(1, 5) if line[-n] & 0xC0 != 0x80), 1)
+            line, tail = line[:-size], line[-size:]
         yield line
 
 
 class Coco:
-    """COCO captions: one document per caption; those of one picture are kin."""
+    """COCO captions: one document per caption; the captions of one image are one split group."""
 
     def __init__(self, files: Files, paths: Sequence[str]):
         self.files, self.paths = files, paths
-        self._held: tuple[str, list[Any]] = ("", [])  # the file read last: every span of it needs the whole
+        self._cache: tuple[str, list[Any]] = ("", [])  # path and rows of the last file: each span needs the whole file
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
             rows = len(self._rows(path))
-            for first in range(0, rows, most):
-                yield Span(path, first, min(most, rows - first))
+            for first in range(0, rows, max_rows):
+                yield Span(path, first, min(max_rows, rows - first))
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
-        for row, found in enumerate(self._rows(span.path)[span.first : span.first + span.rows], span.first):
-            yield f"{self.files.shown(span.path)}:annotation {row + 1}", found
+        for row, record in enumerate(self._rows(span.path)[span.first : span.first + span.rows], span.first):
+            yield f"{self.files.relative_path(span.path)}:annotation {row + 1}", record
 
     def _rows(self, path: str) -> list[Any]:
-        if self._held[0] != path:
-            self._held = (path, _read_coco(self.files, path))
-        return self._held[1]
+        if self._cache[0] != path:
+            self._cache = (path, _read_coco(self.files, path))
+        return self._cache[1]
 
 
 def _read_coco(files: Files, path: str) -> list[Any]:
     try:
-        about = _object(files.read(path))
+        content = _parse_object(files.read(path))
     except OSError as error:
-        about = damage(error)
-    if isinstance(about, Fault):
-        return [about]
-    images, annotations = about.get("images"), about.get("annotations")
+        content = damage_fault(error)
+    if isinstance(content, Fault):
+        return [content]
+    images, annotations = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
-        return [Fault("bad JSON", "it holds no lists of images and annotations")]
-    folder, rows = files.pictures or _coco_folder(files, path), []
-    names = {_coco_id(one, "id"): one.get("file_name") for one in images if isinstance(one, dict)}
-    for number, one in enumerate(annotations, 1):
-        key = _coco_id(one, "image_id")
+        return [Fault("bad JSON", "it has no lists of images and annotations")]
+    folder, rows = files.image_root or _coco_folder(files, path), []
+    names = {_coco_id(image, "id"): image.get("file_name") for image in images if isinstance(image, dict)}
+    for number, annotation in enumerate(annotations, 1):
+        key = _coco_id(annotation, "image_id")
         if key is None or not isinstance(name := names.get(key), str):
-            rows.append(Fault("missing picture", f"annotation {number} names no picture of the list"))
+            rows.append(Fault("missing image", f"annotation {number} has no image in the list of images"))
         else:
-            rows.append({"image": Found(f"{folder}/{name}"), "caption": one.get("caption"), "kin": json.dumps(key)})
+            image, group = ListedPath(f"{folder}/{name}"), json.dumps(key)
+            rows.append({"image": image, "caption": annotation.get("caption"), "split_group": group})
     return rows
 
 
-def _coco_id(one: Any, name: str) -> int | str | None:
-    value = one.get(name) if isinstance(one, dict) else None
+def _coco_id(entry: Any, name: str) -> int | str | None:
+    value = entry.get(name) if isinstance(entry, dict) else None
     return value if isinstance(value, int | str) else None
 
 
 def _coco_folder(files: Files, path: str) -> str:
-    """Where COCO's own layout has the pictures: annotations/captions_train2017.json -> ../train2017, else beside."""
+    """COCO's image folder: annotations/captions_train2017.json -> ../train2017 if it exists, otherwise the file's folder."""
     folder, _, name = path.rpartition("/")
-    beside = f"{folder.rpartition('/')[0]}/{name.partition('.')[0].rpartition('_')[2]}"
-    return beside if files.exists(beside) else folder
+    image_folder = f"{folder.rpartition('/')[0]}/{name.partition('.')[0].rpartition('_')[2]}"
+    return image_folder if files.exists(image_folder) else folder

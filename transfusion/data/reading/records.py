@@ -1,6 +1,6 @@
-"""Records to documents: what people call their columns, and the nine forms in which they keep text and pictures.
+"""Records to documents: common column names, and the nine forms of records with text and images.
 
-A record is a dict, whatever file it came from. `form_of` names its form from its fields, `to_document` reads it.
+A record is a dict, from any kind of file. `detect_form` finds its form from its columns, `to_document` reads it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -9,13 +9,13 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading.containers import PICTURES
+from transfusion.data.reading.containers import IMAGE_SUFFIXES
 
 Form = Literal[
     "document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"
 ]
 FORMS: tuple[str, ...] = get_args(Form)
-NAMES = {  # our word -> what people call it, the first found counts
+COLUMN_NAMES = {  # our name -> names in data sets; the first one present is read
     "image": ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "gif", "bmp", "image_path", "image_bytes",
               "file_name", "filename", "path", "url"),
     "caption": ("caption", "text", "txt", "prompt", "description", "alt", "title", "label"),
@@ -25,23 +25,23 @@ NAMES = {  # our word -> what people call it, the first found counts
     "instruction": ("instruction", "edit_prompt", "edit", "prompt", "caption"),
     "target": ("target", "target_image", "target_img", "output_image", "edited_image", "out_image"),
 }  # fmt: skip
-LOOSE = ("path", "url", "file_name", "filename")  # any file's: they name a picture only where its suffix says so
-PLACE = "<image>"  # where a picture stands in a conversation
+AMBIGUOUS_NAMES = ("path", "url", "file_name", "filename")  # images only if the value has an image suffix
+IMAGE_MARK = "<image>"  # the position of an image in a conversation
 
 
-class Pictures(Protocol):
-    """Where the pictures of a source are found."""
+class ImageReader(Protocol):
+    """Reads the images of records."""
 
     def read(self, value: Any) -> np.ndarray:
-        """(Y, X, 3 | 1) uint8 of what a record holds: bytes, {"bytes", "path"}, a path or an address. Fault if it fails."""
+        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, a path or a URL. Fault when it cannot be read."""
         ...
 
 
-def form_of(record: dict) -> Form:
-    """The form of a record. Fault when its fields fit none."""
+def detect_form(record: dict) -> Form:
+    """The form of a record. Fault when its columns fit no form."""
 
-    def has(*words: str) -> bool:
-        return all(_first(record, NAMES.get(word, (word,))) is not None for word in words)
+    def has(*names: str) -> bool:
+        return all(_first_value(record, COLUMN_NAMES[name]) is not None for name in names)
 
     if isinstance(record.get("segments"), list):
         return "document"
@@ -59,65 +59,65 @@ def form_of(record: dict) -> Form:
         return "pair" if has("caption") else "image"
     if has("text"):
         return "text"
-    raise Fault("missing column", f"no text and no picture among its columns: {_listed(record)}")
+    raise Fault("missing column", f"it has neither a text nor an image column, only: {_list_columns(record)}")
 
 
-def to_document(form: Form, record: dict, pictures: Pictures) -> RawDocument:
-    """The document that a record holds. Fault when something in it is missing, empty, or cannot be read."""
+def to_document(form: Form, record: dict, images: ImageReader) -> RawDocument:
+    """The document of a record. Fault when a part of it is missing, empty, or cannot be read."""
     pairs = False
     match form:
         case "document":
-            segments, pairs = _segments(record, pictures), record.get("pairs") or False
+            segments, pairs = _read_segments(record, images), record.get("pairs") or False
             if not isinstance(pairs, bool):
-                raise Fault("bad segment", f"pairs must be true or false, not {_shown(pairs)}")
+                raise Fault("bad segment", f"pairs must be true or false, not {_short_repr(pairs)}")
         case "pair":
-            segments, pairs = _pair(record, pictures), True
+            segments, pairs = _read_pair(record, images), True
         case "text":
-            segments = [RawText(_text(_field(record, "text"), "text"))]
+            segments = [RawText(_nonempty_text(_get_field(record, "text"), "text"))]
         case "image":
-            segments = [RawImage(pictures.read(_field(record, "image")))]
+            segments = [RawImage(images.read(_get_field(record, "image")))]
         case "conversation":
-            segments = _conversation(record, pictures)
+            segments = _read_conversation(record, images)
         case "messages":
-            segments = _messages(record, pictures)
+            segments = _read_messages(record, images)
         case "interleaved":
-            segments = _interleaved(record, pictures)
+            segments = _read_interleaved(record, images)
         case "mmc4":
-            segments = _mmc4(record, pictures)
+            segments = _read_mmc4(record, images)
         case "editing":
-            segments = _editing(record, pictures)
+            segments = _read_editing(record, images)
     if not any(isinstance(part, RawImage) or part.text.strip() for part in segments):
-        raise Fault("empty document", "it holds neither text nor picture")
+        raise Fault("empty document", "it has neither text nor an image")
     if pairs:
         _check_pairs(segments)
-    name = _first(record, NAMES["id"])
-    name = "" if name is None else _string(str(name), "id")
-    if form == "conversation":  # LLaVA's ids name the picture: there they may recur
-        return RawDocument(tuple(segments), kin=name)
+    name = _first_value(record, COLUMN_NAMES["id"])
+    name = "" if name is None else _check_text(str(name), "id")
+    if form == "conversation":  # LLaVA's ids name the image, so they are not unique
+        return RawDocument(tuple(segments), split_group=name)
     return RawDocument(tuple(segments), pairs=pairs, name=name)
 
 
-def columns_of(form: Form, columns: Collection[str]) -> list[str]:
-    """Which of these columns a form reads."""
+def used_columns(form: Form, columns: Collection[str]) -> list[str]:
+    """Those of the columns that a form reads."""
     match form:
         case "pair":
-            words = ("image", "caption", "id")
+            fields = ("image", "caption", "id")
         case "text" | "image":
-            words = (form, "id")
+            fields = (form, "id")
         case "editing":
-            words = ("source", "instruction", "target", "id")
+            fields = ("source", "instruction", "target", "id")
         case "conversation":
-            return [name for name in ("conversations", *NAMES["image"], "images") if name in columns]
+            return [name for name in ("conversations", *COLUMN_NAMES["image"], "images") if name in columns]
         case _:
-            own = ("segments", "pairs", "messages", "texts", "images", "text_list", "image_info", "id")
-            return [name for name in own if name in columns]
-    firsts = (next((name for name in NAMES[word] if name in columns), None) for word in words)
-    return [name for name in firsts if name is not None]
+            names = ("segments", "pairs", "messages", "texts", "images", "text_list", "image_info", "id")
+            return [name for name in names if name in columns]
+    present = (next((name for name in COLUMN_NAMES[field] if name in columns), None) for field in fields)
+    return [name for name in present if name is not None]
 
 
-def rename(record: dict, columns: dict[str, str]) -> dict:
-    """The record with the columns that a person named under our words; an empty name takes a column away."""
-    replaced = {name for ours in columns for name in NAMES.get(ours, (ours,))}
+def rename_columns(record: dict, columns: dict[str, str]) -> dict:
+    """The record with columns renamed as {our name: column name}; an empty column name removes a column."""
+    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))}
     others = {key: value for key, value in record.items() if key not in replaced}
     return {**others, **{ours: record[theirs] for ours, theirs in columns.items() if theirs in record}}
 
@@ -125,223 +125,226 @@ def rename(record: dict, columns: dict[str, str]) -> dict:
 # The forms
 
 
-def _segments(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """Our own form: {"segments": [{"text": ...}, {"image": ..., "loss": false, "max_t": 0.5}], "pairs": false}."""
-    found = []
-    for number, part in enumerate(_list(record, "segments"), 1):
+def _read_segments(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    """This package's form: {"segments": [{"text": ...}, {"image": ..., "loss": false, "max_t": 0.5}], "pairs": false}."""
+    segments = []
+    for number, part in enumerate(_get_list(record, "segments"), 1):
         if isinstance(part, dict):
-            part = {key: value for key, value in part.items() if value is not None}  # tables have all columns everywhere
+            part = {key: value for key, value in part.items() if value is not None}  # in tables every column is present
         if not isinstance(part, dict) or ("text" in part) == ("image" in part):
-            raise Fault("bad segment", f"segment {number} must be an object with either text or image, not {_shown(part)}")
+            raise Fault("bad segment", f"segment {number} must have either text or image, not {_short_repr(part)}")
         loss, max_t = part.get("loss", True), part.get("max_t", 1.0)
         if not isinstance(loss, bool):
-            raise Fault("bad segment", f"segment {number}: loss must be true or false, not {_shown(loss)}")
+            raise Fault("bad segment", f"segment {number}: loss must be true or false, not {_short_repr(loss)}")
         if isinstance(max_t, bool) or not isinstance(max_t, int | float) or not 0 <= max_t <= 1:
-            raise Fault("bad segment", f"segment {number}: max_t must lie between 0 and 1, not {_shown(max_t)}")
+            raise Fault("bad segment", f"segment {number}: max_t must be between 0 and 1, not {_short_repr(max_t)}")
         if "text" in part:
-            found.append(RawText(_text(part["text"], "text"), loss))
+            segments.append(RawText(_nonempty_text(part["text"], "text"), loss))
         else:
-            found.append(RawImage(pictures.read(part["image"]), loss, float(max_t)))
-    return found
-
-
-def _pair(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    caption = _text(_field(record, "caption"), "caption")
-    return [RawText(caption), RawImage(pictures.read(_field(record, "image")))]
-
-
-def _conversation(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """LLaVA: what the human says is not learnt, what the model says is; pictures condition and stand at their marks."""
-    given = _first(record, (*NAMES["image"], "images"))
-    waiting = [] if given is None else list(given) if isinstance(given, list) else [given]
-    turns = _list(record, "conversations")
-    said = [_string(_get(turn, "value"), "text") for turn in turns]
-    marks = sum(text.count(PLACE) for text in said)
-    segments: list[RawText | RawImage] = []
-    if waiting and not marks:  # no mark: the picture stands first
-        segments += [RawImage(pictures.read(value), loss=False, max_t=0.0) for value in waiting]
-    elif marks != len(waiting):
-        raise Fault("lists of different lengths", f"{marks} times {PLACE} for {len(waiting)} pictures")
-    coming = iter(waiting)
-    for turn, text in zip(turns, said, strict=True):
-        parts = text.split(PLACE)
-        learnt = str(_get(turn, "from")).lower() in ("gpt", "assistant", "model")
-        for number, part in enumerate(parts):
-            if number:
-                segments.append(RawImage(pictures.read(next(coming)), loss=False, max_t=0.0))
-            text = part.strip("\n") if len(parts) > 1 else part
-            segments += [RawText(text, learnt)] if text else []
-        segments.append(RawText("\n", learnt))
-    return _joined(segments)
-
-
-def _messages(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """OpenAI: the assistant's text and pictures are learnt; those of the user and the system condition.
-
-    A part that only says that a picture stands there takes the next of the record's `images`, as TRL's data have it.
-    """
-    segments: list[RawText | RawImage] = []
-    waiting = iter(record.get("images") if isinstance(record.get("images"), list) else ())
-    for message in _list(record, "messages"):
-        learnt, content = _get(message, "role") == "assistant", _get(message, "content")
-        if not isinstance(content, str | list):
-            raise Fault("bad segment", f"the content of a message must be text or a list, not {_shown(content)}")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = _get(part, "type")
-            if kind == "text":
-                segments.append(RawText(_string(_get(part, "text"), "text"), learnt))
-            elif kind in ("image_url", "image"):
-                value = next(waiting, None) if part.get(kind) is None else part[kind]
-                if value is None:
-                    raise Fault("lists of different lengths", "its messages name more pictures than it has")
-                segments.append(RawImage(pictures.read(value), learnt, 1.0 if learnt else 0.0))
-            else:
-                raise Fault("bad segment", f"a part of a message must be text or image_url, not {_shown(kind)}")
-        segments.append(RawText("\n", learnt))
-    if next(waiting, None) is not None:
-        raise Fault("lists of different lengths", "it has more pictures than its messages name")
-    return _joined(segments)
-
-
-def _interleaved(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """OBELICS: two lists of one length, at each place exactly one of text and picture."""
-    texts, images = _list(record, "texts"), _list(record, "images")
-    if len(texts) != len(images):
-        raise Fault("lists of different lengths", f"{len(texts)} texts and {len(images)} images")
-    segments: list[RawText | RawImage] = []
-    for number, (text, image) in enumerate(zip(texts, images, strict=True), 1):
-        if (text is None or text == "") == (image is None or image == ""):
-            raise Fault("bad segment", f"place {number} must hold either a text or an image")
-        segments.append(RawText(_string(text, "text")) if image in (None, "") else RawImage(pictures.read(image)))
+            segments.append(RawImage(images.read(part["image"]), loss, float(max_t)))
     return segments
 
 
-def _mmc4(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """MMC4: sentences, and pictures that each stand before the sentence they match."""
-    texts, infos = _list(record, "text_list"), [] if record.get("image_info") is None else _list(record, "image_info")
-    at: dict[int, list[Any]] = {}
+def _read_pair(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    caption = _nonempty_text(_get_field(record, "caption"), "caption")
+    return [RawText(caption), RawImage(images.read(_get_field(record, "image")))]
+
+
+def _read_conversation(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    """LLaVA: the model's turns are in the loss, the human's are not; images are conditions at the positions of marks."""
+    value = _first_value(record, (*COLUMN_NAMES["image"], "images"))
+    values = [] if value is None else list(value) if isinstance(value, list) else [value]
+    turns = _get_list(record, "conversations")
+    texts = [_check_text(_get(turn, "value"), "text") for turn in turns]
+    marks = sum(text.count(IMAGE_MARK) for text in texts)
+    segments: list[RawText | RawImage] = []
+    if values and not marks:  # without marks the images are first
+        segments += [RawImage(images.read(value), loss=False, max_t=0.0) for value in values]
+    elif marks != len(values):
+        raise Fault("lists of different lengths", f"{marks} times {IMAGE_MARK} for {len(values)} images")
+    remaining = iter(values)
+    for turn, text in zip(turns, texts, strict=True):
+        parts = text.split(IMAGE_MARK)
+        loss = str(_get(turn, "from")).lower() in ("gpt", "assistant", "model")
+        for number, part in enumerate(parts):
+            if number:
+                segments.append(RawImage(images.read(next(remaining)), loss=False, max_t=0.0))
+            text = part.strip("\n") if len(parts) > 1 else part
+            segments += [RawText(text, loss)] if text else []
+        segments.append(RawText("\n", loss))
+    return _merge_texts(segments)
+
+
+def _read_messages(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    """OpenAI: the assistant's text and images are in the loss; those of the user and the system are conditions.
+
+    An image part without content takes the next of the record's `images`, as in TRL's data sets.
+    """
+    segments: list[RawText | RawImage] = []
+    remaining = iter(record.get("images") if isinstance(record.get("images"), list) else ())
+    for message in _get_list(record, "messages"):
+        loss, content = _get(message, "role") == "assistant", _get(message, "content")
+        if not isinstance(content, str | list):
+            raise Fault("bad segment", f"the content of a message must be text or a list, not {_short_repr(content)}")
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = _get(part, "type")
+            if kind == "text":
+                segments.append(RawText(_check_text(_get(part, "text"), "text"), loss))
+            elif kind in ("image_url", "image"):
+                value = next(remaining, None) if part.get(kind) is None else part[kind]
+                if value is None:
+                    raise Fault("lists of different lengths", "its messages have more image parts than it has images")
+                segments.append(RawImage(images.read(value), loss, 1.0 if loss else 0.0))
+            else:
+                raise Fault("bad segment", f"a part of a message must be text or image_url, not {_short_repr(kind)}")
+        segments.append(RawText("\n", loss))
+    if next(remaining, None) is not None:
+        raise Fault("lists of different lengths", "it has more images than its messages have image parts")
+    return _merge_texts(segments)
+
+
+def _read_interleaved(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    """OBELICS: two lists of the same length; at each index either the text or the image is present."""
+    texts, values = _get_list(record, "texts"), _get_list(record, "images")
+    if len(texts) != len(values):
+        raise Fault("lists of different lengths", f"{len(texts)} texts and {len(values)} images")
+    segments: list[RawText | RawImage] = []
+    for number, (text, value) in enumerate(zip(texts, values, strict=True), 1):
+        if (text is None or text == "") == (value is None or value == ""):
+            raise Fault("bad segment", f"item {number} must be either a text or an image")
+        segments.append(RawText(_check_text(text, "text")) if value in (None, "") else RawImage(images.read(value)))
+    return segments
+
+
+def _read_mmc4(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    """MMC4: sentences, and images that are each inserted before the matching sentence."""
+    texts = _get_list(record, "text_list")
+    infos = [] if record.get("image_info") is None else _get_list(record, "image_info")
+    by_index: dict[int, list[Any]] = {}
     for info in infos:
         index = _get(info, "matched_text_index")
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(texts):
-            raise Fault("lists of different lengths", f"matched_text_index {_shown(index)} for {len(texts)} texts")
-        at.setdefault(index, []).append(_get(info, "image_name", "raw_url", "image"))
+            raise Fault("lists of different lengths", f"matched_text_index {_short_repr(index)} for {len(texts)} texts")
+        by_index.setdefault(index, []).append(_get(info, "image_name", "raw_url", "image"))
     segments: list[RawText | RawImage] = []
     for number, text in enumerate(texts):
-        segments += [RawImage(pictures.read(value)) for value in at.get(number, ())]
-        segments.append(RawText(_string(text, "text") + (" " if number + 1 < len(texts) else "")))
-    return _joined(segments)
+        segments += [RawImage(images.read(value)) for value in by_index.get(number, ())]
+        segments.append(RawText(_check_text(text, "text") + (" " if number + 1 < len(texts) else "")))
+    return _merge_texts(segments)
 
 
-def _editing(record: dict, pictures: Pictures) -> list[RawText | RawImage]:
-    """Source pictures (clean, not learnt), what to change (not learnt), and the picture that comes of it (learnt)."""
-    given = _field(record, "source")
-    sources = given if isinstance(given, list) else [given]
+def _read_editing(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+    """Source images (without noise and loss), the instruction (without loss), and the target image (with loss)."""
+    source = _get_field(record, "source")
+    sources = source if isinstance(source, list) else [source]
     if not sources:
-        raise Fault("missing picture", "it has no source")
-    segments: list[RawText | RawImage] = [RawImage(pictures.read(value), loss=False, max_t=0.0) for value in sources]
-    segments.append(RawText(_text(_field(record, "instruction"), "instruction"), loss=False))
-    return [*segments, RawImage(pictures.read(_field(record, "target")))]
+        raise Fault("missing image", "the list of source images is empty")
+    segments: list[RawText | RawImage] = [RawImage(images.read(value), loss=False, max_t=0.0) for value in sources]
+    segments.append(RawText(_nonempty_text(_get_field(record, "instruction"), "instruction"), loss=False))
+    return [*segments, RawImage(images.read(_get_field(record, "target")))]
 
 
-# Their parts
+# Values and checks
 
 
-def _joined(segments: Sequence[RawText | RawImage]) -> list[RawText | RawImage]:
-    """Neighbouring texts of one loss as one; no line break at the very end; what is empty goes."""
-    found: list[RawText | RawImage] = []
+def _merge_texts(segments: Sequence[RawText | RawImage]) -> list[RawText | RawImage]:
+    """Merge neighbouring texts with the same loss; remove empty texts and one line break at the end."""
+    merged: list[RawText | RawImage] = []
     for part in segments:
-        last = found[-1] if found else None
+        last = merged[-1] if merged else None
         if isinstance(part, RawText) and isinstance(last, RawText) and last.loss == part.loss:
-            found[-1] = RawText(last.text + part.text, part.loss)
+            merged[-1] = RawText(last.text + part.text, part.loss)
         elif not isinstance(part, RawText) or part.text:
-            found.append(part)
-    if found and isinstance(found[-1], RawText):
-        text = found[-1].text.removesuffix("\n")
-        found = [*found[:-1], RawText(text, found[-1].loss)] if text else found[:-1]
-    return found
+            merged.append(part)
+    if merged and isinstance(merged[-1], RawText):
+        text = merged[-1].text.removesuffix("\n")
+        merged = [*merged[:-1], RawText(text, merged[-1].loss)] if text else merged[:-1]
+    return merged
 
 
 def _check_pairs(segments: Sequence[RawText | RawImage]) -> None:
     kinds = [isinstance(part, RawImage) for part in segments]
     if kinds != [False, True] * (len(kinds) // 2):
-        raise Fault("bad segment", "a document of pairs holds captions and images in turn, the caption first")
+        raise Fault("bad segment", "a document of pairs must alternate captions and images, caption first")
 
 
-def _field(record: dict, ours: str) -> Any:
-    """The value of the first column that is called like this. Fault when there is none."""
-    value = _first(record, NAMES[ours])
+def _get_field(record: dict, field: str) -> Any:
+    """The value of the first column with one of the field's names. Fault when there is none."""
+    names = COLUMN_NAMES[field]
+    value = _first_value(record, names)
     if value is None:
-        known = [name for name in NAMES[ours] if name in record]
-        if known:
-            raise Fault(f"empty {ours}", f"its {known[0]} is empty")
-        raise Fault("missing column", f"no {ours} ({', '.join(NAMES[ours][:4])}, ...) among its columns: {_listed(record)}")
+        if present := [name for name in names if name in record]:
+            raise Fault(f"empty {field}", f"its {present[0]} is empty")
+        raise Fault("missing column", f"no {field} ({', '.join(names[:4])}, ...) among its columns: {_list_columns(record)}")
     return value
 
 
-def _first(record: dict, names: Sequence[str]) -> Any:
-    return next((record[name] for name in names if record.get(name) is not None and _may_be(name, record[name])), None)
+def _first_value(record: dict, names: Sequence[str]) -> Any:
+    return next((record[n] for n in names if record.get(n) is not None and _may_be_value(n, record[n])), None)
 
 
-_ENDINGS = tuple(f".{suffix}" for suffix in PICTURES)
+_IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
-def _may_be(name: str, value: Any) -> bool:
-    """A web page has a url and a program a path, too: these are pictures only where they end like one."""
-    return name not in LOOSE or not isinstance(value, str) or value.partition("?")[0].lower().endswith(_ENDINGS)
+def _may_be_value(name: str, value: Any) -> bool:
+    """Whether a column can be read: text pages also have a url, so ambiguous columns need an image suffix."""
+    if name not in AMBIGUOUS_NAMES or not isinstance(value, str):
+        return True
+    return value.partition("?")[0].lower().endswith(_IMAGE_ENDINGS)
 
 
-def _list(record: dict, name: str) -> list:
+def _get_list(record: dict, name: str) -> list:
     value = record.get(name)
     if not isinstance(value, list):
-        raise Fault("missing column", f"{name} must be a list, not {_shown(value)}")
+        raise Fault("missing column", f"{name} must be a list, not {_short_repr(value)}")
     return value
 
 
 def _get(part: Any, *names: str) -> Any:
-    """A value inside a list of objects, under the first of these names. Fault when it is not there."""
-    found = _first(part, names) if isinstance(part, dict) else None
-    if found is None:
-        raise Fault("bad segment", f"{names[0]} is missing in {_shown(part)}")
-    return found
+    """The value of the first of these keys of an object. Fault when it is missing."""
+    value = _first_value(part, names) if isinstance(part, dict) else None
+    if value is None:
+        raise Fault("bad segment", f"{names[0]} is missing in {_short_repr(part)}")
+    return value
 
 
-def _text(value: Any, what: str) -> str:
-    """Text that says something."""
-    found = _string(value, what)
-    if not found.strip():
-        raise Fault(f"empty {what}", f"its {what} is empty")
-    return found
+def _nonempty_text(value: Any, field: str) -> str:
+    """A text that is not blank. Fault when it is."""
+    text = _check_text(value, field)
+    if not text.strip():
+        raise Fault(f"empty {field}", f"its {field} is empty")
+    return text
 
 
-def _string(value: Any, what: str) -> str:
-    """Text that can be written down. Fault when it is none, or holds half a character."""
+def _check_text(value: Any, field: str) -> str:
+    """A text that can be encoded as UTF-8. Fault when it is not text, or has a lone surrogate."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            raise Fault("wrong encoding", f"its {what} is not UTF-8 at byte {error.start}") from None
+            raise Fault("wrong encoding", f"its {field} is not UTF-8 at byte {error.start}") from None
     if not isinstance(value, str):
-        raise Fault("bad segment", f"its {what} must be text, not {_shown(value)}")
+        raise Fault("bad segment", f"its {field} must be text, not {_short_repr(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Fault("wrong encoding", f"its {what} holds half of a surrogate pair") from None
+        raise Fault("wrong encoding", f"its {field} has half of a surrogate pair") from None
     return value
 
 
-def _listed(record: dict) -> str:
-    return ", ".join(map(str, _few(record))) or "there are none"
+def _list_columns(record: dict) -> str:
+    return ", ".join(map(str, _first_names(record))) or "there are none"
 
 
-def _few(names: Any, most: int = 12) -> Iterator[str]:
+def _first_names(names: Any, limit: int = 12) -> Iterator[str]:
     for number, name in enumerate(names):
-        if number == most:
+        if number == limit:
             yield "..."
             return
         yield name
 
 
-def _shown(value: Any) -> str:
-    """A value in a message, cut short."""
+def _short_repr(value: Any) -> str:
+    """A value for messages, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

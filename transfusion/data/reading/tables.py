@@ -1,4 +1,4 @@
-"""Tables to records: parquet and Arrow, as the hub and Hugging Face's `save_to_disk` have them, and comma-separated text."""
+"""Tables to records: Parquet and Arrow, as the hub and Hugging Face's `save_to_disk` write them, and CSV."""
 
 import csv
 import io
@@ -12,156 +12,156 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transfusion.data.raw import Fault
-from transfusion.data.reading.containers import Span, damage
-from transfusion.data.reading.files import Files, reason_of
+from transfusion.data.reading.containers import Span, damage_fault
+from transfusion.data.reading.files import Files, error_line
 
-DAMAGE = (pa.ArrowException, UnicodeDecodeError, OSError)  # what Arrow raises of it; names are decoded too
-ROWS = 16  # that are turned into records at a time: each may hold a picture
+ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
+BATCH_SIZE = 16  # rows converted to records at a time: each may have an image
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Parquet, and Arrow as Hugging Face's `save_to_disk` writes it. A class label becomes its name."""
+    """Parquet and Arrow files. A class label becomes its name."""
 
     files: Files
     paths: Sequence[str]
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
-            row = begun = first = group = 0
-            damaged = False
+            row = start = first_group = group = 0
+            is_damaged = False
             try:
                 for size in self._sizes(path):
-                    if row > begun and row + size - begun > most:
-                        yield Span(path, begun, row - begun, first)
-                        begun, first = row, group
+                    if row > start and row + size - start > max_rows:
+                        yield Span(path, start, row - start, first_group)
+                        start, first_group = row, group
                     row, group = row + size, group + 1
-            except DAMAGE as error:
-                damaged = damage(error) is not None
-            if row > begun:
-                yield Span(path, begun, row - begun, first)
-            if damaged:
-                yield Span(path, row, 1, group)  # reading it says why
+            except ARROW_ERRORS as error:
+                is_damaged = damage_fault(error) is not None
+            if row > start:
+                yield Span(path, start, row - start, first_group)
+            if is_damaged:
+                yield Span(path, row, 1, group)  # reading it gives the fault
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         row = span.first
         try:
-            for row, found in islice(self._parquet(span) if _is_parquet(span.path) else self._arrow(span), span.rows):
-                yield self.files.row(span.path, row), found
+            for row, record in islice(self._parquet(span) if _is_parquet(span.path) else self._arrow(span), span.rows):
+                yield self.files.format_row(span.path, row), record
                 row += 1
-        except DAMAGE as error:
-            yield self.files.row(span.path, row), damage(error, "damaged table")
+        except ARROW_ERRORS as error:
+            yield self.files.format_row(span.path, row), damage_fault(error, "damaged table")
 
     def _sizes(self, path: str) -> Iterator[int]:
-        """Rows of each part that can be read by itself."""
+        """Number of rows of each row group or record batch."""
         if not _is_parquet(path):
             yield from map(len, self._batches(path))
             return
         with self.files.open(path) as file:
-            about = pq.ParquetFile(file).metadata
-            yield from (about.row_group(n).num_rows for n in range(about.num_row_groups))
+            metadata = pq.ParquetFile(file).metadata
+            yield from (metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
 
     def _parquet(self, span: Span) -> Iterator[tuple[int, dict | Fault]]:
-        """(row, record). Of a group that is damaged the rest is one Fault."""
+        """(row, record). The rest of a damaged row group is one Fault."""
         with self.files.open(span.path) as file:
-            table, begun = pq.ParquetFile(file), span.first
+            table, start = pq.ParquetFile(file), span.first
             for group in range(span.offset, table.metadata.num_row_groups):
-                row = begun
+                row = start
                 try:
-                    for batch in table.iter_batches(batch_size=ROWS, row_groups=[group]):
-                        for found in _rows(batch, sound=True):
-                            yield row, found
+                    for batch in table.iter_batches(batch_size=BATCH_SIZE, row_groups=[group]):
+                        for record in _batch_records(batch, is_valid=True):
+                            yield row, record
                             row += 1
-                except DAMAGE as error:
-                    yield row, damage(error, "damaged table")
-                begun += table.metadata.row_group(group).num_rows
-                if begun >= span.first + span.rows:
+                except ARROW_ERRORS as error:
+                    yield row, damage_fault(error, "damaged table")
+                start += table.metadata.row_group(group).num_rows
+                if start >= span.first + span.rows:
                     return
 
     def _arrow(self, span: Span) -> Iterator[tuple[int, dict | Fault]]:
         """(row, record)."""
         row = span.first
         for batch in islice(self._batches(span.path), span.offset, None):
-            for found in _rows(batch, sound=False):
-                yield row, found
+            for record in _batch_records(batch, is_valid=False):
+                yield row, record
                 row += 1
             if row >= span.first + span.rows:
                 return
 
     def _batches(self, path: str) -> Iterator[pa.RecordBatch]:
-        source = self.files.map(path)
+        source = self.files.open_arrow(path)
         try:
-            found = pa.ipc.open_stream(source)
+            batches = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
             source.seek(0)
             file = pa.ipc.open_file(source)
-            found = map(file.get_batch, range(file.num_record_batches))
-        yield from found
+            batches = map(file.get_batch, range(file.num_record_batches))
+        yield from batches
 
 
 @dataclass(frozen=True)
 class CsvTables:
-    """Comma- or tab-separated text with a line of names, such as an image folder's `metadata.csv`; read whole."""
+    """Comma- or tab-separated text with a header, such as an image folder's `metadata.csv`; read from the start."""
 
     files: Files
     paths: Sequence[str]
 
-    def spans(self, most: int) -> Iterator[Span]:
+    def spans(self, max_rows: int) -> Iterator[Span]:
         for path in self.paths:
             rows = sum(1 for _ in self._rows(path))
-            for first in range(0, rows, most):
-                yield Span(path, first, min(most, rows - first))
+            for first in range(0, rows, max_rows):
+                yield Span(path, first, min(max_rows, rows - first))
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
-        for row, found in enumerate(islice(self._rows(span.path), span.first, span.first + span.rows), span.first):
-            yield self.files.row(span.path, row + 1), found  # the first line holds the names
+        for row, record in enumerate(islice(self._rows(span.path), span.first, span.first + span.rows), span.first):
+            yield self.files.format_row(span.path, row + 1), record  # the first line is the header
 
     def _rows(self, path: str) -> Iterator[dict | Fault]:
-        """Its records; damage is a Fault, and the last."""
+        """The records of a file; where it is damaged, the last item is a Fault."""
         separator = "\t" if ".tsv" in path.lower() else ","
         try:
             with self.files.open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-                for found in csv.DictReader(text, delimiter=separator, strict=True):
-                    if None in found or None in found.values():
-                        yield Fault("damaged table", "it has more or fewer columns than the first line names")
+                for record in csv.DictReader(text, delimiter=separator, strict=True):
+                    if None in record or None in record.values():
+                        yield Fault("damaged table", "it has more or fewer columns than the header")
                     else:
-                        yield found
+                        yield record
         except UnicodeDecodeError as error:
-            yield Fault("wrong encoding", f"it is not UTF-8, nor read further: {error.reason}")
+            yield Fault("wrong encoding", f"it is not UTF-8, the rest is not read: {error.reason}")
         except (csv.Error, OSError) as error:
-            yield damage(error, "damaged table")
+            yield damage_fault(error, "damaged table")
 
 
 def _is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
 
-def _rows(batch: pa.RecordBatch, sound: bool) -> Iterator[dict | Fault]:
-    """Its rows, a few at a time; where something in them is damaged one by one, to lose no others."""
+def _batch_records(batch: pa.RecordBatch, is_valid: bool) -> Iterator[dict | Fault]:
+    """The rows as records, several at a time; one at a time where any is damaged, so that only that one is lost."""
     try:
-        if not sound:  # Arrow trusts what it maps: damage would lead it anywhere in the memory
+        if not is_valid:  # Arrow does not check mapped files: invalid offsets would read any memory
             batch.validate(full=True)
-        size, sound, records = ROWS, True, batch.to_pylist() if len(batch) <= ROWS else []
-    except Exception as error:  # each type has its own
+        size, is_valid, records = BATCH_SIZE, True, batch.to_pylist() if len(batch) <= BATCH_SIZE else []
+    except Exception as error:  # each type has its own exceptions
         if len(batch) == 1:
             kind = "wrong encoding" if "utf" in str(error).lower() else "damaged table"
-            yield Fault(kind, f"the row cannot be read: {reason_of(error)}")
+            yield Fault(kind, f"the row cannot be read: {error_line(error)}")
             return
         size, records = 1, []
     if not records:
         for first in range(0, len(batch), size):
-            yield from _rows(batch.slice(first, size), sound)
+            yield from _batch_records(batch.slice(first, size), is_valid)
         return
-    names = _label_names(batch.schema)
+    class_labels = _find_class_labels(batch.schema)
     for record in records:
-        for column, labels in names.items():
+        for column, labels in class_labels.items():
             label = record.get(column)
             record[column] = labels[label] if isinstance(label, int) and 0 <= label < len(labels) else label
         yield record
 
 
-def _label_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of class labels by column, as Hugging Face notes them in a schema."""
+def _find_class_labels(schema: pa.Schema) -> dict[str, list[str]]:
+    """Column -> names of its class labels, from Hugging Face's metadata of a schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         labels = {name: f["names"] for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
