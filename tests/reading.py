@@ -1,4 +1,4 @@
-"""Reading sources in tests: the fixtures, small files, and disks other than this one."""
+"""Helpers for reading sources in tests: fixtures, small files, and other file systems."""
 
 import json
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
 
 
-def read(reader: Reader, most: int = 1000) -> list[RawDocument | Fault]:
-    return [one for unit in reader.units(most) for one in reader.read(unit)]
+def read(reader: Reader, max_rows: int = 1000) -> list[RawDocument | Fault]:
+    return [document for unit in reader.units(max_rows) for document in reader.read(unit)]
 
 
-def read_at(source: str | Path, most: int = 1000, **options) -> list[RawDocument | Fault]:
-    return read(open_reader(str(source), ReaderOptions(**options)), most)
+def read_at(source: str | Path, max_rows: int = 1000, **options) -> list[RawDocument | Fault]:
+    return read(open_reader(str(source), ReaderOptions(**options)), max_rows)
 
 
-def texts(found: list) -> list[str]:
-    """The first text of each document. A fault among them is shown as what it says."""
-    return [str(one) if isinstance(one, Fault) else next(part.text for part in one.segments if isinstance(part, RawText))
-            for one in found]  # fmt: skip
+def texts(documents: list) -> list[str]:
+    """The first text of each document, or the message of a fault."""
+    return [str(item) if isinstance(item, Fault) else next(part.text for part in item.segments if isinstance(part, RawText))
+            for item in documents]  # fmt: skip
 
 
 def write_lines(path: Path, *records: dict) -> Path:
@@ -34,28 +34,28 @@ def write_lines(path: Path, *records: dict) -> Path:
     return path
 
 
-# Other disks
+# Other file systems
 
 
 class Bucket(AbstractFileSystem):
-    """A disk as the clouds have it: no stroke before its paths, no folders, and files that are fetched in blocks."""
+    """A file system like cloud storage: paths without a leading slash, no real folders, files fetched in blocks."""
 
     protocol = "bucket"
-    held: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
 
     def ls(self, path, detail=True, **_):
-        path, found = self._strip_protocol(path), {}
+        path, entries = self._strip_protocol(path), {}
         folder = f"{path}/" if path else ""
-        for name, content in self.held.items():
+        for name, content in self.contents.items():
             if name == path:
-                found[name] = {"name": name, "type": "file", "size": len(content)}
+                entries[name] = {"name": name, "type": "file", "size": len(content)}
             elif name.startswith(folder):
                 child = folder + name.removeprefix(folder).partition("/")[0]
                 kind = {"type": "file", "size": len(content)} if child == name else {"type": "directory", "size": 0}
-                found[child] = {"name": child, **kind}
-        if not found:
+                entries[child] = {"name": child, **kind}
+        if not entries:
             raise FileNotFoundError(path)
-        return list(found.values()) if detail else list(found)
+        return list(entries.values()) if detail else list(entries)
 
     def _open(self, path, mode="rb", **_):
         return Block(self, path, block_size=700)
@@ -63,28 +63,28 @@ class Bucket(AbstractFileSystem):
 
 class Block(AbstractBufferedFile):
     def _fetch_range(self, start, end):
-        return Bucket.held[self.path][start:end]
+        return Bucket.contents[self.path][start:end]
 
 
 @contextmanager
 def other_disks() -> Iterator[None]:
-    """memory:// and bucket://, empty before and after."""
+    """memory:// and bucket://, empty at the start; their contents are restored or removed at the end."""
     fsspec.register_implementation("bucket", Bucket, clobber=True)
     memory = fsspec.filesystem("memory")
-    kept = dict(memory.store)
+    saved = dict(memory.store)
     memory.store.clear()
     try:
         yield
     finally:
         memory.store.clear()
-        memory.store.update(kept)
-        Bucket.held.clear()
+        memory.store.update(saved)
+        Bucket.contents.clear()
 
 
 def put(address: str, content: bytes | str) -> None:
     content = content.encode() if isinstance(content, str) else content
     if address.startswith("bucket://"):
-        Bucket.held[address.removeprefix("bucket://")] = content
+        Bucket.contents[address.removeprefix("bucket://")] = content
     elif address.startswith("memory://"):
         fsspec.filesystem("memory").pipe(address, content)
     else:

@@ -94,7 +94,7 @@ def check_not_nested(readers: Sequence[Reader], folder: Path) -> None:
     """PrepareError when the output folder contains a source or is inside one: the output would be read next time."""
     out = folder.resolve()
     for reader in readers:
-        if reader.files is not None and reader.files.local:
+        if reader.files is not None and reader.files.is_local:
             root = Path(reader.files.root.partition("*")[0]).resolve()
             if out == root or out in root.parents or (root.is_dir() and root in out.parents):
                 raise PrepareError(f"--out {folder} contains the source {reader.address} or is inside it: choose another")
