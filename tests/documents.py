@@ -1,7 +1,7 @@
-"""Random documents, a small vocabulary and a tiny model: what the tests state their properties over.
+"""Random documents, a small vocabulary and a tiny model for property tests.
 
-Hypothesis chooses the structure (which segments, how long, with loss or not, where to cut); pixels and
-latents come from a seed, since no property hangs on particular values.
+Hypothesis generates the structure (segments, lengths, loss, row lengths). Pixels and latents come from a seed: no
+property depends on their values.
 """
 
 from dataclasses import replace
@@ -26,9 +26,9 @@ TINY = ModelConfig(
     patch_size=2,
 )  # fmt: skip
 
-torch.set_num_threads(1)  # on such small matrices two threads mostly wait: ten times slower on a busy machine
+torch.set_num_threads(1)  # for small matrices two threads are ten times slower on a busy machine
 
-few = examples(25, quick=12)  # for what runs a model
+few = examples(25, quick=12)  # for tests that run a model
 some = examples(40, quick=20)
 many = examples(150)
 
@@ -51,14 +51,14 @@ def images(shapes=SHAPES, loss=either, max_t=limits):
 
 
 def image(shape: tuple[int, int], seed: int, loss: bool = True, max_t: float = 1.0) -> Image:
-    """An Image whose latent follows from the seed."""
+    """An Image with a random latent from the seed."""
     latent = np.random.default_rng(seed).standard_normal((CHANNELS, *shape), dtype=np.float32)
     return Image(latent, loss, max_t)
 
 
 @st.composite
 def documents(draw, min_images: int = 0, max_segments: int = 5, **of_images):
-    """Texts and images in any order: two images may touch, a text may be empty, a document too."""
+    """Texts and images in any order. Texts and documents may be empty."""
     segments = draw(st.lists(texts() | images(**of_images), max_size=max_segments))
     segments += draw(st.lists(images(**of_images), min_size=min_images, max_size=max(min_images, 1)))
     segments = draw(st.permutations(segments))
@@ -68,7 +68,7 @@ def documents(draw, min_images: int = 0, max_segments: int = 5, **of_images):
 
 @st.composite
 def pair_documents(draw, max_pairs: int = 4, caption_first=either):
-    """Captions and images in turn, all in the one order or all in the other."""
+    """Alternating captions and images; all pairs have the same order."""
     pairs = draw(st.lists(st.tuples(texts(), images()), min_size=1, max_size=max_pairs))
     if not draw(caption_first):
         pairs = [pair[::-1] for pair in pairs]
@@ -78,52 +78,52 @@ def pair_documents(draw, max_pairs: int = 4, caption_first=either):
 
 # Rows and batches
 
-LENGTH = 48  # longer than any document above, after its cut
+LENGTH = 48  # positions of a row
 
 
 @st.composite
 def batches(draw, min_documents: int = 1, max_documents: int = 5, length: int = LENGTH, **of_documents):
-    """Packed rows of random documents (those too long are cut), as (rows, batch)."""
-    found = draw(st.lists(documents(**of_documents), min_size=min_documents, max_size=max_documents))
-    rows = pack(found, length, VOCABULARY, seed=draw(st.integers(0, 2**31)))
+    """Packed rows of random documents (too long ones are split), as (rows, batch)."""
+    sampled = draw(st.lists(documents(**of_documents), min_size=min_documents, max_size=max_documents))
+    rows = pack(sampled, length, VOCABULARY, seed=draw(st.integers(0, 2**31)))
     return rows, collate(rows, length, VOCABULARY)
 
 
 def pieces_of(document: Document, length: int | None = None) -> list[Chunk]:
-    """The document laid out, and cut if a length is given."""
-    whole = encode_document(document, VOCABULARY)
-    return [whole] if length is None else split_chunk(whole, length)
+    """The encoded document, split if a length is given."""
+    chunk = encode_document(document, VOCABULARY)
+    return [chunk] if length is None else split_chunk(chunk, length)
 
 
 def alone(chunk: Chunk) -> Batch:
-    """A batch of this chunk and nothing else, without padding."""
+    """A batch of only this chunk, without padding."""
     return collate([Row((chunk,))], len(chunk), VOCABULARY)
 
 
 def places(rows: list[Row]) -> list[tuple[int, int, Chunk]]:
-    """(row, first position, chunk) of everything in these rows."""
-    found = []
+    """(row, first position, chunk) of every chunk in these rows."""
+    positions = []
     for b, row in enumerate(rows):
         begin = 0
         for chunk in row.chunks:
-            found.append((b, begin, chunk))
+            positions.append((b, begin, chunk))
             begin += len(chunk)
-    return found
+    return positions
 
 
 def contents(chunk: Chunk) -> tuple:
-    """A chunk as something that can be counted."""
+    """A chunk as a hashable value."""
     keys = tuple(placed.key for placed in chunk.images)
     return tuple(chunk.tokens.tolist()), tuple(chunk.targets.tolist()), keys
 
 
 def contents_of(rows: list[Row]) -> list[list[tuple]]:
-    """Rows as something that can be compared."""
+    """Rows as comparable values."""
     return [[contents(chunk) for chunk in row.chunks] for row in rows]
 
 
 def may_see(document: Tensor, image: Tensor, bidirectional: bool = True) -> Tensor:
-    """The rule in one line (section 3, figure 4): (L,), (L,) -> (L, L) bool, query by key."""
+    """The attention rule (section 3, figure 4) in one expression: (L,), (L,) -> (L, L) bool, query by key."""
     q, k = torch.arange(len(document))[:, None], torch.arange(len(document))[None]
     same_image = (image[q] == image[k]) & (image[q] >= 0) & bidirectional
     return (document[q] == document[k]) & ((k <= q) | same_image)
@@ -133,7 +133,7 @@ def may_see(document: Tensor, image: Tensor, bidirectional: bool = True) -> Tens
 
 
 class Notes:
-    """A source of made documents: about `mean` letters, behind every third of them a picture, as a pair."""
+    """A synthetic source: texts of about `mean` characters; every third document is a pair with an image."""
 
     def __init__(self, name: str, size: int, mean: int = 20):
         self.name, self.size, self.mean = name, size, mean
@@ -143,21 +143,21 @@ class Notes:
 
     def __getitem__(self, id):
         text = "".join(chr(97 + (id * 7 + i) % 26) for i in range(self.mean // 2 + id % self.mean))
-        picture = RawImage(np.full((4, 4, 1), id % 256, dtype=np.uint8))
-        return RawDocument((RawText(text), picture)[: 1 + (id % 3 == 0)], id, pairs=id % 3 == 0)
+        image = RawImage(np.full((4, 4, 1), id % 256, dtype=np.uint8))
+        return RawDocument((RawText(text), image)[: 1 + (id % 3 == 0)], id, pairs=id % 3 == 0)
 
 
 @st.composite
 def pictures(draw, side: int = 8):
-    """Some pictures of one size: noise, or smooth, or with a channel that never changes."""
+    """Images of one size: noise, smooth, or with a constant channel."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n, colours = draw(st.integers(2, 6)), draw(st.sampled_from((1, 3)))
-    found = rng.integers(0, 256, (n, side, 2 * side, colours))
+    n, channels = draw(st.integers(2, 6)), draw(st.sampled_from((1, 3)))
+    pixels = rng.integers(0, 256, (n, side, 2 * side, channels))
     if draw(st.booleans()):
-        found = found // 8 + rng.integers(0, 200, (n, 1, 1, colours))
+        pixels = pixels // 8 + rng.integers(0, 200, (n, 1, 1, channels))
     if draw(st.booleans()):
-        found[..., 0] = 77
-    return list(found.astype(np.uint8))
+        pixels[..., 0] = 77
+    return list(pixels.astype(np.uint8))
 
 
 # The model
@@ -166,7 +166,7 @@ def pictures(draw, side: int = 8):
 def build(
     config: ModelConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> transfusion.Transfusion:
-    """A tiny model that a test can see through: what starts at zero is random too."""
+    """A tiny model in which parameters that are initialised to zero are random too."""
     model = transfusion.build(config, seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -182,12 +182,12 @@ def in_double(batch: Batch) -> Batch:
 
 
 def with_all_logits(batch: Batch) -> Batch:
-    """The same batch, asking for the logits of every position: (B * L, V)."""
+    """The same batch with the logits of every position: (B * L, V)."""
     return replace(batch, text_index=torch.arange(batch.tokens.numel()))
 
 
 def times_of(batch: Batch, salt: int = 0) -> list[Tensor]:
-    """A time for every image that depends on the image alone, so that it is the same in any batch."""
+    """A t for every image that depends only on the image's key, so it is the same in any batch."""
     return [
         torch.tensor([np.random.default_rng((key, salt)).random() for key in group.keys], dtype=torch.float64)
         for group in batch.groups
@@ -195,7 +195,7 @@ def times_of(batch: Batch, salt: int = 0) -> list[Tensor]:
 
 
 def same_batch(one: Batch, other: Batch) -> bool:
-    """Equal in every tensor, list and number."""
+    """Whether all tensors, lists and numbers are equal."""
     return _same(one, other) and all(_same(*pair) for pair in zip(one.groups, other.groups, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Bad data, read: a fault by kind, file and row for each record that cannot be used, and every other document as ever."""
+"""Faulty data: each bad record is a fault with kind, file and row, and all other documents are read."""
 
 import base64
 import gzip
@@ -35,7 +35,7 @@ PAIR = {"image": "good.png", "caption": "a bird"}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with one good picture."""
+    """A folder with one valid image."""
     (tmp_path / "good.png").write_bytes(GOOD)
     return tmp_path
 
@@ -46,35 +46,35 @@ def disks():
         yield
 
 
-def outcomes(found: list) -> list[tuple[str, str]]:
-    """(where, kind of fault or "") of everything read, whose messages are lines that can be written."""
-    for one in found:
-        assert isinstance(one, RawDocument | Fault)
-        assert str(getattr(one, "message", "")).isprintable()
-        assert one.where.isprintable()
-    return [(one.where, getattr(one, "kind", "")) for one in found]
+def outcomes(records: list) -> list[tuple[str, str]]:
+    """(where, kind of fault or "") of everything read. All messages are printable and one line."""
+    for record in records:
+        assert isinstance(record, RawDocument | Fault)
+        assert str(getattr(record, "message", "")).isprintable()
+        assert record.where.isprintable()
+    return [(record.where, getattr(record, "kind", "")) for record in records]
 
 
-def kinds(found: list) -> list[str]:
-    return [kind for _, kind in outcomes(found)]
+def kinds(records: list) -> list[str]:
+    return [kind for _, kind in outcomes(records)]
 
 
-def check_between(folder: Path, records: list[dict], kind: str, **options) -> list[Fault]:
-    """Each of these records, between good ones, is a fault of this kind; the good ones come."""
-    good = PAIR if options.get("form", "pair") == "pair" else GOODS[options["form"]]
-    path = write_lines(folder / "mixed.jsonl", good, *(one for record in records for one in (record, good)))
-    expected = [(f"mixed.jsonl:{n}", kind if n % 2 == 0 else "") for n in range(1, 2 * len(records) + 2)]
-    for most in (1, 1000):
-        found = read_at(path, most, **options)
-        assert outcomes(found) == expected
-    return found[1::2]
+def check_between(folder: Path, bad: list[dict], kind: str, **options) -> list[Fault]:
+    """Each of these records, between good ones, is a fault of this kind; the good ones are read."""
+    good = PAIR if options.get("form", "pair") == "pair" else GOOD_RECORDS[options["form"]]
+    path = write_lines(folder / "mixed.jsonl", good, *(line for record in bad for line in (record, good)))
+    expected = [(f"mixed.jsonl:{n}", kind if n % 2 == 0 else "") for n in range(1, 2 * len(bad) + 2)]
+    for max_rows in (1, 1000):
+        records = read_at(path, max_rows, **options)
+        assert outcomes(records) == expected
+    return records[1::2]
 
 
-# Pictures
+# Images
 
 
 def header(width: int, height: int) -> bytes:
-    """A PNG whose header promises so much, and which holds nothing."""
+    """A PNG with this size in its header, and no pixels."""
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -92,40 +92,40 @@ BROKEN = {
     "flat.png": (header(0, 5), "cannot read|not a picture|no pixels"),
     "page.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a picture"),
     "film.png": (b"RIFF\x24\x00\x00\x00AVI LIST", "is not a picture"),
-    "tiff.png": (encoded(noise(2), "TIFF"), "is not a picture"),  # a format that is not read
+    "tiff.png": (encoded(noise(2), "TIFF"), "is not a picture"),  # not a supported format
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_picture_is_a_fault_wherever_it_lies_and_its_neighbours_are_read(name, tmp_path):
-    content, words = BROKEN[name]
-    sources = {what: tmp_path / what for what in ("alone", "lines")}
+def test_broken_image_is_a_fault_in_every_kind_of_source(name, tmp_path):
+    content, message = BROKEN[name]
+    sources = {kind: tmp_path / kind for kind in ("alone", "lines")}
     for path in sources.values():
         path.mkdir()
-        for file, inside in (("a.png", GOOD), ("b-" + name, content), ("c.png", GOOD)):
-            (path / file).write_bytes(inside)
+        for file, image in (("a.png", GOOD), ("b-" + name, content), ("c.png", GOOD)):
+            (path / file).write_bytes(image)
     images = ["a.png", "b-" + name, "c.png"]
     write_lines(sources["lines"] / "metadata.jsonl", *({"file_name": image, "text": "a bird"} for image in images))
-    write_tar(tmp_path / "a.tar", [member for n, inside in enumerate((GOOD, content, GOOD))
-                                   for member in ((f"{n}.png", inside), (f"{n}.txt", b"a bird"))])  # fmt: skip
+    write_tar(tmp_path / "a.tar", [member for n, image in enumerate((GOOD, content, GOOD))
+                                   for member in ((f"{n}.png", image), (f"{n}.txt", b"a bird"))])  # fmt: skip
     pq.write_table(pa.table({"image": [GOOD, content, GOOD], "text": ["a bird"] * 3}), tmp_path / "a.parquet")
     table = pa.table({"image": [{"bytes": GOOD}, {"bytes": content}]})
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as out:
         out.write_table(table)
-    places = {
+    expected = {
         sources["alone"]: images, sources["lines"]: [f"metadata.jsonl:{n}" for n in (1, 2, 3)],
         tmp_path / "a.tar": [f"a.tar:{n}" for n in range(3)], tmp_path / "a.parquet": [f"a.parquet:{n}" for n in (1, 2, 3)],
         tmp_path / "a.arrow": ["a.arrow:1", "a.arrow:2"],
     }  # fmt: skip
-    for source, where in places.items():
-        found = read_at(source)
-        assert outcomes(found) == list(zip(where, ["", "unreadable image", ""], strict=False))
-        with pytest.raises(Fault, match=words):
-            raise found[1]
+    for source, where in expected.items():
+        records = read_at(source)
+        assert outcomes(records) == list(zip(where, ["", "unreadable image", ""], strict=False))
+        with pytest.raises(Fault, match=message):
+            raise records[1]
 
 
-def test_what_is_read_of_a_broken_picture_is_never_decoded_before_its_size_is_known(monkeypatch, folder):
+def test_image_size_is_checked_before_decoding(monkeypatch, folder):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 15)
     assert kinds(read_at(folder)) == ["unreadable image"]
     monkeypatch.setattr(pictures, "MOST_PIXELS", 16)
@@ -133,33 +133,33 @@ def test_what_is_read_of_a_broken_picture_is_never_decoded_before_its_size_is_kn
 
 
 MISSING = {
-    "a name": "none.png", "a folder": ".", "a file's inside": "good.png/more.png", "a device": "/dev/zero", "nothing": "",
-    "a number": 5, "truth": True, "a list": ["good.png"], "an empty object": {},
-    "an object of nothing": {"bytes": None, "path": None}, "an object's number": {"path": 7},
-    "a picture as text": base64.b64encode(bytes(5000)).decode(),
-    "a zero byte": "good\x00.png", "half a letter": "good\ud800.png", "a byte of a name": "good\udcff.png",
-    "an address of nobody's": "nosuch://good.png", "an address that is none": "http://[bad",
+    "a name": "none.png", "a folder": ".", "inside a file": "good.png/more.png", "a device": "/dev/zero", "nothing": "",
+    "a number": 5, "a boolean": True, "a list": ["good.png"], "an empty object": {},
+    "an object of nulls": {"bytes": None, "path": None}, "an object with a number": {"path": 7},
+    "an image as text": base64.b64encode(bytes(5000)).decode(),
+    "a zero byte": "good\x00.png", "half a surrogate pair": "good\ud800.png", "a byte that is not UTF-8": "good\udcff.png",
+    "an unknown protocol": "nosuch://good.png", "an invalid address": "http://[bad",
     "a chain": "simplecache::good.png",
     "another chain": "zip://a.png::file:///tmp/a.zip", "an archive": "zip://a.zip", "a line": "no\nsuch.png",
     "data that is not base64": "data:image/png,abc", "a pipe": "pipe:cat good.png",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", MISSING)
-def test_a_picture_that_is_not_there_is_a_fault_whatever_stands_in_its_place(what, folder):
-    check_between(folder, [{"image": MISSING[what], "caption": "a bird"}], "missing image")
+@pytest.mark.parametrize("case", MISSING)
+def test_missing_image_is_a_fault_for_any_value(case, folder):
+    check_between(folder, [{"image": MISSING[case], "caption": "a bird"}], "missing image")
 
 
-def test_a_damaged_picture_inside_an_address_is_a_fault(folder):
+def test_damaged_data_url_is_a_fault(folder):
     inline = "data:image/png;base64," + base64.b64encode(GOOD).decode()
     damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=",
                "data:image/png;base64,", inline[:-24] + "A" * 24 + "===="]  # fmt: skip
-    check_between(folder, [{"image": one, "caption": "a bird"} for one in damaged], "unreadable image")
+    check_between(folder, [{"image": url, "caption": "a bird"} for url in damaged], "unreadable image")
 
 
-def test_a_file_that_is_too_large_for_a_picture_is_not_read(folder):
+def test_too_large_image_file_is_a_fault(folder):
     with open(folder / "large.png", "wb") as file:
-        file.truncate(300 * 2**20)  # a hole: nothing is written
+        file.truncate(300 * 2**20)  # a sparse file
     check_between(folder, [{"image": "large.png", "caption": "a bird"}], "too large")
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_is_too_large_for_a_picture_is_not_read(folder):
     "filecache::file:///etc/hostname",
 ])  # fmt: skip
 @pytest.mark.parametrize("root", ["memory://data", "bucket://data"])
-def test_data_from_elsewhere_cannot_name_files_of_this_disk(root, address, disks):
+def test_remote_data_cannot_read_local_files(root, address, disks):
     put(f"{root}/good.png", GOOD)
     records = [PAIR, {"image": address, "caption": "a secret"}, PAIR]
     put(f"{root}/a.jsonl", "\n".join(map(json.dumps, records)))
@@ -182,7 +182,7 @@ def test_data_from_elsewhere_cannot_name_files_of_this_disk(root, address, disks
     ("", "empty caption"), (" \n\t ", "empty caption"), (None, "empty caption"), (5, "bad segment"), (True, "bad segment"),
     ([], "bad segment"), (["a bird"], "bad segment"), ({}, "bad segment"), ("half \ud800", "wrong encoding"),
 ])  # fmt: skip
-def test_a_caption_that_says_nothing_is_a_fault(caption, kind, folder):
+def test_empty_or_invalid_caption_is_a_fault(caption, kind, folder):
     check_between(folder, [{"image": "good.png", "caption": caption}], kind)
 
 
@@ -190,7 +190,7 @@ def test_a_caption_that_says_nothing_is_a_fault(caption, kind, folder):
     (b"", "empty caption"), (b"\xef\xbb\xbf \r\n", "empty caption"), ("größe".encode("latin-1"), "wrong encoding"),
     (None, "empty caption"),
 ])  # fmt: skip
-def test_a_file_beside_a_picture_that_says_nothing_is_a_fault(content, kind, folder):
+def test_empty_or_invalid_caption_file_is_a_fault(content, kind, folder):
     (folder / "good.txt").write_text("a bird")
     (folder / "lone.png").write_bytes(GOOD)
     if content is not None:
@@ -198,36 +198,36 @@ def test_a_file_beside_a_picture_that_says_nothing_is_a_fault(content, kind, fol
     assert outcomes(read_at(folder)) == [("good.png", ""), ("lone.png", kind)]
 
 
-def test_bytes_of_a_table_that_are_no_text_are_a_fault_of_their_row(tmp_path):
+def test_invalid_utf8_in_a_table_is_a_fault_of_its_row(tmp_path):
     raw = [b"one", "größe".encode("latin-1"), b"three"]
-    listed = pa.array([[one, b"more"] for one in raw])
-    as_text = pa.array(raw).view(pa.string())  # what a careless writer leaves
-    in_lists = pa.ListArray.from_arrays(listed.offsets, listed.values.view(pa.string()))
+    lists = pa.array([[content, b"more"] for content in raw])
+    as_text = pa.array(raw).view(pa.string())  # strings that are not valid UTF-8
+    in_lists = pa.ListArray.from_arrays(lists.offsets, lists.values.view(pa.string()))
     for name, table in {
         "bytes": {"text": raw}, "text": {"text": as_text}, "beside": {"text": ["one", "two", "three"], "id": as_text},
         "lists": {"texts": in_lists, "images": [[None, None]] * 3},
     }.items():  # fmt: skip
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
-        found = read_at(tmp_path / f"{name}.parquet")
-        assert outcomes(found) == [(f"{name}.parquet:{n}", "wrong encoding" if n == 2 else "") for n in (1, 2, 3)]
-        assert texts(found)[::2] == ["one", "three"]
+        records = read_at(tmp_path / f"{name}.parquet")
+        assert outcomes(records) == [(f"{name}.parquet:{n}", "wrong encoding" if n == 2 else "") for n in (1, 2, 3)]
+        assert texts(records)[::2] == ["one", "three"]
     for kind, table in (("stream", {"text": as_text}), ("file", {"text": as_text})):
         with getattr(pa.ipc, f"new_{kind}")(tmp_path / "a.arrow", pa.table(table).schema) as out:
             out.write_table(pa.table(table))
         assert kinds(read_at(tmp_path / "a.arrow")) == ["", "wrong encoding", ""]
 
 
-def test_an_id_that_cannot_be_written_down_is_a_fault(folder):
+def test_id_with_a_lone_surrogate_is_a_fault(folder):
     check_between(folder, [{**PAIR, "id": "half \ud800"}], "wrong encoding")
 
 
-def test_passages_that_are_not_utf8_are_faults_and_those_around_them_are_read(tmp_path, monkeypatch):
+def test_passage_that_is_not_utf8_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "PASSAGE_BYTES", 4)
     (tmp_path / "a.txt").write_bytes("one.\n\ngröße\n\nthree".encode("latin-1"))
     (tmp_path / "b.txt").write_text("four")
-    found = read_at(tmp_path)
-    assert kinds(found) == ["", "wrong encoding", "", ""]
-    assert texts(found)[::2] == ["one.\n\n", "three"]
+    records = read_at(tmp_path)
+    assert kinds(records) == ["", "wrong encoding", "", ""]
+    assert texts(records)[::2] == ["one.\n\n", "three"]
 
 
 # JSON
@@ -246,76 +246,76 @@ BAD_LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD_LINES)
-def test_a_line_that_holds_no_record_is_a_fault_and_its_neighbours_are_read(what, tmp_path):
-    line, kind = BAD_LINES[what]
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_line_without_a_record_is_a_fault(case, tmp_path):
+    line, kind = BAD_LINES[case]
     path = tmp_path / "a.jsonl"
     for end in (b"\n", b"\r\n"):
         path.write_bytes(end.join([b'{"text": "one"}', line, b'{"text": "three"}', line]))
-        found = read_at(path)
-        assert [where for where, _ in outcomes(found)] == [f"a.jsonl:{n}" for n in (1, 2, 3, 4)]
-        assert kinds(found)[1] == kinds(found)[3] != ""
-        assert kind is None or kinds(found) == ["", kind, "", kind]  # how deep can be read depends on Python
-        assert texts(found)[::2] == ["one", "three"]
+        records = read_at(path)
+        assert [where for where, _ in outcomes(records)] == [f"a.jsonl:{n}" for n in (1, 2, 3, 4)]
+        assert kinds(records)[1] == kinds(records)[3] != ""
+        assert kind is None or kinds(records) == ["", kind, "", kind]  # the maximum depth depends on Python
+        assert texts(records)[::2] == ["one", "three"]
 
 
 RECORDS = [{"text": f"Größe {n} 中", "more": [1, {"a": "]"}]} for n in range(6)]
 
 
 @pytest.mark.parametrize("chunk", [7, 2**20])
-def test_a_list_that_is_cut_short_gives_all_that_is_whole_and_one_fault(chunk, tmp_path, monkeypatch):
+def test_truncated_list_gives_its_complete_elements_and_one_fault(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "READ_SIZE", chunk)
     content = json.dumps(RECORDS, ensure_ascii=False).encode()
     path = tmp_path / "a.json"
     for cut in range(60, len(content), 3 if chunk > 7 else 11):
         path.write_bytes(content[:cut])
-        found = read_at(path, most=2)
-        whole = len(found) - 1
-        assert texts(found[:-1]) == [record["text"] for record in RECORDS[:whole]]
-        assert found[-1].kind in ("cut short", "bad JSON")
-        assert found[-1].where == f"a.json:{whole + 1}"
-        assert len(json.dumps(RECORDS[: whole + 1], ensure_ascii=False).encode()) > cut  # no whole one is missing
+        *documents, fault = read_at(path, max_rows=2)
+        complete = len(documents)
+        assert texts(documents) == [record["text"] for record in RECORDS[:complete]]
+        assert fault.kind in ("cut short", "bad JSON")
+        assert fault.where == f"a.json:{complete + 1}"
+        assert len(json.dumps(RECORDS[: complete + 1], ensure_ascii=False).encode()) > cut  # none is missing
 
 
-@pytest.mark.parametrize(("element", "kind", "goes_on"), [
+@pytest.mark.parametrize(("element", "kind", "continues"), [
     ('{"text": "größe"}'.encode("latin-1"), "wrong encoding", True), (b"5", "bad JSON", True), (b"[[]]", "bad JSON", True),
     (b'"text"', "bad JSON", True), (b'{"text": nothing}', "bad JSON", False), (DEEP.encode(), "bad JSON", False),
     (b'{"a": ' + b"9" * 5000 + b"}", "bad JSON", False), (b"[" * 900 + b"]" * 900, "bad JSON", None),
     (b'{"this": 1}', "missing column", True),
 ])  # fmt: skip
-def test_a_bad_element_of_a_list_is_a_fault_and_the_list_goes_on_where_it_can(element, kind, goes_on, tmp_path):
+def test_bad_list_element_is_a_fault_and_the_rest_is_read_if_possible(element, kind, continues, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text": "one"}, ' + element + b', {"text": "three"}]')
-    for most in (1, 1000):
-        found = read_at(path, most)
-        assert texts(found)[0] == "one"
-        assert kinds(found)[1] == kind
-        assert goes_on is None or texts(found)[2:] == ["three"] * goes_on
+    for max_rows in (1, 1000):
+        records = read_at(path, max_rows)
+        assert texts(records)[0] == "one"
+        assert kinds(records)[1] == kind
+        assert continues is None or texts(records)[2:] == ["three"] * continues
 
 
-def test_an_element_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
+def test_endless_list_element_is_not_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_RECORD_SIZE", 300)
     monkeypatch.setattr(containers, "READ_SIZE", 50)
-    monkeypatch.setattr(containers._TextBuffer, "read_more", counted := counting(containers._TextBuffer.read_more))
+    monkeypatch.setattr(containers._TextBuffer, "read_more", counted := count_calls(containers._TextBuffer.read_more))
     path = tmp_path / "a.json"
-    for bomb in ('{"text": "' + "x" * 10_000_000, '{"text": "' + "x" * 320 + '"}]', '{"a": [' + "0, " * 1_000_000):
-        path.write_text('[{"text": "one"}, ' + bomb)
+    for element in ('{"text": "' + "x" * 10_000_000, '{"text": "' + "x" * 320 + '"}]', '{"a": [' + "0, " * 1_000_000):
+        path.write_text('[{"text": "one"}, ' + element)
         assert kinds(read_at(path)) == ["", "too large"]
     assert counted.calls < 100
     path.write_text('[{"text": "one"}, {"text": "' + "x" * 280 + '"}, {"text": "three"}]')
     assert kinds(read_at(path)) == ["", "", ""]
 
 
-def counting(function):
-    def counted(*given):
+def count_calls(function):
+    def counted(*args):
         counted.calls += 1
-        return function(*given)
+        return function(*args)
 
     counted.calls = 0
     return counted
 
 
-def test_a_file_among_others_that_holds_nothing_of_the_kind_is_a_fault(tmp_path):
+def test_file_without_records_among_others_is_a_fault(tmp_path):
     for name, content in (("a.json", ""), ("b.json", '[{"text": "one"}]'), ("c.json", '{"a": [{"text": "two"}]}'),
                           ("d.json", "\ufeff \n [ ]"), ("e.json", "x"), ("f.json", '[{"text": "three"}]')):  # fmt: skip
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -323,30 +323,30 @@ def test_a_file_among_others_that_holds_nothing_of_the_kind_is_a_fault(tmp_path)
                                            ("e.json:1", "bad JSON"), ("f.json:1", "")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "words"), [
+@pytest.mark.parametrize(("content", "message"), [
     ("", "is not valid JSON"), ("two words", "is not valid JSON"), ('{"a": ' + DEEP, "is not valid JSON"),
     ('{"annotations": []}', "neither a list"), ('{\n"text": "spread over lines"}', "neither a list"),
     ("[]", "has no records"), ("[5]", "no record can be read"),
     ("\xff", "is not valid JSON"), ("{", "is not valid JSON"),
 ])  # fmt: skip
-def test_a_json_file_that_holds_no_records_is_refused_in_one_line(content, words, tmp_path):
+def test_json_file_without_records_is_a_one_line_error(content, message, tmp_path):
     (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=words) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         read_at(tmp_path / "a.json")
     assert "\n" not in str(raised.value)
 
 
-def test_lines_in_a_json_file_are_read_however_long_the_first_is(tmp_path):
+def test_json_lines_in_a_json_file_may_have_a_long_first_line(tmp_path):
     write_lines(tmp_path / "a.json", {"text": "x" * 300_000}, {"text": "two"})
     assert [len(text) for text in texts(read_at(tmp_path))] == [300_000, 3]
 
 
-# The forms
+# Forms
 
-TURN = [{"from": "human", "value": "Which <image>?"}, {"from": "gpt", "value": "A robin."}]
-GOODS = {
+TURNS = [{"from": "human", "value": "Which <image>?"}, {"from": "gpt", "value": "A robin."}]
+GOOD_RECORDS = {
     "document": {"segments": [{"text": "a bird"}, {"image": "good.png"}]},
-    "conversation": {"image": "good.png", "conversations": TURN},
+    "conversation": {"image": "good.png", "conversations": TURNS},
     "messages": {"messages": [{"role": "user", "content": "Hello!"}]}, "interleaved": {"texts": ["a"], "images": [None]},
     "mmc4": {"text_list": ["a"], "image_info": []},
     "editing": {"source": "good.png", "instruction": "turn it", "target": "good.png"},
@@ -355,7 +355,7 @@ LENGTHS = "lists of different lengths"
 TWO_MARKS = [{"from": "human", "value": "<image> <image>"}]
 
 
-def matched(*infos: dict) -> dict:
+def mmc4(*infos: dict) -> dict:
     return {"text_list": ["a"], "image_info": list(infos)}
 
 
@@ -368,17 +368,17 @@ BAD_FORMS = {
         ("missing column", {"texts": "a", "images": [None]}), ("missing image", {"texts": [None], "images": [3]}),
     ],
     "mmc4": [
-        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": 1})),
-        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": -1})),
-        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": "0"})),
-        (LENGTHS, matched({"image_name": "good.png", "matched_text_index": True})),
-        ("bad segment", matched({"image_name": "good.png"})), ("bad segment", matched({"matched_text_index": 0})),
+        (LENGTHS, mmc4({"image_name": "good.png", "matched_text_index": 1})),
+        (LENGTHS, mmc4({"image_name": "good.png", "matched_text_index": -1})),
+        (LENGTHS, mmc4({"image_name": "good.png", "matched_text_index": "0"})),
+        (LENGTHS, mmc4({"image_name": "good.png", "matched_text_index": True})),
+        ("bad segment", mmc4({"image_name": "good.png"})), ("bad segment", mmc4({"matched_text_index": 0})),
         ("missing column", {"text_list": ["a"], "image_info": 5}), ("bad segment", {"text_list": [None], "image_info": []}),
         ("empty document", {"text_list": [" "], "image_info": []}),
     ],
     "conversation": [
         (LENGTHS, {"image": "good.png", "conversations": TWO_MARKS}),
-        (LENGTHS, {"image": ["good.png"] * 3, "conversations": TWO_MARKS}), (LENGTHS, {"conversations": TURN}),
+        (LENGTHS, {"image": ["good.png"] * 3, "conversations": TWO_MARKS}), (LENGTHS, {"conversations": TURNS}),
         ("bad segment", {"conversations": [{"from": "human", "value": 5}]}), ("bad segment", {"conversations": ["Hello!"]}),
         ("bad segment", {"conversations": [{"from": "human"}]}), ("bad segment", {"conversations": [{"value": "Hello!"}]}),
         ("empty document", {"conversations": []}),
@@ -414,8 +414,8 @@ BAD_FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", GOODS)
-def test_what_breaks_the_rules_of_a_form_is_a_fault(form, folder):
+@pytest.mark.parametrize("form", GOOD_RECORDS)
+def test_invalid_record_of_each_form_is_a_fault(form, folder):
     for kind, record in BAD_FORMS[form]:
         check_between(folder, [record], kind, form=form)
 
@@ -433,38 +433,38 @@ columns = st.sampled_from((
 ))  # fmt: skip
 
 
-class Any:
-    """Pictures of which every second is missing."""
+class EverySecondImage:
+    """An image reader for which every second image is missing."""
 
     def __init__(self):
-        self.asked = 0
+        self.calls = 0
 
     def read(self, value):
-        self.asked += 1
-        if self.asked % 2:
+        self.calls += 1
+        if self.calls % 2:
             return np.zeros((2, 2, 3), np.uint8)
-        raise Fault("missing image", "there is none")
+        raise Fault("missing image", "it does not exist")
 
 
 @examples(400)
 @given(st.sampled_from(FORMS), st.dictionaries(columns, anything, max_size=5))
-def test_any_record_of_any_form_is_a_document_or_a_fault(form, record):
+def test_random_record_is_a_document_or_a_fault(form, record):
     try:
-        found = to_document(form, record, Any())
+        document = to_document(form, record, EverySecondImage())
     except Fault as fault:
         assert fault.kind
         return
-    assert found.segments
-    for part in found.segments:
+    assert document.segments
+    for part in document.segments:
         assert isinstance(part, RawImage) or part.text.encode() is not None
-    assert found.name.encode() is not None
+    assert document.name.encode() is not None
 
 
 # Archives
 
 
-class Evil:
-    """Unpickled, it writes a file."""
+class MaliciousPickle:
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -477,45 +477,45 @@ GROUPS = [(f"{n}.{suffix}", content) for n in range(4) for suffix, content in ((
 
 
 def test_pickles_in_an_archive_are_never_opened(tmp_path):
-    evil = pickle.dumps(Evil(tmp_path / "written"))
-    pickle.loads(evil).close()  # noqa: S301 (it would)
+    malicious = pickle.dumps(MaliciousPickle(tmp_path / "written"))
+    pickle.loads(malicious).close()  # noqa: S301 (to check that it writes the file)
     (tmp_path / "written").unlink()
     suffixes = ("pickle", "pkl", "pyd", "pth", "pt", "npy", "npz", "pyc")
-    evils = [(f"0.{suffix}", evil) for suffix in suffixes]
-    write_tar(tmp_path / "a.tar", [*GROUPS[:2], *evils, *GROUPS[2:4], ("1.json", evil)])
+    pickles = [(f"0.{suffix}", malicious) for suffix in suffixes]
+    write_tar(tmp_path / "a.tar", [*GROUPS[:2], *pickles, *GROUPS[2:4], ("1.json", malicious)])
     assert outcomes(read_at(tmp_path / "a.tar")) == [("a.tar:0", ""), ("a.tar:1", "wrong encoding")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
 
 
-def test_nothing_of_an_archive_is_ever_unpacked_and_links_and_devices_are_passed_over(tmp_path):
+def test_archives_are_not_extracted_and_links_and_devices_are_skipped(tmp_path):
     inner = tmp_path / "deep/inside"
     inner.mkdir(parents=True)
     (tmp_path / "secret.txt").write_text("a secret")
     with tarfile.open(inner / "a.tar", "w") as archive:
         for name, content in (("../../evil.png", GOOD), ("../../evil.txt", b"a bird"), ("/abs.png", GOOD),
                               ("/abs.txt", b"a nest")):  # fmt: skip
-            about = tarfile.TarInfo(name)
-            about.size = len(content)
-            archive.addfile(about, io.BytesIO(content))
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
         links = ("b.png", tarfile.SYMTYPE), ("b.txt", tarfile.LNKTYPE)
         others = (("c.txt", tarfile.CHRTYPE), ("c.png", tarfile.BLKTYPE), ("d.txt", tarfile.FIFOTYPE),
                   ("e.txt", tarfile.DIRTYPE))  # fmt: skip
         for name, kind in (*links, *others):
-            about = tarfile.TarInfo(name)
-            about.type, about.linkname = kind, "../../secret.txt" if (name, kind) in links else ""
-            archive.addfile(about)
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "../../secret.txt" if (name, kind) in links else ""
+            archive.addfile(info)
     before = sorted(tmp_path.rglob("*"))
-    found = read_at(inner)
-    assert outcomes(found) == [("a.tar:../../evil", ""), ("a.tar:abs", "")]
-    assert texts(found) == ["a bird", "a nest"]
+    documents = read_at(inner)
+    assert outcomes(documents) == [("a.tar:../../evil", ""), ("a.tar:abs", "")]
+    assert texts(documents) == ["a bird", "a nest"]
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_archive_that_is_cut_gives_the_groups_before_the_cut_and_one_fault(tmp_path):
-    """A group is known to be whole when the next one, or the end mark, can be read behind it."""
+def test_truncated_archive_gives_its_complete_records_and_one_fault(tmp_path):
+    """A record is complete when the next record or the end mark can be read after it."""
     path = tmp_path / "a.tar"
     write_tar(path, GROUPS)
-    content, group, block = path.read_bytes(), 2048, tarfile.BLOCKSIZE  # two headers and two contents of a block each
+    content, group, block = path.read_bytes(), 2048, tarfile.BLOCKSIZE  # two headers and two contents, one block each
     ends = [group * n + block * k + j for n in range(5) for k in range(4) for j in (-1, 0, 1)]
     for cut in (cut for cut in ends if 0 <= cut <= len(content)):
         path.write_bytes(content[:cut])
@@ -524,29 +524,29 @@ def test_an_archive_that_is_cut_gives_the_groups_before_the_cut_and_one_fault(tm
             with pytest.raises(ValueError, match="no record can be read; the first fault: a.tar"):
                 open_reader(str(path))
             continue
-        for most in (1, 1000):
-            found = read_at(path, most)
-            assert outcomes(found[:whole]) == [(f"a.tar:{n}", "") for n in range(whole)]
-            assert texts(found[:whole]) == [f"bird {n}" for n in range(whole)]
-            assert outcomes(found[whole:]) == ([(f"a.tar:{whole}", "cut short")] if whole < 4 else [])
+        for max_rows in (1, 1000):
+            records = read_at(path, max_rows)
+            assert outcomes(records[:whole]) == [(f"a.tar:{n}", "") for n in range(whole)]
+            assert texts(records[:whole]) == [f"bird {n}" for n in range(whole)]
+            assert outcomes(records[whole:]) == ([(f"a.tar:{whole}", "cut short")] if whole < 4 else [])
 
 
-def test_a_compressed_archive_that_is_cut_gives_the_groups_before_the_cut_and_one_fault(tmp_path):
+def test_truncated_compressed_archive_gives_its_complete_records_and_one_fault(tmp_path):
     path = tmp_path / "a.tar.gz"
     write_tar(path, GROUPS)
     content, lengths = path.read_bytes(), set()
     for cut in range(len(content) // 2, len(content), 7):
         path.write_bytes(content[:cut])
-        found = read_at(path)
-        whole = kinds(found).count("")
+        records = read_at(path)
+        whole = kinds(records).count("")
         lengths.add(whole)
-        assert texts(found[:whole]) == [f"bird {n}" for n in range(whole)]
-        assert outcomes(found[whole:]) == ([(f"a.tar.gz:{whole}", "cut short")] if whole < 4 else [])
+        assert texts(records[:whole]) == [f"bird {n}" for n in range(whole)]
+        assert outcomes(records[whole:]) == ([(f"a.tar.gz:{whole}", "cut short")] if whole < 4 else [])
     assert lengths == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("damage", [b"\xff" * 8, b"garbage!"])
-def test_a_header_that_is_damaged_ends_an_archive_with_a_fault(damage, tmp_path):
+def test_damaged_header_ends_an_archive_with_a_fault(damage, tmp_path):
     write_tar(tmp_path / "a.tar", GROUPS)
     content = bytearray((tmp_path / "a.tar").read_bytes())
     content[4 * 1024 + 148 : 4 * 1024 + 156] = damage  # the checksum of 2.png
@@ -555,12 +555,12 @@ def test_a_header_that_is_damaged_ends_an_archive_with_a_fault(damage, tmp_path)
     assert outcomes(read_at(tmp_path)) == [("a.tar:0", ""), ("a.tar:1", "cut short"), ("b.tar:0", ""), ("b.tar:1", "")]
 
 
-def test_a_member_of_negative_size_ends_an_archive_with_a_fault(tmp_path):
+def test_negative_member_size_ends_an_archive_with_a_fault(tmp_path):
     with open(tmp_path / "a.tar", "wb") as out:
         for name, size in (("0.txt", 3), ("1.txt", -1024)):
-            about = tarfile.TarInfo(name)
-            about.size = abs(size)
-            header = bytearray(about.tobuf(tarfile.GNU_FORMAT))
+            info = tarfile.TarInfo(name)
+            info.size = abs(size)
+            header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
             if size < 0:
                 header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
                 header[148:156] = b"%06o\x00 " % tarfile.calc_chksums(bytes(header))[0]
@@ -573,15 +573,15 @@ def test_a_member_of_negative_size_ends_an_archive_with_a_fault(tmp_path):
     assert kinds(read_at(tmp_path)) == ["cut short", "cut short", ""]
 
 
-def test_an_archive_of_nothing_but_long_names_is_a_fault(tmp_path):
-    about = tarfile.TarInfo("././@LongLink")
-    about.type, about.size = tarfile.GNUTYPE_LONGNAME, 512
-    (tmp_path / "a.tar").write_bytes((about.tobuf(tarfile.GNU_FORMAT) + b"x" * 512) * 3000 + bytes(1024))
+def test_archive_of_only_long_names_is_a_fault(tmp_path):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 512
+    (tmp_path / "a.tar").write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"x" * 512) * 3000 + bytes(1024))
     write_tar(tmp_path / "b.tar", GROUPS[:2])
     assert kinds(read_at(tmp_path)) == ["cut short", ""]
 
 
-def test_members_that_say_nothing_usable_are_faults_of_their_group(tmp_path, monkeypatch):
+def test_unusable_members_are_faults_of_their_record(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_RECORD_SIZE", 1000)
     groups = [("a.png", GOOD), ("a.txt", b"a bird"), ("b.png", GOOD), ("b.txt", b" \n"), ("c.png", GOOD), ("c.json", b"{"),
               ("d.png", GOOD), ("d.json", b"[1]"), ("e.png", GOOD), ("f.txt", b"no picture"), ("g.png", GOOD),
@@ -596,65 +596,65 @@ def test_members_that_say_nothing_usable_are_faults_of_their_group(tmp_path, mon
 # Tables
 
 
-def test_a_table_whose_end_is_missing_is_a_fault_and_others_beside_it_are_read(tmp_path):
+def test_truncated_table_is_a_fault_and_other_files_are_read(tmp_path):
     table = pa.table({"text": ["one", "two"]})
     for name in ("a", "b", "c"):
         pq.write_table(table, tmp_path / f"{name}.parquet")
     for content in ((tmp_path / "b.parquet").read_bytes()[:-10], b"", b"no parquet"):
         (tmp_path / "b.parquet").write_bytes(content)
-        for most in (1, 1000):
-            assert outcomes(read_at(tmp_path, most)) == [
+        for max_rows in (1, 1000):
+            assert outcomes(read_at(tmp_path, max_rows)) == [
                 ("a.parquet:1", ""), ("a.parquet:2", ""), ("b.parquet:1", "damaged table"),
                 ("c.parquet:1", ""), ("c.parquet:2", ""),
             ]  # fmt: skip
 
 
-@pytest.mark.parametrize("most", [1, 1000])
-def test_a_group_of_rows_that_is_damaged_is_a_fault_and_those_around_it_are_read(most, tmp_path):
+@pytest.mark.parametrize("max_rows", [1, 1000])
+def test_damaged_row_group_is_one_fault(max_rows, tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"text {n}" * 20 for n in range(9)]}), path, row_group_size=3, use_dictionary=False,
                    compression="none")  # fmt: skip
-    about = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     content = bytearray(path.read_bytes())
-    content[about.data_page_offset : about.data_page_offset + 40] = b"\xff" * 40
+    content[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
     path.write_bytes(content)
-    found = read_at(path, most)
-    assert outcomes(found) == [(f"a.parquet:{n}", "damaged table" if n == 4 else "") for n in (1, 2, 3, 4, 7, 8, 9)]
+    expected = [(f"a.parquet:{n}", "damaged table" if n == 4 else "") for n in (1, 2, 3, 4, 7, 8, 9)]
+    assert outcomes(read_at(path, max_rows)) == expected
 
 
-@pytest.mark.parametrize("most", [1, 1000])
-def test_a_stream_that_is_cut_gives_the_batches_before_the_cut_and_one_fault(most, tmp_path):
+@pytest.mark.parametrize("max_rows", [1, 1000])
+def test_truncated_arrow_stream_gives_its_complete_batches_and_one_fault(max_rows, tmp_path):
     table, buffer, ends = pa.table({"text": [f"text {n}" * 20 for n in range(9)]}), io.BytesIO(), []
     with pa.ipc.new_stream(buffer, table.schema) as out:
         for batch in table.to_batches(max_chunksize=3):
             out.write_batch(batch)
             ends.append(buffer.tell())
     (tmp_path / "b.arrow").write_bytes(buffer.getvalue())
-    for begun, end in enumerate(ends[:-1], 1):
-        for beyond in (3, 50, 500):  # bytes of the batch that are there
-            (tmp_path / "a.arrow").write_bytes(buffer.getvalue()[: end + beyond])
-            whole = [(f"a.arrow:{n}", "") for n in range(1, 3 * begun + 1)]
+    for batches, end in enumerate(ends[:-1], 1):
+        for extra in (3, 50, 500):  # bytes of the next batch
+            (tmp_path / "a.arrow").write_bytes(buffer.getvalue()[: end + extra])
+            complete = [(f"a.arrow:{n}", "") for n in range(1, 3 * batches + 1)]
             others = [(f"b.arrow:{n}", "") for n in range(1, 10)]
-            found = outcomes(read_at(tmp_path, most))
-            assert found == [*whole, (f"a.arrow:{3 * begun + 1}", "damaged table"), *others]
+            actual = outcomes(read_at(tmp_path, max_rows))
+            assert actual == [*complete, (f"a.arrow:{3 * batches + 1}", "damaged table"), *others]
 
 
-def test_a_table_without_captions_holds_pictures_or_faults_as_one_says(tmp_path):
+def test_table_without_captions_is_images_or_faults_by_form(tmp_path):
     pq.write_table(pa.table({"image": [GOOD, GOOD]}), tmp_path / "a.parquet")
     assert kinds(read_at(tmp_path)) == ["", ""]
     assert open_reader(str(tmp_path)).form == "image"
-    found = read_at(tmp_path, form="pair")
-    assert kinds(found) == ["missing column", "missing column"]
-    assert "among its columns: image" in str(found[0])
+    faults = read_at(tmp_path, form="pair")
+    assert kinds(faults) == ["missing column", "missing column"]
+    assert "among its columns: image" in str(faults[0])
 
 
-def test_a_label_without_a_name_is_a_fault(tmp_path):
-    def named(names) -> dict:
+def test_class_label_without_a_name_is_a_fault(tmp_path):
+    def features(names) -> dict:
         return {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}}}
 
-    for about, expected in ((named(["nest"]), ["", "bad segment", "empty caption"]), ({"info": {"features": [1]}}, None),
-                            ({}, None), (named(5), None)):  # fmt: skip
-        schema = pa.schema({"image": pa.binary(), "label": pa.int64()}, {"huggingface": json.dumps(about)})
+    for info, expected in ((features(["nest"]), ["", "bad segment", "empty caption"]), ({"info": {"features": [1]}}, None),
+                            ({}, None), (features(5), None)):  # fmt: skip
+        schema = pa.schema({"image": pa.binary(), "label": pa.int64()}, {"huggingface": json.dumps(info)})
         pq.write_table(pa.table({"image": [GOOD] * 3, "label": [0, 7, None]}, schema), tmp_path / "a.parquet")
         assert kinds(read_at(tmp_path)) == (expected or ["bad segment", "bad segment", "empty caption"])
 
@@ -666,21 +666,21 @@ def test_a_label_without_a_name_is_a_fault(tmp_path):
     ("a.jsonl.gz", "\n".join(map(json.dumps, RECORDS * 300)), "cut short"),
     ("a.json.gz", json.dumps(RECORDS * 300), "cut short"),
 ])  # fmt: skip
-def test_a_compressed_file_that_is_cut_gives_the_records_before_the_cut(name, content, kind, tmp_path):
+def test_truncated_compressed_file_gives_its_complete_records(name, content, kind, tmp_path):
     packed = gzip.compress(content.encode(), 1)
     (tmp_path / name).write_bytes(packed)
     expected = [record["text"] for record in RECORDS * 300]
     assert texts(read_at(tmp_path)) == expected
     for damaged in (packed[: len(packed) // 2], packed[: len(packed) * 9 // 10]):
         (tmp_path / name).write_bytes(damaged)
-        for most in (100, 1000):
-            found = read_at(tmp_path, most)
-            assert kinds(found[-1:]) == [kind]
-            assert texts(found[:-1]) == expected[: len(found) - 1]
-        assert len(found) > 300
+        for max_rows in (100, 1000):
+            records = read_at(tmp_path, max_rows)
+            assert kinds(records[-1:]) == [kind]
+            assert texts(records[:-1]) == expected[: len(records) - 1]
+        assert len(records) > 300
 
 
-def test_a_checksum_that_is_wrong_is_a_fault_behind_all_that_was_unpacked(tmp_path):
+def test_wrong_checksum_is_a_fault_after_all_records(tmp_path):
     packed = bytearray(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     packed[-6] ^= 1
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
@@ -690,7 +690,7 @@ def test_a_checksum_that_is_wrong_is_a_fault_behind_all_that_was_unpacked(tmp_pa
 # COCO
 
 
-def test_annotations_that_name_no_picture_are_faults(folder):
+def test_coco_annotations_without_an_image_are_faults(folder):
     images = [{"id": 1, "file_name": "good.png"}, {"id": 2, "file_name": "none.png"}, {"id": [3]}, {"id": 4}, 5,
               {"id": 6, "file_name": "../" * 20 + "dev/zero"}]  # fmt: skip
     annotations = [{"image_id": 1, "caption": "a bird"}, {"image_id": 2, "caption": "no file"},
@@ -699,9 +699,9 @@ def test_annotations_that_name_no_picture_are_faults(folder):
                    {"image_id": 1}, {"image_id": 1, "caption": 5}, {"image_id": 6, "caption": "zeros"},
                    {"image_id": 1, "caption": "a bird again"}]  # fmt: skip
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    found = read_at(folder / "captions.json")
-    assert kinds(found) == ["", *["missing image"] * 6, "empty caption", "bad segment", "missing image", ""]
-    assert [one.where for one in found] == [f"captions.json:annotation {n}" for n in range(1, 12)]
+    records = read_at(folder / "captions.json")
+    assert kinds(records) == ["", *["missing image"] * 6, "empty caption", "bad segment", "missing image", ""]
+    assert [record.where for record in records] == [f"captions.json:annotation {n}" for n in range(1, 12)]
     for second in ("{", '{"images": null, "annotations": null}', '{"images": [], "annotations": {}}'):
         (folder / "captions_z.json").write_text(second)
         assert kinds(read_at(folder))[-1] == "bad JSON"
@@ -710,14 +710,14 @@ def test_annotations_that_name_no_picture_are_faults(folder):
 # Names of files
 
 
-def test_names_of_files_that_are_not_utf8_can_still_be_said(tmp_path):
+def test_file_names_that_are_not_utf8_are_printable(tmp_path):
     for n, name in enumerate((b"b\xffird.png", b"line\nbreak.png")):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(png(n))
     assert outcomes(read_at(tmp_path)) == [("b?ird.png", ""), ("line?break.png", "")]
 
 
-def test_a_name_in_an_archive_that_is_not_utf8_can_still_be_said(tmp_path):
+def test_archive_names_that_are_not_utf8_are_printable(tmp_path):
     write_tar(tmp_path / "a.tar", [("bXrd.png", GOOD), ("bXrd.txt", b"a bird")])
     content = (tmp_path / "a.tar").read_bytes()
     for start in (0, 1024):
@@ -729,7 +729,7 @@ def test_a_name_in_an_archive_that_is_not_utf8_can_still_be_said(tmp_path):
     assert outcomes(read_at(tmp_path)) == [("a.tar:b\ufffdrd", "")]
 
 
-# Files that are hardly files
+# Empty and damaged files
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -737,7 +737,7 @@ def test_a_name_in_an_archive_that_is_not_utf8_can_still_be_said(tmp_path):
     ("a.txt", b""), ("a.txt", b" \n\n"), ("a.tar", b"no archive" * 100), ("a.jsonl.gz", b"no gzip"),
     ("a.json.gz", b"no gzip"), ("a.json", b""), ("a.tgz", gzip.compress(b"", mtime=0)),
 ])  # fmt: skip
-def test_a_file_of_which_nothing_can_be_read_is_refused_in_one_line(name, content, tmp_path):
+def test_file_without_readable_records_is_a_one_line_error(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     for source in (tmp_path, tmp_path / name):
         with pytest.raises((ValueError, OSError)) as raised:
@@ -756,14 +756,14 @@ def test_a_file_of_which_nothing_can_be_read_is_refused_in_one_line(name, conten
 @pytest.mark.filterwarnings("ignore")
 @examples(50)
 @given(st.integers(0, 2**32), st.sampled_from(("cut", "byte", "bits")), st.booleans())
-def test_damage_of_any_kind_ends_in_faults_or_is_refused_in_one_line(name, seed, damage, far):
-    chance, content = random.Random(seed), bytearray((FIXTURES / name).read_bytes())
+def test_random_damage_gives_faults_or_a_one_line_error(name, seed, damage, many_places):
+    rng, content = random.Random(seed), bytearray((FIXTURES / name).read_bytes())
     if damage == "cut":
-        content = content[: chance.randrange(len(content))]
-    for _ in range(20 if far else 1):
+        content = content[: rng.randrange(len(content))]
+    for _ in range(20 if many_places else 1):
         if damage != "cut":
-            place = chance.randrange(len(content))
-            content[place] = chance.randrange(256) if damage == "byte" else content[place] ^ 1 << chance.randrange(8)
+            position = rng.randrange(len(content))
+            content[position] = rng.randrange(256) if damage == "byte" else content[position] ^ 1 << rng.randrange(8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(name).name
         path.write_bytes(content)
@@ -773,4 +773,4 @@ def test_damage_of_any_kind_ends_in_faults_or_is_refused_in_one_line(name, seed,
         except (ValueError, OSError) as error:
             assert str(error).isprintable()
             return
-        outcomes([one for unit in units for one in reader.read(unit)])
+        outcomes([record for unit in units for record in reader.read(unit)])
