@@ -148,7 +148,7 @@ class Notes:
 
 
 @st.composite
-def pictures(draw, side: int = 8):
+def image_lists(draw, side: int = 8):
     """Images of one size: noise, smooth, or with a constant channel."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n, channels = draw(st.integers(2, 6)), draw(st.sampled_from((1, 3)))
@@ -194,19 +194,19 @@ def times_of(batch: Batch, salt: int = 0) -> list[Tensor]:
     ]
 
 
-def same_batch(one: Batch, other: Batch) -> bool:
+def same_batch(a: Batch, b: Batch) -> bool:
     """Whether all tensors, lists and numbers are equal."""
-    return _same(one, other) and all(_same(*pair) for pair in zip(one.groups, other.groups, strict=True))
+    return _same(a, b) and all(_same(*pair) for pair in zip(a.groups, b.groups, strict=True))
 
 
-def _same(one, other) -> bool:
-    for name, value in vars(one).items():
+def _same(a, b) -> bool:
+    for name, value in vars(a).items():
         if name == "groups":
-            if len(value) != len(other.groups):
+            if len(value) != len(b.groups):
                 return False
         elif isinstance(value, Tensor):
-            if not torch.equal(value, getattr(other, name)):
+            if not torch.equal(value, getattr(b, name)):
                 return False
-        elif value != getattr(other, name):
+        elif value != getattr(b, name):
             return False
     return True

@@ -20,9 +20,9 @@ from tests.documents import (
     contents_of,
     documents,
     few,
+    image_lists,
     many,
     pair_documents,
-    pictures,
     same_batch,
     some,
 )
@@ -504,7 +504,7 @@ def check_rebuilt(codec, image):
 
 
 @some
-@given(pictures())
+@given(image_lists())
 def test_pixels_round_trip_is_exact(images):
     codec = Pixels.fit(images)
     check_statistics(codec, images)
@@ -516,7 +516,7 @@ def test_pixels_round_trip_is_exact(images):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # in sklearn
 @some
-@given(pictures(), st.sampled_from((2, 4)), st.integers(1, 4))
+@given(image_lists(), st.sampled_from((2, 4)), st.integers(1, 4))
 def test_block_pca_equals_sklearn_pca(images, block, components):
     from sklearn.decomposition import PCA
 
@@ -542,7 +542,7 @@ def test_block_pca_equals_sklearn_pca(images, block, components):
 
 
 @some
-@given(pictures())
+@given(image_lists())
 def test_block_pca_with_all_components_is_lossless(images):
     codec = BlockPCA.fit(images, 2, 4 * images[0].shape[2])
     for image in images:
