@@ -42,14 +42,8 @@ def gather_images(
     width, height = size
     sources = [{"options": asdict(reader.options), "files": reader.fingerprint()} for reader in readers]
     built_in = [reader.address for reader in readers if reader.files is None]
-    recipe = {
-        "sources": sources,
-        "built_in": built_in,
-        "size": size,
-        "image_channels": image_channels,
-        "most": max_images,
-        "crops": crops,
-    }
+    recipe = {"sources": sources, "built_in": built_in, "size": size, "image_channels": image_channels,
+              "most": max_images, "crops": crops}  # fmt: skip
     path = folder / "pictures.json"
     if not path.exists():
         writer = _ImageWriter(size, image_channels, max_images, crops, on_fault)
@@ -92,11 +86,8 @@ def cut_crops(
 class _ImageWriter:
     """Writes images or crops of readers to a file, each different image once."""
 
-    def __init__(
-        self, size: tuple[int, int], image_channels: int, max_images: int, crops: int, on_fault: Callable[[Fault], None]
-    ):
-        self.size, self.image_channels, self.max_images, self.crops = size, image_channels, max_images, crops
-        self.on_fault = on_fault
+    def __init__(self, size: tuple[int, int], channels: int, max_images: int, crops: int, on_fault: Callable[[Fault], None]):
+        self.size, self.channels, self.max_images, self.crops, self.on_fault = size, channels, max_images, crops, on_fault
         self.count = self.number = self.faults = 0
         self.heldout: list[int] = []
         self.seen: set[bytes] = set()  # digests of images: one with several captions is written once
@@ -128,7 +119,7 @@ class _ImageWriter:
             if digest in self.seen:
                 continue
             self.seen.add(digest)
-            images = cut_crops(part.pixels, self.number, self.size, self.image_channels, self.crops)
+            images = cut_crops(part.pixels, self.number, self.size, self.channels, self.crops)
             for image in islice(images, self.max_images - self.count):
                 file.write(image.tobytes())
                 self.heldout += [self.count] if document.split == "heldout" else []

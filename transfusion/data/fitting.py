@@ -177,9 +177,7 @@ def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:
     return Tokenizer.train(texts, min(MAX_DEFAULT_VOCAB, default) if size is None else size)
 
 
-def _choose_sizes(
-    streams: Sequence[DocumentStream], config: PrepareConfig
-) -> tuple[tuple[tuple[int, int], ...], int]:
+def _choose_sizes(streams: Sequence[DocumentStream], config: PrepareConfig) -> tuple[tuple[tuple[int, int], ...], int]:
     """Image sizes (width, height), and the number of channels: 1 if the first images are all grey, otherwise 3.
 
     The default is the size of the first images if it is the same for all and at most 256; otherwise 256 x 256.

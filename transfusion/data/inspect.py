@@ -37,8 +37,7 @@ def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
         num_faults = sum(info["faults"].values())
         page.say(
             f"{len(indices)} of {len(source):,} training documents, evenly spaced. {info['documents']['heldout']:,} more "
-            f"are held out; {num_faults:,} of {info['records']:,} records were left out. The codec encoded and decoded the "
-            "images."
+            f"are held out; {num_faults:,} of {info['records']:,} records were left out. Images are decoded by the codec."
         )
         _show(page, [_shrink_images(source[n]) for n in indices])
 

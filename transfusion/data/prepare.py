@@ -20,15 +20,8 @@ import pyarrow as pa
 
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
-from transfusion.data.fitting import (
-    PrepareError,
-    TokenizerAndCodec,
-    fit,
-    is_codec_folder,
-    open_encoders,
-    read_codec_info,
-    read_like_info,
-)  # fmt: skip
+from transfusion.data import fitting
+from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
@@ -68,10 +61,10 @@ def prepare(
             _check_recipe(folder, _build_recipe(readers, config, jobs))
             if not (folder / "fitted.json").exists():
                 report("fitting the tokenizer and the codec on the first documents")
-                fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
+                fitting.fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
     barrier()
     if not (folder / "dataset.json").exists():
-        encoders = open_encoders(folder)
+        encoders = fitting.open_encoders(folder)
         _write_shards(jobs, config, encoders, folder, rank, world, on_progress)
         barrier()
         if rank == 0:
@@ -141,9 +134,9 @@ def _build_recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequen
     settings = asdict(config)
     del settings["max_faults"]  # it does not change finished shards
     if config.like is not None:
-        settings["like"] = read_like_info(Path(config.like))["codec"]["sha256"]
-    if is_codec_folder(config.codec):
-        settings["codec"] = read_codec_info(Path(config.codec)).get("sha256")
+        settings["like"] = fitting.read_like_info(Path(config.like))["codec"]["sha256"]
+    if fitting.is_codec_folder(config.codec):
+        settings["codec"] = fitting.read_codec_info(Path(config.codec)).get("sha256")
     if config.tokenizer is not None:
         settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     return {"format": FORMAT, "settings": settings, "sources": sources}

@@ -117,10 +117,8 @@ def _check_seq_len(folders: list[PreparedFolder], config: DataConfig, vocabulary
     for name in config.sources or _names(folders):
         needed = _folder_of(name, folders).source(name, "train").min_seq_len(vocabulary)
         if needed > config.seq_len:
-            raise ValueError(
-                f"an image of {name} needs {needed} positions with its caption, but a row has {config.seq_len}: "
-                "raise data.seq_len"
-            )
+            raise ValueError(f"an image of {name} needs {needed} positions with its caption, a row has {config.seq_len}: "
+                             "raise data.seq_len")  # fmt: skip
 
 
 def _open_folders(config: DataConfig) -> list[PreparedFolder]:
@@ -129,10 +127,8 @@ def _open_folders(config: DataConfig) -> list[PreparedFolder]:
     first, names = folders[0], _names(folders)
     for other in folders[1:]:
         if any(first.metadata[key]["sha256"] != other.metadata[key]["sha256"] for key in ("tokenizer", "codec")):
-            raise ValueError(
-                f"{other.folder} was prepared with another tokenizer or codec than {first.folder}: prepare it with "
-                f"--like {first.folder}"
-            )
+            raise ValueError(f"{other.folder} was prepared with another tokenizer or codec than {first.folder}: prepare it "
+                             f"with --like {first.folder}")  # fmt: skip
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two prepared sources are called {name}: prepare one of them with another name, NAME=SOURCE")

@@ -162,9 +162,8 @@ def open_prepared(folder: Path) -> PreparedFolder:
                         f"this version reads format {FORMAT}: prepare it again")  # fmt: skip
     try:
         tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", metadata["tokenizer"]["sha256"]).decode())
-        codec = codec_from_bytes(
-            metadata["codec"]["kind"], read_checked(folder / "codec.safetensors", metadata["codec"]["sha256"])
-        )
+        info = metadata["codec"]
+        codec = codec_from_bytes(info["kind"], read_checked(folder / "codec.safetensors", info["sha256"]))
         return PreparedFolder(folder, metadata, tokenizer, codec)
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{folder / 'dataset.json'} is damaged: {error!r}") from None
@@ -243,9 +242,8 @@ class StoredSource:
             return [_ArrowBatch(batch) for batch in pa.ipc.open_stream(pa.memory_map(str(path)))]
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise OpenError(
-                f"cannot read {path}: {reason}; transfusion data validate {self.prepared.folder} checks all shards"
-            ) from None
+            command = f"transfusion data validate {self.prepared.folder}"
+            raise OpenError(f"cannot read {path}: {reason}; {command} checks all shards") from None
 
 
 def _parse_shape(name: str) -> tuple[int, int]:

@@ -55,10 +55,8 @@ def find_font() -> Path:
             raise OSError("a font of that name without colours")
         return Path(font.path)
     except OSError:
-        raise FileNotFoundError(
-            f"the source emoji needs the font {FONT}, which is not installed: "
-            "on Debian and Ubuntu, apt install fonts-noto-color-emoji"
-        ) from None
+        raise FileNotFoundError(f"the source emoji needs the font {FONT}, which is not installed: on Debian and Ubuntu, "
+                                "apt install fonts-noto-color-emoji") from None  # fmt: skip
 
 
 @cache

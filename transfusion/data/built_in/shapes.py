@@ -172,9 +172,7 @@ def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
 _COLOUR_OFFSETS = {name: np.float32(np.subtract(colour, BACKGROUND)) for name, colour in COLOURS.items()}
 
 
-def coverage(
-    shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS
-) -> np.ndarray:
+def coverage(shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS) -> np.ndarray:
     """Share of each pixel that a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units.
 
     coverage = clip(0.5 - d, 0, 1), d: signed distance in pixels from the pixel's centre to the outline. Exact for

@@ -11,9 +11,7 @@ import numpy as np
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.containers import IMAGE_SUFFIXES
 
-Form = Literal[
-    "document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"
-]
+Form = Literal["document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"]
 FORMS: tuple[str, ...] = get_args(Form)
 COLUMN_NAMES = {  # our name -> names in data sets; the first one present is read
     "image": ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "gif", "bmp", "image_path", "image_bytes",
