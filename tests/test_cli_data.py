@@ -98,7 +98,7 @@ def test_stats_counts_what_is_there(place, capsys):
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (("data",), 2, ""), (("data", "prepair"), 2, "did you mean prepare"), (("data", "validate"), 2, "name a source"),
-    (("data", "validate", "nowhere/at/all"), 1, "nothing at nowhere/at/all"),
+    (("data", "validate", "nowhere/at/all"), 1, "nowhere/at/all does not exist"),
     (("data", "validate", "PLACE/photos", "--form", "novel"), 1, "there is no form 'novel'"),
     (("data", "validate", "PLACE/photos", "--columns", "caption"), 2, "ours=theirs"),
     (("data", "validate", "PLACE/photos", "--limit", "0"), 2, "at least 1"),
@@ -330,7 +330,7 @@ def test_a_disk_that_fills_ends_it_in_one_line(place, tmp_path):
     done = processes.run(main, words, largest_file=102_400)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "could not be made: File too large" in done.stderr
+    assert "could not be written: File too large" in done.stderr
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 

@@ -233,7 +233,7 @@ def test_runs_that_do_not_fit_are_refused_as_a_start(base, tmp_path, capsys):
     message = fails(capsys, 1, *args, "--from", base, "--model.intermediate-size", 96)
     assert "model.intermediate_size is 64 there, 96 here" in message
     other_args = ("train", "shapes", "--out", tmp_path / "run", *TINY, "--from", base)
-    assert "colours" in fails(capsys, 1, *other_args)
+    assert "image channels" in fails(capsys, 1, *other_args)
     write_photos(tmp_path / "photos", 40)
     command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "data")
     other_args = ("train", "digits", "--out", tmp_path / "run", *TINY, "--from", base, "--data", tmp_path / "data")
