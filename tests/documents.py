@@ -89,7 +89,7 @@ def batches(draw, min_documents: int = 1, max_documents: int = 5, length: int = 
     return rows, collate(rows, length, VOCABULARY)
 
 
-def pieces_of(document: Document, length: int | None = None) -> list[Chunk]:
+def chunks_of(document: Document, length: int | None = None) -> list[Chunk]:
     """The encoded document, split if a length is given."""
     chunk = encode_document(document, VOCABULARY)
     return [chunk] if length is None else split_chunk(chunk, length)
@@ -100,7 +100,7 @@ def alone(chunk: Chunk) -> Batch:
     return collate([Row((chunk,))], len(chunk), VOCABULARY)
 
 
-def places(rows: list[Row]) -> list[tuple[int, int, Chunk]]:
+def positioned_chunks(rows: list[Row]) -> list[tuple[int, int, Chunk]]:
     """(row, first position, chunk) of every chunk in these rows."""
     positions = []
     for b, row in enumerate(rows):

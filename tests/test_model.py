@@ -21,7 +21,7 @@ from tests.documents import (
     image,
     in_double,
     may_see,
-    places,
+    positioned_chunks,
     some,
     times_of,
     with_all_logits,
@@ -94,7 +94,7 @@ def test_packed_row_equals_its_documents_alone(variant, packed):
         for group, image_predictions in zip(batch.groups, prediction.images, strict=True)
         for index, image_prediction in zip(group.index, image_predictions, strict=True)
     }
-    for b, begin, chunk in places(rows):
+    for b, begin, chunk in positioned_chunks(rows):
         single = with_all_logits(in_double(alone(chunk)))
         expected = run(model, single, latents_of(single), times_of(single))
         torch.testing.assert_close(logits[b, begin : begin + len(chunk)], expected.logits, rtol=0, atol=1e-9)
@@ -491,7 +491,7 @@ def check_equal(theirs, config: ModelConfig, seed: int):
     batch = with_all_logits(collate([Row(tuple(chunks[:2])), Row(tuple(chunks[2:]))], 128, VOCABULARY))
     logits = run(model, batch, [], []).logits.view(2, 128, -1)
     for (b, begin, chunk), _ in zip(
-        places([Row(tuple(chunks[:2])), Row(tuple(chunks[2:]))]), lengths, strict=True
+        positioned_chunks([Row(tuple(chunks[:2])), Row(tuple(chunks[2:]))]), lengths, strict=True
     ):
         with torch.no_grad():
             expected = theirs(torch.from_numpy(chunk.tokens)[None]).logits[0]

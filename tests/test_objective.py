@@ -21,7 +21,7 @@ from tests.documents import (
     few,
     image,
     in_double,
-    places,
+    positioned_chunks,
     some,
     with_all_logits,
 )
@@ -58,7 +58,7 @@ def test_losses_equal_slow_sums(packed, config, z_loss):
     x_t = [diffusion.add_noise(group.x0, s.noise, s.t, config) for group, s in pairs]
     prediction = MODEL(with_all_logits(batch), x_t, [s.t for s in samples])
     text_sum, tokens = 0.0, 0
-    for b, begin, chunk in places(rows):
+    for b, begin, chunk in positioned_chunks(rows):
         for i, target in enumerate(chunk.targets.tolist()):
             if target != NO_TARGET:
                 scores = [math.exp(x) for x in prediction.logits[b * LENGTH + begin + i].tolist()]

@@ -22,7 +22,7 @@ from tests.documents import (
     build,
     image,
     in_double,
-    places,
+    positioned_chunks,
     times_of,
     with_all_logits,
 )
@@ -334,7 +334,7 @@ def test_packed_row_equals_its_documents_alone(packed):
     images = {int(index[0]): image_prediction
               for group, image_predictions in zip(batch.groups, prediction.images, strict=True)
               for index, image_prediction in zip(group.index, image_predictions, strict=True)}  # fmt: skip
-    for b, begin, chunk in places(rows):
+    for b, begin, chunk in positioned_chunks(rows):
         single = with_all_logits(in_double(alone(chunk)))
         expected = run(UNET_MODEL, single, latents_of(single), times_of(single))
         torch.testing.assert_close(logits[b, begin : begin + len(chunk)], expected.logits, rtol=0, atol=1e-9)

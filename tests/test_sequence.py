@@ -14,12 +14,12 @@ from tests.documents import (
     VOCABULARY,
     alone,
     batches,
+    chunks_of,
     documents,
     image,
     many,
     pair_documents,
-    pieces_of,
-    places,
+    positioned_chunks,
     some,
 )
 from transfusion.seeding import derive_seed, uniform_from
@@ -188,7 +188,7 @@ def test_collate_groups_images_by_shape_with_patch_positions(packed):
     expected: dict[tuple, list] = {}
     image_ids = torch.full((len(rows), LENGTH), NO_IMAGE)
     numbers = [0] * len(rows)
-    for b, begin, chunk in places(rows):
+    for b, begin, chunk in positioned_chunks(rows):
         for placed in chunk.images:
             start = begin + placed.start
             patches = range(start, start + VOCABULARY.patches(placed.image.shape))
@@ -215,7 +215,7 @@ def test_collate_groups_images_by_shape_with_patch_positions(packed):
 @some
 @given(documents(), st.integers(8, 24))
 def test_position_ids_start_at_0_in_every_chunk(document, length):
-    for chunk in pieces_of(document, length):
+    for chunk in chunks_of(document, length):
         assert alone(chunk).position_ids.tolist() == [list(range(len(chunk)))]
 
 
