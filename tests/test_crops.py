@@ -180,4 +180,4 @@ def test_a_slip_of_the_pen_does_not_spoil_the_folder(tmp_path, capsys):
 def test_pictures_too_small_to_be_compared_are_refused(tmp_path, capsys, size, more):
     photos = write_photos(tmp_path / "photos", 12)
     fit = ("data", "fit-codec", "small", photos, "--size", size, "--out", tmp_path / "codec")
-    assert "pixels a side or more are needed" in fails(capsys, 1, *fit, *more)
+    assert "needs images of at least" in fails(capsys, 1, *fit, *more)

@@ -27,7 +27,7 @@ from tests.documents import (
     some,
 )
 from tests.profile import examples, few_samples
-from transfusion.codecs.codec import codec_of
+from transfusion.codecs.codec import codec_from_tensors
 from transfusion.codecs.pixels import FLOOR, BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, DigitsConfig
@@ -491,7 +491,7 @@ def check_statistics(codec, found):
 
 
 def check_rebuilt(codec, picture):
-    rebuilt = codec_of(codec.kind, {name: np.array(values) for name, values in codec.tensors().items()})
+    rebuilt = codec_from_tensors(codec.kind, {name: np.array(values) for name, values in codec.tensors().items()})
     assert np.array_equal(rebuilt.encode(picture), codec.encode(picture))
     assert np.array_equal(rebuilt.decode(codec.encode(picture)), codec.decode(codec.encode(picture)))
     assert (rebuilt.channels, rebuilt.downsampling, rebuilt.image_channels) == (
@@ -554,4 +554,4 @@ def test_codecs_that_do_not_fit_are_refused_in_words():
     tensors = Pixels.fit([np.zeros((4, 4, 1), dtype=np.uint8)]).tensors()
     for kind, given_ in (("jpeg", tensors), ("block_pca", tensors), ("pixels", {"mean": tensors["mean"]})):
         with pytest.raises(ValueError, match=f"kind {kind}"):
-            codec_of(kind, given_)
+            codec_from_tensors(kind, given_)
