@@ -28,7 +28,7 @@ from tests.documents import (
 )
 from tests.profile import examples, few_samples
 from transfusion.codecs.codec import codec_from_tensors
-from transfusion.codecs.pixels import FLOOR, BlockPCA, Pixels
+from transfusion.codecs.pixels import MIN_STD, BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, DigitsConfig
 from transfusion.data import sources as run_sources
@@ -482,7 +482,7 @@ def check_statistics(codec, found):
     latents = np.stack([codec.encode(picture) for picture in found])  # (n, C, Y, X)
     assert latents.dtype == np.float32
     values = latents.transpose(1, 0, 2, 3).reshape(codec.channels, -1)
-    changing = codec.std > FLOOR
+    changing = codec.std > MIN_STD
     assert np.abs(values.mean(1)).max() < 1e-3
     assert np.abs(values.std(1)[changing] - 1).max(initial=0) < 1e-3
     assert values.std(1)[~changing].max(initial=0) < 1 + 1e-3

@@ -55,7 +55,8 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
     write_whole(folder / "tokenizer.json", tokenizer_bytes)
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **MODEL_TYPE, "format": FORMAT, "run": values, "vocabulary": vocabulary, "config_sha256": hash_config(values, vocabulary),
+        **MODEL_TYPE, "format": FORMAT, "run": values, "vocabulary": vocabulary,
+        "config_sha256": hash_config(values, vocabulary),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(codec_bytes).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(tokenizer_bytes).hexdigest()}, "versions": versions(), "notes": notes,

@@ -92,7 +92,7 @@ def _statistics(values: np.ndarray) -> tuple[np.ndarray, ...]:
 def _to_blocks(pixels: np.ndarray, block: int) -> np.ndarray:
     Y, X, image_channels = pixels.shape
     if Y % block or X % block:
-        raise ValueError(f"an image of {X}x{Y} pixels: both sides must be multiples of the block size {block}")
+        raise ValueError(f"an image of {X}x{Y} pixels cannot be divided into blocks of {block}x{block}; use another size")
     return pixels.reshape(Y // block, block, X // block, block, image_channels).transpose(0, 2, 1, 3, 4).reshape(
         Y // block, X // block, -1)  # fmt: skip
 
