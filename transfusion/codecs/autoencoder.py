@@ -233,7 +233,7 @@ def check_size(image: np.ndarray, downsampling: int) -> None:
     """ValueError when `downsampling` does not divide the sides of an image (Y, X, channels)."""
     Y, X = image.shape[:2]
     if Y % downsampling or X % downsampling:
-        raise ValueError(f"an image of {X}x{Y} pixels does not fit the codec: use a size whose sides are multiples of {downsampling}")
+        raise ValueError(f"an image of {X}x{Y} pixels does not fit: both sides must be multiples of {downsampling}")
 
 
 @torch.inference_mode()
