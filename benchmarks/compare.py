@@ -156,7 +156,7 @@ class OurModel:
         )  # fmt: skip
         device = pick_device("cpu")
         self.trainer = Trainer(run, Path(), loader, {}, device)
-        self.reads, self.steps = self.trainer.read(None), count()
+        self.reads, self.steps = self.trainer.batches(None), count()
         ones = np.ones(CHANNELS)
         codec = Pixels(0 * ones, ones, -3 * ones, 3 * ones)
         tokenizer = Tokenizer.train([], VOCAB_SIZE)  # one token per byte

@@ -23,7 +23,7 @@ from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.parallel import pick_device, precision
 from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch
-from transfusion.training.trainer import Read, Trainer
+from transfusion.training.trainer import MicroBatches, Trainer
 
 SMALL_RUNS = ("digits", "shapes")
 WARMUP_STEPS, NUM_READS = 3, 8  # reads are trained on in turn
@@ -81,7 +81,7 @@ def measure_largest_batch(name: str, rows: int, setting: Setting) -> tuple[int, 
 def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
     """Time training steps and plain matrix products alternately."""
     run, device = trainer.run, setting.device
-    reads = [read for read, _ in islice(trainer.read(None), NUM_READS)]
+    reads = [read for read, _ in islice(trainer.batches(None), NUM_READS)]
     step = make_stepper(trainer, reads)
     if setting.cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -117,7 +117,7 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
         yield memory_figure("  memory on the device", peak)
 
 
-def make_stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
+def make_stepper(trainer: Trainer, reads: list[MicroBatches]) -> Callable[[], object]:
     """A function that runs the trainer's step on the next of these reads. RuntimeError if a gradient is not finite."""
     next_reads, steps = cycle(reads), count()
 
@@ -129,7 +129,7 @@ def make_stepper(trainer: Trainer, reads: list[Read]) -> Callable[[], object]:
     return lambda: trainer.step(next(steps), next(next_reads), accepts_update)
 
 
-def make_causal(read: Read) -> Read:
+def make_causal(read: MicroBatches) -> MicroBatches:
     """The same positions with a plain causal mask: one document per row, no bidirectional images."""
     return [
         (
@@ -142,7 +142,7 @@ def make_causal(read: Read) -> Read:
     ]
 
 
-def mean_per_step(reads: list[Read], count_batch: Callable[[Batch], int]) -> float:
+def mean_per_step(reads: list[MicroBatches], count_batch: Callable[[Batch], int]) -> float:
     return sum(count_batch(batch) for read in reads for batch, _ in read) / len(reads)
 
 
@@ -181,7 +181,7 @@ def measure_process_memory(name: str) -> Figure:
 
 def train_and_read_memory(name: str) -> float | None:
     trainer = make_small_trainer(name, pick_device("cpu"))
-    step = make_stepper(trainer, [read for read, _ in islice(trainer.read(None), NUM_READS)])
+    step = make_stepper(trainer, [read for read, _ in islice(trainer.batches(None), NUM_READS)])
     for _ in range(WARMUP_STEPS):
         step()
     return peak_memory_mib()

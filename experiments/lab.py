@@ -179,7 +179,7 @@ def _read_final_losses(folder: Path) -> dict[str, float]:
         name if len(heldout) == 1 else f"{source}_{name}": value
         for source, by_name in heldout.items() for name, value in by_name.items()
     }  # fmt: skip
-    positions = read_json(max((folder / "checkpoints").glob("*/state.json")))["seen"]
+    positions = read_json(max((folder / "checkpoints").glob("*/state.json")))["num_seen"]
     return {**losses, "positions": positions, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from tokenizers import Tokenizer as Library
+from tokenizers import Tokenizer as HFTokenizer
 
 from tests.test_model import sizes_of
 from transfusion.codecs.text import Tokenizer
@@ -17,7 +17,7 @@ CONFIG = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, intermediate_size=
 
 def write_tokenizer(folder: Path) -> Tokenizer:
     """A byte tokenizer with two special tokens after the bytes."""
-    tokenizer = Library.from_str(Tokenizer.train(["a small house"] * 3, 260).to_json())
+    tokenizer = HFTokenizer.from_str(Tokenizer.train(["a small house"] * 3, 260).to_json())
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     return Tokenizer.from_file(folder / "tokenizer.json")

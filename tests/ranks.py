@@ -1,4 +1,4 @@
-"""Ranks for tests: processes over gloo that stay up while a file is tested, and do together what they are told."""
+"""Ranks for tests: processes over gloo that run while a test file runs, and call functions together."""
 
 import os
 import socket
@@ -14,12 +14,12 @@ import torch
 from tests.processes import context
 from transfusion.parallel import Ranks
 
-PATIENCE = 240  # seconds until ranks that wait for one another for ever are given up
-GRACE = 20  # ... when one of them has failed already
+TIMEOUT = 240  # seconds after which ranks that hang are killed
+FAILED_TIMEOUT = 20  # the same after one of them has failed
 
 
 class World:
-    """So many ranks, `per_machine` of them on each made-up machine. Each call costs no new process."""
+    """`size` ranks, `per_machine` of them on each simulated machine. A call starts no new processes."""
 
     def __init__(self, size: int, per_machine: int | None = None):
         self.size, self.per_machine = size, per_machine or size
@@ -32,37 +32,37 @@ class World:
         }  # fmt: skip
         self.pipes, self.processes = [], []
         for rank in range(self.size):
-            ours, theirs = context().Pipe()
-            process = context().Process(target=_serve, args=(theirs, environment | {"RANK": str(rank)}), daemon=True)
+            pipe, child_pipe = context().Pipe()
+            process = context().Process(target=_serve, args=(child_pipe, environment | {"RANK": str(rank)}), daemon=True)
             process.start()
-            self.pipes.append(ours)
+            self.pipes.append(pipe)
             self.processes.append(process)
 
-    def __call__(self, do: Callable, *arguments) -> list:
-        """What `do(ranks, *arguments)` gives on each rank. AssertionError when it raises, or does not come back."""
-        if not all(process.is_alive() for process in self.processes):  # after a test that failed
+    def __call__(self, function: Callable, *args) -> list:
+        """The results of `function(ranks, *args)` on all ranks. AssertionError when it raises or hangs on one of them."""
+        if not all(process.is_alive() for process in self.processes):  # after a failed test
             self.close()
             self._start()
         for pipe in self.pipes:
-            pipe.send((do, arguments))
-        found, until = {}, time.monotonic() + PATIENCE
-        while len(found) < len(self.pipes):
-            waiting = [pipe for pipe in self.pipes if pipe not in found]
-            ready = wait(waiting, max(0, until - time.monotonic()))
+            pipe.send((function, args))
+        outcomes, deadline = {}, time.monotonic() + TIMEOUT
+        while len(outcomes) < len(self.pipes):
+            waiting = [pipe for pipe in self.pipes if pipe not in outcomes]
+            ready = wait(waiting, max(0, deadline - time.monotonic()))
             if not ready:
                 self.close()
                 break
             for pipe in ready:
                 try:
-                    found[pipe] = pipe.recv()
+                    outcomes[pipe] = pipe.recv()
                 except EOFError:
-                    found[pipe] = "it has died", False
-                if not found[pipe][1]:  # the others will wait for it
-                    until = min(until, time.monotonic() + GRACE)
-        said = [found.get(pipe, ("it hangs", False)) for pipe in self.pipes]
-        failed = [f"rank {rank}: {words}" for rank, (words, well) in enumerate(said) if not well]
-        assert not failed, "\n".join(failed)
-        return [value for value, _ in said]
+                    outcomes[pipe] = "the process has ended", False
+                if not outcomes[pipe][1]:  # the others wait for it
+                    deadline = min(deadline, time.monotonic() + FAILED_TIMEOUT)
+        results = [outcomes.get(pipe, ("it hangs", False)) for pipe in self.pipes]
+        failures = [f"rank {rank}: {error}" for rank, (error, succeeded) in enumerate(results) if not succeeded]
+        assert not failures, "\n".join(failures)
+        return [value for value, _ in results]
 
     def close(self) -> None:
         for process in self.processes:
@@ -75,27 +75,27 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     with Ranks.of_torchrun() as ranks:
         while True:
-            do, arguments = pipe.recv()
+            function, args = pipe.recv()
             try:
-                pipe.send((do(ranks, *arguments), True))
-            except BaseException:  # noqa: B036 (SystemExit too: whoever asked shall hear of it)
+                pipe.send((function(ranks, *args), True))
+            except BaseException:  # noqa: B036 (SystemExit is reported too)
                 pipe.send((traceback.format_exc(), False))
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 @contextmanager
 def precision(dtype: torch.dtype) -> Iterator[None]:
-    """New numbers are of this dtype. In float64 nothing falls back to float32, not even the logits."""
-    before = torch.get_default_dtype()
+    """New tensors have this dtype. In float64 nothing is converted to float32, not even the logits."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    kept = mock.patch.object(torch.Tensor, "float", torch.Tensor.double if dtype == torch.float64 else torch.Tensor.float)
+    to_float = torch.Tensor.double if dtype == torch.float64 else torch.Tensor.float
     try:
-        with kept:
+        with mock.patch.object(torch.Tensor, "float", to_float):
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)

@@ -152,7 +152,7 @@ def test_pictures_that_cannot_be_read(run, tmp_path, capsys):
     (tmp_path / "short.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     (tmp_path / "wide.png").write_bytes(png_header(50_000, 50_000))
     for name, words in {
-        "text.png": "not a picture", "short.png": "short.png", "wide.png": "pixels", "missing.png": "No such file",
+        "text.png": "not an image", "short.png": "short.png", "wide.png": "pixels", "missing.png": "No such file",
     }.items():  # fmt: skip
         said = fails(capsys, 1, "generate", run, f"@{tmp_path}/{name}")
         assert words in said

@@ -50,7 +50,7 @@ def test_validate_lists_faults_by_file_and_row(place, tmp_path, capsys):
     said = capsys.readouterr()
     assert caught.value.code == 1
     assert "photos: 120 records, 119 documents, 1 faults" in said.out
-    assert "metadata.jsonl:8: cannot read the picture 0007.png" in said.out
+    assert "metadata.jsonl:8: cannot read the image 0007.png" in said.out
     assert "texts: 90 records, 90 documents, 0 faults" in said.out
     assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == ["metadata.jsonl:8"]
 

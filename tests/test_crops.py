@@ -180,4 +180,4 @@ def test_folder_can_be_used_after_an_input_error(tmp_path, capsys):
 def test_images_too_small_for_a_loss_are_an_error(tmp_path, capsys, size, more):
     photos = write_photos(tmp_path / "photos", 12)
     fit = ("data", "fit-codec", "small", photos, "--size", size, "--out", tmp_path / "codec")
-    assert "pixels a side or more are needed" in fails(capsys, 1, *fit, *more)
+    assert "needs images of at least" in fails(capsys, 1, *fit, *more)

@@ -27,8 +27,8 @@ from tests.documents import (
     some,
 )
 from tests.profile import examples, few_samples
-from transfusion.codecs.codec import codec_of
-from transfusion.codecs.pixels import FLOOR, BlockPCA, Pixels
+from transfusion.codecs.codec import codec_from_tensors
+from transfusion.codecs.pixels import MIN_STD, BlockPCA, Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, DigitsConfig
 from transfusion.data import sources as run_sources
@@ -483,7 +483,7 @@ def check_statistics(codec, images):
     latents = np.stack([codec.encode(image) for image in images])  # (n, C, Y, X)
     assert latents.dtype == np.float32
     values = latents.transpose(1, 0, 2, 3).reshape(codec.channels, -1)
-    is_varying = codec.std > FLOOR
+    is_varying = codec.std > MIN_STD
     assert np.abs(values.mean(1)).max() < 1e-3
     assert np.abs(values.std(1)[is_varying] - 1).max(initial=0) < 1e-3
     assert values.std(1)[~is_varying].max(initial=0) < 1 + 1e-3
@@ -492,7 +492,7 @@ def check_statistics(codec, images):
 
 
 def check_rebuilt(codec, image):
-    rebuilt = codec_of(codec.kind, {name: np.array(values) for name, values in codec.tensors().items()})
+    rebuilt = codec_from_tensors(codec.kind, {name: np.array(values) for name, values in codec.tensors().items()})
     assert np.array_equal(rebuilt.encode(image), codec.encode(image))
     assert np.array_equal(rebuilt.decode(codec.encode(image)), codec.decode(codec.encode(image)))
     assert (rebuilt.channels, rebuilt.downsampling, rebuilt.image_channels) == (
@@ -555,4 +555,4 @@ def test_invalid_codec_gives_a_clear_error():
     tensors = Pixels.fit([np.zeros((4, 4, 1), dtype=np.uint8)]).tensors()
     for kind, invalid in (("jpeg", tensors), ("block_pca", tensors), ("pixels", {"mean": tensors["mean"]})):
         with pytest.raises(ValueError, match=f"kind {kind}"):
-            codec_of(kind, invalid)
+            codec_from_tensors(kind, invalid)

@@ -1,4 +1,4 @@
-"""An exported run: the same drawings and text as the run's own folder, whole or not there, and nothing in it but data."""
+"""Exported runs: the same output as the run's folder, complete or absent, data only, and their model cards."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 
 import transfusion
 from tests.test_cli import command, fails
-from transfusion.checkpoint import export as module
+from transfusion.checkpoint import export as export_module
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
 from transfusion.disk import OpenError
@@ -28,31 +28,31 @@ def run(written) -> Path:
 
 
 @pytest.fixture
-def copied(exported, tmp_path) -> Path:
-    """One that may be spoiled."""
-    return Path(shutil.copytree(exported, tmp_path / "copied"))
+def copy(exported, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
-def answers_of(place, weights: str = "ema") -> list[list]:
-    """What it writes and draws, parts and reasons."""
-    found = open_run(place, weights).generate(REQUESTS)
-    return [[(*answer.parts, answer.reason) for answer in answers] for answers in found]
+def answers_of(source, weights: str = "ema") -> list[list]:
+    """The parts and the finish reason of each answer."""
+    return [[(*answer.parts, answer.reason) for answer in answers]
+            for answers in open_run(source, weights).generate(REQUESTS)]  # fmt: skip
 
 
-def same(one: list[list], other: list[list]) -> bool:
-    parts = [[part for answers in side for answer in answers for part in answer] for side in (one, other)]
+def same(actual: list[list], expected: list[list]) -> bool:
+    parts = [[part for answers in side for answer in answers for part in answer] for side in (actual, expected)]
     return len(parts[0]) == len(parts[1]) and all(map(np.array_equal, *parts))
 
 
-def spoil(path: Path, **values) -> None:
-    """A JSON file with other values."""
+def edit_json(path: Path, **values) -> None:
+    """Change values of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 # The same as the run
 
 
-def test_it_writes_and_draws_what_the_run_does(run, exported):
+def test_exported_run_gives_the_same_answers(run, exported):
     expected = answers_of(run)
     assert any(isinstance(part, str) for part in expected[1][0][:-1])
     assert same(answers_of(exported), expected)
@@ -76,7 +76,7 @@ def test_raw_weights_are_exported_when_they_are_asked_for(run, exported, tmp_pat
         open_run(exported, "raw")
 
 
-def test_it_says_what_it_is(run, exported):
+def test_exported_folder_has_the_expected_files_and_config(run, exported):
     names = {path.name for path in exported.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "codec.safetensors",
                      "README.md"}  # fmt: skip
@@ -88,27 +88,27 @@ def test_it_says_what_it_is(run, exported):
     assert open_checkpoint(exported).run == open_checkpoint(run).run
 
 
-def test_generation_defaults_may_be_edited(copied):
-    spoil(copied / "generation_config.json", steps=2, guidance_scale=1.0)
-    assert open_run(copied).run.generation.steps == 2
-    spoil(copied / "generation_config.json", steps=0)
+def test_generation_defaults_can_be_edited(copy):
+    edit_json(copy / "generation_config.json", steps=2, guidance_scale=1.0)
+    assert open_run(copy).run.generation.steps == 2
+    edit_json(copy / "generation_config.json", steps=0)
     with pytest.raises(OpenError, match="steps must be at least 1"):
-        open_run(copied)
+        open_run(copy)
 
 
-def test_where_data_lie_on_this_machine_stays_at_home(run, tmp_path):
+def test_paths_on_this_machine_are_not_exported(run, tmp_path):
     home = shutil.copytree(run, tmp_path / "run")
     values = json.loads((home / "run.json").read_text())
     values["run"]["data"] |= {"prepared": ["/home/me/secret"], "sources": ["photos"]}
     start = {"kind": "run", "place": "/home/me/secret/base", "name": "base", "step": 3}
-    spoil(home / "run.json", run=values["run"], notes={"start": start})
+    edit_json(home / "run.json", run=values["run"], notes={"start": start})
     out = export(home, tmp_path / "out")
     assert "It began from base." in (out / "README.md").read_text()
     assert not any(b"secret" in path.read_bytes() for path in out.iterdir())
     assert "photos (100% of the positions)" in (out / "README.md").read_text()
 
 
-def test_the_card_has_the_figures(run, tmp_path):
+def test_model_card_has_the_results(run, tmp_path):
     assert "has not been measured" in (export(run, tmp_path / "before") / "README.md").read_text()
     home = shutil.copytree(run, tmp_path / "run")
     results = {"step": 7, "digits": {"captions": {"exact": 0.9697, "documents": 2970}}, "manifest": [{"torch": "9.9"}]}
@@ -121,20 +121,37 @@ def test_the_card_has_the_figures(run, tmp_path):
     assert card.startswith("---\nlibrary_name: transfusion\n")
 
 
-# Whole, or not there
+def test_model_card_has_metadata_and_sections(run, tmp_path):
+    """The hub reads the header."""
+    home = shutil.copytree(run, tmp_path / "run")
+    start = {"kind": "llama", "place": "/models/base", "name": "base", "step": None}
+    edit_json(home / "run.json", notes={"start": start})
+    card = huggingface_hub.ModelCard((export(home, tmp_path / "out") / "README.md").read_text())
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == ("unknown", "transfusion", "any-to-any")
+    assert card.data.tags == ["transfusion", "text-to-image", "image-to-text"]
+    sections = dict(section.split("\n\n", 1) for section in card.text.split("\n## ")[1:])
+    assert list(sections) == ["How to use it", "Intended use", "Limitations", "Training data", "Licence", "Results"]
+    opened = open_checkpoint(run)
+    assert f"{opened.step:,} steps and has {opened.parameters:,} parameters" in sections["Limitations"]
+    assert "no safety training and no filter" in sections["Limitations"]
+    assert "It began from base." in sections["Training data"]
+    assert "it depends on the training data and on the licence of base" in sections["Licence"]
 
 
-def test_nothing_is_left_of_one_that_failed(run, tmp_path, monkeypatch):
-    def full(*_):
+# Complete or absent
+
+
+def test_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
+    def disk_full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "write_card", full)
+    monkeypatch.setattr(export_module, "write_card", disk_full)
     with pytest.raises(OSError, match="no space left"):
         export(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_is_left_alone(run, tmp_path):
+def test_existing_folder_is_not_changed(run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
         export(run, tmp_path)
@@ -142,37 +159,37 @@ def test_a_folder_that_is_there_is_left_alone(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "codec.safetensors", "tokenizer.json"])
-def test_a_flipped_byte_is_found(copied, name):
-    content = (copied / name).read_bytes()
-    (copied / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+def test_flipped_bit_is_detected(copy, name):
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     with pytest.raises(OpenError, match=f"{name} was changed since"):
-        open_run(copied)
+        open_run(copy)
 
 
-def test_what_is_not_whole_is_refused(copied):
-    (copied / "model.safetensors").rename(copied / "other.safetensors")
-    with pytest.raises(OpenError, match="holds other.safetensors, which its config.json does not name"):
-        open_run(copied)
-    (copied / "other.safetensors").unlink()
+def test_incomplete_or_changed_folder_is_refused(copy):
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    with pytest.raises(OpenError, match="contains other.safetensors, which its config.json does not list"):
+        open_run(copy)
+    (copy / "other.safetensors").unlink()
     with pytest.raises(OpenError, match="model.safetensors is missing"):
-        open_run(copied)
-    config = json.loads((copied / "config.json").read_text())
-    spoil(copied / "config.json", weights=config["weights"] | {"sha256": {"../x.safetensors": "0"}})
+        open_run(copy)
+    config = json.loads((copy / "config.json").read_text())
+    edit_json(copy / "config.json", weights=config["weights"] | {"sha256": {"../x.safetensors": "0"}})
     with pytest.raises(OpenError, match="lies outside"):
-        open_run(copied)
-    spoil(copied / "config.json", weights=[])
-    with pytest.raises(OpenError, match="does not say what weights"):
-        open_run(copied)
+        open_run(copy)
+    edit_json(copy / "config.json", weights=[])
+    with pytest.raises(OpenError, match="has no valid field weights"):
+        open_run(copy)
     config["run"]["model"]["layers"] = 1
-    spoil(copied / "config.json", run=config["run"])
-    with pytest.raises(OpenError, match="no longer those of its weights"):
-        open_run(copied)
-    spoil(copied / "config.json", model_type="llama")
+    edit_json(copy / "config.json", run=config["run"])
+    with pytest.raises(OpenError, match="no longer match the weights"):
+        open_run(copy)
+    edit_json(copy / "config.json", model_type="llama")
     with pytest.raises(OpenError, match="of type llama, not transfusion"):
-        open_run(copied)
+        open_run(copy)
 
 
-def test_an_index_cannot_point_elsewhere(run, tmp_path):
+def test_index_cannot_point_outside(run, tmp_path):
     out = export(run, tmp_path / "out", shard=20_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     index["weight_map"] |= {"tokens.weight": "../../x.safetensors"}
@@ -184,33 +201,33 @@ def test_an_index_cannot_point_elsewhere(run, tmp_path):
 # The hub
 
 
-def test_a_name_on_the_hub_is_fetched_without_anything_that_could_run(exported, tmp_path, monkeypatch):
-    asked = []
+def test_hub_download_fetches_only_json_and_safetensors(exported, tmp_path, monkeypatch):
+    downloads = []
 
-    def fetch(name, allow_patterns):
-        asked.append((name, allow_patterns))
+    def download(name, allow_patterns):
+        downloads.append((name, allow_patterns))
         if name != "owner/name":
             raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nat all")
         return str(exported)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert same(answers_of("owner/name"), answers_of(exported))
-    assert asked == [("owner/name", ["*.json", "*.safetensors"])]
+    assert downloads == [("owner/name", ["*.json", "*.safetensors"])]
     with pytest.raises(OpenError, match="there is no such folder, and the hub says: no network$"):
         open_run("owner/other")
-    before = len(asked)
+    before = len(downloads)
     shutil.copytree(exported, tmp_path / "owner" / "name")
-    open_run("owner/name")  # what is on this disk is never taken for a name on the hub
+    open_run("owner/name")  # an existing folder is never looked up on the hub
     with pytest.raises(OpenError, match="is not a run"):
         open_run(tmp_path / "nowhere")
-    assert len(asked) == before
+    assert len(downloads) == before
 
 
-# The network alone
+# The network without tokenizer and codec
 
 
-def test_the_network_alone(run, exported, tmp_path):
+def test_network_is_saved_and_loaded(run, exported, tmp_path):
     model = Transfusion.from_pretrained(exported)
     expected = open_checkpoint(run).model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
@@ -219,33 +236,33 @@ def test_the_network_alone(run, exported, tmp_path):
     again = transfusion.Transfusion.from_pretrained(str(tmp_path))
     assert again.config == model.config
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
-    with pytest.raises(OpenError, match="a network alone"):
+    with pytest.raises(OpenError, match="a network without tokenizer and codec"):
         open_run(tmp_path)
 
 
-def test_the_network_is_pushed_as_it_is_saved(exported, monkeypatch):
-    sent = {}
+def test_network_is_pushed_to_the_hub(exported, monkeypatch):
+    pushed = {}
 
     class Hub:
         def create_repo(self, name, private, exist_ok):
-            sent["made"] = (name, private, exist_ok)
+            pushed["created"] = (name, private, exist_ok)
 
         def upload_folder(self, repo_id, folder_path):
-            sent[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+            pushed[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     Transfusion.from_pretrained(exported).push_to_hub("owner/name", private=True)
-    assert sent == {"made": ("owner/name", True, True), "owner/name": ["config.json", "model.safetensors"]}
+    assert pushed == {"created": ("owner/name", True, True), "owner/name": ["config.json", "model.safetensors"]}
 
 
-# What a person types and sees
+# Commands and notebooks
 
 
-def test_export_and_generate_from_the_command_line(run, tmp_path, capsys):
+def test_export_and_generate_commands(run, tmp_path, capsys):
     command("export", run, "--out", tmp_path / "out")
     assert "hf upload" in capsys.readouterr().err
-    for name, place in (("a", run), ("b", tmp_path / "out")):
-        command("generate", place, "three", "--num-images", 1, "--seed", 5, "--out", tmp_path / name)
+    for name, source in (("a", run), ("b", tmp_path / "out")):
+        command("generate", source, "three", "--num-images", 1, "--seed", 5, "--out", tmp_path / name)
     a, b = (json.loads((tmp_path / name / "output.json").read_text())["answers"] for name in "ab")
     assert a == b
     assert (tmp_path / "a" / "000.png").read_bytes() == (tmp_path / "b" / "000.png").read_bytes()
@@ -254,21 +271,21 @@ def test_export_and_generate_from_the_command_line(run, tmp_path, capsys):
     assert "--out" in fails(capsys, 2, "export", run)
 
 
-def test_a_notebook_shows_pictures_and_plain_text(run):
+def test_notebook_shows_images_and_escaped_text(run):
     (answers,) = transfusion.open_run(run).generate([transfusion.Request(num_images=2)])
     assert isinstance(answers, Answers)
     assert answers._repr_html_().count("<img src=\"data:image/png;base64,") == 2
-    shown = Answer(["<b>not bold</b>", np.zeros((4, 4, 3), np.uint8)])._repr_html_()
-    assert "&lt;b&gt;not bold&lt;/b&gt;" in shown
-    assert shown.count("<img") == 1
+    html = Answer(["<b>not bold</b>", np.zeros((4, 4, 3), np.uint8)])._repr_html_()
+    assert "&lt;b&gt;not bold&lt;/b&gt;" in html
+    assert html.count("<img") == 1
 
 
-def test_what_lies_beside_the_new_folder_is_left_alone_and_others_may_read_it(run, tmp_path):
+def test_other_folders_are_not_changed_and_files_have_the_usual_permissions(run, tmp_path):
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine").write_text("kept")
     export(run, tmp_path / "out")
     assert (tmp_path / "out.tmp" / "mine").read_text() == "kept"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.tmp"}
     (tmp_path / "plain").touch()
-    usual = (tmp_path / "plain").stat().st_mode
-    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()} == {usual}
+    usual_mode = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()} == {usual_mode}

@@ -85,14 +85,14 @@ def header(width: int, height: int) -> bytes:
 BROKEN = {
     "cut.png": (encoded(noise(2, 12, 8))[:-60], "truncated"),
     "cut.jpg": (encoded(noise(2, 12, 8), "JPEG")[:-60], "truncated"),
-    "text.png": (b"this is no picture", "is not a picture"),
-    "zero.png": (b"", "is not a picture"),
+    "text.png": (b"this is no picture", "is not an image"),
+    "zero.png": (b"", "is not an image"),
     "huge.png": (header(20000, 10000), "too many pixels"),
     "large.png": (header(9000, 8000), "9000x8000 pixels"),
-    "flat.png": (header(0, 5), "cannot read|not a picture|no pixels"),
-    "page.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a picture"),
-    "film.png": (b"RIFF\x24\x00\x00\x00AVI LIST", "is not a picture"),
-    "tiff.png": (encoded(noise(2), "TIFF"), "is not a picture"),  # not a supported format
+    "flat.png": (header(0, 5), "cannot read|not an image|no pixels"),
+    "page.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
+    "film.png": (b"RIFF\x24\x00\x00\x00AVI LIST", "is not an image"),
+    "tiff.png": (encoded(noise(2), "TIFF"), "is not an image"),  # not a supported format
 }  # fmt: skip
 
 
@@ -126,9 +126,9 @@ def test_broken_image_is_a_fault_in_every_kind_of_source(name, tmp_path):
 
 
 def test_image_size_is_checked_before_decoding(monkeypatch, folder):
-    monkeypatch.setattr(pictures, "MOST_PIXELS", 15)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 15)
     assert kinds(read_at(folder)) == ["unreadable image"]
-    monkeypatch.setattr(pictures, "MOST_PIXELS", 16)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 16)
     assert kinds(read_at(folder)) == [""]
 
 

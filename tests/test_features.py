@@ -117,7 +117,7 @@ def test_inception_without_weights_says_which_file_to_put_where(tmp_path):
     with pytest.raises(ValueError, match=r"at .*here\.pth: put .*pt_inception-2015-12-05-6726825d\.pth there"):
         open_extractor(str(tmp_path / "here.pth"), CPU)
     save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "resnet.safetensors")
-    with pytest.raises(ValueError, match="holds no Conv2d_1a_3x3"):
+    with pytest.raises(ValueError, match="has no tensor Conv2d_1a_3x3"):
         open_extractor(str(tmp_path / "resnet.safetensors"), CPU)
 
 

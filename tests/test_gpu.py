@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.test_mask import LONG, random_qkv
 from tests.test_model import TINY, copy_parameters, same_weights
-from tests.test_training import new_trainer, rows_of
+from tests.test_training import metrics_of, new_trainer
 from tests.tiny import small_run
 from transfusion.checkpoint.open import open_checkpoint
 from transfusion.inference import text_mode
@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
 
 
 def test_training_metrics_equal_those_of_a_cpu(trained):
-    cpu_rows, gpu_rows = ([row for row in rows_of(folder) if "text_loss" in row] for folder in trained[:2])
+    cpu_rows, gpu_rows = ([row for row in metrics_of(folder) if "text_loss" in row] for folder in trained[:2])
     for row, expected in zip(cpu_rows, gpu_rows, strict=True):
         for name in ("text_loss", "image_loss", "gradient_norm"):
             assert row[name] == pytest.approx(expected[name], rel=TOLERANCE), (row["step"], name)

@@ -16,7 +16,7 @@ from tests.llama import SPECIAL, write_llama
 from tests.sources import write_photos
 from tests.test_cli import TINY, command, fails
 from tests.test_model import decoders, run, sizes_of
-from tests.test_parallel import weights_of
+from tests.test_parallel import tensors_of
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import LlamaStart
@@ -37,7 +37,7 @@ def start_from(folder: Path, seed: int = 0) -> tuple[LlamaStart, Vocabulary, Tra
     start = LlamaStart(str(folder))
     vocabulary = Vocabulary.build(start.tokenizer.size, SHAPES, 2, **start.tokenizer.markers)
     config = ModelConfig(vocab_size=vocabulary.size, latent_channels=3, qk_norm=True, post_norm=True)
-    model = build_uninitialized(start.model(config))
+    model = build_uninitialized(start.adapt_config(config))
     start.fill(model, seed, SINGLE_PROCESS)
     return start, vocabulary, model
 
@@ -141,7 +141,7 @@ def test_folders_without_a_language_model_are_refused(tmp_path, capsys):
 def train(folder: Path, *options) -> dict[str, torch.Tensor]:
     """Train a tiny run on digits or prepared data: the tensors of its newest checkpoint."""
     command("train", "digits", "--out", folder, *(TINY if "--data" in options else FAST), *options)
-    return weights_of(folder)
+    return tensors_of(folder)
 
 
 def test_run_from_a_language_model_resumes_like_any_other(tmp_path, capsys):
@@ -201,9 +201,9 @@ def select_part(tensors: dict[str, torch.Tensor], part: str = "ema") -> dict[str
     return {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(f"{part} ")}
 
 
-def test_run_starts_with_the_ema_weights_of_another(base, tmp_path):
+def test_run_starts_with_the_ema_tensors_of_another(base, tmp_path):
     """With learning rate 0 the weights stay the other run's; steps, data and optimizer are new."""
-    expected = select_part(weights_of(base))
+    expected = select_part(tensors_of(base))
     exported = export(base, tmp_path / "exported")
     for name, path in (("a", base), ("b", exported)):
         tensors = train(tmp_path / name, "--from", path, *NO_LEARNING, "--training.seed", 9, "--data.tokenizer-size", 300)
@@ -212,7 +212,7 @@ def test_run_starts_with_the_ema_weights_of_another(base, tmp_path):
     first, second = open_checkpoint(base), open_checkpoint(tmp_path / "a")
     assert first.vocabulary == second.vocabulary
     assert first.tokenizer.to_json() == second.tokenizer.to_json()
-    assert not torch.equal(*(select_part(weights_of(base), part)[" head.weight"] for part in ("model", "ema")))
+    assert not torch.equal(*(select_part(tensors_of(base), part)[" head.weight"] for part in ("model", "ema")))
 
 
 def test_killed_run_without_checkpoint_starts_again_equally(base, tmp_path, capsys):

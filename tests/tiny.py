@@ -208,15 +208,15 @@ def narrow_discriminator():
 
 
 def finished(trainer: CodecTrainer, folder: Path, stop_at: int | None = None) -> CodecTrainer:
-    """Trained to its end, or asked to stop after that step, from wherever its folder stands."""
+    """The trainer after its last step, or after step `stop_at`; it resumes from the folder's checkpoint if there is one."""
     if (folder / "checkpoints").exists():
         trainer.loop.load_state(restore_newest(folder, trainer.tensors(), SINGLE_PROCESS)[1])
     if stop_at is not None:
-        real = trainer.step
+        original_step = trainer.step
 
-        def step(number, *rest):
-            trainer.loop.stop_asked = number + 1 == stop_at
-            return real(number, *rest)
+        def step(number, *args):
+            trainer.loop.stop_requested = number + 1 == stop_at
+            return original_step(number, *args)
 
         trainer.step = step
     trainer.train()

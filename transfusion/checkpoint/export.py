@@ -1,4 +1,4 @@
-"""A run as a folder that others open: config.json, model*.safetensors, generation defaults, tokenizer, codec, model card."""
+"""Exports a run for others: config.json, model*.safetensors, generation defaults, tokenizer, codec and model card."""
 
 import hashlib
 import json
@@ -15,66 +15,68 @@ from transfusion.disk import CONFIG, check_new, open_to_others, read_json, write
 from transfusion.model.transfusion import MODEL_TYPE
 from transfusion.model.weights import MAX_SHARD_BYTES, write_weights
 
-MANIFEST = "manifest"  # in results.json: on what machine, with which settings
+MANIFEST = "manifest"  # the key of results.json with the machine and the settings of the evaluation
 CARD = "README.md"
 
 
 def export(run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES) -> Path:
-    """Write a run's newest checkpoint in float32 into a new folder, all of it or nothing: `open_run` opens it like the run.
+    """Write a run's newest checkpoint in float32 into the new folder `out`, which `open_run` opens like the run.
 
-    Its moving average, or with weights="raw" what training goes on from; in files of `shard` bytes at most. Where its data
-    and its start lie on this machine is left out. ValueError when the folder is there already.
+    `weights`: "ema", or "raw" for the ones that training updates; in files of at most `shard` bytes. Paths of data and start
+    on this machine are left out. On failure nothing is left. ValueError when the folder exists.
     """
     check_new(out)
     opened = open_checkpoint(run, weights, "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        open_to_others(aside)
-        _write(opened, aside, weights, shard)
+        open_to_others(temporary)
+        _write(opened, temporary, weights, shard)
         results = Path(run) / "results.json"
         card = write_card(opened, weights, read_json(results) if results.exists() else {})
-        write_whole(aside / CARD, card.encode())
-        aside.rename(out)
+        write_whole(temporary / CARD, card.encode())
+        temporary.rename(out)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
 
 
 def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
-    """All but the card."""
+    """Write all files but the model card."""
     files = write_weights(opened.model.state_dict(), folder, shard)
-    encoded, text = codec_to_bytes(opened.codec), opened.tokenizer.to_json().encode()
+    codec_bytes, tokenizer_bytes = codec_to_bytes(opened.codec), opened.tokenizer.to_json().encode()
     values = to_json(replace(opened.run, data=replace(opened.run.data, prepared=())))
-    generation, ids = values.pop("generation"), opened.vocabulary.to_json()
+    generation, vocabulary = values.pop("generation"), opened.vocabulary.to_json()
     notes = opened.notes
     if "start" in notes:
         notes = notes | {"start": {name: value for name, value in notes["start"].items() if name != "place"}}
-    write_whole(folder / "codec.safetensors", encoded)
-    write_whole(folder / "tokenizer.json", text)
+    write_whole(folder / "codec.safetensors", codec_bytes)
+    write_whole(folder / "tokenizer.json", tokenizer_bytes)
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **MODEL_TYPE, "format": FORMAT, "run": values, "vocabulary": ids, "config_sha256": hash_config(values, ids),
+        **MODEL_TYPE, "format": FORMAT, "run": values, "vocabulary": vocabulary,
+        "config_sha256": hash_config(values, vocabulary),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
-        "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(encoded).hexdigest()},
-        "tokenizer": {"sha256": hashlib.sha256(text).hexdigest()}, "versions": versions(), "notes": notes,
+        "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(codec_bytes).hexdigest()},
+        "tokenizer": {"sha256": hashlib.sha256(tokenizer_bytes).hexdigest()}, "versions": versions(), "notes": notes,
     })  # fmt: skip
 
 
 def write_card(opened: OpenedRun, weights: str, results: dict) -> str:
-    """The model card: what it is, what it was trained on, how it was measured, how to use it."""
+    """The model card: architecture, use, limitations, licence, training data and results. Hub metadata is in its header."""
     run, model, vocabulary, codec = opened.run, opened.run.model, opened.vocabulary, opened.codec
     sizes = ", ".join(f"{x * codec.downsampling}x{y * codec.downsampling}" for y, x in vocabulary.boi)
-    pictures = "codes" if model.patches == "codes" else f"{model.patches} patches of side {model.patch_size}"
-    kept = "their moving average" if weights == "ema" else "the last ones, not their moving average"
-    shares = run.data.mixture_weights or (1.0,) * len(run.data.sources)
-    sources = ", ".join(f"{name} ({share / sum(shares):.0%} of the positions)"
-                        for name, share in zip(run.data.sources, shares, strict=True))  # fmt: skip
+    images = "codes" if model.patches == "codes" else f"{model.patches} patches of side {model.patch_size}"
+    kind = "the moving average (EMA)" if weights == "ema" else "the raw weights of the last step, without moving average"
+    mixture = run.data.mixture_weights or (1.0,) * len(run.data.sources)
+    sources = ", ".join(f"{name} ({weight / sum(mixture):.0%} of the positions)"
+                        for name, weight in zip(run.data.sources, mixture, strict=True))  # fmt: skip
     began = f" It began from {opened.notes['start']['name']}." if "start" in opened.notes else ""
     return f"""---
 library_name: transfusion
 pipeline_tag: any-to-any
+license: unknown
 tags:
 - transfusion
 - text-to-image
@@ -83,22 +85,9 @@ tags:
 
 # {run.name}
 
-A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that reads and writes text, and reads and draws
-pictures of {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers, {model.heads}
-heads, {vocabulary.size:,} ids, pictures as {pictures}. Weights are float32, {kept}.
-
-## What it was trained on
-
-{sources or "Nothing that is named"}: {opened.step:,} steps of {run.data.rows * run.training.accumulate} rows of \
-{run.data.seq_len} positions on each process, {run.diffusion.prediction} prediction on the
-{run.diffusion.noise_schedule} noise schedule, \
-image_weight {run.training.image_weight:g}.{began} `config.json` has every number.
-
-Pictures go through the codec `{codec.kind}`{_source_of(codec)}. `config.json` has the SHA-256 of each file.
-
-## How it was measured
-
-{_measured(results)}
+A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that generates text and images, and takes both as
+input. Images have {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers,
+{model.heads} heads, {vocabulary.size:,} token ids, images as {images}. The weights are float32: {kind}.
 
 ## How to use it
 
@@ -113,29 +102,69 @@ engine = transfusion.open_run("THIS")
 (answers,) = engine.generate([transfusion.Request(parts=("a prompt",), num_images=4)])
 ```
 
-THIS is this folder, or `owner/name` where it lies on the hub. Nothing in it is executed: safetensors and JSON.
+THIS is this folder, or `owner/name` on the hub. The folder has only safetensors and JSON; no code in it is executed.
+
+## Intended use
+
+Research on models that generate text and images, and teaching. It is not intended for decisions about people, or for
+products without an evaluation of its output.
+
+## Limitations
+
+- It follows the distribution of its training data, given below, and does not generalise beyond it. It repeats errors and
+  biases of these data, and can reproduce parts of them.
+- It was trained for {opened.step:,} steps and has {opened.parameters:,} parameters. Expect the quality of a model of this
+  size: wrong text and wrong images are common in small models.
+- It has no safety training and no filter, for prompts or for output.
+- It supports only the image sizes above. A prompt and its answer together have at most {run.data.seq_len:,} positions.
+
+## Training data
+
+{sources or "The run does not name its data."}{"." if sources else ""} Training: {opened.step:,} steps of \
+{run.data.rows * run.training.accumulate} rows of {run.data.seq_len} positions on each process, \
+{run.diffusion.prediction} prediction on the
+{run.diffusion.noise_schedule} noise schedule, image_weight {run.training.image_weight:g}.{began} `config.json` has all
+settings.
+
+Images are encoded by the codec `{codec.kind}`{_source_of(codec)}. `config.json` has the SHA-256 of each file.
+
+## Licence
+
+No licence is set: it depends on the training data{_and_others(opened)}. Whoever publishes these weights must choose one and
+set `license` in the header of this file.
+
+## Results
+
+{_write_results(results)}
 """
 
 
 def _source_of(codec) -> str:
-    """Other people's autoencoders are named, not copied."""
+    """A pretrained autoencoder is named, not copied."""
     return f" ({codec.source}, which is not part of this folder)" if hasattr(codec, "source") else ""
 
 
-def _measured(results: dict) -> str:
-    """results.json as a table, one row for each figure, and the settings below it."""
-    figures = list(_figures({name: value for name, value in results.items() if name != MANIFEST}))
-    if not figures:
+def _and_others(opened: OpenedRun) -> str:
+    """The other works that the licence depends on."""
+    names = [opened.notes["start"]["name"]] if "start" in opened.notes else []
+    names += [opened.codec.source] if hasattr(opened.codec, "source") else []
+    return "".join(f" and on the licence of {name}" for name in names)
+
+
+def _write_results(results: dict) -> str:
+    """results.json as a table with one row per figure, and the settings of the evaluation below it."""
+    rows = list(_flatten({name: value for name, value in results.items() if name != MANIFEST}))
+    if not rows:
         return "It has not been measured: the run had no results.json."
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in figures)]
-    return "\n".join([*table, "", "Measured with", "", "```", json.dumps(results.get(MANIFEST, []), indent=2), "```"])
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join([*table, "", "Evaluated with", "", "```", json.dumps(results.get(MANIFEST, []), indent=2), "```"])
 
 
-def _figures(values: dict, before: str = ""):
+def _flatten(values: dict, prefix: str = ""):
     for name, value in values.items():
-        name = f"{before} {name}".strip().replace("_", " ")
+        name = f"{prefix} {name}".strip().replace("_", " ")
         if isinstance(value, dict):
-            yield from _figures(value, name)
+            yield from _flatten(value, name)
         elif isinstance(value, bool | int | str):
             yield name, f"{value:,}" if type(value) is int else value
         elif isinstance(value, float):

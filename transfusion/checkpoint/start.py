@@ -1,4 +1,4 @@
-"""The first weights of a run, if they are not its seed's: those of another run, maybe exported, or of a language model."""
+"""First weights from another source than the seed: another run, an exported run, or a language model."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from transfusion.checkpoint.open import (
     RunDescription,
     check_exported,
+    checkpoint_part,
     describe_run,
     fill_tensors,
-    newest_checkpoint,
-    step_of,
+    find_newest_checkpoint,
+    read_step,
     verify_checkpoint,
-    weights_part,
 )
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
@@ -23,98 +23,98 @@ from transfusion.parallel import Ranks
 
 
 class OtherRunStart:
-    """A run's folder, or an exported one, here or on the hub: its moving average (an exported one has what it has).
+    """The averaged weights of a run's folder, or the weights of an exported run, a folder or on the hub.
 
-    Tokenizer, codec and ids of the new run must be its own: `described` has them.
+    The new run must use its tokenizer, codec and ids, which are in `description`.
     """
 
     kind = "run"
-    decides = ("vocab_size", "latent_channels")
+    fixed_fields = ("vocab_size", "latent_channels")
 
-    def __init__(self, place: str):
-        self.folder = find_folder(place)
-        self.described: RunDescription = describe_run(self.folder)
+    def __init__(self, source: str):
+        self.folder = find_folder(source)
+        self.description: RunDescription = describe_run(self.folder)
         self.exported = is_exported(self.folder)
         about = read_json(self.folder / CONFIG)["weights"] if self.exported else {}
-        self.step = about["step"] if self.exported else step_of(newest_checkpoint(self.folder))
+        self.step = about["step"] if self.exported else read_step(find_newest_checkpoint(self.folder))
 
-    def model(self, model: ModelConfig) -> ModelConfig:
-        """The config with what the other run's data decided. ValueError when its weights are of other shapes."""
-        theirs = self.described.run.model
-        model = replace(model, **{name: getattr(theirs, name) for name in self.decides})
-        if _shapes(model) != _shapes(theirs):
-            names = [f.name for f in fields(ModelConfig) if getattr(model, f.name) != getattr(theirs, f.name)]
-            differ = [f"model.{name} is {getattr(theirs, name)} there, {getattr(model, name)} here" for name in names]
-            raise ValueError(f"the weights of {self.folder} are of other shapes: {'; '.join(differ)}")
+    def adapt_config(self, model: ModelConfig) -> ModelConfig:
+        """The config with the other run's `fixed_fields`. ValueError when its weights have other shapes."""
+        other = self.description.run.model
+        model = replace(model, **{name: getattr(other, name) for name in self.fixed_fields})
+        if _shapes(model) != _shapes(other):
+            names = [f.name for f in fields(ModelConfig) if getattr(model, f.name) != getattr(other, f.name)]
+            differences = [f"model.{name} is {getattr(other, name)} there, {getattr(model, name)} here" for name in names]
+            raise ValueError(f"the weights of {self.folder} have other shapes: {'; '.join(differences)}")
         return model
 
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
-        """Put its weights into the model, of each rank its part."""
+        """Load the weights into the model, on each rank its part."""
         if self.exported:
             check_exported(self.folder, "ema")
             weights = Weights(self.folder)
             init_weights(model, seed, lambda name, values: values.copy_(weights.read(name)))
         else:
-            found = newest_checkpoint(self.folder)
-            verify_checkpoint(found, ranks)
-            fill_tensors(found, {weights_part("ema"): model.state_dict()}, ranks)
+            checkpoint = find_newest_checkpoint(self.folder)
+            verify_checkpoint(checkpoint, ranks)
+            fill_tensors(checkpoint, {checkpoint_part("ema"): model.state_dict()}, ranks)
 
 
 class LlamaStart:
-    """A folder with a language model of the Llama architecture, and its tokenizer: the text side of the new run."""
+    """A folder with a language model of the Llama architecture and its tokenizer: the text weights of the new run."""
 
     kind = "llama"
-    decides = ("vocab_size", "latent_channels", *LLAMA_FIELDS)
+    fixed_fields = ("vocab_size", "latent_channels", *LLAMA_FIELDS)
     step = None
 
-    def __init__(self, place: str):
-        self.folder = Path(place)
+    def __init__(self, source: str):
+        self.folder = Path(source)
         self.llama = Llama(self.folder)
         if not (self.folder / "tokenizer.json").exists():
             raise OpenError(f"{self.folder} has no tokenizer.json")
         self.tokenizer = Tokenizer.from_file(self.folder / "tokenizer.json")
 
-    def model(self, model: ModelConfig) -> ModelConfig:
-        """The config with the folder's sizes. OpenError when its weights are not of these."""
+    def adapt_config(self, model: ModelConfig) -> ModelConfig:
+        """The config with the language model's sizes. OpenError when its weights do not have them."""
         model = self.llama.config(model)
         self.llama.check_weights(model, self.tokenizer.size)
         return model
 
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
-        """Put its weights into the model; what it has not (patches, new ids) begins as in any run."""
+        """Load the weights into the model. Patch layers and new ids, which it lacks, are initialised from the seed."""
         init_weights(model, seed, lambda name, values: self.llama.fill(model.config, self.tokenizer.size, name, values))
 
 
 Start = OtherRunStart | LlamaStart
 
 
-def open_start(kind: str, place: str) -> Start:
-    """Where a run is to begin."""
-    return OtherRunStart(place) if kind == OtherRunStart.kind else LlamaStart(place)
+def open_start(kind: str, source: str) -> Start:
+    """Open the source of a run's first weights; `kind` is "run" or "llama"."""
+    return OtherRunStart(source) if kind == OtherRunStart.kind else LlamaStart(source)
 
 
-def name_place(kind: str, place: str) -> str:
-    """The folder in full; a name on the hub as it is."""
-    return str(Path(place).resolve()) if kind == LlamaStart.kind or Path(place).exists() else place
+def resolve_source(kind: str, source: str) -> str:
+    """The absolute path of a folder; a name on the hub unchanged."""
+    return str(Path(source).resolve()) if kind == LlamaStart.kind or Path(source).exists() else source
 
 
-def note_of(start: Start, place: str) -> dict:
-    """What run.json remembers of it."""
-    return {"kind": start.kind, "place": place, "name": Path(place).name, "step": start.step}
+def describe_start(start: Start, source: str) -> dict:
+    """The entry "start" in the notes of run.json."""
+    return {"kind": start.kind, "place": source, "name": Path(source).name, "step": start.step}
 
 
-def reopen(note: dict, folder: Path) -> Start:
-    """The same once more, for a run that was begun but has no checkpoint yet. OpenError when it is no longer the same."""
+def reopen_start(note: dict, folder: Path) -> Start:
+    """Open the start of a run that has no checkpoint yet. OpenError when the source is at another step by now."""
     start = open_start(note["kind"], note["place"])
     if start.step != note["step"]:
-        raise OpenError(f"{note['place']} was at step {note['step']} when {folder} began from it, and is at {start.step} "
-                        "now: give another --out")  # fmt: skip
+        raise OpenError(f"{note['place']} was at step {note['step']} when {folder} was created from it, and is at step "
+                        f"{start.step} now: give another --out")  # fmt: skip
     return start
 
 
-def decided_by(note: dict | None) -> tuple[str, ...]:
-    """Fields of a run's ModelConfig that its data, and where it began, have decided."""
-    return LlamaStart.decides if note and note["kind"] == LlamaStart.kind else OtherRunStart.decides
+def fixed_model_fields(note: dict | None) -> tuple[str, ...]:
+    """The fields of ModelConfig that a run's data and its start (None: the seed) determine."""
+    return LlamaStart.fixed_fields if note and note["kind"] == LlamaStart.kind else OtherRunStart.fixed_fields
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

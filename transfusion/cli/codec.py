@@ -91,7 +91,7 @@ def fit_codec(arguments: list[str]) -> None:
             found = _gather(asked, readers, size)
             lost = f"; {found.faults:,} records of no use" if found.faults else ""
             say(f"{len(found.images):,} different {'crops' if asked.crops else 'pictures'} of {asked.size}{lost}")
-        ranks.wait()
+        ranks.barrier()
         if not ranks.is_main:
             found = _gather(asked, readers, size)
         trainer = CodecTrainer(
@@ -135,7 +135,7 @@ def _train(trainer, asked: FitCodec) -> None:
         write_json(asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)})
     trainer.loop.restore(say)
     if trainer.ranks.is_main:
-        say(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {asked.out}")
+        say(f"training on {trainer.device} with {', '.join(trainer.loss_names)}, into {asked.out}")
     done = trainer.loop.progress.step >= asked.training.steps or trainer.train()
     if done and trainer.ranks.is_main:
         _finish(trainer, asked)
@@ -158,19 +158,19 @@ def _finish(trainer, asked: FitCodec) -> None:
     """Statistics of the latents, the codec's own files, and the page."""
     from hashlib import sha256
 
-    from transfusion.codecs.autoencoder import with_statistics
+    from transfusion.codecs.autoencoder import Autoencoder
     from transfusion.codecs.codec import codec_to_bytes
     from transfusion.codecs.vq import VQ
     from transfusion.disk import write_json, write_whole
 
     quantised = asked.network.codes is not None
-    codec = VQ(trainer.ema) if quantised else with_statistics(trainer.ema, trainer.sample_pictures())
-    content, quality = codec_to_bytes(codec), trainer.quality()
+    codec = VQ(trainer.ema) if quantised else Autoencoder.fit(trainer.ema, trainer.sample_images())
+    content, quality = codec_to_bytes(codec), trainer.evaluate()
     write_whole(asked.out / "codec.safetensors", content)
     write_json(asked.out / "codec.json", {
         "kind": codec.kind, "channels": codec.channels, "downsampling": codec.downsampling,
         "sha256": sha256(content).hexdigest(),
-        "heldout": quality, "losses": trainer.losses, "steps": trainer.loop.progress.step,
+        "heldout": quality, "losses": trainer.loss_names, "steps": trainer.loop.progress.step,
         "seconds": round(trainer.loop.progress.seconds), **({"codes": codec.codes} if quantised else {}),
     })  # fmt: skip
     page = _page(trainer, codec, quality, asked)
@@ -187,9 +187,9 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
     become = f"one of {codec.codes:,} codes" if quantised else f"latents of {codec.channels} numbers"
     page.say(
         f"Pictures of {asked.size} pixels become {become} for each {codec.downsampling} x {codec.downsampling} "
-        f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.losses)}."
+        f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.loss_names)}."
     )
-    same = asked.crops and not trainer.held_by_source
+    same = asked.crops and not trainer.source_has_heldout
     held = "held-out crops of the pictures that it learnt from" if same else "held-out pictures"
     figures = [
         (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} {held}; higher is better"),
@@ -201,7 +201,7 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
             (f"{quality['perplexity']:,.0f}", "perplexity", "of the codes; their number if all are used alike"),
         ]
     page.figures(figures)
-    shown = [trainer.pictures[n] for n in trainer.heldout[:SHOWN]]
+    shown = [trainer.images[n] for n in trainer.heldout[:SHOWN]]
     page.heading(f"{held.capitalize()}, above, and what comes back of them")
     half = len(shown) // 2 or 1
     for first in range(0, len(shown), half):

@@ -191,7 +191,7 @@ def prepare(asked: Prepare) -> None:
         existed = (asked.out / "dataset.json").exists()
         with progress("preparing", quiet=not first) as tick:
             about = preparing.prepare(
-                readers, asked.config, asked.out, ranks.rank, ranks.world, ranks.wait, tick, say if first else _nothing
+                readers, asked.config, asked.out, ranks.rank, ranks.world, ranks.barrier, tick, say if first else _nothing
             )
     if first:
         sizes = ", ".join("{}x{}".format(*size) for size in about["sizes"])

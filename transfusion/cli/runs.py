@@ -173,7 +173,7 @@ def train_run(run: Run, folder: Path, device: str, start: tuple[str, str] | None
     with Ranks.of_torchrun(chosen) as ranks:
         run = replace(run, data=name_sources(run.data))
         begun = _begin(run, folder, start) if ranks.is_main else None
-        ranks.wait()
+        ranks.barrier()
         run, encoder = begun or _begin(run, folder, start)
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {one.name: heldout_batches(one, encoder, HELDOUT) for one in open_sources(run.data, "heldout")}
@@ -239,7 +239,7 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
     """The run and its encoder: those of the folder if it holds the same run already, else new ones, written there."""
     from transfusion.checkpoint.open import describe_run
     from transfusion.checkpoint.save import create_run_folder
-    from transfusion.checkpoint.start import OtherRunStart, name_place, note_of, open_start
+    from transfusion.checkpoint.start import OtherRunStart, describe_start, open_start, resolve_source
     from transfusion.data.loader import Encoder, contains_edits, element_weights
     from transfusion.data.sources import fingerprint, fit, open_sources, reuse
 
@@ -253,7 +253,7 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
         return run, Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
     start = None if asked is None else open_start(*asked)
     if isinstance(start, OtherRunStart):
-        given = start.described
+        given = start.description
         encoder = reuse(run.data, given.tokenizer, given.codec, given.vocabulary, run.training.seed)
     else:
         if not run.data.prepared:
@@ -264,14 +264,14 @@ def _begin(run: Run, folder: Path, asked: tuple[str, str] | None):
         raise UsageError(f"the images of these data are {encoder.codec.kind}: they need --model.patches {wanted}")
     fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     model = replace(run.model, **fitted)
-    run = replace(run, model=start.model(model) if start else model)
+    run = replace(run, model=start.adapt_config(model) if start else model)
     sources = open_sources(run.data, "train")
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
     weights = element_weights(sources, encoder)
     notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
     notes["edits"] = any(map(contains_edits, sources))
     notes |= {"prepared": fingerprint(run.data)} if run.data.prepared else {}
-    notes |= {"start": note_of(start, name_place(*asked))} if start else {}
+    notes |= {"start": describe_start(start, resolve_source(*asked))} if start else {}
     create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
     return run, encoder
 
@@ -280,12 +280,12 @@ def _first_weights(run: Run, folder: Path, ranks):
     """What fills in the weights that a run begins with, as its run.json says; None: its seed, or its checkpoint."""
     from transfusion.checkpoint.open import describe_run
     from transfusion.checkpoint.save import list_checkpoints
-    from transfusion.checkpoint.start import reopen
+    from transfusion.checkpoint.start import reopen_start
 
     note = describe_run(folder).notes.get("start")
     if note is None or list_checkpoints(folder):
         return None
-    start = reopen(note, folder)
+    start = reopen_start(note, folder)
     return lambda model: start.fill(model, run.training.seed, ranks)
 
 
@@ -295,13 +295,13 @@ def _refuse_changes(
     """A run goes on as it began, or not at all. What its data and its start decided (vocabulary, channels) is no change,
     nor where prepared data lie (they are told by their content), nor how the work is laid out or what is done when it fails.
     """
-    from transfusion.checkpoint.start import decided_by, name_place
+    from transfusion.checkpoint.start import fixed_model_fields, resolve_source
 
-    if start and (not began or (began["kind"], began["place"]) != (start[0], name_place(*start))):
+    if start and (not began or (began["kind"], began["place"]) != (start[0], resolve_source(*start))):
         beginning = f"with {began['place']}" if began else "anew"
         raise UsageError(f"{folder} began {beginning}, not with {start[1]}: give another --out")
     known = replace(known, parallel=asked.parallel, fault_tolerance=asked.fault_tolerance)
-    fitted = {name: getattr(known.model, name) for name in decided_by(began)}
+    fitted = {name: getattr(known.model, name) for name in fixed_model_fields(began)}
     asked = replace(asked, model=replace(asked.model, **fitted))
     if known.data.prepared and asked.data.prepared:
         known = replace(known, data=replace(known.data, prepared=asked.data.prepared))

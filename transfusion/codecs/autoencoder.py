@@ -1,8 +1,8 @@
 """The convolutional autoencoder: pixels to a latent of 8 channels, f times smaller, and back (section 4.1); and its losses.
 
-The network of VQGAN (Esser et al. 2021), as in Stable Diffusion: with the paper's numbers 86M parameters at f = 8. As a
-codec it encodes with the mode of its distribution, never a sample, and gives every channel mean 0 and deviation 1 over the
-pictures that its statistics were taken on.
+The network of VQGAN (Esser et al. 2021), as in Stable Diffusion: with the paper's numbers 86M parameters at f = 8. The codec
+encodes with the mode of the latent distribution, never a sample. It normalises every channel to mean 0 and standard
+deviation 1 over the images that its statistics are from.
 """
 
 import json
@@ -20,61 +20,60 @@ from transfusion.config import from_json
 from transfusion.model.conv import Downsample, PixelAttention, ResidualBlock, Upsample, group_norm
 from transfusion.seeding import derive_seed
 
-AT_ONCE = 2**22  # pixels in one forward pass of a codec, about: 64 pictures of 256x256
-LOGVAR = (-30.0, 20.0)  # bounds of the logarithm of a latent's variance
+BATCH_PIXELS = 2**22  # pixels in one forward pass of a codec, about: 64 images of 256x256
+LOGVAR_RANGE = (-30.0, 20.0)  # of the logarithm of a latent's variance
 
 
 class AutoencoderOutput(NamedTuple):
-    """One pass of a network in training."""
+    """One training forward pass."""
 
-    reconstruction: Tensor  # (N, image_channels, Y, X) what came back
-    terms: dict[str, tuple[float, Tensor]]  # what else it learns from than the pictures: weight and value by name
-    latents: Tensor | None = None  # (N * Y / f * X / f, C) before a codebook, if it has one
-    codes: Tensor | None = None  # (N * Y / f * X / f,) int64, the code of each
+    reconstruction: Tensor  # (N, image_channels, Y, X)
+    terms: dict[str, tuple[float, Tensor]]  # loss terms of the latents by name: weight and value
+    latents: Tensor | None = None  # (N * Y / f * X / f, C) before quantisation, with a codebook
+    codes: Tensor | None = None  # (N * Y / f * X / f,) int64, of each latent pixel, with a codebook
 
 
-class Network(nn.Module):
-    """Encoder and decoder. Pictures are (N, image_channels, Y, X) between -1 and 1, moments (N, 2 C, Y / f, X / f)."""
+class AutoencoderNetwork(nn.Module):
+    """Encoder and decoder. Images are (N, image_channels, Y, X) in [-1, 1], moments (N, 2 C, Y / f, X / f)."""
 
-    loss_names = ("KL",)  # of its own, beside those of pictures
+    loss_names = ("KL",)  # besides those of the images
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = encoder_of(config, 2 * config.channels), decoder_of(config)
+        self.encoder, self.decoder = build_encoder(config, 2 * config.channels), build_decoder(config)
 
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of each picture's latent, (N, C, Y / f, X / f) each."""
-        mean, logvar = self.encoder(pictures).chunk(2, 1)
-        return mean, logvar.clamp(*LOGVAR)
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of each image's latent, (N, C, Y / f, X / f) each."""
+        mean, logvar = self.encoder(images).chunk(2, 1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
 
-    def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes back of a sample of each picture's latent, and its moments. noise (N, C, Y / f, X / f)."""
-        mean, logvar = self.moments(pictures)
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction from the latent mean + exp(logvar / 2) * noise, and the moments. noise (N, C, Y / f, X / f)."""
+        mean, logvar = self.moments(images)
         return self.decoder(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
-    def losses(self, pictures: Tensor, keys: Sequence[int], training: CodecTrainingConfig) -> AutoencoderOutput:
-        """Through a sample of each picture's latent, drawn on the CPU from the picture's key, and KL."""
+    def compute_losses(self, images: Tensor, seeds: Sequence[int], training: CodecTrainingConfig) -> AutoencoderOutput:
+        """Reconstruction from a sampled latent, and the KL term. Each image's noise follows from its seed, on the CPU."""
         f = self.config.downsampling
-        shape = (self.config.channels, pictures.shape[2] // f, pictures.shape[3] // f)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in keys]
-        noise = torch.stack(drawn).to(pictures.device)  # (N, C, Y / f, X / f)
-        made, mean, logvar = self(pictures, noise)  # (N, image_channels, Y, X), (N, C, Y / f, X / f) twice
-        # KL is summed over a latent's numbers and set against L1 summed over the picture's, as in latent diffusion.
-        return AutoencoderOutput(
-            made, {"kl": (training.kl_weight / pictures[0].numel(), kl_divergence(mean, logvar).mean())}
-        )
+        shape = (self.config.channels, images.shape[2] // f, images.shape[3] // f)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = torch.stack(noise).to(images.device)  # (N, C, Y / f, X / f)
+        reconstruction, mean, logvar = self(images, noise)  # (N, image_channels, Y, X), (N, C, Y / f, X / f) twice
+        # KL is summed over the latent and divided by the pixels of an image, as in latent diffusion, where L1 is a sum too.
+        kl_weight = training.kl_weight / images[0].numel()
+        return AutoencoderOutput(reconstruction, {"kl": (kl_weight, kl_divergence(mean, logvar).mean())})
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """The mode of each picture's latent, (N, C, Y / f, X / f)."""
-        return self.moments(pictures)[0]
+    def encode(self, images: Tensor) -> Tensor:
+        """The mode of each image's latent, (N, C, Y / f, X / f)."""
+        return self.moments(images)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The inverse of `encode`, nearly: (N, image_channels, Y, X), not cut to black and white."""
+        """Latents to images (N, image_channels, Y, X), not clipped to [-1, 1]."""
         return self.decoder(latents)
 
 
-def encoder_of(config: AutoencoderConfig, channels: int) -> nn.Sequential:
+def build_encoder(config: AutoencoderConfig, channels: int) -> nn.Sequential:
     """(N, image_channels, Y, X) -> (N, channels, Y / f, X / f)."""
     widths = [config.width * m for m in config.multipliers]
     return nn.Sequential(
@@ -83,7 +82,7 @@ def encoder_of(config: AutoencoderConfig, channels: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def decoder_of(config: AutoencoderConfig) -> nn.Sequential:
+def build_decoder(config: AutoencoderConfig) -> nn.Sequential:
     """(N, C, Y / f, X / f) -> (N, image_channels, Y, X)."""
     widths = [config.width * m for m in config.multipliers]
     return nn.Sequential(
@@ -95,11 +94,11 @@ def decoder_of(config: AutoencoderConfig) -> nn.Sequential:
 
 def _down(config: AutoencoderConfig, widths: Sequence[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    before = widths[0]
+    in_width = widths[0]
     for level, width in enumerate(widths):
         for _ in range(config.blocks):
-            layers.append(ResidualBlock(before, width))
-            before = width
+            layers.append(ResidualBlock(in_width, width))
+            in_width = width
         if level + 1 < len(widths):
             layers.append(Downsample(width, width))
     return layers
@@ -107,11 +106,11 @@ def _down(config: AutoencoderConfig, widths: Sequence[int]) -> list[nn.Module]:
 
 def _up(config: AutoencoderConfig, widths: Sequence[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    before = widths[-1]
+    in_width = widths[-1]
     for level, width in reversed(list(enumerate(widths))):
         for _ in range(config.blocks + 1):
-            layers.append(ResidualBlock(before, width))
-            before = width
+            layers.append(ResidualBlock(in_width, width))
+            in_width = width
         if level:
             layers.append(Upsample(width, width))
     return layers
@@ -122,8 +121,8 @@ def _middle(config: AutoencoderConfig, width: int) -> list[nn.Module]:
     return [ResidualBlock(width, width), *attention, ResidualBlock(width, width)]
 
 
-def build_network(config: AutoencoderConfig, seed: int, kind: type[nn.Module] = Network) -> nn.Module:
-    """A new network of this kind with its starting weights; each parameter's chance follows from (seed, its name)."""
+def build_network(config: AutoencoderConfig, seed: int, kind: type[nn.Module] = AutoencoderNetwork) -> nn.Module:
+    """A new network of this class; each parameter's initial values follow from (seed, its name)."""
     with torch.device("meta"):
         network = kind(config)
     network = network.to_empty(device="cpu")
@@ -133,53 +132,63 @@ def build_network(config: AutoencoderConfig, seed: int, kind: type[nn.Module] = 
 
 @torch.no_grad()
 def init_convolutions(network: nn.Module, seed: int) -> None:
-    """Matrices and kernels by their fan-in, norms 1, biases 0; what a block adds to its input starts at 0."""
+    """Weights N(0, 1 / fan_in), norms 1, biases 0. Residual blocks add 0 at first: the weights of their last layer are 0."""
     for name, parameter in network.named_parameters():
         if name.endswith(".out.weight"):
             parameter.zero_()
         elif parameter.dim() > 1:
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
-            fresh = torch.empty(parameter.shape).normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-            parameter.copy_(fresh)
+            weight = torch.empty(parameter.shape).normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            parameter.copy_(weight)
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
-def to_unit(pixels: Tensor) -> Tensor:
-    """(N, Y, X, image_channels) uint8 -> (N, image_channels, Y, X) between -1 and 1."""
+def from_uint8(pixels: Tensor) -> Tensor:
+    """(N, Y, X, image_channels) uint8 -> (N, image_channels, Y, X) float32 in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_bytes(pictures: Tensor) -> Tensor:
-    """The inverse of `to_unit`; what lies beyond black or white is cut off."""
-    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+def to_uint8(images: Tensor) -> Tensor:
+    """The inverse of `from_uint8`; values outside [-1, 1] are clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Of each latent from the normal one, summed over its numbers: (N,)."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)), summed over each latent: (N,)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
 class Autoencoder:
-    """The trained network as a codec: (Y, X, channels) uint8 <-> latent (C, Y / f, X / f), normalised."""
+    """The trained network as a codec: (Y, X, channels) uint8 <-> normalised latent (C, Y / f, X / f)."""
 
     kind = "autoencoder"
 
-    def __init__(self, network: Network, mean: np.ndarray, std: np.ndarray, low: np.ndarray, high: np.ndarray):
+    def __init__(self, network: AutoencoderNetwork, mean: np.ndarray, std: np.ndarray, low: np.ndarray, high: np.ndarray):
         self.network = network.eval().requires_grad_(False)
         self.mean, self.std, self.low, self.high = mean, std, low, high  # (C,) each
         config = network.config
         self.channels, self.downsampling, self.image_channels = config.channels, config.downsampling, config.image_channels
 
     @classmethod
+    def fit(cls, network: AutoencoderNetwork, images: Sequence[np.ndarray]) -> "Autoencoder":
+        """The codec with each channel's statistics over these images of one size. ValueError when a channel is constant."""
+        latents = encode_raw(network, images).astype(np.float64)  # (N, C, Y / f, X / f)
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        if not (std > 0).all():
+            raise ValueError("a latent channel is constant: the network does not use it; train it for longer")
+        low, high = ((side - mean) / std for side in (latents.min((0, 2, 3)), latents.max((0, 2, 3))))
+        return cls(network, mean, std, low, high)
+
+    @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> "Autoencoder":
-        """The inverse of `tensors`. ValueError or KeyError when they do not make one."""
+        """The inverse of `tensors`. ValueError or KeyError when they do not fit."""
         tensors = dict(tensors)
         statistics = [tensors.pop(name) for name in ("mean", "std", "low", "high")]
-        return cls(network_from(tensors, Network), *statistics)
+        return cls(network_from_tensors(tensors, AutoencoderNetwork), *statistics)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All that `from_tensors` needs."""
+        """The codec's content, for `from_tensors`."""
         statistics = {"mean": self.mean, "std": self.std, "low": self.low, "high": self.high}
         return statistics | network_tensors(self.network)
 
@@ -190,25 +199,25 @@ class Autoencoder:
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """latent (C, Y / f, X / f) -> (Y, X, channels) uint8."""
         device = next(self.network.parameters()).device
-        scaled = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
+        raw = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
         with torch.inference_mode():
-            return to_bytes(self.network.decoder(torch.from_numpy(scaled)[None].float().to(device)))[0].cpu().numpy()
+            return to_uint8(self.network.decoder(torch.from_numpy(raw)[None].float().to(device)))[0].cpu().numpy()
 
-    def encode_many(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures of one size, several in a forward pass. ValueError when f does not divide their sides."""
-        check_size(pictures[0], self.downsampling)
-        mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
-        return list((encode_raw(self.network, pictures) - mean) / deviation)  # (C, Y / f, X / f) each
+    def encode_many(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Latents (C, Y / f, X / f) of images of one size, in batches. ValueError when f does not divide their sides."""
+        check_size(images[0], self.downsampling)
+        mean, std = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
+        return list((encode_raw(self.network, images) - mean) / std)
 
 
 def network_tensors(network: nn.Module) -> dict[str, np.ndarray]:
-    """Its weights by name, and its config, as JSON."""
+    """The network's weights by name, and its config as JSON bytes."""
     state = {name: value.cpu().numpy() for name, value in network.state_dict().items()}
     return {"config": np.frombuffer(json.dumps(asdict(network.config)).encode(), np.uint8), **state}
 
 
-def network_from(tensors: dict[str, np.ndarray], kind: type[nn.Module]) -> nn.Module:
-    """The inverse of `network_tensors`. ValueError or KeyError when they do not make a network of this kind."""
+def network_from_tensors(tensors: dict[str, np.ndarray], kind: type[nn.Module]) -> nn.Module:
+    """The inverse of `network_tensors`. ValueError or KeyError when they do not fit a network of this class."""
     config = from_json(AutoencoderConfig, json.loads(tensors["config"].tobytes().decode()))
     with torch.device("meta"):
         network = kind(config)
@@ -216,58 +225,48 @@ def network_from(tensors: dict[str, np.ndarray], kind: type[nn.Module]) -> nn.Mo
     try:
         network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"its weights do not fit its network: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(f"the codec's weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
     return network
 
 
-def check_size(picture: np.ndarray, scale: int) -> None:
-    """ValueError when `scale` does not divide the sides of a picture (Y, X, channels)."""
-    Y, X = picture.shape[:2]
-    if Y % scale or X % scale:
-        raise ValueError(f"a picture of {X}x{Y} pixels cannot be cut into squares of {scale}x{scale}")
+def check_size(image: np.ndarray, downsampling: int) -> None:
+    """ValueError when `downsampling` does not divide the sides of an image (Y, X, channels)."""
+    Y, X = image.shape[:2]
+    if Y % downsampling or X % downsampling:
+        raise ValueError(f"an image of {X}x{Y} pixels does not fit: both sides must be multiples of {downsampling}")
 
 
 @torch.inference_mode()
-def encode_raw(network: nn.Module, pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """What `network.encode` makes of pictures (Y, X, channels) uint8 of one size: its codes, or latents not yet normalised.
+def encode_raw(network: nn.Module, images: Sequence[np.ndarray]) -> np.ndarray:
+    """`network.encode` of images (Y, X, channels) uint8 of one size, in batches.
 
-    (N, C, Y / f, X / f) float32, or (N, Y / f, X / f) int64 from a network with a codebook.
+    Latents before normalisation, (N, C, Y / f, X / f) float32; with a codebook codes, (N, Y / f, X / f) int64.
     """
     device = next(network.parameters()).device
-    n = max(1, AT_ONCE // (pictures[0].shape[0] * pictures[0].shape[1]))
-    found = []
-    for first in range(0, len(pictures), n):
-        batch = torch.from_numpy(np.stack(pictures[first : first + n])).to(device)
-        found.append(network.encode(to_unit(batch)).cpu().numpy())
-    return np.concatenate(found)
+    batch_size = max(1, BATCH_PIXELS // (images[0].shape[0] * images[0].shape[1]))
+    encoded = []
+    for first in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.stack(images[first : first + batch_size])).to(device)
+        encoded.append(network.encode(from_uint8(batch)).cpu().numpy())
+    return np.concatenate(encoded)
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch of a picture whether it is real (Isola et al. 2017): three halvings, 70 pixels across."""
+    """PatchGAN (Isola et al. 2017): one logit per patch, three strided layers, a receptive field of 70 pixels."""
 
     def __init__(self, image_channels: int, width: int = 64):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(image_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for level in range(1, 4):
-            before, after = width * 2 ** (level - 1), width * 2**level
-            layers += [nn.Conv2d(before, after, 4, 2 if level < 3 else 1, 1), group_norm(after), nn.LeakyReLU(0.2)]
+            in_width, out_width = width * 2 ** (level - 1), width * 2**level
+            layers += [nn.Conv2d(in_width, out_width, 4, 2 if level < 3 else 1, 1), group_norm(out_width), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width * 8, 1, 4, 1, 1))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """(N, image_channels, Y, X) -> (N, 1, y, x): the higher, the more real."""
-        return self.layers(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, image_channels, Y, X) -> logits (N, 1, y, x), higher for real patches."""
+        return self.layers(images)
 
 
-def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
-    """Hinge: what is said of real pictures should be above 1, of made ones below -1."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
-
-
-def with_statistics(network: Network, pictures: Sequence[np.ndarray]) -> Autoencoder:
-    """The network as a codec, with the mean, deviation and bound of each channel over these pictures of one size."""
-    latents = encode_raw(network, pictures).astype(np.float64)  # (N, C, Y / f, X / f)
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    if not (deviation > 0).all():
-        raise ValueError("a channel of the latents never changes: the network has not learnt to use it")
-    low, high = ((side - mean) / deviation for side in (latents.min((0, 2, 3)), latents.max((0, 2, 3))))
-    return Autoencoder(network, mean, deviation, low, high)
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss: logits of real images above 1, of reconstructions below -1."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())

@@ -1,4 +1,4 @@
-"""What every codec can do, and the way of each from and to a file."""
+"""The interface of codecs, and reading and writing them as files."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,55 +15,55 @@ from transfusion.codecs.vq import VQ
 
 
 class Codec(Protocol):
-    """Pixels to a latent whose channels have mean 0 and deviation 1, and back."""
+    """Converts pixels to a latent whose channels have mean 0 and standard deviation 1, and back."""
 
     kind: str
     channels: int  # C of a latent
     downsampling: int  # pixels along one side of a latent pixel
-    image_channels: int  # of a picture, 1 or 3
-    low: np.ndarray  # (C,) the smallest value of each channel where the statistics were taken
+    image_channels: int  # 1 or 3
+    low: np.ndarray  # (C,) the smallest value of each channel over the images of the statistics
     high: np.ndarray  # (C,) the largest
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """(Y, X, channels) uint8 -> latent (C, Y / scale, X / scale) float32. ValueError when the size does not suit."""
+        """(Y, X, channels) uint8 -> latent (C, Y / f, X / f) float32, f = downsampling. ValueError when f does not fit."""
         ...
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """latent (C, Y, X) -> (Y * scale, X * scale, image_channels) uint8."""
+        """latent (C, Y, X) -> (Y * f, X * f, image_channels) uint8."""
         ...
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All that `codec_of` needs to make it again."""
+        """The codec's content, for `codec_from_tensors`."""
         ...
 
 
-def encode_many(codec: Codec | VQ, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The latent (or, of VQ, the codes) of each picture, whatever their sizes; a network sees all of one size together."""
+def encode_many(codec: Codec | VQ, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The latent (for VQ the codes) of each image, of any sizes. A network encodes images of one size in batches."""
     if not isinstance(codec, Autoencoder | Pretrained | VQ):
-        return [codec.encode(picture) for picture in pictures]
-    of_size: dict[tuple[int, ...], list[int]] = {}
-    for number, picture in enumerate(pictures):
-        of_size.setdefault(picture.shape, []).append(number)
-    found: list[np.ndarray] = [np.empty(0)] * len(pictures)
-    for numbers in of_size.values():
-        for number, latent in zip(numbers, codec.encode_many([pictures[n] for n in numbers]), strict=True):
-            found[number] = latent
-    return found
+        return [codec.encode(image) for image in images]
+    indices_by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        indices_by_shape.setdefault(image.shape, []).append(index)
+    latents: list[np.ndarray] = [np.empty(0)] * len(images)
+    for indices in indices_by_shape.values():
+        for index, latent in zip(indices, codec.encode_many([images[i] for i in indices]), strict=True):
+            latents[index] = latent
+    return latents
 
 
-def fit_codec(kind: str, pictures: Sequence[np.ndarray], block: int, components: int) -> Codec:
-    """A codec that needs no training, with the statistics of these pictures. ValueError when they do not suit it."""
+def fit_codec(kind: str, images: Sequence[np.ndarray], block: int, components: int) -> Codec:
+    """A codec without a network, with the statistics of these images. ValueError when the images do not fit it."""
     match kind:
         case Pixels.kind:
-            return Pixels.fit(pictures)
+            return Pixels.fit(images)
         case BlockPCA.kind:
-            return BlockPCA.fit(pictures, block, components)
+            return BlockPCA.fit(images, block, components)
         case _:
-            raise ValueError(f"there is no codec {kind!r}; there are {Pixels.kind} and {BlockPCA.kind}")
+            raise ValueError(f"unknown codec {kind!r}; use {Pixels.kind} or {BlockPCA.kind}")
 
 
-def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
-    """The codec that `kind` and `tensors()` describe. ValueError when they do not."""
+def codec_from_tensors(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
+    """The inverse of `codec.tensors()`. ValueError when they do not fit a codec of this kind."""
     try:
         match kind:
             case Pixels.kind:
@@ -77,9 +77,9 @@ def codec_of(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
             case Pretrained.kind:
                 return Pretrained.from_tensors(tensors)
             case _:
-                raise ValueError(f"there is no codec of kind {kind}")
+                raise ValueError(f"unknown codec kind {kind}")
     except KeyError as error:
-        raise ValueError(f"a codec of kind {kind} needs {error}, which is not there") from None
+        raise ValueError(f"a codec of kind {kind} needs {error}, which is missing") from None
     except TypeError as error:
         raise ValueError(f"not a codec of kind {kind}: {error}") from None
 
@@ -92,6 +92,6 @@ def codec_to_bytes(codec: Codec | VQ) -> bytes:
 def codec_from_bytes(kind: str, content: bytes) -> Codec | VQ:
     """The inverse of `codec_to_bytes`. ValueError when it is not a codec of this kind."""
     try:
-        return codec_of(kind, from_safetensors(content))
+        return codec_from_tensors(kind, from_safetensors(content))
     except SafetensorError as error:
         raise ValueError(f"not a codec of kind {kind}: {error}") from None

@@ -1,7 +1,7 @@
-"""Other people's autoencoders: any `AutoencoderKL` of diffusers (of Stable Diffusion, FLUX, SD3), from a folder or the hub.
+"""Pretrained autoencoders: any `AutoencoderKL` of diffusers (Stable Diffusion, FLUX, SD3), from a folder or the hub.
 
-Its weights are not copied into data sets and runs: those name it, with the SHA-256 of its weights. Its own shift and scale
-are undone and done by diffusers' convention; on top of them every channel gets mean 0 and deviation 1 over the data.
+Data sets and runs store its name and the SHA-256 of its weights, not the weights. Its shift and scaling factors are applied
+as in diffusers; then every channel is normalised to mean 0 and standard deviation 1 over the data.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from transfusion.codecs.autoencoder import to_bytes, to_unit
+from transfusion.codecs.autoencoder import check_size, from_uint8, to_uint8
 from transfusion.disk import sha256_of
 
-TILED = 512 * 512  # pixels: larger pictures go through it in tiles
-AT_ONCE = 2**21  # pixels in one forward pass, about: 8 pictures of 512x512
+TILING_PIXELS = 512 * 512  # larger images are processed in tiles
+BATCH_PIXELS = 2**21  # pixels in one forward pass, about: 8 images of 512x512
 
 
 class Pretrained:
-    """An `AutoencoderKL` as a codec: (Y, X, 3) uint8 <-> latent (C, Y / f, X / f), the mode, normalised."""
+    """An `AutoencoderKL` as a codec: (Y, X, 3) uint8 <-> normalised mode of the latent (C, Y / f, X / f)."""
 
     kind = "pretrained"
 
@@ -34,28 +34,28 @@ class Pretrained:
         self.shift, self.factor = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     @classmethod
-    def fit(cls, source: str, pictures: Sequence[np.ndarray]) -> "Pretrained":
-        """Opened from a folder or the hub, with the statistics of these pictures. ValueError says why it cannot be."""
+    def fit(cls, source: str, images: Sequence[np.ndarray]) -> "Pretrained":
+        """The autoencoder of a folder or the hub, with the statistics of these images. ValueError when it does not open."""
         network, digest = _open(source)
-        nothing = np.zeros(network.config.latent_channels), np.ones(network.config.latent_channels)
-        plain = cls(network, source, digest, (*nothing, *nothing))
-        found = [plain.encode(picture).reshape(plain.channels, -1) for picture in pictures]
-        values = np.concatenate(found, 1).astype(np.float64)  # (C, n)
-        mean, deviation = values.mean(1), values.std(1)
-        low, high = ((side - mean) / deviation for side in (values.min(1), values.max(1)))
-        return cls(network, source, digest, (mean, deviation, low, high))
+        identity = np.zeros(network.config.latent_channels), np.ones(network.config.latent_channels)
+        codec = cls(network, source, digest, (*identity, *identity))
+        latents = [codec.encode(image).reshape(codec.channels, -1) for image in images]
+        values = np.concatenate(latents, 1).astype(np.float64)  # (C, n)
+        mean, std = values.mean(1), values.std(1)
+        low, high = ((side - mean) / std for side in (values.min(1), values.max(1)))
+        return cls(network, source, digest, (mean, std, low, high))
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> "Pretrained":
-        """The inverse of `tensors`. ValueError when it is not where it was, or no longer the same."""
+        """The inverse of `tensors`. ValueError when the autoencoder is missing or was changed."""
         about = json.loads(tensors["about"].tobytes().decode())
         network, digest = _open(about["source"])
         if digest != about["sha256"]:
-            raise ValueError(f"the weights of {about['source']} are not those that the latents were made with")
+            raise ValueError(f"the weights of {about['source']} have changed since the data were encoded with them")
         return cls(network, about["source"], digest, [tensors[name] for name in ("mean", "std", "low", "high")])
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All that `from_tensors` needs."""
+        """The codec's content, for `from_tensors`."""
         about = json.dumps({"source": self.source, "sha256": self.digest}).encode()
         statistics = {"mean": self.mean, "std": self.std, "low": self.low, "high": self.high}
         return {"about": np.frombuffer(about, np.uint8), **statistics}
@@ -65,40 +65,37 @@ class Pretrained:
         return self.encode_many([pixels])[0]
 
     @torch.inference_mode()
-    def encode_many(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures of one size, several in a forward pass. ValueError when f does not divide their sides."""
-        Y, X = pictures[0].shape[:2]
-        if Y % self.downsampling or X % self.downsampling:
-            raise ValueError(
-                f"a picture of {X}x{Y} pixels cannot be cut into squares of {self.downsampling}x{self.downsampling}"
-            )
-        self._tile(Y * X)
-        found = []
-        n = max(1, AT_ONCE // (Y * X))
-        for first in range(0, len(pictures), n):
-            batch = to_unit(torch.from_numpy(np.stack(pictures[first : first + n])))  # (N, 3, Y, X)
+    def encode_many(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Latents of images of one size, in batches. ValueError when f does not divide their sides."""
+        check_size(images[0], self.downsampling)
+        num_pixels = images[0].shape[0] * images[0].shape[1]
+        self._set_tiling(num_pixels)
+        normalised = []
+        batch_size = max(1, BATCH_PIXELS // num_pixels)
+        mean, std = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
+        for first in range(0, len(images), batch_size):
+            batch = from_uint8(torch.from_numpy(np.stack(images[first : first + batch_size])))  # (N, 3, Y, X)
             latents = (self.network.encode(batch).latent_dist.mode() - self.shift) * self.factor  # (N, C, Y / f, X / f)
-            found += list(latents.float().numpy())
-        mean, deviation = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
-        return [(latent - mean) / deviation for latent in found]
+            normalised += list((latents.float().numpy() - mean) / std)
+        return normalised
 
     @torch.inference_mode()
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """latent (C, Y / f, X / f) -> (Y, X, 3) uint8."""
-        self._tile(latent.shape[1] * latent.shape[2] * self.downsampling**2)
-        own = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
-        scaled = torch.from_numpy(own)[None].float() / self.factor + self.shift  # (1, C, Y / f, X / f)
-        return to_bytes(self.network.decode(scaled).sample)[0].numpy()
+        self._set_tiling(latent.shape[1] * latent.shape[2] * self.downsampling**2)
+        scaled = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
+        raw = torch.from_numpy(scaled)[None].float() / self.factor + self.shift  # (1, C, Y / f, X / f)
+        return to_uint8(self.network.decode(raw).sample)[0].numpy()
 
-    def _tile(self, pixels: int) -> None:
-        if pixels > TILED:
+    def _set_tiling(self, num_pixels: int) -> None:
+        if num_pixels > TILING_PIXELS:
             self.network.enable_tiling()
         else:
             self.network.disable_tiling()
 
 
 def is_pretrained(source: str) -> bool:
-    """Does this name an autoencoder of diffusers: a folder with its config.json, or `owner/name` on the hub?"""
+    """True for a folder with a diffusers config.json, and for `owner/name` on the hub unless such a path exists."""
     return (Path(source) / "config.json").exists() or (source.count("/") == 1 and not Path(source).exists())
 
 
@@ -111,7 +108,7 @@ def _open(source: str) -> tuple[Any, str]:
     try:
         folder = Path(source) if Path(source).is_dir() else _download(source)
         network = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except Exception as error:  # whatever the hub's client and diffusers raise
+    except Exception as error:  # the hub's client and diffusers raise many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no autoencoder can be opened at {source}: {reason}") from None
     weights = sorted(folder.glob("*.safetensors"))

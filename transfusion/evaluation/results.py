@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transfusion.checkpoint.open import newest_checkpoint
+from transfusion.checkpoint.open import find_newest_checkpoint
 from transfusion.config import EvaluationConfig, from_json
 from transfusion.disk import OpenError, is_exported, read_json, write_json
 from transfusion.evaluation.suite import Suite
@@ -101,8 +101,8 @@ def _begun(engine: Engine, folder: Path) -> dict:
     if _of_run(known) == results and isinstance(known.get("manifest"), list):
         return known
     if not is_exported(folder):
-        state = read_json(newest_checkpoint(folder) / "state.json")
-        results |= {"training_seconds": round(state["seconds"]), "training_positions": state["seen"]}
+        state = read_json(find_newest_checkpoint(folder) / "state.json")
+        results |= {"training_seconds": round(state["seconds"]), "training_positions": state["num_seen"]}
     return results | {"manifest": []}
 
 

@@ -1,4 +1,4 @@
-"""What stands between a bad step and the weights: numbers that are not finite, spikes, and steps that never end."""
+"""Skips updates with non-finite values or gradient spikes, and ends a process whose step hangs."""
 
 import faulthandler
 import math
@@ -15,81 +15,83 @@ from transfusion.config import FaultToleranceConfig
 from transfusion.disk import write_json
 from transfusion.parallel import Ranks
 
-REMEMBERED = 128  # gradient norms, for what is usual
-ENOUGH = 32  # of them before any can be called a spike
+NORM_HISTORY = 128  # gradient norms that spikes are compared with
+MIN_NORM_HISTORY = 32  # fewer norms do not define a spike
 
 
 class TrainingError(ValueError):
-    """Training cannot go on; the message says why in one line."""
+    """Training cannot continue; the message is one line."""
 
 
 class Guard:
-    """Judges each update before it is applied. `norms` and `skipped` go into checkpoints: what is usual stays so."""
+    """Decides whether an update is applied. Checkpoints store `grad_norms` and `num_skipped`."""
 
     def __init__(self, config: FaultToleranceConfig, folder: Path, ranks: Ranks):
         self.config, self.folder, self.ranks = config, folder, ranks
-        self.norms: list[float] = []  # of the last updates that were applied
-        self.skipped = 0  # in a row
+        self.grad_norms: list[float] = []  # of the last applied updates
+        self.num_skipped = 0  # in a row
 
-    def accepts_update(self, step: int, norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
-        """Is the update of this step (counted from 1) to be applied? All ranks must ask with the same numbers.
+    def accepts_update(self, step: int, grad_norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
+        """Whether to apply the update of this step, counted from 1. All ranks must call it with the same numbers.
 
-        If not, faults/step-NNNNNN.json says why, and what each rank read (`batch`). TrainingError when there were more than
-        `skip` in a row.
+        A rejected update writes faults/step-NNNNNN.json: the reason, and every rank's batch, as `batch` describes it.
+        TrainingError after more than `skip_nonfinite` rejected updates in a row.
         """
-        reason = self._reason(norm, values)
+        reason = self._reason_to_skip(grad_norm, values)
         if reason is None:
-            self.norms, self.skipped = [*self.norms, norm][-REMEMBERED:], 0
+            self.grad_norms, self.num_skipped = [*self.grad_norms, grad_norm][-NORM_HISTORY:], 0
             return True
-        self.skipped += 1
+        self.num_skipped += 1
         path = self.folder / "faults" / f"step-{step:06d}.json"
-        values = values | {"gradient_norm": norm}
+        values = values | {"gradient_norm": grad_norm}
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        read = self.ranks.gather(batch())
+        batches = self.ranks.gather(batch())
         if self.ranks.is_main:
             path.parent.mkdir(exist_ok=True)
-            write_json(path, {"step": step, "reason": reason, **numbers, "read": read})
-        if self.skipped > self.config.skip_nonfinite:
+            write_json(path, {"step": step, "reason": reason, **numbers, "read": batches})
+        if self.num_skipped > self.config.skip_nonfinite:
             raise TrainingError(
-                f"step {step}: {reason}, so the step was not taken; {path} says what was read, and the last checkpoint is "
-                "whole. A lower training.learning_rate may help, or fault_tolerance.skip_nonfinite N, which skips up to N "
-                "such steps in a row"
+                f"step {step}: {reason}, so the update was not applied; {path} lists the documents of the batch, and the "
+                "last checkpoint is intact. Try a lower training.learning_rate, or fault_tolerance.skip_nonfinite N to skip "
+                "up to N such updates in a row"
             )
         return False
 
-    def _reason(self, norm: float, values: dict[str, float]) -> str | None:
+    def _reason_to_skip(self, grad_norm: float, values: dict[str, float]) -> str | None:
         for name, value in values.items():
             if not math.isfinite(value):
                 return f"the {name.replace('_', ' ')} is not finite"
-        if not math.isfinite(norm):
+        if not math.isfinite(grad_norm):
             return "the gradient is not finite"
-        if self.config.skip_spikes_above is None or len(self.norms) < ENOUGH:
+        if self.config.skip_spikes_above is None or len(self.grad_norms) < MIN_NORM_HISTORY:
             return None
-        usual, deviation = statistics.mean(self.norms), statistics.pstdev(self.norms)
-        if norm <= usual + self.config.skip_spikes_above * deviation:
+        mean, std = statistics.mean(self.grad_norms), statistics.pstdev(self.grad_norms)
+        if grad_norm <= mean + self.config.skip_spikes_above * std:
             return None
-        return f"the gradient's norm is {norm:.3g}, a spike (usual: {usual:.3g}, deviation {deviation:.2g})"
+        return f"the gradient norm {grad_norm:.3g} is a spike (mean {mean:.3g}, standard deviation {std:.2g})"
 
 
 @contextmanager
 def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Gives `alive()`: if it is not called again for so long, every thread's stack goes to faults/stacks-rank-N.txt and the
-    process ends with exit code 1, so that torchrun can start all of them anew. 0 seconds: nobody watches.
+    """Gives `alive()`, to be called at every step; 0 seconds disables the watchdog.
+
+    When `seconds` pass without a call, the stacks of all threads go to faults/stacks-rank-N.txt and the process exits with
+    code 1, so that torchrun can restart all processes.
     """
-    last, over = time.monotonic(), threading.Event()
+    last_call, stopped = time.monotonic(), threading.Event()
 
     def alive() -> None:
-        nonlocal last
-        last = time.monotonic()
+        nonlocal last_call
+        last_call = time.monotonic()
 
     def watch() -> None:
-        while not over.wait(seconds / 10):
-            if time.monotonic() - last > seconds:
+        while not stopped.wait(seconds / 10):
+            if time.monotonic() - last_call > seconds:
                 path = folder / "faults" / f"stacks-rank-{rank}.txt"
                 path.parent.mkdir(exist_ok=True)
                 with path.open("w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
-                line = f"transfusion: no step has ended for {seconds:g} s; {path} says where it hangs"
+                line = f"transfusion: no step has ended for {seconds:g} s; {path} has the stacks of all threads"
                 print(line, file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -98,4 +100,4 @@ def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], N
     try:
         yield alive
     finally:
-        over.set()
+        stopped.set()

@@ -1,4 +1,4 @@
-"""The loop that every training shares: read ahead, step, look, save; stop when asked, and go on exactly where it stopped."""
+"""The training loop of models and codecs: load the next batch ahead, step, evaluate, save; stop on a signal and resume."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from transfusion.config import FaultToleranceConfig
 from transfusion.parallel import Ranks
 from transfusion.training.guard import Guard, TrainingError, watchdog
 from transfusion.training.metrics import Metrics, ProgressBar
-from transfusion.training.signals import listening
+from transfusion.training.signals import stop_on_signal
 
 
 class LoopConfig(Protocol):
-    """The numbers of a training config that the loop reads."""
+    """The fields of a training config that the loop uses."""
 
     steps: int
     log_every: int
@@ -30,129 +30,126 @@ class LoopConfig(Protocol):
 
 @dataclass
 class Progress:
-    """How far a training is: all that is not a tensor. The next step's batch is read from `place` on."""
+    """The training state that is not a tensor; state.json of a checkpoint holds it."""
 
     step: int = 0
-    seconds: float = 0.0  # spent training, over all its sessions
-    seen: int = 0  # positions or pictures, over all ranks
-    loader_state: Any = None  # in the data, as the task has it
-    norms: list[float] = field(default_factory=list)  # what the guard remembers
-    skipped: int = 0
+    seconds: float = 0.0  # of training, over all sessions
+    num_seen: int = 0  # positions or images, over all ranks
+    loader_state: Any = None  # where the next batch is read, in the task's own form
+    grad_norms: list[float] = field(default_factory=list)  # of the guard
+    num_skipped: int = 0  # updates in a row
 
 
 class Task(Protocol):
-    """What is trained: what differs between a model and a codec."""
+    """What differs between training a model and training a codec."""
 
-    seen_in: str  # what `seen` counts, in the plural
+    unit: str  # what `num_seen` counts, in the plural
 
-    def read(self, place: Any) -> Iterator[tuple[Any, Any]]:
-        """From a place on without end: what a step needs, and the place behind it. Runs in a thread of its own."""
+    def batches(self, loader_state: Any) -> Iterator[tuple[Any, Any]]:
+        """An endless iterator of a step's batch and the loader state after it. It runs in a separate thread."""
 
-    def step(self, number: int, read: Any, allows: Callable[..., bool]) -> tuple[dict[str, float], int]:
-        """One update, the `number`-th from 0 on, applied if the guard allows it: its values, and how much was seen."""
+    def step(self, number: int, batch: Any, accepts_update: Callable[..., bool]) -> tuple[dict[str, float], int]:
+        """Train one step, counted from 0; apply the update if it is accepted. Returns the metrics and the units seen."""
 
     def describe(self, values: dict[str, float]) -> str:
-        """The values that a person wants to follow, in a few words."""
+        """The most important metrics, as short text."""
 
     def evaluate_heldout(self) -> tuple[dict, str]:
-        """How good it is on what was held out, as values and in words."""
+        """Metrics on held-out data, as values and as text."""
 
     def preview(self, step: int) -> None:
-        """A look at what it makes."""
+        """Write samples of the current model."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint stores or fills in, by part and name."""
+        """All tensors that a checkpoint saves and restores, by part and name."""
 
 
 class Loop:
-    """Trains a task in a run's folder, on all ranks alike; rank 0 writes what is written once."""
+    """Trains a task in a run's folder. All ranks run it; rank 0 writes the shared files."""
 
     def __init__(
-        self,
-        task: Task,
-        config: LoopConfig,
-        fault_tolerance: FaultToleranceConfig,
-        folder: Path,
-        ranks: Ranks,
+        self, task: Task, config: LoopConfig, fault_tolerance: FaultToleranceConfig, folder: Path, ranks: Ranks,
         preview_every: int = 0,
-    ):
+    ):  # fmt: skip
         self.task, self.config, self.folder, self.ranks = task, config, folder, ranks
         self.watchdog, self.preview_every = fault_tolerance.watchdog, preview_every
         self.progress = Progress()
         self.guard = Guard(fault_tolerance, folder, ranks)
-        self.stop_asked = False
-        self.shown = 0.0, 0  # seconds and seen, when the screen last told a speed
+        self.stop_requested = False
+        self.last_logged = 0.0, 0  # seconds and num_seen
 
-    def restore(self, say: Callable[[str], None]) -> None:
-        """From the newest whole checkpoint of the folder, if there is any; `say` is told, on rank 0."""
-        found = restore_newest(self.folder, self.task.tensors(), self.ranks, say)
-        if found:
-            self.load_state(found[1])
+    def restore(self, report: Callable[[str], None]) -> None:
+        """Restore the newest intact checkpoint of the folder, if there is one. Rank 0 calls `report` with one line."""
+        restored = restore_newest(self.folder, self.task.tensors(), self.ranks, report)
+        if restored:
+            self.load_state(restored[1])
             if self.ranks.is_main:
-                say(f"going on from {found[0]}")
+                report(f"resuming from {restored[0]}")
 
     def load_state(self, state: dict) -> None:
-        """Go on from a checkpoint whose tensors have been filled in."""
+        """Set the progress from a checkpoint's state.json. TrainingError when the fields are another version's."""
         try:
             self.progress = Progress(**state)
         except TypeError:
-            said = "the checkpoint is another version's of transfusion: go on with that one, or begin anew"
-            raise TrainingError(said) from None
-        self.guard.norms, self.guard.skipped = list(self.progress.norms), self.progress.skipped
-        self.shown = self.progress.seconds, self.progress.seen
+            raise TrainingError(
+                "the checkpoint was written by another version of transfusion: resume with that version, or start a new run"
+            ) from None
+        self.guard.grad_norms, self.guard.num_skipped = list(self.progress.grad_norms), self.progress.num_skipped
+        self.last_logged = self.progress.seconds, self.progress.num_seen
 
     def run(self) -> bool:
-        """Up to the last step. False when a signal stopped it before; it is saved either way."""
+        """Train to the last step. False when a signal stopped it earlier; both save a checkpoint."""
         config, progress = self.config, self.progress
         metrics = Metrics(self.folder / "metrics.jsonl", progress.step, self.ranks.is_main)
-        screen = ProgressBar(config.steps, progress.step, self.ranks.is_main)
+        progress_bar = ProgressBar(config.steps, progress.step, self.ranks.is_main)
         with (
-            watchdog(self.watchdog, self.folder, self.ranks.rank) as alive, listening(self), screen,
-            Saver(self.folder, config.keep_checkpoints, self.ranks) as saver, ThreadPoolExecutor(1) as ahead,
+            watchdog(self.watchdog, self.folder, self.ranks.rank) as alive, stop_on_signal(self), progress_bar,
+            Saver(self.folder, config.keep_checkpoints, self.ranks) as saver, ThreadPoolExecutor(1) as prefetcher,
         ):  # fmt: skip
-            reading = self.task.read(progress.loader_state)
-            coming = ahead.submit(next, reading)
+            batches = self.task.batches(progress.loader_state)
+            next_batch = prefetcher.submit(next, batches)
             if progress.step == 0:
-                self._evaluate_and_preview(metrics, screen)
-            while progress.step < config.steps and not self.ranks.any(self.stop_asked):
+                self._evaluate_and_preview(metrics, progress_bar)
+            while progress.step < config.steps and not self.ranks.any(self.stop_requested):
                 alive()
-                begun = time.monotonic()
-                read, place = coming.result()
-                coming = ahead.submit(next, reading)
+                start = time.monotonic()
+                batch, loader_state = next_batch.result()
+                next_batch = prefetcher.submit(next, batches)
                 with self.ranks.catching_peer_failure():
-                    values, seen = self.task.step(progress.step, read, self.guard.accepts_update)
-                progress.step, progress.loader_state, progress.seen = progress.step + 1, place, progress.seen + seen
-                progress.seconds += time.monotonic() - begun
-                self._log(metrics, screen, values)
-                self._evaluate_and_preview(metrics, screen)
+                    values, num_seen = self.task.step(progress.step, batch, self.guard.accepts_update)
+                progress.step, progress.loader_state = progress.step + 1, loader_state
+                progress.num_seen += num_seen
+                progress.seconds += time.monotonic() - start
+                self._log(metrics, progress_bar, values)
+                self._evaluate_and_preview(metrics, progress_bar)
                 if progress.step % config.checkpoint_every == 0 or progress.step == config.steps:
                     self._save(saver)
             if progress.step < config.steps:
                 self._save(saver)
                 saver.finish()
-                screen.say(f"stopped at step {progress.step} and saved: the same command goes on from here")
+                progress_bar.print_line(f"stopped at step {progress.step} and saved: the same command resumes from here")
         return progress.step >= config.steps
 
     def _save(self, saver: Saver) -> None:
-        self.progress.norms, self.progress.skipped = self.guard.norms, self.guard.skipped
+        self.progress.grad_norms, self.progress.num_skipped = self.guard.grad_norms, self.guard.num_skipped
         saver.save(self.progress.step, self.task.tensors(), asdict(self.progress))
 
-    def _log(self, metrics: Metrics, screen: ProgressBar, values: dict[str, float]) -> None:
-        progress, config = self.progress, self.config
-        if progress.step % config.log_every and progress.step != config.steps:
+    def _log(self, metrics: Metrics, progress_bar: ProgressBar, values: dict[str, float]) -> None:
+        progress, unit = self.progress, self.task.unit
+        if progress.step % self.config.log_every and progress.step != self.config.steps:
             return
-        speed, what = (progress.seen - self.shown[1]) / (progress.seconds - self.shown[0]), self.task.seen_in
-        self.shown = progress.seconds, progress.seen
-        metrics.write(progress.step, **values, **{f"{what}_per_second": round(speed, 1)}, seconds=progress.seconds)
-        screen.show(progress.step, f"{self.task.describe(values)}  {speed:,.0f} {what}/s")
+        speed = (progress.num_seen - self.last_logged[1]) / (progress.seconds - self.last_logged[0])
+        self.last_logged = progress.seconds, progress.num_seen
+        metrics.write(progress.step, **values, **{f"{unit}_per_second": round(speed, 1)}, seconds=progress.seconds)
+        progress_bar.update(progress.step, f"{self.task.describe(values)}  {speed:,.0f} {unit}/s")
 
-    def _evaluate_and_preview(self, metrics: Metrics, screen: ProgressBar) -> None:
-        """What was held out, and a preview, when it is time."""
+    def _evaluate_and_preview(self, metrics: Metrics, progress_bar: ProgressBar) -> None:
+        """Evaluate on held-out data and write previews, when this step is due for them."""
         step = self.progress.step
-        last = step == self.config.steps
-        if step % self.config.validate_every == 0 or last:
-            values, words = self.task.evaluate_heldout()
+        is_last = step == self.config.steps
+        if step % self.config.validate_every == 0 or is_last:
+            values, text = self.task.evaluate_heldout()
             metrics.write(step, heldout=values)
-            screen.say(f"step {step}  held out  {words}")
-        if self.preview_every and (step % self.preview_every == 0 or last):
+            progress_bar.print_line(f"step {step}  held out  {text}")
+        if self.preview_every and (step % self.preview_every == 0 or is_last):
             self.task.preview(step)

@@ -1,4 +1,4 @@
-"""What training says of itself: lines in metrics.jsonl, and a bar on the screen."""
+"""Training output: metrics.jsonl, and a progress bar on the terminal."""
 
 import json
 import sys
@@ -10,17 +10,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Metrics:
-    """Appends one JSON object per line, each with its step; lines after a crash are cut off when the run goes on.
+    """Appends JSON objects to metrics.jsonl, one per line, each with its step.
 
-    On ranks but the first (`writes` False) nothing is written.
+    Lines after `step`, from before a crash, are removed first. With `writes` False (other ranks than 0) nothing is written.
     """
 
     def __init__(self, path: Path, step: int, writes: bool = True):
         self.path, self.writes = path, writes
         if not writes:
             return
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, step: int, **values) -> None:
         if not self.writes:
@@ -30,7 +30,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines; none when there is no file. A last line cut short by a crash is left out."""
+    """The complete lines of the file, [] without a file. A last line that a crash cut short is left out."""
     if not path.exists():
         return []
     lines = []
@@ -43,13 +43,13 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class ProgressBar:
-    """A progress bar on a terminal; elsewhere a line every ten seconds; on ranks but the first (`shows` False) nothing."""
+    """A progress bar on a terminal, else one line every ten seconds. With `shows` False nothing is printed."""
 
-    EVERY = 10.0  # seconds between plain lines
+    INTERVAL = 10.0  # seconds between plain lines
 
     def __init__(self, steps: int, done: int, shows: bool = True):
-        self.steps, self.begun, self.first = steps, time.monotonic(), done
-        self.last_line = -self.EVERY
+        self.steps, self.start_time, self.first_step = steps, time.monotonic(), done
+        self.last_line = -self.INTERVAL
         self.console = Console(file=sys.stderr, quiet=not shows)
         self.bar = None
         if self.console.is_terminal:
@@ -69,15 +69,15 @@ class ProgressBar:
         if self.bar:
             self.bar.stop()
 
-    def show(self, step: int, line: str) -> None:
-        """How far it is and what there is to say of it."""
+    def update(self, step: int, description: str) -> None:
+        """Show the step and its description."""
         if self.bar:
-            self.bar.update(self.task, completed=step, description=line)
-        elif time.monotonic() - self.last_line >= self.EVERY or step == self.steps:
+            self.bar.update(self.task, completed=step, description=description)
+        elif time.monotonic() - self.last_line >= self.INTERVAL or step == self.steps:
             self.last_line = time.monotonic()
-            left = (self.last_line - self.begun) / max(1, step - self.first) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}  {line}  {left:.0f} s left")
+            left = (self.last_line - self.start_time) / max(1, step - self.first_step) * (self.steps - step)
+            self.print_line(f"step {step}/{self.steps}  {description}  {left:.0f} s left")
 
-    def say(self, line: str) -> None:
-        """A line of its own, above the bar if there is one."""
+    def print_line(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

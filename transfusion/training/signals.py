@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (which clusters send before their time is up): they ask training to stop and save."""
+"""Ctrl-C, SIGTERM and SIGUSR1 stop training after the current step. Clusters send SIGUSR1 before a job's time ends."""
 
 import signal
 from collections.abc import Iterator
@@ -7,28 +7,28 @@ from typing import Protocol
 
 
 class Stoppable(Protocol):
-    """Whoever looks at `stop_asked` after every step."""
+    """Checks `stop_requested` after every step."""
 
-    stop_asked: bool
+    stop_requested: bool
 
 
 @contextmanager
-def listening(loop: Stoppable) -> Iterator[None]:
-    """While it is open, a signal only asks it to stop after the step it is in; a second one insists."""
+def stop_on_signal(loop: Stoppable) -> Iterator[None]:
+    """While open, the first signal sets `stop_requested`, the second raises KeyboardInterrupt."""
 
-    def ask(number, frame):
-        if loop.stop_asked:
+    def request_stop(number, frame):
+        if loop.stop_requested:
             raise KeyboardInterrupt
-        loop.stop_asked = True
+        loop.stop_requested = True
 
-    before = {}
+    previous_handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         try:
-            before[number] = signal.signal(number, ask)
-        except ValueError:  # not in the main thread: whoever owns it decides
+            previous_handlers[number] = signal.signal(number, request_stop)
+        except ValueError:  # only the main thread can set handlers
             break
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Trains a model: reads, adds noise, predicts, steps; on one process, or on many that share every weight (section 4.1)."""
+"""Trains a model on one process, or on many that shard all weights (section 4.1)."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,54 +14,56 @@ from transfusion.objective import NoiseSample
 from transfusion.parallel import SINGLE_PROCESS, Ranks, lower_precision, parallelize
 from transfusion.sequence import Batch
 from transfusion.training.loop import Loop
-from transfusion.training.optimizer import build_optimizer, freeze, learning_rate, optimizer_tensors, update_ema
+from transfusion.training.optimizer import build_optimizer, freeze, get_learning_rate, optimizer_tensors, update_ema
 
-GRID = 10  # held-out times per walk from clean to noise
+HELDOUT_GRID = 10  # values of t from 0 to 1 for the held-out losses
 
-Read = list[tuple[Batch, list[NoiseSample]]]  # the micro-batches of a step, each with its noise
+MicroBatches = list[tuple[Batch, list[NoiseSample]]]  # of one step, each with its noise
 
 
 class Trainer:
-    """One run. `look(model, step)` may look at the averaged model; it cannot change what is learnt. All ranks call it.
+    """Trains one run.
 
-    `start(model)` fills in the first weights, of each rank its part; without it they are those of the run's seed.
+    `on_preview(ema, step)` may use the averaged model; it cannot change the training. All ranks call it. `init_from(model)`
+    fills in the first weights, on each rank its part; without it they follow from the run's seed.
     """
 
-    seen_in = "positions"
+    unit = "positions"
 
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
-        ranks: Ranks = SINGLE_PROCESS, look: Callable[[Transfusion, int], None] | None = None,
-        start: Callable[[Transfusion], None] | None = None,
+        ranks: Ranks = SINGLE_PROCESS, on_preview: Callable[[Transfusion, int], None] | None = None,
+        init_from: Callable[[Transfusion], None] | None = None,
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
-        self.ranks, self.on_preview, self.init_from = ranks, look, start
+        self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
         self.model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
-        self.ema = self._build(compiled=False, like=self.model).requires_grad_(False)
+        self.ema = self._build(compiled=False, source=self.model).requires_grad_(False)
         freeze(self.model, run.training.lr_scales)
         self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales)
-        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, run.training.preview_every if look else 0)
+        preview_every = run.training.preview_every if on_preview else 0
+        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, preview_every)
 
-    def _build(self, compiled: bool, like: Transfusion | None = None) -> Transfusion:
-        """The first weights or those of another, each rank's part of them: no rank ever holds the whole."""
+    def _build(self, compiled: bool, source: Transfusion | None = None) -> Transfusion:
+        """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
         model = build_on_meta(self.run.model)
         parallelize(model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",))
         model.to_empty(device=self.device)
-        if like is None and self.init_from is not None:
-            self.init_from(model)
-        elif like is None:
-            init_weights(model, self.run.training.seed)
-        else:
+        if source is not None:
             with torch.no_grad():
-                for mine, other in zip(model.parameters(), like.parameters(), strict=True):
-                    mine.copy_(other)
+                for parameter, value in zip(model.parameters(), source.parameters(), strict=True):
+                    parameter.copy_(value)
+        elif self.init_from is not None:
+            self.init_from(model)
+        else:
+            init_weights(model, self.run.training.seed)
         return model
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint stores or fills in, by part and name."""
+        """All tensors that a checkpoint saves and restores, by part and name."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -69,76 +71,78 @@ class Trainer:
         }
 
     def train(self) -> bool:
-        """Up to the last step. False when a signal stopped it before; it is saved either way."""
+        """Train to the last step. False when a signal stopped it earlier; both save a checkpoint."""
         return self.loop.run()
 
-    def read(self, place: list[int] | None) -> Iterator[tuple[Read, list[int]]]:
-        """The micro-batches of each step with their noise, drawn on the CPU while the step before runs."""
-        batches = self.loader.batches(LoaderState(*place or ()))
+    def batches(self, loader_state: list[int] | None) -> Iterator[tuple[MicroBatches, list[int]]]:
+        """The micro-batches of each step with their noise, sampled on the CPU during the step before."""
+        batches = self.loader.batches(LoaderState(*loader_state or ()))
         while True:
-            parts = []
+            micro_batches = []
             for _ in range(self.run.training.accumulate):
-                batch, after = next(batches)
-                parts.append((batch, objective.sample_noise(batch, self.run.diffusion)))
-            yield parts, [after.block, after.row]
+                batch, state = next(batches)
+                micro_batches.append((batch, objective.sample_noise(batch, self.run.diffusion)))
+            yield micro_batches, [state.block, state.row]
 
-    def step(self, number: int, read: Read, allows: Callable[..., bool]) -> tuple[dict[str, float], int]:
-        """One update. Losses are divided by the counts of the whole step on all ranks: cutting it up changes nothing."""
+    def step(
+        self, number: int, micro_batches: MicroBatches, accepts_update: Callable[..., bool]
+    ) -> tuple[dict[str, float], int]:
+        """One update. Losses are divided by the counts of the whole step: its split into batches and ranks has no effect."""
         config = self.run.training
-        counted = zip(*[(*objective.loss_counts(batch), batch.positions) for batch, _ in read], strict=True)
-        *counts, positions = map(round, self.ranks.sum(*map(sum, counted)))
-        rate = learning_rate(number, config)
+        counts = zip(*[(*objective.loss_counts(batch), batch.positions) for batch, _ in micro_batches], strict=True)
+        *loss_counts, positions = map(round, self.ranks.sum(*map(sum, counts)))
+        learning_rate = get_learning_rate(number, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
-        sums = self.ranks.sum(*self._backward(read, *counts[:2]).tolist())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        norm = (norm.full_tensor() if self.ranks.world > 1 else norm).item()
-        values = objective.mean_losses(sums, counts)
-        if allows(number + 1, norm, values, lambda: self._describe_batch(read)):
+            group["lr"] = learning_rate * group["lr_scale"]
+        sums = self.ranks.sum(*self._backward(micro_batches, *loss_counts[:2]).tolist())
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        grad_norm = (grad_norm.full_tensor() if self.ranks.world > 1 else grad_norm).item()
+        values = objective.mean_losses(sums, loss_counts)
+        if accepts_update(number + 1, grad_norm, values, lambda: self._describe_batch(micro_batches)):
             self.optimizer.step()
             update_ema(self.ema, self.model, number, config.ema_decay)
         self.optimizer.zero_grad()
-        return {**values, "gradient_norm": norm, "learning_rate": rate}, positions
+        return {**values, "gradient_norm": grad_norm, "learning_rate": learning_rate}, positions
 
-    def _backward(self, read: Read, text_count: int, image_count: int) -> Tensor:
-        """Gradients of this rank's share of the loss; the sums of its losses, (3,)."""
+    def _backward(self, micro_batches: MicroBatches, text_count: int, image_count: int) -> Tensor:
+        """Add up the gradients of this rank's share of the loss. Returns the sums of its losses, (3,)."""
         sums = torch.zeros(3, device=self.device)
-        for batch, draws in read:
+        for batch, noise_samples in micro_batches:
             with lower_precision(self.device):
                 losses = objective.compute_losses(
-                    self.model, batch.to(self.device), draws, self.run.diffusion, self.run.model.z_loss
+                    self.model, batch.to(self.device), noise_samples, self.run.diffusion, self.run.model.z_loss
                 )
             objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
             sums = sums + losses.sums
         return sums
 
-    def _describe_batch(self, read: Read) -> dict:
-        """What this rank read in a step, by source and number: for a look at what went wrong."""
-        return {"rank": self.ranks.rank, "rows": [row for batch, _ in read for row in batch.documents]}
+    def _describe_batch(self, micro_batches: MicroBatches) -> dict:
+        """The documents of this rank's rows, by source and number, for the fault file."""
+        return {"rank": self.ranks.rank, "rows": [row for batch, _ in micro_batches for row in batch.documents]}
 
     def describe(self, values: dict[str, float]) -> str:
         return "  ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in ("text", "image") if f"{name}_loss" in values)
 
     @torch.no_grad()
     def evaluate_heldout(self) -> tuple[dict, str]:
-        """Mean losses of the averaged weights, by source, on fixed noise and a fixed grid of t."""
+        """Mean losses of the averaged weights by source, with fixed noise and a fixed grid of t."""
         values = {source: self._evaluate_source(batches) for source, batches in self.heldout.items()}
-        return values, "   ".join(f"{source}: {self.describe(found)}" for source, found in values.items())
+        return values, "   ".join(f"{source}: {self.describe(losses)}" for source, losses in values.items())
 
     def _evaluate_source(self, batches: list[Batch]) -> dict[str, float]:
-        """Each rank takes every so many-th batch. One that has none left goes along: weights are gathered by all at once."""
+        """Ranks take batches in turn. A rank without one repeats the last, uncounted: all ranks must gather weights."""
         sums = torch.zeros(3, dtype=torch.float64)
         for first in range(0, len(batches), self.ranks.world):
-            number = first + self.ranks.rank
-            batch = batches[min(number, len(batches) - 1)]
-            draws = objective.sample_noise_on_grid(batch, GRID)
+            index = first + self.ranks.rank
+            batch = batches[min(index, len(batches) - 1)]
+            noise_samples = objective.sample_noise_on_grid(batch, HELDOUT_GRID)
             with lower_precision(self.device):
-                losses = objective.compute_losses(self.ema, batch.to(self.device), draws, self.run.diffusion)
-            if number < len(batches):
+                losses = objective.compute_losses(self.ema, batch.to(self.device), noise_samples, self.run.diffusion)
+            if index < len(batches):
                 sums += losses.sums.cpu()
-        counts = [sum(counted) for counted in zip(*map(objective.loss_counts, batches), strict=True)]
+        counts = [sum(values) for values in zip(*map(objective.loss_counts, batches), strict=True)]
         return objective.mean_losses(self.ranks.sum(*sums.tolist()), counts)
 
     def preview(self, step: int) -> None:
-        """Lets whoever wants to look at the averaged model."""
+        """Call `on_preview` with the averaged model."""
         self.on_preview(self.ema, step)
