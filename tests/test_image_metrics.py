@@ -1,4 +1,4 @@
-"""Promise 7: FID, KID, precision, recall, density and coverage against scipy's matrix root, closed forms, and plain loops."""
+"""Promise 7: FID, KID, precision, recall, density and coverage against scipy's root, closed forms and plain loops."""
 
 import numpy as np
 import pytest

@@ -309,7 +309,7 @@ def test_images_without_objects_are_rejected(size):
 @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 1), (32, 16, 3)])
 def test_arrays_of_another_shape_or_type_are_an_error(shape):
     for pixels in (np.zeros(shape, np.uint8), np.zeros((32, 32, 3), np.float32)):
-        with pytest.raises(ValueError, match="a scene is read from"):
+        with pytest.raises(ValueError, match="a scene must be"):
             read_scene(pixels)
 
 
