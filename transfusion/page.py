@@ -360,7 +360,7 @@ figcaption { font-size: 15px; }
 .figures span { color: var(--muted); font-size: 14px; line-height: 1.45; }
 .half > figcaption { margin-bottom: 10px; font-weight: 600; }
 .half > p { margin: 10px 0 0; color: var(--muted); font-size: 14px; line-height: 1.45; }
-.bar { display: grid; grid-template-columns: 1fr auto; margin-top: 8px; font-size: 15px; }
+.bar { display: grid; grid-template-columns: 1fr auto; column-gap: 12px; margin-top: 8px; font-size: 15px; }
 .bar span { color: var(--ink); }
 .bar b { font-variant-numeric: tabular-nums; }
 .bar i { grid-column: 1 / -1; height: 9px; margin-top: 3px; border-radius: 2px; background: currentColor; }
@@ -439,7 +439,7 @@ td { font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; font-weight: 600; }
 details pre { margin-top: 12px; }
 
-@media (max-width: 640px) {
+@media (max-width: 640px) { th, td { padding-right: 12px; }
   body { font-size: 16px; } header { padding-top: 32px; } h1 { font-size: 34px; } h2 { font-size: 22px; }
   section { display: block; padding: 28px 0; } section > * + * { margin-top: 16px; }
   .figures { grid-template-columns: 1fr; gap: 10px; } .figures b { font-size: 32px; }

@@ -33,7 +33,7 @@ WINDOW = 9  # training points in a running mean
 MAX_POINTS = 600  # of a line in a plot
 FITTED = ("vocab_size", "latent_channels")  # model settings that follow from the data; the command omits them
 ORANGE, BLUE = (222, 139, 62), (88, 134, 236)  # legible on light and dark pages
-LEGEND = {"attends to itself and to earlier positions": ORANGE, "patches of one image attend to each other": BLUE}
+LEGEND = {"causal: itself and earlier positions": ORANGE, "bidirectional: all patches of the same image": BLUE}
 
 TRAINED_ON = {
     "digits": "1,500 scans of handwritten digits, 8 × 8 pixels, with their English names",
@@ -221,8 +221,8 @@ def add_scores(page: Page, material: Material) -> None:
     if drawings := _result(material, "digits", "drawings"):
         page.bars(
             "Are the drawn digits copies of training scans?",
-            [("from a drawing to the nearest training scan", drawings["nearest_training_scan"], "image"),
-             ("from a held-out scan to the nearest training scan", drawings["nearest_training_scan_of_heldout"], "plain")],
+            [("drawing to nearest training scan", drawings["nearest_training_scan"], "image"),
+             ("held-out scan to nearest training scan", drawings["nearest_training_scan_of_heldout"], "plain")],
             "Median Euclidean distance over the 64 pixels, each from 0 to 1; near 0 for copies. Compare both bars.",
         )  # fmt: skip
     if text := _result(material, "topics", "text"):
@@ -324,7 +324,7 @@ def add_digits(page: Page, material: Material) -> None:
     if "digits" not in material.sources:
         return
     page.heading("Drawn from a word")
-    page.paragraph(f"The word at the left is the prompt; the first {DRAWINGS} images are shown. Columns share their noise.")
+    page.paragraph(f"The first {DRAWINGS} images of each prompt, the word at the left. A column has the same initial noise.")
     page.strip(material.digits)
     _add_settings(page, material.engine, "0")
 
@@ -396,7 +396,7 @@ def add_captions(page: Page, material: Material) -> None:
         for title, part, total in (("Wrong", shown_wrong, wrong), ("Right", shown_right, right)):
             items = [(_compare(one), source[one["document"]].pair[1], total is right) for one in part]
             if items:
-                width = 72 if source.name == "digits" else 130
+                width = 130 if source.name != "digits" else 72 if total is right else 112
                 page.pictures(items, width=width, title=f"{title}: {len(part)} of {len(total)}")
 
 
