@@ -21,7 +21,7 @@ def draw_scenes(
 
 
 def draw_captions(engine: Engine, captions: Sequence[str], seed: int = 0) -> list[np.ndarray]:
-    """One image (Y, X, channels) uint8 for each caption with the run's own defaults; caption n has the seed `seed` + n."""
+    """One image (Y, X, channels) uint8 for each caption with the run's defaults; caption n has the seed `seed` + n."""
     return draw(engine, [Request(parts=(caption,), num_images=1, seed=seed + n) for n, caption in enumerate(captions)])
 
 
