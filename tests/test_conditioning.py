@@ -14,8 +14,8 @@ CAPTIONS = ["a small house", "a drawing", "a small house", "zwei kleine"]
 
 def conditioned(captions=CAPTIONS) -> tuple[Engine, list[RawDocument]]:
     """An engine whose image head is not 0, and pairs in both orders."""
-    engine = tiny.engine()
-    engine.model = engine.opened.model  # without the recorder
+    engine = tiny.build_engine()
+    engine.model = engine.opened.model  # without RecordingModel
     torch.nn.init.normal_(engine.model.patches.proj_out.weight, generator=torch.Generator().manual_seed(1))
     pairs = [(RawText(text), RawImage(tiny.picture(SHAPES[0], n))) for n, text in enumerate(captions)]
     return engine, [RawDocument(pair if n % 2 else pair[::-1], n, pairs=True) for n, pair in enumerate(pairs)]

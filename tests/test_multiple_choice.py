@@ -43,7 +43,7 @@ some_words = st.text("a smldrwing é<>", min_size=1, max_size=12)
 
 def engine(context: int = 200, **options) -> Engine:
     """A tiny engine with the plain model, which records nothing."""
-    plain = tiny.engine(context=context, **options)
+    plain = tiny.build_engine(context=context, **options)
     plain.model = plain.opened.model
     return plain
 
@@ -207,7 +207,7 @@ def test_loglikelihood_rolling_equals_lm_eval(text):
 
 def engine_that_writes(text: str, **options) -> Engine:
     """After each character of `text` the engine generates the next one; after the last one it begins an image."""
-    forced = tiny.engine(**options)
+    forced = tiny.build_engine(**options)
     encode, vocabulary = forced.opened.tokenizer.encode, forced.vocabulary
     ids = [encode(character)[0] for character in text]
     following = dict(zip(ids, [*ids[1:], next(iter(vocabulary.boi.values()))], strict=True))
