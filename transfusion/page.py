@@ -402,8 +402,7 @@ td { font-variant-numeric: tabular-nums; }
 .matrix { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 4px 6px; align-items: center;
   color: var(--muted); font-size: 12.5px; text-align: center; }
 .matrix span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.matrix small { grid-column: 2; font-size: inherit; }
-.matrix img { background: var(--panel); }
+.matrix small { grid-column: 2; font-size: inherit; } .matrix img { background: var(--panel); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(var(--width), 1fr));
   gap: 16px 12px; }
 .pictures figure { max-width: calc(1.5 * var(--width)); }

@@ -63,8 +63,7 @@ def check_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | 
 
 
 def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The centre of an image (Y, X, 1 or 3), cropped to the aspect ratio of `size` (width, height) and resized to it:
-    (Y, X, 3) uint8."""
+    """The centre of an image (Y, X, 1 or 3), cropped and resized to `size` (width, height): (Y, X, 3) uint8."""
     rgb = Picture.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))
     return np.asarray(ImageOps.fit(rgb, size, Picture.Resampling.LANCZOS))
 

@@ -15,10 +15,8 @@ def is_edit(raw: RawDocument) -> bool:
 
 
 def edit_heldout(engine: Engine, source: Source, count: int, seed: int = 0) -> dict:
-    """Draw the first `count` held-out edits.
-
-    Mean PSNR (dB) of the drawings and of the source images to the targets, and the share of drawings that are nearer to the
-    target than the source image.
+    """Draw the first `count` held-out edits: mean PSNR (dB) of the drawings and of the source images to the targets, and the
+    share of drawings that are nearer to the target than the source image.
     """
     edits = [raw for raw in (source[n] for n in range(min(count, len(source)))) if is_edit(raw)]
     requests = [

@@ -58,10 +58,8 @@ class HarnessModel(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generated texts, each up to a stop string, eos, the begin of an image, or the maximum number of tokens."""
         args = [request.args for request in requests]
-        texts = []
-        for first in range(0, len(args), BATCH_SIZE):
-            texts += self._generate(args[first : first + BATCH_SIZE])
-        return texts
+        batches = (args[first : first + BATCH_SIZE] for first in range(0, len(args), BATCH_SIZE))
+        return [text for batch in batches for text in self._generate(batch)]
 
     def _generate(self, batch: Sequence[tuple[str, dict]]) -> list[str]:
         texts: dict[int, str] = {}

@@ -3,9 +3,9 @@
 import numpy as np
 
 from transfusion.evaluation.fid import TooFewImagesError, fid, kid
-from transfusion.evaluation.prdc import K_DENSITY_COVERAGE, K_PRECISION_RECALL, compute_prdc
+from transfusion.evaluation.prdc import K_DC, K_PR, compute_prdc
 
-MIN_REAL, MIN_DRAWN = K_DENSITY_COVERAGE + 1, K_PRECISION_RECALL + 1  # images
+MIN_REAL, MIN_DRAWN = K_DC + 1, K_PR + 1  # images
 
 
 def image_scores(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> dict[str, float | int | str]:

@@ -185,10 +185,9 @@ class InceptionE(nn.Module):
         self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        branch3x3 = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        branch3x3dbl = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
-        return torch.cat([self.branch1x1(x), *branch3x3, *branch3x3dbl, self.branch_pool(self.pool(x))], 1)
+        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        branches = self.branch3x3_2a(y), self.branch3x3_2b(y), self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z)
+        return torch.cat([self.branch1x1(x), *branches, self.branch_pool(self.pool(x))], 1)
 
 
 def _avg_pool(x: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def likelihoods(engine: Engine, pairs: Sequence[tuple[str, str]]) -> list[Likeli
 
 
 def rolling_likelihood(engine: Engine, text: str) -> Likelihood:
-    """Of a whole text of any length after bos, in consecutive rows. The last row is as long as the others and overlaps the
-    row before; each token counts once. eos does not count.
+    """Of a whole text of any length, after bos and without eos, in equally long rows. The last row overlaps the one before;
+    each token counts once.
     """
     whole = encode_document(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, ends=False)
     scores = _score(engine, list(_windows(_without_last(whole), engine.context)))

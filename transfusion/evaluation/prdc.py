@@ -10,13 +10,11 @@ import numpy as np
 
 from transfusion.evaluation.fid import TooFewImagesError
 
-K_PRECISION_RECALL, K_DENSITY_COVERAGE = 3, 5
+K_PR, K_DC = 3, 5  # nearest neighbours: for precision and recall; for density and coverage
 MAX_DISTANCES = 2**25  # in memory at a time
 
 
-def compute_prdc(
-    real: np.ndarray, drawn: np.ndarray, k_pr: int = K_PRECISION_RECALL, k_dc: int = K_DENSITY_COVERAGE
-) -> dict[str, float]:
+def compute_prdc(real: np.ndarray, drawn: np.ndarray, k_pr: int = K_PR, k_dc: int = K_DC) -> dict[str, float]:
     """Precision, recall, density and coverage of features (N, F) and (M, F).
 
     The ball of an image has the radius of its k-th nearest neighbour in its own set (itself excluded, border included).

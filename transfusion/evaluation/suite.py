@@ -210,8 +210,7 @@ class Suite:
         extractor = self.extractor
         if extractor is None:
             train = next(it for it in open_raw(self.engine.run.data, "train") if it.name == source.name)
-            pairs = [train[n].pair for n in range(min(NUM_TRAINING_IMAGES, len(train)))]
-            captions, images = zip(*pairs, strict=True)
+            captions, images = zip(*(train[n].pair for n in range(min(NUM_TRAINING_IMAGES, len(train)))), strict=True)
             extractor = SmallFeatureNetwork(source.name, images, captions, self.config.seed)
         self.networks[f"{source.name} images"] = extractor.name
         _, drawn, real = self._draw(source)
