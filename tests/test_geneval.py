@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion.data.built_in.shapes import Description, Shapes, caption, draw_scene, parse, render
+from transfusion.data.built_in.shapes import Description, Shapes, caption, parse, render, sample_scene
 from transfusion.evaluation import geneval_prompts
 from transfusion.evaluation.geneval import (
     CATEGORIES,
@@ -25,7 +25,7 @@ from transfusion.evaluation.geneval import (
     relative_positions,
 )
 from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
-from transfusion.evaluation.geneval_shapes import detect_things, shapes_prompts
+from transfusion.evaluation.geneval_shapes import detect_objects, shapes_prompts
 
 # The prompts
 
@@ -185,19 +185,19 @@ def test_overall_is_the_mean_over_categories():
     prompts = shapes_prompts(map(caption, scenes), count=6)
     assert Counter(prompt.category for prompt in prompts) == dict.fromkeys(CATEGORIES, 6)
     engine = FakeEngine(scenes, good=3)
-    values, shown = draw_geneval(engine, prompts, detect_things, seed=5)
+    values, shown = draw_geneval(engine, prompts, detect_objects, seed=5)
     assert values == dict.fromkeys((*CATEGORIES, "overall"), 0.75) | {"count_drawn": 36 * IMAGES_PER_PROMPT}
     assert [text for text, _, _ in shown] == [prompt.text for prompt in prompts]
     assert all(right for _, _, right in shown)
     assert engine.seeds == [5 + n for n in range(36)]
     few = prompts[:6] + prompts[6:7]  # six of one category, one of another
     impossible = [replace(few[-1], include=(Requirement("house", 1),))]
-    assert draw_geneval(engine, few[:-1] + impossible, detect_things)[0]["overall"] == 0.375
+    assert draw_geneval(engine, few[:-1] + impossible, detect_objects)[0]["overall"] == 0.375
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one prompt"):
-        draw_geneval(FakeEngine([], 1), [], detect_things)
+        draw_geneval(FakeEngine([], 1), [], detect_objects)
 
 
 @pytest.mark.parametrize(("level", "categories"), [
@@ -227,15 +227,15 @@ def test_other_texts_are_refused():
 ])  # fmt: skip
 def test_each_category_detects_its_errors(text, drawn, category):
     (prompt,) = (prompt for prompt in shapes_prompts([text], count=1) if prompt.category == category)
-    assert is_right(prompt, detect_things(image_of(text)))
-    assert not is_right(prompt, detect_things(image_of(drawn)))
+    assert is_right(prompt, detect_objects(image_of(text)))
+    assert not is_right(prompt, detect_objects(image_of(drawn)))
 
 
 def test_other_attributes_do_not_count():
     """The size counts in no category, the colour only in colors and color_attr."""
     (single, colors) = shapes_prompts(["a large red circle"], count=1)
-    assert is_right(single, detect_things(image_of("a small blue circle")))
-    assert is_right(colors, detect_things(image_of("a small red circle")))
+    assert is_right(single, detect_objects(image_of("a small blue circle")))
+    assert is_right(colors, detect_objects(image_of("a small red circle")))
 
 
 @cache

@@ -127,7 +127,7 @@ def test_checker_reads_many_scenes_exactly():
         for detected in read_scene(pixels):
             item, centre = min(remaining, key=lambda pair: np.hypot(*np.subtract(pair[1], detected.centre)))
             remaining.remove((item, centre))
-            assert detected.thing == item
+            assert detected.object == item
             assert np.hypot(*np.subtract(centre, detected.centre)) < 0.25
             np.testing.assert_allclose(detected.box, BOXES[item.size, item.shape], rtol=0.04)
         assert not remaining

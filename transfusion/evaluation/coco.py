@@ -46,7 +46,7 @@ def read_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | N
 
     `folder`: the base of relative paths; None: the folder of the file `path`.
     """
-    files = Files.at(str(path), folder).beside(str(path.resolve()))
+    files = Files.from_address(str(path), folder).image_reader(str(path.resolve()))
     for image in captioned:
         try:
             yield files.read(image.path)
@@ -56,9 +56,9 @@ def read_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | N
 
 def check_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | None) -> None:
     """OpenError names the first image that is missing."""
-    files = Files.at(str(path), folder).beside(str(path.resolve()))
+    files = Files.from_address(str(path), folder).image_reader(str(path.resolve()))
     for image in captioned:
-        if not files.has(image.path):
+        if not files.exists(image.path):
             raise OpenError(f"{path}: there is no image {image.path}")
 
 

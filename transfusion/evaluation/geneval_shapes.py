@@ -15,7 +15,7 @@ from transfusion.evaluation.shapes import read_scene
 def shapes_prompts(captions: Iterable[str], count: int) -> list[Prompt]:
     """The first `count` prompts of each category from these captions, without duplicates.
 
-    Categories without a prompt are omitted: only level 2 has counting, and level 0 has single things only.
+    Categories without a prompt are omitted: only level 2 has counting, and level 0 has single objects only.
     """
     prompts: dict[str, dict[str, Prompt]] = {category: {} for category in CATEGORIES}
     for text in captions:
@@ -31,17 +31,17 @@ def shapes_prompts(captions: Iterable[str], count: int) -> list[Prompt]:
     return [prompt for of_category in prompts.values() for prompt in of_category.values()]
 
 
-def detect_things(pixels: np.ndarray) -> list[Detection]:
-    """All things that the checker reads from an image (Y, Y, 3) uint8, boxes in units of a canvas of 32 x 32."""
+def detect_objects(pixels: np.ndarray) -> list[Detection]:
+    """All objects that the checker reads from an image (Y, Y, 3) uint8, boxes in units of a canvas of 32 x 32."""
     return [
-        Detection(it.thing.shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1.0, it.thing.colour)
+        Detection(it.object.shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1.0, it.object.colour)
         for it in read_scene(pixels)
         for (x, y), (width, height) in [(it.centre, it.box)]
     ]
 
 
 def _to_prompts(description: Description) -> list[Prompt]:
-    """The prompts of a caption of one thing, one group, or two things of different shapes."""
+    """The prompts of a caption of one object, one group, or two objects of different shapes."""
     text, kinds = caption(description), description.kinds
     match description.counts:
         case (1,):

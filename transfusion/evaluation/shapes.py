@@ -1,7 +1,7 @@
 """The checker of the data set `shapes`: it reads a scene from its pixels and compares it with a caption.
 
 It is made for generated images. It tolerates noise, specks, faded colours, soft edges and edges of a wrong tint: artefacts
-of lossy codecs and small diffusion models. Extra things, missing things, and things without a valid shape or size are wrong.
+of lossy codecs and small diffusion models. Extra objects, missing ones, and ones without a valid shape or size are wrong.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,35 +20,35 @@ from transfusion.data.built_in.shapes import (
     SHAPES,
     SIZES,
     Description,
-    Thing,
+    SceneObject,
     coverage,
     parse,
 )
 
 UNCLEAR = "unclear"  # the shape of a blob that fits none; the size of one that is far too small or too large
 MIN_LIKENESS = 0.85  # to its ideal shape; below it the shape is unclear
-MAX_SIZE_RATIO = 1.7  # between a thing's area and the nearest valid one; above it the size is unclear
+MAX_SIZE_RATIO = 1.7  # between an object's area and the nearest valid one; above it the size is unclear
 AREA_PENALTY = 0.04  # of the likeness, times |log(area / valid area)|
 BLUR_SIGMA = 0.7  # of the Gaussian blur before shapes are compared, in canvas units
-MIN_AREA = 12.0  # smaller blobs are ignored; the smallest thing has 43 (in canvas units squared)
-MIN_COLOUR_SHARE = 0.25  # of a blob: a colour with less is a tint, not a thing
+MIN_AREA = 12.0  # smaller blobs are ignored; the smallest object has 43 (in canvas units squared)
+MIN_COLOUR_SHARE = 0.25  # of a blob: a colour with less is a tint, not an object
 
 
 @dataclass(frozen=True)
 class DetectedShape:
-    """A thing in an image, with its box in units of a 32 x 32 canvas. `likeness` is 1 for the ideal shape."""
+    """An object in an image, with its box in units of a 32 x 32 canvas. `likeness` is 1 for the ideal shape."""
 
-    thing: Thing
+    object: SceneObject
     centre: tuple[float, float]  # of its box, (x, y)
-    box: tuple[float, float]  # (width, height), scaled to the thing's area
+    box: tuple[float, float]  # (width, height), scaled to the object's area
     likeness: float
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The attributes of a caption that an image matches. An attribute is right only if it is right for every thing."""
+    """The attributes of a caption that an image matches. An attribute is right only if it is right for every object."""
 
-    count: bool  # the number of things
+    count: bool  # the number of objects
     colour: bool
     shape: bool
     size: bool
@@ -62,29 +62,29 @@ class Judgement:
 def judge(caption: str | Description, pixels: np.ndarray) -> Judgement:
     """Compare an image (Y, Y, 3) uint8 with its caption. ValueError if it is not a caption of this data set.
 
-    Detected things are assigned to named things so that the fewest attributes are wrong, then so that the relations hold. A
-    missing thing makes every attribute and its relation wrong; an extra thing only the count.
+    Detected objects are assigned to named objects so that the fewest attributes are wrong, then so that the relations hold.
+    A missing object makes every attribute and its relation wrong; an extra object only the count.
     """
     description = parse(caption) if isinstance(caption, str) else caption
     if description is None:
         raise ValueError(f"not a caption of the data set shapes: {caption!r}")
-    named, detected = description.things, read_scene(pixels)
+    named, detected = description.objects, read_scene(pixels)
     best = max(_assignments(named, detected), key=lambda assignment: _rank(description, assignment))
-    pairs = [(thing, it.thing if it else _MISSING) for thing, it in zip(named, best, strict=True)]
+    pairs = [(wanted, it.object if it else _MISSING) for wanted, it in zip(named, best, strict=True)]
     return Judgement(
         count=len(detected) == len(named),
-        colour=all(thing.colour == actual.colour for thing, actual in pairs),
-        shape=all(thing.shape == actual.shape for thing, actual in pairs),
-        size=all(thing.size == actual.size for thing, actual in pairs),
+        colour=all(wanted.colour == actual.colour for wanted, actual in pairs),
+        shape=all(wanted.shape == actual.shape for wanted, actual in pairs),
+        size=all(wanted.size == actual.size for wanted, actual in pairs),
         place=_holds_relations(description, best),
     )
 
 
-_MISSING = Thing("", "", "")
+_MISSING = SceneObject("", "", "")
 
 
 def read_scene(pixels: np.ndarray) -> list[DetectedShape]:
-    """The things in an image (Y, Y, 3) uint8, the largest first."""
+    """The objects in an image (Y, Y, 3) uint8, the largest first."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape != (len(pixels), len(pixels), 3):
         raise ValueError(f"a scene must be (Y, Y, 3) uint8, not {pixels.shape} {pixels.dtype}")
     offset = pixels.astype(np.float32) - np.float32(BACKGROUND)  # (Y, X, 3) from the background colour
@@ -124,10 +124,10 @@ def _components(mask: np.ndarray, min_pixels: float) -> Iterator[np.ndarray]:
 
 
 def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarray) -> DetectedShape:
-    """The thing that a blob fits best. `occupied`: the pixels of all blobs.
+    """The object that a blob fits best. `occupied`: the pixels of all blobs.
 
     A pixel's coverage follows from its brightness, because a codec keeps an edge's brightness better than its tint. It is
-    relative to the blob's own brightness inside, so faded things are measured correctly.
+    relative to the blob's own brightness inside, so faded objects are measured correctly.
     """
     size = len(offset)
     margin = max(1, round(2 * size / CANVAS))  # pixels around the mask that may hold a soft edge
@@ -141,7 +141,7 @@ def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.nd
     x, y = ((np.average(at, weights=weights) + 0.5) * CANVAS / size for at in (columns, rows))
     blurred = _blur(covered)  # (Y, X)
     likeness, shape, kind, centre, box = max(_fit_shape(blurred, area, x, y, shape) for shape in SHAPES)
-    return DetectedShape(Thing(kind, colour, shape if likeness >= MIN_LIKENESS else UNCLEAR), centre, box, likeness)
+    return DetectedShape(SceneObject(kind, colour, shape if likeness >= MIN_LIKENESS else UNCLEAR), centre, box, likeness)
 
 
 def _fit_shape(
@@ -178,18 +178,18 @@ def _colour_offsets() -> np.ndarray:
     return np.array(list(COLOURS.values()), np.float32) - np.float32(BACKGROUND)  # (6, 3)
 
 
-Assignment = Sequence[DetectedShape | None]  # for each named thing the detected thing, None if missing
+Assignment = Sequence[DetectedShape | None]  # for each named object the detected object, None if missing
 
 
-def _assignments(named: Sequence[Thing], detected: Sequence[DetectedShape]) -> Iterator[Assignment]:
-    """All assignments; of many things only the largest len(named) + 2 are tried."""
+def _assignments(named: Sequence[SceneObject], detected: Sequence[DetectedShape]) -> Iterator[Assignment]:
+    """All assignments; of many objects only the largest len(named) + 2 are tried."""
     candidates = list(detected[: len(named) + 2])
     return permutations(candidates + [None] * (len(named) - len(candidates)), len(named))
 
 
 def _rank(description: Description, assignment: Assignment) -> tuple[int, bool]:
     """Sort key of an assignment: the number of right attributes, then whether the relations hold."""
-    pairs = [(thing, it.thing) for thing, it in zip(description.things, assignment, strict=True) if it]
+    pairs = [(wanted, it.object) for wanted, it in zip(description.objects, assignment, strict=True) if it]
     right = [(a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in pairs]
     return sum(right), _holds_relations(description, assignment)
 
@@ -201,8 +201,8 @@ def _holds_relations(description: Description, assignment: Assignment) -> bool:
         if None in assignment[before] or None in assignment[after]:
             return False
         along, across = (1, 0) if relation == "above" else (0, 1)
-        first = np.array([it.centre for it in assignment[before]])  # (things, 2)
-        second = np.array([it.centre for it in assignment[after]])  # (things, 2)
+        first = np.array([it.centre for it in assignment[before]])  # (objects, 2)
+        second = np.array([it.centre for it in assignment[after]])  # (objects, 2)
         offset = second.mean(0) - first.mean(0)  # (2,)
         if first[:, along].max() >= second[:, along].min() or offset[along] <= abs(offset[across]):
             return False

@@ -26,7 +26,7 @@ from transfusion.evaluation.edits import edit_heldout, is_edit
 from transfusion.evaluation.features import Extractor, open_extractor
 from transfusion.evaluation.geneval import Prompt, draw_geneval
 from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
-from transfusion.evaluation.geneval_shapes import detect_things, shapes_prompts
+from transfusion.evaluation.geneval_shapes import detect_objects, shapes_prompts
 from transfusion.evaluation.image_scores import check_counts, image_scores
 from transfusion.evaluation.multiple_choice import (
     Question,
@@ -223,7 +223,7 @@ class Suite:
 
     def _geneval_of_shapes(self, source: Source) -> dict:
         prompts = shapes_prompts((source[n].pair[0] for n in range(len(source))), PROMPTS_PER_CATEGORY)
-        return draw_geneval(self.engine, prompts, detect_things, self.config.seed)[0]
+        return draw_geneval(self.engine, prompts, detect_objects, self.config.seed)[0]
 
     def _geneval(self) -> dict:
         self.networks["geneval geneval"] = self.detector.name
