@@ -59,7 +59,7 @@ def main(options: Options) -> None:
     run_command("train", "small", "--data", data, *(LARGE if options.large else SMALL), *options.train,
                 "--device", options.device, "--out", run)  # fmt: skip
     page = Page("Emoji at 64x64")
-    page.say(
+    page.paragraph(
         "Each pair shows an emoji on the left, and on the right the image that the model draws from its name. The text "
         "below is the name, followed by the model's caption of the emoji if it is different. The emoji are not selected."
     )

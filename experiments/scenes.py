@@ -16,7 +16,7 @@ from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.scenes import draw_scenes
-from transfusion.evaluation.small_network import SmallNetwork
+from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
 
 NUM_SCENES = 400  # held-out captions; one image is drawn for each
@@ -101,9 +101,9 @@ def format_rate(value: float) -> str:
 
 
 @cache
-def small_network(level: int) -> SmallNetwork:
+def small_network(level: int) -> SmallFeatureNetwork:
     """Train the feature network: the same for all tables of a preset, in less than half a minute."""
     scenes = Shapes(level, split="train")
     captions, images = zip(*(scenes[n].pair for n in range(NUM_TRAINING_SCENES)), strict=True)
     with torch.random.fork_rng(devices=[]):
-        return SmallNetwork("shapes", images, captions)
+        return SmallFeatureNetwork("shapes", images, captions)

@@ -248,9 +248,9 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
     """With tiny settings where they train; what a page takes for granted is there: pictures, texts, prepared data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transfusion.evaluation.small_network.STEPS", 3)
-    monkeypatch.setattr("transfusion.evaluation.suite.SEEN", 100)
+    monkeypatch.setattr("transfusion.evaluation.suite.NUM_TRAINING_IMAGES", 100)
     monkeypatch.setattr("transfusion.report.DRAWINGS", 2)
-    monkeypatch.setattr("transfusion.report.SEEDS", 2)
+    monkeypatch.setattr("transfusion.report.MAX_SEEDS", 2)
     Picture.new("L", (20, 20), 128).save(tmp_path / "photo.png")
     write_photos(tmp_path / "photos", 40)
     write_texts(tmp_path / "texts.jsonl", 40)

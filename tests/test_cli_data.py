@@ -168,7 +168,7 @@ def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsy
     assert "this run does not support images, which these tasks need: coco-images" in fails(
         capsys, 1, "evaluate", run, *coco
     )
-    assert "too short, or too few, to ask how they go on" in fails(capsys, 1, "evaluate", run, "--tasks", "choice")
+    assert "too short or too few for multiple choice" in fails(capsys, 1, "evaluate", run, "--tasks", "choice")
     (tmp_path / "none.jsonl").write_text("")
     questions = ("--tasks", "choice", "--questions", tmp_path / "none.jsonl")
     assert "none.jsonl holds no question" in fails(capsys, 1, "evaluate", run, *questions)

@@ -1,4 +1,4 @@
-"""GenEval's detector: the things and colours that transformers finds by itself, and what cannot be one."""
+"""GenEval's detector: the objects and colours equal those of transformers; unsuitable models are refused."""
 
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,12 @@ from transfusion.evaluation.geneval_prompts import COLOURS, NAMES, published_pro
 hf = Lazy("transformers")
 
 CPU = torch.device("cpu")
-OTHERS = tuple({"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa"}.get(name, name) for name in NAMES)
+ALIASED_NAMES = tuple({"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa"}.get(name, name) for name in NAMES)
 
 
 @cache
-def mask2former(names: tuple[str, ...] = OTHERS) -> Path:
-    """A small one of chance, made sure of itself."""
+def mask2former(names: tuple[str, ...] = ALIASED_NAMES) -> Path:
+    """A small model with random weights and large class logits."""
     torch.manual_seed(3)
     swin = hf.SwinConfig(
         image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
@@ -50,81 +50,81 @@ def detector() -> InstanceDetector:
     return InstanceDetector(str(mask2former()), str(clip()), CPU)
 
 
-def pictures() -> list[np.ndarray]:
-    chance = np.random.default_rng(0)
-    return [chance.integers(0, 256, shape, np.uint8) for shape in ((48, 32, 3), (40, 56, 1), (64, 64, 3))]
+def images() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, shape, np.uint8) for shape in ((48, 32, 3), (40, 56, 1), (64, 64, 3))]
 
 
 @torch.inference_mode()
 def directly(pixels: np.ndarray) -> list[tuple[str, tuple, float, str]]:
-    """Without any of ours: masks and scores from the model's logits, colours as GenEval asks CLIP, with PIL."""
+    """Without our code: masks and scores from the logits, colours with GenEval's CLIP prompts, images with PIL."""
     model = hf.Mask2FormerForUniversalSegmentation.from_pretrained(mask2former()).eval()
     image = Picture.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
-    said = model(**hf.AutoImageProcessor.from_pretrained(mask2former())(image, return_tensors="pt"))
-    shares = said.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, kinds)
-    large = F.interpolate(said.masks_queries_logits, size=(384, 384), mode="bilinear", align_corners=False)[0]
-    found = []
-    for query, kind in (shares.flatten().topk(len(shares)).indices[:, None] // torch.tensor([shares.shape[1], 1])).tolist():
-        kind %= shares.shape[1]
+    output = model(**hf.AutoImageProcessor.from_pretrained(mask2former())(image, return_tensors="pt"))
+    probs = output.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, classes)
+    large = F.interpolate(output.masks_queries_logits, size=(384, 384), mode="bilinear", align_corners=False)[0]
+    detections = []
+    for query, label in (probs.flatten().topk(len(probs)).indices[:, None] // torch.tensor([probs.shape[1], 1])).tolist():
+        label %= probs.shape[1]
         mask = large[query] > 0
-        score = float(shares[query, kind] * large[query].sigmoid()[mask].mean()) if mask.any() else 0.0
+        score = float(probs[query, label] * large[query].sigmoid()[mask].mean()) if mask.any() else 0.0
         small = F.interpolate(mask[None, None].float(), size=pixels.shape[:2], mode="nearest")[0, 0].bool().numpy()
         if score >= 0.3 and small.any():
             rows, columns = np.nonzero(small)
             box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-            alone = Picture.composite(image, Picture.new("RGB", image.size, "#999"), Picture.fromarray(small)).crop(box)
-            found.append((NAMES[kind], box, score, colour_of(alone, NAMES[kind])))
-    return found
+            crop = Picture.composite(image, Picture.new("RGB", image.size, "#999"), Picture.fromarray(small)).crop(box)
+            detections.append((NAMES[label], box, score, colour_of(crop, NAMES[label])))
+    return detections
 
 
-def colour_of(alone: Picture.Image, name: str) -> str:
+def colour_of(crop: Picture.Image, name: str) -> str:
     model, tokenizer = hf.CLIPModel.from_pretrained(clip()).eval(), hf.AutoTokenizer.from_pretrained(clip())
-    pixels = hf.CLIPImageProcessor.from_pretrained(clip())(alone, return_tensors="pt")
-    shown = F.normalize(model.get_image_features(**pixels).pooler_output)[0]
+    pixels = hf.CLIPImageProcessor.from_pretrained(clip())(crop, return_tensors="pt")
+    image_embed = F.normalize(model.get_image_features(**pixels).pooler_output)[0]
     scores = []
     for colour in COLOURS:
-        words = [f"a photo of a {colour} {name}", f"a photo of a {colour}-colored {name}", f"a photo of a {colour} object"]
-        tokens = tokenizer(words, padding=True, truncation=True, max_length=8, return_tensors="pt")
-        told = model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
-        scores.append(float(F.normalize(F.normalize(told).mean(0), dim=0) @ shown))
+        prompts = [f"a photo of a {colour} {name}", f"a photo of a {colour}-colored {name}", f"a photo of a {colour} object"]
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=8, return_tensors="pt")
+        text_embeds = model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+        scores.append(float(F.normalize(F.normalize(text_embeds).mean(0), dim=0) @ image_embed))
     return COLOURS[int(np.argmax(scores))]
 
 
-def test_it_finds_what_transformers_finds():
-    seen = [detector()(pixels) for pixels in pictures()]
-    assert sum(map(len, seen)) > 3
-    for pixels, found in zip(pictures(), seen, strict=True):
+def test_detections_equal_transformers():
+    by_image = [detector()(pixels) for pixels in images()]
+    assert sum(map(len, by_image)) > 3
+    for pixels, detections in zip(images(), by_image, strict=True):
         expected = sorted(directly(pixels))
-        ours = sorted((it.name, it.box, it.score, it.colour) for it in found)
+        ours = sorted((it.name, it.box, it.score, it.colour) for it in detections)
         assert [(name, box, colour) for name, box, _, colour in ours] == [(n, box, c) for n, box, _, c in expected]
         assert [it[2] for it in ours] == pytest.approx([it[2] for it in expected], abs=1e-4)
 
 
-def test_its_name_says_by_which_weights():
+def test_name_identifies_the_weights():
     assert detector().name.startswith(f"Mask2FormerForUniversalSegmentation {mask2former()} ")
     assert "colours by CLIPModel" in detector().name
 
 
-def test_one_that_knows_other_things_than_coco_is_refused():
-    with pytest.raises(ValueError, match="tells 7 kinds of things apart: GenEval asks for COCO's 80"):
+def test_model_with_other_classes_is_refused():
+    with pytest.raises(ValueError, match="has 7 classes: GenEval needs COCO's 80"):
         InstanceDetector(str(mask2former(NAMES[:7])), str(clip()), CPU)
-    with pytest.raises(ValueError, match="calls its kind 0 'toothbrush', which in COCO is 'person'"):
+    with pytest.raises(ValueError, match="calls its class 0 'toothbrush'; in COCO it is 'person'"):
         InstanceDetector(str(mask2former(NAMES[::-1])), str(clip()), CPU)
 
 
-def test_one_that_gives_no_masks_is_refused(monkeypatch):
+def test_model_without_instance_masks_is_refused(monkeypatch):
     monkeypatch.setattr(hf.Mask2FormerImageProcessorPil, "post_process_instance_segmentation", lambda self, outputs: [])
-    with pytest.raises(ValueError, match="gives no mask for each thing"):
+    with pytest.raises(ValueError, match="gives no mask for each object"):
         InstanceDetector(str(mask2former()), str(clip()), CPU)
 
 
-def test_a_run_is_asked_the_published_prompts(tmp_path, monkeypatch, capsys):
+def test_evaluate_draws_the_published_prompts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "published_prompts", lambda: published_prompts()[:2])
     run = tmp_path / "run"
     command("train", "digits", *TINY, "--generation.steps", "1", "--out", run)
-    words = "evaluate", run, "--tasks", "geneval", "--detector", mask2former()
-    assert "detector needs --clip" in fails(capsys, 1, *words)
-    command(*words, "--clip", clip())
+    arguments = "evaluate", run, "--tasks", "geneval", "--detector", mask2former()
+    assert "detector needs --clip" in fails(capsys, 1, *arguments)
+    command(*arguments, "--clip", clip())
     results = read_json(run / "results.json")
     assert results["geneval"]["geneval"]["count_drawn"] == 8
     assert 0 <= results["geneval"]["geneval"]["overall"] <= 1

@@ -1,4 +1,4 @@
-"""GenEval: the published prompts to the byte, the published rules by hand, and its six questions about `shapes`."""
+"""GenEval: the published prompts byte for byte, the published rules by hand, and the six categories on `shapes`."""
 
 import json
 from collections import Counter
@@ -16,22 +16,22 @@ from transfusion.data.built_in.shapes import Description, Shapes, caption, parse
 from transfusion.evaluation import geneval_prompts
 from transfusion.evaluation.geneval import (
     CATEGORIES,
-    PER_PROMPT,
+    IMAGES_PER_PROMPT,
     Detection,
     Prompt,
     Requirement,
     draw_geneval,
     is_right,
-    relations,
+    relative_positions,
 )
 from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
-from transfusion.evaluation.geneval_shapes import find_things, shapes_prompts
+from transfusion.evaluation.geneval_shapes import detect_objects, shapes_prompts
 
 # The prompts
 
 
-def test_the_553_published_prompts_are_drawn_again():
-    """Numbers of each category as in the paper's repository; that all is right to the byte, a SHA-256 says."""
+def test_the_553_published_prompts_are_generated():
+    """Counts by category as in the paper's repository; the code compares the SHA-256 of the whole file."""
     prompts = published_prompts()
     assert Counter(prompt.category for prompt in prompts) == {
         "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100,
@@ -40,14 +40,14 @@ def test_the_553_published_prompts_are_drawn_again():
         "a photo of a bench", "a photo of two clocks", "a photo of a dog right of a teddy bear",
         "a photo of a purple suitcase and an orange pizza",
     ]  # fmt: skip
-    assert prompts[179].unwanted == (Requirement("clock", 3),)
-    assert prompts[353].wanted == (Requirement("teddy bear", 1), Requirement("dog", 1, relation="right of", other=0))
-    assert prompts[530].wanted == (Requirement("suitcase", 1, "purple"), Requirement("pizza", 1, "orange"))
+    assert prompts[179].exclude == (Requirement("clock", 3),)
+    assert prompts[353].include == (Requirement("teddy bear", 1), Requirement("dog", 1, relation="right of", relative_to=0))
+    assert prompts[530].include == (Requirement("suitcase", 1, "purple"), Requirement("pizza", 1, "orange"))
 
 
-def test_another_numpy_that_draws_otherwise_is_told(monkeypatch):
+def test_other_generated_prompts_are_refused(monkeypatch):
     monkeypatch.setattr(geneval_prompts, "SEED", 44)
-    with pytest.raises(ValueError, match="--prompts takes its evaluation_metadata.jsonl"):
+    with pytest.raises(ValueError, match="give its evaluation_metadata.jsonl with --prompts"):
         published_prompts()
 
 
@@ -55,28 +55,28 @@ LINE = {"tag": "position", "include": [{"class": "cat", "count": 1}, {"class": "
         "exclude": [{"class": "cat", "count": 2}], "prompt": "a dog above a cat"}  # fmt: skip
 
 
-def test_a_file_of_prompts_is_read(tmp_path):
+def test_prompts_are_read_from_a_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(LINE) + "\n")
-    wanted = Requirement("cat", 1), Requirement("dog", 1, relation="above", other=0)
-    assert read_prompts(path) == [Prompt("position", "a dog above a cat", wanted, (Requirement("cat", 2),))]
+    include = Requirement("cat", 1), Requirement("dog", 1, relation="above", relative_to=0)
+    assert read_prompts(path) == [Prompt("position", "a dog above a cat", include, (Requirement("cat", 2),))]
 
 
 @pytest.mark.parametrize("wrong", [
     "", "{", "[]", "3", json.dumps(LINE | {"tag": "smell"}), json.dumps(LINE | {"include": []}),
     json.dumps({key: value for key, value in LINE.items() if key != "prompt"}),
     json.dumps(LINE | {"include": [{"class": "cat"}]}),
-    json.dumps(LINE | {"include": LINE["include"][1:]}),  # above what?
+    json.dumps(LINE | {"include": LINE["include"][1:]}),  # refers to an entry that does not exist
     json.dumps(LINE).replace("above", "behind"), json.dumps(LINE).replace('"count": 1', '"count": "some"'),
 ])  # fmt: skip
-def test_a_wrong_line_is_named(tmp_path, wrong):
+def test_wrong_line_is_named(tmp_path, wrong):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(LINE) + "\n" + wrong + "\n")
     with pytest.raises(ValueError, match="prompts.jsonl, line 2 is not a prompt"):
         read_prompts(path)
 
 
-def test_no_file_is_one_line(tmp_path):
+def test_missing_prompts_file_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"evaluation_metadata.jsonl\) from .*nowhere.jsonl: No such file"):
         read_prompts(tmp_path / "nowhere.jsonl")
 
@@ -91,10 +91,10 @@ def at(name, x, y, score=0.95, colour=None, side=10.0) -> Detection:
 CAT, DOG = Requirement("cat", 1), Requirement("dog", 1)
 
 
-@pytest.mark.parametrize(("prompt", "found", "right"), [
+@pytest.mark.parametrize(("prompt", "detections", "right"), [
     (Prompt("single_object", "", (CAT,)), [at("cat", 0, 0, 0.31)], True),
-    (Prompt("single_object", "", (CAT,)), [at("cat", 0, 0, 0.3)], False),  # surer than 0.3, not as sure
-    (Prompt("single_object", "", (CAT,)), [at("cat", 0, 0), at("cat", 9, 9), at("dog", 5, 5)], True),  # more is no fault
+    (Prompt("single_object", "", (CAT,)), [at("cat", 0, 0, 0.3)], False),  # the score must exceed 0.3
+    (Prompt("single_object", "", (CAT,)), [at("cat", 0, 0), at("cat", 9, 9), at("dog", 5, 5)], True),  # extras are fine
     (Prompt("single_object", "", (CAT,)), [at("dog", 0, 0)], False),
     (Prompt("two_object", "", (CAT, DOG)), [at("dog", 0, 0), at("cat", 0, 0)], True),
     (Prompt("two_object", "", (CAT, DOG)), [at("dog", 0, 0), at("dog", 9, 9)], False),
@@ -108,7 +108,7 @@ CAT, DOG = Requirement("cat", 1), Requirement("dog", 1)
      [at("cat", 0, 0)] * 2 + [at("cat", 0, 0, 0.8)], True),
     (Prompt("colors", "", (Requirement("cat", 1, "red"),)),
      [at("cat", 0, 0, 0.5, "red")], True),
-    # only the surest one is asked for its colour
+    # only the colour of the highest score counts
     (Prompt("colors", "", (Requirement("cat", 1, "red"),)),
      [at("cat", 0, 0, 0.5, "red"), at("cat", 9, 9, 0.6, "blue")], False),
     (Prompt("colors", "", (Requirement("cat", 1, "red"),)),
@@ -117,31 +117,31 @@ CAT, DOG = Requirement("cat", 1), Requirement("dog", 1)
      [at("cat", 0, 0, colour="red"), at("dog", 0, 0, colour="blue")], True),
     (Prompt("color_attr", "", (Requirement("cat", 1, "red"), Requirement("dog", 1, "blue"))),
      [at("cat", 0, 0, colour="blue"), at("dog", 0, 0, colour="red")], False),
-    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", relative_to=0))),
      [at("cat", 0, 20), at("dog", 0, 0)], True),
-    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", relative_to=0))),
      [at("cat", 0, 0), at("dog", 0, 20)], False),
-    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", relative_to=0))),
      [at("dog", 0, 0)], False),
-    # the surest dog counts, wherever the others are
-    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", other=0))),
+    # the dog with the highest score counts
+    (Prompt("position", "", (CAT, Requirement("dog", 1, relation="above", relative_to=0))),
      [at("cat", 0, 20), at("dog", 0, 0, 0.8), at("dog", 0, 40, 0.9)], False),
 ])  # fmt: skip
-def test_the_rules_by_hand(prompt, found, right):
-    assert is_right(prompt, found) is right
-    assert is_right(prompt, found[::-1]) is right
+def test_rules_by_hand(prompt, detections, right):
+    assert is_right(prompt, detections) is right
+    assert is_right(prompt, detections[::-1]) is right
 
 
-def test_a_relation_is_more_than_half_of_the_way_beyond_a_tenth_of_both_boxes():
-    here = at("cat", 0, 0)  # boxes of 10: what is within 2 is not beside it
-    assert relations(here, here) == set()
-    assert relations(at("dog", 2, -2), here) == set()
-    assert relations(at("dog", 5, 0), here) == {"right of"}  # (5 - 2) / 5 > 0.5
-    assert relations(at("dog", 4, 0), here) == set()  # (4 - 2) / 4 = 0.5
-    assert relations(at("dog", -30, 0), here) == {"left of"}
-    assert relations(at("dog", 0, -30), here) == {"above"}
-    assert relations(at("dog", 30, 30), here) == {"right of", "below"}
-    assert relations(at("dog", 30, 15), here) == {"right of"}  # (15 - 2) / 33.5 < 0.5
+def test_relation_needs_half_of_the_offset_beyond_a_tenth_of_both_boxes():
+    cat = at("cat", 0, 0)  # boxes of 10: an offset up to 2 gives no relation
+    assert relative_positions(cat, cat) == set()
+    assert relative_positions(at("dog", 2, -2), cat) == set()
+    assert relative_positions(at("dog", 5, 0), cat) == {"right of"}  # (5 - 2) / 5 > 0.5
+    assert relative_positions(at("dog", 4, 0), cat) == set()  # (4 - 2) / 4 = 0.5
+    assert relative_positions(at("dog", -30, 0), cat) == {"left of"}
+    assert relative_positions(at("dog", 0, -30), cat) == {"above"}
+    assert relative_positions(at("dog", 30, 30), cat) == {"right of", "below"}
+    assert relative_positions(at("dog", 30, 15), cat) == {"right of"}  # (15 - 2) / 33.5 < 0.5
 
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -151,19 +151,19 @@ boxes = st.tuples(*[st.integers(-50, 50)] * 4).map(
 
 
 @given(boxes, boxes)
-def test_relations_turn_with_the_pair_and_with_the_picture(one, other):
-    found = relations(one, other)
-    assert relations(other, one) == {OPPOSITE[name] for name in found}
-    turned = [replace(it, box=(it.box[1], it.box[0], it.box[3], it.box[2])) for it in (one, other)]
-    aside = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}
-    assert relations(*turned) == {aside[name] for name in found}
+def test_relations_follow_a_swap_and_a_transposition(a, b):
+    positions = relative_positions(a, b)
+    assert relative_positions(b, a) == {OPPOSITE[name] for name in positions}
+    transposed = [replace(it, box=(it.box[1], it.box[0], it.box[3], it.box[2])) for it in (a, b)]
+    transpose = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}
+    assert relative_positions(*transposed) == {transpose[name] for name in positions}
 
 
-# Drawn, and judged
+# Drawn images
 
 
-class Draws:
-    """A stand-in for an engine: of each caption so many of its pictures, then nothing but ground."""
+class FakeEngine:
+    """For each caption, `good` right images, then images of the background only."""
 
     def __init__(self, scenes, good: int):
         self.scenes, self.good = {caption(scene): scene for scene in scenes}, good
@@ -173,49 +173,49 @@ class Draws:
         answers = []
         for request in requests:
             self.seeds.append(request.seed)
-            picture = render(self.scenes[request.parts[0]])
-            blank = np.full_like(picture, 24)
-            answers.append([SimpleNamespace(parts=[picture if n < self.good else blank]) for n in range(request.num_images)])
+            image = render(self.scenes[request.parts[0]])
+            blank = np.full_like(image, 24)
+            answers.append([SimpleNamespace(parts=[image if n < self.good else blank]) for n in range(request.num_images)])
         return answers
 
 
-def test_all_six_questions_are_right_of_true_pictures_and_shares_are_means_over_categories():
+def test_overall_is_the_mean_over_categories():
     source = Shapes(level=2, split="heldout")
     scenes = [source.scene(n) for n in range(400)]
-    prompts = shapes_prompts(map(caption, scenes), each=6)
+    prompts = shapes_prompts(map(caption, scenes), count=6)
     assert Counter(prompt.category for prompt in prompts) == dict.fromkeys(CATEGORIES, 6)
-    engine = Draws(scenes, good=3)
-    values, shown = draw_geneval(engine, prompts, find_things, seed=5)
-    assert values == dict.fromkeys((*CATEGORIES, "overall"), 0.75) | {"count_drawn": 36 * PER_PROMPT}
+    engine = FakeEngine(scenes, good=3)
+    values, shown = draw_geneval(engine, prompts, detect_objects, seed=5)
+    assert values == dict.fromkeys((*CATEGORIES, "overall"), 0.75) | {"count_drawn": 36 * IMAGES_PER_PROMPT}
     assert [text for text, _, _ in shown] == [prompt.text for prompt in prompts]
     assert all(right for _, _, right in shown)
     assert engine.seeds == [5 + n for n in range(36)]
-    few = prompts[:6] + prompts[6:7]  # six of one category, one of another that no picture is right of
-    nothing = [replace(few[-1], wanted=(Requirement("house", 1),))]
-    assert draw_geneval(engine, few[:-1] + nothing, find_things)[0]["overall"] == 0.375
+    few = prompts[:6] + prompts[6:7]  # six of one category, one of another
+    impossible = [replace(few[-1], include=(Requirement("house", 1),))]
+    assert draw_geneval(engine, few[:-1] + impossible, detect_objects)[0]["overall"] == 0.375
 
 
-def test_without_a_prompt_there_is_nothing_to_say():
+def test_no_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one prompt"):
-        draw_geneval(Draws([], 1), [], find_things)
+        draw_geneval(FakeEngine([], 1), [], detect_objects)
 
 
-@pytest.mark.parametrize(("level", "asked"), [
+@pytest.mark.parametrize(("level", "categories"), [
     (0, {"single_object", "colors"}), (1, set(CATEGORIES) - {"counting"}), (2, set(CATEGORIES)),
 ])  # fmt: skip
-def test_of_a_level_what_it_has_is_asked(level, asked):
+def test_level_determines_the_categories(level, categories):
     source = Shapes(level=level, split="heldout")
-    prompts = shapes_prompts((caption(source.scene(n)) for n in range(300)), each=3)
-    assert {prompt.category for prompt in prompts} == asked
+    prompts = shapes_prompts((caption(source.scene(n)) for n in range(300)), count=3)
+    assert {prompt.category for prompt in prompts} == categories
     assert len({(prompt.category, prompt.text) for prompt in prompts}) == len(prompts)
 
 
-def test_other_texts_are_no_captions_of_shapes():
-    with pytest.raises(ValueError, match="not a caption of the world shapes: 'a house'"):
-        shapes_prompts(["a house"], each=1)
+def test_other_texts_are_refused():
+    with pytest.raises(ValueError, match="not a caption of the data set shapes: 'a house'"):
+        shapes_prompts(["a house"], count=1)
 
 
-@pytest.mark.parametrize(("said", "drawn", "category"), [
+@pytest.mark.parametrize(("text", "drawn", "category"), [
     ("a large red circle", "a large red square", "single_object"),
     ("a large red circle", "a large blue circle", "colors"),
     ("three small red circles", "two small red circles", "counting"),
@@ -225,28 +225,28 @@ def test_other_texts_are_no_captions_of_shapes():
     ("a small red circle above a small blue square", "a small red circle left of a small blue square", "position"),
     ("a small red circle above a small blue square", "a small blue circle above a small red square", "color_attr"),
 ])  # fmt: skip
-def test_each_question_finds_its_own_fault(said, drawn, category):
-    (prompt,) = (prompt for prompt in shapes_prompts([said], each=1) if prompt.category == category)
-    assert is_right(prompt, find_things(picture_of(said)))
-    assert not is_right(prompt, find_things(picture_of(drawn)))
+def test_each_category_detects_its_errors(text, drawn, category):
+    (prompt,) = (prompt for prompt in shapes_prompts([text], count=1) if prompt.category == category)
+    assert is_right(prompt, detect_objects(image_of(text)))
+    assert not is_right(prompt, detect_objects(image_of(drawn)))
 
 
-def test_what_is_not_asked_for_does_not_count():
-    """A size in no question, a colour in none but its own two."""
-    (single, colors) = shapes_prompts(["a large red circle"], each=1)
-    assert is_right(single, find_things(picture_of("a small blue circle")))
-    assert is_right(colors, find_things(picture_of("a small red circle")))
+def test_other_attributes_do_not_count():
+    """The size counts in no category, the colour only in colors and color_attr."""
+    (single, colors) = shapes_prompts(["a large red circle"], count=1)
+    assert is_right(single, detect_objects(image_of("a small blue circle")))
+    assert is_right(colors, detect_objects(image_of("a small red circle")))
 
 
 @cache
-def picture_of(text: str) -> np.ndarray:
-    """Some picture that the caption is true of: that of a scene of its form, in its colours."""
-    described = parse(text)
-    scenes = (sample_scene(1 if max(described.counts) == 1 else 2, seed) for seed in count())
-    scene = next(scene for scene in scenes if form(scene.description) == form(described))
-    return render(replace(scene, description=described))
+def image_of(text: str) -> np.ndarray:
+    """An image that matches the caption: a random scene of the same form, with its colours."""
+    description = parse(text)
+    scenes = (sample_scene(1 if max(description.counts) == 1 else 2, seed) for seed in count())
+    scene = next(scene for scene in scenes if form(scene.description) == form(description))
+    return render(replace(scene, description=description))
 
 
-def form(described: Description) -> tuple:
-    """All of a description but its colours."""
-    return described.counts, described.relations, [(kind.size, kind.shape) for kind in described.kinds]
+def form(description: Description) -> tuple:
+    """A description without its colours."""
+    return description.counts, description.relations, [(kind.size, kind.shape) for kind in description.kinds]

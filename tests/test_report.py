@@ -1,4 +1,4 @@
-"""The page: it shows what it is given and nothing else runs or loads. The report: one page of a whole run."""
+"""The page: it escapes all text, and loads and runs nothing. The report: one page about a whole run."""
 
 import json
 import math
@@ -31,8 +31,8 @@ HOSTILE = "<script>alert(1)</script> \"a\" 'b' &amp; <img src=x onerror=alert(2)
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
 
 
-class Read(HTMLParser):
-    """What a browser would find: tags with their attributes, text, and pictures by their alt text."""
+class ParsedPage(HTMLParser):
+    """The tags with their attributes, the text, and the images with their alt texts."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -42,7 +42,7 @@ class Read(HTMLParser):
         self.close()
         images = [attributes for tag, attributes in self.tags if tag == "img"]
         self.pictures = [(image["alt"], pixels_of(image["src"])) for image in images]
-        self.addresses = [found[key] for _, found in self.tags for key in ("src", "href") if key in found]
+        self.addresses = [attributes[key] for _, attributes in self.tags for key in ("src", "href") if key in attributes]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -60,40 +60,40 @@ def pixels_of(address: str) -> np.ndarray:
     return np.array(Picture.open(BytesIO(b64decode(data))))
 
 
-def test_hostile_text_is_shown_and_never_read_as_html():
-    page = Page(HOSTILE, above=HOSTILE)
-    page.say(HOSTILE)
+def test_hostile_text_is_escaped():
+    page = Page(HOSTILE, subtitle=HOSTILE)
+    page.paragraph(HOSTILE)
     page.heading(HOSTILE)
-    page.say(HOSTILE, quiet=True)
+    page.paragraph(HOSTILE, muted=True)
     page.figures([(HOSTILE, HOSTILE, HOSTILE)])
     page.bars(HOSTILE, [(HOSTILE, 1.0, "text")], HOSTILE)
     page.table([(HOSTILE, HOSTILE)], (HOSTILE, HOSTILE))
-    page.picture(GREY, HOSTILE, HOSTILE)
-    page.pictures([(HOSTILE, GREY, mark) for mark in (True, False, None)])
-    page.strip([(HOSTILE, [GREY])], over=(HOSTILE, HOSTILE))
+    page.matrix(GREY, (HOSTILE, HOSTILE), {HOSTILE: (0, 0, 0)}, HOSTILE, HOSTILE)
+    page.pictures([(HOSTILE, GREY, mark) for mark in (True, False, None)], title=HOSTILE)
+    page.strip([(HOSTILE, [GREY])], column_titles=(HOSTILE, HOSTILE))
     page.sequence([Cell(HOSTILE, HOSTILE), Cell([GREY], HOSTILE, "image", "image")])
     page.passage([(HOSTILE, HOSTILE), (GREY, HOSTILE)])
-    page.code(HOSTILE, given=HOSTILE)
+    page.code(HOSTILE, prompt=HOSTILE)
     page.fold(HOSTILE, HOSTILE)
-    page.plot(HOSTILE, {HOSTILE: Line([0, 1], [1, 2])}, across=HOSTILE)
-    read = Read(page.html())
-    assert {tag for tag, _ in read.tags}.isdisjoint({"script", "iframe", "object", "embed", "form", "base"})
-    assert not [key for _, found in read.tags for key in found if key.startswith("on")]
-    assert len(read.pictures) == 7
-    assert read.text.count("<script>alert(1)</script>") >= 25
+    page.plot(HOSTILE, {HOSTILE: Line([0, 1], [1, 2])}, x_label=HOSTILE, y_label=HOSTILE)
+    parsed = ParsedPage(page.html())
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "iframe", "object", "embed", "form", "base"})
+    assert not [key for _, attributes in parsed.tags for key in attributes if key.startswith("on")]
+    assert len(parsed.pictures) == 7
+    assert parsed.text.count("<script>alert(1)</script>") >= 25
     assert_self_contained(page.html())
 
 
 def assert_self_contained(html: str) -> None:
     """Nothing is fetched and nothing runs."""
-    read = Read(html)
-    assert read.addresses
-    assert all(address.startswith(("data:", "#")) for address in read.addresses)
-    assert "url(" not in read.style
-    assert "@import" not in read.style
+    parsed = ParsedPage(html)
+    assert parsed.addresses
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
+    assert "url(" not in parsed.style
+    assert "@import" not in parsed.style
     assert "<script" not in html.lower()
-    links = {address[1:] for address in read.addresses if address.startswith("#")}
-    assert links <= {found.get("id") for _, found in read.tags}
+    links = {address[1:] for address in parsed.addresses if address.startswith("#")}
+    assert links <= {attributes.get("id") for _, attributes in parsed.tags}
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (5, 9, 3), (4, 4, 4)])
@@ -102,44 +102,44 @@ def test_pictures_decode_back_to_their_pixels(shape):
     page = Page("pictures")
     page.pictures([("caption", pixels, None)])
     page.strip([("row", [pixels, pixels])])
-    for alt, found in Read(page.html()).pictures:
+    for alt, decoded in ParsedPage(page.html()).pictures:
         assert alt in ("caption", "row, number 1", "row, number 2")
-        assert np.array_equal(found, pixels.squeeze())
+        assert np.array_equal(decoded, pixels.squeeze())
 
 
-def test_a_mark_is_more_than_a_colour():
+def test_marks_have_a_symbol_as_well_as_a_colour():
     page = Page("marks")
     page.pictures([("good", GREY, True), ("bad", GREY, False), ("neither", GREY, None)])
-    assert all(shown in Read(page.html()).text for shown in ("✓ good", "✗ bad", "neither"))
+    assert all(shown in ParsedPage(page.html()).text for shown in ("✓ good", "✗ bad", "neither"))
 
 
-def test_a_colour_that_the_page_lacks_is_refused():
-    with pytest.raises(ValueError, match="no colour 'pink'; there are text"):
+def test_unknown_colour_is_refused():
+    with pytest.raises(ValueError, match="no colour 'pink'; choose one of text"):
         Page("colours").bars("title", [("name", 1.0, "pink")])
 
 
-def test_a_plot_leaves_out_what_no_axis_has():
+def test_plot_omits_points_that_no_axis_can_show():
     page = Page("plot")
     page.plot("nothing", {"line": Line([0, 1], [math.nan, -1.0])}, log=True)
     assert "<svg" not in page.html()
     lines = {"line": Line([0, 1, 2], [math.nan, 4.0, 2.0]), "other": Line([5], [3.0])}
     page.plot("something", lines, log=True)
-    labels = [found["aria-label"] for _, found in Read(page.html()).tags if "aria-label" in found]
+    labels = [attributes["aria-label"] for _, attributes in ParsedPage(page.html()).tags if "aria-label" in attributes]
     assert labels == ["something: line: from 4 to 2; other: from 3 to 3"]
 
 
 @examples(200)
 @given(st.floats(1e-6, 1e6), st.floats(1.001, 1e6), st.booleans())
-def test_axes_show_round_numbers_that_lie_on_them(low, factor, log):
-    axis = Axis.over([low, low * factor], log)
-    places = [axis.at(tick) for tick in axis.ticks]
-    assert 2 <= len(places) <= 24
-    assert places == sorted(places)
-    assert all(-1e-3 <= place <= 100 + 1e-3 for place in places)
-    assert 0 <= axis.at(low) < axis.at(low * factor) <= 100 + 1e-9
+def test_ticks_lie_inside_the_axis(low, factor, log):
+    axis = Axis.covering([low, low * factor], log)
+    percents = [axis.to_percent(tick) for tick in axis.ticks]
+    assert 2 <= len(percents) <= 24
+    assert percents == sorted(percents)
+    assert all(-1e-3 <= percent <= 100 + 1e-3 for percent in percents)
+    assert 0 <= axis.to_percent(low) < axis.to_percent(low * factor) <= 100 + 1e-9
 
 
-def test_a_page_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_previous_page(tmp_path, monkeypatch):
     path = Page("first").write(tmp_path / "page.html")
     monkeypatch.setattr(Page, "html", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -148,7 +148,7 @@ def test_a_page_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 
 def make_run(folder: Path, name: str, **data) -> Run:
-    """A run's folder with a checkpoint of weights as they begin."""
+    """A run's folder with a checkpoint of initial weights."""
     run = Run(
         name,
         ModelConfig(width=32, layers=2, heads=2, intermediate_size=48),
@@ -166,7 +166,7 @@ def make_run(folder: Path, name: str, **data) -> Run:
 
 
 def digits_run(folder: Path) -> Run:
-    """Of digits and topics, with measurements as training and evaluation write them."""
+    """A run on digits and topics, with metrics and results in the format of training and evaluation."""
     run = make_run(folder, "digits", sources=("digits", "topics"), seq_len=128, digits=DigitsConfig(interleaved=0.15))
     heldout = {"digits": {"text_loss": 6.0, "image_loss": 1.0}, "topics": {"text_loss": 6.0}}
     lines = [{"step": 0, "heldout": heldout}]
@@ -174,8 +174,8 @@ def digits_run(folder: Path) -> Run:
         speed = {"positions_per_second": 9, "seconds": 61.0 * n}
         lines.append({"step": n, "text_loss": 6 / n, "image_loss": 1 / n, **speed})
     lines.append({"step": 7, "heldout": heldout})
-    written = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(written + '{"step": 8, "text_lo')  # a crash cut it short
+    complete = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(complete + '{"step": 8, "text_lo')  # incomplete after a crash
     answers = [{"document": n, "is": "six", "said": "six" if n % 3 else HOSTILE} for n in range(60)]
     results = {
         "digits": {
@@ -202,25 +202,29 @@ def digits(tmp_path_factory) -> tuple[Path, Run, str]:
     return folder, run, write_report(folder, open_run(folder, device="cpu")).read_text()
 
 
-def test_a_report_of_digits_has_all_its_sections(digits):
+def test_report_of_digits_has_all_sections(digits):
     folder, _, html = digits
     assert (folder / "report.html").read_text() == html
     assert headings(html) == [
-        "What this is", "How good it is", "How it learnt", "Drawn from a word", "From noise to a picture",
-        "Captions of scans it has never seen", "Words and images in turn", "Text alone", "How it was made",
+        "What this is", "How good it is", "How it learnt", "Drawn from a word", "From noise to an image",
+        "Captions of held-out scans", "Interleaved text and images", "Text only", "How to reproduce it",
     ]  # fmt: skip
     assert_self_contained(html)
-    text = Read(html).text
+    text = ParsedPage(html).text
     figures = ("66.7%", "100%", "98.7%", "2.45", "2.95", "1.75", "1.12", "1.04", "7\u00a0min\u00a07\u00a0s")
     assert [figure for figure in figures if figure not in text] == []
-    assert "40 right, 20 wrong. Here are 20 wrong ones, then 20 right ones" in text
+    assert "40 right, 20 wrong." in text and "Wrong: 20 of 20" in text and "Right: 20 of 40" in text
+    assert f"predicted {HOSTILE},\nactual six" in text
+    assert "Held-out data, not used in training: 297 scans of digits, " in text
+    labels = ("query position", "key position", "training step", "loss (nats per token), log scale", "guidance scale")
+    assert [label for label in labels if label not in text] == []
 
 
-def test_a_report_shows_the_drawings_and_the_scans_themselves(digits):
+def test_report_embeds_the_drawings_and_the_scans(digits):
     folder, _, html = digits
-    pictures = Read(html).pictures
+    pictures = ParsedPage(html).pictures
     drawn = [pixels for alt, pixels in pictures if alt == "nine, number 10"]
-    _, *captioned = [pixels for alt, pixels in pictures if alt == "six"]  # the first is a drawing
+    _, *captioned = [pixels for alt, pixels in pictures if alt == "six"]  # the first one is a drawing
     engine = open_run(folder, device="cpu")
     answers = engine.generate([Request(parts=(name,), num_images=10) for name in NAMES])
     assert np.array_equal(drawn, [answers[9][9].parts[0][..., 0]])
@@ -228,30 +232,32 @@ def test_a_report_shows_the_drawings_and_the_scans_themselves(digits):
     assert np.array_equal(captioned, load_scans("heldout")[0][right, :, :, 0])
 
 
-def test_the_same_run_gives_the_same_report(digits):
+def test_report_is_deterministic(digits):
     folder, _, html = digits
     assert write_report(folder, open_run(folder, device="cpu")).read_text() == html
 
 
-def test_the_command_of_a_report_makes_such_a_run_again(digits, monkeypatch):
-    _, run, html = digits
+def test_command_of_the_report_trains_an_equal_run(digits, monkeypatch):
+    folder, run, html = digits
     command = shlex.split(html.partition("<pre>transfusion ")[2].partition("</pre>")[0])
-    asked = []
-    monkeypatch.setattr(cli.runs, "train_run", lambda run, folder, device: asked.append(run))
+    calls = []
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, folder, device: calls.append((run, folder)))
     cli.main(command)
-    assert replace(asked[0].model, vocab_size=run.model.vocab_size) == run.model
-    assert (asked[0].data, asked[0].training, asked[0].generation) == (run.data, run.training, run.generation)
+    [(parsed, out)] = calls
+    assert out == folder
+    assert replace(parsed.model, vocab_size=run.model.vocab_size) == run.model
+    assert (parsed.data, parsed.training, parsed.generation) == (run.data, run.training, run.generation)
 
 
-def test_a_report_of_shapes_without_measurements(tmp_path):
+def test_report_of_shapes_without_results(tmp_path):
     make_run(tmp_path, "shapes <b>", sources=("shapes",), codec="block_pca", seq_len=128)
     html = write_report(tmp_path, open_run(tmp_path, device="cpu")).read_text()
     assert headings(html) == [
-        "What this is", "How good it is", "Drawn from a caption", "From noise to a picture",
-        "Captions of scenes it has never seen", "How it was made",
+        "What this is", "How good it is", "Drawn from a caption", "From noise to an image",
+        "Captions of held-out scenes", "How to reproduce it",
     ]  # fmt: skip
     assert_self_contained(html)
-    read = Read(html)
-    assert "not measured yet" in read.text
+    parsed = ParsedPage(html)
+    assert "not measured yet" in parsed.text and f"transfusion evaluate {tmp_path}" in parsed.text
     assert "<h1>shapes &lt;b&gt;</h1>" in html
-    assert sum(pixels.shape == (32, 32, 3) for _, pixels in read.pictures) == 8 + 64 + 2 * 2 + 32
+    assert sum(pixels.shape == (32, 32, 3) for _, pixels in parsed.pictures) == 8 + 64 + 2 * 2 + 32

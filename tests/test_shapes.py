@@ -127,7 +127,7 @@ def test_checker_reads_many_scenes_exactly():
         for detected in read_scene(pixels):
             item, centre = min(remaining, key=lambda pair: np.hypot(*np.subtract(pair[1], detected.centre)))
             remaining.remove((item, centre))
-            assert detected.thing == item
+            assert detected.object == item
             assert np.hypot(*np.subtract(centre, detected.centre)) < 0.25
             np.testing.assert_allclose(detected.box, BOXES[item.size, item.shape], rtol=0.04)
         assert not remaining
@@ -309,7 +309,7 @@ def test_images_without_objects_are_rejected(size):
 @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 1), (32, 16, 3)])
 def test_arrays_of_another_shape_or_type_are_an_error(shape):
     for pixels in (np.zeros(shape, np.uint8), np.zeros((32, 32, 3), np.float32)):
-        with pytest.raises(ValueError, match="a scene is read from"):
+        with pytest.raises(ValueError, match="a scene must be"):
             read_scene(pixels)
 
 

@@ -185,7 +185,7 @@ def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
     quantised = asked.network.codes is not None
     page = Page(asked.out.name, "A VQ codec" if quantised else "An autoencoder")
     become = f"one of {codec.codes:,} codes" if quantised else f"latents of {codec.channels} numbers"
-    page.say(
+    page.paragraph(
         f"Pictures of {asked.size} pixels become {become} for each {codec.downsampling} x {codec.downsampling} "
         f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.loss_names)}."
     )

@@ -23,7 +23,7 @@ def show_source(page: Page, reader: Reader, count: int) -> None:
     page.heading(reader.name)
     documents = (document for unit in reader.units(UNIT_SIZE) for document in reader.read(unit))
     first = [document if isinstance(document, Fault) else _shrink_images(document) for document in islice(documents, count)]
-    page.say(f"The first {len(first)} records of `{reader.address}`. {reader.describe()}.")
+    page.paragraph(f"The first {len(first)} records of `{reader.address}`. {reader.describe()}.")
     _show(page, first)
 
 
@@ -35,7 +35,7 @@ def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
         indices = [n * len(source) // min(count, len(source)) for n in range(min(count, len(source)))]
         page.heading(name)
         num_faults = sum(info["faults"].values())
-        page.say(
+        page.paragraph(
             f"{len(indices)} of {len(source):,} training documents, evenly spaced. {info['documents']['heldout']:,} more "
             f"are held out; {num_faults:,} of {info['records']:,} records were left out. Images are decoded by the codec."
         )
@@ -63,12 +63,12 @@ def _shrink_images(document: RawDocument) -> RawDocument:
 
 def _show(page: Page, documents: Sequence[RawDocument | Fault]) -> None:
     if any(isinstance(document, RawDocument) and document.pairs for document in documents):
-        page.say("In some epochs a pair is read with its image first, or without its caption.", quiet=True)
+        page.paragraph("In some epochs a pair is read with its image first, or without its caption.", muted=True)
     for document in documents:
         if isinstance(document, Fault):
-            page.say(f"`{document.where}` cannot be used, {document.kind}: {document.message}")
+            page.paragraph(f"`{document.where}` cannot be used, {document.kind}: {document.message}")
             continue
-        page.say(f"`{document.where}`{', a pair' if document.pairs else ''}", quiet=True)
+        page.paragraph(f"`{document.where}`{', a pair' if document.pairs else ''}", muted=True)
         parts: list[tuple[str | np.ndarray, str]] = []
         for part in document.segments:
             loss = "in the loss" if part.loss else "not in the loss"

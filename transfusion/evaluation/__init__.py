@@ -1,1 +1,1 @@
-"""How good it is: measures of what a run writes and draws."""
+"""Metrics of generated text and images."""

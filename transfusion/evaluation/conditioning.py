@@ -1,4 +1,4 @@
-"""Does the model listen? How much worse it denoises a held-out picture behind another picture's caption."""
+"""Conditioning gap: how much the image loss of held-out images increases with another image's caption."""
 
 import numpy as np
 import torch
@@ -9,45 +9,44 @@ from transfusion.inference.engine import Engine
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Document, Image, Row, Text, collate, encode_document
 
-ROWS = 16  # pictures per forward pass
-TIMES = 10  # between clean and noise
+BATCH_SIZE = 16  # images per forward pass
+NUM_TIMESTEPS = 10  # of the grid from image to noise
 
 
 def conditioning_gap(engine: Engine, source: Source, count: int) -> dict:
-    """Image losses of the first `count` pairs, behind their own captions and behind others'; and the share by which the
-    second is larger: 0 for a model that ignores what is asked. Of codes it is nats per code.
+    """Image losses of the first `count` pairs, with their captions and with others', and gap = other / own - 1.
 
-    Same pictures, same times, same noise. Another caption is the next one in order that says something else; pictures
-    for which there is none are left out.
+    The gap is 0 for a model that ignores the caption. For image codes the loss is in nats per code. Images, timesteps and
+    noise are the same for both. The other caption is the next different one; images without one are omitted.
     """
     pairs = [source[n].pair for n in range(min(count, len(source)))]
-    pairs = [(text, _another([t for t, _ in pairs], n), picture) for n, (text, picture) in enumerate(pairs)]
-    pairs = [pair for pair in pairs if pair[1] is not None]
-    if not pairs:
+    triples = [(text, _next_different([t for t, _ in pairs], n), pixels) for n, (text, pixels) in enumerate(pairs)]
+    triples = [triple for triple in triples if triple[1] is not None]
+    if not triples:
         return {"count": 0}
-    contents = [engine.opened.codec.encode(picture) for _, _, picture in pairs]
-    right, wrong = (_loss(engine, [pair[which] for pair in pairs], contents) for which in (0, 1))
-    return {"image_loss": right, "image_loss_of_others": wrong, "gap": wrong / right - 1, "count": len(pairs)}
+    contents = [engine.opened.codec.encode(pixels) for _, _, pixels in triples]
+    right, wrong = (_mean_loss(engine, [triple[n] for triple in triples], contents) for n in (0, 1))
+    return {"image_loss": right, "image_loss_of_others": wrong, "gap": wrong / right - 1, "count": len(triples)}
 
 
 @torch.inference_mode()
-def _loss(engine: Engine, captions: list[str], contents: list[np.ndarray]) -> float:
-    """Mean over pictures, each behind its caption; its noise and time follow from its number."""
+def _mean_loss(engine: Engine, captions: list[str], contents: list[np.ndarray]) -> float:
+    """Mean image loss, each image after its caption. Noise and timestep are a function of the image's number."""
     total, count = 0.0, 0
     encode, vocabulary = engine.opened.tokenizer.encode, engine.vocabulary
     chunks = [
         encode_document(Document((Text(encode(caption)), Image(content)), key=derive_seed("conditioning", n)), vocabulary)
         for n, (caption, content) in enumerate(zip(captions, contents, strict=True))
     ]
-    for first in range(0, len(chunks), ROWS):
-        rows = [Row((chunk,)) for chunk in chunks[first : first + ROWS]]
+    for first in range(0, len(chunks), BATCH_SIZE):
+        rows = [Row((chunk,)) for chunk in chunks[first : first + BATCH_SIZE]]
         batch = collate(rows, max(len(row.chunks[0]) for row in rows), vocabulary)
-        draws = objective.sample_noise_on_grid(batch, TIMES)
+        samples = objective.sample_noise_on_grid(batch, NUM_TIMESTEPS)
         with engine.opened.lower_precision():
-            losses = objective.compute_losses(engine.model, batch.to(engine.device), draws, engine.run.diffusion)
+            losses = objective.compute_losses(engine.model, batch.to(engine.device), samples, engine.run.diffusion)
         total, count = total + float(losses.image_sum + losses.code_sum), count + batch.image_count + batch.code_count
     return total / count
 
 
-def _another(texts: list[str], n: int) -> str | None:
+def _next_different(texts: list[str], n: int) -> str | None:
     return next((text for text in texts[n + 1 :] + texts[:n] if text != texts[n]), None)

@@ -1,4 +1,4 @@
-"""Where features of pictures come from: FID's Inception, or any vision model of transformers."""
+"""Feature extractors for images: FID's Inception v3, or a vision model of transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,83 +9,82 @@ import torch
 from torch import nn
 
 from transfusion.disk import sha256_of
-from transfusion.evaluation.inception import Inception
+from transfusion.evaluation.inception import InceptionExtractor
 
-AT_ONCE = 32  # pictures in one forward pass
+BATCH_SIZE = 32  # images in one forward pass
 
 
 class Extractor(Protocol):
-    """Pictures to features. `name` says of what network; results show it, since other networks give other numbers."""
+    """A function from images to features. `name` identifies the network; scores of different networks differ."""
 
     name: str
-    features: int
+    num_features: int
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures (Y, X, 1 or 3) uint8 of any sizes -> (N, features) float32."""
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Images (Y, X, 1 or 3) uint8 of any sizes -> (N, num_features) float32."""
         ...
 
 
 def open_extractor(source: str, device: torch.device) -> Extractor:
-    """Inception where a file with weights is named (.safetensors, .pth), otherwise a vision model of transformers: a folder,
-    or `owner/name` on the hub. ValueError says why it cannot be opened. The one that needs no weights is `SmallNetwork`.
+    """Inception if `source` is a file of weights (.safetensors, .pth, .pt), else a vision model of transformers: a folder,
+    or `owner/name` on the hub. ValueError if it cannot be opened. `SmallFeatureNetwork` needs no weights.
     """
     if source.endswith((".safetensors", ".pth", ".pt")):
-        return Inception.from_file(Path(source), device)
+        return InceptionExtractor.from_file(Path(source), device)
     return VisionModel(source, device)
 
 
 class VisionModel:
-    """A vision model of transformers, DINOv2 or CLIP for example: what it says of a picture as a whole.
+    """A vision model of transformers, for example DINOv2 or CLIP.
 
-    That is its projected embedding of images where it has one, as CLIP has, otherwise its pooled output, as DINOv2's class
-    token is.
+    The features are the projected image embedding if the model has one (CLIP), else its pooled output (the class token of
+    DINOv2).
     """
 
     def __init__(self, source: str, device: torch.device):
-        """From a folder, or `owner/name` on the hub; named with the first digits of its weights' SHA-256.
+        """From a folder, or `owner/name` on the hub; the name includes the first digits of the weights' SHA-256.
 
-        ValueError when there is none, it was not written as safetensors, or lacks weights.
+        ValueError if there is no model, it is not stored as safetensors, or weights are missing.
         """
-        self.folder, self.model, self.prepare, self.name = open_pretrained(source, "AutoModel", device)
+        self.folder, self.model, self.processor, self.name = open_pretrained(source, "AutoModel", device)
         self.device = device
-        self.look = getattr(self.model, "get_image_features", self.model)
-        self.features = self([np.zeros((32, 32, 3), np.uint8)]).shape[1]
+        self.encode = getattr(self.model, "get_image_features", self.model)
+        self.num_features = self([np.zeros((32, 32, 3), np.uint8)]).shape[1]
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures (Y, X, 1 or 3) uint8 of any sizes, prepared as the model's own files say -> (N, features) float32."""
-        found = []
-        for first in range(0, len(pictures), AT_ONCE):
-            coloured = [np.broadcast_to(pixels, (*pixels.shape[:2], 3)) for pixels in pictures[first : first + AT_ONCE]]
-            inputs = self.prepare(coloured, input_data_format="channels_last", return_tensors="pt").to(self.device)
-            said = self.look(pixel_values=inputs["pixel_values"]).pooler_output  # (N, features)
-            if said is None:
-                raise ValueError(f"{self.name} says nothing of a picture as a whole: it has no pooled output")
-            found.append(said.flatten(1).float().cpu().numpy())
-        return np.concatenate(found) if found else np.empty((0, self.features), np.float32)
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Images (Y, X, 1 or 3) uint8 of any sizes, preprocessed as the model's files say -> (N, num_features) float32."""
+        batches = []
+        for first in range(0, len(images), BATCH_SIZE):
+            rgb = [np.broadcast_to(pixels, (*pixels.shape[:2], 3)) for pixels in images[first : first + BATCH_SIZE]]
+            inputs = self.processor(rgb, input_data_format="channels_last", return_tensors="pt").to(self.device)
+            output = self.encode(pixel_values=inputs["pixel_values"]).pooler_output  # (N, num_features)
+            if output is None:
+                raise ValueError(f"{self.name} has no pooled output: use a model with one feature vector per image")
+            batches.append(output.flatten(1).float().cpu().numpy())
+        return np.concatenate(batches) if batches else np.empty((0, self.num_features), np.float32)
 
 
-def open_pretrained(source: str, kind: str, device: torch.device) -> tuple[Path, nn.Module, Any, str]:
-    """A model of transformers that looks at pictures, by one of its auto classes: its folder, the model, what prepares
-    pictures for it, and its name with the first digits of its weights' SHA-256. ValueError says why it cannot be opened."""
+def open_pretrained(source: str, auto_class: str, device: torch.device) -> tuple[Path, nn.Module, Any, str]:
+    """A vision model of transformers by one of its auto classes: folder, model, image processor, and name with the first
+    digits of its weights' SHA-256. ValueError if it cannot be opened."""
     try:
         import transformers
     except ImportError:
         raise ValueError(f"{source} needs transformers: pip install 'transfusion[pretrained]'") from None
     folder = Path(source) if Path(source).is_dir() else _download(source)
     try:
-        model, report = getattr(transformers, kind).from_pretrained(
+        model, report = getattr(transformers, auto_class).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-        prepare = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers raises
-        reason = _first_line(error)
-        raise ValueError(f"no vision model can be opened at {source}: {reason}") from None
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types
+        raise ValueError(f"no vision model can be opened at {source}: {_first_line(error)}") from None
     if report["missing_keys"]:
-        raise ValueError(f"{source} lacks weights, {min(report['missing_keys'])} for one: chance would stand in for them")
+        raise ValueError(f"{source} lacks weights, for example {min(report['missing_keys'])}: they would be random")
     digests = [sha256_of(path)[:8] for path in sorted(folder.glob("*.safetensors"))]
     name = " ".join([type(model).__name__, source, *digests])
-    return folder, model.eval().requires_grad_(False).to(device), prepare, name
+    return folder, model.eval().requires_grad_(False).to(device), processor, name
 
 
 def _download(source: str) -> Path:
@@ -93,11 +92,11 @@ def _download(source: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except Exception as error:  # no network, no such name, or none at all: whatever the hub's client raises
+    except Exception as error:  # no network, unknown or invalid name: the hub's client raises many types
         raise ValueError(
-            f"no vision model can be opened at {source}: it is no folder, and the hub does not give it"
-            f" ({_first_line(error)}); put its config.json, preprocessor_config.json, model.safetensors and, for a CLIP,"
-            " tokenizer.json into one"
+            f"no vision model can be opened at {source}: it is not a folder, and the hub does not provide it"
+            f" ({_first_line(error)}); give a folder with config.json, preprocessor_config.json, model.safetensors and,"
+            " for a CLIP, tokenizer.json"
         ) from None
 
 

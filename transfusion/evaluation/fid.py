@@ -1,7 +1,7 @@
-"""How far drawn pictures are from real ones, as sets of features: FID (Heusel et al. 2017) and KID (Binkowski et al. 2018).
+"""Distances between two sets of image features: FID (Heusel et al. 2017) and KID (Binkowski et al. 2018).
 
-Features are (N, F) numbers of a network that looks at pictures (`features.py`); all else is computed in float64. Published
-figures are comparable only with features of the same network, and FID only with as many pictures: it falls as they grow.
+Features are (N, F) outputs of a network (`features.py`); computation is in float64. Compare published figures only if the
+network is the same and, for FID, also the number of images: FID decreases with it.
 """
 
 from typing import NamedTuple
@@ -10,84 +10,84 @@ import numpy as np
 
 from transfusion.seeding import derive_seed
 
-SUBSETS, SUBSET = 100, 1000  # KID's: how many, of how many pictures each
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 
 
-class TooFew(ValueError):
-    """A measure needs more pictures than there are; the message says how many."""
+class TooFewImagesError(ValueError):
+    """A metric needs more images; the message says how many."""
 
 
 def fid(real: np.ndarray, drawn: np.ndarray) -> float:
-    """|mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2)): the squared distance of the Gaussians of features (N, F) and (M, F).
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)): the squared Fréchet distance of Gaussians fitted to (N, F) and (M, F).
 
-    With S = A A^T and S' = B B^T the last trace is the sum of the singular values of A^T B, which does without the root of a
-    matrix that is not symmetric, and loses nothing where S is singular. TooFew with fewer pictures than features + 1:
-    their covariance would be singular only because they are few, and the distance would measure that.
+    With S = A A^T and S' = B B^T, tr (S S')^(1/2) is the sum of the singular values of A^T B. This needs no root of a
+    non-symmetric matrix and is exact for singular S. TooFewImagesError with fewer than F + 1 images on a side: the
+    covariance would be singular because of the sample size, and the distance would measure that.
     """
     features, fewest = real.shape[1], min(len(real), len(drawn))
     if fewest <= features:
-        raise TooFew(
-            f"FID over {features} features needs at least {features + 1} pictures on both sides, real and drawn,"
-            f" or their covariances are singular: here are {len(real)} and {len(drawn)}"
+        raise TooFewImagesError(
+            f"FID over {features} features needs at least {features + 1} real and as many drawn images, or the covariances"
+            f" are singular: here are {len(real)} and {len(drawn)}"
         )
-    (mean, one), (other_mean, other) = _gaussian(real), _gaussian(drawn)
-    shared = np.linalg.svd(_root(one).T @ _root(other), compute_uv=False).sum()
-    moved = mean - other_mean
-    return max(0.0, float(moved @ moved + np.trace(one) + np.trace(other) - 2 * shared))
+    (mean, covariance), (drawn_mean, drawn_covariance) = _fit_gaussian(real), _fit_gaussian(drawn)
+    trace_root = np.linalg.svd(_root(covariance).T @ _root(drawn_covariance), compute_uv=False).sum()
+    difference = mean - drawn_mean
+    return max(0.0, float(difference @ difference + np.trace(covariance) + np.trace(drawn_covariance) - 2 * trace_root))
 
 
-def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, F) -> mean (F,) and covariance (F, F), unbiased."""
+def _fit_gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, F) -> mean (F,) and unbiased covariance (F, F)."""
     mean = features.mean(0, dtype=np.float64)
     centred = features - mean
     return mean, centred.T @ centred / (len(features) - 1)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """A with A A^T = covariance. An eigenvalue that is only rounding counts as 0: its root would not be small."""
+    """A with A A^T = covariance. Eigenvalues within rounding error of 0 become 0, since their roots would not be small."""
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
     return vectors * np.sqrt(np.where(values > rounding, values, 0))
 
 
 class MeanStd(NamedTuple):
-    """A figure that was estimated several times."""
+    """Mean and standard deviation of repeated estimates."""
 
     mean: float
     std: float
 
 
 def kid(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> MeanStd:
-    """The squared maximum mean discrepancy of features (N, F) and (M, F), whose kernel is (x.y / F + 1)^3. It is
-    unbiased: few pictures make it uncertain but not larger, and it may fall below 0.
+    """The squared maximum mean discrepancy of features (N, F) and (M, F), with the kernel (x.y / F + 1)^3.
 
-    Mean and std over 100 random subsets of 1,000 pictures of each side, as is usual, or of half of the smaller side
-    where it has fewer. TooFew with fewer than 4 pictures.
+    It is unbiased: with few images it is less certain but not larger, and it may be negative. Mean and std over 100 random
+    subsets of 1,000 images of each side (the usual choice), or of half of the smaller side if that has fewer.
+    TooFewImagesError with fewer than 4 images on a side.
     """
     fewest = min(len(real), len(drawn))
     if fewest < 4:
-        raise TooFew(f"KID needs at least 4 pictures on both sides, real and drawn: here are {len(real)} and {len(drawn)}")
-    size = SUBSET if fewest >= SUBSET else fewest // 2
-    chance = np.random.default_rng(derive_seed("kid", seed))
-    found = []
-    for _ in range(SUBSETS):
-        one, other = (side[chance.choice(len(side), size, replace=False)] for side in (real, drawn))  # (size, F) each
-        found.append(mmd2(one, other))
-    return MeanStd(float(np.mean(found)), float(np.std(found)))
+        raise TooFewImagesError(f"KID needs at least 4 real and 4 drawn images, not {len(real)} and {len(drawn)}")
+    size = SUBSET_SIZE if fewest >= SUBSET_SIZE else fewest // 2
+    rng = np.random.default_rng(derive_seed("kid", seed))
+    estimates = []
+    for _ in range(NUM_SUBSETS):
+        subsets = [side[rng.choice(len(side), size, replace=False)] for side in (real, drawn)]  # (size, F) each
+        estimates.append(mmd2(*subsets))
+    return MeanStd(float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def mmd2(one: np.ndarray, other: np.ndarray) -> float:
-    """KID of two sets of features (N, F) as they are; a picture is not compared with itself."""
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    within = [(_kernel(x, x).sum() - _kernel_of_itself(x).sum()) / (len(x) * (len(x) - 1)) for x in (one, other)]
-    return float(sum(within) - 2 * _kernel(one, other).mean())
+def mmd2(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased squared MMD of two whole sets of features (N, F); pairs of an image with itself are excluded."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    within = [(_kernel(x, x).sum() - _kernel_diagonal(x).sum()) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return float(sum(within) - 2 * _kernel(a, b).mean())
 
 
-def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, F), (M, F) -> (N, M)."""
-    return (one @ other.T / one.shape[1] + 1) ** 3
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _kernel_of_itself(one: np.ndarray) -> np.ndarray:
-    """(N, F) -> (N,)."""
-    return ((one * one).mean(1) + 1) ** 3
+def _kernel_diagonal(x: np.ndarray) -> np.ndarray:
+    """(N, F) -> (N,): the diagonal of `_kernel(x, x)`."""
+    return ((x * x).mean(1) + 1) ** 3

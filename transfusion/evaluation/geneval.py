@@ -1,8 +1,8 @@
-"""GenEval (Ghosh et al. 2023, 2310.11513): are the things asked for there, as many, in their colours and places?
+"""GenEval (Ghosh et al. 2023, 2310.11513): does an image hold the objects, counts, colours and positions of its prompt?
 
-Four pictures of each prompt; a detector says what is in them, and the published rules say whether that is what was asked.
-Published figures come from one detector (Mask2Former with a Swin-S backbone, colours by CLIP ViT-L/14): with another one
-they are not to be compared. `geneval_prompts.py` has the 553 prompts, `geneval_shapes.py` the same questions about `shapes`.
+Each prompt is drawn four times. A detector finds the objects, and the published rules decide whether they match. Published
+figures use one detector (Mask2Former with a Swin-S backbone, colours by CLIP ViT-L/14); figures of another one are not
+comparable. The 553 prompts are in `geneval_prompts.py`, the same categories for `shapes` in `geneval_shapes.py`.
 """
 
 from collections.abc import Sequence
@@ -13,50 +13,50 @@ import numpy as np
 
 from transfusion.inference.engine import Engine, Request
 
-CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # as the benchmark calls them
-PER_PROMPT = 4  # pictures
-AT_ONCE = 16  # prompts that are drawn together
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # the benchmark's names
+IMAGES_PER_PROMPT = 4
+BATCH_SIZE = 16  # prompts that are drawn together
 
-CONFIDENCE = 0.3  # of a detection that counts
-COUNTED_CONFIDENCE = 0.9  # where the question is how many
-MOST = 16  # detections of one name
-CLEARANCE = 0.1  # of both boxes' sides: nearer than this, a thing is not beside another
-DIRECTION = 0.5  # of the way between two middles: so much of it must lead to a side
+CONFIDENCE = 0.3  # detections with a higher score count
+COUNTING_CONFIDENCE = 0.9  # the same, in the category counting
+MAX_DETECTIONS = 16  # of one name
+POSITION_MARGIN = 0.1  # offsets up to this share of both boxes' sides give no relation
+MIN_DIRECTION = 0.5  # share of the offset that must point to a side
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """So many things of a name, of this colour, in this relation to those that the prompt wants at place `other`."""
+    """`count` objects of a name, of this colour, in this relation to the objects of entry `relative_to` of the prompt."""
 
     name: str
     count: int
     colour: str | None = None
     relation: str | None = None  # "left of", "right of", "above" or "below"
-    other: int | None = None
+    relative_to: int | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked, and what makes a picture right: all of `wanted`, and of none of `unwanted` as many as it says."""
+    """A prompt and its rules: an image is right if it meets all of `include` and none of `exclude`."""
 
     category: str
     text: str
-    wanted: tuple[Requirement, ...]
-    unwanted: tuple[Requirement, ...] = ()
+    include: tuple[Requirement, ...]
+    exclude: tuple[Requirement, ...] = ()
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A thing in a picture: its name, its box (left, top, right, bottom) in any unit, how sure that is, its colour."""
+    """An object in an image: name, box (left, top, right, bottom) in any unit, confidence, colour."""
 
     name: str
     box: tuple[float, float, float, float]
     score: float
-    colour: str | None = None  # None: of no colour that can be asked for
+    colour: str | None = None  # None: none of GenEval's colours
 
 
 class Detector(Protocol):
-    """A picture, (Y, X, 3) uint8, to all that is in it, however unsure."""
+    """An image (Y, X, 3) uint8 -> all its objects, with any confidence."""
 
     def __call__(self, pixels: np.ndarray) -> Sequence[Detection]: ...
 
@@ -64,57 +64,58 @@ class Detector(Protocol):
 def draw_geneval(
     engine: Engine, prompts: Sequence[Prompt], detect: Detector, seed: int = 0
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
-    """Shares of right pictures, by category and `overall` (the mean of the categories, whatever their sizes), each prompt
-    drawn four times by the run's own defaults; and (prompt, pixels, right) of each prompt's first picture.
+    """Draw each prompt four times with the run's defaults.
 
-    Only categories that are asked for are counted. ValueError when nothing is.
+    The shares of right images by category, their mean `overall` (each category has the same weight), and (prompt, pixels,
+    right) of each prompt's first image. Categories without a prompt do not count. ValueError without a prompt.
     """
     if not prompts:
         raise ValueError("GenEval needs at least one prompt")
-    right, shown = {}, []
-    for first in range(0, len(prompts), AT_ONCE):
-        some = prompts[first : first + AT_ONCE]
+    results, shown = {}, []
+    for first in range(0, len(prompts), BATCH_SIZE):
+        batch = prompts[first : first + BATCH_SIZE]
         requests = [
-            Request(parts=(prompt.text,), num_images=PER_PROMPT, seed=seed + first + n) for n, prompt in enumerate(some)
+            Request(parts=(prompt.text,), num_images=IMAGES_PER_PROMPT, seed=seed + first + n)
+            for n, prompt in enumerate(batch)
         ]
-        for prompt, draws in zip(some, engine.generate(requests), strict=True):
-            pictures = [draw.parts[0] for draw in draws]
-            judged = [is_right(prompt, detect(pixels)) for pixels in pictures]
-            right.setdefault(prompt.category, []).extend(judged)
-            shown.append((prompt.text, pictures[0], judged[0]))
-    shares = {name: sum(judged) / len(judged) for name, judged in right.items()}
+        for prompt, draws in zip(batch, engine.generate(requests), strict=True):
+            images = [draw.parts[0] for draw in draws]
+            right = [is_right(prompt, detect(pixels)) for pixels in images]
+            results.setdefault(prompt.category, []).extend(right)
+            shown.append((prompt.text, images[0], right[0]))
+    shares = {name: sum(right) / len(right) for name, right in results.items()}
     overall = sum(shares.values()) / len(shares)
-    return shares | {"overall": overall, "count_drawn": PER_PROMPT * len(prompts)}, shown
+    return shares | {"overall": overall, "count_drawn": IMAGES_PER_PROMPT * len(prompts)}, shown
 
 
-def is_right(prompt: Prompt, found: Sequence[Detection]) -> bool:
-    """By the published rules: colours and relations are asked only of the surest detections, as many as are wanted."""
-    least = COUNTED_CONFIDENCE if prompt.category == "counting" else CONFIDENCE
-    seen: dict[str, list[Detection]] = {}
-    for it in sorted(found, key=lambda it: -it.score):
-        if it.score > least:
-            seen.setdefault(it.name, []).append(it)
-    met: list[list[Detection]] = []
-    for wanted in prompt.wanted:
-        surest = seen.get(wanted.name, [])[: min(wanted.count, MOST)]
-        if len(surest) < wanted.count:
+def is_right(prompt: Prompt, detections: Sequence[Detection]) -> bool:
+    """The published rules. Colours and relations are checked for the `count` detections with the highest scores."""
+    threshold = COUNTING_CONFIDENCE if prompt.category == "counting" else CONFIDENCE
+    by_name: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda it: -it.score):
+        if detection.score > threshold:
+            by_name.setdefault(detection.name, []).append(detection)
+    matched: list[list[Detection]] = []
+    for required in prompt.include:
+        best = by_name.get(required.name, [])[: min(required.count, MAX_DETECTIONS)]
+        if len(best) < required.count:
             return False
-        if wanted.colour is not None and any(it.colour != wanted.colour for it in surest):
+        if required.colour is not None and any(it.colour != required.colour for it in best):
             return False
-        others = [] if wanted.other is None else met[wanted.other]
-        if any(wanted.relation not in relations(one, other) for one in surest for other in others):
+        others = [] if required.relative_to is None else matched[required.relative_to]
+        if any(required.relation not in relative_positions(it, other) for it in best for other in others):
             return False
-        met.append(surest)
-    return all(len(seen.get(unwanted.name, [])[:MOST]) < unwanted.count for unwanted in prompt.unwanted)
+        matched.append(best)
+    return all(len(by_name.get(it.name, [])[:MAX_DETECTIONS]) < it.count for it in prompt.exclude)
 
 
-def relations(one: Detection, other: Detection) -> set[str]:
-    """Where the first is, seen from the second: up to two of "left of", "right of", "above", "below"."""
-    a, b = (np.array(it.box, float).reshape(2, 2) for it in (one, other))  # corners: (2, 2), x and y
-    way = a.mean(0) - b.mean(0)  # (2,) from the second's middle to the first's
-    clear = np.maximum(np.abs(way) - CLEARANCE * (np.ptp(a, 0) + np.ptp(b, 0)), 0)  # (2,)
-    if (clear < 1e-3).all():
+def relative_positions(a: Detection, b: Detection) -> set[str]:
+    """The position of `a` relative to `b`: up to two of "left of", "right of", "above", "below"."""
+    a_box, b_box = (np.array(it.box, float).reshape(2, 2) for it in (a, b))  # corners: (2, 2), x and y
+    offset = a_box.mean(0) - b_box.mean(0)  # (2,) between the centres
+    beyond = np.maximum(np.abs(offset) - POSITION_MARGIN * (np.ptp(a_box, 0) + np.ptp(b_box, 0)), 0)  # (2,)
+    if (beyond < 1e-3).all():
         return set()
-    x, y = np.sign(way) * clear / np.hypot(*way)
-    sides = {"left of": -x, "right of": x, "above": -y, "below": y}
-    return {name for name, share in sides.items() if share > DIRECTION}
+    x, y = np.sign(offset) * beyond / np.hypot(*offset)
+    directions = {"left of": -x, "right of": x, "above": -y, "below": y}
+    return {name for name, share in directions.items() if share > MIN_DIRECTION}

@@ -1,6 +1,6 @@
-"""GenEval's six questions about the made world `shapes`, where the detector is its checker and never errs.
+"""GenEval's six categories on the synthetic data set `shapes`, with its checker as an exact detector.
 
-A caption of that world says more than a question needs (a size, say): only what the category asks for counts.
+A caption of `shapes` may name more than a category needs, for example a size: only the category's requirements count.
 """
 
 from collections.abc import Iterable
@@ -12,64 +12,58 @@ from transfusion.evaluation.geneval import CATEGORIES, Detection, Prompt, Requir
 from transfusion.evaluation.shapes import read_scene
 
 
-def shapes_prompts(captions: Iterable[str], each: int) -> list[Prompt]:
-    """The first `each` prompts of every category among these captions, no caption twice in one.
+def shapes_prompts(captions: Iterable[str], count: int) -> list[Prompt]:
+    """The first `count` prompts of each category from these captions, without duplicates.
 
-    Categories of which there are none are left out: only level 2 counts, and level 0 has single things alone.
+    Categories without a prompt are omitted: only level 2 has counting, and level 0 has single objects only.
     """
     prompts: dict[str, dict[str, Prompt]] = {category: {} for category in CATEGORIES}
     for text in captions:
-        described = parse(text)
-        if described is None:
-            raise ValueError(f"not a caption of the world shapes: {text!r}")
-        for prompt in _questions(described):
-            asked = prompts[prompt.category]
-            if len(asked) < each:
-                asked.setdefault(text, prompt)
-        if all(len(asked) == each for asked in prompts.values()):
+        description = parse(text)
+        if description is None:
+            raise ValueError(f"not a caption of the data set shapes: {text!r}")
+        for prompt in _to_prompts(description):
+            of_category = prompts[prompt.category]
+            if len(of_category) < count:
+                of_category.setdefault(text, prompt)
+        if all(len(of_category) == count for of_category in prompts.values()):
             break
-    return [prompt for asked in prompts.values() for prompt in asked.values()]
+    return [prompt for of_category in prompts.values() for prompt in of_category.values()]
 
 
-def find_things(pixels: np.ndarray) -> list[Detection]:
-    """All that the checker sees in a picture, (Y, Y, 3) uint8, boxes in units of a canvas of 32 x 32."""
+def detect_objects(pixels: np.ndarray) -> list[Detection]:
+    """All objects that the checker reads from an image (Y, Y, 3) uint8, boxes in units of a canvas of 32 x 32."""
     return [
-        Detection(it.thing.shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1.0, it.thing.colour)
+        Detection(it.object.shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), 1.0, it.object.colour)
         for it in read_scene(pixels)
         for (x, y), (width, height) in [(it.centre, it.box)]
     ]
 
 
-def _questions(described: Description) -> list[Prompt]:
-    """What can be asked of a caption: of one thing or one group, or of two things of different shapes."""
-    text, kinds = caption(described), described.kinds
-    match described.counts:
+def _to_prompts(description: Description) -> list[Prompt]:
+    """The prompts of a caption of one object, one group, or two objects of different shapes."""
+    text, kinds = caption(description), description.kinds
+    match description.counts:
         case (1,):
-            (it,) = kinds
+            (kind,) = kinds
             return [
-                Prompt("single_object", text, (Requirement(it.shape, 1),)),
-                Prompt("colors", text, (Requirement(it.shape, 1, it.colour),)),
+                Prompt("single_object", text, (Requirement(kind.shape, 1),)),
+                Prompt("colors", text, (Requirement(kind.shape, 1, kind.colour),)),
             ]
         case (count,):
-            return [
-                Prompt(
-                    "counting", text, (Requirement(kinds[0].shape, count),), (Requirement(kinds[0].shape, count + 1),)
-                )
-            ]
+            shape = kinds[0].shape
+            return [Prompt("counting", text, (Requirement(shape, count),), (Requirement(shape, count + 1),))]
         case (1, 1) if kinds[0].shape != kinds[1].shape:
-            one, other = kinds
-            (relation,) = described.relations
-            asked = [
-                Prompt("two_object", text, (Requirement(one.shape, 1), Requirement(other.shape, 1))),
-                Prompt(
-                    "position",
-                    text,
-                    (Requirement(other.shape, 1), Requirement(one.shape, 1, relation=relation, other=0)),
-                ),
+            first, second = kinds
+            (relation,) = description.relations
+            related = Requirement(first.shape, 1, relation=relation, relative_to=0)
+            prompts = [
+                Prompt("two_object", text, (Requirement(first.shape, 1), Requirement(second.shape, 1))),
+                Prompt("position", text, (Requirement(second.shape, 1), related)),
             ]
-            if one.colour != other.colour:
-                both = Requirement(one.shape, 1, one.colour), Requirement(other.shape, 1, other.colour)
-                asked.append(Prompt("color_attr", text, both))
-            return asked
+            if first.colour != second.colour:
+                both = Requirement(first.shape, 1, first.colour), Requirement(second.shape, 1, second.colour)
+                prompts.append(Prompt("color_attr", text, both))
+            return prompts
         case _:
             return []

@@ -1,6 +1,6 @@
-"""A run as EleutherAI's harness (`lm_eval`) sees a language model: any of its tasks of text can be asked of it.
+"""A run as a model of EleutherAI's `lm_eval`, for all its text tasks.
 
-Imported only where the harness is asked for: it is an extra, `pip install 'transfusion[lm-eval]'`.
+Only imported if lm_eval is needed: it is an extra, `pip install 'transfusion[lm-eval]'`.
 """
 
 from collections.abc import Sequence
@@ -16,79 +16,77 @@ from lm_eval.tasks import TaskManager
 from transfusion.evaluation.likelihood import likelihoods, rolling_likelihood
 from transfusion.inference.engine import Engine, ImageEvent, PreviewEvent, Request, TokenEvent
 
-AT_ONCE = 16  # texts that are written together
+BATCH_SIZE = 16  # texts that are generated together
 
 
 def evaluate_tasks(engine: Engine, tasks: Sequence[str | dict], limit: int | None = None) -> dict[str, dict[str, Any]]:
-    """What the harness finds, without examples in the prompt: task -> metric -> value. `limit`: the first so many questions.
+    """lm_eval's results, zero-shot: task -> metric -> value. `limit`: the number of questions per task.
 
-    A task is one of the harness's names, or a whole configuration. ValueError when the questions cannot be had.
+    A task is a name of lm_eval's, or a whole configuration. ValueError if its questions cannot be loaded.
     """
     has_names = any(isinstance(task, str) for task in tasks)
-    known = TaskManager(include_defaults=has_names)  # it reads 14,000 files to learn its names
+    manager = TaskManager(include_defaults=has_names)  # reads 14,000 files to learn the names
     try:
-        found = simple_evaluate(
+        output = simple_evaluate(
             HarnessModel(engine), tasks=list(tasks), num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False,
-            task_manager=known,
+            task_manager=manager,
         )  # fmt: skip
-    except OSError as error:  # no way to the hub, or no such data set there
+    except OSError as error:  # the hub is unreachable, or lacks the data set
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"lm_eval cannot load its questions: {reason}") from None
     return {
         task: {metric.removesuffix(",none"): value for metric, value in values.items()}
-        for task, values in found["results"].items()
+        for task, values in output["results"].items()
     }
 
 
 class HarnessModel(LM):
-    """The three things that the harness asks of a model. bos stands before every text, as in training."""
+    """lm_eval's three request types. As in training, bos precedes every text."""
 
     def __init__(self, engine: Engine):
         super().__init__()
         self.engine = engine
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation behind its context: nats, and whether greedy writing would give it."""
+        """For each (context, continuation): nats, and whether greedy decoding gives the continuation."""
         return [(it.total, it.is_greedy) for it in likelihoods(self.engine, [request.args for request in requests])]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Of whole texts: nats."""
+        """For each whole text: nats."""
         return [rolling_likelihood(self.engine, *request.args).total for request in requests]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What the run writes until a stop string, eos, a drawing (which is no text) or as many tokens as asked."""
-        asked = [request.args for request in requests]
-        written = []
-        for first in range(0, len(asked), AT_ONCE):
-            written += self._write(asked[first : first + AT_ONCE])
-        return written
+        """Generated texts, each up to a stop string, eos, the begin of an image, or the maximum number of tokens."""
+        args = [request.args for request in requests]
+        batches = (args[first : first + BATCH_SIZE] for first in range(0, len(args), BATCH_SIZE))
+        return [text for batch in batches for text in self._generate(batch)]
 
-    def _write(self, asked: Sequence[tuple[str, dict]]) -> list[str]:
+    def _generate(self, batch: Sequence[tuple[str, dict]]) -> list[str]:
         texts: dict[int, str] = {}
         stops: dict[int, list[str]] = {}
-        for context, values in asked:
-            wanted = normalize_gen_kwargs(values)
-            number = self.engine.submit(self._request(context, wanted))
-            texts[number], stops[number] = "", [stop for stop in wanted["until"] if stop]
+        for context, values in batch:
+            options = normalize_gen_kwargs(values)
+            number = self.engine.submit(self._to_request(context, options))
+            texts[number], stops[number] = "", [stop for stop in options["until"] if stop]
         while self.engine.sequences:
             for event in self.engine.step():
                 if isinstance(event, PreviewEvent | ImageEvent):
                     self.engine.cancel(event.request)
                 elif isinstance(event, TokenEvent):
                     text = texts[event.request] = texts[event.request] + event.text
-                    found = [text.index(stop) for stop in stops[event.request] if stop in text]
-                    if found:
-                        texts[event.request] = text[: min(found)]
+                    ends = [text.index(stop) for stop in stops[event.request] if stop in text]
+                    if ends:
+                        texts[event.request] = text[: min(ends)]
                         self.engine.cancel(event.request)
         return list(texts.values())
 
-    def _request(self, context: str, wanted: dict) -> Request:
-        """The context loses its beginning where it leaves no room; at least half a row is left for it."""
+    def _to_request(self, context: str, options: dict) -> Request:
+        """A context that is too long is truncated at its beginning; it keeps at least half a row."""
         tokenizer, engine = self.engine.opened.tokenizer, self.engine
-        tokens = min(wanted["max_gen_toks"], engine.context // 2)
-        room = engine.context - tokens - 1  # bos
-        while len(ids := tokenizer.encode(context)) > room:  # again, where what is left is cut into more tokens than before
+        max_tokens = min(options["max_gen_toks"], engine.context // 2)
+        room = engine.context - max_tokens - 1  # bos
+        while len(ids := tokenizer.encode(context)) > room:  # repeat: the shorter text may have more tokens than expected
             context = tokenizer.decode(ids[len(ids) - room :]).lstrip("\ufffd")
-        temperature = wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0
-        generation = replace(engine.run.generation, max_tokens=tokens, temperature=temperature)
+        temperature = options.get("temperature", 1.0) if options["do_sample"] else 0.0
+        generation = replace(engine.run.generation, max_tokens=max_tokens, temperature=temperature)
         return Request(parts=(context,), generation=generation, previews=1)

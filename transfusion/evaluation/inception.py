@@ -1,12 +1,12 @@
-"""Inception v3 as FID uses it (Szegedy et al. 2015, Heusel et al. 2017): 2,048 features of pictures, by weights in a file.
+"""Inception v3 for FID (Szegedy et al. 2015, 1512.00567; Heusel et al. 2017): 2,048 features per image, weights from a file.
 
-The network is written out here, since no weights come with this package and none are ever fetched. Its parts have the names
-that they have in torchvision and in pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, which holds the network of
-TensorFlow's that published FIDs are of. It differs from torchvision's in what pools do at a border, and in a maximum for a
-mean in its last block. Tests hold its features against pytorch-fid's.
+The network is defined here because this package contains no weights and downloads none. Modules and blocks (InceptionA to
+InceptionE) have torchvision's names, which are also those of pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`: the
+TensorFlow network of published FIDs. It differs from torchvision's: average pooling excludes the padding, and the last block
+has max instead of average pooling. Tests compare the features with pytorch-fid's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,66 +17,67 @@ from torch import Tensor, nn
 from transfusion.disk import sha256_of
 from transfusion.foreign_weights import get_tensor, load_frozen, read_weights
 
-SIDE = 299
-CLASSES = 1008  # of the network that published FIDs are of; torchvision's own has 1,000
-AT_ONCE = 32  # pictures in one forward pass
+IMAGE_SIZE = 299
+NUM_CLASSES = 1008  # of the network of published FIDs; torchvision's has 1,000
+BATCH_SIZE = 32  # images in one forward pass
 
 
-class Inception:
-    """Pictures (Y, X, 1 or 3) uint8 of any sizes -> features (N, 2048) float32, means over the places of the last block."""
+class InceptionExtractor:
+    """Images (Y, X, 1 or 3) uint8 of any sizes -> features (N, 2048) float32, the spatial mean of the last block."""
 
-    features = 2048
+    num_features = 2048
 
-    def __init__(self, network: "Network", name: str, device: torch.device):
+    def __init__(self, network: "InceptionV3", name: str, device: torch.device):
         self.network, self.name, self.device = network.to(device), name, device
 
     @classmethod
-    def from_file(cls, path: Path, device: torch.device) -> "Inception":
-        """Named by the first digits of its file's SHA-256. ValueError when the file is missing or holds something else."""
+    def from_file(cls, path: Path, device: torch.device) -> "InceptionExtractor":
+        """The name includes the first digits of the file's SHA-256. ValueError if the file is missing or wrong."""
         if not path.is_file():
             raise ValueError(
                 f"there are no Inception weights at {path}: put pytorch-fid's pt_inception-2015-12-05-6726825d.pth there,"
                 " or the same tensors as .safetensors"
             )
-        found, network = read_weights(path), Network()
+        weights, network = read_weights(path), InceptionV3()
         names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
-        network = load_frozen(network, {name: get_tensor(found, name, path) for name in names}, path)
+        network = load_frozen(network, {name: get_tensor(weights, name, path) for name in names}, path)
         name = f"Inception v3 {sha256_of(path)[:8]}"
-        if len(found.get("fc.weight", ())) != CLASSES:
+        if len(weights.get("fc.weight", ())) != NUM_CLASSES:
             name += ", not the one of published FIDs"
         return cls(network, name, device)
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """As pytorch-fid prepares them: bilinear to 299x299 without smoothing, whatever their shape, from -1 to 1."""
-        found = [np.empty((0, self.features), np.float32)]
-        for first in range(0, len(pictures), AT_ONCE):
-            batch = torch.cat([_prepared(pixels) for pixels in pictures[first : first + AT_ONCE]])  # (N, 3, 299, 299)
-            found.append(self.network(batch.to(self.device)).cpu().numpy())
-        return np.concatenate(found)
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Preprocessed as in pytorch-fid: bilinear to 299x299 without antialiasing or crop, values from -1 to 1."""
+        features = [np.empty((0, self.num_features), np.float32)]
+        for first in range(0, len(images), BATCH_SIZE):
+            batch = torch.cat([_preprocess(pixels) for pixels in images[first : first + BATCH_SIZE]])  # (N, 3, 299, 299)
+            features.append(self.network(batch.to(self.device)).cpu().numpy())
+        return np.concatenate(features)
 
 
-def _prepared(pixels: np.ndarray) -> Tensor:
+def _preprocess(pixels: np.ndarray) -> Tensor:
     """(Y, X, 1 or 3) uint8 -> (1, 3, 299, 299)."""
     x = torch.tensor(pixels).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).float() / 255  # (1, 3, Y, X)
-    return 2 * F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+    return 2 * F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False) - 1
 
 
-class Network(nn.Module):
-    """Up to the last block, without the classes."""
+class InceptionV3(nn.Module):
+    """All blocks, without the classifier."""
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = Fives(192, 32), Fives(256, 64), Fives(288, 64)
-        self.Mixed_6a = Halving(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = Sevens(128), Sevens(160), Sevens(160), Sevens(192)
-        self.Mixed_7a = HalvingAgain(768)
-        self.Mixed_7b, self.Mixed_7c = Fans(1280, _mean), Fans(2048, _largest)
+        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = InceptionA(192, 32), InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b, self.Mixed_6c = InceptionC(768, 128), InceptionC(768, 160)
+        self.Mixed_6d, self.Mixed_6e = InceptionC(768, 160), InceptionC(768, 192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b, self.Mixed_7c = InceptionE(1280, _avg_pool), InceptionE(2048, _max_pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 299, 299) between -1 and 1 -> (N, 2048)."""
@@ -87,113 +88,112 @@ class Network(nn.Module):
         return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))  # (N, 2048)
 
 
-class Convolution(nn.Module):
-    """A convolution, its normalisation, and nothing below 0."""
+class BasicConv2d(nn.Module):
+    """Convolution, batch norm, ReLU."""
 
-    def __init__(
-        self, before: int, after: int, size: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride: int = 1, padding=0):
         super().__init__()
-        self.conv = nn.Conv2d(before, after, size, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(after, eps=0.001)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
 
-class Fives(nn.Module):
-    """The blocks of 35x35 places, with convolutions of up to 5x5."""
+class InceptionA(nn.Module):
+    """35x35 positions: convolutions of up to 5x5."""
 
-    def __init__(self, before: int, pooled: int):
+    def __init__(self, in_channels: int, pool_features: int):
         super().__init__()
-        self.branch1x1 = Convolution(before, 64, 1)
-        self.branch5x5_1, self.branch5x5_2 = Convolution(before, 48, 1), Convolution(48, 64, 5, padding=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Convolution(before, 64, 1), Convolution(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Convolution(96, 96, 3, padding=1)
-        self.branch_pool = Convolution(before, pooled, 1)
+        self.branch1x1 = BasicConv2d(in_channels, 64, 1)
+        self.branch5x5_1, self.branch5x5_2 = BasicConv2d(in_channels, 48, 1), BasicConv2d(48, 64, 5, padding=2)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = BasicConv2d(in_channels, 64, 1), BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1)
+        self.branch_pool = BasicConv2d(in_channels, pool_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        threes = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), threes, self.branch_pool(_mean(x))], 1)
+        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), branch5x5, branch3x3dbl, self.branch_pool(_avg_pool(x))], 1)
 
 
-class Halving(nn.Module):
-    """35x35 places to 17x17."""
+class InceptionB(nn.Module):
+    """35x35 positions to 17x17."""
 
-    def __init__(self, before: int):
+    def __init__(self, in_channels: int):
         super().__init__()
-        self.branch3x3 = Convolution(before, 384, 3, stride=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Convolution(before, 64, 1), Convolution(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2)
+        self.branch3x3 = BasicConv2d(in_channels, 384, 3, stride=2)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = BasicConv2d(in_channels, 64, 1), BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        threes = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), threes, F.max_pool2d(x, 3, 2)], 1)
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), branch3x3dbl, F.max_pool2d(x, 3, 2)], 1)
 
 
-class Sevens(nn.Module):
-    """The blocks of 17x17 places, with 7x7 convolutions taken apart into rows and columns."""
+class InceptionC(nn.Module):
+    """17x17 positions: 7x7 convolutions factorised into 1x7 and 7x1."""
 
-    def __init__(self, inner: int):
+    def __init__(self, in_channels: int, channels_7x7: int):
         super().__init__()
-        row, column = {"size": (1, 7), "padding": (0, 3)}, {"size": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = Convolution(768, 192, 1)
-        self.branch7x7_1, self.branch7x7_2 = Convolution(768, inner, 1), Convolution(inner, inner, **row)
-        self.branch7x7_3 = Convolution(inner, 192, **column)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = Convolution(768, inner, 1), Convolution(inner, inner, **column)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = Convolution(inner, inner, **row), Convolution(inner, inner, **column)
-        self.branch7x7dbl_5 = Convolution(inner, 192, **row)
-        self.branch_pool = Convolution(768, 192, 1)
+        row, column = {"kernel_size": (1, 7), "padding": (0, 3)}, {"kernel_size": (7, 1), "padding": (3, 0)}
+        c7 = channels_7x7
+        self.branch1x1 = BasicConv2d(in_channels, 192, 1)
+        self.branch7x7_1, self.branch7x7_2 = BasicConv2d(in_channels, c7, 1), BasicConv2d(c7, c7, **row)
+        self.branch7x7_3 = BasicConv2d(c7, 192, **column)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = BasicConv2d(in_channels, c7, 1), BasicConv2d(c7, c7, **column)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = BasicConv2d(c7, c7, **row), BasicConv2d(c7, c7, **column)
+        self.branch7x7dbl_5 = BasicConv2d(c7, 192, **row)
+        self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        once = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
-        return torch.cat([self.branch1x1(x), once, twice, self.branch_pool(_mean(x))], 1)
+        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
+        return torch.cat([self.branch1x1(x), branch7x7, branch7x7dbl, self.branch_pool(_avg_pool(x))], 1)
 
 
-class HalvingAgain(nn.Module):
-    """17x17 places to 8x8."""
+class InceptionD(nn.Module):
+    """17x17 positions to 8x8."""
 
-    def __init__(self, before: int):
+    def __init__(self, in_channels: int):
         super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = Convolution(before, 192, 1), Convolution(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Convolution(before, 192, 1)
-        self.branch7x7x3_2 = Convolution(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = Convolution(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2)
+        self.branch3x3_1, self.branch3x3_2 = BasicConv2d(in_channels, 192, 1), BasicConv2d(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = BasicConv2d(in_channels, 192, 1)
+        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        sevens = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(sevens), F.max_pool2d(x, 3, 2)], 1)
+        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(branch7x7x3), F.max_pool2d(x, 3, 2)], 1)
 
 
-class Fans(nn.Module):
-    """The blocks of 8x8 places, whose 3x3 convolutions fan out into a row and a column."""
+class InceptionE(nn.Module):
+    """8x8 positions: parallel 1x3 and 3x1 convolutions in place of 3x3."""
 
-    def __init__(self, before: int, pool):
+    def __init__(self, in_channels: int, pool: Callable[[Tensor], Tensor]):
         super().__init__()
         self.pool = pool
-        self.branch1x1 = Convolution(before, 320, 1)
-        self.branch3x3_1 = Convolution(before, 384, 1)
-        self.branch3x3_2a = Convolution(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = Convolution(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Convolution(before, 448, 1), Convolution(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = Convolution(before, 192, 1)
+        self.branch1x1 = BasicConv2d(in_channels, 320, 1)
+        self.branch3x3_1 = BasicConv2d(in_channels, 384, 1)
+        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = BasicConv2d(in_channels, 448, 1), BasicConv2d(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        once = self.branch3x3_1(x)
-        twice = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        fans = [self.branch3x3_2a(once), self.branch3x3_2b(once), self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice)]
-        return torch.cat([self.branch1x1(x), *fans, self.branch_pool(self.pool(x))], 1)
+        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        branches = self.branch3x3_2a(y), self.branch3x3_2b(y), self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z)
+        return torch.cat([self.branch1x1(x), *branches, self.branch_pool(self.pool(x))], 1)
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Of 3x3 places, those outside the picture not counted."""
+def _avg_pool(x: Tensor) -> Tensor:
+    """3x3, padding excluded."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _largest(x: Tensor) -> Tensor:
+def _max_pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, 1, 1)

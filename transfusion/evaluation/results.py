@@ -1,4 +1,4 @@
-"""results.json: a run's figures by source and task, each with what it takes to repeat it, written as they come."""
+"""results.json: a run's scores by source and task, with the settings that reproduce them; written after each task."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,25 +12,24 @@ from transfusion.evaluation.suite import Suite
 from transfusion.inference.engine import Engine
 
 NAME = "results.json"
-CLOSE = 1e-6  # relative: figures that lie no farther apart agree
-SAID = "features", "network", "no_fid"  # what figures are of, and why one is not there
-CIRCUMSTANCES = "generation", "networks", "dtype", "device", "machine", "python", "versions"
+REL_TOLERANCE = 1e-6  # figures within it agree
+PRINTED = "features", "network", "no_fid"  # text values that are printed with the figures
+ENVIRONMENT = "generation", "networks", "dtype", "device", "machine", "python", "versions"  # compared, but not required
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
-def evaluate(engine: Engine, folder: Path, asked: EvaluationConfig | None = None, say: Say = print) -> dict:
-    """Measure a run, keep each task's figures in its `results.json` as soon as they are there, and return all that it holds.
+def evaluate(engine: Engine, folder: Path, config: EvaluationConfig | None = None, print_line: PrintLine = print) -> dict:
+    """Measure a run, write each task's figures to its `results.json` as soon as they are known, and return all of them.
 
-    What it holds already of the same step stays, but for the tasks that are measured anew. ValueError, before anything is
-    measured, when the run cannot be asked that.
+    Other tasks' figures of the same step are kept. ValueError before any measurement if the run does not support a task.
     """
-    suite = Suite(engine, asked or EvaluationConfig())
-    results = _begun(engine, folder)
+    suite = Suite(engine, config or EvaluationConfig())
+    results = _load_results(engine, folder)
     earlier, done = results["manifest"], []
-    for source, task, values in _measured(suite, say):
+    for source, task, values in _run_tasks(suite, print_line):
         done.append([source, task])
-        earlier = [left for entry in earlier if (left := _without(entry, source, task))]
+        earlier = [rest for entry in earlier if (rest := _remove_task(entry, source, task))]
         results.setdefault(source, {})[task] = values
         results["manifest"] = [*earlier, {"measured": done, **suite.manifest()}]
         write_json(folder / NAME, results)
@@ -38,10 +37,12 @@ def evaluate(engine: Engine, folder: Path, asked: EvaluationConfig | None = None
 
 
 def repeat(
-    engine: Engine, folder: Path, path: Path, data: tuple[str, ...] | None = None, say: Say = print
+    engine: Engine, folder: Path, path: Path, data: tuple[str, ...] | None = None, print_line: PrintLine = print
 ) -> tuple[list[str], list[str]]:
-    """Measure again what a results.json holds, by its manifests: in what the figures differ, in words, and what else is not
-    as it was, which may be why. `data`: where the run's data are now. OpenError when it does not say how it was measured.
+    """Repeat the measurements of a results.json by its manifests.
+
+    The differences between the figures as text, and those between the environments, which may explain them. `data`: the
+    present folders of the run's data. OpenError if the file has no valid manifest.
     """
     before = read_json(path)
     try:
@@ -50,70 +51,70 @@ def repeat(
         entries = [(entry, from_json(EvaluationConfig, entry["asked"]), entry["measured"]) for entry in before["manifest"]]
     except (KeyError, TypeError, ValueError) as error:
         raise OpenError(f"{path} does not say how it was measured: {error}") from None
-    found, why = list(differences(_of_run(before), _of_run(_begun(engine, folder)))), {}
-    run = engine.run
-    for then, asked, measured in entries:
+    changed = list(differences(_identity(before), _identity(_load_results(engine, folder))))
+    reasons, run = {}, engine.run
+    for then, config, measured in entries:
         engine.run = run
-        suite = Suite(engine, replace(asked, data=data or asked.data))
-        now = {(source, task): values for source, task, values in _measured(suite, say)}
+        suite = Suite(engine, replace(config, data=data or config.data))
+        repeated = {(source, task): values for source, task, values in _run_tasks(suite, print_line)}
         for source, task in measured:
-            found += differences(before.get(source, {}).get(task), now.get((source, task)), f"{source} {task}")
-        today = suite.manifest()
-        if then.get("data") != today["data"]:
-            found.append("the run's data are others than they were")
-        changed = differences(*({name: one.get(name) for name in CIRCUMSTANCES} for one in (then, today)))
-        why |= dict.fromkeys(changed)
-    return list(dict.fromkeys(found)), list(why)
+            changed += differences(before.get(source, {}).get(task), repeated.get((source, task)), f"{source} {task}")
+        now = suite.manifest()
+        if then.get("data") != now["data"]:
+            changed.append("the run's data differ from the data that were measured")
+        environments = ({name: manifest.get(name) for name in ENVIRONMENT} for manifest in (then, now))
+        reasons |= dict.fromkeys(differences(*environments))
+    return list(dict.fromkeys(changed)), list(reasons)
 
 
-def differences(before: object, now: object, where: str = "") -> Iterator[str]:
-    """What two results say differently."""
+def differences(before: object, now: object, name: str = "") -> Iterator[str]:
+    """A line for each value that differs between two results."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            yield from differences(before.get(name), now.get(name), f"{where} {name}".strip())
+        for key in {**before, **now}:
+            yield from differences(before.get(key), now.get(key), f"{name} {key}".strip())
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for n, pair in enumerate(zip(before, now, strict=True)):
-            yield from differences(*pair, f"{where} {n}")
+            yield from differences(*pair, f"{name} {n}")
     elif isinstance(before, float) and isinstance(now, float):
-        same = math.isclose(before, now, rel_tol=CLOSE, abs_tol=1e-12) or (math.isnan(before) and math.isnan(now))
-        if not same:
-            yield f"{where}: {before:.6g} there, {now:.6g} here"
+        is_close = math.isclose(before, now, rel_tol=REL_TOLERANCE, abs_tol=1e-12)
+        if not (is_close or math.isnan(before) and math.isnan(now)):
+            yield f"{name}: {before:.6g} there, {now:.6g} here"
     elif before != now:
-        yield f"{where}: {before!r} there, {now!r} here"
+        yield f"{name}: {before!r} there, {now!r} here"
 
 
-def _measured(suite: Suite, say: Say) -> Iterator[tuple[str, str, dict]]:
-    """Source, task and figures, one after the other."""
+def _run_tasks(suite: Suite, print_line: PrintLine) -> Iterator[tuple[str, str, dict]]:
+    """(source, task, values) of one task after another; prints the values."""
     for (source, name), task in suite.tasks().items():
         values = task()
-        say(f"{source} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)))
-        for what in SAID:
-            if what in values:
-                say(f"  {what.replace('_', ' ')}: {values[what]}")
+        print_line(f"{source} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)))
+        for key in PRINTED:
+            if key in values:
+                print_line(f"  {key.replace('_', ' ')}: {values[key]}")
         yield source, name, values
 
 
-def _begun(engine: Engine, folder: Path) -> dict:
-    """The results that are there of this step of the run, or none yet."""
+def _load_results(engine: Engine, folder: Path) -> dict:
+    """The results of this step of the run; without tasks if there are none."""
     results: dict = {"run": engine.run.name, "step": engine.opened.step, "parameters": engine.opened.parameters}
     path = folder / NAME
-    known = read_json(path) if path.exists() else {}
-    if _of_run(known) == results and isinstance(known.get("manifest"), list):
-        return known
+    saved = read_json(path) if path.exists() else {}
+    if _identity(saved) == results and isinstance(saved.get("manifest"), list):
+        return saved
     if not is_exported(folder):
         state = read_json(find_newest_checkpoint(folder) / "state.json")
         results |= {"training_seconds": round(state["seconds"]), "training_positions": state["num_seen"]}
     return results | {"manifest": []}
 
 
-def _of_run(results: dict) -> dict:
+def _identity(results: dict) -> dict:
     return {name: results.get(name) for name in ("run", "step", "parameters")}
 
 
-def _without(entry: dict, source: str, task: str) -> dict | None:
-    """The manifest of what it was measured with, less one task; None when nothing is left."""
-    left = [pair for pair in entry["measured"] if pair != [source, task]]
-    if len(left) == len(entry["measured"]):
+def _remove_task(entry: dict, source: str, task: str) -> dict | None:
+    """A manifest entry without one task; None if no task remains."""
+    rest = [pair for pair in entry["measured"] if pair != [source, task]]
+    if len(rest) == len(entry["measured"]):
         return entry
-    asked = entry["asked"] | {"tasks": list(dict.fromkeys(name for _, name in left))}
-    return entry | {"measured": left, "asked": asked} if left else None
+    config = entry["asked"] | {"tasks": list(dict.fromkeys(name for _, name in rest))}
+    return entry | {"measured": rest, "asked": config} if rest else None

@@ -1,4 +1,4 @@
-"""Drawn scenes of `shapes`: are they what their captions say, as read back from the pixels?"""
+"""Drawn scenes of `shapes`: do they match their captions? The checker reads them from the pixels."""
 
 from collections.abc import Sequence
 
@@ -8,34 +8,34 @@ from transfusion.data.loader import Source
 from transfusion.evaluation.shapes import judge
 from transfusion.inference.engine import Engine, Request
 
-AT_ONCE = 64  # drawings that are made together
+BATCH_SIZE = 64  # images that are drawn together
 ATTRIBUTES = ("everything", "count", "colour", "shape", "size", "place")
 
 
 def draw_scenes(
     engine: Engine, source: Source, count: int, seed: int = 0
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
-    """One drawing for each of the first `count` held-out captions: shares that are right, and (caption, pixels, right)."""
+    """One image for each of the first `count` held-out captions: the shares that are right, and (caption, pixels, right)."""
     captions = [source[n].pair[0] for n in range(min(count, len(source)))]
     return judge_scenes(captions, draw_captions(engine, captions, seed))
 
 
 def draw_captions(engine: Engine, captions: Sequence[str], seed: int = 0) -> list[np.ndarray]:
-    """One drawing (Y, X, colours) uint8 for each caption, by the run's own defaults; the n-th from seed + n."""
+    """One image (Y, X, channels) uint8 for each caption with the run's defaults; caption n has the seed `seed` + n."""
     return draw(engine, [Request(parts=(caption,), num_images=1, seed=seed + n) for n, caption in enumerate(captions)])
 
 
 def draw(engine: Engine, requests: Sequence[Request]) -> list[np.ndarray]:
-    """The one image that each of these asks for, (Y, X, colours) uint8; some at a time, for each row takes cache."""
-    some = (requests[first : first + AT_ONCE] for first in range(0, len(requests), AT_ONCE))
-    return [answer.parts[-1] for asked in some for (answer,) in engine.generate(asked)]
+    """The single image (Y, X, channels) uint8 of each request, in batches, since each row needs memory in the KV cache."""
+    batches = (requests[first : first + BATCH_SIZE] for first in range(0, len(requests), BATCH_SIZE))
+    return [answer.parts[-1] for batch in batches for (answer,) in engine.generate(batch)]
 
 
 def judge_scenes(
-    captions: Sequence[str], pictures: Sequence[np.ndarray]
+    captions: Sequence[str], images: Sequence[np.ndarray]
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
-    """Shares of the pictures that are what their captions say, and (caption, pixels, right)."""
-    judged = [judge(caption, pixels) for caption, pixels in zip(captions, pictures, strict=True)]
-    values = {name: sum(getattr(j, name) for j in judged) / len(judged) for name in ATTRIBUTES}
-    shown = [(c, p, j.everything) for c, p, j in zip(captions, pictures, judged, strict=True)]
-    return values | {"count_drawn": len(judged)}, shown
+    """The share of images that match their captions, by attribute, and (caption, pixels, right)."""
+    judgements = [judge(caption, pixels) for caption, pixels in zip(captions, images, strict=True)]
+    shares = {name: sum(getattr(it, name) for it in judgements) / len(judgements) for name in ATTRIBUTES}
+    shown = [(caption, pixels, it.everything) for caption, pixels, it in zip(captions, images, judgements, strict=True)]
+    return shares | {"count_drawn": len(judgements)}, shown
