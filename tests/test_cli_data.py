@@ -100,7 +100,7 @@ def test_stats_counts_what_is_there(place, capsys):
     (("data",), 2, ""), (("data", "prepair"), 2, "did you mean prepare"), (("data", "validate"), 2, "name a source"),
     (("data", "validate", "nowhere/at/all"), 1, "nothing at nowhere/at/all"),
     (("data", "validate", "PLACE/photos", "--form", "novel"), 1, "there is no form 'novel'"),
-    (("data", "validate", "PLACE/photos", "--columns", "caption"), 2, "ours=theirs"),
+    (("data", "validate", "PLACE/photos", "--columns", "caption"), 2, "FIELD=COLUMN"),
     (("data", "validate", "PLACE/photos", "--limit", "0"), 2, "at least 1"),
     (("data", "inspect", "PLACE/photos", "--count", "0"), 2, "at least 1"),
     (("data", "prepare", "PLACE/photos"), 2, "--out"),

@@ -240,7 +240,8 @@ def test_runs_that_do_not_fit_are_refused_as_a_start(base, tmp_path, capsys):
     assert "another tokenizer or codec" in fails(capsys, 1, *other_args)
     assert not (tmp_path / "run").exists()
     command("train", "digits", "--out", tmp_path / "random", *FAST)
-    assert "began anew, not with" in fails(capsys, 2, "train", "digits", "--out", tmp_path / "random", *FAST, "--from", base)
+    message = fails(capsys, 2, "train", "digits", "--out", tmp_path / "random", *FAST, "--from", base)
+    assert "started from random weights, not from" in message
 
 
 @pytest.mark.parametrize("like", ["data", "first", "exported"])
@@ -262,6 +263,6 @@ def test_run_is_fine_tuned_on_data_prepared_like_the_first(tmp_path, like):
 def test_like_needs_a_run_or_prepared_data(tmp_path, capsys):
     write_photos(tmp_path / "photos", 20)
     write_llama(tmp_path / "llama")
-    for like, words in (("llama", "neither a run's"), ("nowhere", "is no prepared data")):
+    for like, words in (("llama", "neither a run's"), ("nowhere", "is not prepared data")):
         args = ("data", "prepare", tmp_path / "photos", "--like", tmp_path / like, "--out", tmp_path / "out")
         assert words in fails(capsys, 1, *args)
