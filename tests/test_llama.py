@@ -114,7 +114,7 @@ def test_float16_weights_are_read(tmp_path):
     ({"hidden_size": 64}, "embed_tokens.weight is (300, 32); config.json and the tokenizer require (300, 64)"),
     ({"num_hidden_layers": 1}, "has an unexpected tensor model.layers.1"),
     ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
-    ({"num_key_value_heads": 3}, "not a multiple"), ({"num_attention_heads": "four"}, "cannot be used"),
+    ({"num_key_value_heads": 3}, "not divisible"), ({"num_attention_heads": "four"}, "cannot be used"),
 ])  # fmt: skip
 def test_unsupported_models_are_refused(tmp_path, capsys, changed, words):
     write_llama(tmp_path / "llama", **changed)
@@ -164,8 +164,8 @@ def test_run_from_a_language_model_resumes_like_any_other(tmp_path, capsys):
     llama.rename(tmp_path / "elsewhere")
     assert_same(train(tmp_path / "stopped", "--init-from", llama), expected)
     args = ("train", "digits", "--out", tmp_path / "stopped", *FAST)
-    assert "not with" in fails(capsys, 2, *args, "--init-from", tmp_path / "another")
-    assert "not with" in fails(capsys, 2, *args, "--from", llama)
+    assert "not from" in fails(capsys, 2, *args, "--init-from", tmp_path / "another")
+    assert "not from" in fails(capsys, 2, *args, "--from", llama)
     assert "seed is 0 there" in fails(capsys, 2, *args, "--training.seed", 1)
 
 

@@ -320,7 +320,7 @@ class GenerationConfig:
         check(self, "", "guidance_scale image_guidance_scale", "be a finite number", math.isfinite)
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             values = " ".join(map(str, self.guidance_interval))
-            raise ValueError(f"guidance_interval must be two numbers between 0 and 1, the smaller first, not {values}")
+            raise ValueError(f"guidance_interval must be two numbers between 0 and 1, the smaller one first, not {values}")
         check(self, "", "guidance_rescale", *BETWEEN_0_AND_1)
         check(self, "", "temperature", *NOT_NEGATIVE)
         check(self, "", "top_p", *ABOVE_0_UP_TO_1)

@@ -92,7 +92,7 @@ def train(arguments: list[str]) -> None:
     run, args = parse_run(Train, f"train {run.name}", run, options, out=Path("runs") / run.name)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
-        raise UsageError("--from and --init-from exclude each other: give one of them")
+        raise UsageError("a run starts from one source: give --from or --init-from, not both")
     _check_inputs(run, args)
     train_run(run, args.out, args.device, *starts)
 
