@@ -341,9 +341,9 @@ def test_watchdog_thread_exists_only_while_enabled_and_open(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value", "message"), [
-    ("--fault-tolerance.skip-nonfinite", -1, "fault_tolerance.skip_nonfinite must not be negative, not -1"),
-    ("--fault-tolerance.watchdog", -0.5, "fault_tolerance.watchdog must not be negative, not -0.5"),
-    ("--fault-tolerance.skip-spikes-above", 0, "fault_tolerance.skip_spikes_above must be above 0, not 0.0"),
+    ("--fault-tolerance.skip-nonfinite", -1, "--fault-tolerance.skip-nonfinite must not be negative, not -1"),
+    ("--fault-tolerance.watchdog", -0.5, "--fault-tolerance.watchdog must not be negative, not -0.5"),
+    ("--fault-tolerance.skip-spikes-above", 0, "--fault-tolerance.skip-spikes-above must be above 0, not 0.0"),
 ])  # fmt: skip
 def test_invalid_fault_tolerance_options_are_refused(tmp_path, capsys, option, value, message):
     for args in (("train", "digits", *TINY), ("data", "fit-codec", "small", "digits")):

@@ -1,6 +1,6 @@
 """A run as a model of EleutherAI's `lm_eval`, for all its text tasks.
 
-Only imported if lm_eval is needed: it is an extra, `pip install 'transfusion[lm-eval]'`.
+Only imported if lm_eval is needed: it is an extra, `pip install '.[lm-eval]'` in a clone of the repository.
 """
 
 from collections.abc import Sequence

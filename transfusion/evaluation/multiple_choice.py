@@ -41,7 +41,7 @@ def llama_suite(engine: Engine, limit: int | None = None) -> dict:
     try:
         from transfusion.evaluation.harness import evaluate_tasks
     except ImportError:
-        raise ValueError("the Llama suite needs lm_eval: pip install 'transfusion[lm-eval]'") from None
+        raise ValueError("the Llama suite needs lm_eval: pip install '.[lm-eval]' in a clone of the repository") from None
     results = evaluate_tasks(engine, [task for task, _ in LLAMA_SUITE], limit)
     accuracies = {task: float(results[task][metric]) for task, metric in LLAMA_SUITE}
     return accuracies | {"mean": sum(accuracies.values()) / len(accuracies)}

@@ -42,7 +42,7 @@ from transfusion.inference.engine import Engine
 
 NUM_TRAINING_IMAGES = 2_000  # of the small feature network
 PROMPTS_PER_CATEGORY = 25  # of GenEval on shapes
-PACKAGES = ("transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
+PACKAGES = ("open-transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
 COCO = "Karpathy's dataset_coco.json, or COCO's annotations"
 REQUIRED_OPTIONS = {  # by task: options and their meanings
     "clip": {"clip": "the folder of a CLIP model, or owner/name"},
@@ -264,7 +264,7 @@ class Suite:
             "generation": asdict(run.generation), "captions": "greedy", "networks": dict(self.networks),
             "dtype": str(opened.precision).removeprefix("torch."), "device": str(self.engine.device),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
-            "versions": {name: number for name in PACKAGES if (number := _version(name))},
+            "versions": {name.removeprefix("open-"): number for name in PACKAGES if (number := _version(name))},
         }  # fmt: skip
 
 
