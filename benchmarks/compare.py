@@ -169,7 +169,7 @@ class OurModel:
         self.passes += len(args[0])  # both branches of guidance share one call: it counts as two passes
 
     def describe(self) -> dict:
-        versions = {name: version(name) for name in ("transfusion", "torch")}
+        versions = {"transfusion": version("open-transfusion"), "torch": version("torch")}
         parameters = count_parameters(self.trainer.model)
         return {"parameters": parameters, "threads": torch.get_num_threads(), "versions": versions}
 

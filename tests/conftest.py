@@ -1,4 +1,4 @@
-"""What all tests share: a trained run, prepared data, an exported run, ranks that wait for work; and the order of files."""
+"""Shared fixtures: a trained run, prepared data, an exported run, two ranks. Also the order of test files."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ from tests.profile import few_samples
 
 
 def pytest_collection_modifyitems(items):
-    """Files that hold slow tests come first, so that no core is left alone with one in the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # a stable sort: else the order stays
+    """Files with slow tests come first, so that no core ends with a long test alone."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)  # stable: the order is otherwise unchanged
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,11 +24,11 @@ def quick_loaders():
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`made_once(name, make)` is the folder that `make(folder)` fills, once for all workers. Tests only change copies."""
+    """`made_once(name, make)` is a folder that `make(folder)` creates once for all workers. Tests change copies only."""
     root = tmp_path_factory.getbasetemp()
     root = root if worker_id == "master" else root.parent
 
-    def made(name: str, make: Callable[[Path], None]) -> Path:
+    def get_folder(name: str, make: Callable[[Path], None]) -> Path:
         folder = root / "shared" / name
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
@@ -36,16 +36,16 @@ def made_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], No
                 try:
                     make(folder)
                 except BaseException:
-                    shutil.rmtree(folder, ignore_errors=True)  # the next worker shall not take half of it
+                    shutil.rmtree(folder, ignore_errors=True)  # so that the next worker does not use a partial folder
                     raise
         return folder
 
-    return made
+    return get_folder
 
 
 @pytest.fixture(scope="session")
 def trained(made_once) -> Path:
-    """A run on digits, trained for four steps by the command."""
+    """A run on digits, trained for four steps with `transfusion train`."""
     from tests.test_cli import TINY, command
 
     return made_once("digits", lambda folder: command("train", "digits", "--out", folder, *TINY))
@@ -53,7 +53,7 @@ def trained(made_once) -> Path:
 
 @pytest.fixture(scope="session")
 def written(made_once) -> Path:
-    """A run that was never trained: all its weights, average and raw, are random numbers."""
+    """An untrained run with random weights, both ema and raw."""
     from tests.tiny import write_run
 
     return made_once("tiny", lambda folder: write_run(folder, (7,)))
@@ -61,7 +61,7 @@ def written(made_once) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(made_once, written) -> Path:
-    """That run, exported."""
+    """The run of `written`, exported."""
     from transfusion.checkpoint.export import export
 
     return made_once("exported", lambda folder: export(written, folder))
@@ -69,7 +69,7 @@ def exported(made_once, written) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(made_once) -> Path:
-    """A folder of captioned pictures, one of them cut short, and lines of text; `prepared` in it was made from both."""
+    """A folder with captioned pictures, one of them truncated, with texts, and with `prepared`, the data from both."""
     from tests.sources import write_photos, write_texts
     from tests.test_cli import command
     from tests.test_cli_data import PREPARE

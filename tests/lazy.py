@@ -1,11 +1,11 @@
-"""Packages that take long to import and that few tests need: imported when one of these first asks for something in them."""
+"""Slow packages that few tests need, imported on first use."""
 
 from importlib import import_module
 from typing import Any
 
 
 class Lazy:
-    """Stands for a package: `Lazy("diffusers").DDPMScheduler`."""
+    """A package that is imported on first use: `Lazy("diffusers").DDPMScheduler`."""
 
     def __init__(self, name: str):
         self._name = name

@@ -1,6 +1,6 @@
-"""Processes for tests: forked from one that has torch and the package imported, so that none of them pays for imports.
+"""Processes for tests, forked from a server that has imported torch and the package, which saves import time.
 
-Where the start itself is tested, tests use `subprocess` instead: README's server, torchrun, the list of imports.
+Tests of the start itself use `subprocess` instead: the README's server, torchrun, the imports.
 """
 
 import multiprocessing
@@ -18,9 +18,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRELOADED = [  # besides this package's own files, and what the functions of tests lie in
+PRELOADED = [  # packages, this package, and test modules whose functions are executed in processes
     "sklearn.datasets", "sklearn.model_selection", "torch._dynamo", "torch.distributed.checkpoint",
-    "torch.distributed.fsdp", "torch.distributed.launcher.api", "transfusion.cli.runs", "transfusion.cli.data",
+    "torch.distributed.fsdp", "torch.distributed.launcher.api", "transfusion.cli.run_folder", "transfusion.cli.data",
     "transfusion.data.prepare", "transfusion.report", "transfusion.training.codec", "tests.test_cli_data",
     "tests.test_guard",
 ]  # fmt: skip
@@ -28,26 +28,26 @@ PRELOADED = [  # besides this package's own files, and what the functions of tes
 
 @cache
 def context() -> multiprocessing.context.ForkServerContext:
-    """Where processes come from. It is started in the repository; each process takes the environment of its test."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(PRELOADED)
-    here, path = os.getcwd(), os.environ.get("PYTHONPATH")
+    """The fork server. It starts in the repository; each process has the environment of its test."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    cwd, path = os.getcwd(), os.environ.get("PYTHONPATH")
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(ROOT)
     try:
         forkserver.ensure_running()
     finally:
-        os.chdir(here)
+        os.chdir(cwd)
         os.environ.pop("PYTHONPATH")
         if path is not None:
             os.environ["PYTHONPATH"] = path
-    return found
+    return server
 
 
 class Process:
-    """A process that does `do(*arguments)` and writes to files what it prints; otherwise like a `subprocess.Popen`.
+    """A process that executes `do(*arguments)`, with the interface of `subprocess.Popen`; its output goes to files.
 
-    Its exit code is that of a script: what SystemExit says, 1 after a traceback, and 0.
+    Its exit code is that of a script: the code of SystemExit, 1 after a traceback, else 0.
     """
 
     def __init__(self, do: Callable, *arguments, largest_file: int | None = None):
@@ -68,7 +68,7 @@ class Process:
 
     @property
     def stdout(self) -> str:
-        """What it has printed until now."""
+        """The output so far."""
         return self._read("out")
 
     @property
@@ -81,27 +81,27 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            with suppress(ProcessLookupError):  # it ends at this moment
+            with suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code; subprocess.TimeoutExpired when it has none by then."""
+        """The exit code. subprocess.TimeoutExpired after `timeout` seconds."""
         self.process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("a process of a test", timeout)
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """All that it has printed, and its errors, when it has ended."""
+        """All of stdout and stderr, after the process has ended."""
         self.wait(timeout)
         return self.stdout, self.stderr
 
 
 def run(do: Callable, *arguments, timeout: float = 300, **options) -> Process:
-    """The same, ended. It is killed when it takes longer than this."""
+    """A process that has ended. It is killed after `timeout` seconds."""
     process = Process(do, *arguments, **options)
     try:
         process.wait(timeout)
@@ -127,27 +127,27 @@ def _do(do: Callable, arguments: tuple, folder: str, environment: dict[str, str]
 
 
 def torchrun(do: Callable, *arguments, processes: int = 2, restarts: int = 0) -> str:
-    """What `torchrun --nproc-per-node` does: its agent, over processes that each do `do(*arguments)`.
+    """As `torchrun --nproc-per-node`: its agent starts processes that each execute `do(*arguments)`.
 
-    Returns what these have printed as errors, without the agent's own lines.
+    Returns the stderr of these processes, without the agent's lines.
     """
-    done = run(torchrun_agent, do, arguments, processes, restarts)
-    assert done.returncode == 0, done.stderr
-    return "\n".join(line for line in done.stderr.splitlines() if not re.match(r"[IWE]\d{4} [\d:.]+ \d+ ", line))
+    agent = run(torchrun_agent, do, arguments, processes, restarts)
+    assert agent.returncode == 0, agent.stderr
+    return "\n".join(line for line in agent.stderr.splitlines() if not re.match(r"[IWE]\d{4} [\d:.]+ \d+ ", line))
 
 
 def torchrun_agent(do: Callable, arguments: tuple, processes: int, restarts: int) -> None:
-    """What the process of torchrun itself does."""
+    """The work of torchrun's own process."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     elastic_launch(LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(time.monotonic_ns()), rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.05, start_method="fork",
-    ), _begin_anew)(do, *arguments)  # fmt: skip
+    ), _reset_signals)(do, *arguments)  # fmt: skip
 
 
-def _begin_anew(do: Callable, *arguments) -> None:
-    """A process that torchrun starts has not inherited its handlers of signals."""
+def _reset_signals(do: Callable, *arguments) -> None:
+    """Execute with default signal handlers: a process that torchrun starts does not inherit them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     do(*arguments)

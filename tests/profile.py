@@ -1,4 +1,4 @@
-"""How thoroughly the tests look: `make test` with few examples and short runs, `make test-all` with many and long ones."""
+"""Test profiles: `make test` has few examples and short runs, `make test-all` has many examples and long runs."""
 
 import os
 from unittest import mock
@@ -9,10 +9,10 @@ THOROUGH = os.environ.get("TEST_PROFILE") == "all"
 
 
 def few_samples(count: int = 64):
-    """While it is open a loader looks at so many documents of a source to learn how long they are: it is made so often."""
+    """A context in which loaders estimate document lengths from this many documents, because tests create many loaders."""
     return mock.patch("transfusion.data.loader.NUM_SAMPLES", count)
 
 
 def examples(thorough: int, quick: int = 25) -> settings:
-    """Settings of a property: how many examples are tried by `make test-all`, and at most how many by `make test`."""
+    """Hypothesis settings: number of examples in `make test-all`, and the maximum in `make test`."""
     return settings(max_examples=thorough if THOROUGH else min(thorough, quick), deadline=None)

@@ -1,22 +1,23 @@
-"""Promise 9: who imports whom under transfusion/, and the house rules that a machine can check."""
+"""Promise 9: the allowed imports under transfusion/, and the rules of style that can be checked automatically."""
 
 import ast
 from functools import cache
 from pathlib import Path
 
-HOUSE = Path(__file__).parent.parent / "transfusion"
+PACKAGE = Path(__file__).parent.parent / "transfusion"
 
-GROUND = {"config", "runs", "sequence", "page", "seeding", "disk", "foreign_weights"}  # everyone may import these
-MAY_IMPORT = {  # room or file -> what else it may; a room's own files may import each other
+GROUND = {"config", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights"}  # all may import these
+MAY_IMPORT = {  # subpackage or file -> further allowed imports; files of a subpackage may import each other
     "seeding": set(),
     "config": set(),
     "runs": {"config"},
+    "paper": {"runs"},
     "disk": set(),
     "page": set(),
     "sequence": {"seeding"},
     "foreign_weights": set(),
     "model": set(),
-    "codecs": {"model.conv"},  # blocks of convolutions, where they are shared
+    "codecs": {"model.conv"},  # shared convolution blocks
     "diffusion": set(),
     "parallel": set(),
     "data": {"codecs"},
@@ -30,37 +31,37 @@ MAY_IMPORT = {  # room or file -> what else it may; a room's own files may impor
     "plan": {"model", "parallel"},
 }
 TOP = {"cli", "__main__", "__init__"}  # may import anything; nothing imports them
-NAMELESS = {"utils", "util", "common", "base", "manager", "helpers", "helper", "misc"}
-PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-UNPICKLING = {"torch.load", "torch.save"}
-TENSORS_ONLY = "torch.load(path, map_location='cpu', weights_only=True)"  # once, in foreign_weights.py: it runs nothing
-LONGEST_FILE, LONGEST_FUNCTION = 500, 80
+VAGUE_NAMES = {"utils", "util", "common", "base", "manager", "helpers", "helper", "misc"}
+PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+PICKLE_FUNCTIONS = {"torch.load", "torch.save"}
+TENSORS_ONLY = "torch.load(path, map_location='cpu', weights_only=True)"  # allowed once, in foreign_weights.py
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 
 
 @cache
 def files() -> dict[str, ast.Module]:
-    """Every file as `room.file` or `file`, parsed."""
-    found = {}
-    for path in sorted(HOUSE.rglob("*.py")):
-        name = ".".join(path.relative_to(HOUSE).with_suffix("").parts)
-        found[name] = ast.parse(path.read_text(), str(path))
-    return found
+    """Every file by its name, `subpackage.file` or `file`, parsed."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        trees[name] = ast.parse(path.read_text(), str(path))
+    return trees
 
 
 def imports_of(name: str, tree: ast.Module) -> set[str]:
-    """Whatever a file imports, anywhere in it, by full name: `from a import b` counts as a and as a.b."""
-    found = set()
+    """The imports of a file, anywhere in it, by full name: `from a import b` counts as a and as a.b."""
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            here = ["transfusion", *name.split(".")]
-            origin = ".".join([*here[: len(here) - node.level], *filter(None, [node.module])])
+            path = ["transfusion", *name.split(".")]
+            origin = ".".join([*path[: len(path) - node.level], *filter(None, [node.module])])
             origin = origin if node.level else node.module
-            found |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+            names |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and _name(node.func) in ("importlib.import_module", "__import__"):
-            found |= {part.value for part in node.args[:1] if isinstance(part, ast.Constant)}
-    return found
+            names |= {part.value for part in node.args[:1] if isinstance(part, ast.Constant)}
+    return names
 
 
 def _name(node: ast.AST) -> str:
@@ -71,57 +72,57 @@ def _name(node: ast.AST) -> str:
 
 
 def edges() -> dict[str, set[str]]:
-    """file -> the files of ours that it imports."""
+    """file -> the files of the package that it imports."""
     known = {name.removesuffix(".__init__"): name for name in files()}
-    found = {}
+    imports = {}
     for name, tree in files().items():
-        ours = {
+        targets = {
             target.partition(".")[2] for target in imports_of(name, tree) if target.startswith("transfusion.")
         }
-        found[name] = {known[target] for target in ours if target in known} - {name}
-    return found
+        imports[name] = {known[target] for target in targets if target in known} - {name}
+    return imports
 
 
-def room_of(name: str) -> str:
+def part_of(name: str) -> str:
     return name.split(".")[0]
 
 
 def is_allowed(importer: str, imported: str) -> bool:
-    one, other = room_of(importer), room_of(imported)
-    if one in TOP or other in TOP:
-        return one in TOP
-    if one == other or (other in GROUND and one not in GROUND):
+    source, target = part_of(importer), part_of(imported)
+    if source in TOP or target in TOP:
+        return source in TOP
+    if source == target or (target in GROUND and source not in GROUND):
         return True
-    return bool({other, imported} & MAY_IMPORT.get(one, set()))
+    return bool({target, imported} & MAY_IMPORT.get(source, set()))
 
 
-# The edges
+# Imports
 
 
-def test_every_import_goes_down_and_none_goes_in_a_circle():
-    found = edges()
-    rooms = {room_of(name) for name in found}
-    assert rooms <= MAY_IMPORT.keys() | TOP, f"who may import {rooms - MAY_IMPORT.keys() - TOP}?"
-    assert GROUND - {"page"} <= rooms and sum(map(len, found.values())) > 30  # the parser finds what is there
-    wrong = [f"{one} -> {other}" for one, others in found.items() for other in others if not is_allowed(one, other)]
-    assert not wrong, f"the house allows no such import: {', '.join(sorted(wrong))}"
-    assert not circles(found)
+def test_imports_are_allowed_and_without_cycles():
+    imports = edges()
+    parts = {part_of(name) for name in imports}
+    assert parts <= MAY_IMPORT.keys() | TOP, f"MAY_IMPORT lacks {parts - MAY_IMPORT.keys() - TOP}"
+    assert GROUND - {"page"} <= parts and sum(map(len, imports.values())) > 30  # the parser finds imports
+    wrong = [f"{name} -> {other}" for name, others in imports.items() for other in others if not is_allowed(name, other)]
+    assert not wrong, f"not allowed: {', '.join(sorted(wrong))}"
+    assert not cycles(imports)
 
 
-def circles(found: dict[str, set[str]]) -> list[str]:
-    """Ways from a file back to itself. Depth first: one that is met again on the way down closes a circle."""
+def cycles(imports: dict[str, set[str]]) -> list[str]:
+    """Import cycles, by depth-first search: a file that is already on the path closes a cycle."""
     done, closed = set(), []
 
-    def walk(name: str, way: tuple[str, ...]) -> None:
-        if name in way:
-            closed.append(" -> ".join([*way[way.index(name) :], name]))
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            closed.append(" -> ".join([*path[path.index(name) :], name]))
         elif name not in done:
-            for other in sorted(found[name]):
-                walk(other, (*way, name))
+            for other in sorted(imports[name]):
+                visit(other, (*path, name))
             done.add(name)
 
-    for name in found:
-        walk(name, ())
+    for name in imports:
+        visit(name, ())
     return closed
 
 
@@ -138,13 +139,13 @@ ALLOWED = [
 ]  # fmt: skip
 
 
-def test_the_rules_are_those_of_the_design():
+def test_rules_of_imports():
     assert [pair for pair in FORBIDDEN if is_allowed(*pair)] == []
     assert [pair for pair in ALLOWED if not is_allowed(*pair)] == []
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b -> c -> b"]
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b -> c -> b"]
 
 
-def test_imports_are_found_wherever_they_hide():
+def test_all_forms_of_imports_are_found():
     code = """
 import transfusion.model.mask
 def late():
@@ -159,59 +160,59 @@ def late():
     }  # fmt: skip
 
 
-# The rules of style
+# Style
 
 
-def test_files_are_short_and_say_first_what_they_are_for():
+def test_files_are_short_and_have_a_docstring():
     for name, tree in files().items():
-        assert not {*name.split(".")} & NAMELESS, name
-        lines = (HOUSE / (name.replace(".", "/") + ".py")).read_text().splitlines()
-        assert len(lines) <= LONGEST_FILE, name
+        assert not {*name.split(".")} & VAGUE_NAMES, name
+        lines = (PACKAGE / (name.replace(".", "/") + ".py")).read_text().splitlines()
+        assert len(lines) <= MAX_FILE_LINES, name
         if lines or not name.endswith("__init__"):
             assert ast.get_docstring(tree), name
             assert lines[0].startswith('"""') and lines[0].strip('" '), name  # on line one, not below it
         functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-        assert [node.name for node in functions if node.end_lineno - node.lineno >= LONGEST_FUNCTION] == [], name
+        assert [node.name for node in functions if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES] == [], name
 
 
-def but_tensors(name: str, tree: ast.Module) -> list[ast.AST]:
-    """All of a file but its one reading of tensors from a pickle, if it is the file that may."""
+def without_allowed_load(name: str, tree: ast.Module) -> list[ast.AST]:
+    """The nodes of a file, without the one allowed load of tensors from a pickle."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == TENSORS_ONLY]
     allowed = {id(part) for call in calls[:1] for part in ast.walk(call)} if name == "foreign_weights" else set()
     return [node for node in ast.walk(tree) if id(node) not in allowed]
 
 
-def unpickles(name: str, tree: ast.Module) -> list[str]:
-    """What in this file could read or write a pickle, and possibly run what it holds."""
+def find_pickles(name: str, tree: ast.Module) -> list[str]:
+    """The names in a file that read or write pickles, which can execute code."""
     imported = imports_of(name, tree)
-    found = [module for module in imported if module.split(".")[0] in PICKLES or module in UNPICKLING]
-    for node in but_tensors(name, tree):
-        if isinstance(node, ast.Attribute) and _name(node) in UNPICKLING:
-            found.append(_name(node))
+    names = [module for module in imported if module.split(".")[0] in PICKLE_MODULES or module in PICKLE_FUNCTIONS]
+    for node in without_allowed_load(name, tree):
+        if isinstance(node, ast.Attribute) and _name(node) in PICKLE_FUNCTIONS:
+            names.append(_name(node))
         elif (
             isinstance(node, ast.keyword)
             and node.arg == "allow_pickle"
             and ast.unparse(node.value) != "False"
         ):
-            found.append(node.arg)
-    return found
+            names.append(node.arg)
+    return names
 
 
-PICKLED = [
+PICKLE_CODE = [
     "import pickle", "from pickle import loads", "def f():\n    import dill", "torch.load('x')",
     "from torch import load", "read = torch.load", "f(x, allow_pickle=True)", "import joblib.hashing",
 ]  # fmt: skip
 
 
-def test_nothing_reads_or_writes_a_pickle():
-    assert {name: found for name, tree in files().items() if (found := unpickles(name, tree))} == {}
+def test_no_pickles():
+    assert {name: pickles for name, tree in files().items() if (pickles := find_pickles(name, tree))} == {}
 
 
-def test_a_pickle_is_found_however_it_is_spelt_but_for_tensors_alone_in_one_place():
-    for code in PICKLED:
-        assert unpickles("file", ast.parse(code)) and unpickles("foreign_weights", ast.parse(code)), code
-    assert not unpickles("foreign_weights", ast.parse(TENSORS_ONLY))
-    assert unpickles("codecs.vq", ast.parse(TENSORS_ONLY))
-    assert unpickles("foreign_weights", ast.parse(f"{TENSORS_ONLY}\n{TENSORS_ONLY}"))
-    assert unpickles("foreign_weights", ast.parse(TENSORS_ONLY.replace("True", "False")))
-    assert unpickles("foreign_weights", ast.parse(TENSORS_ONLY.replace(", weights_only=True", "")))
+def test_pickles_are_found_except_one_load_of_tensors():
+    for code in PICKLE_CODE:
+        assert find_pickles("file", ast.parse(code)) and find_pickles("foreign_weights", ast.parse(code)), code
+    assert not find_pickles("foreign_weights", ast.parse(TENSORS_ONLY))
+    assert find_pickles("codecs.vq", ast.parse(TENSORS_ONLY))
+    assert find_pickles("foreign_weights", ast.parse(f"{TENSORS_ONLY}\n{TENSORS_ONLY}"))
+    assert find_pickles("foreign_weights", ast.parse(TENSORS_ONLY.replace("True", "False")))
+    assert find_pickles("foreign_weights", ast.parse(TENSORS_ONLY.replace(", weights_only=True", "")))

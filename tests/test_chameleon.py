@@ -279,4 +279,4 @@ def test_commands_train_generate_evaluate_and_report(folders, capsys):
 def test_model_that_does_not_fit_the_data_is_refused(folders, capsys):
     assert "--model.patches codes" in fails(capsys, 2, *train(folders, "wrong", "--model.patch-size", "1"))
     message = fails(capsys, 2, *train(folders, "wrong", "--model.patches", "codes", "--model.patch-size", "2"))
-    assert "patch_size must be 1" in message
+    assert "--model.patch-size must be 1" in message

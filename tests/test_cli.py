@@ -1,4 +1,4 @@
-"""The command line: what a user types, rightly and wrongly. Promise 10 for the commands that need no long training."""
+"""The command line, with right and wrong arguments. Promise 10 for the commands that need no long training."""
 
 import json
 import re
@@ -6,6 +6,8 @@ import shlex
 import shutil
 import struct
 import zlib
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -13,10 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
+import transfusion
 from tests import processes
 from tests.profile import few_samples
 from tests.sources import write_photos, write_texts
-from transfusion.cli import main
+from transfusion.cli import COMMANDS, main
+from transfusion.cli.options import parse
+from transfusion.cli.screen import UsageError
+from transfusion.config import RopeScaling
 
 TINY = (
     "--model.width 32 --model.layers 2 --model.heads 2 --model.intermediate-size 64 --training.steps 4 "
@@ -27,7 +33,7 @@ TINY = (
 
 
 def command(*arguments: object) -> None:
-    """The command in this process, which looks at few documents before it trains; a zero exit is a return."""
+    """Execute a command in this process, with few held-out documents. An exit with code 0 is a return."""
     with mock.patch("transfusion.cli.runs.HELDOUT", 24), few_samples():
         try:
             main([str(a) for a in arguments])
@@ -37,13 +43,13 @@ def command(*arguments: object) -> None:
 
 
 def fails(capsys, code: int, *arguments: object) -> str:
-    """What the command says when it fails with that code: no traceback, and our own words in one line."""
-    with pytest.raises(SystemExit) as caught:
+    """The stderr of a command that fails with this exit code and without a traceback."""
+    with pytest.raises(SystemExit) as error:
         main([str(a) for a in arguments])
-    said = capsys.readouterr().err
-    assert caught.value.code == code, said
-    assert "Traceback" not in said
-    return said
+    stderr = capsys.readouterr().err
+    assert error.value.code == code, stderr
+    assert "Traceback" not in stderr
+    return stderr
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def run(trained) -> Path:
     return trained
 
 
-def test_a_run_has_the_files_it_promises(run):
+def test_run_folder_has_all_files(run):
     assert (run / "checkpoints" / "latest").read_text() == "step-000004"
     for name in ("run.json", "tokenizer.json", "codec.safetensors", "metrics.jsonl", "samples/step-000004.png"):
         assert (run / name).exists()
@@ -61,29 +67,29 @@ def test_a_run_has_the_files_it_promises(run):
     assert len({ids["bos"], ids["eos"], ids["pad"], ids["eoi"], *ids["boi"].values()}) == 5
 
 
-def test_no_pickle_lies_in_a_run(run):
+def test_run_folder_has_no_pickle(run):
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ""}
 
 
-def test_training_again_says_that_it_is_done(run, capsys):
+def test_trained_run_is_not_trained_again(run, capsys):
     command("train", "digits", "--out", run, *TINY)
     assert "trained to its last step" in capsys.readouterr().err
 
 
-def test_other_settings_for_the_same_folder_are_refused(run, capsys):
-    said = fails(capsys, 2, "train", "digits", "--out", run, *TINY, "--training.seed", 1)
-    assert "training.seed is 0 there, 1 here" in said
+def test_changed_settings_are_refused(run, capsys):
+    stderr = fails(capsys, 2, "train", "digits", "--out", run, *TINY, "--training.seed", 1)
+    assert "training.seed is 0 there, 1 here" in stderr
     assert "shapes" in fails(capsys, 2, "train", "shapes", "--out", run)
 
 
 def test_training_from_a_run_json(run, tmp_path):
-    command("train", run / "run.json", "--out", tmp_path / "again", "--training.steps", 1)
-    again = json.loads((tmp_path / "again" / "run.json").read_text())["run"]
-    assert again["model"] == json.loads((run / "run.json").read_text())["run"]["model"]
+    command("train", run / "run.json", "--out", tmp_path / "copy", "--training.steps", 1)
+    copy = json.loads((tmp_path / "copy" / "run.json").read_text())["run"]
+    assert copy["model"] == json.loads((run / "run.json").read_text())["run"]["model"]
 
 
-def test_images_from_a_prompt(run, tmp_path, capsys):
+def test_generate_draws_images(run, tmp_path, capsys):
     command("generate", run, "three", "--num-images", 3, "--steps", 2, "--out", tmp_path)
     output = json.loads((tmp_path / "output.json").read_text())
     assert [answer["parts"] for answer in output["answers"]] == [[{"image": f"00{n}.png"}] for n in range(3)]
@@ -91,7 +97,7 @@ def test_images_from_a_prompt(run, tmp_path, capsys):
     assert capsys.readouterr().out.count(".png") == 3
 
 
-def test_the_same_seed_draws_the_same(run, tmp_path):
+def test_same_seed_draws_same_image(run, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         command("generate", run, "--num-images", 1, "--seed", seed, "--out", tmp_path / name)
     a, b, c = (np.asarray(Picture.open(tmp_path / name / "000.png")) for name in "abc")
@@ -100,7 +106,7 @@ def test_the_same_seed_draws_the_same(run, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
-def test_any_picture_can_be_part_of_the_prompt(run, tmp_path, mode):
+def test_prompt_takes_all_image_modes(run, tmp_path, mode):
     picture = Picture.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) % 256)
     suffix = "jpg" if mode == "CMYK" else "png"
     (picture if mode == "I;16" else picture.convert("L").convert(mode)).save(tmp_path / f"photo.{suffix}")
@@ -108,86 +114,111 @@ def test_any_picture_can_be_part_of_the_prompt(run, tmp_path, mode):
     assert (tmp_path / "output.json").exists()
 
 
-def test_text_that_begins_with_an_at(run, tmp_path):
+def test_double_at_is_text(run, tmp_path):
     command("generate", run, "@@home", "--max-tokens", 2, "--out", tmp_path)
     assert json.loads((tmp_path / "output.json").read_text())["prompt"] == ["@@home"]
 
 
-def test_text_that_spells_special_tokens_is_text(run, tmp_path):
+def test_special_tokens_in_text_are_text(run, tmp_path):
     command("generate", run, "<bos><eos><boi 8x8><|endoftext|></s>\x00", "--max-tokens", 2, "--out", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ((), "the prompt is empty"),
-        (("three", "--steps", 0), "steps must be at least 1"),
-        (("three", "--num-images", 0), "num_images must be at least 1"),
-        (("three", "--top-p", 0), "top_p"),
-        (("three", "--temperature", -1), "temperature"),
+        (("three", "--steps", 0), "--steps must be at least 1, not 0\n"),
+        (("three", "--num-images", 0), "--num-images must be at least 1, not 0\n"),
+        (("three", "--top-p", 0), "--top-p must"),
+        (("three", "--temperature", -1), "--temperature must"),
+        (("three", "--t-shift", 0), "--t-shift must"),
         (("three", "--num-images", 1, "--size", "9x9"), "can draw 8x8"),
         (("three", "--num-images", 1, "--size", "big"), "width x height"),
         (("three", "--sampler", "euler"), "ddim"),
         (("word " * 500,), "positions"),
-        (("three", "--sampler", "magic"), "ddpm"),
+        (("three", "--sampler", "magic"), "--sampler magic: must be one of ddpm, ddim, dpm, dpm-sde, euler, heun\n"),
         (("three", "--step", 3), "--steps"),
-        (("three", "--seed", "one"), "seed"),
+        (("three", "--seed", "one"), "--seed one: must be a whole number\n"),
+        (("three", "--num-images", "four"), "--num-images four: must be a whole number\n"),
+        (("three", "--guidance-interval", 0, "x"), "--guidance-interval 0 x: must be 2 numbers\n"),
+        (("three", "--guidance-interval", 0), "a value is missing: generate needs RUN, a value after each option;"),
+        (("three", "--steps"), "a value is missing"),
     ],
 )
-def test_what_cannot_be_generated(run, capsys, arguments, words):
-    assert words in fails(capsys, 2, "generate", run, *arguments)
+def test_wrong_generate_is_one_line(run, capsys, arguments, message):
+    stderr = fails(capsys, 2, "generate", run, *arguments)
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG that promises so many grey pixels, which is all that may be read of it."""
+    """The start of a grey PNG of this size, without its pixels: only the header may be read."""
     parts = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(b""))
     chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def test_pictures_that_cannot_be_read(run, tmp_path, capsys):
+def test_unreadable_image_is_one_line(run, tmp_path, capsys):
     (tmp_path / "text.png").write_text("not a picture")
     picture = Picture.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     picture.save(tmp_path / "whole.png")
     (tmp_path / "short.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     (tmp_path / "wide.png").write_bytes(png_header(50_000, 50_000))
-    for name, words in {
+    for name, message in {
         "text.png": "not a picture", "short.png": "short.png", "wide.png": "pixels", "missing.png": "No such file",
     }.items():  # fmt: skip
-        said = fails(capsys, 1, "generate", run, f"@{tmp_path}/{name}")
-        assert words in said
-        assert said.count("\n") == 1
+        stderr = fails(capsys, 1, "generate", run, f"@{tmp_path}/{name}")
+        assert message in stderr
+        assert stderr.count("\n") == 1
     assert "directory" in fails(capsys, 1, "generate", run, f"@{tmp_path}")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (("trian",), "did you mean train"),
         (("train", "digit"), "did you mean digits"),
         (("train", "0.16b"), "--data.sources"),
         (("train", "digits", "--model.widht", "3"), "--model.width"),
-        (("train", "digits", "--model.width", "many"), "many"),
-        (("train", "digits", "--model.heads", "5"), "not a multiple"),
-        (("train", "digits", "--training.steps", "0"), "at least 1"),
-        (("train", "digits", "--data.image-first", "1.5"), "between 0 and 1"),
-        (("train", "digits", "--diffusion.noise-schedule", "curved"), "cosine"),
+        (("train", "digits", "--model.width", "many"), "--model.width many: must be a whole number\n"),
+        (("train", "digits", "--model.heads", "5"),
+         "--model.heads 5: width 192 is not divisible by 5; use 1, 2, 3, 4, 6 or 8\n"),
+        (("train", "digits", "--model.kv-heads", "2"), "--model.kv-heads 2: heads 3 is not divisible by 2; use 1 or 3\n"),
+        (("train", "digits", "--model.rope-scaling", "8", "1"), "--model.rope-scaling 8 1: must be 4 numbers\n"),
+        (("train", "digits", "--training.steps", "0"), "--training.steps must be at least 1, not 0\n"),
+        (("train", "digits", "--training.steps", "1e4"), "--training.steps 1e4: must be a whole number\n"),
+        (("train", "digits", "--data.image-first", "1.5"), "--data.image-first must lie between 0 and 1, not 1.5\n"),
+        (("train", "digits", "--diffusion.noise-schedule", "curved"),
+         "--diffusion.noise-schedule curved: must be one of cosine, rectified_flow\n"),
+        (("train", "digits", "--parallel.compile", "maybe"), "--parallel.compile maybe: must be one of True, False\n"),
+        (("export", "runs"), "a value is missing: export needs RUN, --out, a value after each option;"),
+        (("report",), "report needs RUN"),
         (("train",), ""),
         ((), ""),
     ],
-)
-def test_what_cannot_be_trained(tmp_path, monkeypatch, capsys, arguments, words):
+)  # fmt: skip
+def test_wrong_command_is_an_error(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main(list(arguments))
-    said = capsys.readouterr()
-    assert caught.value.code in (1, 2)
-    assert words in said.err + said.out
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert error.value.code in (1, 2)
+    assert message in output.err + output.out
+    assert "Traceback" not in output.err
+    assert output.err.count("\n") == (1 if message else 0)
     assert not (tmp_path / "runs").exists()
 
 
-def test_folders_that_are_no_runs(run, tmp_path, capsys):
+def test_rope_scaling_is_four_numbers(monkeypatch):
+    parsed = []
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: parsed.append(run.model.rope_scaling))
+    command("train", "digits", "--model.rope-scaling", 4, 1, 4, 16)
+    command("train", "digits", "--model.rope-scaling", "None")
+    assert parsed == [RopeScaling(4.0, 1.0, 4.0, 16), None]
+    assert isinstance(parsed[0].original_length, int)
+
+
+def test_folder_without_a_run_is_refused(run, tmp_path, capsys):
     assert "is not a run" in fails(capsys, 1, "generate", tmp_path, "three")
     assert "is not a run" in fails(capsys, 1, "evaluate", tmp_path / "nowhere")
     (tmp_path / "run.json").write_text("{")
@@ -197,43 +228,115 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys):
     assert "format 99" in fails(capsys, 1, "generate", tmp_path, "three")
 
 
-def test_a_flipped_byte_is_found_and_the_run_stays_as_it_was(run, tmp_path, capsys):
+def test_changed_weights_are_refused(run, tmp_path, capsys):
     run = shutil.copytree(run, tmp_path / "run")
     path = next((run / "checkpoints" / "step-000004" / "ema").iterdir())
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    said = fails(capsys, 1, "generate", run, "three", "--out", tmp_path)
-    assert path.name in said
-    assert "SHA-256" in said
-    path.write_bytes(whole)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    stderr = fails(capsys, 1, "generate", run, "three", "--out", tmp_path)
+    assert path.name in stderr
+    assert "SHA-256" in stderr
+    path.write_bytes(content)
     command("generate", run, "three", "--num-images", 1, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["", "demo", "train digits", "generate", "evaluate", "report", "export"])
-def test_every_command_explains_itself(verb, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_version(capsys):
+    command("--version")
+    assert capsys.readouterr().out == f"open-transfusion {version('open-transfusion')}\n"
+    assert transfusion.__version__ == version("open-transfusion")
+    assert {"open_run", "Request", "Transfusion", "Engine", "__version__"} <= {*dir(transfusion)}
+    assert transfusion.Engine.__name__ == "Engine"
+
+
+OVERVIEWS = ["", "data", "data fit-codec", "train", "plan"]  # help without options
+OPTION_HELP = [
+    *(verb for verb in COMMANDS if verb not in OVERVIEWS), "train digits", "plan 7b",
+    *(f"data {verb}" for verb in ("validate", "inspect", "stats", "prepare", "fit-codec small")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", OVERVIEWS)
+def test_overview_help(verb, capsys):
+    with pytest.raises(SystemExit) as error:
         main([*verb.split(), "--help"])
-    assert caught.value.code == 0
-    assert len(capsys.readouterr().out.splitlines()) > 5
+    assert error.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
-def test_a_full_disk_ends_in_one_line_and_a_good_run(run, tmp_path):
-    """Files may not grow beyond a limit that the first checkpoint's parts exceed: as a full disk, it stops the write."""
+def help_texts(page: str) -> dict[str, str]:
+    """The text of each option and positional argument on a help page without box characters, without its default."""
+    texts, name, positional = {}, None, False
+    for line in page.splitlines():
+        if re.match(r" [a-z]", line):  # the title of a group
+            positional = line.strip() == "positional arguments"
+        content = line[2:].rstrip()
+        if re.match(r"--[a-z]", content) or (positional and content[:1].isupper()):
+            name, *text = re.split(r"  +", content, maxsplit=1)
+            texts[name] = "".join(text)
+        elif content.startswith(" ") and name:
+            texts[name] += f" {content.strip()}"
+        else:
+            name = None  # a title, or the description of a group
+    return {name: re.sub(r" ?\((default: .*|required)\)$", "", text).strip() for name, text in texts.items()}
+
+
+def help_faults(page: str) -> list[str]:
+    """Options without a whole sentence, and internals of types."""
+    texts = help_texts(page)
+    faults = [name for name, text in texts.items() if not re.fullmatch(r"[A-Z\d].*\.", text)]
+    return faults + [word for word in ("None}|", "{None", "subcommands") if word in page]
+
+
+@pytest.mark.parametrize("verb", OPTION_HELP)
+def test_help_describes_every_option(verb, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    command(*verb.split(), "--help")
+    page = capsys.readouterr().out
+    assert help_faults(page) == []
+    assert len(help_texts(page)) == len(re.findall(r"\((?:default:|required\))", page)) >= 2
+
+
+@dataclass
+class WrongHelp:
+    """A dataclass whose help has faults."""
+
+    first: Path  # No full stop
+    second: Path
+    third: int = 3  # A whole sentence.
+
+
+def test_faults_of_help_are_found(monkeypatch, capsys):
+    """Otherwise the test above would test nothing."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(WrongHelp, "wrong", ["--help"])
+    page = capsys.readouterr().out
+    assert help_faults(page) == ["--first PATH", "--second PATH"]
+    assert "None}|" in help_faults(page.replace("--third INT", "--third {None}|INT"))
+
+
+def test_required_options_are_named():
+    with pytest.raises(UsageError, match="wrong needs --first, --second, a value after each option"):
+        parse(WrongHelp, "wrong", ["--third", "4"])
+
+
+def test_full_disk_is_one_line_and_keeps_the_run(run, tmp_path):
+    """A limit on the size of files stops the write of a checkpoint, as a full disk does."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000002")
-    done = processes.run(main, ["train", "digits", "--out", str(tmp_path / "run"), *TINY], largest_file=102_400)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "could not save step 4" in done.stderr
+    process = processes.run(main, ["train", "digits", "--out", str(tmp_path / "run"), *TINY], largest_file=102_400)
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "could not save step 4" in process.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000002"]
     command("generate", tmp_path / "run", "three", "--num-images", 1, "--out", tmp_path / "out")
 
 
 def commands_of(page: str) -> list[str]:
-    """Every command of ours in a fenced block of the README, or of a page up to its first heading, in their order.
+    """The transfusion commands in the fenced blocks of the README, or of a page up to its first heading, in order.
 
-    Where torchrun starts it on many machines, here is one process. `serve` has its own test, in test_server.py.
+    One process replaces torchrun. `serve` is tested in test_server.py.
     """
     text = (processes.ROOT / page).read_text()
     text = text if page == "README.md" else text.partition("\n## ")[0]
@@ -244,8 +347,8 @@ def commands_of(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/training.md"])
-def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
-    """With tiny settings where they train; what a page takes for granted is there: pictures, texts, prepared data."""
+def test_commands_of_a_page_work_in_order(page, tmp_path, monkeypatch):
+    """Training has tiny settings. Files that a page assumes exist: pictures, texts, prepared data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transfusion.evaluation.small_network.STEPS", 3)
     monkeypatch.setattr("transfusion.evaluation.suite.SEEN", 100)
@@ -254,20 +357,20 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
     Picture.new("L", (20, 20), 128).save(tmp_path / "photo.png")
     write_photos(tmp_path / "photos", 40)
     write_texts(tmp_path / "texts.jsonl", 40)
-    granted = set()
+    assumed = set()
     for _, *words in map(shlex.split, commands_of(page)):
         if "--data" in words and not Path(data := words[words.index("--data") + 1]).exists():
             command("data", "prepare", "photos", "--out", data)
-            granted.add(data)
-        if words[:2] == ["data", "prepare"] and (out := words[words.index("--out") + 1]) in granted:
-            shutil.rmtree(out)  # what was taken for granted is made here
+            assumed.add(data)
+        if words[:2] == ["data", "prepare"] and (out := words[words.index("--out") + 1]) in assumed:
+            shutil.rmtree(out)  # created by the page itself
         if words[0] == "train":
             words += [*TINY, "--data.seq-len", "256"]
         command(*words)
 
 
-def test_commands_are_found_on_every_page():
-    """Else the test above would test nothing."""
-    found = {line.split()[1] for line in commands_of("README.md")}
-    assert found >= {"train", "plan", "generate", "evaluate", "report", "export", "data"}
+def test_commands_of_all_pages_are_found():
+    """Otherwise the test above would test nothing."""
+    names = {line.split()[1] for line in commands_of("README.md")}
+    assert names >= {"train", "plan", "generate", "evaluate", "report", "export", "data"}
     assert all(commands_of(f"docs/{page}.md") for page in ("data", "training"))

@@ -100,21 +100,21 @@ def test_stats_counts_what_is_there(place, capsys):
     (("data",), 2, ""), (("data", "prepair"), 2, "did you mean prepare"), (("data", "validate"), 2, "name a source"),
     (("data", "validate", "nowhere/at/all"), 1, "nowhere/at/all does not exist"),
     (("data", "validate", "PLACE/photos", "--form", "novel"), 1, "there is no form 'novel'"),
-    (("data", "validate", "PLACE/photos", "--columns", "caption"), 2, "ours=theirs"),
+    (("data", "validate", "PLACE/photos", "--columns", "caption"), 2, "FIELD=COLUMN"),
     (("data", "validate", "PLACE/photos", "--limit", "0"), 2, "at least 1"),
     (("data", "inspect", "PLACE/photos", "--count", "0"), 2, "at least 1"),
     (("data", "prepare", "PLACE/photos"), 2, "--out"),
     (("data", "prepare", "PLACE/photos", "--out", "x", "--sizes", "big"), 2, "width x height"),
     (("data", "prepare", "PLACE/photos", "--out", "x", "--max-faults", "2"), 2, "between 0 and 1"),
     (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/prepared", "--codec", "pixels"), 2, "like"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/photos"), 1, "no prepared data"),
+    (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/photos"), 1, "not prepared data"),
     (("data", "prepare", "PLACE/photos", "--out", "x", "--sizes", "18x18"), 1, "blocks of 4x4"),
     (("data", "prepare", "PLACE/photos", "--out", "x", "--tokenizer", "PLACE/photos/0000.png"), 1, "tokenizer"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/texts.jsonl/x"), 1, "Not a directory"),
     (("data", "prepare", "PLACE/photos", "--out", "PLACE/prepared", *PREPARE), 1, "its sources are photos, texts"),
     (("data", "stats", "PLACE/texts.jsonl", "--tokenizer", "PLACE/texts.jsonl"), 1, "not a tokenizer"),
-    (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "no prepared data"),
-    (("train", "small", "--data", "PLACE/nowhere"), 1, "no prepared data"),
+    (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "not prepared data"),
+    (("train", "small", "--data", "PLACE/nowhere"), 1, "not prepared data"),
     (("train", "small", "--data", "PLACE/prepared", "--data.sources", "films"), 1, "no source 'films'"),
     (("train", "small", "--data", "PLACE/prepared", "--data.seq-len", "9"), 1, "raise data.seq_len"),
     (("train", "small", "--data", "PLACE/prepared", "--data.mixture-weights", "1", "2", "3"), 1, "3 numbers for 2 sources"),
@@ -203,7 +203,7 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     assert Picture.open(tmp_path / "out" / "000.png").size == (16, 16)
     capsys.readouterr()
     shutil.move(data, tmp_path / "moved")
-    assert "no prepared data" in fails(capsys, 1, *words)
+    assert "not prepared data" in fails(capsys, 1, *words)
     command(*words[:3], tmp_path / "moved", *words[4:])
     assert "trained to its last step" in capsys.readouterr().err
     other = tmp_path / "other"

@@ -149,7 +149,7 @@ def test_fit_codec_can_crop_photographs(tmp_path, capsys):
     command(*fit, "--crops", 30)
     assert "60 different crops of 16x16" in capsys.readouterr().err
     page = (tmp_path / "codec" / "reconstructions.html").read_text()
-    assert "30 held-out pictures" in page  # of the flower; the temple is the training image
+    assert "30 held-out images" in page  # of the flower; the temple is the training image
     assert "started with other images" in fails(capsys, 1, *fit, "--crops", 31)
     assert "at least 0" in fails(capsys, 2, *fit, "--crops", -1)
     assert json.loads(Path(tmp_path / "codec" / "pictures.json").read_text())["recipe"]["crops"] == 30

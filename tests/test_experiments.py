@@ -37,9 +37,10 @@ from experiments.scaling import PowerLaw
 from tests.processes import Process, run
 from tests.profile import THOROUGH, examples
 from tests.test_cli import TINY, command
-from transfusion.cli.codec import NAMED, FitCodec
-from transfusion.cli.runs import Train, named, parse_run
-from transfusion.cli.screen import parse
+from transfusion.cli.codec import PRESETS, FitCodec
+from transfusion.cli.options import parse
+from transfusion.cli.runs import Train, parse_run, read_run
+from transfusion.cli.sources import Reading
 from transfusion.config import FaultToleranceConfig, Run
 from transfusion.disk import write_json
 from transfusion.evaluation import small_network
@@ -242,7 +243,7 @@ PRESET_NAMES = ["cpu", "gpu"]
 @cache
 def parse_arguments(*arguments: str) -> Run:
     """The run of these arguments; cached because tables share variants."""
-    return parse_run(Train, "train", *named("train", list(arguments)))[0]
+    return parse_run(Train, "train", *read_run("train", list(arguments)))[0]
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -375,12 +376,13 @@ def test_page_contains_the_tables_that_have_cells(tmp_path, monkeypatch):
 def test_emoji_options_are_valid_and_give_the_documented_sizes():
     """The options for two cores and for a GPU. The experiment itself takes minutes, so it is not run."""
     for arguments, millions in ((emoji.SMALL, 2), (emoji.LARGE, 40)):
-        run, _ = parse_run(Train, "train", *named("train", ["small", "--data", "data", *arguments]))
+        run, _ = parse_run(Train, "train", *read_run("train", ["small", "--data", "data", *arguments]))
         model = build_on_meta(replace(run.model, vocab_size=640, latent_channels=8))
         assert round(count_parameters(model) / 1e6) == millions
         assert run.data.seq_len % 128 == 0  # whole blocks for FlexAttention on a GPU
-    parsed = parse(FitCodec, "data fit-codec small", [*emoji.LARGE_CODEC, "--size", emoji.SIZE], FitCodec(
-        Path("codec"), NAMED["small"].network, NAMED["small"].training, FaultToleranceConfig(), ("emoji",)))  # fmt: skip
+    preset = PRESETS["small"]
+    default = FitCodec(Path("codec"), preset.network, preset.training, FaultToleranceConfig(), Reading(("emoji",)))
+    parsed = parse(FitCodec, "data fit-codec small", [*emoji.LARGE_CODEC, "--size", emoji.SIZE], default)
     assert (parsed.network.width, parsed.network.downsampling) == (64, 4)
 
 

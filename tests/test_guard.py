@@ -338,9 +338,9 @@ def test_nobody_watches_when_nobody_shall_and_none_when_it_is_over(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value", "words"), [
-    ("--fault-tolerance.skip-nonfinite", -1, "fault_tolerance.skip_nonfinite must not be negative, not -1"),
-    ("--fault-tolerance.watchdog", -0.5, "fault_tolerance.watchdog must not be negative, not -0.5"),
-    ("--fault-tolerance.skip-spikes-above", 0, "fault_tolerance.skip_spikes_above must be above 0, not 0.0"),
+    ("--fault-tolerance.skip-nonfinite", -1, "--fault-tolerance.skip-nonfinite must not be negative, not -1"),
+    ("--fault-tolerance.watchdog", -0.5, "--fault-tolerance.watchdog must not be negative, not -0.5"),
+    ("--fault-tolerance.skip-spikes-above", 0, "--fault-tolerance.skip-spikes-above must be above 0, not 0.0"),
 ])  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused_in_one_line(tmp_path, capsys, option, value, words):
     for asked in (("train", "digits", *TINY), ("data", "fit-codec", "small", "digits")):

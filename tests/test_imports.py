@@ -1,4 +1,4 @@
-"""What is imported before a command has understood what was typed: nothing heavy, so that a mistake is told at once."""
+"""Imports before a command starts its work: nothing heavy, so that help and usage errors are fast."""
 
 import json
 import os
@@ -11,51 +11,56 @@ import pytest
 
 from tests.processes import PRELOADED, ROOT
 
-# Each in one new process: what is typed, and which packages this adds to those of the lines before it.
+# All commands in one new process: the exit code of each, and the packages that it adds to those imported before.
 PROBE = """
 import json, sys
-known, found = set(sys.modules), []
-def new():
+known, results = set(sys.modules), []
+def new_packages():
     global known
     before, known = known, set(sys.modules)
     added = {name.split(".")[0] for name in known - before} - sys.stdlib_module_names - {"transfusion"}
     return sorted(name for name in added if not name.startswith("_"))
 import transfusion
-found.append((0, new()))
+results.append((0, new_packages()))
 dir(transfusion)
 from transfusion.cli import main
-for words in json.loads(sys.argv[1]):
+for arguments in json.loads(sys.argv[1]):
     code = 0
     try:
-        main(words)
+        main(arguments)
     except SystemExit as exit_:
         code = exit_.code
-    found.append((code, new()))
-print("found" + json.dumps(found))
+    results.append((code, new_packages()))
+print("results" + json.dumps(results))
 """
-OPTIONS = {"tyro", "typeguard", "docstring_parser", "typing_extensions"}  # what reads options
-FILES = {"numpy", "PIL", "pyarrow", "cloudpickle", "cython_runtime", "fsspec", "absl"}  # what reads pictures and tables
+OPTIONS = {"tyro", "typeguard", "docstring_parser", "typing_extensions"}  # that read options
+FILES = {"numpy", "PIL", "pyarrow", "cloudpickle", "cython_runtime", "fsspec", "absl"}  # that read images and tables
 
 
-def place_in(word: str, places: dict[str, Path]) -> str:
-    """A word whose first part may stand for a place."""
+def replace_name(word: str, paths: dict[str, Path]) -> str:
+    """A word whose first part may be the name of a path."""
     name, slash, rest = word.partition("/")
-    return f"{places.get(name, name)}{slash}{rest}"
+    return f"{paths.get(name, name)}{slash}{rest}"
 
 
 def imports(*lines: str, cwd: Path = ROOT) -> list[tuple[int, set[str]]]:
-    """Exit code and newly imported packages of `import transfusion`, and then of each of these commands."""
-    typed, env = json.dumps([line.split() for line in lines]), {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROBE, typed], cwd=cwd, env=env, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
-    return [(code, set(added)) for code, added in json.loads(done.stdout.rpartition("found")[2])]
+    """Exit code and newly imported packages of `import transfusion`, then of each of these commands."""
+    arguments, env = json.dumps([line.split() for line in lines]), {**os.environ, "PYTHONPATH": str(ROOT)}
+    probe = subprocess.run([sys.executable, "-c", PROBE, arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    assert "Traceback" not in probe.stderr and probe.returncode == 0, probe.stderr
+    return [(code, set(added)) for code, added in json.loads(probe.stdout.rpartition("results")[2])]
 
 
-def test_the_package_and_its_help_import_nothing():
-    assert imports("--help", "") == [(0, set()), (0, set()), (2, set())]
+def test_package_help_and_version_import_nothing():
+    assert imports("--help", "", "--version") == [(0, set()), (0, set()), (2, set()), (0, set())]
 
 
-WRONG = {  # what is typed -> the exit code
+def test_help_of_commands_imports_nothing_heavy():
+    helps = imports("train digits --help", "generate --help", "evaluate --help", "serve --help", "data prepare --help")
+    assert all(code == 0 and added <= OPTIONS for code, added in helps)
+
+
+WRONG = {  # arguments -> the exit code
     "trian": 2, "data prepair": 2, "data": 2, "train": 2, "train digit": 2, "train digits --model.widht 3": 2,
     "train digits --model.width many": 2, "train digits --model.heads 5": 2, "train 0.16b --data.sources shaps": 1,
     "train 0.16b": 1, "train small --data NOWHERE": 1, "train digits --from NOWHERE --out NEW": 1,
@@ -80,33 +85,33 @@ WRONG_SOURCES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("typed", "allowed"), [(WRONG, OPTIONS), (WRONG_SOURCES, OPTIONS | FILES)])
-def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path, typed, allowed):
-    places = {"NOWHERE": tmp_path / "nowhere", "NEW": tmp_path / "new", "RUN": tmp_path / "run"}
+@pytest.mark.parametrize(("commands", "allowed"), [(WRONG, OPTIONS), (WRONG_SOURCES, OPTIONS | FILES)])
+def test_usage_errors_import_nothing_heavy(tmp_path, commands, allowed):
+    paths = {"NOWHERE": tmp_path / "nowhere", "NEW": tmp_path / "new", "RUN": tmp_path / "run"}
     for folder in ("run", "runs"):
         (tmp_path / folder).mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    lines = [" ".join(place_in(word, places) for word in line.split()) for line in typed]
-    _, *found = imports(*lines, cwd=tmp_path)
-    for (line, code), (exited, added) in zip(typed.items(), found, strict=True):
-        assert exited == code, line
+    lines = [" ".join(replace_name(word, paths) for word in line.split()) for line in commands]
+    _, *results = imports(*lines, cwd=tmp_path)
+    for (line, code), (exit_code, added) in zip(commands.items(), results, strict=True):
+        assert exit_code == code, line
         assert added <= allowed, f"{line} imports {', '.join(sorted(added - allowed))}"
 
 
-def test_config_and_runs_import_nothing_heavy_even_indirectly():
-    code = "import sys, transfusion.config, transfusion.runs; print('torch' in sys.modules or 'numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
+def test_config_and_runs_import_nothing_heavy():
+    code = "import sys, transfusion.config, transfusion.paper; print('torch' in sys.modules or 'numpy' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "False", process.stderr
 
 
-def test_an_import_is_found():
-    """Else the tests above would test nothing."""
+def test_imports_are_found():
+    """Otherwise the tests above would test nothing."""
     (_, _), (code, added) = imports("plan 7b")
     assert code == 0
     assert "torch" in added
 
 
-def test_what_processes_of_tests_are_forked_with_is_there():
-    """The server passes over what it cannot import."""
+def test_preloaded_modules_exist():
+    """The fork server ignores modules that it cannot import."""
     for name in PRELOADED:
         import_module(name)

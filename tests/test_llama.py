@@ -114,7 +114,7 @@ def test_float16_weights_are_read(tmp_path):
     ({"hidden_size": 64}, "embed_tokens.weight is (300, 32); config.json and the tokenizer require (300, 64)"),
     ({"num_hidden_layers": 1}, "has an unexpected tensor model.layers.1"),
     ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
-    ({"num_key_value_heads": 3}, "not a multiple"), ({"num_attention_heads": "four"}, "cannot be used"),
+    ({"num_key_value_heads": 3}, "not divisible"), ({"num_attention_heads": "four"}, "cannot be used"),
 ])  # fmt: skip
 def test_unsupported_models_are_refused(tmp_path, capsys, changed, words):
     write_llama(tmp_path / "llama", **changed)
@@ -164,8 +164,8 @@ def test_run_from_a_language_model_resumes_like_any_other(tmp_path, capsys):
     llama.rename(tmp_path / "elsewhere")
     assert_same(train(tmp_path / "stopped", "--init-from", llama), expected)
     args = ("train", "digits", "--out", tmp_path / "stopped", *FAST)
-    assert "not with" in fails(capsys, 2, *args, "--init-from", tmp_path / "another")
-    assert "not with" in fails(capsys, 2, *args, "--from", llama)
+    assert "not from" in fails(capsys, 2, *args, "--init-from", tmp_path / "another")
+    assert "not from" in fails(capsys, 2, *args, "--from", llama)
     assert "seed is 0 there" in fails(capsys, 2, *args, "--training.seed", 1)
 
 
@@ -240,7 +240,8 @@ def test_runs_that_do_not_fit_are_refused_as_a_start(base, tmp_path, capsys):
     assert "another tokenizer or codec" in fails(capsys, 1, *other_args)
     assert not (tmp_path / "run").exists()
     command("train", "digits", "--out", tmp_path / "random", *FAST)
-    assert "began anew, not with" in fails(capsys, 2, "train", "digits", "--out", tmp_path / "random", *FAST, "--from", base)
+    message = fails(capsys, 2, "train", "digits", "--out", tmp_path / "random", *FAST, "--from", base)
+    assert "started from random weights, not from" in message
 
 
 @pytest.mark.parametrize("like", ["data", "first", "exported"])
@@ -262,6 +263,6 @@ def test_run_is_fine_tuned_on_data_prepared_like_the_first(tmp_path, like):
 def test_like_needs_a_run_or_prepared_data(tmp_path, capsys):
     write_photos(tmp_path / "photos", 20)
     write_llama(tmp_path / "llama")
-    for like, words in (("llama", "neither a run's"), ("nowhere", "is no prepared data")):
+    for like, words in (("llama", "neither a run's"), ("nowhere", "is not prepared data")):
         args = ("data", "prepare", tmp_path / "photos", "--like", tmp_path / like, "--out", tmp_path / "out")
         assert words in fails(capsys, 1, *args)

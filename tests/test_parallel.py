@@ -29,9 +29,10 @@ from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import newest_checkpoint, open_checkpoint, restore_newest
+from transfusion.checkpoint.open import describe_run, newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.start import open_start
 from transfusion.cli import runs
+from transfusion.cli.run_folder import RunFolder
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import ParallelConfig, Run
 from transfusion.data.loader import LoaderState
@@ -353,7 +354,8 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once(pair, tmp_path, ra
 def train_looking(ranks: Ranks, folder: Path, run: Run) -> Found:
     """With the previews that the command makes."""
     trainer = new_trainer(folder, run, ranks=ranks)
-    looking(trainer, runs._previewer(folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks))
+    run_folder = RunFolder(folder, describe_run(folder), run, encoder=None)
+    looking(trainer, runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks))
     assert trainer.train()
     return whole(trainer), rows_of(folder)
 

@@ -1,4 +1,4 @@
-"""What `plan` says before a run against what the run then does: bytes that are held, kept and sharded, by measurement."""
+"""`plan` against measurements of a training step: bytes of weights, saved activations and shards."""
 
 import json
 import weakref
@@ -15,100 +15,98 @@ from torch.utils._pytree import tree_leaves
 from tests.profile import THOROUGH
 from tests.test_cli import command, fails
 from transfusion import objective, plan
-from transfusion.config import DataConfig, ModelConfig, ParallelConfig, Run, to_json
+from transfusion.config import DataConfig, Machines, ModelConfig, ParallelConfig, Run, to_json
 from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
+from transfusion.paper import PAPER
 from transfusion.parallel import Ranks, parallelize
-from transfusion.plan import BF16, FP32, LOGITS, Machines
-from transfusion.runs import NAMES, PAPER, SIZES, named_run
+from transfusion.plan import BF16, FP32, LOGIT_BYTES
+from transfusion.runs import NAMES, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
-KEPT, MOST = 0.05, 0.1  # how far the plan may be off: indices, noise and times are left out, and what is let go early
+SAVED_ERROR, PEAK_ERROR = 0.05, 0.1  # relative; the plan ignores indices, noise, timesteps and tensors freed early
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of every storage that is made while it is open, and takes off those that are let go."""
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of all storages that are created inside it and not yet freed."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
-        self.seen = weakref.WeakValueDictionary()
+        self.current = self.peak = 0
+        self.storages = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                self.seen[id(tensor.untyped_storage())] = tensor.untyped_storage()
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+                self.storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        self.most = max(self.most, self.now)
-        return made
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.current)
+        return output
 
-    def _count(self, storage):
-        if self.seen.get(id(storage)) is not storage:
-            self.seen[id(storage)] = storage
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._let_go, storage.nbytes())
+    def _add(self, storage):
+        if self.storages.get(id(storage)) is not storage:
+            self.storages[id(storage)] = storage
+            self.current += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
 
-    def _let_go(self, number: int):
-        self.now -= number
+    def _free(self, size: int):
+        self.current -= size
 
 
 def one_row(length: int = 512, parallel: ParallelConfig = ParallelConfig(compile=False), **model) -> Run:  # noqa: B008
-    """A run like `digits`, of one row, so that a row of the plan's is its batch."""
+    """A run like `digits` with one row in a batch, as in the plan."""
     digits = named_run("digits")
     config = replace(digits.model, **{"vocab_size": 640} | model)
     return replace(digits, model=config, parallel=parallel, data=replace(digits.data, rows=1, seq_len=length))
 
 
-def measured(run: Run) -> tuple[int, int]:
-    """Bytes that the forward pass of a step leaves behind, and the most at any time of the step; but for the mask, which
-    only a CPU makes in full."""
+def measure(run: Run) -> tuple[int, int]:
+    """Bytes that a forward pass saves, and the peak of the step, without the mask, which only a CPU creates in full."""
     model, batch = build(run.model, 0), plan.typical_row(run.model, run.data.seq_len)
     model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
-    draws = objective.sample_noise(batch, run.diffusion)
-    with Alive() as alive:
-        losses = objective.compute_losses(model, batch, draws, run.diffusion)
+    noise = objective.sample_noise(batch, run.diffusion)
+    with MemoryCounter() as memory:
+        losses = objective.compute_losses(model, batch, noise, run.diffusion)
         loss = objective.total_loss(losses, batch.text_count, batch.image_count, 1.0)
-        kept = alive.now
+        saved = memory.current
         loss.backward()
     mask = (FP32 + 1) * run.data.seq_len**2
-    return kept - mask, alive.most - mask
+    return saved - mask, memory.peak - mask
 
 
 def planned(run: Run) -> tuple[int, int]:
-    """The same, as planned for fp32; gradients apart."""
-    kept, logits = plan.activations(run, FP32), plan.logits(run)
-    return kept + logits * FP32 // LOGITS, kept + max(logits, plan.inside_block(run, FP32))
+    """The same from the plan for fp32, without gradients."""
+    saved, logits = plan.count_activations(run, FP32), plan.count_logits(run)
+    return saved + logits * FP32 // LOGIT_BYTES, saved + max(logits, plan.count_block_backward(run, FP32))
 
 
 # Memory
 
 
 @pytest.mark.parametrize(
-    "rates", [{}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}], ids=str
+    "scales", [{}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}], ids=str
 )
-def test_weights_gradients_moments_and_average_are_exact(rates):
+def test_weights_gradients_moments_and_ema_are_exact(scales):
     run = named_run("shapes")
-    run = replace(run, training=replace(run.training, **rates))
-    model, average = build(run.model, 0), build(run.model, 0)
+    run = replace(run, training=replace(run.training, **scales))
+    model, ema = build(run.model, 0), build(run.model, 0)
     freeze(model, run.training.lr_scales)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer = build_optimizer(model, run.training)
     optimizer.step()
     moments = [value for name, value in optimizer_tensors(model, optimizer).items() if not name.endswith("step")]
-    found = plan.plan(run, Machines()).memory
-    held = {
+    memory = plan.plan(run, Machines()).memory
+    tensors = {
         "weights": list(model.parameters()), "gradients": [p.grad for p in model.parameters() if p.grad is not None],
-        "moments": moments, "ema": list(average.parameters()),
+        "moments": moments, "ema": list(ema.parameters()),
     }  # fmt: skip
-    assert {name: sum(t.nbytes for t in tensors) for name, tensors in held.items()} == {
-        name: getattr(found, name) for name in held
-    }
-    states = sum(t.nbytes for part in ("weights", "moments", "ema") for t in held[part])
-    assert plan.plan(run, Machines()).checkpoint == states
+    sizes = {name: sum(t.nbytes for t in part) for name, part in tensors.items()}
+    assert sizes == {name: getattr(memory, name) for name in tensors}
+    assert plan.plan(run, Machines()).checkpoint == sizes["weights"] + sizes["moments"] + sizes["ema"]
 
 
 @pytest.mark.parametrize("model", [
@@ -117,24 +115,24 @@ def test_weights_gradients_moments_and_average_are_exact(rates):
     {"patches": "unet", "unet_width": 128, "patch_size": 4},
     {"patches": "unet", "patch_size": 1},
 ], ids=str)  # fmt: skip
-def test_activations_and_logits_are_what_a_step_keeps(model):
+def test_activations_and_logits_match_a_step(model):
     run = one_row(**model)
-    (kept, most), (kept_planned, most_planned) = measured(run), planned(run)
-    assert kept_planned == pytest.approx(kept, rel=KEPT)
-    assert most_planned == pytest.approx(most, rel=MOST)
+    (saved, peak), (planned_saved, planned_peak) = measure(run), planned(run)
+    assert planned_saved == pytest.approx(saved, rel=SAVED_ERROR)
+    assert planned_peak == pytest.approx(peak, rel=PEAK_ERROR)
 
 
 @pytest.mark.parametrize("model", [{}, {"layers": 12}, {"vocab_size": 8192}, {"intermediate_size": 2048}], ids=str)
-def test_recomputing_keeps_what_goes_into_blocks(model):
+def test_activation_checkpointing_saves_block_inputs(model):
     run = one_row(**model, parallel=ParallelConfig(compile=False, activation_checkpointing=True))
-    (kept, most), (kept_planned, most_planned) = measured(run), planned(run)
-    assert kept_planned == pytest.approx(kept, rel=KEPT)
-    gradients = FP32 * count_parameters(build_on_meta(run.model))  # some are there when it is most
-    assert most_planned * (1 - MOST) < most < (most_planned + gradients) * (1 + MOST)
+    (saved, peak), (planned_saved, planned_peak) = measure(run), planned(run)
+    assert planned_saved == pytest.approx(saved, rel=SAVED_ERROR)
+    gradients = FP32 * count_parameters(build_on_meta(run.model))  # some exist at the peak
+    assert planned_peak * (1 - PEAK_ERROR) < peak < (planned_peak + gradients) * (1 + PEAK_ERROR)
 
 
 @pytest.mark.parametrize("model", [{"qk_norm": True, "kv_heads": 2}, *([{}] if THOROUGH else [])], ids=str)
-def test_a_compiled_block_in_bfloat16_keeps_what_is_planned(model, monkeypatch):
+def test_compiled_bfloat16_block_matches_the_plan(model, monkeypatch):
     monkeypatch.setattr(RMSNorm, "forward", nn.RMSNorm.forward)  # as on CUDA
     config = ModelConfig(width=256, layers=1, heads=4, intermediate_size=768, **model)
     run = Run("", config, data=DataConfig(rows=2, seq_len=64))
@@ -147,17 +145,17 @@ def test_a_compiled_block_in_bfloat16_keeps_what_is_planned(model, monkeypatch):
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         block(x, rotation, mask, None)
-    known = {t.data_ptr() for t in (*block.parameters(), *rotation)}
-    on_cpu = BF16 * mask.attn_bias.numel()  # the mask in full
-    kept = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known) - on_cpu
-    assert plan.kept_by_block(run) * 2 * 64 == pytest.approx(kept, rel=0.02)
+    excluded = {t.data_ptr() for t in (*block.parameters(), *rotation)}
+    bias = BF16 * mask.attn_bias.numel()  # on a CPU only
+    size = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in excluded) - bias
+    assert plan.saved_by_block(run) * 2 * 64 == pytest.approx(size, rel=0.02)
 
 
 @pytest.fixture
-def spread_over(request):
-    """A model without memory, spread over ranks that are not there: what one of them would hold."""
+def shard_bytes(request):
+    """Bytes that one rank of a process group without other processes holds of a model on the meta device."""
 
-    def held(config: ModelConfig, rank: int, ranks: int, shard: str = "full", per_machine: int = 8) -> int:
+    def count_bytes(config: ModelConfig, rank: int, ranks: int, shard: str = "full", per_machine: int = 8) -> int:
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         try:
             group = Ranks(rank, ranks)
@@ -168,103 +166,103 @@ def spread_over(request):
         finally:
             dist.destroy_process_group()
 
-    return held
+    return count_bytes
 
 
 @pytest.mark.parametrize(("size", "gpus", "shard"), [
     ("7b", 64, "full"), ("7b", 64, "hybrid"), ("0.16b", 7, "full"), ("1.4b", 48, "full"),
 ])  # fmt: skip
-def test_the_first_of_many_ranks_holds_what_is_planned(spread_over, size, gpus, shard):
+def test_first_rank_holds_the_planned_bytes(shard_bytes, size, gpus, shard):
     run = Run(size, SIZES[size], parallel=ParallelConfig(shard=shard))
-    assert spread_over(run.model, 0, gpus, shard) == plan.memory(run, Machines(gpus)).weights
+    assert shard_bytes(run.model, 0, gpus, shard) == plan.estimate_memory(run, Machines(gpus)).weights
 
 
-def test_ranks_hold_everything_once_and_none_more_than_the_first(spread_over):
+def test_ranks_hold_every_weight_once(shard_bytes):
     config = replace(SIZES["0.16b"], layers=2)
-    held = [spread_over(config, rank, 7) for rank in range(7)]
-    assert sum(held) == FP32 * count_parameters(build_on_meta(config))
-    assert max(held) == held[0] == plan.memory(Run("", config), Machines(7)).weights
-    assert held[0] > held[-1]  # seven does not divide: the last holds less
+    sizes = [shard_bytes(config, rank, 7) for rank in range(7)]
+    assert sum(sizes) == FP32 * count_parameters(build_on_meta(config))
+    assert max(sizes) == sizes[0] == plan.estimate_memory(Run("", config), Machines(7)).weights
+    assert sizes[0] > sizes[-1]  # sizes are not divisible by 7: the last rank holds less
 
 
-# Work
+# Parameters, FLOPs, time
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_are_those_of_the_model(name):
+def test_parameters_match_the_model(name):
     run = named_run(name)
-    found = plan.plan(run, Machines()).parameters
+    parameters = plan.plan(run, Machines()).parameters
     model = build_on_meta(run.model)
-    assert sum(found.values()) == count_parameters(model)
-    assert found["transformer"] == count_parameters(model.transformer)
-    assert found["patches"] == (count_parameters(model.patches) if model.patches is not None else 0)
+    assert sum(parameters.values()) == count_parameters(model)
+    assert parameters["transformer"] == count_parameters(model.transformer)
+    assert parameters["patches"] == (count_parameters(model.patches) if model.patches is not None else 0)
 
 
-def test_flops_are_those_of_a_row_that_is_half_images():
+def test_flops_of_a_row_of_half_images():
     run = named_run("1.4b")
     config, length, patches = run.model, 4096, 256
-    found, batch = plan.plan(run, Machines()), plan.typical_row(run.model, 4096)
+    estimate, batch = plan.plan(run, Machines()), plan.typical_row(run.model, 4096)
     images = length // 2 // (patches + 4)
     assert (batch.positions, batch.image_count, batch.groups[0].index.shape[1]) == (length, images, patches)
     text = length - images * (patches + 4)
     pairs = text * (text + 1) // 2 + images * (1 + 2 + patches * (patches + 2) + (patches + 3) + (patches + 4))
     products = 2048 * (4 * 2048 + 3 * 5632) * 24
-    in_and_out = images * 2048 * (2 * 32 * patches + 256 + 2048)
+    patch_layers = images * 2048 * (2 * 32 * patches + 256 + 2048)
     head = 2048 * 32_000 * (text + 2 * images)
-    forward = 2 * (products * length + head + in_and_out) + 4 * 2048 * 24 * pairs
-    assert found.flops == pytest.approx(3 * forward / length, rel=1e-12)
-    assert found.usual_flops == 6 * count_parameters(build_on_meta(config)) + 12 * 24 * 2048 * length
+    forward = 2 * (products * length + head + patch_layers) + 4 * 2048 * 24 * pairs
+    assert estimate.flops == pytest.approx(3 * forward / length, rel=1e-12)
+    assert estimate.usual_flops == 6 * count_parameters(build_on_meta(config)) + 12 * 24 * 2048 * length
 
 
 @pytest.mark.parametrize(("length", "patch_size", "patches"), [
     (4096, 2, 256), (4096, 1, 1024), (4096, 8, 16), (128, 2, 16), (256, 2, 64), (8, 2, 0), (1, 2, 0),
 ])  # fmt: skip
-def test_a_typical_row_is_full_whatever_its_length(length, patch_size, patches):
+def test_typical_row_is_full_at_any_length(length, patch_size, patches):
     batch = plan.typical_row(ModelConfig(patch_size=patch_size), length)
     assert batch.positions == length
     assert [group.index.shape[1] for group in batch.groups] == [patches] * bool(patches)
 
 
-def test_time_and_disk_follow():
+def test_time_and_disk():
     run, machines = named_run("7b"), Machines(gpus=64, mfu=0.5, tflops=1000)
-    found = plan.plan(run, machines)
-    assert found.positions == 250_000 * 8 * 4096 * 64
-    assert found.seconds == pytest.approx(found.positions * found.flops / (0.5 * 1e15 * 64))
-    assert found.checkpoint == 16 * count_parameters(build_on_meta(run.model))
-    assert found.usual_mfu * found.flops == pytest.approx(0.5 * found.usual_flops)
+    estimate = plan.plan(run, machines)
+    assert estimate.positions == 250_000 * 8 * 4096 * 64
+    assert estimate.seconds == pytest.approx(estimate.positions * estimate.flops / (0.5 * 1e15 * 64))
+    assert estimate.checkpoint == 16 * count_parameters(build_on_meta(run.model))
+    assert estimate.usual_mfu * estimate.flops == pytest.approx(0.5 * estimate.usual_flops)
 
 
-@pytest.mark.parametrize(("asked", "accumulate"), [(2**21, 1), (2**23, 4), (5 * 2**20, 2), (1, 1)])
-def test_a_batch_gives_the_nearest_accumulation(asked, accumulate):
-    assert plan.with_batch(named_run("7b"), 64, asked).training.accumulate == accumulate
+@pytest.mark.parametrize(("positions", "accumulate"), [(2**21, 1), (2**23, 4), (5 * 2**20, 2), (1, 1)])
+def test_batch_gives_nearest_accumulation(positions, accumulate):
+    assert plan.with_batch(named_run("7b"), 64, positions).training.accumulate == accumulate
 
 
-# What would help
+# Ways to fit
 
 
 @pytest.mark.parametrize(("name", "gpus", "memory"), [("7b", 64, 80e9), ("7b", 8, 40e9), ("1.4b", 1, 40e9), ("7b", 1, 80e9)])
 def test_every_way_to_fit_fits(name, gpus, memory, capsys):
-    before = plan.plan(named_run(name), Machines(gpus, memory=memory))
-    ways = [*plan.ways_to_fit(before.run, before.machines)]
-    assert not before.fits
+    estimate = plan.plan(named_run(name), Machines(gpus, memory=memory))
+    ways = [*plan.ways_to_fit(estimate.run, estimate.machines)]
+    assert not estimate.fits
     assert ways
     for way in ways:
         command("plan", name, "--gpus", gpus, "--memory", f"{memory / 1e9:g}GB", *way.split(), "--json")
         assert json.loads(capsys.readouterr().out)["fits"], way
 
 
-def test_there_may_be_no_way_to_fit():
+def test_no_way_to_fit():
     assert not [*plan.ways_to_fit(named_run("7b"), Machines(8, memory=3_000_000_000))]
 
 
 # The command
 
 
-def test_the_table_says_what_the_json_says(capsys):
-    typed = ("plan", "7b", "--gpus", 64, "--memory", "80GB")
-    command(*typed)
+def test_table_equals_json(capsys):
+    arguments = ("plan", "7b", "--gpus", 64, "--memory", "80GB")
+    command(*arguments)
     table = capsys.readouterr().out
-    command(*typed, "--json")
+    command(*arguments, "--json")
     values = json.loads(capsys.readouterr().out)
     assert max(map(len, table.splitlines())) <= 100
     assert f"{values['parameters']['all']:,}" in table
@@ -274,7 +272,7 @@ def test_the_table_says_what_the_json_says(capsys):
     assert "it would with --parallel.activation-checkpointing or" in table
 
 
-def test_the_rows_of_the_papers_tables_are_listed(capsys):
+def test_tables_lists_the_papers_rows(capsys):
     command("plan", "--tables", "--json")
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == len(PAPER)
@@ -284,24 +282,24 @@ def test_the_rows_of_the_papers_tables_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(PAPER) and max(map(len, lines)) <= 120
     assert any("0.16b, U-Net" in line and f"{unet['parameters']:,}" in line for line in lines)
-    for words in (("digits", "--tables"), ("--tables", "--gpus", "64")):
-        assert "nothing but --json" in fails(capsys, 2, "plan", *words)
+    for arguments in (("digits", "--tables"), ("--tables", "--gpus", "64")):
+        assert "nothing but --json" in fails(capsys, 2, "plan", *arguments)
 
 
-def test_without_a_run_the_five_sizes_stand_side_by_side(capsys):
+def test_plan_without_a_run_shows_five_sizes(capsys):
     command("plan", "--gpus", 64)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == list(SIZES)
     assert max(map(len, lines)) <= 100
     command("plan", "--data.rows", 2, "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert [one["run"] for one in found] == list(SIZES)
-    assert {one["positions_per_step"] for one in found} == {2 * 4096}
+    plans = json.loads(capsys.readouterr().out)
+    assert [values["run"] for values in plans] == list(SIZES)
+    assert {values["positions_per_step"] for values in plans} == {2 * 4096}
 
 
-def test_a_run_is_planned_as_it_would_be_trained(tmp_path, capsys):
+def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     command("plan", "digits", "--json")
-    assert json.loads(capsys.readouterr().out)["parameters"]["all"] == 2_105_604  # with the vocabulary of its own text
+    assert json.loads(capsys.readouterr().out)["parameters"]["all"] == 2_105_604  # with the vocabulary fitted to its text
     data = DataConfig(prepared=("/elsewhere",), seq_len=64)
     run = Run("mine", ModelConfig(width=64, layers=2, heads=2, vocab_size=384), data=data)
     (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
@@ -312,14 +310,14 @@ def test_a_run_is_planned_as_it_would_be_trained(tmp_path, capsys):
     assert values["positions_per_step"] == 2 * 8 * 64
 
 
-def test_a_batch_that_does_not_divide_is_told(capsys):
+def test_indivisible_batch_is_reported(capsys):
     command("plan", "7b", "--gpus", 64, "--batch", "2M")
-    assert "--batch 2,000,000 is no multiple of 2,097,152: the nearest is 2,097,152." in capsys.readouterr().out
+    assert "--batch 2,000,000 is not a multiple of 2,097,152: the nearest is 2,097,152." in capsys.readouterr().out
     command("plan", "7b", "--gpus", 64, "--batch", 2**22)
     assert "--batch" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("typed", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--gpus", "0"], "--gpus must be at least 1, not 0"),
     (["--gpus-per-machine", "0"], "--gpus-per-machine must be at least 1"),
     (["--memory", "80 apples"], "--memory takes a size, for example 80GB or 40GiB, not '80 apples'"),
@@ -328,11 +326,11 @@ def test_a_batch_that_does_not_divide_is_told(capsys):
     (["--mfu", "40"], "--mfu must lie above 0 and up to 1"), (["--tflops", "0"], "--tflops must be above 0"),
     (["--gpus", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
 ])  # fmt: skip
-def test_what_cannot_be_is_one_line(capsys, typed, said):
-    found = fails(capsys, 2, "plan", "7b", *typed)
-    assert said in found
-    assert found.count("\n") == 1
+def test_wrong_options_are_one_line(capsys, arguments, message):
+    stderr = fails(capsys, 2, "plan", "7b", *arguments)
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
-def test_an_unknown_run_is_told(capsys):
+def test_unknown_run_is_reported(capsys):
     assert "there is no run '8b'" in fails(capsys, 2, "plan", "8b")

@@ -1,4 +1,4 @@
-"""The named runs: every row of the paper's tables is one, of the paper's size, and says how its images were made."""
+"""The named runs: every row of the paper's tables has one, with the paper's size and generation settings."""
 
 from dataclasses import replace
 
@@ -6,34 +6,34 @@ import pytest
 
 from transfusion.config import Run, from_json, to_json
 from transfusion.model.transfusion import build_on_meta, count_parameters
-from transfusion.runs import CHAMELEON_VOCABULARY, CODES, NAMES, PAPER, SIZES, named_run
+from transfusion.paper import PAPER
+from transfusion.runs import CHAMELEON_VOCAB_SIZE, NAMES, NUM_CODES, SIZES, named_run
 from transfusion.sequence import Vocabulary
 
 TRANSFORMERS = {"0.16b": 162, "0.37b": 374, "0.76b": 778, "1.4b": 1364, "7b": 6738}  # millions, with 32,000 ids
-UNET = {"0.16b": 172}  # what Table 7's 106.1 % come to; 0.27 billion for the others
+UNET = {"0.16b": 172}  # millions, from the 106.1 % of Table 7; 0.27 billion for the others
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_named_run_is_what_its_run_json_says(name):
+def test_named_run_equals_its_json(name):
     run = named_run(name)
     assert run.name == name
     assert from_json(Run, to_json(run)) == run
 
 
 @pytest.mark.parametrize("row", PAPER, ids=lambda row: f"{row.table} {row.label}")
-def test_every_row_of_the_papers_tables_has_its_parameters(row):
+def test_rows_have_the_papers_parameters(row):
     run = named_run(row.run)
     size = next(size for size in SIZES if run.model.layers == SIZES[size].layers and run.model.width == SIZES[size].width)
     assert size in run.name or run.name == "7b-large"
     count = count_parameters(build_on_meta(run.model))
-    own = count_parameters(
-        build_on_meta(replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocab_size=32_000))
-    )
-    assert own == pytest.approx(TRANSFORMERS[size] * 1e6, rel=3e-3)
-    added = count - own
+    without_images = replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocab_size=32_000)
+    text_only = count_parameters(build_on_meta(without_images))
+    assert text_only == pytest.approx(TRANSFORMERS[size] * 1e6, rel=3e-3)
+    added = count - text_only
     match run.model.patches:
         case "linear":
-            width = run.model.width  # two layers for patches, and two for the time: 256 -> D -> D
+            width = run.model.width  # two layers for patches, and two for the timestep: 256 -> D -> D
             assert added == pytest.approx(width * (2 * run.model.patch_width + 256 + width), rel=0.01)
         case "unet" if run.model.patch_size == 2:
             assert added == pytest.approx(UNET.get(size, 270) * 1e6, rel=0.05)
@@ -41,10 +41,10 @@ def test_every_row_of_the_papers_tables_has_its_parameters(row):
             assert added > 0.15e9
         case "codes":
             added -= 2 * run.model.layers * run.model.head_size  # norms of queries and keys
-            assert added == pytest.approx(2 * (CHAMELEON_VOCABULARY - 32_000) * run.model.width, rel=0.01)
+            assert added == pytest.approx(2 * (CHAMELEON_VOCAB_SIZE - 32_000) * run.model.width, rel=0.01)
 
 
-def test_the_rows_are_those_of_the_tables():
+def test_rows_match_the_tables():
     counts = [sum(row.table == table for row in PAPER) for table in range(3, 10)]
     assert counts == [2, 4, 4, 7, 10, 4, 1]
     names = [[row.run for row in PAPER if row.table == table] for table in range(3, 10)]
@@ -55,27 +55,27 @@ def test_the_rows_are_those_of_the_tables():
         ["0.76b-patch1", "0.76b", "0.76b-patch4", "0.76b-patch8", "0.76b-unet", "0.76b-unet-patch4", "0.76b-unet-patch8"],
         linear + unet, ["0.76b-unet", "7b-unet", "0.76b-unet-limit", "7b-unet-limit"], ["7b-large"],
     ]  # fmt: skip
-    drawn = {3: (5.0, 30_000), 4: (None, None), 9: (None, 30_000)}
+    settings = {3: (5.0, 30_000), 4: (None, None), 9: (None, 30_000)}
     for row in PAPER:
-        assert (row.guidance_scale, row.fid_images) == drawn.get(row.table, (3.0, 5_000)), row.label
-    text = [(row.table, row.label, row.batch) for row in PAPER if row.sources == "text"]
-    assert text == [(4, "Llama 2", "1M"), (4, "Chameleon: + stability modifications", "1M")]
+        assert (row.guidance_scale, row.fid_images) == settings.get(row.table, (3.0, 5_000)), row.label
+    text_only = [(row.table, row.label, row.batch) for row in PAPER if row.sources == "text"]
+    assert text_only == [(4, "Llama 2", "1M"), (4, "Chameleon: + stability modifications", "1M")]
 
 
-def test_batches_are_what_the_runs_read_in_a_step():
-    """On 64 GPUs; of text alone half as much, its own half."""
+def test_batch_of_each_row():
+    """On 64 GPUs. Rows with text alone count half of the positions, which is their text."""
     for row in PAPER:
         run = named_run(row.run)
         positions = 64 * run.data.rows * run.data.seq_len * run.training.accumulate
         assert row.batch == f"{positions / 2**20 * (0.5 if row.sources == 'text' else 1):.0f}M", row.label
 
 
-def test_rows_differ_in_what_their_table_is_about_and_in_nothing_else():
+def test_rows_differ_only_in_the_ablated_settings():
     runs = {name: to_json(named_run(name)) for name in NAMES}
 
-    def differs(one: str, other: str) -> set[str]:
-        return {f"{part}.{key}" for part, values in runs[one].items() if isinstance(values, dict)
-                for key, value in values.items() if value != runs[other][part][key]}  # fmt: skip
+    def differs(first: str, second: str) -> set[str]:
+        return {f"{part}.{key}" for part, values in runs[first].items() if isinstance(values, dict)
+                for key, value in values.items() if value != runs[second][part][key]}  # fmt: skip
 
     stability = {"model.qk_norm", "model.post_norm", "model.z_loss", "training.learning_rate"}
     assert differs("0.76b", "chameleon-text-0.76b") == stability
@@ -87,5 +87,6 @@ def test_rows_differ_in_what_their_table_is_about_and_in_nothing_else():
     assert differs("7b-unet", "7b-large") == {"training.steps", "training.accumulate"}
 
 
-def test_chameleons_vocabulary_holds_text_codes_and_markers():
-    assert Vocabulary.build(32_000, [(32, 32)], patch_size=1, num_image_codes=CODES).size == CHAMELEON_VOCABULARY
+def test_chameleon_vocab_size():
+    vocabulary = Vocabulary.build(32_000, [(32, 32)], patch_size=1, num_image_codes=NUM_CODES)
+    assert vocabulary.size == CHAMELEON_VOCAB_SIZE

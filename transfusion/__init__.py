@@ -1,16 +1,22 @@
-"""Transfusion: one transformer over text tokens and image patches, that reads, writes and draws."""
+"""Transfusion: one transformer over text tokens and image patches, for understanding and generating both."""
 
 from importlib import import_module
+from importlib.metadata import version
 
-PLACES = {  # what `import transfusion` offers, and where it is
-    "open_run": "transfusion.inference.engine", "Request": "transfusion.inference.engine",
-    "Transfusion": "transfusion.model.transfusion",
+MODULES = {  # name -> the module that defines it; imported on first use, because these modules import torch
+    "Engine": "transfusion.inference.engine", "Request": "transfusion.inference.engine",
+    "Transfusion": "transfusion.model.transfusion", "open_run": "transfusion.inference.engine",
 }  # fmt: skip
-__all__ = list(PLACES)
+__all__ = ["__version__", *MODULES]
 
 
 def __getattr__(name: str):
-    """Imported only when it is asked for: the package itself loads nothing heavy."""
-    if name in PLACES:
-        return getattr(import_module(PLACES[name]), name)
+    if name == "__version__":
+        return version("open-transfusion")
+    if name in MODULES:
+        return getattr(import_module(MODULES[name]), name)
     raise AttributeError(f"module 'transfusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were before, checked JSON, SHA-256, and what a folder holds. Imports nothing heavy."""
+"""Atomic file writes, JSON with checks, SHA-256, and checks of folders. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -6,36 +6,36 @@ import os
 import re
 from pathlib import Path
 
-RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; of an exported run, or of a network alone
+RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; in that of an exported run or of a network
 
 
 class OpenError(ValueError):
-    """What lies on the disk cannot be used; the message says why in one line."""
+    """A file or folder that cannot be used; the message says why in one line."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The file with all of this content, or as it was before."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write a file atomically: after a crash it has the new content or the old."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def open_to_others(path: Path) -> None:
-    """As readable as any new file or folder, whoever made it only for this user."""
+    """Give a file or folder the permissions of a new one; temporary ones are private to the user."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_json(path: Path, values: dict) -> None:
-    """An object as JSON that a person can read: whole, or as it was before."""
+    """Write an object as indented JSON, atomically."""
     write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. OpenError when it is missing or is not one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or JSON made to be too much
+    except (OSError, ValueError, RecursionError) as error:  # no file, not UTF-8, not JSON, or nested too deeply
         raise OpenError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise OpenError(f"{path} does not hold a JSON object")
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_checked(path: Path, digest: str) -> bytes:
-    """The content of a file. OpenError when it is missing or its SHA-256 is another."""
+    """The content of a file. OpenError when it is missing or its SHA-256 differs."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -62,58 +62,59 @@ def read_checked(path: Path, digest: str) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, read once and never held whole."""
+    """The SHA-256 of a file, read in parts."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_folder(place: str | Path) -> Path:
-    """The folder of this name, or else that of the hub's repository `owner/name`, of which only safetensors and JSON come.
+def find_folder(source: str | Path) -> Path:
+    """A local folder, or a snapshot of the hub's repository `owner/name`, only its safetensors and JSON files.
 
-    What is on this disk is never taken for a name on the hub, nor is what would lie in a folder of this disk. OpenError when
-    the hub has nothing of that name, or is out of reach.
+    A name whose path or parent folder exists locally is never looked up on the hub. OpenError when the hub does not have it
+    or cannot be reached.
     """
-    path = Path(place)
-    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
+    path = Path(source)
+    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(place), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network, or no such name: whatever the hub's client raises
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no network or no such name: the hub's client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(f"{place} is not a run: there is no such folder, and the hub says: {reason}") from None
+        raise OpenError(f"{source} is not a run: there is no such folder, and the hub says: {reason}") from None
 
 
 def is_exported(folder: Path) -> bool:
-    """Is it what `export` wrote, not a run's own folder?"""
+    """Was the folder written by `export`?"""
     return not (folder / RUN).exists() and (folder / CONFIG).exists()
 
 
 def check_run(folder: Path) -> Path:
-    """This folder of a run, or of an exported one. OpenError when it is neither."""
+    """The folder, if it holds a run or an exported one. OpenError when it does not."""
     if not (folder / RUN).exists() and not is_exported(folder):
         raise OpenError(f"{folder} is not a run: it has no {RUN}")
     return folder
 
 
 def check_new(out: Path) -> None:
-    """ValueError when there is something of this name already, which would be lost."""
+    """ValueError when this path exists, so that nothing is overwritten."""
     if out.exists():
         raise ValueError(f"{out} is there already: give another --out")
 
 
 def check_codec(folder: Path) -> Path:
-    """This folder that `transfusion data fit-codec` made. OpenError when it is none."""
+    """The folder, if `transfusion data fit-codec` wrote it. OpenError when it did not."""
     if not (folder / "codec.json").exists():
-        raise OpenError(f"{folder} holds no codec: it has no codec.json (transfusion data fit-codec makes one)")
+        raise OpenError(f"{folder} holds no codec: it has no codec.json (transfusion data fit-codec writes one)")
     return folder
 
 
 def check_prepared(folder: Path) -> Path:
-    """This folder that `transfusion data prepare` made. OpenError when it is none, or is not finished."""
+    """The folder, if `transfusion data prepare` wrote it completely. OpenError when it did not."""
     if not (folder / "dataset.json").exists():
-        what = "is not finished: the same `transfusion data prepare` goes on" if (folder / "recipe.json").exists() else (
-            "is no prepared data: it has no dataset.json (transfusion data prepare SOURCE --out DIR makes one)")  # fmt: skip
-        raise OpenError(f"{folder} {what}")
+        if (folder / "recipe.json").exists():
+            raise OpenError(f"{folder} is not finished: run the same `transfusion data prepare` again")
+        raise OpenError(f"{folder} is not prepared data: it has no dataset.json (transfusion data prepare SOURCE --out DIR "
+                        "writes it)")  # fmt: skip
     return folder

@@ -62,7 +62,7 @@ def create_run_folder(
 
 def versions() -> dict[str, str]:
     """Of what writes it."""
-    return {"transfusion": version("transfusion"), "torch": torch.__version__, "python": platform.python_version()}
+    return {"transfusion": version("open-transfusion"), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def hash_config(run: dict, vocabulary: dict) -> str:

@@ -5,40 +5,45 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = {  # -> the file that holds the function of this name, and what it is for
-    "demo": ("runs", "train on real handwritten digits, measure, and write a report: five minutes on a laptop"),
-    "data": ("data", "look at what you have, and prepare it for training"),
-    "plan": ("plan", "what a run will cost, before it is begun: memory, time, disk"),
-    "train": ("runs", "train a named run or a run.json; the same command again goes on where it stopped"),
-    "generate": ("runs", "write and draw from a prompt of text and pictures"),
+COMMANDS = {  # -> the file with the function of this name, and a description
+    "demo": ("runs", "train on real handwritten digits, evaluate, write a report: five minutes on a laptop"),
+    "data": ("data", "inspect, validate and prepare training data"),
+    "plan": ("plan", "estimate memory, time and disk of a run before it starts"),
+    "train": ("runs", "train a named run or a run.json; the same command resumes it"),
+    "generate": ("runs", "generate text and images from a prompt of text and images"),
     "evaluate": ("evaluate", "measure a run and write results.json"),
-    "report": ("runs", "show a run as one page, report.html"),
-    "export": ("export", "write a run into a folder that others can open"),
-    "serve": ("serve", "answer over HTTP, in the words of OpenAI's API"),
+    "report": ("runs", "write report.html, one page about a run"),
+    "export": ("export", "export a run for others: safetensors, configs, model card"),
+    "serve": ("serve", "serve a run over HTTP with OpenAI's API"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what was typed and exit: 0 done, 1 failed, 2 not understood. Each command imports what it needs, and no other."""
+    """Execute a command and exit: 0 success, 1 failure, 2 wrong usage. Each command imports only what it needs."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"open-transfusion {version('open-transfusion')}")
+        sys.exit(0)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: transfusion COMMAND ...\n\nOne transformer that reads, writes and draws.\n")
-        print(*(f"  {verb:10}{what}" for verb, (_, what) in VERBS.items()), sep="\n")
-        print("\ntransfusion COMMAND --help says more.")
+        print("usage: transfusion COMMAND ...\n\nOne transformer for text and images.\n")
+        print(*(f"  {command:10}{description}" for command, (_, description) in COMMANDS.items()), sep="\n")
+        print("\ntransfusion COMMAND --help describes a command, transfusion --version prints the version.")
         sys.exit(0 if arguments else 2)
     from transfusion.cli.screen import UsageError, fail, nearest
 
-    verb, rest = arguments[0], arguments[1:]
+    command, rest = arguments[0], arguments[1:]
     try:
-        if verb not in VERBS:
-            raise UsageError(f"there is no command {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
-        getattr(import_module(f"transfusion.cli.{VERBS[verb][0]}"), verb)(rest)
+        if command not in COMMANDS:
+            raise UsageError(f"there is no command {command!r}{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        getattr(import_module(f"transfusion.cli.{COMMANDS[command][0]}"), command)(rest)
     except UsageError as error:
         fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads on (head, say) has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError) as error:  # what our own files raise says what is wrong in one line
+    except (ValueError, OSError) as error:  # the package's errors are one line
         fail(error, 1)

@@ -1,4 +1,4 @@
-"""transfusion data fit-codec: an autoencoder (or VQ codec) of one's own, from one's own pictures."""
+"""transfusion data fit-codec: train an autoencoder or VQ codec on images."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -7,25 +7,27 @@ from typing import Annotated
 
 import tyro
 
-from transfusion.cli.screen import Device, UsageError, nearest, parse, progress, say
-from transfusion.cli.sources import Reading, Sources, open_readers
+from transfusion.cli.options import Device, parse
+from transfusion.cli.screen import UsageError, nearest, progress, say
+from transfusion.cli.sources import Reading, open_readers
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import FaultToleranceConfig, from_json, parse_size
+from transfusion.disk import read_json, write_json, write_whole
 
-SHOWN = 16  # held-out pictures on the page
+NUM_SHOWN = 16  # held-out images on the page, and faults on the screen
 
 
 @dataclass(frozen=True)
-class Named:
-    """What is trained; --network.* and --training.* change any number of it."""
+class Preset:
+    """A named network and its training; --network.* and --training.* change its settings."""
 
     network: AutoencoderConfig
     training: CodecTrainingConfig
 
 
-NAMED = {
-    "paper": Named(AutoencoderConfig(), CodecTrainingConfig(gan_from=50_000)),
-    "small": Named(
+PRESETS = {
+    "paper": Preset(AutoencoderConfig(), CodecTrainingConfig(gan_from=50_000)),
+    "small": Preset(
         AutoencoderConfig(width=16, multipliers=(1, 2, 4), blocks=1, attention=False),
         CodecTrainingConfig(
             steps=1_800, batch_size=16, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=50, ema_decay=0.99,
@@ -37,174 +39,162 @@ NAMED = {
 
 @dataclass(frozen=True)
 class FitCodec:
-    """Train an autoencoder on the pictures of some sources; the same command again goes on where it stopped.
+    """Train an autoencoder on the images of sources; the same command resumes it.
 
-    It writes a folder that `transfusion data prepare --codec FOLDER` takes, with a page of originals beside reconstructions.
-    With --network.codes N it has a codebook of N codes (VQ), for runs with --model.patches codes.
+    Its folder is for `transfusion data prepare --codec FOLDER`, and has a page of originals and reconstructions. With
+    --network.codes N it is a VQ codec with N codes, for runs with --model.patches codes.
     """
 
     out: Path
-    """The folder to make."""
+    """Folder of the codec."""
     network: AutoencoderConfig
     training: CodecTrainingConfig
     fault_tolerance: FaultToleranceConfig
-    sources: Sources = ()
-    """What to read; see transfusion data --help."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     size: str = "256x256"
-    """Width x height to which pictures are cut for training."""
+    """WIDTHxHEIGHT in pixels to which images are resized and cropped."""
     most: int = 50_000
-    """At most so many pictures, or crops, are used."""
+    """Largest number of images, or crops, to train on."""
     crops: int = 0
-    """So many crops of each picture, at random places and scales; 0: the picture itself, resized and its middle cut out.
-    Unless the source holds pictures out, held-out crops are of those that are learnt from, and may overlap others."""
+    """Random crops of each image, held-out ones too unless the source holds out images; 0 takes the centre, resized."""
     device: Device = "auto"
 
 
 def fit_codec(arguments: list[str]) -> None:
-    """Gather, train, take statistics, show."""
+    """Gather the images, train, and write the codec with a page."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: transfusion data fit-codec NAME SOURCE... --out FOLDER [options]\n\n"
-              f"NAME is one of {', '.join(NAMED)}. "
+              f"NAME is one of {', '.join(PRESETS)}. "
               "transfusion data fit-codec NAME --help lists every option with its own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
     name, *rest = arguments
-    if name not in NAMED:
-        raise UsageError(f"there is no codec {name!r}{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
-    default = FitCodec(Path("codecs") / name, NAMED[name].network, NAMED[name].training, FaultToleranceConfig())
-    asked = parse(FitCodec, f"data fit-codec {name}", rest, default)
-    size = parse_size(asked.size)
-    if any(side % asked.network.downsampling for side in size):
-        raise UsageError(f"a picture of {asked.size} cannot be cut into squares of {asked.network.downsampling} pixels (f)")
-    if asked.crops < 0 or asked.most < 1:
-        raise UsageError(f"--crops must be at least 0 and --most at least 1, not {asked.crops} and {asked.most}")
-    readers = open_readers(asked.sources, asked.reading)
+    if name not in PRESETS:
+        raise UsageError(f"there is no codec {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    default = FitCodec(Path("codecs") / name, PRESETS[name].network, PRESETS[name].training, FaultToleranceConfig())
+    args = parse(FitCodec, f"data fit-codec {name}", rest, default)
+    size = parse_size(args.size)
+    if any(side % args.network.downsampling for side in size):
+        raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
+    if args.crops < 0 or args.most < 1:
+        raise UsageError(f"--crops must be at least 0 and --most at least 1, not {args.crops} and {args.most}")
+    readers = open_readers(args.reading)
 
     from transfusion.parallel import Ranks, pick_device
     from transfusion.training.codec import CodecTrainer
 
-    device = pick_device(asked.device)
-    _check_folder(asked, readers)
+    device = pick_device(args.device)
+    _check_folder(args, readers)
     with Ranks.of_torchrun(device) as ranks:
-        if ranks.is_main:
-            asked.out.mkdir(parents=True, exist_ok=True)
-            found = _gather(asked, readers, size)
-            lost = f"; {found.faults:,} records of no use" if found.faults else ""
-            say(f"{len(found.images):,} different {'crops' if asked.crops else 'pictures'} of {asked.size}{lost}")
+        gathered = _gather(args, readers, size) if ranks.is_main else None
+        if gathered:
+            skipped = f"; {gathered.faults:,} records skipped" if gathered.faults else ""
+            say(f"{len(gathered.images):,} different {'crops' if args.crops else 'images'} of {args.size}{skipped}")
         ranks.wait()
-        if not ranks.is_main:
-            found = _gather(asked, readers, size)
+        gathered = gathered or _gather(args, readers, size)
         trainer = CodecTrainer(
-            asked.network, asked.training, asked.out, found.images, device, ranks, asked.fault_tolerance, found.heldout
+            args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance, gathered.heldout
         )
-        _train(trainer, asked)
+        _train(trainer, args)
 
 
-def _gather(asked: FitCodec, readers: list, size: tuple[int, int]):
+def _gather(args: FitCodec, readers: list, size: tuple[int, int]):
     from transfusion.data.crops import gather_images
 
-    named = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    faults = []
 
-    def hear(fault) -> None:
-        named.append(fault)
-        if len(named) <= SHOWN:
+    def on_fault(fault) -> None:
+        faults.append(fault)
+        if len(faults) <= NUM_SHOWN:
             say(f"  {fault}")
 
-    with progress("reading pictures") as tick:
-        return gather_images(readers, size, asked.network.image_channels, asked.most, asked.out, tick, asked.crops, hear)
+    with progress("reading images") as on_progress:
+        return gather_images(
+            readers, size, args.network.image_channels, args.most, args.out, on_progress, args.crops, on_fault
+        )
 
 
-def _check_folder(asked: FitCodec, readers: list) -> None:
-    """A codec has a folder of its own, apart from its pictures', and goes on as it began or not at all."""
+def _check_folder(args: FitCodec, readers: list) -> None:
+    """UsageError when the folder holds something else, or a codec with other settings."""
     from transfusion.checkpoint.save import list_checkpoints
     from transfusion.data.prepare import check_not_nested
 
-    check_not_nested(readers, asked.out)
-    for name, what in (("run.json", "a run"), ("recipe.json", "a data set"), ("dataset.json", "a data set")):
-        if (asked.out / name).exists():
-            raise UsageError(f"{asked.out} holds {what}: give another --out")
-    if list_checkpoints(asked.out):
-        _check_same(asked)
+    check_not_nested(readers, args.out)
+    for name, content in (("run.json", "a run"), ("recipe.json", "a data set"), ("dataset.json", "a data set")):
+        if (args.out / name).exists():
+            raise UsageError(f"{args.out} holds {content}: give another --out")
+    path, parts = args.out / "fit.json", {"network": args.network, "training": args.training}
+    for part, config in parts.items() if list_checkpoints(args.out) else ():
+        # A field that a later version added has its default, which is what earlier versions did.
+        before = asdict(from_json(type(config), read_json(path).get(part, {}), f"{path}: {part}."))
+        for name, value in asdict(config).items():
+            if before[name] != value:
+                raise UsageError(f"{args.out} started with {part}.{name} {before[name]}, not {value}: give another --out")
 
 
-def _train(trainer, asked: FitCodec) -> None:
-    """To the last step, from wherever it stands, and then the codec's own files."""
-    from transfusion.disk import write_json
-
+def _train(trainer, args: FitCodec) -> None:
+    """Train from the last checkpoint to the last step, then write the codec."""
     if trainer.ranks.is_main:
-        write_json(asked.out / "fit.json", {"network": asdict(asked.network), "training": asdict(asked.training)})
+        write_json(args.out / "fit.json", {"network": asdict(args.network), "training": asdict(args.training)})
     trainer.loop.restore(say)
     if trainer.ranks.is_main:
-        say(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {asked.out}")
-    done = trainer.loop.progress.step >= asked.training.steps or trainer.train()
+        say(f"training on {trainer.device} with {', '.join(trainer.losses)}, into {args.out}")
+    done = trainer.loop.progress.step >= args.training.steps or trainer.train()
     if done and trainer.ranks.is_main:
-        _finish(trainer, asked)
+        _finish(trainer, args)
 
 
-def _check_same(asked: FitCodec) -> None:
-    from transfusion.disk import read_json
-
-    path, parts = asked.out / "fit.json", {"network": asked.network, "training": asked.training}
-    known = read_json(path)
-    for part, config in parts.items():
-        # A field that a later version added is taken for its default, which is what was done before there was one.
-        began = asdict(from_json(type(config), known.get(part, {}), f"{path}: {part}."))
-        for name, value in asdict(config).items():
-            if began[name] != value:
-                raise UsageError(f"{asked.out} began with {part}.{name} {began[name]}, not {value}: give another --out")
-
-
-def _finish(trainer, asked: FitCodec) -> None:
-    """Statistics of the latents, the codec's own files, and the page."""
+def _finish(trainer, args: FitCodec) -> None:
+    """Normalise the latents, and write the codec, codec.json and the page."""
     from hashlib import sha256
 
     from transfusion.codecs.autoencoder import with_statistics
     from transfusion.codecs.codec import codec_to_bytes
     from transfusion.codecs.vq import VQ
-    from transfusion.disk import write_json, write_whole
 
-    quantised = asked.network.codes is not None
-    codec = VQ(trainer.ema) if quantised else with_statistics(trainer.ema, trainer.sample_pictures())
+    is_vq = args.network.codes is not None
+    codec = VQ(trainer.ema) if is_vq else with_statistics(trainer.ema, trainer.sample_pictures())
     content, quality = codec_to_bytes(codec), trainer.quality()
-    write_whole(asked.out / "codec.safetensors", content)
-    write_json(asked.out / "codec.json", {
+    write_whole(args.out / "codec.safetensors", content)
+    write_json(args.out / "codec.json", {
         "kind": codec.kind, "channels": codec.channels, "downsampling": codec.downsampling,
         "sha256": sha256(content).hexdigest(),
         "heldout": quality, "losses": trainer.losses, "steps": trainer.loop.progress.step,
-        "seconds": round(trainer.loop.progress.seconds), **({"codes": codec.codes} if quantised else {}),
+        "seconds": round(trainer.loop.progress.seconds), **({"codes": codec.codes} if is_vq else {}),
     })  # fmt: skip
-    page = _page(trainer, codec, quality, asked)
-    use = f", {quality['codes_used']:.1%} of the codes, perplexity {quality['perplexity']:,.0f}" if quantised else ""
-    say(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}{use}")
-    say(f"wrote {asked.out / 'codec.safetensors'} and {page}")
+    page = _page(trainer, codec, quality, args)
+    usage = f", {quality['codes_used']:.1%} of the codes, perplexity {quality['perplexity']:,.0f}" if is_vq else ""
+    say(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}{usage}")
+    say(f"wrote {args.out / 'codec.safetensors'} and {page}")
 
 
-def _page(trainer, codec, quality: dict, asked: FitCodec) -> Path:
+def _page(trainer, codec, quality: dict, args: FitCodec) -> Path:
     from transfusion.page import Page
 
-    quantised = asked.network.codes is not None
-    page = Page(asked.out.name, "A VQ codec" if quantised else "An autoencoder")
-    become = f"one of {codec.codes:,} codes" if quantised else f"latents of {codec.channels} numbers"
+    is_vq = args.network.codes is not None
+    page = Page(args.out.name, "A VQ codec" if is_vq else "An autoencoder")
+    latents = f"one of {codec.codes:,} codes" if is_vq else f"latents of {codec.channels} numbers"
     page.say(
-        f"Pictures of {asked.size} pixels become {become} for each {codec.downsampling} x {codec.downsampling} "
-        f"pixels, and come back. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.losses)}."
+        f"Images of {args.size} pixels become {latents} for each {codec.downsampling} x {codec.downsampling} pixels, from "
+        f"which they are reconstructed. Trained {trainer.loop.progress.step:,} steps with {', '.join(trainer.losses)}."
     )
-    same = asked.crops and not trainer.held_by_source
-    held = "held-out crops of the pictures that it learnt from" if same else "held-out pictures"
+    same_images = args.crops and not trainer.held_by_source
+    heldout = "held-out crops of the training images" if same_images else "held-out images"
     figures = [
-        (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} {held}; higher is better"),
-        (f"{quality['ssim']:.4f}", "SSIM", "of the same; 1 is the picture itself"),
+        (f"{quality['psnr']:.2f} dB", "PSNR", f"of {quality['count']} {heldout}; higher is better"),
+        (f"{quality['ssim']:.4f}", "SSIM", "of the same; 1 is a perfect reconstruction"),
     ]
-    if quantised:
+    if is_vq:
         figures += [
-            (f"{quality['codes_used']:.1%}", "codes used", f"of {codec.codes:,}, by the same pictures"),
-            (f"{quality['perplexity']:,.0f}", "perplexity", "of the codes; their number if all are used alike"),
+            (f"{quality['codes_used']:.1%}", "codes used", f"of {codec.codes:,}, by the same images"),
+            (f"{quality['perplexity']:,.0f}", "perplexity", "of the codes; their number if all are used equally"),
         ]
     page.figures(figures)
-    shown = [trainer.pictures[n] for n in trainer.heldout[:SHOWN]]
-    page.heading(f"{held.capitalize()}, above, and what comes back of them")
-    half = len(shown) // 2 or 1
-    for first in range(0, len(shown), half):
-        group = shown[first : first + half]
-        page.strip([("picture", group), ("returns", [codec.decode(codec.encode(picture)) for picture in group])], width=110)
-    return page.write(asked.out / "reconstructions.html")
+    originals = [trainer.pictures[n] for n in trainer.heldout[:NUM_SHOWN]]
+    page.heading(f"{heldout.capitalize()}, above, and their reconstructions")
+    half = len(originals) // 2 or 1
+    for start in range(0, len(originals), half):
+        row = originals[start : start + half]
+        reconstructions = [codec.decode(codec.encode(picture)) for picture in row]
+        page.strip([("original", row), ("reconstruction", reconstructions)], width=110)
+    return page.write(args.out / "reconstructions.html")

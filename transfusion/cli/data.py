@@ -1,218 +1,179 @@
-"""transfusion data validate | inspect | stats | prepare: what people have, looked at and made ready."""
+"""transfusion data validate | inspect | stats | prepare: check, show, count and encode training data."""
 
 import json
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from transfusion.cli.codec import fit_codec
-from transfusion.cli.screen import UsageError, check_there, fail, nearest, parse, progress, say
-from transfusion.cli.sources import SOURCES, Reading, Sources, open_readers
+from transfusion.cli.options import parse
+from transfusion.cli.screen import UsageError, check_there, fail, nearest, progress, say
+from transfusion.cli.sources import SOURCES, Reading, open_readers
 from transfusion.config import PrepareConfig
 from transfusion.disk import CONFIG, RUN, check_codec, check_prepared
 
-VERBS = {
-    "validate": "read everything once and list what cannot be used, by file and row",
-    "inspect": "show documents as a page with thumbnails",
-    "stats": "count texts, tokens, images, lengths and sizes, per source",
-    "prepare": "encode everything once, for training",
-    "fit-codec": "train an autoencoder on pictures, for prepare --codec",
-}
-SHOWN = 10  # faults that are named on the screen
+NUM_SHOWN = 10  # faults of each source that are printed
+
 
 @dataclass(frozen=True)
 class Validate:
-    """Read everything once and list what cannot be used, by file and row. Exit code 1 when there is any fault."""
+    """Read all records and list the unusable ones by file and row. Exit code 1 when there is one."""
 
-    sources: Sources = ()
-    """What to read; see transfusion data --help."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     faults: Path | None = None
-    """A file for all faults, one JSON object a line; on the screen are the first ten of each source."""
+    """File for all faults as JSON lines; not written if not set; the first ten of each source are printed anyway."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show the first documents of a source (or some of a prepared folder) as a page with thumbnails."""
+    """Show the first documents of a source, or some of a prepared folder, on a page with thumbnails."""
 
-    sources: Sources = ()
-    """What to read; see transfusion data --help."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     count: int = 24
-    """Documents of each source."""
+    """Number of documents of each source."""
     out: Path = Path("inspect.html")
-    """The page."""
+    """File of the page."""
 
 
 @dataclass(frozen=True)
 class Stats:
     """Count texts, tokens, images, lengths and sizes, per source."""
 
-    sources: Sources = ()
-    """What to read; see transfusion data --help."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     tokenizer: Path | None = None
-    """A tokenizer.json to count tokens with; without it one is trained on the first documents, as prepare does."""
+    """The tokenizer.json that counts tokens; if not set, a tokenizer is trained on the first documents, as in prepare."""
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Encode everything once: text into ids, pictures into latents. The same command again goes on where it stopped.
+    """Encode all documents once: text into ids, images into latents. The same command resumes it.
 
-    Under torchrun the work is spread over its processes; the result is the same.
+    Under torchrun all processes share the work, with the same result.
     """
 
     out: Path
-    """The folder to make."""
-    sources: Sources = ()
-    """What to read; see transfusion data --help."""
+    """Folder of the prepared data."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
 
 
-def data(arguments: list[str]) -> None:
-    """Do one of the five."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: transfusion data COMMAND SOURCE... [options]\n")
-        print(*(f"  {verb:11}{what}" for verb, what in VERBS.items()), sep="\n")
-        print(f"\n{SOURCES}\ntransfusion data COMMAND --help lists every option.")
-        sys.exit(0 if arguments else 2)
-    verb, rest = arguments[0], arguments[1:]
-    match verb:
-        case "validate":
-            validate(parse(Validate, "data validate", rest))
-        case "inspect":
-            inspect(parse(Inspect, "data inspect", rest))
-        case "stats":
-            stats(parse(Stats, "data stats", rest))
-        case "prepare":
-            prepare(parse(Prepare, "data prepare", rest))
-        case "fit-codec":
-            fit_codec(rest)
-        case _:
-            raise UsageError(f"there is no command data {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
-
-
-def validate(asked: Validate) -> None:
-    """Faults to the screen and, if asked for, to a file."""
-    prepared, readers = _open(asked)
+def validate(args: Validate) -> None:
+    """Print the faults, and write all of them to a file if one is given."""
+    folders, readers = _open(args)
 
     from transfusion.data.survey import survey
 
-    if asked.faults:
-        asked.faults.parent.mkdir(parents=True, exist_ok=True)
-    for folder in prepared:
+    if args.faults:
+        args.faults.parent.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
         folder.verify()
         print(f"{folder.folder}: every shard is as it was written")
-    lines, total = [], 0
+    records, total = [], 0
     for reader in readers:
-        first = []
+        lines = []
 
-        def hear(fault, first=first, reader=reader) -> None:
-            lines.append({"source": reader.name, "kind": fault.kind, "where": fault.where, "message": fault.message})
-            first.extend([f"    {fault}"] if len(first) < SHOWN else ())
+        def on_fault(fault, lines=lines, reader=reader) -> None:
+            records.append({"source": reader.name, "kind": fault.kind, "where": fault.where, "message": fault.message})
+            lines.extend([f"    {fault}"] if len(lines) < NUM_SHOWN else ())
 
-        with progress(f"reading {reader.name}") as tick:
-            found = survey(reader, None, hear, tick)
-        total += found.faults.total()
-        documents, faults = found.documents.total(), found.faults.total()
-        print(f"{found.name}: {found.records:,} records, {documents:,} documents, {faults:,} faults")
-        for line in (*(f"  {count:,} {kind}" for kind, count in found.faults.most_common()), *first):
+        with progress(f"reading {reader.name}") as on_progress:
+            counts = survey(reader, None, on_fault, on_progress)
+        documents, faults = counts.documents.total(), counts.faults.total()
+        total += faults
+        print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
+        for line in (*(f"  {number:,} {kind}" for kind, number in counts.faults.most_common()), *lines):
             print(line)
-    if asked.faults:
-        asked.faults.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if args.faults:
+        args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
     if total:
-        fail(ValueError(f"{total:,} faults{f', all in {asked.faults}' if asked.faults else ''}"), 1)
+        fail(ValueError(f"{total:,} faults{f', all in {args.faults}' if args.faults else ''}"), 1)
 
 
-def inspect(asked: Inspect) -> None:
-    """The page."""
-    if asked.count < 1:
-        raise UsageError(f"--count must be at least 1, not {asked.count}")
-    prepared, readers = _open(asked)
+def inspect(args: Inspect) -> None:
+    """Write the page."""
+    if args.count < 1:
+        raise UsageError(f"--count must be at least 1, not {args.count}")
+    folders, readers = _open(args)
 
     from transfusion.data.inspect import show_prepared, show_source
     from transfusion.page import Page
 
-    page = Page(", ".join([*(folder.folder.name for folder in prepared), *(reader.name for reader in readers)]), "Documents")
-    for folder in prepared:
-        show_prepared(page, folder, asked.count)
+    page = Page(", ".join([*(folder.folder.name for folder in folders), *(reader.name for reader in readers)]), "Documents")
+    for folder in folders:
+        show_prepared(page, folder, args.count)
     for reader in readers:
-        show_source(page, reader, asked.count)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    say(f"wrote {page.write(asked.out)}")
+        show_source(page, reader, args.count)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    say(f"wrote {page.write(args.out)}")
 
 
-def stats(asked: Stats) -> None:
-    """One table a source."""
-    check_there(asked.tokenizer)
-    prepared, readers = _open(asked)
+def stats(args: Stats) -> None:
+    """Print one table for each source."""
+    check_there(args.tokenizer)
+    folders, readers = _open(args)
 
     from transfusion.codecs.text import Tokenizer
     from transfusion.data.fitting import train_tokenizer
     from transfusion.data.survey import first_texts, survey, survey_prepared
 
-    if asked.tokenizer is not None:
-        tokenizer = Tokenizer.from_file(asked.tokenizer)
+    if args.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(args.tokenizer)
     elif readers:
         say("training a tokenizer on the first documents, to count tokens with")
         tokenizer = train_tokenizer(first_texts(readers, PrepareConfig().fit_documents), None)
-    found = [one for folder in prepared for one in survey_prepared(folder)]
+    surveys = [source for folder in folders for source in survey_prepared(folder)]
     for reader in readers:
-        with progress(f"reading {reader.name}") as tick:
-            found.append(survey(reader, tokenizer, on_progress=tick))
-    for one in found:
-        print(one.name)
-        print(*(f"  {what:14}{how_much}" for what, how_much in one.rows()), sep="\n")
+        with progress(f"reading {reader.name}") as on_progress:
+            surveys.append(survey(reader, tokenizer, on_progress=on_progress))
+    for source in surveys:
+        print(source.name)
+        print(*(f"  {name:14}{value}" for name, value in source.rows()), sep="\n")
 
 
-def prepare(asked: Prepare) -> None:
-    """A prepared folder, made or gone on with; under torchrun by all its processes."""
-    check_there(asked.config.tokenizer)
-    if asked.config.like is not None and not any((Path(asked.config.like) / name).exists() for name in (RUN, CONFIG)):
-        check_prepared(Path(asked.config.like))
-    codec = asked.config.codec
+def prepare(args: Prepare) -> None:
+    """Create a prepared folder or resume it; under torchrun with all its processes."""
+    like, codec = args.config.like, args.config.codec
+    check_there(args.config.tokenizer)
+    if like is not None and not any((Path(like) / name).exists() for name in (RUN, CONFIG)):
+        check_prepared(Path(like))
     if codec not in ("auto", "pixels", "block_pca") and codec.count("/") != 1 and not (Path(codec) / CONFIG).exists():
         check_codec(Path(codec))
-    readers = open_readers(asked.sources, asked.reading)
+    readers = open_readers(args.reading)
 
-    from transfusion.data import prepare as preparing
+    from transfusion.data import prepare as preparation
     from transfusion.parallel import Ranks
 
     with Ranks.of_torchrun() as ranks:
-        first = ranks.rank == 0
-        for reader in readers if first else ():
+        is_main = ranks.rank == 0
+        for reader in readers if is_main else ():
             say(reader.describe())
-        existed = (asked.out / "dataset.json").exists()
-        with progress("preparing", quiet=not first) as tick:
-            about = preparing.prepare(
-                readers, asked.config, asked.out, ranks.rank, ranks.world, ranks.wait, tick, say if first else _nothing
-            )
-    if first:
-        sizes = ", ".join("{}x{}".format(*size) for size in about["sizes"])
-        say(f"{asked.out} {'was prepared already' if existed else 'is prepared'}: tokenizer of "
-            f"{about['tokenizer']['size']:,} ids, codec {about['codec']['kind']}, pictures of {sizes}")  # fmt: skip
-        for name, source in about["sources"].items():
+        existed = (args.out / "dataset.json").exists()
+        with progress("preparing", quiet=not is_main) as on_progress:
+            dataset = preparation.prepare(
+                readers, args.config, args.out, ranks.rank, ranks.world, ranks.wait, on_progress,
+                say if is_main else lambda line: None,
+            )  # fmt: skip
+    if is_main:
+        sizes = ", ".join("{}x{}".format(*size) for size in dataset["sizes"])
+        say(f"{args.out} {'was prepared already' if existed else 'is prepared'}: tokenizer of "
+            f"{dataset['tokenizer']['size']:,} ids, codec {dataset['codec']['kind']}, pictures of {sizes}")  # fmt: skip
+        for name, source in dataset["sources"].items():
             documents, faults = source["documents"], Counter(source["faults"])
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
-            left_out = f"; {faults.total():,} left out ({kinds}): see {asked.out / 'quarantine.jsonl'}" if faults else ""
+            left_out = f"; {faults.total():,} left out ({kinds}): see {args.out / 'quarantine.jsonl'}" if faults else ""
             say(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
 
 
-def _nothing(line: str) -> None:
-    """What the other processes say."""
-
-
-def _open(asked: Validate | Inspect | Stats) -> tuple[list, list]:
+def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:
     """The prepared folders among the sources, and readers of the others."""
-    prepared = [source for source in asked.sources if os.path.exists(os.path.join(source, "recipe.json"))]
-    others = [source for source in asked.sources if source not in prepared]
-    readers = open_readers(others, asked.reading, needed=not prepared)
+    prepared = [source for source in args.reading.sources if os.path.exists(os.path.join(source, "recipe.json"))]
+    others = tuple(source for source in args.reading.sources if source not in prepared)
+    readers = open_readers(replace(args.reading, sources=others), required=not prepared)
     for reader in readers:
         say(reader.describe())
     if not prepared:
@@ -220,3 +181,27 @@ def _open(asked: Validate | Inspect | Stats) -> tuple[list, list]:
     from transfusion.data.store import open_prepared
 
     return [open_prepared(Path(folder)) for folder in prepared], readers
+
+
+COMMANDS = {  # -> the function, the class of its options, and a description
+    "validate": (validate, Validate, "read all records and list the unusable ones by file and row"),
+    "inspect": (inspect, Inspect, "show documents on a page with thumbnails"),
+    "stats": (stats, Stats, "count texts, tokens, images, lengths and sizes, per source"),
+    "prepare": (prepare, Prepare, "encode all documents once, for training"),
+    "fit-codec": (fit_codec, None, "train an autoencoder on images, for prepare --codec"),
+}
+
+
+def data(arguments: list[str]) -> None:
+    """Execute one of the commands."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: transfusion data COMMAND SOURCE... [options]\n")
+        print(*(f"  {command:11}{description}" for command, (_, _, description) in COMMANDS.items()), sep="\n")
+        print(f"\n{SOURCES}\ntransfusion data COMMAND --help lists every option.")
+        sys.exit(0 if arguments else 2)
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise UsageError(f"there is no command data {command}{nearest(command, COMMANDS)}; there are {known}")
+    execute, options, _ = COMMANDS[command]
+    execute(parse(options, f"data {command}", rest) if options else rest)

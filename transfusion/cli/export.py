@@ -1,35 +1,34 @@
-"""transfusion export: a run as a folder that others open."""
+"""transfusion export: a run as a folder for others."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from transfusion.cli.screen import parse, say
+from transfusion.cli.options import RunArgument, parse
+from transfusion.cli.screen import say
 from transfusion.disk import check_new, check_run, find_folder
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run into a new folder for others: config, safetensors, tokenizer, codec and a model card. `generate` takes
-    that folder like the run's, or owner/name once it lies on Hugging Face's hub; `train --from` begins with its weights."""
+    """Export a run into a new folder: config, safetensors, tokenizer, codec and a model card. `generate` and `train --from`
+    take that folder, or owner/name once it is on Hugging Face's hub."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunArgument
     """The run's folder."""
     out: Path
-    """The folder that is made."""
+    """The folder to create."""
     weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the weights, or the last ones."""
+    """Moving average of the weights, or the last weights."""
 
 
 def export(arguments: list[str]) -> None:
-    """Write the folder, and say what is to be done with it."""
-    asked = parse(Export, "export", arguments)
-    run = check_run(find_folder(asked.run))
-    check_new(asked.out)
+    """Write the folder and print how to publish it."""
+    args = parse(Export, "export", arguments)
+    run = check_run(find_folder(args.run))
+    check_new(args.out)
 
-    from transfusion.checkpoint.export import export as write
+    from transfusion.checkpoint.export import export as export_run
 
-    out = write(run, asked.out, asked.weights)
-    say(f"wrote {out}; to publish it, look at its README.md, and: hf upload OWNER/NAME {out}")
+    out = export_run(run, args.out, args.weights)
+    say(f"wrote {out}; to publish it, check its README.md, then: hf upload OWNER/NAME {out}")

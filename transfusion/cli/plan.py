@@ -1,4 +1,4 @@
-"""transfusion plan: what a run will cost, as a table, before it is begun."""
+"""transfusion plan: the memory, time and disk that a run needs, as a table."""
 
 import json
 import re
@@ -10,59 +10,45 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from transfusion.cli.runs import named, parse_run
+from transfusion.cli.options import as_usage_error
+from transfusion.cli.runs import parse_run, read_run
 from transfusion.cli.screen import UsageError
-from transfusion.config import (
-    DataConfig,
-    DiffusionConfig,
-    FaultToleranceConfig,
-    GenerationConfig,
-    Machines,
-    ModelConfig,
-    ParallelConfig,
-    Run,
-    TrainingConfig,
-)  # fmt: skip
+from transfusion.config import Machines, Run
 from transfusion.disk import check_prepared
-from transfusion.runs import NAMES, PAPER, SIZES, named_run
+from transfusion.paper import PAPER
+from transfusion.runs import NAMES, SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-NAME, FIGURE = 30, 14  # columns
+NAME_WIDTH, FIGURE_WIDTH = 30, 14  # columns of the table
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run will cost: transfusion plan RUN, a named run or a run.json, with any number changed as for `train`.
-    Without RUN: the paper's five sizes side by side."""
+class PlanOptions:
+    """Estimate memory, time and disk of a run: transfusion plan RUN, a named run or a run.json, with the options of `train`.
+    Without RUN, the paper's five sizes side by side."""
 
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    data: DataConfig
-    training: TrainingConfig
-    parallel: ParallelConfig
-    fault_tolerance: FaultToleranceConfig
-    generation: GenerationConfig
+    run: Annotated[Run, tyro.conf.arg(name="")]
     gpus: int = 1
-    """That share the run."""
+    """Number of GPUs that train the run."""
     gpus_per_machine: int = 8
-    """That share one copy of the weights, with hybrid sharding."""
+    """Number of GPUs in a machine, which share one copy of the weights with hybrid sharding."""
     memory: str = "80GB"
-    """Of each GPU, for example 80GB or 40GiB."""
+    """Memory of each GPU with its unit, for example 80GB or 40GiB."""
     tflops: float = 989.0
-    """Of each GPU at its best; 989: an H100 in bfloat16."""
+    """Peak TFLOP/s of each GPU; 989 is an H100 in bfloat16."""
     mfu: float = 0.4
-    """Share of it that the run's FLOPs will reach, counted exactly."""
+    """Share of the peak that the run's exact FLOPs reach, from 0 to 1."""
     batch: str | None = None
-    """Positions per step, for example 2M; training.accumulate follows."""
+    """Positions per step, for example 2M, from which training.accumulate follows; decided by the run if not set."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of a table."""
     tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Without RUN: the named run of every row of the paper's Tables 3 to 9, its size, and how its images were drawn."""
+    """Without RUN, print the named run, size and generation settings of each row of the paper's Tables 3 to 9."""
 
 
 class Line(NamedTuple):
-    """Of the table. Without a figure: the heading of those that follow."""
+    """A line of the table. Without a figure, the heading of the lines below it."""
 
     name: str
     figure: str = ""
@@ -70,163 +56,144 @@ class Line(NamedTuple):
 
 
 def plan(arguments: list[str]) -> None:
-    """Print what a run costs, or the paper's five."""
+    """Print the plan of a run, or of the paper's five sizes."""
     if "--tables" in arguments:
         if {*arguments} - {"--tables", "--json"}:
             raise UsageError("--tables lists the paper's rows: it takes nothing but --json")
-        rows = list(_paper())
-        return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_aligned(rows)))
-    alone = bool(arguments) and not arguments[0].startswith("-")
-    asked = [named("plan", arguments)] if alone else [(named_run(size), arguments) for size in SIZES]
-    known = not alone or arguments[0] in NAMES
-    read = [_read(run, rest, f"plan {run.name}" if alone else "plan", known) for run, rest in asked]
-    from transfusion.plan import plan as plan_of
+        rows = [asdict(row) | {"parameters": _count_parameters(row.run)} for row in PAPER]
+        return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
+    single = bool(arguments) and not arguments[0].startswith("-")
+    runs = [read_run("plan", arguments)] if single else [(named_run(size), arguments) for size in SIZES]
+    is_named = not single or arguments[0] in NAMES
+    parsed = [_parse(run, rest, f"plan {run.name}" if single else "plan", is_named) for run, rest in runs]
+    from transfusion.plan import plan as plan_run
 
-    try:
-        plans = [plan_of(run, machines) for run, machines, _ in read]
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if read[0][2].json:
-        found = [_values(one) for one in plans]
-        print(json.dumps(found[0] if alone else found, indent=2))
+    with as_usage_error(Machines):
+        plans = [plan_run(run, machines) for run, machines, _ in parsed]
+    args = parsed[0][2]
+    if args.json:
+        values = [_to_json(estimate) for estimate in plans]
+        print(json.dumps(values[0] if single else values, indent=2))
     else:
-        print(*_table(plans), *_notes(plans, read[0][2]), sep="\n")
+        print(*_table(plans), *_notes(plans, args), sep="\n")
 
 
-def _read(run: Run, arguments: list[str], name: str, known: bool):
-    """The run and the machines that were typed, and all else. A named run takes from its data what `train` would."""
-    run, asked = parse_run(Asked, name, run, arguments)
-    memory = _number(asked.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
-    batch = None
-    if asked.batch is not None:
-        batch = _number(asked.batch, COUNTS, "--batch takes a number of positions, for example 2M or 2097152")
-    try:
-        machines = Machines(asked.gpus, asked.gpus_per_machine, memory, asked.tflops, asked.mfu)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    for folder in run.data.prepared if known else ():  # of a run.json all is known, wherever its data lie
+def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tuple[Run, Machines, PlanOptions]:
+    """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
+    run, args = parse_run(PlanOptions, command, run, arguments)
+    memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
+    with as_usage_error(Machines):
+        machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
+    for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
-    if known and (run.data.sources or run.data.prepared):
+    if is_named and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
         fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
         run = replace(run, model=replace(run.model, **fitted))
-    if batch is not None:
+    if args.batch is not None:
+        batch = _number(args.batch, COUNTS, "--batch takes a number of positions, for example 2M or 2097152")
         from transfusion.plan import with_batch
 
-        run = with_batch(run, asked.gpus, batch)
-    return run, machines, asked
+        run = with_batch(run, args.gpus, batch)
+    return run, machines, args
 
 
-def _number(text: str, units: dict[str, int], wanted: str) -> int:
+def _number(text: str, units: dict[str, int], rule: str) -> int:
+    """A number with a unit, in the smallest unit. UsageError when it is not one, or 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     number = round(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
     if not number:
-        raise UsageError(f"{wanted}, not {text!r}")
+        raise UsageError(f"{rule}, not {text!r}")
     return number
 
 
 def _table(plans: list) -> Iterator[str]:
-    """One column for each run; of a run alone with a remark beside each figure."""
-    alone, run = len(plans) == 1, plans[0].run
+    """One column for each run; a single run has a remark beside each figure."""
+    single, run = len(plans) == 1, plans[0].run
     sharding = f", {run.parallel.shard} sharding" if plans[0].machines.gpus > 1 else ""
-    yield f"{run.name + ' on ' if alone else ''}{_counted(plans[0].machines.gpus, 'GPU')}{sharding}"
-    if not alone:
-        yield " " * NAME + "".join(f"{one.run.name:>{FIGURE}}" for one in plans)
-    unit = "MB" if all(one.memory.all - one.memory.own < BYTES["GB"] for one in plans) else "GB"
-    for same in zip(*(_lines(one, unit) for one in plans), strict=True):
-        name, figure, remark = same[0]
+    yield f"{run.name + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    if not single:
+        yield " " * NAME_WIDTH + "".join(f"{estimate.run.name:>{FIGURE_WIDTH}}" for estimate in plans)
+    unit = "MB" if all(estimate.memory.all - estimate.memory.cuda < BYTES["GB"] for estimate in plans) else "GB"
+    for lines in zip(*([*_memory_lines(e, unit), *_time_and_disk_lines(e, unit)] for e in plans), strict=True):
+        name, figure, remark = lines[0]
         if figure:
-            figures = "".join(f"{line.figure:>{FIGURE}}" for line in same)
-            yield f"  {name:{NAME - 2}}{figures}   {remark if alone else ''}".rstrip()
+            figures = "".join(f"{line.figure:>{FIGURE_WIDTH}}" for line in lines)
+            yield f"  {name:{NAME_WIDTH - 2}}{figures}   {remark if single else ''}".rstrip()
         else:
             yield f"\n{name}"
 
 
-def _paper() -> Iterator[dict]:
-    """The rows of the paper's tables."""
-    for row in PAPER:
-        yield asdict(row) | {"parameters": _parameters(row.run)}
-
-
 @cache
-def _parameters(name: str) -> int:
+def _count_parameters(name: str) -> int:
     from transfusion.model.transfusion import build_on_meta, count_parameters
 
     return count_parameters(build_on_meta(named_run(name).model))
 
 
-def _aligned(rows: list[dict]) -> Iterator[str]:
+def _align(rows: list[dict]) -> Iterator[str]:
     yield (f"{'':8} {'row':38} {'transfusion train':20} {'parameters':>14} {'sources':>8} {'batch':>6} {'guidance':>9} "
            f"{'FID over':>9}")  # fmt: skip
     for row in rows:
         guidance, images = row["guidance_scale"] or "", f"{row['fid_images']:,}" if row["fid_images"] else ""
         yield (f"Table {row['table']}  {row['label']:38} {row['run']:20} {row['parameters']:>14,} {row['sources']:>8} "
-               f"{row['batch']:>6} "
-               f"{guidance:>9} {images:>9}").rstrip()  # fmt: skip
+               f"{row['batch']:>6} {guidance:>9} {images:>9}").rstrip()  # fmt: skip
 
 
-def _lines(one, unit: str) -> list[Line]:
-    return [*_of_memory(one, unit), *_of_work(one), *_of_disk(one, unit)]
-
-
-def _of_memory(one, unit: str) -> list[Line]:
-    run, machines, memory = one.run, one.machines, one.memory
-    sharing = machines.sharing(run.parallel.shard)
-    part = f"fp32, 1/{sharing} of them" if sharing > 1 else "fp32"
-    gathered = "bf16: all but blocks, two blocks; their gradients" if sharing > 1 else "bf16: copies of all weights"
-    kept = "what goes into each block" if run.parallel.activation_checkpointing else "all kept"
-    text = f"the logits of {one.text_positions:,} text positions"
-    widest = text if one.logits == memory.backward else "one block" + " again" * run.parallel.activation_checkpointing
+def _memory_lines(estimate, unit: str) -> list[Line]:
+    run, machines, memory = estimate.run, estimate.machines, estimate.memory
+    shards = machines.shard_group_size(run.parallel.shard)
+    part = f"fp32, 1/{shards} of them" if shards > 1 else "fp32"
+    gathered = "bf16: all but blocks, two blocks; their gradients" if shards > 1 else "bf16: copies of all weights"
+    saved = "inputs of blocks only" if run.parallel.activation_checkpointing else "all of them"
+    logits = f"the logits of {estimate.text_positions:,} text positions"
+    block = "one block, recomputed" if run.parallel.activation_checkpointing else "one block"
+    largest = logits if estimate.logits == memory.backward else block
     figures = {
         "weights": (memory.weights, part), "gradients": (memory.gradients, part),
         "AdamW's two moments": (memory.moments, part), "moving average": (memory.ema, part),
         "weights gathered for use": (memory.gathered, gathered),
-        "activations": (memory.activations, f"{run.data.rows} rows of {run.data.seq_len:,}, {kept}"),
-        "backward pass, widest": (memory.backward, f"{widest}, with gradients"),
-        "CUDA and NCCL": (memory.own, "roughly"), "all": (memory.all, ""),
+        "activations": (memory.activations, f"{run.data.rows} rows of {run.data.seq_len:,}, {saved}"),
+        "backward pass, largest": (memory.backward, f"{largest}, with gradients"),
+        "CUDA and NCCL": (memory.cuda, "approximate"), "all": (memory.all, ""),
     }  # fmt: skip
     patches = f"{run.model.patches} patches, vocabulary {run.model.vocab_size:,}"
     return [
         Line("Parameters"),
-        *(Line(name, f"{number:,}") for name, number in one.parameters.items()),
-        Line("all", f"{sum(one.parameters.values()):,}", patches),
+        *(Line(name, f"{number:,}") for name, number in estimate.parameters.items()),
+        Line("all", f"{sum(estimate.parameters.values()):,}", patches),
         Line(f"Memory of each GPU, {unit}"),
         *(Line(name, _size(number, unit), remark) for name, (number, remark) in figures.items()),
-        Line(f"fits in {machines.memory / BYTES['GB']:.4g} GB", "yes" if one.fits else "no"),
+        Line(f"fits in {machines.memory / BYTES['GB']:.4g} GB", "yes" if estimate.fits else "no"),
     ]
 
 
-def _of_work(one) -> list[Line]:
-    run, machines = one.run, one.machines
+def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
+    run, machines, kept = estimate.run, estimate.machines, estimate.run.training.keep_checkpoints
+    rows = f"{run.data.rows} rows x {run.data.seq_len:,} x accumulate {run.training.accumulate}"
     return [
         Line("Millions of FLOPs per position, forward and backward"),
-        Line("exact", f"{one.flops / 1e6:,.1f}", "pairs that the mask lets through, head on text only"),
-        Line("6 N + 12 layers width length", f"{one.usual_flops / 1e6:,.1f}", "the usual convention: every pair counts"),
+        Line("exact", f"{estimate.flops / 1e6:,.1f}", "attention pairs of the mask, head on text only"),
+        Line("6 N + 12 layers width length", f"{estimate.usual_flops / 1e6:,.1f}", "usual convention: all attention pairs"),
         Line("Time"),
-        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"as given, of {machines.tflops:g} TFLOP/s"),
-        Line("MFU, usual FLOPs", f"{one.usual_mfu:.1%}", "the same speed by the other convention"),
-        Line("positions per second", _rounded(one.positions_per_second), "of one GPU"),
-        Line("... of all GPUs", _rounded(one.positions_per_second * machines.gpus)),
-        Line("positions per step", f"{one.positions_per_step:,}", _product(run, machines.gpus)),
+        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"given, of {machines.tflops:g} TFLOP/s"),
+        Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
+        Line("positions per second", _rounded(estimate.positions_per_second), "of one GPU"),
+        Line("... of all GPUs", _rounded(estimate.positions_per_second * machines.gpus)),
+        Line("positions per step", f"{estimate.positions_per_step:,}", f"{rows} x {_count(machines.gpus, 'GPU')}"),
         Line("steps", f"{run.training.steps:,}"),
-        Line("positions in all, millions", _rounded(one.positions / 1e6)),
-        Line("time", _duration(one.seconds)),
-    ]
-
-
-def _of_disk(one, unit: str) -> list[Line]:
-    keep = one.run.training.keep_checkpoints
-    return [
+        Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
+        Line("time", _duration(estimate.seconds)),
         Line(f"Disk, {unit}"),
-        Line("a checkpoint", _size(one.checkpoint, unit), "weights, average and two moments, fp32"),
-        Line(f"with keep {keep}", _size(keep * one.checkpoint, unit), "and one more while it is written"),
+        Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and two moments, fp32"),
+        Line(f"{_count(kept, 'checkpoint')} kept", _size(kept * estimate.checkpoint, unit), "one more while writing"),
     ]
 
 
-def _notes(plans: list, asked: Asked) -> Iterator[str]:
-    """What was assumed, what was not met, what would help."""
+def _notes(plans: list, args: PlanOptions) -> Iterator[str]:
+    """The assumptions, a batch that differs from --batch, and changes that make a run fit."""
     from transfusion.plan import ways_to_fit
 
     yield ""
@@ -234,40 +201,36 @@ def _notes(plans: list, asked: Asked) -> Iterator[str]:
     if first.image:
         y, x = first.image
         patches = y * x // first.run.model.patch_size**2
-        yield f"Half of a row is taken to be images of {patches} patches ({y}x{x} latents), half text of one document."
+        yield f"Assumed: half of a row is images of {patches} patches ({y}x{x} latents), half is text of one document."
     else:
-        yield "Rows are taken to be text: they are too short for images."
-    if asked.batch is not None:
-        wanted = _number(asked.batch, COUNTS, "")
-        if wanted != first.positions_per_step:
-            yield (f"--batch {wanted:,} is no multiple of {first.positions_per_step // first.run.training.accumulate:,}: "
+        yield "Assumed: rows are text, because they are too short for images."
+    if args.batch is not None:
+        batch = _number(args.batch, COUNTS, "")
+        if batch != first.positions_per_step:
+            yield (f"--batch {batch:,} is not a multiple of {first.positions_per_step // first.run.training.accumulate:,}: "
                    f"the nearest is {first.positions_per_step:,}.")  # fmt: skip
-    for one in plans:
-        if not one.fits:
-            ways = " or ".join(ways_to_fit(one.run, one.machines)) or "no change of rows, recompute or GPUs"
-            yield f"{one.run.name} does not fit; it would with {ways}."
+    for estimate in plans:
+        if not estimate.fits:
+            ways = " or ".join(ways_to_fit(estimate.run, estimate.machines))
+            ways = ways or "no change of rows, activation checkpointing or GPUs"
+            yield f"{estimate.run.name} does not fit; it would with {ways}."
 
 
-def _values(one) -> dict:
+def _to_json(estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
     names = ("image", "text_positions", "logits", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
-        "run": one.run.name, "machines": asdict(one.machines),
-        "parameters": one.parameters | {"all": sum(one.parameters.values())},
-        "memory": asdict(one.memory) | {"all": one.memory.all},
-        **{name: getattr(one, name) for name in names},
-        "steps": one.run.training.steps,
+        "run": estimate.run.name, "machines": asdict(estimate.machines),
+        "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
+        "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
+        **{name: getattr(estimate, name) for name in names},
+        "steps": estimate.run.training.steps,
     }  # fmt: skip
 
 
-def _product(run: Run, gpus: int) -> str:
-    data, times = run.data, run.training.accumulate
-    return f"{data.rows} rows x {data.seq_len:,} x accumulate {times} x {_counted(gpus, 'GPU')}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _size(number: float, unit: str) -> str:
@@ -275,7 +238,7 @@ def _size(number: float, unit: str) -> str:
 
 
 def _rounded(number: float) -> str:
-    """With three digits that say something."""
+    """Rounded to three significant digits."""
     return f"{float(f'{number:.3g}'):,.0f}"
 
 

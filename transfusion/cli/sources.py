@@ -1,6 +1,5 @@
-"""Which sources were typed, and how they are to be read: what every data command shares."""
+"""The sources of a data command and how they are read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,46 +9,48 @@ from transfusion.cli.screen import UsageError
 from transfusion.config import ShapesConfig
 
 SOURCES = """\
-SOURCE is a file or folder (pictures, .parquet, .tar, .jsonl, .json, .arrow, .txt; * stands for any letters), an address
-(s3://, https://, hf://...), owner/name on Hugging Face's hub, or digits, shapes, topics, emoji, photographs, which need no
-files; NAME=SOURCE names it. docs/data.md shows what the files may look like. inspect, stats and validate also take a folder
-that `prepare` made."""
-
-Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
+SOURCE is a file or folder (images, .parquet, .tar, .jsonl, .json, .arrow, .txt; * matches any characters), an address
+(s3://, https://, hf://...), owner/name on Hugging Face's hub, or a built-in source: digits, shapes, topics, emoji,
+photographs. NAME=SOURCE names it. docs/data.md describes the files. inspect, stats and validate also take a folder that
+`prepare` wrote."""
 
 
 @dataclass(frozen=True)
 class Reading:
+    """The sources, and how their records are read."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")] = ()
+    """Sources to read; transfusion data --help describes them."""
     form: str | None = None
-    """What a record is: document, pair, text, image, conversation, messages, interleaved, mmc4, editing; else found out."""
+    """Form of records: document, pair, text, image, conversation, messages, interleaved, mmc4, editing; else detected."""
     columns: tuple[str, ...] = ()
-    """Whose columns are called otherwise: caption=blip_caption image=jpg ...; id= alone: do not read it."""
+    """Other names of columns, for example caption=blip_caption image=jpg; id= alone means that there is no such column."""
     pictures: str | None = None
-    """The folder from which the paths of pictures are counted, if not that of the file that names them."""
+    """Folder of the images that a file names; the file's own folder if not set."""
     split: str = "train"
-    """Which of several splits to read, where files or folders are named after them."""
+    """Split to read, where files or folders are named after splits."""
     limit: int | None = None
-    """Read only so many records of each source."""
+    """Largest number of records to read of each source; all if not set."""
     shapes_size: int = 32
-    """Pixels along one side of the pictures of the source `shapes`."""
+    """Side of the images of the source `shapes`, in pixels."""
     shapes_level: int = 1
-    """How much there is in them: 0 one thing, 1 also two in a relation, 2 up to four."""
+    """Content of an image of `shapes`: 0 is one object, 1 also two objects in a relation, 2 up to four objects."""
 
 
-def open_readers(sources: Sequence[str], reading: Reading, needed: bool = True) -> list:
-    """Readers of all sources, as the options say. UsageError or ValueError in one line."""
+def open_readers(reading: Reading, required: bool = True) -> list:
+    """A reader for each source. UsageError or ValueError in one line."""
     from transfusion.data.reading.readers import ReaderOptions, open_reader
 
-    if needed and not sources:
+    if required and not reading.sources:
         raise UsageError(f"name a source.\n{SOURCES}")
     columns = {}
     for pair in reading.columns:
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not ours:
-            raise UsageError(f"--columns takes ours=theirs, for example caption=alt_text, not {pair!r}")
-        columns[ours] = theirs
+        field, equals, column = pair.partition("=")
+        if not equals or not field:
+            raise UsageError(f"--columns takes FIELD=COLUMN, for example caption=alt_text, not {pair!r}")
+        columns[field] = column
     if reading.limit is not None and reading.limit < 1:
         raise UsageError(f"--limit must be at least 1, not {reading.limit}")
     options = ReaderOptions(reading.form, columns, reading.pictures, reading.split, reading.limit,
                             ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
-    return [open_reader(source, options) for source in sources]
+    return [open_reader(source, options) for source in reading.sources]

@@ -107,7 +107,7 @@ def _open(source: str) -> tuple[Any, str]:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ValueError(f"{source} needs diffusers: pip install 'transfusion[pretrained]'") from None
+        raise ValueError(f"{source} needs diffusers: pip install '.[pretrained]' in a clone of the repository") from None
     try:
         folder = Path(source) if Path(source).is_dir() else _download(source)
         network = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)

@@ -276,7 +276,7 @@ def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Seque
     write_whole(folder / "quarantine.jsonl", lines.encode(errors="replace"))
     write_json(folder / "dataset.json", {
         "format": FORMAT, **fitted, "settings": recipe["settings"], "sources": sources,
-        "versions": {"transfusion": version("transfusion"), "pyarrow": pa.__version__},
+        "versions": {"transfusion": version("open-transfusion"), "pyarrow": pa.__version__},
     })  # fmt: skip
 
 

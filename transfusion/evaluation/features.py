@@ -71,7 +71,7 @@ def open_pretrained(source: str, kind: str, device: torch.device) -> tuple[Path,
     try:
         import transformers
     except ImportError:
-        raise ValueError(f"{source} needs transformers: pip install 'transfusion[pretrained]'") from None
+        raise ValueError(f"{source} needs transformers: pip install '.[pretrained]' in a clone of the repository") from None
     folder = Path(source) if Path(source).is_dir() else _download(source)
     try:
         model, report = getattr(transformers, kind).from_pretrained(

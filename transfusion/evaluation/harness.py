@@ -1,6 +1,6 @@
 """A run as EleutherAI's harness (`lm_eval`) sees a language model: any of its tasks of text can be asked of it.
 
-Imported only where the harness is asked for: it is an extra, `pip install 'transfusion[lm-eval]'`.
+Imported only where the harness is asked for: it is an extra, `pip install '.[lm-eval]'` in a clone of the repository.
 """
 
 from collections.abc import Sequence

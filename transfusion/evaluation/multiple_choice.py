@@ -41,7 +41,7 @@ def llama_suite(engine: Engine, limit: int | None = None) -> dict:
     try:
         from transfusion.evaluation.harness import evaluate_tasks
     except ImportError:
-        raise ValueError("the suite of Llama needs lm_eval: pip install 'transfusion[lm-eval]'") from None
+        raise ValueError("the suite of Llama needs lm_eval: pip install '.[lm-eval]' in a clone of the repository") from None
     found = evaluate_tasks(engine, [task for task, _ in LLAMA_SUITE], limit)
     shares = {task: float(found[task][metric]) for task, metric in LLAMA_SUITE}
     return shares | {"mean": sum(shares.values()) / len(shares)}

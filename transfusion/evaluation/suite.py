@@ -42,7 +42,7 @@ from transfusion.inference.engine import Engine
 
 SEEN = 2_000  # training pictures that the small network for features learns from
 PROMPTS = 25  # of each of GenEval's questions about shapes
-PACKAGES = ("transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
+PACKAGES = ("open-transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
 COCO = "Karpathy's dataset_coco.json, or COCO's annotations"
 NEEDS = {  # by task: options, and what they are
     "clip": {"clip": "the folder of a CLIP model, or owner/name"},
@@ -263,7 +263,7 @@ class Suite:
             "generation": asdict(run.generation), "captions": "greedy", "networks": dict(self.networks),
             "dtype": str(opened.precision).removeprefix("torch."), "device": str(self.engine.device),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
-            "versions": {name: found for name in PACKAGES if (found := _version(name))},
+            "versions": {name.removeprefix("open-"): found for name in PACKAGES if (found := _version(name))},
         }  # fmt: skip
 
 

@@ -1,0 +1,104 @@
+"""A run's folder for training: created for a new run, opened and checked for one that exists."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transfusion.checkpoint.open import RunDescription, describe_run
+from transfusion.checkpoint.save import create_run_folder, list_checkpoints
+from transfusion.checkpoint.start import OtherRunStart, decided_by, name_place, note_of, open_start, reopen
+from transfusion.cli.screen import UsageError, say
+from transfusion.config import Run, to_json
+from transfusion.data.loader import Encoder, contains_edits, element_weights
+from transfusion.data.sources import fingerprint, fit, open_sources, reuse
+from transfusion.disk import RUN
+from transfusion.model.transfusion import Transfusion
+from transfusion.parallel import Ranks
+
+Start = tuple[str, str]  # what a run starts from: "run" or "llama", and its folder or name on the hub
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run: what its run.json holds, the run as it is trained now, and its encoder."""
+
+    path: Path
+    description: RunDescription
+    run: Run
+    encoder: Encoder
+
+    @classmethod
+    def open_or_create(cls, run: Run, path: Path, start: Start | None) -> "RunFolder":
+        """Open the folder, or create it for a new run. UsageError when it holds another run or other settings."""
+        if (path / RUN).exists():
+            known = describe_run(path)
+            _refuse_changes(known, run, path, start)
+            run = replace(known.run, data=run.data, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
+            encoder = Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
+            return cls(path, known, run, encoder)
+        origin = open_start(*start) if start else None
+        encoder = _create_encoder(run, origin)
+        model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
+        run = replace(run, model=origin.model(model) if origin else model)
+        notes = _describe_data(run, encoder) | ({"start": note_of(origin, name_place(*start))} if origin else {})
+        create_run_folder(path, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
+        return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), run, encoder)
+
+    def first_weights(self, ranks: Ranks) -> Callable[[Transfusion], None] | None:
+        """The function that fills in the weights of another run or model. None when seed or checkpoint decide them."""
+        note = self.description.notes.get("start")
+        if note is None or list_checkpoints(self.path):
+            return None
+        origin = reopen(note, self.path)
+        return lambda model: origin.fill(model, self.run.training.seed, ranks)
+
+
+def _create_encoder(run: Run, origin) -> Encoder:
+    """Tokenizer, codec and ids of a new run. UsageError when its model cannot take the images of its data."""
+    if isinstance(origin, OtherRunStart):
+        other = origin.described
+        encoder = reuse(run.data, other.tokenizer, other.codec, other.vocabulary, run.training.seed)
+    else:
+        if not run.data.prepared:
+            say(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.name}")
+        encoder = fit(run.data, run.model.patch_size, run.training.seed, origin and origin.tokenizer)
+    has_codes = encoder.vocabulary.num_image_codes > 0
+    if has_codes != (run.model.patches == "codes"):
+        needed = "codes" if has_codes else "linear or unet"
+        raise UsageError(f"the images of these data are {encoder.codec.kind}: they need --model.patches {needed}")
+    return encoder
+
+
+def _describe_data(run: Run, encoder: Encoder) -> dict:
+    """The notes of run.json about the data: its sources, the length of their documents, and a hash of prepared data."""
+    sources = open_sources(run.data, "train")
+    notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
+    weights = element_weights(sources, encoder)
+    notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
+    notes["edits"] = any(map(contains_edits, sources))
+    return notes | ({"prepared": fingerprint(run.data)} if run.data.prepared else {})
+
+
+def _refuse_changes(known: RunDescription, run: Run, path: Path, start: Start | None) -> None:
+    """UsageError when a resumed run differs. Not compared: `parallel`, `fault_tolerance`, the place of prepared data, and
+    fields that data and start decide (vocab_size, latent_channels)."""
+    note = known.notes.get("start")
+    if start and (not note or (note["kind"], note["place"]) != (start[0], name_place(*start))):
+        first = f"from {note['place']}" if note else "from random weights"
+        raise UsageError(f"{path} started {first}, not from {start[1]}: give another --out")
+    before = replace(known.run, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
+    after = replace(run, model=replace(run.model, **{name: getattr(before.model, name) for name in decided_by(note)}))
+    if before.data.prepared and after.data.prepared:
+        before = replace(before, data=replace(before.data, prepared=after.data.prepared))
+    if before.name != after.name:
+        raise UsageError(f"{path} holds the run {before.name}, not {after.name}: give another --out")
+    values = to_json(before)
+    changed = [
+        f"{part}.{name} is {values[part][name]} there, {value} here"
+        for part, settings in to_json(after).items() if isinstance(settings, dict)
+        for name, value in settings.items() if value != values[part][name]
+    ]  # fmt: skip
+    if changed:
+        raise UsageError(f"{path} has other settings ({'; '.join(changed)}): give another --out")
+    if known.notes.get("prepared") != fingerprint(run.data):
+        raise UsageError(f"{' and '.join(run.data.prepared)} does not hold the data of {path}: give another --out")
