@@ -244,7 +244,7 @@ def test_like_reuses_tokenizer_codec_and_sizes(tmp_path):
     assert original.metadata["sizes"] == like.metadata["sizes"]
     expected, actual = (documents_of(prepared, "texts") for prepared in (original, like))
     assert {where: d.segments for where, d in expected.items()} == {where: d.segments for where, d in actual.items()}
-    with pytest.raises(OpenError, match="no prepared data"):
+    with pytest.raises(OpenError, match="not prepared data"):
         prepare(readers(), replace(CONFIG, like=str(tmp_path), tokenizer_size=None), tmp_path / "out")
 
 
@@ -547,7 +547,7 @@ def test_damaged_shard_raises_only_open_error(seed, truncate):
 
 
 def test_folder_that_is_not_prepared_is_an_error(tmp_path):
-    with pytest.raises(OpenError, match="no prepared data"):
+    with pytest.raises(OpenError, match="not prepared data"):
         open_prepared(tmp_path)
     shutil.copytree(reference(), tmp_path / "out")
     about = read_json(tmp_path / "out" / "dataset.json")
