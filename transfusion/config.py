@@ -302,7 +302,7 @@ SAMPLERS = {  # name -> the noise schedules it supports; inference/samplers.py h
 class GenerationConfig:
     """Default settings for generating text and images."""
 
-    sampler: Literal[*SAMPLERS] = "ddpm"  # Diffusion sampler; euler and heun need the rectified_flow schedule.
+    sampler: Literal[*SAMPLERS] = "ddpm"  # Diffusion sampler; dpm needs few steps, euler and heun need rectified_flow.
     steps: int = 250  # Denoising steps for an image (section 4.1); heun evaluates the model twice in each.
     t_shift: float | None = None  # Above 1, more steps are spent at high noise; the training value if not set.
     guidance_scale: float = 3.0  # Scale of classifier-free guidance (section 4.3); 1 disables it.

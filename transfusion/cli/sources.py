@@ -52,5 +52,5 @@ def open_readers(reading: Reading, required: bool = True) -> list:
     if reading.limit is not None and reading.limit < 1:
         raise UsageError(f"--limit must be at least 1, not {reading.limit}")
     options = ReaderOptions(reading.form, columns, reading.pictures, reading.split, reading.limit,
-                      ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
+                            ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
     return [open_reader(source, options) for source in reading.sources]
