@@ -284,8 +284,8 @@ def test_heldout_batches_are_fixed_and_keep_their_captions():
     dropping = replace(fitted, config=replace(config, caption_dropout=1.0))
     batches = heldout_batches(source, dropping, 40)
     assert all(same_batch(*pair) for pair in zip(batches, heldout_batches(source, dropping, 40), strict=True))
-    documents = Counter(number for batch in batches for group in batch.groups for number in group.documents)
-    assert documents == Counter(range(40))
+    documents = Counter(document for batch in batches for row in batch.documents for document in row)
+    assert documents == Counter(f"digits {n}" for n in range(40))
     captions = {fitted.tokenizer.encode(name) for name in NAMES}
     starts = {caption[0] for caption in captions}
     count = sum(int(token in starts) for batch in batches for token in batch.tokens.flatten().tolist())

@@ -53,7 +53,6 @@ def test_positions_are_bos_segments_eos(document):
     assert [placed.start for placed in chunk.images] == starts
     images = [segment for segment in document.segments if isinstance(segment, Image)]
     assert [placed.image for placed in chunk.images] == images
-    assert all((placed.document, placed.source) == (document.id, document.source) for placed in chunk.images)
 
 
 @many
@@ -207,8 +206,6 @@ def test_collate_groups_images_by_shape_with_patch_positions(packed):
         assert group.max_t.tolist() == [p.image.max_t for p in placed]
         assert group.loss.tolist() == [p.image.loss and p.image.max_t > 0 for p in placed]
         assert group.keys == [p.key for p in placed]
-        assert group.documents == [p.document for p in placed]
-        assert group.sources == [p.source for p in placed]
     assert batch.image_count == sum(int(group.loss.sum()) for group in batch.groups)
 
 

@@ -24,12 +24,8 @@ class X0AndNoise(NamedTuple):
 
 
 def alpha_sigma(t: Tensor, noise_schedule: str) -> tuple[Tensor, Tensor]:
-    """alpha and sigma at t, with the shape of t.
-
-    cosine: Nichol and Dhariwal (2102.09672), equal to their clipped discrete schedule at t = k / 1000,
-    with alpha^2 + sigma^2 = 1.
-    rectified_flow: 1 - t and t (2209.03003).
-    """
+    """alpha and sigma at t, with the shape of t. cosine: Nichol and Dhariwal (2102.09672), equal to their clipped discrete
+    schedule at t = k / 1000, with alpha^2 + sigma^2 = 1. rectified_flow: 1 - t and t (2209.03003)."""
     if noise_schedule == "rectified_flow":
         return 1 - t, t
     f = torch.cos((t.double() + 0.008) / 1.008 * (math.pi / 2)) ** 2 / math.cos(0.008 / 1.008 * (math.pi / 2)) ** 2
@@ -83,9 +79,7 @@ def noise_from_x0(x_t: Tensor, x0: Tensor, t: Tensor, config: DiffusionConfig, m
     return (x_t - alpha * x0) / sigma.clamp(min=min_sigma)
 
 
-def squared_error(
-    x0: Tensor, noise: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig
-) -> Tensor:
+def squared_error(x0: Tensor, noise: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
     """Mean squared error of each image (section 3): (N, C, Y, X) -> (N,).
 
     `loss_space: velocity` compares the velocity of an x0 prediction (JiT, 2511.13720). It is better than `prediction` for

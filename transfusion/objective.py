@@ -105,10 +105,8 @@ def loss_counts(batch: Batch) -> tuple[int, int, int]:
 
 
 def mean_losses(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """Mean losses for logging, from sums and counts of text, image and code.
-
-    text_loss: nats per text token. image_loss: mean squared error of latents, or nats per code.
-    """
+    """Mean losses for logging, from sums and counts of text, image and code. text_loss: nats per text token. image_loss:
+    mean squared error of latents, or nats per code."""
     (text, image, code), (texts, images, codes) = sums, counts
     values = {"text_loss": (text - code) / max(1, texts - codes)}
     return values | ({"image_loss": (image + code) / (images + codes)} if images + codes else {})

@@ -39,11 +39,8 @@ class Line:
 
 
 class Page:
-    """A page that is filled from top to bottom. All text is escaped: it is never read as HTML.
-
-    In paragraphs and notes, words between backticks are set as code. Pixels are (Y, X) or (Y, X, 1 | 3 | 4) uint8; a fourth
-    channel is alpha.
-    """
+    """A page that is filled from top to bottom. All text is escaped: it is never read as HTML. In paragraphs and notes,
+    words between backticks are set as code. Pixels are (Y, X) or (Y, X, 1 | 3 | 4) uint8; a fourth channel is alpha."""
 
     def __init__(self, title: str, subtitle: str = ""):
         self.title, self.subtitle = title, subtitle
@@ -148,10 +145,8 @@ class Page:
     def plot(
         self, title: str, lines: Mapping[str, Line], x_label: str = "step", y_label: str = "", log: bool = False
     ) -> None:
-        """Named lines over one pair of axes; `log`: the y axis is logarithmic, and its label says so.
-
-        Two plots in sequence are placed side by side. Points that are not finite, or not above 0 on a log axis, are omitted.
-        """
+        """Named lines over one pair of axes; `log`: the y axis is logarithmic, and its label says so. Two plots in sequence
+        are placed side by side. Points that are not finite, or not above 0 on a log axis, are omitted."""
         lines = {name: _drawable(line, log) for name, line in lines.items()}
         lines = {name: line for name, line in lines.items() if line.x}
         if not lines:

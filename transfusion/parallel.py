@@ -20,11 +20,8 @@ TIMEOUT = timedelta(days=7)  # of collectives; the watchdog ends a process that 
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device; "auto" is cuda, else mps, else cpu. ValueError when the device is not available.
-
-    Under torchrun "auto" and "cuda" mean the GPU with this process's local rank. On a CPU the process keeps the memory that
-    it frees.
-    """
+    """The named device; "auto" is cuda, else mps, else cpu. ValueError when the device is not available. Under torchrun
+    "auto" and "cuda" mean the GPU with this process's local rank. On a CPU the process keeps the memory that it frees."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -51,10 +48,8 @@ def _keep_memory() -> None:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """Dtype of matrix products: bfloat16 on CUDA devices that support it, else float32.
-
-    A CPU without bfloat16 units would be 20 times slower in bfloat16.
-    """
+    """Dtype of matrix products: bfloat16 on CUDA devices that support it, else float32. A CPU without bfloat16 units would
+    be 20 times slower in bfloat16."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
@@ -190,11 +185,8 @@ SINGLE_PROCESS = Ranks()
 
 
 def _create_store(torchrun_store: dist.Store, rank: int) -> dist.Store:
-    """A new key-value store on rank 0, for the process group.
-
-    torchrun's own store keeps the addresses of ended processes over a restart, and new processes would connect to those. It
-    only passes on the port of the new store.
-    """
+    """A new key-value store on rank 0, for the process group. torchrun's own store keeps the addresses of ended processes
+    over a restart, and new processes would connect to those. It only passes on the port of the new store."""
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + 600
     if rank == 0:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)

@@ -163,10 +163,8 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
 
 @cache
 def typical_row(config: ModelConfig, length: int) -> Batch:
-    """A full row as the paper mixes them: half of it images, each its own document, and half text of one document.
-
-    Images have 32 x 32 latent pixels as in the paper; in rows too short for that, half the side, a quarter, and so on.
-    """
+    """A full row as the paper mixes them: half of it images, each its own document, and half text of one document. Images
+    have 32 x 32 latent pixels as in the paper; in rows too short for that, half the side, a quarter, and so on."""
     side = max(1, PAPER_LATENT // config.patch_size)  # in patches
     while side and side**2 + NUM_MARKERS > length // 2:
         side //= 2

@@ -86,10 +86,8 @@ class Material:
 
 
 def write_report(folder: Path, engine: Engine) -> Path:
-    """Write report.html into the run's folder and return its path. The same run gives the same page.
-
-    A section whose results, metrics or source are missing is omitted or shorter.
-    """
+    """Write report.html into the run's folder and return its path. The same run gives the same page. A section whose
+    results, metrics or source are missing is omitted or shorter."""
     results = folder / "results.json"
     material = Material(
         folder, engine, json.loads((folder / "run.json").read_text()), _read_lines(folder / "metrics.jsonl"),

@@ -125,8 +125,6 @@ class PlacedImage:
     image: Image
     start: int
     key: int  # seed of its t and noise
-    document: int
-    source: str
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def encode_document(document: Document, vocabulary: Vocabulary, ends: bool = Tru
             span = _image_span(segment, vocabulary, break_pending)
             if not segment.is_codes:
                 key = derive_seed(document.key, len(images))
-                images.append(PlacedImage(segment, len(tokens) + 1, key, document.id, document.source))
+                images.append(PlacedImage(segment, len(tokens) + 1, key))
         break_pending &= not span.tokens
         tokens += span.tokens
         loss_mask += span.loss_mask
@@ -256,8 +254,6 @@ class ImageGroup:
     loss: Tensor  # (N,) bool
     image_count: int  # with a denoising loss, counted before the copy to a device
     keys: list[int]
-    documents: list[int]
-    sources: list[str]
 
 
 @dataclass
@@ -349,6 +345,4 @@ def _group(images: list[tuple[int, PlacedImage]], patches: int) -> ImageGroup:
         loss=loss,
         image_count=int(loss.sum()),
         keys=[p.key for p in placed],
-        documents=[p.document for p in placed],
-        sources=[p.source for p in placed],
     )

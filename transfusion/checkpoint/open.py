@@ -120,10 +120,8 @@ def read_step(checkpoint: Path) -> int:
 
 
 def describe_run(folder: Path) -> RunDescription:
-    """Read run.json (config.json of an exported run), the tokenizer and the codec.
-
-    OpenError when they are missing, changed or of another format.
-    """
+    """Read run.json (config.json of an exported run), the tokenizer and the codec. OpenError when they are missing, changed
+    or of another format."""
     path = check_run(folder) / RUN
     if is_exported(folder):
         path = folder / CONFIG
@@ -166,10 +164,8 @@ def find_newest_checkpoint(folder: Path) -> Path:
 
 
 def verify_checkpoint(checkpoint: Path, ranks: Ranks = SINGLE_PROCESS) -> None:
-    """Check every file against its recorded SHA-256. OpenError names the first missing or changed file.
-
-    Each rank hashes its share of the files.
-    """
+    """Check every file against its recorded SHA-256. OpenError names the first missing or changed file. Each rank hashes its
+    share of the files."""
     manifest = read_json(checkpoint / "manifest.json")
     tensor_files = [path.relative_to(checkpoint).as_posix() for path in sorted(checkpoint.rglob("*.safetensors"))]
     for name in ("state.json", *tensor_files):

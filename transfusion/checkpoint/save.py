@@ -66,10 +66,8 @@ def versions() -> dict[str, str]:
 
 
 def hash_config(run: dict, vocabulary: dict) -> str:
-    """The SHA-256 of the configs that the weights depend on: model, diffusion and vocabulary.
-
-    It is over the JSON as written, before defaults are added, so that a field of a later version does not change it.
-    """
+    """The SHA-256 of the configs that the weights depend on: model, diffusion and vocabulary. It is over the JSON as
+    written, before defaults are added, so that a field of a later version does not change it."""
     parts = [run.get("model"), run.get("diffusion"), vocabulary]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -203,9 +201,7 @@ def _copy_to_cpu(tensor: Tensor) -> Tensor:
     if mesh.device_type != "cpu":
         mesh = _cpu_mesh(mesh)
     shard = tensor.to_local().detach().to("cpu", copy=True)
-    return DTensor.from_local(
-        shard, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    return DTensor.from_local(shard, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 @cache

@@ -23,10 +23,8 @@ from transfusion.parallel import Ranks
 
 
 class OtherRunStart:
-    """The averaged weights of a run's folder, or the weights of an exported run, a folder or on the hub.
-
-    The new run must use its tokenizer, codec and ids, which are in `description`.
-    """
+    """The averaged weights of a run's folder, or the weights of an exported run, a folder or on the hub. The new run must
+    use its tokenizer, codec and ids, which are in `description`."""
 
     kind = "run"
     fixed_fields = ("vocab_size", "latent_channels")

@@ -51,10 +51,8 @@ class Stats:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Encode all documents once: text into ids, images into latents. The same command resumes it.
-
-    Under torchrun all processes share the work, with the same result.
-    """
+    """Encode all documents once: text into ids, images into latents. The same command resumes it. Under torchrun all
+    processes share the work, with the same result."""
 
     out: Path
     """Folder of the prepared data."""

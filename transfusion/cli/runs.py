@@ -197,9 +197,7 @@ def _write_report(folder: Path, device: str) -> None:
 
 def _previewer(folder, heldout: list, device, ranks):
     """A function that draws held-out captions with the averaged weights into samples/step-NNNNNN.png; None without captions.
-
-    Every rank draws, because each holds a part of the weights; the main rank writes the file.
-    """
+    Every rank draws, because each holds a part of the weights; the main rank writes the file."""
     from transfusion.checkpoint.open import OpenedRun
     from transfusion.codecs.pictures import contact_sheet
     from transfusion.inference.engine import Engine, Request

@@ -38,10 +38,8 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class CodecTrainingConfig:
-    """Training of a codec (section 4.1: L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL). Learning rates are VQGAN's.
-
-    With a codebook, codebook loss + 0.25 commitment replace KL (appendix A).
-    """
+    """Training of a codec (section 4.1: L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL). Learning rates are VQGAN's. With a
+    codebook, codebook loss + 0.25 commitment replace KL (appendix A)."""
 
     steps: int = 1_000_000  # Number of optimizer steps.
     batch_size: int = 32  # Images per step, over all processes.

@@ -17,10 +17,8 @@ class PictureError(ValueError):
 
 
 def read_picture(source: Path | bytes, name: str = "", max_pixels: int | None = None) -> Picture.Image:
-    """The image in a file, or in its bytes (with a name for messages), rotated as its EXIF data say.
-
-    PictureError when it is missing, not an image, truncated or too large. Of an animation the first frame is read.
-    """
+    """The image in a file, or in its bytes (with a name for messages), rotated as its EXIF data say. PictureError when it is
+    missing, not an image, truncated or too large. Of an animation the first frame is read."""
     name, max_pixels = name or str(source), max_pixels or MAX_PIXELS
     try:
         with Picture.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:

@@ -28,9 +28,7 @@ MAX_DISTANCES = 2**25  # in memory at a time, about: of 2,048 latent pixels to t
 
 class QuantisedNetwork(nn.Module):
     """Encoder, codebook and decoder. Images are (N, image_channels, Y, X) in [-1, 1], codes (N, Y / f, X / f) int64.
-
-    ValueError when the config has no codebook.
-    """
+    ValueError when the config has no codebook."""
 
     loss_names = ("codebook", "commitment")  # besides those of the images
 

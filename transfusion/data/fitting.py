@@ -63,9 +63,7 @@ class TokenizerAndCodec:
 
 def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) -> None:
     """Train or load the tokenizer, fit or load the codec, on training documents only; write both and `fitted.json`.
-
-    PrepareError when there are no images, or the codec's downsampling does not divide a size.
-    """
+    PrepareError when there are no images, or the codec's downsampling does not divide a size."""
     if config.like is not None:
         return _copy_encoders(Path(config.like), folder)
     sizes, image_channels = _choose_sizes(streams, config)
@@ -148,10 +146,8 @@ def _copy_encoders(like: Path, folder: Path) -> None:
 
 
 def read_like_info(like: Path) -> dict:
-    """The tokenizer, codec, sizes and image channels of a prepared folder, a run, or an exported run.
-
-    OpenError when it is none of these, or was changed.
-    """
+    """The tokenizer, codec, sizes and image channels of a prepared folder, a run, or an exported run. OpenError when it is
+    none of these, or was changed."""
     path = next((like / name for name in ("dataset.json", "run.json", "config.json") if (like / name).exists()), None)
     if path is None or path.name == "dataset.json":
         return open_prepared(like).metadata
@@ -178,10 +174,8 @@ def train_tokenizer(texts: Sequence[str], size: int | None) -> Tokenizer:
 
 
 def _choose_sizes(streams: Sequence[DocumentStream], config: PrepareConfig) -> tuple[tuple[tuple[int, int], ...], int]:
-    """Image sizes (width, height), and the number of channels: 1 if the first images are all grey, otherwise 3.
-
-    The default is the size of the first images if it is the same for all and at most 256; otherwise 256 x 256.
-    """
+    """Image sizes (width, height), and the number of channels: 1 if the first images are all grey, otherwise 3. The default
+    is the size of the first images if it is the same for all and at most 256; otherwise 256 x 256."""
     shapes: list[tuple[int, ...]] = []
     for stream in streams:
         parts = (part for raw in stream() for part in raw.segments)

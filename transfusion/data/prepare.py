@@ -281,10 +281,8 @@ def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Seque
 
 
 def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
-    """Keep the first document of each id. The others become faults, and their rows are listed as skipped.
-
-    Documents with the same id have the same split group, so the same split. Shards and rows follow the source's order.
-    """
+    """Keep the first document of each id. The others become faults, and their rows are listed as skipped. Documents with the
+    same id have the same split group, so the same split. Shards and rows follow the source's order."""
     seen: set[int] = set()  # hashes: the ids themselves would need several times the memory
     for number, shard in enumerate(shards):
         shard["skipped"] = {split: [] for split in SPLITS}

@@ -15,10 +15,8 @@ BATCH_SIZE = 256  # images that are captioned together
 
 
 def caption_heldout(engine: Engine, source: Source, count: int) -> dict:
-    """Greedy captions of the first `count` held-out documents of one image each: the share that is exactly right.
-
-    Where captions are long enough, also CIDEr-D and BLEU-4.
-    """
+    """Greedy captions of the first `count` held-out documents of one image each: the share that is exactly right. Where
+    captions are long enough, also CIDEr-D and BLEU-4."""
     captions, images = zip(*(source[n].pair for n in range(min(count, len(source)))), strict=True)
     predictions = caption_images(engine, images)
     pairs = list(zip(captions, predictions, strict=True))

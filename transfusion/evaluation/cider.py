@@ -63,8 +63,7 @@ def _num_bigrams(counts: Counter) -> int:
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU-4, 0 to 1 (Papineni et al. 2002): the geometric mean of the n-gram precisions times the brevity penalty,
-    relative to the reference of the nearest length. Errors as `cider`.
-    """
+    relative to the reference of the nearest length. Errors as `cider`."""
     _check(predictions, references)
     matches, totals, length, reference_length = [0] * MAX_N, [0] * MAX_N, 0, 0
     for text, texts in zip(predictions, references, strict=True):

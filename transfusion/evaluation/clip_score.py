@@ -40,10 +40,8 @@ class ClipScore:
         return float(self.score_each(images, captions).mean())
 
     def score_each(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        """(N,) from 0 to 100. Captions are truncated to CLIP's context (77 tokens).
-
-        ValueError unless there is one caption for each image, and at least one.
-        """
+        """(N,) from 0 to 100. Captions are truncated to CLIP's context (77 tokens). ValueError unless there is one caption
+        for each image, and at least one."""
         if len(images) != len(captions) or not captions:
             raise ValueError(f"{len(images)} images need one caption each, not {len(captions)}")
         image_embeds = torch.from_numpy(self.vision(images))  # (N, D)

@@ -26,10 +26,7 @@ class CaptionedImage:
 
 def read_coco(path: Path, count: int, seed: int = 0) -> list[CaptionedImage]:
     """At most `count` random images of Karpathy's `dataset_coco.json` (its test split) or of COCO's own annotations, in the
-    order of the file.
-
-    OpenError if the file is neither, or has no image with a caption.
-    """
+    order of the file. OpenError if the file is neither, or has no image with a caption."""
     values = read_json(path)
     try:
         images = _from_karpathy(values) if "annotations" not in values else _from_annotations(values)

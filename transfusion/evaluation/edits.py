@@ -16,8 +16,7 @@ def is_edit(raw: RawDocument) -> bool:
 
 def edit_heldout(engine: Engine, source: Source, count: int, seed: int = 0) -> dict:
     """Draw the first `count` held-out edits: mean PSNR (dB) of the drawings and of the source images to the targets, and the
-    share of drawings that are nearer to the target than the source image.
-    """
+    share of drawings that are nearer to the target than the source image."""
     edits = [raw for raw in (source[n] for n in range(min(count, len(source)))) if is_edit(raw)]
     requests = [
         Request(tuple(_to_part(part) for part in raw.segments[:2]), 1, seed + n, size=raw.segments[2].pixels.shape[1::-1])

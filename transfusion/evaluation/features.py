@@ -27,25 +27,19 @@ class Extractor(Protocol):
 
 def open_extractor(source: str, device: torch.device) -> Extractor:
     """Inception if `source` is a file of weights (.safetensors, .pth, .pt), else a vision model of transformers: a folder,
-    or `owner/name` on the hub. ValueError if it cannot be opened. `SmallFeatureNetwork` needs no weights.
-    """
+    or `owner/name` on the hub. ValueError if it cannot be opened. `SmallFeatureNetwork` needs no weights."""
     if source.endswith((".safetensors", ".pth", ".pt")):
         return InceptionExtractor.from_file(Path(source), device)
     return VisionModel(source, device)
 
 
 class VisionModel:
-    """A vision model of transformers, for example DINOv2 or CLIP.
-
-    The features are the projected image embedding if the model has one (CLIP), else its pooled output (the class token of
-    DINOv2).
-    """
+    """A vision model of transformers, for example DINOv2 or CLIP. The features are the projected image embedding if the
+    model has one (CLIP), else its pooled output (the class token of DINOv2)."""
 
     def __init__(self, source: str, device: torch.device):
-        """From a folder, or `owner/name` on the hub; the name includes the first digits of the weights' SHA-256.
-
-        ValueError if there is no model, it is not stored as safetensors, or weights are missing.
-        """
+        """From a folder, or `owner/name` on the hub; the name includes the first digits of the weights' SHA-256. ValueError
+        if there is no model, it is not stored as safetensors, or weights are missing."""
         self.folder, self.model, self.processor, self.name = open_pretrained(source, "AutoModel", device)
         self.device = device
         self.encode = getattr(self.model, "get_image_features", self.model)

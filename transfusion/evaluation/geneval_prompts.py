@@ -28,10 +28,8 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 def published_prompts() -> list[Prompt]:
-    """The paper's 553 prompts in their order, checked by the SHA-256 of the published evaluation_metadata.jsonl.
-
-    ValueError if this numpy generates others from the same seed.
-    """
+    """The paper's 553 prompts in their order, checked by the SHA-256 of the published evaluation_metadata.jsonl. ValueError
+    if this numpy generates others from the same seed."""
     lines = dict.fromkeys(map(json.dumps, _generate(np.random.default_rng(SEED))))
     text = "".join(line + "\n" for line in lines)
     if hashlib.sha256(text.encode()).hexdigest() != PUBLISHED_SHA256:

@@ -13,10 +13,8 @@ from transfusion.evaluation.shapes import read_scene
 
 
 def shapes_prompts(captions: Iterable[str], count: int) -> list[Prompt]:
-    """The first `count` prompts of each category from these captions, without duplicates.
-
-    Categories without a prompt are omitted: only level 2 has counting, and level 0 has single objects only.
-    """
+    """The first `count` prompts of each category from these captions, without duplicates. Categories without a prompt are
+    omitted: only level 2 has counting, and level 0 has single objects only."""
     prompts: dict[str, dict[str, Prompt]] = {category: {} for category in CATEGORIES}
     for text in captions:
         description = parse(text)

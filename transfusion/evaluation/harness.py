@@ -20,10 +20,8 @@ BATCH_SIZE = 16  # texts that are generated together
 
 
 def evaluate_tasks(engine: Engine, tasks: Sequence[str | dict], limit: int | None = None) -> dict[str, dict[str, Any]]:
-    """lm_eval's results, zero-shot: task -> metric -> value. `limit`: the number of questions per task.
-
-    A task is a name of lm_eval's, or a whole configuration. ValueError if its questions cannot be loaded.
-    """
+    """lm_eval's results, zero-shot: task -> metric -> value. `limit`: the number of questions per task. A task is a name of
+    lm_eval's, or a whole configuration. ValueError if its questions cannot be loaded."""
     has_names = any(isinstance(task, str) for task in tasks)
     manager = TaskManager(include_defaults=has_names)  # reads 14,000 files to learn the names
     try:

@@ -9,10 +9,8 @@ MIN_REAL, MIN_DRAWN = K_DC + 1, K_PR + 1  # images
 
 
 def image_scores(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> dict[str, float | int | str]:
-    """FID, KID, precision, recall, density and coverage of features (N, F) and (M, F), and the numbers of images.
-
-    With too few images for FID, `no_fid` holds the reason instead. TooFewImagesError as `check_counts`.
-    """
+    """FID, KID, precision, recall, density and coverage of features (N, F) and (M, F), and the numbers of images. With too
+    few images for FID, `no_fid` holds the reason instead. TooFewImagesError as `check_counts`."""
     check_counts(len(real), len(drawn))
     scores: dict[str, float | int | str] = {}
     try:

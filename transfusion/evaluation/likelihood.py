@@ -25,10 +25,8 @@ class Likelihood:
 
 
 def likelihoods(engine: Engine, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-    """Of each (context, continuation), as one document: bos, the context without loss, the continuation.
-
-    A document longer than a row is truncated on the left. ValueError if the continuation alone is longer than a row.
-    """
+    """Of each (context, continuation), as one document: bos, the context without loss, the continuation. A document longer
+    than a row is truncated on the left. ValueError if the continuation alone is longer than a row."""
     chunks = []
     for context, continuation in pairs:
         before, after = encode_pair(engine, context, continuation)
@@ -42,18 +40,15 @@ def likelihoods(engine: Engine, pairs: Sequence[tuple[str, str]]) -> list[Likeli
 
 def rolling_likelihood(engine: Engine, text: str) -> Likelihood:
     """Of a whole text of any length, after bos and without eos, in equally long rows. The last row overlaps the one before;
-    each token counts once.
-    """
+    each token counts once."""
     whole = encode_document(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, ends=False)
     scores = _score(engine, list(_windows(_without_last(whole), engine.context)))
     return Likelihood(tuple(nats for it in scores for nats in it.log_probs), all(it.is_greedy for it in scores))
 
 
 def encode_pair(engine: Engine, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids of context + continuation, split before the first token that differs from the context's own ids.
-
-    Trailing spaces of the context go to the continuation: a word and the space before it are one token.
-    """
+    """The ids of context + continuation, split before the first token that differs from the context's own ids. Trailing
+    spaces of the context go to the continuation: a word and the space before it are one token."""
     encode = engine.opened.tokenizer.encode
     whole, alone = encode(context + continuation), encode(context.rstrip())
     same = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))

@@ -34,10 +34,8 @@ class Question:
 
 
 def llama_suite(engine: Engine, limit: int | None = None) -> dict:
-    """Zero-shot accuracy on each of the seven tasks, and their mean. `limit`: the number of questions per task.
-
-    The questions come from the hub. ValueError if `lm_eval` is not installed or the hub cannot be reached.
-    """
+    """Zero-shot accuracy on each of the seven tasks, and their mean. `limit`: the number of questions per task. The
+    questions come from the hub. ValueError if `lm_eval` is not installed or the hub cannot be reached."""
     try:
         from transfusion.evaluation.harness import evaluate_tasks
     except ImportError:
@@ -48,10 +46,8 @@ def llama_suite(engine: Engine, limit: int | None = None) -> dict:
 
 
 def answer_questions(engine: Engine, questions: Sequence[Question]) -> dict:
-    """Accuracy by log probability and by log probability per byte, and the accuracy of a random guess.
-
-    ValueError without a question, or if a choice is longer than a row.
-    """
+    """Accuracy by log probability and by log probability per byte, and the accuracy of a random guess. ValueError without a
+    question, or if a choice is longer than a row."""
     if not questions:
         raise ValueError("multiple choice needs at least one question")
     pairs = [(question.context, choice) for question in questions for choice in question.choices]

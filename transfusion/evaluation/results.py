@@ -21,9 +21,7 @@ PrintLine = Callable[[str], None]
 
 def evaluate(engine: Engine, folder: Path, config: EvaluationConfig | None = None, print_line: PrintLine = print) -> dict:
     """Measure a run, write each task's figures to its `results.json` as soon as they are known, and return all of them.
-
-    Other tasks' figures of the same step are kept. ValueError before any measurement if the run does not support a task.
-    """
+    Other tasks' figures of the same step are kept. ValueError before any measurement if the run does not support a task."""
     suite = Suite(engine, config or EvaluationConfig())
     results = _load_results(engine, folder)
     earlier, done = results["manifest"], []

@@ -31,9 +31,7 @@ def draw(engine: Engine, requests: Sequence[Request]) -> list[np.ndarray]:
     return [answer.parts[-1] for batch in batches for (answer,) in engine.generate(batch)]
 
 
-def judge_scenes(
-    captions: Sequence[str], images: Sequence[np.ndarray]
-) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
+def judge_scenes(captions: Sequence[str], images: Sequence[np.ndarray]) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
     """The share of images that match their captions, by attribute, and (caption, pixels, right)."""
     judgements = [judge(caption, pixels) for caption, pixels in zip(captions, images, strict=True)]
     shares = {name: sum(getattr(it, name) for it in judgements) / len(judgements) for name in ATTRIBUTES}

@@ -246,15 +246,11 @@ class Engine:
             self._remove(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answers]:
-        """Run all requests together to their end: for each its answers, one per sample.
-
-        ValueError while other requests are under way.
-        """
+        """Run all requests together to their end: for each its answers, one per sample. ValueError while other requests are
+        under way."""
         if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
-        answers = {
-            self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests
-        }
+        answers = {self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests}
         tokens: dict[tuple[int, int], list[int]] = {}
         while self.sequences:
             for event in self.step():

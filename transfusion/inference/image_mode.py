@@ -88,10 +88,8 @@ def begin_image(
 
 
 def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState], diffusion: DiffusionConfig) -> None:
-    """One model call for every image, all of one shape: all branches of all images in one forward pass.
-
-    Only the images' own positions are computed. Nothing is committed to the cache.
-    """
+    """One model call for every image, all of one shape: all branches of all images in one forward pass. Only the images' own
+    positions are computed. Nothing is committed to the cache."""
     branches = [image.active_branches() for image in images]
     # All first branches, then all second ones: slots that were acquired together are then adjacent.
     order = [(n, k) for k in range(max(map(len, branches))) for n in range(len(images)) if k < len(branches[n])]

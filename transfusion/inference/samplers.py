@@ -108,10 +108,8 @@ def ddim(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
 
 
 def dpm(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
-    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095): ddim from an extrapolated x0.
-
-    Equal to diffusers' scheduler with a final sigma of zero. x0 is clipped before the extrapolation, not after it.
-    """
+    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095): ddim from an extrapolated x0. Equal to diffusers' scheduler with a final
+    sigma of zero. x0 is clipped before the extrapolation, not after it."""
     times, x0 = schedule.times(), None
     for step in schedule.each_step():
         t = times[step : step + 1].to(x_t)  # (1,)
@@ -145,10 +143,8 @@ def euler(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
 
 
 def heun(x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
-    """Heun steps of rectified flow: the mean of the velocities at both ends of the step. Two model calls per step.
-
-    The last step is an Euler step: at t = 0 a prediction no longer gives a velocity.
-    """
+    """Heun steps of rectified flow: the mean of the velocities at both ends of the step. Two model calls per step. The last
+    step is an Euler step: at t = 0 a prediction no longer gives a velocity."""
     times = schedule.times()
     for step in schedule.each_step():
         t, next_t = (times[n : n + 1].to(x_t) for n in (step, step + 1))  # (1,) each

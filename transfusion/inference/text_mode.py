@@ -14,9 +14,7 @@ from transfusion.sequence import Chunk, Row, Vocabulary, collate
 MIN_TEMPERATURE = 1e-4  # below it float32 gives every token but the most likely one probability zero
 
 
-def prefill(
-    model: Transfusion, cache: Cache, slots: list[int], chunks: Sequence[Chunk], vocabulary: Vocabulary
-) -> Tensor:
+def prefill(model: Transfusion, cache: Cache, slots: list[int], chunks: Sequence[Chunk], vocabulary: Vocabulary) -> Tensor:
     """Append each chunk to its slot, images clean (t = 0): the logits after its last position, (B, V) float32."""
     new = max(map(len, chunks))
     view = cache.view(slots, new)

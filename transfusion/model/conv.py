@@ -82,9 +82,6 @@ def to_sequence(x: Tensor) -> Tensor:
 
 
 def to_grid(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `to_sequence` for images of shape (Y, X).
-
-    The result is contiguous: with channels last in memory, PyTorch 2.13 crashes on a CPU in the backward pass of a group
-    norm whose input needs no gradient.
-    """
+    """The inverse of `to_sequence` for images of shape (Y, X). The result is contiguous: with channels last in memory,
+    PyTorch 2.13 crashes on a CPU in the backward pass of a group norm whose input needs no gradient."""
     return pixels.transpose(1, 2).unflatten(2, shape).contiguous()

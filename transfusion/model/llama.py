@@ -27,11 +27,8 @@ BLOCK_NAMES = {
 
 
 class Llama:
-    """A folder with a Llama model. Only its safetensors and JSON files are read.
-
-    OpenError when a file is missing, or for a feature that this network does not support: biases, other activations or
-    RoPE types, quantised weights.
-    """
+    """A folder with a Llama model. Only its safetensors and JSON files are read. OpenError when a file is missing, or for a
+    feature that this network does not support: biases, other activations or RoPE types, quantised weights."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():

@@ -24,17 +24,13 @@ class Mask:
 
     @property
     def uses_flex(self) -> bool:
-        """FlexAttention on CUDA if Lq = Lk is a multiple of BLOCK_SIZE, else SDPA.
-
-        FlexAttention cannot train on a CPU; SDPA with a mask has no fast kernel on CUDA.
-        """
+        """FlexAttention on CUDA if Lq = Lk is a multiple of BLOCK_SIZE, else SDPA. FlexAttention cannot train on a CPU; SDPA
+        with a mask has no fast kernel on CUDA."""
         return self.lo.device.type == "cuda" and self.lo.shape[1] == self.keys and self.keys % BLOCK_SIZE == 0
 
     def prepare(self) -> None:
-        """Build the mask of `attend` once for all layers, and compile flex_attention before any compiled block runs.
-
-        First traced from inside a compiled block, dynamo inlines the eager version, which materialises the L x L scores.
-        """
+        """Build the mask of `attend` once for all layers, and compile flex_attention before any compiled block runs. First
+        traced from inside a compiled block, dynamo inlines the eager version, which materialises the L x L scores."""
         if self.uses_flex:
             _compiled_flex()
         _ = self.block_mask if self.uses_flex else self.attn_bias
@@ -98,10 +94,8 @@ def packed_mask(document_ids: Tensor, image_ids: Tensor, image_attention: str = 
 
 
 def cached_mask(lengths: Tensor, new: int, image_ids: Tensor | None = None, image_attention: str = "bidirectional") -> Mask:
-    """The mask of `new` positions per row after `lengths` (B,) cached ones; `image_ids` (B, new) as in `packed_mask`.
-
-    A row is one document, and its key 0 is the start of the document. Keys after the end of a shorter row are masked.
-    """
+    """The mask of `new` positions per row after `lengths` (B,) cached ones; `image_ids` (B, new) as in `packed_mask`. A row
+    is one document, and its key 0 is the start of the document. Keys after the end of a shorter row are masked."""
     i = torch.arange(new, device=lengths.device, dtype=torch.int32)
     if image_ids is None:
         hi = i.expand(len(lengths), new) + 1

@@ -11,10 +11,8 @@ TIME_FEATURES = 256  # width of the timestep embedding, before the time MLP
 
 
 class LinearPatches(nn.Module):
-    """One linear layer in, one out. The time features are added to each patch vector after the layer in.
-
-    A 256 -> D -> D time MLP and no adaptive norms, as footnote 6 and the parameter counts of Table 7 imply.
-    """
+    """One linear layer in, one out. The time features are added to each patch vector after the layer in. A 256 -> D -> D
+    time MLP and no adaptive norms, as footnote 6 and the parameter counts of Table 7 imply."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -25,10 +25,8 @@ MODEL_TYPE = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # 
 
 
 class Prediction(NamedTuple):
-    """Next-token logits (T, V) at the requested positions, and one prediction (N, C, Y, X) per image group.
-
-    A tuple: FSDP finds the tensors of a module's output only in tuples, lists and dicts.
-    """
+    """Next-token logits (T, V) at the requested positions, and one prediction (N, C, Y, X) per image group. A tuple: FSDP
+    finds the tensors of a module's output only in tuples, lists and dicts."""
 
     logits: Tensor
     images: list[Tensor]
@@ -88,10 +86,8 @@ class Transfusion(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transfusion":
-        """The network of an exported run or of `save_pretrained`: a folder, or `owner/name` on the hub.
-
-        OpenError when it is neither. To generate text and images, open the whole run with `transfusion.open_run`.
-        """
+        """The network of an exported run or of `save_pretrained`: a folder, or `owner/name` on the hub. OpenError when it is
+        neither. To generate text and images, open the whole run with `transfusion.open_run`."""
         folder = find_folder(path)
         model = build_uninitialized(read_config(folder), device)
         load_weights(folder, model)
@@ -155,10 +151,8 @@ class _SkipInit(TorchFunctionMode):
 
 @torch.no_grad()
 def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor], None] | None = None) -> None:
-    """Set the starting weights, in float32 on the CPU, each parameter with a generator from (seed, its name).
-
-    Of sharded weights each rank sets its own shard. `overwrite(name, values)` may replace values in place.
-    """
+    """Set the starting weights, in float32 on the CPU, each parameter with a generator from (seed, its name). Of sharded
+    weights each rank sets its own shard. `overwrite(name, values)` may replace values in place."""
     for name, parameter in model.named_parameters():
         values = torch.empty(parameter.shape, dtype=torch.float32)
         generator = torch.Generator().manual_seed(derive_seed(seed, name))

@@ -10,9 +10,7 @@ class Metrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "transfusion_requests", "Answered requests.", ("path", "status"), registry=self.registry
-        )
+        self.requests = Counter("transfusion_requests", "Answered requests.", ("path", "status"), registry=self.registry)
         self.request_seconds = Histogram(
             "transfusion_request_seconds", "Seconds from a request's arrival to the end of its answer.", ("path",),
             buckets=SECONDS, registry=self.registry,

@@ -19,10 +19,8 @@ Part = str | np.ndarray
 
 
 class ServedRun:
-    """A run and its limits. Uses only attributes of the engine that never change.
-
-    Runs have no chat template: the contents of all messages are concatenated, without role markers.
-    """
+    """A run and its limits. Uses only attributes of the engine that never change. Runs have no chat template: the contents
+    of all messages are concatenated, without role markers."""
 
     def __init__(self, engine: Engine, limits: Limits):
         self.name, self.context, defaults = engine.run.name, engine.context, engine.run.generation
@@ -42,10 +40,8 @@ class ServedRun:
         self.num_codes = num_codes if engine.draws_codes else None  # of an image, by its size
 
     def describe(self) -> dict:
-        """One entry of /v1/models: OpenAI's four fields and our own.
-
-        image_steps: for a run whose images are codes, the number of codes by size; such a run supports no `steps`.
-        """
+        """One entry of /v1/models: OpenAI's four fields and our own. image_steps: for a run whose images are codes, the
+        number of codes by size; such a run supports no `steps`."""
         return {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion", "step": self.step,
             "sizes": [format_size(size) for size in self.sizes], "seq_len": self.context, "edits": self.can_edit,

@@ -113,9 +113,7 @@ class CodecTrainer:
             step += 1
             yield ImageBatch(chosen, torch.from_numpy(np.stack([self.images[i] for _, i in chosen]))), step
 
-    def step(
-        self, number: int, batch: ImageBatch, accepts_update: Callable[..., bool]
-    ) -> tuple[dict[str, float], int]:
+    def step(self, number: int, batch: ImageBatch, accepts_update: Callable[..., bool]) -> tuple[dict[str, float], int]:
         """One update of the network and, from step `gan_from` on, of the discriminator."""
         config = self.config
         images = from_uint8(batch.images.to(self.device))  # (n, image_channels, Y, X)
@@ -150,9 +148,7 @@ class CodecTrainer:
     def _optimizers(self, adversarial: bool) -> list[torch.optim.Optimizer]:
         return [self.optimizer, self.discriminator_optimizer] if adversarial else [self.optimizer]
 
-    def _loss_terms(
-        self, images: Tensor, output: AutoencoderOutput, adversarial: bool
-    ) -> dict[str, tuple[float, Tensor]]:
+    def _loss_terms(self, images: Tensor, output: AutoencoderOutput, adversarial: bool) -> dict[str, tuple[float, Tensor]]:
         """The terms of the network's loss by name: weight and value. Each value is a mean over images."""
         config, reconstruction = self.config, output.reconstruction  # (n, image_channels, Y, X)
         terms = {"l1": (1.0, (images - reconstruction).abs().mean()), **output.terms}
@@ -189,10 +185,8 @@ class CodecTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """PSNR in dB and SSIM of the averaged network on the held-out images, from codes or from the latents' mode.
-
-        With a codebook also the share of codes in use, and their perplexity.
-        """
+        """PSNR in dB and SSIM of the averaged network on the held-out images, from codes or from the latents' mode. With a
+        codebook also the share of codes in use, and their perplexity."""
         psnr_sum = ssim_sum = 0.0
         counts = None if self.codebook_reviver is None else torch.zeros_like(self.codebook_reviver.idle)  # (codes,)
         for first in range(0, len(self.heldout), EVAL_BATCH_SIZE):
@@ -252,10 +246,8 @@ def _check_sizes(config: CodecTrainingConfig, images: np.ndarray, ranks: Ranks) 
 
 
 def _split(count: int, heldout: Sequence[int], config: CodecTrainingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on, in random order, and at most `config.heldout` sorted held-out indices.
-
-    The held-out ones are from `heldout`, or without it a random tenth at most of all images.
-    """
+    """Indices to train on, in random order, and at most `config.heldout` sorted held-out indices. The held-out ones are from
+    `heldout`, or without it a random tenth at most of all images."""
     shuffled = np.random.default_rng(derive_seed(config.seed, "heldout")).permutation(count)
     if len(heldout):
         is_heldout = np.isin(shuffled, heldout)

@@ -10,10 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Metrics:
-    """Appends JSON objects to metrics.jsonl, one per line, each with its step.
-
-    Lines after `step`, from before a crash, are removed first. With `writes` False (other ranks than 0) nothing is written.
-    """
+    """Appends JSON objects to metrics.jsonl, one per line, each with its step. Lines after `step`, from before a crash, are
+    removed first. With `writes` False (other ranks than 0) nothing is written."""
 
     def __init__(self, path: Path, step: int, writes: bool = True):
         self.path, self.writes = path, writes

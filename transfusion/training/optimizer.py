@@ -54,10 +54,8 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: both moments, and the step as a 0-d tensor.
-
-    Creates a zero state where AdamW has none yet. Frozen parameters have no state.
-    """
+    """The optimizer's state by parameter name: both moments, and the step as a 0-d tensor. Creates a zero state where AdamW
+    has none yet. Frozen parameters have no state."""
     tensors = {}
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():

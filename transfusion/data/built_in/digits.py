@@ -12,10 +12,8 @@ NUM_REPEATS = 64  # of each scan in the training split; interleaved documents co
 
 
 class Digits:
-    """Scans with their names, as caption-image pairs. `interleaved`: the share of training documents with 2 to 4 pairs.
-
-    The 297 held-out scans are in no training document and are not interleaved.
-    """
+    """Scans with their names, as caption-image pairs. `interleaved`: the share of training documents with 2 to 4 pairs. The
+    297 held-out scans are in no training document and are not interleaved."""
 
     name = "digits"
 

@@ -116,10 +116,8 @@ class Shapes:
 
 
 def sample_scene(level: int, seed: int) -> Scene:
-    """A random scene of this level, a pure function of the seed (at least 0).
-
-    At 32 pixels or more, no image of an even seed equals one of an odd seed, at any level.
-    """
+    """A random scene of this level, a pure function of the seed (at least 0). At 32 pixels or more, no image of an even seed
+    equals one of an odd seed, at any level."""
     if level not in LEVELS:
         raise ValueError(f"shapes has no level {level}; use one of {LEVELS}")
     rng = np.random.default_rng(seed)
@@ -228,8 +226,7 @@ def _sample_groups(counts: Sequence[int], rng: np.random.Generator) -> Descripti
     while len(relations) < len(counts) - 1:  # around a corner: three in one line would not fit
         relations.append(RELATIONS[1 - RELATIONS.index(relations[-1])])
     while True:
-        kinds = [SceneObject(SIZES[a], colours[b], SHAPES[c])
-                 for a, b, c in rng.integers((2, 6, 3), size=(len(counts), 3))]  # fmt: skip
+        kinds = [SceneObject(SIZES[a], colours[b], SHAPES[c]) for a, b, c in rng.integers((2, 6, 3), size=(len(counts), 3))]
         description = Description(tuple(kinds), tuple(counts), tuple(relations[: len(counts) - 1]))
         large = sum(item.size == "large" for item in description.objects)
         can_fit = large <= 1 if sum(counts) > 2 and len(counts) > 1 else large <= 3

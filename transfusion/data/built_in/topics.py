@@ -10,10 +10,8 @@ HELDOUT_EVERY = 20  # of the topics in sorted order, every 20th is held out
 
 
 class Topics:
-    """One document per passage of a topic. Whole topics are too few and too long to mix evenly with other documents.
-
-    The text depends slightly on the version of Python: `describe` returns the version and a hash.
-    """
+    """One document per passage of a topic. Whole topics are too few and too long to mix evenly with other documents. The
+    text depends slightly on the version of Python: `describe` returns the version and a hash."""
 
     name = "topics"
 

@@ -38,10 +38,8 @@ class Files:
 
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
-        """The files at a path (* matches any characters), an fsspec address, or `owner/name` on Hugging Face's hub.
-
-        OSError when there are none. A path that exists on this disk is never looked up on the hub.
-        """
+        """The files at a path (* matches any characters), an fsspec address, or `owner/name` on Hugging Face's hub. OSError
+        when there are none. A path that exists on this disk is never looked up on the hub."""
         fs, root = _connect(address)
         if "*" in root:
             with _as_os_error(address):
@@ -102,10 +100,8 @@ class Files:
 
     @contextmanager
     def open(self, path: str, offset: int = 0) -> Iterator[BinaryIO]:
-        """The decompressed content of a file, from a byte offset.
-
-        Damaged content raises a plain OSError without errno; a failed disk or network raises any other OSError.
-        """
+        """The decompressed content of a file, from a byte offset. Damaged content raises a plain OSError without errno; a
+        failed disk or network raises any other OSError."""
         compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix)), None)
         with _as_os_error(self.relative_path(path)):
             raw = self.fs.open(path, "rb", compression=compression)
@@ -173,10 +169,8 @@ class RecordImageReader:
     folder: str
 
     def read(self, value: Any) -> np.ndarray:
-        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`.
-
-        Fault when it does not exist or is not an image; OSError when a disk or a network fails.
-        """
+        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`. Fault
+        when it does not exist or is not an image; OSError when a disk or a network fails."""
         if isinstance(value, dict):
             value = next((value[name] for name in ("bytes", "path", "url") if value.get(name) is not None), None)
         if isinstance(value, ListedPath):

@@ -120,10 +120,8 @@ class Reader:
         return replace(document, where=where, split_group=group or document.split_group or document.name or where)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and times of its files: it differs after any file is changed, added or renamed.
-
-        For a built-in source: over the font or the Python version that its documents depend on.
-        """
+        """SHA-256 over names, sizes and times of its files: it differs after any file is changed, added or renamed. For a
+        built-in source: over the font or the Python version that its documents depend on."""
         digest = hashlib.sha256()
         for version in (self.files or self.container).versions():
             digest.update(repr(version).encode())
@@ -189,10 +187,8 @@ def _printable(text: str) -> str:
 
 
 def open_reader(source: str, options: ReaderOptions = ReaderOptions()) -> Reader:  # noqa: B008 (frozen)
-    """A reader of `[name=]source`: a path, an fsspec address, `owner/name` on the hub, or one of `BUILT_IN`.
-
-    ValueError or OSError, in one line, when it does not exist or is not supported.
-    """
+    """A reader of `[name=]source`: a path, an fsspec address, `owner/name` on the hub, or one of `BUILT_IN`. ValueError or
+    OSError, in one line, when it does not exist or is not supported."""
     name, equals, address = source.partition("=")
     if not equals or "/" in name or "." in name:
         name, address = "", source
@@ -353,10 +349,8 @@ def _suffix(path: str) -> str:
 
 
 def _select_split(files: Files, paths: list[str], kind: str, split: str) -> list[str]:
-    """The files whose path contains the split's name; all files when none does.
-
-    Image and text file names may contain any word: they are selected only when every path contains a split's name.
-    """
+    """The files whose path contains the split's name; all files when none does. Image and text file names may contain any
+    word: they are selected only when every path contains a split's name."""
 
     def has_any(path: str, words: Sequence[str]) -> bool:
         """Whether a part of the path starts or ends with a word (and a year). Inside a part it has another meaning."""
@@ -382,10 +376,8 @@ def _find_captions(files: Files, kinds: Mapping[str, list[str]]) -> str:
 
 
 def _select_saved(files: Files, paths: list[str]) -> list[str]:
-    """The tables of a saved data set, without the cache files next to them.
-
-    ValueError when it was saved with an index of rows: without it, order and rows would be wrong.
-    """
+    """The tables of a saved data set, without the cache files next to them. ValueError when it was saved with an index of
+    rows: without it, order and rows would be wrong."""
     state_path = f"{files.root}/state.json"
     if not files.exists(state_path):
         return paths

@@ -174,10 +174,8 @@ def _read_conversation(record: dict, images: ImageReader) -> list[RawText | RawI
 
 
 def _read_messages(record: dict, images: ImageReader) -> list[RawText | RawImage]:
-    """OpenAI: the assistant's text and images are in the loss; those of the user and the system are conditions.
-
-    An image part without content takes the next of the record's `images`, as in TRL's data sets.
-    """
+    """OpenAI: the assistant's text and images are in the loss; those of the user and the system are conditions. An image
+    part without content takes the next of the record's `images`, as in TRL's data sets."""
     segments: list[RawText | RawImage] = []
     remaining = iter(record.get("images") if isinstance(record.get("images"), list) else ())
     for message in _get_list(record, "messages"):
