@@ -304,7 +304,7 @@ def test_the_page_has_no_horizontal_scroll_and_follows_the_colour_scheme(visit):
     for scheme, index in (("light", 0), ("dark", 1)):
         page.emulate_media(color_scheme=scheme)
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        expected = re.findall(r"--ground: #(\w+)", reports.STYLE)[index]
+        expected = re.findall(r"--background: #(\w+)", reports.STYLE)[index]
         assert [int(part) for part in re.findall(r"\d+", background)] == [*bytes.fromhex(expected)]
 
 

@@ -99,7 +99,7 @@ def test_unet_widths_double_with_every_halving_and_obey_their_limit(width, p):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"patch_size": 3}, "model.patch_size must be 1, 2, 4, 8 ..., not 3"),
+    ({"patch_size": 3}, "model.patch_size must be a power of 2 with model.patches unet, not 3"),
     ({"patch_size": 12}, "not 12"),
     ({"unet_width": 24}, "multiple of 16 with patches of side 2, not 24"),
     ({"unet_width": 48, "patch_size": 4}, "multiple of 32 with patches of side 4, not 48"),

@@ -759,7 +759,7 @@ def test_pictures_above_the_limit_are_not_decoded(engine):
 
         assert post(make_picture()).status_code == 200
         message = post(make_png(25, 16)).json()["error"]["message"]
-        assert "25x16 pixels" in message and "at most 384" in message
+        assert "25x16 pixels" in message and "limit is 384" in message
 
 
 # The command

@@ -37,4 +37,4 @@ def test_notebook_runs(tmp_path):
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "step 600/600" in done.stderr and "a red circle" in done.stdout
+    assert "step 600/600" in done.stdout and "a red circle" in done.stdout
