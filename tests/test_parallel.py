@@ -29,9 +29,10 @@ from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import find_newest_checkpoint, open_checkpoint, restore_newest
+from transfusion.checkpoint.open import describe_run, find_newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.start import open_start
 from transfusion.cli import runs
+from transfusion.cli.run_folder import RunFolder
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import ParallelConfig, Run
 from transfusion.data.loader import LoaderState
