@@ -20,7 +20,7 @@ test: .venv/installed-dev
 test-all:
 	$(MAKE) test PROFILE=all
 
-# The longer runs behind the README's figures, each five minutes on two cores.
+# The runs `digits` and `shapes`, each about ten minutes on two cores, with their evaluation and reports.
 proof: demo
 	$(BIN)/transfusion train shapes --out runs/shapes
 	$(BIN)/transfusion evaluate runs/shapes
