@@ -51,7 +51,7 @@ def generate_uncached(engine: Engine, rows: int, num_tokens: int) -> list[str]:
     prompt_length = len(sequences[0])
     for _ in range(num_tokens):
         documents = [Document((Text(tuple(tokens)),)) for tokens in sequences]
-        chunks = [encode_document(document, engine.vocabulary, ends=False) for document in documents]
+        chunks = [encode_document(document, engine.vocabulary, add_eos=False) for document in documents]
         length = len(chunks[0])
         batch = collate([Row((chunk,)) for chunk in chunks], length, engine.vocabulary)
         batch = replace(batch, text_index=torch.arange(rows) * length + length - 1).to(engine.device)

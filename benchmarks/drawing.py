@@ -41,11 +41,11 @@ def measure_step(engine: Engine, num_images: int, setting: Setting) -> Iterator[
 
     cache = Cache(model.config, device, precision(device))
     slots = [cache.acquire() for _ in prompts]
-    chunks = [encode_document(prompt, vocabulary, ends=False).append(vocabulary.boi[LATENT_SHAPE]) for prompt in prompts]
+    chunks = [encode_document(prompt, vocabulary, add_eos=False).append(vocabulary.boi[LATENT_SHAPE]) for prompt in prompts]
 
     def prefill():
         with lower_precision(device):
-            return text_mode.prefill(model, cache, slots, chunks, vocabulary)
+            return text_mode.extend_cache(model, cache, slots, chunks, vocabulary)
 
     prefill_seconds = time_call(prefill, device)
 
@@ -53,7 +53,7 @@ def measure_step(engine: Engine, num_images: int, setting: Setting) -> Iterator[
     for group in (slice(0, num_images), slice(num_images, None)):
         documents = [replace(d, segments=(*d.segments, Image(x.cpu().numpy()))) for d, x in
                      zip(prompts[group], x_t[group], strict=True)]  # fmt: skip
-        full_chunks = [encode_document(document, vocabulary, ends=False) for document in documents]
+        full_chunks = [encode_document(document, vocabulary, add_eos=False) for document in documents]
         batch = collate([Row((chunk,)) for chunk in full_chunks], len(full_chunks[0]), vocabulary).to(device)
         groups.append((batch, x_t[group], t[group]))
 

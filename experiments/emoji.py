@@ -74,7 +74,7 @@ def main(options: Options) -> None:
 def draw_pairs(engine: Engine, source: Source) -> list[tuple[str, np.ndarray, bool]]:
     """The first emoji of a source, each next to the image drawn from its name: (text, pixels, is the caption correct?)."""
     pairs = [source[n].pair for n in range(min(NUM_SHOWN, len(source)))]
-    captions = [answer["said"] for answer in caption_heldout(engine, source, len(pairs))["answers"]]
+    captions = [answer["prediction"] for answer in caption_heldout(engine, source, len(pairs))["answers"]]
     drawn = engine.generate([Request((name,), num_images=1, seed=n) for n, (name, _) in enumerate(pairs)])
     return [
         (name if caption == name else f"{name}\ncaption: {caption}",

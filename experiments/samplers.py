@@ -44,7 +44,7 @@ def main(options: Options) -> None:
     except OpenError as error:
         sys.exit(str(error))
     source = next((source for source in open_raw(engine.run.data, "heldout") if source.name == "shapes"), None)
-    if source is None or engine.draws_codes:
+    if source is None or engine.uses_image_codes:
         sys.exit(f"{options.run}: not a diffusion run on `shapes`; train one with `transfusion train shapes`")
     for sampler, steps in SAMPLERS:
         engine.run = replace(engine.run, generation=replace(engine.run.generation, sampler=sampler, steps=steps))

@@ -245,8 +245,9 @@ def main(run: Path, requests: int = 2000, disconnects: int = 50) -> None:
                 with client.stream("POST", DRAW, json=body) as response:
                     next(response.iter_bytes())
             assert_works(client)
-            rows = sum(map(float, re.findall(r'transfusion_rows\{kind="\w+"\} (\S+)', client.get("/metrics").text)))
-            print(f"{disconnects} disconnects in mid-stream: {rows:.0f} rows in use, {measure_memory(server.pid):.1f} MiB")
+            metrics = client.get("/metrics").text
+            sequences = sum(map(float, re.findall(r'transfusion_sequences\{kind="\w+"\} (\S+)', metrics)))
+            print(f"{disconnects} disconnects mid-stream: {sequences:.0f} sequences, {measure_memory(server.pid):.1f} MiB")
     finally:
         server.terminate()
         server.wait()

@@ -66,7 +66,7 @@ def build_engine(seed: int = 0, context: int = 120, **options) -> Engine:
 
 def logits_after(engine: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
     """Logits (V,) after these segments and these tokens, in one forward pass without a cache."""
-    chunk = encode_document(Document(parts), VOCABULARY, ends=False)
+    chunk = encode_document(Document(parts), VOCABULARY, add_eos=False)
     for token in tail:
         chunk = chunk.append(token)
     batch = collate([Row((chunk,))], len(chunk), VOCABULARY)

@@ -90,9 +90,9 @@ def test_prefill_in_chunks_equals_one_prefill(model_options, prompt_list, data):
     engine = build_engine(**model_options)
     chunks, logits = [], []
     for parts in prompt_list:
-        chunk = encode_document(Document(prompt_segments(parts)), engine.vocabulary, ends=False)
+        chunk = encode_document(Document(prompt_segments(parts)), engine.vocabulary, add_eos=False)
         image_positions = {
-            p.start + n for p in chunk.images for n in range(1, engine.vocabulary.patches(p.image.shape))
+            p.start + n for p in chunk.images for n in range(1, engine.vocabulary.num_patches(p.image.shape))
         }
         break_positions = [n for n in range(1, len(chunk)) if n not in image_positions]
         cuts = sorted(data.draw(st.sets(st.sampled_from(break_positions), max_size=4))) if break_positions else []
@@ -101,7 +101,7 @@ def test_prefill_in_chunks_equals_one_prefill(model_options, prompt_list, data):
     slots = [engine.cache.acquire() for _ in chunks]
     for turn in range(max(map(len, chunks))):
         rows = [n for n, parts in enumerate(chunks) if turn < len(parts)]
-        new_logits = text_mode.prefill(
+        new_logits = text_mode.extend_cache(
             engine.model, engine.cache, [slots[n] for n in rows], [chunks[n][turn] for n in rows], engine.vocabulary
         )
         for n, last_logits in zip(rows, new_logits, strict=True):
@@ -119,9 +119,9 @@ def test_prediction_after_a_cached_prefix_equals_the_uncached_one(model_options,
     for parts in prompt_list:
         slots.append(engine.cache.acquire())
         segments = prompt_segments(parts)
-        prefix = encode_document(Document(segments), engine.vocabulary, ends=False)
+        prefix = encode_document(Document(segments), engine.vocabulary, add_eos=False)
         prefix = prefix.append(engine.vocabulary.boi[shape])
-        text_mode.prefill(engine.model, engine.cache, slots[-1:], [prefix], engine.vocabulary)
+        text_mode.extend_cache(engine.model, engine.cache, slots[-1:], [prefix], engine.vocabulary)
         x_t.append(torch.from_numpy(picture(shape, data.draw(seeds)).transpose(2, 0, 1).copy()))
         times.append(data.draw(st.floats(0, 1)))
         expected.append(uncached(engine, [*segments, Image(x_t[-1].numpy())], times[-1])[1])
@@ -144,7 +144,7 @@ def check_against_uncached(engine: Engine, parts, events) -> None:
             history[-1].append(Text(tuple(tokens)))
             history.append(list(segments))
             tokens = []
-    chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, ends=False)
+    chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, add_eos=False)
     logits = uncached(engine, [*segments, Text(tuple(tokens))])[0]
     uncond_calls = [call for call in engine.model.calls if call.slots[0] in engine.uncond_slots.values()]
     text_calls = [call for call in engine.model.calls if call.kind in ("prefill", "decode") and call not in uncond_calls]
@@ -195,7 +195,8 @@ def test_image_equals_the_sampler_with_guided_uncached_predictions(parts, size, 
     (event,) = [event for event in run_to_end(engine) if isinstance(event, ImageEvent)]
     segments = prompt_segments(parts)
     first = next(call for call in engine.model.calls if call.kind.startswith("draw"))
-    schedule = SamplingSchedule(options.steps, engine.run.diffusion, engine.bound if clipped else None, torch.Generator())
+    latent_range = engine.latent_range if clipped else None
+    schedule = SamplingSchedule(options.steps, engine.run.diffusion, latent_range, torch.Generator())
     sampler = get_sampler(options.sampler, engine.run.diffusion.noise_schedule)(first.x_t[0][:1], schedule)
     x_t, t = next(sampler)
     while True:
@@ -274,7 +275,7 @@ def test_later_requests_change_nothing(timed):
         alone.submit(request_of(alone, spec))
         expected = run_to_end(alone)
         for sample_index in range(spec[1] or 1):
-            batched = [e for e in events if (e.request, e.sample_index) == (number, sample_index)]
+            batched = [e for e in events if (e.request_id, e.sample_index) == (number, sample_index)]
             single = [e for e in expected if e.sample_index == sample_index]
             assert [type(e) for e in batched] == [type(e) for e in single]
             for event, expected_event in zip(batched, single, strict=True):
@@ -327,8 +328,8 @@ def test_one_forward_pass_per_phase_and_step(specs):
         num_slots = {call.kind: len(call.slots) for call in calls.values()}
         assert num_slots.pop("decode", 0) + num_slots.pop("prefill", 0) == len(reading)
         finished = [e for e in events if isinstance(e, ImageEvent)]
-        drawing = [(s.request_number, s.phase.image.shape) for s in engine.sequences if isinstance(s.phase, Draw)]
-        drawing += [(event.request, event.pixels.shape[:2]) for event in finished]
+        drawing = [(s.request_id, s.phase.image.shape) for s in engine.sequences if isinstance(s.phase, Draw)]
+        drawing += [(event.request_id, event.pixels.shape[:2]) for event in finished]
         branches = Counter()
         for number, shape in drawing:
             guided = specs[number - engine.num_requests + len(specs) - 1][4]["guidance_scale"] != 1
@@ -346,7 +347,7 @@ def test_one_forward_pass_per_phase_and_step(specs):
 def test_prompt_is_read_once_for_any_number_of_samples(parts, num, scale):
     engine = warm_up(build_engine())
     engine.generate([Request(tuple(parts), num, generation=generation(engine, guidance_scale=scale))])
-    prompt = encode_document(Document(prompt_segments(parts)), engine.vocabulary, ends=False)
+    prompt = encode_document(Document(prompt_segments(parts)), engine.vocabulary, add_eos=False)
     reads = [call.tokens.shape for call in engine.model.calls if not call.kind.startswith("draw")]
     assert reads == [(1, len(prompt) + 1)]
     draws = [call for call in engine.model.calls if call.kind.startswith("draw")]
@@ -494,14 +495,14 @@ def test_temperature_near_zero_is_greedy(temperature):
 @some
 @given(prompts, st.integers(1, 9), st.integers(0, 40), st.booleans(), seeds)
 def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_positions, with_images, seed):
-    prompt = encode_document(Document(prompt_segments(parts)), build_engine().vocabulary, ends=False)
+    prompt = encode_document(Document(prompt_segments(parts)), build_engine().vocabulary, add_eos=False)
     engine = build_engine(never_end if with_images else None, context=len(prompt) + free_positions)
     engine.submit(Request(tuple(parts), seed=seed, generation=generation(engine, max_tokens=max_tokens)))
     events = run_to_end(engine)
     assert sum(isinstance(event, TokenEvent | ImageEvent) for event in events) <= max_tokens
     for call in engine.model.calls:
-        assert call.position_ids.max() < engine.context
-        assert call.mask_keys <= engine.context
+        assert call.position_ids.max() < engine.max_positions
+        assert call.mask_keys <= engine.max_positions
     if with_images:
         assert events[-1].reason == "length"
 
@@ -511,8 +512,8 @@ def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_posit
 def test_prompt_and_image_may_fill_the_context_exactly(parts, size):
     any_engine = build_engine()
     shape = size[::-1]
-    prompt = encode_document(Document(prompt_segments(parts)), any_engine.vocabulary, ends=False)
-    needed = len(prompt) + 1 + any_engine.vocabulary.patches(shape)
+    prompt = encode_document(Document(prompt_segments(parts)), any_engine.vocabulary, add_eos=False)
+    needed = len(prompt) + 1 + any_engine.vocabulary.num_patches(shape)
     exact = build_engine(context=needed)
     (answers,) = exact.generate([Request(tuple(parts), 2, size=size)])
     assert [answer.reason for answer in answers] == ["image", "image"]
@@ -546,7 +547,7 @@ def test_cancel_frees_slots_and_does_not_change_later_answers(actions_, last):
                 engine.cancel(value)
                 cancelled |= {value} if value <= engine.num_requests else set()
             case "step":
-                assert not {event.request for event in engine.step()} & cancelled
+                assert not {event.request_id for event in engine.step()} & cancelled
     for number in range(engine.num_requests + 1):
         engine.cancel(number)
     assert_no_slot_is_lost(engine)

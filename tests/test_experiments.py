@@ -268,7 +268,7 @@ def test_variants_and_claims_of_a_table_are_valid(module, preset):
 def test_number_of_patches_matches_the_variant_name(preset):
     for variant in patches.build_table(preset).variants:
         run = parse_arguments(*variant.arguments)
-        num_patches = Vocabulary.build(300, [(8, 8)], run.model.patch_size).patches((8, 8))
+        num_patches = Vocabulary.build(300, [(8, 8)], run.model.patch_size).num_patches((8, 8))
         assert num_patches == int(variant.name.split()[1])
 
 

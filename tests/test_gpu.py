@@ -83,10 +83,10 @@ def test_logits_and_images_equal_those_of_a_cpu(trained):
     logits, images = [], []
     for engine in engines:
         text = Text(engine.opened.tokenizer.encode("three"))
-        chunk = encode_document(Document((text,)), engine.vocabulary, ends=False)
+        chunk = encode_document(Document((text,)), engine.vocabulary, add_eos=False)
         with engine.opened.lower_precision():
             logits.append(
-                text_mode.prefill(engine.model, engine.cache, [engine.cache.acquire()], [chunk], engine.vocabulary)
+                text_mode.extend_cache(engine.model, engine.cache, [engine.cache.acquire()], [chunk], engine.vocabulary)
             )
         [answers] = engine.generate([Request(("three",), num_images=4)])
         images.append(np.stack([answer.parts[0] for answer in answers]).astype(np.float32))

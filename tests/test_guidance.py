@@ -53,7 +53,7 @@ def draw_uncached(engine: Engine, prefixes: list, options: GenerationConfig, com
     """The image of the sampler with combine(t, predictions), one uncached prediction after each of these prefixes."""
     diffusion = engine.run.diffusion
     sampler = get_sampler(options.sampler, diffusion.noise_schedule)(
-        start, SamplingSchedule(options.steps, diffusion, engine.bound, torch.Generator())
+        start, SamplingSchedule(options.steps, diffusion, engine.latent_range, torch.Generator())
     )
     x_t, t = next(sampler)
     while True:
@@ -168,7 +168,7 @@ def test_prompt_and_its_images_are_read_in_one_forward_pass(parts, num):
     (call,) = reads(engine)
     boi = next(iter(vocabulary.boi.values()))
     for row, row_segments in enumerate((segments, images_of(segments))):
-        expected = encode_document(Document(tuple(row_segments)), vocabulary, ends=False).append(boi).tokens.tolist()
+        expected = encode_document(Document(tuple(row_segments)), vocabulary, add_eos=False).append(boi).tokens.tolist()
         assert call.tokens[row].tolist()[: len(expected)] == expected
     assert len(call.slots) == 2
     assert [len(call.slots) for call in draws(engine)] == [3 * num] * options.steps

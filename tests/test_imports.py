@@ -70,7 +70,7 @@ WRONG = {  # arguments -> the exit code
     "evaluate --from NOWHERE/results.json": 1,
     "evaluate NOWHERE --tasks nonsense": 2, "evaluate NOWHERE --questions NOWHERE/a.jsonl": 1, "report NOWHERE": 1,
     "report NOWHERE --devise cpu": 2, "export NOWHERE --out NEW": 1, "export NOWHERE": 2, "serve NOWHERE": 1,
-    "serve NOWHERE --port 99999": 2, "serve NOWHERE --host 0.0.0.0": 2, "serve NOWHERE --limits.rows 0": 2,
+    "serve NOWHERE --port 99999": 2, "serve NOWHERE --host 0.0.0.0": 2, "serve NOWHERE --limits.max-sequences 0": 2,
     "plan 7b --memory 24": 2, "plan 7b --gpus 0": 2, "plan 7b --batch many": 2, "plan 9b": 2, "plan small --data NOWHERE": 1,
     "data fit-codec smal a": 2, "generate runs/nowhere three": 1, "evaluate RUN --data NOWHERE": 1,
     "evaluate RUN --steps 0": 2, "evaluate NOWHERE --from RUN/run.json": 1,

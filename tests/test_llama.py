@@ -59,7 +59,7 @@ def test_logits_equal_transformers(config, rows, sharded, is_version_4, seed):
         assert sizes_of(replace(model.config, vocab_size=rows)) == sizes_of(replace(config, vocab_size=rows))
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(256, (50,), generator=generator).tolist()
-        chunk = encode_document(Document((Text(tuple(tokens)),)), vocabulary, ends=False)
+        chunk = encode_document(Document((Text(tuple(tokens)),)), vocabulary, add_eos=False)
         batch = with_all_logits(collate([Row((chunk,))], len(chunk), vocabulary))
         ours = run(model, batch, [], []).logits
         with torch.no_grad():

@@ -209,7 +209,7 @@ def test_cached_masks_are_rows_of_the_full_mask(packed, data, image_attention):
     if not rules:
         return
     mask = cached_mask(torch.tensor(lengths), new, torch.stack(new_image_ids), image_attention)
-    assert mask.keys == max(lengths) + new
+    assert mask.num_keys == max(lengths) + new
     for dense, rule, length in zip(mask.dense[:, 0], rules, lengths, strict=True):
         assert torch.equal(dense[:, : length + new], rule[:, : length + new])
         assert not dense[:, length + new :].any()

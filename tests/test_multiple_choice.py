@@ -139,7 +139,7 @@ def test_is_greedy_is_true_for_greedy_text_only():
 
 def test_continuation_longer_than_a_row_is_refused():
     assert len(likelihoods(SHORT, [("", "x" * 24)])[0].log_probs) == 24
-    with pytest.raises(ValueError, match="a continuation of 25 tokens is longer than a row of this run, 24"):
+    with pytest.raises(ValueError, match="a continuation of 25 tokens is longer than a row, 24 positions"):
         likelihoods(SHORT, [("", "x" * 25)])
 
 
@@ -163,7 +163,7 @@ class ReferenceModel(TemplateLM):
                 for _, before, after in requests]  # fmt: skip
 
     def score(self, before, after):
-        ids = (before + after)[-(self.engine.context + 1) :][:-1]
+        ids = (before + after)[-(self.engine.max_positions + 1) :][:-1]
         log_probs = log_probs_after(self.engine, ids)[-len(after) :]
         total = sum(float(row[token]) for row, token in zip(log_probs, after, strict=True))
         return total, argmax(self.engine, log_probs) == after
@@ -172,7 +172,7 @@ class ReferenceModel(TemplateLM):
         totals = []
         for request in requests:
             ids = self.tok_encode(*request.args)
-            windows = get_rolling_token_windows(ids, self.eot_token_id, self.engine.context, context_len=1)
+            windows = get_rolling_token_windows(ids, self.eot_token_id, self.engine.max_positions, context_len=1)
             totals.append(sum(self.score(*make_disjoint_window(window))[0] for window in windows))
         return totals
 
@@ -320,7 +320,7 @@ def test_most_likely_choice_in_total_and_per_byte():
         assert answer["chosen"] == int(np.argmax(nats))
         per_byte = [total / len(choice.encode()) for total, choice in zip(nats, question.choices, strict=True)]
         assert answer["chosen_per_byte"] == int(np.argmax(per_byte))
-    assert results["accuracy"] == sum(it["chosen"] == it["is"] for it in results["answers"]) / 3
+    assert results["accuracy"] == sum(it["chosen"] == it["reference"] for it in results["answers"]) / 3
     assert results["guessed"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
     assert results["count"] == 3
     assert (results["answers"][2]["chosen"], results["answers"][2]["chosen_per_byte"]) == (0, 1)  # the total favours short

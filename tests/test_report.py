@@ -176,7 +176,7 @@ def digits_run(folder: Path) -> Run:
     lines.append({"step": 7, "heldout": heldout})
     complete = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(complete + '{"step": 8, "text_lo')  # incomplete after a crash
-    answers = [{"document": n, "is": "six", "said": "six" if n % 3 else HOSTILE} for n in range(60)]
+    answers = [{"document": n, "reference": "six", "prediction": "six" if n % 3 else HOSTILE} for n in range(60)]
     results = {
         "digits": {
             "captions": {"exact": 2 / 3, "count": 60, "answers": answers},
@@ -206,7 +206,7 @@ def test_report_of_digits_has_all_sections(digits):
     folder, _, html = digits
     assert (folder / "report.html").read_text() == html
     assert headings(html) == [
-        "What this is", "How good it is", "How it learnt", "Drawn from a word", "From noise to an image",
+        "What this is", "How good it is", "Training curves", "Drawn from a word", "From noise to an image",
         "Captions of held-out scans", "Interleaved text and images", "Text only", "How to reproduce it",
     ]  # fmt: skip
     assert_self_contained(html)

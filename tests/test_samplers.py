@@ -239,7 +239,7 @@ def test_dpm_with_rectified_flow_equals_diffusers(steps, shift, starts_at_0_999,
     predictions = [random(seed, 2 + n % 8) for n in range(steps)]
     schedule = make_schedule(steps, diffusion, bound)
     if starts_at_0_999:
-        schedule = DiffusersSchedule(steps, diffusion, schedule.bound, schedule.generator)
+        schedule = DiffusersSchedule(steps, diffusion, schedule.latent_range, schedule.generator)
     ours, times = our_trajectory("dpm", schedule, random(seed, 0), predictions)
     scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", solver_order=2,

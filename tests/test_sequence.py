@@ -71,7 +71,7 @@ def test_position_has_loss_iff_the_next_token_has_loss_and_is_not_eoi(document):
 @some
 @given(documents() | pair_documents())
 def test_prompt_is_the_document_without_eos(document):
-    chunk, prompt = encode_document(document, VOCABULARY), encode_document(document, VOCABULARY, ends=False)
+    chunk, prompt = encode_document(document, VOCABULARY), encode_document(document, VOCABULARY, add_eos=False)
     assert prompt.tokens.tolist() == chunk.tokens[:-1].tolist()
     assert prompt.targets.tolist() == [*chunk.targets[:-2].tolist(), NO_TARGET]
     assert [p.start for p in prompt.images] == [p.start for p in chunk.images]
@@ -98,7 +98,7 @@ def test_image_keys_differ_and_depend_on_the_document_key(document, other_key):
 def units_of(document: Document) -> list[int]:
     """Lengths of indivisible parts: a token, an image with its markers, a pair; the last one includes eos."""
     lengths = [
-        [1] * len(segment.tokens) if isinstance(segment, Text) else [VOCABULARY.patches(segment.shape) + 2]
+        [1] * len(segment.tokens) if isinstance(segment, Text) else [VOCABULARY.num_patches(segment.shape) + 2]
         for segment in document.segments
     ]
     if document.pairs:
@@ -190,7 +190,7 @@ def test_collate_groups_images_by_shape_with_patch_positions(packed):
     for b, begin, chunk in positioned_chunks(rows):
         for placed in chunk.images:
             start = begin + placed.start
-            patches = range(start, start + VOCABULARY.patches(placed.image.shape))
+            patches = range(start, start + VOCABULARY.num_patches(placed.image.shape))
             image_ids[b, patches.start : patches.stop] = numbers[b]
             numbers[b] += 1
             expected.setdefault(placed.image.shape, []).append(([b * LENGTH + i for i in patches], placed))
@@ -276,7 +276,7 @@ def test_boi_determines_the_shape(built):
 
 
 def test_number_of_patches_of_a_shape():
-    assert [VOCABULARY.patches(shape) for shape in SHAPES] == [4, 3, 1]
+    assert [VOCABULARY.num_patches(shape) for shape in SHAPES] == [4, 3, 1]
 
 
 # Seeds

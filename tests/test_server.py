@@ -55,7 +55,7 @@ from transfusion.serving.schemas import ChatRequest, CompletionRequest, StrictMo
 
 openai = Lazy("openai")
 
-SMALL_LIMITS = Limits(rows=4, waiting=4, n=3)
+SMALL_LIMITS = Limits(max_sequences=4, waiting=4, n=3)
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +406,7 @@ def post_in_thread(client: httpx2.Client, path: str, **body) -> tuple[threading.
 
 
 def test_a_short_text_does_not_wait_for_drawings(engine):
-    """Images use three of four rows, more of them wait, and a text is finished before any image."""
+    """Images use three of four sequences, more of them wait, and a text is finished before any image."""
     gate = Gate(engine)
     with serving(engine, SMALL_LIMITS) as server, server.client() as client:
         drawings = [post_in_thread(client, DRAW, n=2, steps=50, seed=n) for n in range(3)]
@@ -427,7 +427,7 @@ def test_a_short_text_does_not_wait_for_drawings(engine):
 
 
 def test_texts_do_not_block_images(engine):
-    """While an image waits, texts get only a quarter of the rows, so the image starts."""
+    """While an image waits, texts get only a quarter of the sequences, so the image starts."""
     gate = Gate(engine)
     with serving(engine, SMALL_LIMITS) as server, server.client() as client:
         texts = [post_in_thread(client, TEXT, max_tokens=3, seed=n) for n in range(4)]
@@ -447,7 +447,7 @@ def test_texts_do_not_block_images(engine):
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, DRAW])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnect_frees_its_rows_within_one_step(engine, path, stream):
+def test_a_disconnect_ends_its_sequences_within_one_step(engine, path, stream):
     gate = Gate(engine)
     body = valid_body(path) | {"n": 2, "stream": stream}
     body |= {"steps": 50, "preview_every": 1} if path == DRAW and stream else {"steps": 50} if path == DRAW else {}
@@ -471,8 +471,8 @@ def test_a_disconnect_frees_its_rows_within_one_step(engine, path, stream):
             assert_works(client)
 
 
-def test_fifty_disconnects_leave_no_rows_in_use(engine):
-    with serving(engine, Limits(rows=8)) as server:
+def test_fifty_disconnects_leave_no_sequences(engine):
+    with serving(engine, Limits(max_sequences=8)) as server:
         for number in range(50):
             path = (CHAT, DRAW)[number % 2]
             options = {"steps": 900, "preview_every": 1} if path == DRAW else {"max_tokens": 40}
@@ -805,7 +805,7 @@ def test_the_readmes_requests_work_and_sigterm_finishes_responses(run, tmp_path,
 @pytest.mark.parametrize(("options", "environment", "words"), [
     (("--host", "0.0.0.0"), {}, "--api-key"), (("--api-key", " "), {}, "the API key is empty"),
     ((), {"TRANSFUSION_API_KEY": ""}, "the API key is empty"),
-    (("--limits.rows", "0"), {}, "limits.rows must be at least 1"),
+    (("--limits.max-sequences", "0"), {}, "limits.max_sequences must be at least 1"),
     (("--limits.shutdown-grace", "inf"), {}, "--limits.shutdown-grace must be"),
     (("--limits.shutdown-grace", "nan"), {}, "--limits.shutdown-grace must be"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),

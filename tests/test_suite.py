@@ -74,7 +74,7 @@ def test_results_hold_every_task(measured):
 
 def test_manifest_holds_the_settings(measured):
     (manifest,) = read_json(measured / "results.json")["manifest"]
-    config = from_json(EvaluationConfig, manifest["asked"])
+    config = from_json(EvaluationConfig, manifest["config"])
     assert config == EvaluationConfig(tasks=(*QUICK, "choice", "images"), count=50, seed=3, guidance_scale=1.5)
     assert manifest["generation"]["guidance_scale"] == 1.5 and manifest["generation"]["steps"] == 2
     assert manifest["networks"]["digits images"].startswith("small network of digits")
@@ -125,7 +125,7 @@ def test_figures_of_other_tasks_are_kept(digits, tmp_path, monkeypatch, capsys):
     results = read_json(run / "results.json")
     assert results["digits"].keys() == {"conditioning"} and results["digits"]["conditioning"]["count"] == 30
     assert [entry["measured"] for entry in results["manifest"]] == [[["topics", "text"]], [["digits", "conditioning"]]]
-    assert [entry["asked"]["tasks"] for entry in results["manifest"]] == [["text"], ["conditioning"]]
+    assert [entry["config"]["tasks"] for entry in results["manifest"]] == [["text"], ["conditioning"]]
     command("evaluate", "--from", run / "results.json")
     assert "all figures agree" in capsys.readouterr().err
     monkeypatch.setattr(suite, "heldout_topics", lambda engine: 1 / 0)
@@ -258,7 +258,7 @@ def test_wrong_options_are_one_line(digits, capsys, options, code, message):
 
 def test_results_without_a_manifest_are_refused(digits, tmp_path, capsys):
     for config in ({}, {"tasks": ["nothing"]}, {"unknown": 1}, None):
-        manifest = [] if config is None else [{"asked": config, "measured": []}] if config else [{}]
+        manifest = [] if config is None else [{"config": config, "measured": []}] if config else [{}]
         write_json(tmp_path / "results.json", {"manifest": manifest})
         output = fails(capsys, 1, "evaluate", digits, "--from", tmp_path / "results.json")
         assert "does not say how it was measured" in output

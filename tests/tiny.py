@@ -100,7 +100,7 @@ class RecordingModel:
     def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
         prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
         slots = cache.slots[:, 0].tolist()
-        self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, mask.keys))
+        self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, mask.num_keys))
         return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)
 
 
@@ -142,7 +142,7 @@ def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tupl
     Every image is clean, t = 0; with `t`, the last one is noisy (at t) and the sequence ends with its patches.
     """
     vocabulary, model = engine.vocabulary, engine.model.model
-    chunk = encode_document(Document(tuple(segments)), vocabulary, ends=False)
+    chunk = encode_document(Document(tuple(segments)), vocabulary, add_eos=False)
     if t is not None:
         chunk = chunk.part(0, len(chunk) - 1)
     batch = with_all_logits(collate([Row((chunk,))], len(chunk), vocabulary))

@@ -1,7 +1,7 @@
 """The forward process: x_t = alpha(t) x0 + sigma(t) noise, its prediction targets, and how t is sampled (2.2 and 4.1).
 
-t is continuous, from 0 (clean) to 1 (noise); the paper's step k of 1000 is t = k / 1000. Training (forward) and inference
-(backward) share this file. Tensors are (N, C, Y, X), t is (N,).
+t is continuous, from 0 (no noise) to 1 (only noise); the paper's step k of 1000 is t = k / 1000. Training (the forward
+process) and inference (the reverse process) share this file. Tensors are (N, C, Y, X), t is (N,).
 """
 
 import math

@@ -77,8 +77,8 @@ def compute_losses(
     ]  # (N, C, Y, X) each
     prediction = model(batch, x_t, [s.t for s in samples])
     image_sum = torch.zeros((), device=device)
-    for group, s, noisy, predicted in zip(batch.groups, samples, x_t, prediction.images, strict=True):
-        error = diffusion.squared_error(group.x0, s.noise, noisy, predicted, s.t, config)  # (N,)
+    for group, s, group_x_t, predicted in zip(batch.groups, samples, x_t, prediction.images, strict=True):
+        error = diffusion.squared_error(group.x0, s.noise, group_x_t, predicted, s.t, config)  # (N,)
         image_sum = image_sum + (error * group.loss).sum()
     text = next_token_loss(prediction.logits, batch.text_target, z_loss)  # (T,)
     codes = text.detach()[batch.text_target >= batch.first_code] if batch.code_count else text.new_zeros(0)

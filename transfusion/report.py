@@ -41,8 +41,8 @@ TRAINED_ON = {
     "topics": "Python's built-in language reference",
 }
 CRITERIA = {
-    "everything": "all criteria below", "count": "the number of things equals the caption's",
-    "colour": "of every thing", "shape": "of every thing", "size": "of every thing, small or large",
+    "everything": "all criteria below", "count": "the number of objects equals the caption's",
+    "colour": "of every object", "shape": "of every object", "size": "of every object, small or large",
     "place": "the relations above and left of, as in the caption",
 }  # fmt: skip
 PICTURE = {"digits": "scan", "shapes": "scene"}  # the word for an image of the source
@@ -165,7 +165,7 @@ def _cells(engine: Engine, chunk: Chunk) -> list[Cell]:
             has_loss = images[n].loss and images[n].max_t > 0
             target = f"{engine.run.diffusion.prediction} of each patch" if has_loss else ""
             cells.append(Cell(_tiles(pixels, side), target, "image", "image"))
-            n += vocabulary.patches(images[n].shape)
+            n += vocabulary.num_patches(images[n].shape)
         else:
             token, target_token = int(chunk.tokens[n]), int(chunk.targets[n])
             target = "" if target_token == NO_TARGET else _token_name(engine, target_token)
@@ -198,7 +198,7 @@ def _attention(engine: Engine, chunk: Chunk) -> np.ndarray:
     mask = np.zeros((len(chunk), len(chunk), 4), np.uint8)
     mask[np.tri(len(chunk), dtype=bool)] = (*ORANGE, 255)
     for placed in chunk.images:
-        image = slice(placed.start, placed.start + engine.vocabulary.patches(placed.image.shape))
+        image = slice(placed.start, placed.start + engine.vocabulary.num_patches(placed.image.shape))
         mask[image, image] = (*BLUE, 255)
     return mask
 
@@ -286,7 +286,7 @@ def add_curves(page: Page, material: Material) -> None:
     """Losses over the training steps."""
     if not material.metrics:
         return
-    page.heading("How it learnt")
+    page.heading("Training curves")
     unit = "nats per code" if material.engine.vocabulary.num_image_codes else "mean squared error per value"
     for kind, label in (("text", "nats per token"), ("image", unit)):
         lines = _curves(material, f"{kind}_loss", kind)
@@ -371,8 +371,8 @@ def add_denoising(page: Page, material: Material) -> None:
 
 def denoising_frames(engine: Engine, prompt: str) -> list[PreviewEvent]:
     """At most `FRAMES` evenly spaced steps of the image that is drawn from a prompt."""
-    number, previews = engine.submit(Request(parts=(prompt,), num_images=1, previews=1)), []
-    while any(row.request_number == number for row in engine.sequences):
+    request_id, previews = engine.submit(Request(parts=(prompt,), num_images=1, previews=1)), []
+    while any(sequence.request_id == request_id for sequence in engine.sequences):
         previews += [event for event in engine.step() if isinstance(event, PreviewEvent)]
     return [previews[n] for n in np.unique(np.linspace(0, len(previews) - 1, FRAMES).round().astype(int))]
 
@@ -383,8 +383,8 @@ def add_captions(page: Page, material: Material) -> None:
         word = PICTURE.get(source.name, "picture")
         measured = _result(material, source.name, "captions") or caption_heldout(material.engine, source, NUM_CAPTIONS)
         answers = measured["answers"]
-        right = [answer for answer in answers if answer["is"] == answer["said"]]
-        wrong = [answer for answer in answers if answer["is"] != answer["said"]]
+        right = [answer for answer in answers if answer["reference"] == answer["prediction"]]
+        wrong = [answer for answer in answers if answer["reference"] != answer["prediction"]]
         shown_wrong, shown_right = wrong[:MAX_WRONG], right[: NUM_CAPTIONS - min(len(wrong), MAX_WRONG)]
         page.heading(f"Captions of held-out {word}s")
         page.paragraph(
@@ -400,7 +400,7 @@ def add_captions(page: Page, material: Material) -> None:
 
 def _compare(answer: dict) -> str:
     """The predicted caption, and the actual one where it differs."""
-    predicted, actual = answer["said"], answer["is"]
+    predicted, actual = answer["prediction"], answer["reference"]
     return actual if predicted == actual else f"predicted {predicted or '(nothing)'},\nactual {actual}"
 
 
@@ -433,15 +433,15 @@ def add_text(page: Page, material: Material) -> None:
         return
     engine, source = material.engine, material.sources["topics"]
     texts = [source[n].segments[0].text for n in range(min(NUM_TEXTS, len(source)))]
-    ids = [engine.opened.tokenizer.encode(text[:PROMPT_CHARACTERS])[: engine.context // 2] for text in texts]
+    ids = [engine.opened.tokenizer.encode(text[:PROMPT_CHARACTERS])[: engine.max_positions // 2] for text in texts]
     prompts = [engine.opened.tokenizer.decode(prompt).rsplit(" ", 1)[0] for prompt in ids]
-    options = replace(engine.run.generation, temperature=TEMPERATURE, max_tokens=engine.context)
+    options = replace(engine.run.generation, temperature=TEMPERATURE, max_tokens=engine.max_positions)
     answers = engine.generate([Request(parts=(prompt,), generation=options) for prompt in prompts])
     page.heading("Text only")
     style = " A model this small learns the style of a manual, not its meaning." if engine.opened.parameters < SMALL else ""
     page.paragraph(
         "The first words of held-out pages of Python's documentation (highlighted), and the model's continuation at "
-        f"temperature {TEMPERATURE:g}, seed 0, up to the row length of {engine.context} positions.{style}"
+        f"temperature {TEMPERATURE:g}, seed 0, up to the row length of {engine.max_positions} positions.{style}"
     )
     for prompt, [answer] in zip(prompts, answers, strict=True):
         page.code("".join(p if isinstance(p, str) else " (an image) " for p in answer.parts), prompt=prompt)

@@ -33,7 +33,7 @@ class Image:
     """One image from a codec: a normalised latent (C, Y, X), float32, or a grid of codes (Y, X), integers.
 
     `max_t` limits the noise of a latent in training: 1, or 0.5 (the noise limit of Table 8), or 0: the image is a condition
-    for what follows, always clean and without denoising loss. Codes have no noise.
+    for what follows, always with t = 0 (no noise) and without denoising loss. Codes have no noise.
     """
 
     content: np.ndarray
@@ -104,7 +104,7 @@ class Vocabulary:
         """The latent shape of this boi; None for any other id."""
         return next((shape for shape, id_ in self.boi.items() if id_ == boi), None)
 
-    def patches(self, shape: tuple[int, int]) -> int:
+    def num_patches(self, shape: tuple[int, int]) -> int:
         """P: positions of an image of this latent shape, without boi and eoi."""
         return (shape[0] // self.patch_size) * (shape[1] // self.patch_size)
 
@@ -169,12 +169,12 @@ class Span(NamedTuple):
     can_break: list[bool]
 
 
-def encode_document(document: Document, vocabulary: Vocabulary, ends: bool = True) -> Chunk:
+def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = True) -> Chunk:
     """bos, text, boi, patches, eoi, text, ..., eos: the document as positions.
 
     A position has text loss iff the next position holds a token of a segment with loss that is not eoi. This covers boi to
-    patch, patch to eoi, and the end. Codes are tokens instead of patches (Chameleon, 2405.09818). `ends=False` leaves
-    out eos (a prompt).
+    patch, patch to eoi, and the end. Codes are tokens instead of patches (Chameleon, 2405.09818). `add_eos=False`
+    omits eos (a prompt).
     """
     tokens, loss_mask, can_break, images = [vocabulary.bos], [False], [False], []
     # A pair breaks only before the first position of its first segment; if that is empty, before the next segment.
@@ -192,7 +192,7 @@ def encode_document(document: Document, vocabulary: Vocabulary, ends: bool = Tru
         tokens += span.tokens
         loss_mask += span.loss_mask
         can_break += span.can_break
-    if ends:
+    if add_eos:
         tokens.append(vocabulary.eos)
         loss_mask.append(not document.segments or document.segments[-1].loss)
         can_break.append(False)
@@ -208,7 +208,7 @@ def _text_span(text: Text, can_break: bool, every_token: bool) -> Span:
 
 
 def _image_span(image: Image, vocabulary: Vocabulary, can_break: bool) -> Span:
-    n = vocabulary.patches(image.shape)
+    n = vocabulary.num_patches(image.shape)
     if image.is_codes:
         patches = (vocabulary.first_code + image.content.ravel()).tolist()  # row by row
     else:
@@ -310,7 +310,7 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
             position_ids[b, span], document_ids[b, span] = np.arange(len(chunk)), number
             for placed in chunk.images:
                 start = begin + placed.start
-                image_ids[b, start : start + vocabulary.patches(placed.image.shape)] = num_images
+                image_ids[b, start : start + vocabulary.num_patches(placed.image.shape)] = num_images
                 images.setdefault(placed.image.shape, []).append((b * length + start, placed))
                 num_images += 1
             begin += len(chunk)
@@ -327,7 +327,7 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
         text_target=torch.from_numpy(flat_targets[text_index]),
         first_code=vocabulary.first_code,
         code_count=int((flat_targets >= vocabulary.first_code).sum()),
-        groups=[_group(placed, vocabulary.patches(shape)) for shape, placed in sorted(images.items())],
+        groups=[_group(placed, vocabulary.num_patches(shape)) for shape, placed in sorted(images.items())],
         positions=positions,
         documents=[[f"{chunk.source} {chunk.id}" for chunk in row.chunks] for row in rows],
     )

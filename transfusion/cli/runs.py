@@ -169,7 +169,7 @@ def generate(arguments: list[str]) -> None:
 
     engine = open_run(folder, args.weights, args.device)
     with as_usage_error(Generate):
-        engine.submit(Request(parts, args.num_images, args.seed, engine.generation(**args.generation), size))
+        engine.submit(Request(parts, args.num_images, args.seed, engine.make_generation_config(**args.generation), size))
     _print_answers(engine, args)
 
 

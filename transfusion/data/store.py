@@ -208,7 +208,7 @@ class StoredSource:
         shards, documents = self.metadata["shards"], max(1, len(self))
         tokens, captions = (sum(shard[key][self.split] for shard in shards) for key in ("tokens", "caption_tokens"))
         images = sum(
-            count * (vocabulary.patches(_parse_shape(name)) + 2)
+            count * (vocabulary.num_patches(_parse_shape(name)) + 2)
             for shard in shards for name, count in shard["images"][self.split].items()
         )  # fmt: skip
         return 2 + (tokens - caption_dropout * captions + images) / documents
@@ -216,7 +216,7 @@ class StoredSource:
     def min_seq_len(self, vocabulary: Vocabulary) -> int:
         """The shortest row that fits every image with its caption, which are never split."""
         return max((
-            overhead + vocabulary.patches(_parse_shape(name))
+            overhead + vocabulary.num_patches(_parse_shape(name))
             for shard in self.metadata["shards"] for name, overhead in shard["max_image_overhead"].items()
         ), default=1)  # fmt: skip
 

@@ -23,7 +23,7 @@ def caption_heldout(engine: Engine, source: Source, count: int) -> dict:
     return {
         "exact": sum(caption == prediction for caption, prediction in pairs) / len(pairs),
         **word_scores(predictions, [[caption] for caption in captions]), "count": len(pairs),
-        "answers": [{"document": n, "is": caption, "said": prediction} for n, (caption, prediction) in enumerate(pairs)],
+        "answers": [{"document": n, "reference": caption, "prediction": text} for n, (caption, text) in enumerate(pairs)],
     }  # fmt: skip
 
 

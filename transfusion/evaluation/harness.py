@@ -64,25 +64,25 @@ class HarnessModel(LM):
         stops: dict[int, list[str]] = {}
         for context, values in batch:
             options = normalize_gen_kwargs(values)
-            number = self.engine.submit(self._to_request(context, options))
-            texts[number], stops[number] = "", [stop for stop in options["until"] if stop]
+            request_id = self.engine.submit(self._to_request(context, options))
+            texts[request_id], stops[request_id] = "", [stop for stop in options["until"] if stop]
         while self.engine.sequences:
             for event in self.engine.step():
                 if isinstance(event, PreviewEvent | ImageEvent):
-                    self.engine.cancel(event.request)
+                    self.engine.cancel(event.request_id)
                 elif isinstance(event, TokenEvent):
-                    text = texts[event.request] = texts[event.request] + event.text
-                    ends = [text.index(stop) for stop in stops[event.request] if stop in text]
+                    text = texts[event.request_id] = texts[event.request_id] + event.text
+                    ends = [text.index(stop) for stop in stops[event.request_id] if stop in text]
                     if ends:
-                        texts[event.request] = text[: min(ends)]
-                        self.engine.cancel(event.request)
+                        texts[event.request_id] = text[: min(ends)]
+                        self.engine.cancel(event.request_id)
         return list(texts.values())
 
     def _to_request(self, context: str, options: dict) -> Request:
         """A context that is too long is truncated at its beginning; it keeps at least half a row."""
         tokenizer, engine = self.engine.opened.tokenizer, self.engine
-        max_tokens = min(options["max_gen_toks"], engine.context // 2)
-        room = engine.context - max_tokens - 1  # bos
+        max_tokens = min(options["max_gen_toks"], engine.max_positions // 2)
+        room = engine.max_positions - max_tokens - 1  # bos
         while len(ids := tokenizer.encode(context)) > room:  # repeat: the shorter text may have more tokens than expected
             context = tokenizer.decode(ids[len(ids) - room :]).lstrip("\ufffd")
         temperature = options.get("temperature", 1.0) if options["do_sample"] else 0.0

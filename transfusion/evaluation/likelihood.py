@@ -30,19 +30,19 @@ def likelihoods(engine: Engine, pairs: Sequence[tuple[str, str]]) -> list[Likeli
     chunks = []
     for context, continuation in pairs:
         before, after = encode_pair(engine, context, continuation)
-        if len(after) > engine.context:
-            raise ValueError(f"a continuation of {len(after)} tokens is longer than a row of this run, {engine.context}")
+        if len(after) > engine.max_positions:
+            raise ValueError(f"a continuation of {len(after)} tokens is longer than a row, {engine.max_positions} positions")
         document = Document((Text(before, loss=False), Text(after)))
-        chunk = _without_last(encode_document(document, engine.vocabulary, ends=False))
-        chunks.append(chunk.part(max(0, len(chunk) - engine.context)))
+        chunk = _without_last(encode_document(document, engine.vocabulary, add_eos=False))
+        chunks.append(chunk.part(max(0, len(chunk) - engine.max_positions)))
     return _score(engine, chunks)
 
 
 def rolling_likelihood(engine: Engine, text: str) -> Likelihood:
     """Of a whole text of any length, after bos and without eos, in equally long rows. The last row overlaps the one before;
     each token counts once."""
-    whole = encode_document(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, ends=False)
-    scores = _score(engine, list(_windows(_without_last(whole), engine.context)))
+    whole = encode_document(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, add_eos=False)
+    scores = _score(engine, list(_windows(_without_last(whole), engine.max_positions)))
     return Likelihood(tuple(nats for it in scores for nats in it.log_probs), all(it.is_greedy for it in scores))
 
 

@@ -57,13 +57,13 @@ def answer_questions(engine: Engine, questions: Sequence[Question]) -> dict:
         nats = [next(totals) for _ in question.choices]
         per_byte = [total / len(choice.encode()) for total, choice in zip(nats, question.choices, strict=True)]
         answers.append({
-            "question": number, "is": question.answer, "chosen": nats.index(max(nats)),
+            "question": number, "reference": question.answer, "chosen": nats.index(max(nats)),
             "chosen_per_byte": per_byte.index(max(per_byte)), "nats": nats,
         })  # fmt: skip
     count = len(questions)
     return {
-        "accuracy": sum(it["chosen"] == it["is"] for it in answers) / count,
-        "accuracy_per_byte": sum(it["chosen_per_byte"] == it["is"] for it in answers) / count,
+        "accuracy": sum(it["chosen"] == it["reference"] for it in answers) / count,
+        "accuracy_per_byte": sum(it["chosen_per_byte"] == it["reference"] for it in answers) / count,
         "guessed": sum(1 / len(question.choices) for question in questions) / count,
         "count": count, "answers": answers,
     }  # fmt: skip

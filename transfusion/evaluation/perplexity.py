@@ -18,7 +18,7 @@ BATCH_SIZE = 16  # windows per forward pass
 @torch.inference_mode()
 def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
     """Over whole texts, eos included. After the first half row, every token has at least half a row of context."""
-    length, tokenizer = engine.context, engine.opened.tokenizer
+    length, tokenizer = engine.max_positions, engine.opened.tokenizer
     windows = [
         window
         for text in texts

@@ -46,7 +46,7 @@ def repeat(
     try:
         if not before["manifest"]:
             raise KeyError("manifest")
-        entries = [(entry, from_json(EvaluationConfig, entry["asked"]), entry["measured"]) for entry in before["manifest"]]
+        entries = [(entry, from_json(EvaluationConfig, entry["config"]), entry["measured"]) for entry in before["manifest"]]
     except (KeyError, TypeError, ValueError) as error:
         raise OpenError(f"{path} does not say how it was measured: {error}") from None
     changed = list(differences(_identity(before), _identity(_load_results(engine, folder))))
@@ -114,5 +114,5 @@ def _remove_task(entry: dict, source: str, task: str) -> dict | None:
     rest = [pair for pair in entry["measured"] if pair != [source, task]]
     if len(rest) == len(entry["measured"]):
         return entry
-    config = entry["asked"] | {"tasks": list(dict.fromkeys(name for _, name in rest))}
-    return entry | {"measured": rest, "asked": config} if rest else None
+    config = entry["config"] | {"tasks": list(dict.fromkeys(name for _, name in rest))}
+    return entry | {"measured": rest, "config": config} if rest else None

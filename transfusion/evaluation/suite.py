@@ -69,7 +69,7 @@ class Suite:
     def __post_init__(self):
         options = {name: getattr(self.config, name) for name in ("sampler", "steps", "guidance_scale")}
         options = {name: value for name, value in options.items() if value is not None}
-        run = replace(self.engine.run, generation=self.engine.generation(**options))
+        run = replace(self.engine.run, generation=self.engine.make_generation_config(**options))
         if self.config.data:
             data = replace(run.data, prepared=self.config.data, sources=(), mixture_weights=())
             run = replace(run, data=name_sources(data))
@@ -183,7 +183,7 @@ class Suite:
             "images": lambda: self._images(source, count),
             "clip": lambda: self._clip(source),
         }
-        if source.name == "digits" and engine.draws_by_default((SIDE, SIDE), 1):
+        if source.name == "digits" and engine.is_default_image((SIDE, SIDE), 1):
             tasks["drawings"] = lambda: draw_digits(engine, self.config.seed)[0]
         if source.name == "shapes":
             tasks["drawings"] = lambda: judge_scenes(*self._draw(source)[:2])[0]
@@ -233,7 +233,7 @@ class Suite:
         predictions = caption_images(self.engine, self._read_images())
         references = [image.references for image in self.captioned]
         pairs = zip(self.captioned, predictions, strict=True)
-        answers = [{"picture": image.path, "said": prediction} for image, prediction in pairs]
+        answers = [{"picture": image.path, "prediction": prediction} for image, prediction in pairs]
         return {**word_scores(predictions, references), "count": len(predictions), "answers": answers}
 
     def _coco_images(self) -> dict:
@@ -260,7 +260,7 @@ class Suite:
         """The settings that reproduce the figures, and the environment that they depend on."""
         opened, run = self.engine.opened, self.engine.run
         return {
-            "asked": asdict(self.config), "data": fingerprint(run.data),
+            "config": asdict(self.config), "data": fingerprint(run.data),
             "generation": asdict(run.generation), "captions": "greedy", "networks": dict(self.networks),
             "dtype": str(opened.precision).removeprefix("torch."), "device": str(self.engine.device),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),

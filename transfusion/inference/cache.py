@@ -11,8 +11,8 @@ GROWTH = 64  # the capacity of slots grows in multiples of this
 class Cache:
     """Slots of keys and values for all layers.
 
-    A forward pass writes after the committed length of a slot and reads up to what it wrote. Only `commit` changes the
-    length: uncommitted entries, those of a denoising step for example, are overwritten by the next write.
+    A forward pass writes after the committed length of a slot, and reads all positions up to the last one written. Only
+    `commit` changes the length. Uncommitted entries, for example of a denoising step, are overwritten by the next pass.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -51,7 +51,7 @@ class Cache:
         return copy
 
     def view(self, slots: list[int], new: int) -> "CacheView":
-        """These slots, each with room for `new` positions after its length: the cache argument of a forward pass."""
+        """Returns the cache argument of a forward pass: these slots, each with room for `new` positions after its length."""
         longest = max(self.lengths[slot] for slot in slots) + new
         if longest > self.keys.shape[3]:
             self._resize(len(self.lengths), -(-longest // GROWTH) * GROWTH)
@@ -85,7 +85,7 @@ class CacheView:
         self.start = lengths[0] if adjacent and len(set(lengths)) == 1 else None
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, Hkv, new, h) after each slot's length: all keys and values up to the longest, (B, Hkv, end, h)."""
+        """Write (B, Hkv, new, h) after each slot's length. Returns keys and values up to the longest, (B, Hkv, end, h)."""
         return self._extend(self.cache.keys[layer], keys), self._extend(self.cache.values[layer], values)
 
     def _extend(self, store: Tensor, new: Tensor) -> Tensor:

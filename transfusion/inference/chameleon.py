@@ -63,7 +63,7 @@ def begin_image(
     shape: tuple[int, int], branches: Sequence[Branch], generation: GenerationConfig, vocabulary: Vocabulary, cache: Cache,
     seed: int,
 ) -> CodeImageState:  # fmt: skip
-    """An image (Y, X) without codes. The branches have read its boi; they drop it and read it again, for its logits."""
+    """An image (Y, X) without codes. The boi is removed from every slot; the next pass reads it for its logits."""
     for branch in branches:
         cache.commit(branch.slot, -1)
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def decode_codes(model: Transfusion, cache: Cache, images: Sequence[CodeImageSta
     """The next code of every image: all branches of all images in one forward pass."""
     slots = [branch.slot for image in images for branch in image.branches]
     chunks = [EMPTY_CHUNK.append(image.pending) for image in images for _ in image.branches]
-    logits = iter(text_mode.prefill(model, cache, slots, chunks, vocabulary).cpu())  # (branches of all, V)
+    logits = iter(text_mode.extend_cache(model, cache, slots, chunks, vocabulary).cpu())  # (branches of all, V)
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
     allowed[vocabulary.first_code : vocabulary.num_used] = True
     for image in images:

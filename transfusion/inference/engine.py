@@ -1,12 +1,12 @@
 """Text mode, image mode, and the switch between them, for many sequences at once.
 
-A sequence samples tokens until it samples a boi. Then it draws an image, which goes into the cache clean, followed by eoi,
-and continues with text (section 3). `submit` adds sequences, `step` advances all of them: one forward pass for those that
-decode a token, one for those that prefill (a prompt, or their own finished image), and one per latent shape for those that
-draw, conditional and unconditional together. A run whose images are codes samples them one by one (`chameleon`).
+A sequence samples tokens until it samples a boi. Then it draws an image, which enters the cache with t = 0 (no noise),
+followed by eoi, and continues with text (section 3). `submit` adds sequences, `step` advances all of them: one forward pass
+for those that decode a token, one for those that prefill (a prompt, or an image that they have finished), and one per latent
+shape for those that draw, conditional and unconditional together. Image codes are sampled one by one (`chameleon`).
 
-Where the text and the images of a prompt have guidance scales of their own (`image_guidance_scale`), a sequence has a second
-slot. It holds what training uses when it drops the text: bos, the prompt's images, boi. It joins the same forward passes.
+If the text and the images of a prompt have different guidance scales (`image_guidance_scale`), a sequence has a second slot.
+It holds bos, the prompt's images and boi, as in training without the text. It joins the same forward passes.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Request:
 class TokenEvent:
     """A sampled text token. `text` is the readable text that it adds; an incomplete character is held back."""
 
-    request: int
+    request_id: int
     sample_index: int
     token: int
     text: str
@@ -63,7 +63,7 @@ class TokenEvent:
 class PreviewEvent:
     """An unfinished image: x_t and the predicted x0 as pixels, both (Y, X, channels) uint8."""
 
-    request: int
+    request_id: int
     sample_index: int
     step: int
     x_t: np.ndarray
@@ -74,7 +74,7 @@ class PreviewEvent:
 class ImageEvent:
     """A finished image, (Y, X, channels) uint8."""
 
-    request: int
+    request_id: int
     sample_index: int
     pixels: np.ndarray
 
@@ -83,7 +83,7 @@ class ImageEvent:
 class FinishEvent:
     """The end of a sample. reason: "eos", "image" (the requested one is finished) or "length"."""
 
-    request: int
+    request_id: int
     sample_index: int
     reason: str
 
@@ -120,13 +120,13 @@ class Draw:
 class SequenceState:
     """One sample of a request: its phase, its cache slots, and the text since the last image."""
 
-    request_number: int
+    request_id: int
     request: Request
     generation: GenerationConfig
     sample_index: int
     phase: Prefill | Decode | Draw | None  # None only while a forward pass is evaluated
     slot: int
-    image_cond_slot: int | None = None  # bos and the prompt's images, where these have a guidance scale of their own
+    image_cond_slot: int | None = None  # bos and the prompt's images, if their guidance scale is different
     num_tokens: int = 0
     num_images: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -148,14 +148,14 @@ class Engine:
     def __init__(self, opened: OpenedRun):
         self.opened, self.device = opened, opened.device
         self.model, self.run, self.vocabulary = opened.model, opened.run, opened.vocabulary
-        self.context = self.run.data.seq_len  # positions: a sequence is never longer than the rows of training
+        self.max_positions = self.run.data.seq_len  # positions: a sequence is never longer than the rows of training
         self.cache = Cache(self.run.model, self.device, opened.precision)
         self.allowed_tokens = text_mode.allowed_tokens(self.vocabulary)
         boi = torch.tensor([*self.vocabulary.boi.values()], dtype=torch.int64)  # (empty for a run without images)
         self.allowed_text_tokens = self.allowed_tokens.index_fill(0, boi, False)
         codec = opened.codec
-        self.draws_codes = self.vocabulary.num_image_codes > 0
-        self.bound = () if self.draws_codes else tuple(
+        self.uses_image_codes = self.vocabulary.num_image_codes > 0
+        self.latent_range = () if self.uses_image_codes else tuple(
             torch.tensor(side, dtype=torch.float32, device=self.device).view(-1, 1, 1) for side in (codec.low, codec.high)
         )
         self.sizes = [(x * codec.downsampling, y * codec.downsampling) for y, x in self.vocabulary.boi]  # (width, height)
@@ -163,21 +163,21 @@ class Engine:
         self.num_requests = 0
         self.uncond_slots: dict[tuple[int, int], int] = {}  # latent shape -> slot with bos and boi
 
-    def generation(self, **changes: Any) -> GenerationConfig:
-        """The run's options with these changes. ValueError when one is out of bounds, or has no effect in a run of codes."""
-        ignored = sorted(changes.keys() & chameleon.DIFFUSION_OPTIONS) if self.draws_codes else ()
+    def make_generation_config(self, **changes: Any) -> GenerationConfig:
+        """The run's options with these changes. ValueError if one is out of bounds, or has no effect in a run of codes."""
+        ignored = sorted(changes.keys() & chameleon.DIFFUSION_OPTIONS) if self.uses_image_codes else ()
         if ignored:
             raise ValueError(f"this run samples images as codes, without diffusion: {ignored[0]} has no effect")
         generation = replace(self.run.generation, **changes)
         get_sampler(generation.sampler, self.run.diffusion.noise_schedule)
         return generation
 
-    def draws_by_default(self, size: tuple[int, int], channels: int) -> bool:
+    def is_default_image(self, size: tuple[int, int], channels: int) -> bool:
         """Does the run draw images of this (width, height) and number of channels when a request names no size?"""
         return self.sizes[:1] == [size] and self.opened.codec.image_channels == channels
 
     def submit(self, request: Request) -> int:
-        """Add a request: its number, which comes back with every event. ValueError when it cannot be done."""
+        """Add a request. Returns its id; events refer to it as `request_id`. ValueError if the run does not support it."""
         if request.num_images is None and not request.parts:
             raise ValueError("the request is empty: give a part, or num_images")
         if request.num_images is not None and request.num_images < 1:
@@ -186,17 +186,18 @@ class Engine:
         get_sampler(generation.sampler, self.run.diffusion.noise_schedule)
         segments = tuple(map(self._to_segment, request.parts))
         images = tuple(segment for segment in segments if isinstance(segment, Image))
-        prompt, images_only = (encode_document(Document(parts), self.vocabulary, ends=False) for parts in (segments, images))
+        prompt, images_only = (encode_document(d, self.vocabulary, add_eos=False) for d in map(Document, (segments, images)))
         length = len(prompt)
         if request.num_images is not None:
             shape = self._latent_shape(request.size)
             prompt, images_only = (chunk.append(self.vocabulary.boi[shape]) for chunk in (prompt, images_only))
-            length = len(prompt) + self.vocabulary.patches(shape)
-        if length > self.context:
-            raise ValueError(f"the request takes {length} positions; the run supports at most {self.context} (data.seq_len)")
+            length = len(prompt) + self.vocabulary.num_patches(shape)
+        if length > self.max_positions:
+            maximum = f"{self.max_positions} (data.seq_len)"
+            raise ValueError(f"the request takes {length} positions; the run supports at most {maximum}")
         self.num_requests += 1
         slot, image_cond_slot = self.cache.acquire(), None
-        # With equal scales the image-conditional branch cancels out.
+        # With equal scales the guidance formula reduces to plain classifier-free guidance, so the branch is skipped.
         if images and generation.image_guidance_scale not in (None, generation.guidance_scale):
             image_cond_slot = self.cache.acquire()
         phase = Prefill(prompt, None if image_cond_slot is None else images_only, (request.num_images or 1) - 1)
@@ -205,15 +206,16 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Advance every sequence by one forward pass of its phase."""
+        """Advance every sequence by one forward pass of its phase. A sequence that reads a boi is denoised in the
+        same step: for example, a prompt that ends with boi is prefilled and then denoised."""
         events: list[Event] = []
         with self.opened.lower_precision():
-            self._read(Decode, events)
-            self._read(Prefill, events)
-            self._draw(events)
+            self._forward_text(Decode, events)
+            self._forward_text(Prefill, events)
+            self._forward_images(events)
         return events
 
-    def _read(self, phase: type[Prefill] | type[Decode], events: list[Event]) -> None:
+    def _forward_text(self, phase: type[Prefill] | type[Decode], events: list[Event]) -> None:
         sequences = [sequence for sequence in self.sequences if isinstance(sequence.phase, phase)]
         if not sequences:
             return
@@ -221,41 +223,40 @@ class Engine:
         slots = [sequence.slot for sequence in sequences] + [sequence.image_cond_slot for sequence in with_image_cond]
         chunks = [sequence.phase.chunk for sequence in sequences]
         chunks += [sequence.phase.image_cond_chunk for sequence in with_image_cond]
-        logits = text_mode.prefill(self.model, self.cache, slots, chunks, self.vocabulary).cpu()  # (B, V)
+        logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary).cpu()  # (B, V)
         for sequence, sequence_logits in zip(sequences, logits, strict=False):
-            self._after_prefill(sequence, sequence_logits, events)
+            self._after_forward(sequence, sequence_logits, events)
 
-    def _draw(self, events: list[Event]) -> None:
+    def _forward_images(self, events: list[Event]) -> None:
         by_shape: dict[tuple[int, int] | None, list[SequenceState]] = {}
         for sequence in self.sequences:
             if isinstance(sequence.phase, Draw):
-                by_shape.setdefault(None if self.draws_codes else sequence.phase.image.shape, []).append(sequence)
+                by_shape.setdefault(None if self.uses_image_codes else sequence.phase.image.shape, []).append(sequence)
         for sequences in by_shape.values():
             images = [sequence.phase.image for sequence in sequences]
             steps = [image.step for image in images]
-            if self.draws_codes:
+            if self.uses_image_codes:
                 chameleon.decode_codes(self.model, self.cache, images, self.vocabulary)
             else:
                 image_mode.denoise(self.model, self.cache, images, self.run.diffusion)
             for sequence, image, step in zip(sequences, images, steps, strict=True):
                 self._after_drawing(sequence, sequence.phase, image.step > step, events)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """Remove a request and its sequences."""
-        for sequence in [sequence for sequence in self.sequences if sequence.request_number == number]:
+        for sequence in [sequence for sequence in self.sequences if sequence.request_id == request_id]:
             self._remove(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answers]:
-        """Run all requests together to their end: for each its answers, one per sample. ValueError while other requests are
-        under way."""
+        """Run all requests together to their end. Returns the answers of each, one per sample. ValueError if others run."""
         if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
         answers = {self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests}
         tokens: dict[tuple[int, int], list[int]] = {}
         while self.sequences:
             for event in self.step():
-                sample = event.request, event.sample_index
-                answer = answers[event.request][event.sample_index]
+                sample = event.request_id, event.sample_index
+                answer = answers[event.request_id][event.sample_index]
                 if isinstance(event, TokenEvent):
                     tokens.setdefault(sample, []).append(event.token)
                 elif isinstance(event, ImageEvent | FinishEvent):
@@ -292,7 +293,7 @@ class Engine:
     def _size_list(self) -> str:
         return ", ".join(f"{x}x{y}" for x, y in self.sizes)
 
-    def _after_prefill(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
+    def _after_forward(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
         """Fork the samples of a prompt. Then draw if the last token is a boi, else sample the next token."""
         shape = self.vocabulary.shape_of(int(sequence.phase.chunk.tokens[-1]))
         remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
@@ -318,8 +319,8 @@ class Engine:
         if token == vocabulary.eos:
             return self._finish(sequence, "eos", events)
         shape = vocabulary.shape_of(token)
-        length = self.cache.lengths[sequence.slot] + 1 + (0 if shape is None else vocabulary.patches(shape) + 1)
-        if sequence.num_tokens >= sequence.generation.max_tokens or length > self.context:
+        length = self.cache.lengths[sequence.slot] + 1 + (0 if shape is None else vocabulary.num_patches(shape) + 1)
+        if sequence.num_tokens >= sequence.generation.max_tokens or length > self.max_positions:
             return self._finish(sequence, "length", events)
         sequence.num_tokens += 1
         chunk = EMPTY_CHUNK.append(token)
@@ -329,7 +330,7 @@ class Engine:
             text = self.opened.tokenizer.decode(sequence.tokens)
             new_text = "" if text.endswith("\ufffd") else text[sequence.num_characters :]
             sequence.num_characters += len(new_text)
-            events.append(TokenEvent(sequence.request_number, sequence.sample_index, token, new_text))
+            events.append(TokenEvent(sequence.request_id, sequence.sample_index, token, new_text))
 
     def _begin_image(self, sequence: SequenceState, shape: tuple[int, int]) -> None:
         generation, uncond_slot = sequence.generation, None
@@ -341,11 +342,11 @@ class Engine:
             branches.append(Branch(uncond_slot))
         sequence.tokens, sequence.num_characters = [], 0
         seed = derive_seed(sequence.request.seed, sequence.sample_index, "image", sequence.num_images)
-        if self.draws_codes:
+        if self.uses_image_codes:
             image = chameleon.begin_image(shape, branches, generation, self.vocabulary, self.cache, seed)
         else:
-            latent = (self.run.model.latent_channels, *shape)
-            image = image_mode.begin_image(latent, branches, generation, self.run.diffusion, self.bound, seed, self.device)
+            latent, diffusion = (self.run.model.latent_channels, *shape), self.run.diffusion
+            image = image_mode.begin_image(latent, branches, generation, diffusion, self.latent_range, seed, self.device)
         sequence.phase = Draw(image, uncond_slot)
         sequence.num_images += 1
 
@@ -353,32 +354,32 @@ class Engine:
         """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
         if shape not in self.uncond_slots:
             self.uncond_slots[shape] = slot = self.cache.acquire()
-            chunk = encode_document(Document(()), self.vocabulary, ends=False).append(self.vocabulary.boi[shape])
-            text_mode.prefill(self.model, self.cache, [slot], [chunk], self.vocabulary)
+            chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
+            text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
         return self.uncond_slots[shape]
 
     def _after_drawing(self, sequence: SequenceState, phase: Draw, completed_step: bool, events: list[Event]) -> None:
         image, codec = phase.image, self.opened.codec
         if completed_step and sequence.request.previews and image.step % sequence.request.previews == 0:
-            events.append(PreviewEvent(sequence.request_number, sequence.sample_index, image.step, *image.preview(codec)))
+            events.append(PreviewEvent(sequence.request_id, sequence.sample_index, image.step, *image.preview(codec)))
         content = image.content()
         if content is None:
             return None
         if sequence.image_cond_slot is not None:
             # Images that the sequence draws itself are not part of its prompt.
             self.cache.commit(sequence.image_cond_slot, -image.prefix_length)
-        events.append(ImageEvent(sequence.request_number, sequence.sample_index, codec.decode(content)))
+        events.append(ImageEvent(sequence.request_id, sequence.sample_index, codec.decode(content)))
         if sequence.request.num_images is not None:
             return self._finish(sequence, "image", events)
         if phase.uncond_slot is not None:
             self.cache.release(phase.uncond_slot)
-        # The cache holds no patch of a latent, and all codes but the last. The sequence reads the rest, clean, with eoi.
-        document = encode_document(Document((Image(content),)), self.vocabulary, ends=False)  # bos boi patches eoi
+        # The cache holds no patch of a latent, and all codes but the last. The rest is read with t = 0 (no noise), then eoi.
+        document = encode_document(Document((Image(content),)), self.vocabulary, add_eos=False)  # bos boi patches eoi
         sequence.phase = Prefill(document.part(1 + image.prefix_length))
 
     def _finish(self, sequence: SequenceState, reason: str, events: list[Event]) -> None:
         self._remove(sequence)
-        events.append(FinishEvent(sequence.request_number, sequence.sample_index, reason))
+        events.append(FinishEvent(sequence.request_id, sequence.sample_index, reason))
 
     def _remove(self, sequence: SequenceState) -> None:
         self.sequences.remove(sequence)

@@ -1,4 +1,4 @@
-"""Image mode: one denoising step for all images of one latent shape, each after its own cached prefixes.
+"""Image mode: one denoising step for all images of one latent shape, each after its cached prefixes.
 
 Guidance predicts an image in several branches: after everything that its sequence has read, after less, and after only bos
 and boi. `scale` weighs the difference between a branch and the next one, which has less context:
@@ -18,7 +18,7 @@ from transfusion.codecs.codec import Codec
 from transfusion.config import DiffusionConfig, GenerationConfig
 from transfusion.diffusion import to_x0_and_noise
 from transfusion.inference.cache import Cache
-from transfusion.inference.samplers import Bound, Sampler, SamplingSchedule, get_sampler
+from transfusion.inference.samplers import LatentRange, Sampler, SamplingSchedule, get_sampler
 from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
 
@@ -74,22 +74,22 @@ class LatentImageState:
 
 def begin_image(
     shape: tuple[int, int, int], branches: Sequence[Branch], generation: GenerationConfig, diffusion: DiffusionConfig,
-    bound: Bound, seed: int, device: torch.device,
+    latent_range: LatentRange, seed: int, device: torch.device,
 ) -> LatentImageState:  # fmt: skip
     """A latent (C, Y, X) of noise from this seed, generated on the CPU in float32 so that the device does not change it."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, *shape), generator=generator).to(device)  # (1, C, Y, X)
     if generation.t_shift is not None:
         diffusion = replace(diffusion, t_shift=generation.t_shift)
-    schedule = SamplingSchedule(generation.steps, diffusion, bound if generation.clip_x0 else None, generator)
+    schedule = SamplingSchedule(generation.steps, diffusion, latent_range if generation.clip_x0 else None, generator)
     sampler = get_sampler(generation.sampler, diffusion.noise_schedule)(noise, schedule)
     x_t, t = next(sampler)
     return LatentImageState(shape[1:], tuple(branches), generation, schedule, sampler, x_t, t)
 
 
 def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState], diffusion: DiffusionConfig) -> None:
-    """One model call for every image, all of one shape: all branches of all images in one forward pass. Only the images' own
-    positions are computed. Nothing is committed to the cache."""
+    """One model call for every image, all of one shape: all branches of all images in one forward pass. Only the
+    positions of the images are computed. Nothing is committed to the cache."""
     branches = [image.active_branches() for image in images]
     # All first branches, then all second ones: slots that were acquired together are then adjacent.
     order = [(n, k) for k in range(max(map(len, branches))) for n in range(len(images)) if k < len(branches[n])]

@@ -2,8 +2,8 @@
 
     x_t, t = next(sampler); prediction = model(x_t, t); x_t, t = sampler.send(prediction); ...
 
-One loop can therefore run many samplers, each at its own step. Every sampler clips the estimate of x0 to the codec's bound
-before it steps: at t = 1 an error of an epsilon prediction is multiplied by 20,000 (1 / alpha).
+One loop can therefore run many samplers at different steps. Every sampler clips the estimate of x0 to the codec's latent
+range before it steps: at t = 1 an error of an epsilon prediction is multiplied by 20,000 (1 / alpha).
 
 A new sampler is one function below and one row of `config.SAMPLERS`. `dpm-sde` is the function `dpm_sde`.
 """
@@ -20,16 +20,16 @@ from transfusion.config import SAMPLERS, DiffusionConfig
 from transfusion.diffusion import X0AndNoise, alpha_sigma, noise_from_x0, shift_t, to_x0_and_noise
 
 Sampler = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (1, C, Y, X) and (1,), is sent and returns (1, C, Y, X)
-Bound = tuple[Tensor, Tensor]  # smallest and largest value of each channel, (C, 1, 1) each
+LatentRange = tuple[Tensor, Tensor]  # smallest and largest value of each channel, (C, 1, 1) each
 
 
 @dataclass
 class SamplingSchedule:
-    """What every sampler of one image needs: its times, alpha and sigma at each, the bound of x0, and the generator."""
+    """The inputs of a sampler of one image: times, alpha and sigma at each, the range of x0, and the generator."""
 
     steps: int
     diffusion: DiffusionConfig
-    bound: Bound | None  # None: x0 is not clipped
+    latent_range: LatentRange | None  # None: x0 is not clipped
     generator: torch.Generator
     step: int = 0  # completed steps, however many model calls each took
 
@@ -46,8 +46,8 @@ class SamplingSchedule:
     def to_x0_and_noise(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> X0AndNoise:
         """The clipped x0, and the noise that with it gives x_t."""
         x0 = to_x0_and_noise(x_t, prediction, t, self.diffusion).x0
-        if self.bound is not None:
-            x0 = x0.clamp(*self.bound)
+        if self.latent_range is not None:
+            x0 = x0.clamp(*self.latent_range)
         return X0AndNoise(x0, noise_from_x0(x_t, x0, t, self.diffusion))
 
     @cached_property

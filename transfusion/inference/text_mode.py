@@ -1,6 +1,4 @@
-"""Text mode: prefill the cache, and sample the next token from the logits."""
-
-from collections.abc import Sequence
+"""Text mode: extend the cache, and sample the next token from the logits."""
 
 import torch
 from torch import Tensor
@@ -14,8 +12,8 @@ from transfusion.sequence import Chunk, Row, Vocabulary, collate
 MIN_TEMPERATURE = 1e-4  # below it float32 gives every token but the most likely one probability zero
 
 
-def prefill(model: Transfusion, cache: Cache, slots: list[int], chunks: Sequence[Chunk], vocabulary: Vocabulary) -> Tensor:
-    """Append each chunk to its slot, images clean (t = 0): the logits after its last position, (B, V) float32."""
+def extend_cache(model: Transfusion, cache: Cache, slots: list[int], chunks: list[Chunk], vocabulary: Vocabulary) -> Tensor:
+    """Append each chunk to its slot, images with t = 0 (no noise). Returns the logits after its end, (B, V) float32."""
     new = max(map(len, chunks))
     view = cache.view(slots, new)
     batch = collate([Row((chunk,)) for chunk in chunks], new, vocabulary).to(cache.device)
@@ -32,7 +30,7 @@ def prefill(model: Transfusion, cache: Cache, slots: list[int], chunks: Sequence
 
 
 def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, generator: torch.Generator) -> int:
-    """One token id from logits (V,) on the CPU, among the allowed ones (V,) bool. Greedy at temperature 0."""
+    """Returns one token id, sampled from logits (V,) on the CPU among the allowed ids (V,) bool. Greedy at temperature 0."""
     logits = logits.masked_fill(~allowed, -torch.inf)
     if generation.temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
@@ -45,7 +43,7 @@ def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, 
 
 
 def allowed_tokens(vocabulary: Vocabulary) -> Tensor:
-    """(V,) bool: text, eos and every boi. bos, pad, eoi and the padding ids of the vocabulary are never sampled."""
+    """Returns (V,) bool: text, eos and every boi. bos, pad, eoi and the padding ids of the vocabulary are never sampled."""
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
     allowed[: vocabulary.num_text_tokens] = True
     allowed[[vocabulary.bos, vocabulary.pad, vocabulary.eoi]] = False

@@ -20,13 +20,13 @@ class Mask:
 
     lo: Tensor  # (B, Lq) int32
     hi: Tensor  # (B, Lq) int32
-    keys: int  # Lk
+    num_keys: int  # Lk
 
     @property
     def uses_flex(self) -> bool:
         """FlexAttention on CUDA if Lq = Lk is a multiple of BLOCK_SIZE, else SDPA. FlexAttention cannot train on a CPU; SDPA
         with a mask has no fast kernel on CUDA."""
-        return self.lo.device.type == "cuda" and self.lo.shape[1] == self.keys and self.keys % BLOCK_SIZE == 0
+        return self.lo.device.type == "cuda" and self.lo.shape[1] == self.num_keys and self.num_keys % BLOCK_SIZE == 0
 
     def prepare(self) -> None:
         """Build the mask of `attend` once for all layers, and compile flex_attention before any compiled block runs. First
@@ -46,7 +46,7 @@ class Mask:
     @cached_property
     def dense(self) -> Tensor:
         """(B, 1, Lq, Lk) bool: may this query attend to this key?"""
-        k = torch.arange(self.keys, device=self.lo.device)
+        k = torch.arange(self.num_keys, device=self.lo.device)
         return ((k >= self.lo[..., None]) & (k < self.hi[..., None]))[:, None]
 
     @cached_property

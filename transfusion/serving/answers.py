@@ -38,7 +38,7 @@ class EventReader:
                     yield choice, text
                 if is_stopped:
                     self.handle.stop(choice)
-                    yield choice, FinishEvent(event.request, event.sample_index, "stop")
+                    yield choice, FinishEvent(event.request_id, event.sample_index, "stop")
                 continue
             if isinstance(event, ImageEvent):
                 self.num_positions += self.count_patches(event.pixels) + 1

@@ -209,7 +209,7 @@ async def start_stream(events: AsyncGenerator[str]) -> "EventStreamResponse":
 
 
 class EventStreamResponse(StreamingResponse):
-    """Always closes its iterator, so that the rows of a client that disconnects are free at once."""
+    """Always closes its iterator, so that the sequences of a client that disconnects end at once."""
 
     async def __call__(self, scope, receive, send) -> None:
         try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from fastapi.responses import JSONResponse
 
-MAX_MESSAGE_CHARS = 300  # a message may quote what the client sent
+MAX_MESSAGE_CHARS = 300  # a message may quote the request
 PART_TYPES = {"text", "image_url", "image"}  # discriminators in pydantic's locations: they are not fields
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class Limits:
     """A request above a limit fails with one sentence, or waits."""
 
-    rows: int = 16  # Number of sequences generated at once; others wait.
+    max_sequences: int = 16  # Number of sequences generated at once; others wait.
     waiting: int = 64  # Number of requests that may wait; one more fails with 429.
     n: int = 8  # Largest n: choices or images of one request.
     steps: int = 1000  # Largest number of denoising steps of an image.
@@ -22,7 +22,7 @@ class Limits:
     shutdown_grace: float = 30.0  # Seconds for running requests to finish after SIGTERM or Ctrl-C.
 
     def __post_init__(self):
-        for name in ("rows", "n", "steps", "tokens", "prompt_chars_per_position", "body_bytes", "pictures", "pixels"):
+        for name in "max_sequences", "n", "steps", "tokens", "prompt_chars_per_position", "body_bytes", "pictures", "pixels":
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("waiting", "shutdown_grace"):
@@ -33,11 +33,11 @@ class Limits:
                 raise ValueError(f"limits.{name} must be above 0, not {getattr(self, name)}")
 
     @property
-    def text_rows(self) -> int:
-        """Rows reserved for text: a short text does not wait until a long drawing ends."""
-        return self.rows // 4
+    def reserved_text_sequences(self) -> int:
+        """Sequences reserved for text: a short text does not wait until a long drawing ends."""
+        return self.max_sequences // 4
 
     @property
     def max_n(self) -> int:
-        """The largest n: the images of one request start together, in rows that are not reserved for text."""
-        return min(self.n, self.rows - self.text_rows)
+        """The largest n: the images of one request start together, within the sequences not reserved for text."""
+        return min(self.n, self.max_sequences - self.reserved_text_sequences)

@@ -1,4 +1,4 @@
-"""Counts and times for /metrics, in Prometheus' text format. They never contain what a client sent."""
+"""Counts and times for /metrics, in Prometheus' text format. They never contain content of requests."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -24,8 +24,8 @@ class Metrics:
         self.steps = Counter("transfusion_engine_steps", "Steps of the engine.", registry=self.registry)
         self.failures = Counter("transfusion_engine_failures", "Failed steps of the engine.", registry=self.registry)
         self.disconnects = Counter("transfusion_disconnects", "Clients that disconnected early.", registry=self.registry)
-        self.rows = Gauge("transfusion_rows", "Rows in use.", ("kind",), registry=self.registry)
-        self.waiting = Gauge("transfusion_waiting", "Requests to the engine that wait for a row.", registry=self.registry)
+        self.sequences = Gauge("transfusion_sequences", "Sequences in generation.", ("kind",), registry=self.registry)
+        self.waiting = Gauge("transfusion_waiting", "Requests that wait for the engine.", registry=self.registry)
 
     def to_text(self) -> bytes:
         return generate_latest(self.registry)

@@ -55,7 +55,7 @@ class LimitsMiddleware:
         context = RequestContext(self, scope, receive, send)
         needs_work = scope["method"] not in ("GET", "HEAD")
         error = self._check_access(scope)
-        if error is None and needs_work and self.in_flight >= self.limits.rows + self.limits.waiting:
+        if error is None and needs_work and self.in_flight >= self.limits.max_sequences + self.limits.waiting:
             error = APIError(429, f"{self.in_flight} requests are running or waiting: try again later", code="busy")
         is_counted = needs_work and error is None  # rejected requests do not use up the limit
         self.in_flight += is_counted

@@ -1,9 +1,8 @@
 """Runs the engine in its own thread: requests join the running batch, and leave it, between two steps.
 
 Only this thread uses the engine. Request handlers run on an event loop; each submits requests and reads events from a
-`RequestHandle`. A quarter of the rows is reserved for text: images never take it, and while an image waits, text gets only
-that quarter. Within each kind, first come, first served. So a short text does not wait for long drawings, and neither kind
-can block the other.
+`RequestHandle`. A quarter of the sequences is reserved for text: images never take it, and while an image waits, text gets
+only that quarter. Requests of the same kind start in order of arrival. So neither kind can block the other.
 """
 
 import asyncio
@@ -30,17 +29,17 @@ class SubRequest:
 
     handle: "RequestHandle"
     request: Request
-    first_choice: int  # index of its first choice in the client's answer
-    number: int | None = None  # the engine's number, set when it has rows
+    first_choice: int  # sample i of the request, one `Answer` of Engine.generate, is choice first_choice + i of the response
+    request_id: int | None = None  # the engine's id, set when it starts
     is_cancelled: bool = False
 
     @property
-    def rows(self) -> int:
+    def num_sequences(self) -> int:
         return self.request.num_images or 1
 
     @property
-    def draws(self) -> bool:
-        return self.request.allow_images
+    def kind(self) -> str:
+        return "image" if self.request.allow_images else "text"
 
 
 @dataclass(eq=False)
@@ -63,7 +62,7 @@ class RequestHandle:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         """APIError when the engine cannot do the request, has failed, or misses the deadline."""
-        num_choices = sum(sub.rows for sub in self.sub_requests)
+        num_choices = sum(sub.num_sequences for sub in self.sub_requests)
         while len(self.finished) < num_choices:
             item = await self.queue.get()
             if isinstance(item, APIError):
@@ -84,8 +83,8 @@ class Scheduler:
         self.condition = threading.Condition()
         self.submitted: list[SubRequest] = []
         self.is_closing = False
-        self.waiting: list[SubRequest] = []  # this and the next one belong to the engine's thread
-        self.running: dict[int, SubRequest] = {}  # by the engine's number
+        self.waiting: list[SubRequest] = []  # `waiting` and `running` are used only by the engine thread
+        self.running: dict[int, SubRequest] = {}  # by request_id
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -109,7 +108,7 @@ class Scheduler:
         choice = 0
         for request in requests:
             handle.sub_requests.append(SubRequest(handle, request, choice))
-            choice += handle.sub_requests[-1].rows
+            choice += handle.sub_requests[-1].num_sequences
         with self.condition:
             self.submitted += handle.sub_requests
             self.condition.notify()
@@ -136,16 +135,16 @@ class Scheduler:
             self._update_gauges()
 
     def _drop_cancelled(self) -> None:
-        """Free the rows of requests that are cancelled or past their deadline."""
+        """Remove the requests that are cancelled or past their deadline."""
         now = time.monotonic()
         for sub in [*self.waiting, *self.running.values()]:
             if not sub.is_cancelled and now > sub.handle.deadline:
                 message = f"the request took longer than {self.limits.deadline:g} seconds"
                 self._fail(sub.handle, APIError(504, message, code="timeout"))
         self.waiting = [sub for sub in self.waiting if not sub.is_cancelled]
-        for number in [number for number, sub in self.running.items() if sub.is_cancelled]:
-            self.engine.cancel(number)
-            del self.running[number]
+        for request_id in [request_id for request_id, sub in self.running.items() if sub.is_cancelled]:
+            self.engine.cancel(request_id)
+            del self.running[request_id]
 
     def _fail(self, handle: RequestHandle, error: APIError) -> None:
         for sub in handle.sub_requests:
@@ -153,31 +152,31 @@ class Scheduler:
         self._publish([(handle, error)])
 
     def _admit(self) -> None:
-        """Submit waiting requests to the engine while rows are free, each kind in its order."""
+        """Submit waiting requests to the engine while there is room, each kind in order of arrival."""
         blocked = set()  # kinds whose next request must wait
         for sub in list(self.waiting):
-            if sub.draws in blocked or sub.is_cancelled:
+            if sub.kind in blocked or sub.is_cancelled:
                 continue
-            image_rows, text_rows = self._count_rows(draws=True), self._count_rows(draws=False)
-            free = self.limits.rows - image_rows - text_rows
-            if sub.draws:
-                free = min(free, self.limits.rows - self.limits.text_rows - image_rows)
-            elif True in blocked:
-                free = min(free, self.limits.text_rows - text_rows)
-            if sub.rows > free:
-                blocked.add(sub.draws)
+            num_image, num_text = self._count_sequences("image"), self._count_sequences("text")
+            free = self.limits.max_sequences - num_image - num_text
+            if sub.kind == "image":
+                free = min(free, self.limits.max_sequences - self.limits.reserved_text_sequences - num_image)
+            elif "image" in blocked:
+                free = min(free, self.limits.reserved_text_sequences - num_text)
+            if sub.num_sequences > free:
+                blocked.add(sub.kind)
                 continue
             self.waiting.remove(sub)
             self._start(sub)
 
-    def _count_rows(self, draws: bool) -> int:
-        return sum(sub.rows for sub in self.running.values() if sub.draws is draws)
+    def _count_sequences(self, kind: str) -> int:
+        return sum(sub.num_sequences for sub in self.running.values() if sub.kind == kind)
 
     def _start(self, sub: SubRequest) -> None:
         try:
-            sub.number = self.engine.submit(sub.request)
+            sub.request_id = self.engine.submit(sub.request)
             sub.handle.prompt_tokens = max(sub.handle.prompt_tokens, len(self.engine.sequences[-1].phase.chunk))
-            self.running[sub.number] = sub
+            self.running[sub.request_id] = sub
         except ValueError as error:
             self._fail(sub.handle, APIError(400, str(error)))
         except Exception:
@@ -197,14 +196,15 @@ class Scheduler:
             return
         items = []
         for event in events:
-            sub = self.running[event.request]
+            sub = self.running[event.request_id]
             items.append((sub.handle, (sub.first_choice + event.sample_index, event)))
-        for number in self.running.keys() - {sequence.request_number for sequence in self.engine.sequences}:
-            del self.running[number]
+        for request_id in self.running.keys() - {sequence.request_id for sequence in self.engine.sequences}:
+            del self.running[request_id]
         self.metrics.steps.inc()
         self.metrics.tokens.inc(sum(isinstance(event, TokenEvent) for event in events))
         self.metrics.images.inc(sum(isinstance(event, ImageEvent) for event in events))
-        self._publish(items)  # last: a client that has its answer finds it in the metrics
+        # Publish last, so that the metrics already include an answer when its client receives it.
+        self._publish(items)
 
     def _publish(self, items: list[tuple[RequestHandle, tuple[int, Event] | APIError]]) -> None:
         """Pass these to the event loops that wait for them. A loop that has ended is skipped."""
@@ -225,6 +225,6 @@ class Scheduler:
                 handle.queue.put_nowait(item)
 
     def _update_gauges(self) -> None:
-        for kind, draws in (("text", False), ("image", True)):
-            self.metrics.rows.labels(kind).set(self._count_rows(draws))
+        for kind in ("text", "image"):
+            self.metrics.sequences.labels(kind).set(self._count_sequences(kind))
         self.metrics.waiting.set(len(self.waiting))

@@ -1,4 +1,4 @@
-"""The fields of requests: OpenAI's, and a few of our own.
+"""The fields of requests: those of OpenAI's API, and a few extensions.
 
 OpenAI's fields are supported, ignored because no answer depends on them (IGNORED), or not supported and accepted only with
 a value that has no effect (NEUTRAL). Any other field is an error: a misspelt one would otherwise be ignored silently.
@@ -76,7 +76,7 @@ class RequestBase(StrictModel):
 
 
 class ImageOptions(StrictModel):
-    """Our own fields for drawing images; not set: the run's defaults."""
+    """Extensions for drawing images. If not set, the run's defaults apply."""
 
     steps: PositiveInt | None = Field(None, validation_alias=AliasChoices("steps", "num_inference_steps"))
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None

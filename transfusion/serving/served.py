@@ -23,7 +23,7 @@ class ServedRun:
     of all messages are concatenated, without role markers."""
 
     def __init__(self, engine: Engine, limits: Limits):
-        self.name, self.context, defaults = engine.run.name, engine.context, engine.run.generation
+        self.name, self.max_positions, defaults = engine.run.name, engine.max_positions, engine.run.generation
         # The limits apply to the defaults too.
         steps, tokens = min(defaults.steps, limits.steps), min(defaults.max_tokens, limits.tokens)
         self.generation = replace(defaults, steps=steps, max_tokens=tokens)
@@ -37,14 +37,14 @@ class ServedRun:
         self.pictures = PictureReader(self.sizes, engine.opened.codec.image_channels, limits.pixels)
         self._patch_side = engine.opened.codec.downsampling * engine.vocabulary.patch_size  # in pixels
         num_codes = {(x, y): (x // self._patch_side) * (y // self._patch_side) for x, y in self.sizes}
-        self.num_codes = num_codes if engine.draws_codes else None  # of an image, by its size
+        self.num_codes = num_codes if engine.uses_image_codes else None  # of an image, by its size
 
     def describe(self) -> dict:
-        """One entry of /v1/models: OpenAI's four fields and our own. image_steps: for a run whose images are codes, the
+        """One entry of /v1/models: OpenAI's four fields and extensions. image_steps: for a run whose images are codes, the
         number of codes by size; such a run supports no `steps`."""
         return {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion", "step": self.step,
-            "sizes": [format_size(size) for size in self.sizes], "seq_len": self.context, "edits": self.can_edit,
+            "sizes": [format_size(size) for size in self.sizes], "seq_len": self.max_positions, "edits": self.can_edit,
             **self.facts, "generation": to_json(self.generation), "max_n": self.limits.max_n,
             "image_steps": self.num_codes and {format_size(size): n for size, n in self.num_codes.items()},
         }  # fmt: skip
@@ -127,7 +127,7 @@ class ServedRun:
             raise APIError(400, f"n must be at most {self.limits.max_n}, for all prompts together", "n")
 
     def _check_text(self, text: str, param: str) -> None:
-        max_chars = self.limits.prompt_chars_per_position * self.context
+        max_chars = self.limits.prompt_chars_per_position * self.max_positions
         if len(text) > max_chars:
             raise APIError(400, f"the text has {len(text):,} characters; the limit is {max_chars:,}", param)
 
