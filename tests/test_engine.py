@@ -270,12 +270,12 @@ def test_later_requests_change_nothing(timed):
         for _ in range(steps):
             events += engine.step()
     events += run_to_end(engine)
-    for number, spec in enumerate(specs, 1):
+    for request_id, spec in enumerate(specs, 1):
         alone = build_engine(draw_now_and_then)
         alone.submit(request_of(alone, spec))
         expected = run_to_end(alone)
         for sample_index in range(spec[1] or 1):
-            batched = [e for e in events if (e.request_id, e.sample_index) == (number, sample_index)]
+            batched = [e for e in events if (e.request_id, e.sample_index) == (request_id, sample_index)]
             single = [e for e in expected if e.sample_index == sample_index]
             assert [type(e) for e in batched] == [type(e) for e in single]
             for event, expected_event in zip(batched, single, strict=True):
@@ -331,8 +331,8 @@ def test_one_forward_pass_per_phase_and_step(specs):
         drawing = [(s.request_id, s.phase.image.shape) for s in engine.sequences if isinstance(s.phase, Draw)]
         drawing += [(event.request_id, event.pixels.shape[:2]) for event in finished]
         branches = Counter()
-        for number, shape in drawing:
-            guided = specs[number - engine.num_requests + len(specs) - 1][4]["guidance_scale"] != 1
+        for request_id, shape in drawing:
+            guided = specs[request_id - engine.num_requests + len(specs) - 1][4]["guidance_scale"] != 1
             branches[f"draw {shape}"] += 1 + guided
         assert num_slots == branches
         for call in calls.values():
@@ -548,8 +548,8 @@ def test_cancel_frees_slots_and_does_not_change_later_answers(actions_, last):
                 cancelled |= {value} if value <= engine.num_requests else set()
             case "step":
                 assert not {event.request_id for event in engine.step()} & cancelled
-    for number in range(engine.num_requests + 1):
-        engine.cancel(number)
+    for request_id in range(engine.num_requests + 1):
+        engine.cancel(request_id)
     assert_no_slot_is_lost(engine)
     assert engine.step() == []
     alone = build_engine(draw_now_and_then)

@@ -805,7 +805,7 @@ def test_the_readmes_requests_work_and_sigterm_finishes_responses(run, tmp_path,
 @pytest.mark.parametrize(("options", "environment", "words"), [
     (("--host", "0.0.0.0"), {}, "--api-key"), (("--api-key", " "), {}, "the API key is empty"),
     ((), {"TRANSFUSION_API_KEY": ""}, "the API key is empty"),
-    (("--limits.max-sequences", "0"), {}, "limits.max_sequences must be at least 1"),
+    (("--limits.max-sequences", "0"), {}, "limits.max-sequences must be at least 1"),
     (("--limits.shutdown-grace", "inf"), {}, "--limits.shutdown-grace must be"),
     (("--limits.shutdown-grace", "nan"), {}, "--limits.shutdown-grace must be"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),
