@@ -26,12 +26,12 @@ def on_page_markdown(markdown, page, config, files):
 
     def resolve(target: str) -> str:
         """The address on the site, or in the repository; empty: there is no address."""
-        found = normpath(join(dirname(path), target))
-        if not (ROOT / found).exists():
+        file = normpath(join(dirname(path), target))
+        if not (ROOT / file).exists():
             return target
-        if found in ROOT_PAGES or found.startswith("docs/"):
-            return relpath(ROOT_PAGES.get(found, found.removeprefix("docs/")), dirname(uri) or ".")
-        return f"{config.repo_url.rstrip('/')}/blob/main/{found}" if config.repo_url else ""
+        if file in ROOT_PAGES or file.startswith("docs/"):
+            return relpath(ROOT_PAGES.get(file, file.removeprefix("docs/")), dirname(uri) or ".")
+        return f"{config.repo_url.rstrip('/')}/blob/main/{file}" if config.repo_url else ""
 
     def in_markdown(match: re.Match) -> str:
         target = resolve(match["target"])

@@ -47,7 +47,7 @@ def main(options: Options) -> None:
     engine = open_run(options.run, device=options.device)
     answers = engine.generate([Request(parts=(name,), num_images=1) for name in NAMES])
     frames = denoising_frames(engine, PROMPT)
-    (source,) = (it for it in open_raw(engine.run.data, "heldout") if it.name == "digits")
+    (source,) = (candidate for candidate in open_raw(engine.run.data, "heldout") if candidate.name == "digits")
     captions, scans = zip(*(source[n].pair for n in range(len(source))), strict=True)
     predictions = caption_images(engine, scans)
     is_wrong = np.array([predicted != actual for predicted, actual in zip(predictions, captions, strict=True)])

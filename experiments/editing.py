@@ -66,13 +66,13 @@ def generate_edits(split: str, count: int) -> Iterator[tuple[Scene, str, Scene]]
     for n in range(count):
         rng = np.random.default_rng(derive_seed("edit", split, n))
         scene = source.scene(n)
-        (thing,) = scene.objects
+        (scene_object,) = scene.objects
         if rng.random() < 0.5:
-            (colour,) = rng.choice([name for name in COLOURS if name != thing.colour], 1)
-            instruction, changed = f"make it {colour}", replace(thing, colour=str(colour))
+            (colour,) = rng.choice([name for name in COLOURS if name != scene_object.colour], 1)
+            instruction, changed = f"make it {colour}", replace(scene_object, colour=str(colour))
         else:
-            (shape,) = rng.choice([name for name in SHAPES if name != thing.shape], 1)
-            instruction, changed = f"make it a {shape}", replace(thing, shape=str(shape))
+            (shape,) = rng.choice([name for name in SHAPES if name != scene_object.shape], 1)
+            instruction, changed = f"make it a {shape}", replace(scene_object, shape=str(shape))
         yield scene, instruction, Scene(Description((changed,), (1,)), scene.centres)
 
 

@@ -130,10 +130,10 @@ def plot(options: Options, path: Path) -> None:
             if not points or min(y for _, y in points) <= 0:
                 continue
             axes.loglog(*zip(*points, strict=True), "o", color=colour, label=family)
-            law = PowerLaw.fit(points)
-            if law is not None:
+            power_law = PowerLaw.fit(points)
+            if power_law is not None:
                 ends = [points[0][0], points[-1][0]]
-                axes.loglog(ends, [law.predict(x) for x in ends], color=colour)
+                axes.loglog(ends, [power_law.predict(x) for x in ends], color=colour)
         axes.set(title=f"{COLUMNS[column].title} ({COLUMNS[column].better} is better)", xlabel="FLOPs (6ND)")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

@@ -69,7 +69,7 @@ def exported(made_once, written) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(made_once) -> Path:
-    """A folder with captioned pictures, one of them truncated, with texts, and with `prepared`, the data from both."""
+    """A folder with captioned images (one truncated), with texts, and with `prepared`, the data prepared from both."""
     from tests.sources import write_photos, write_texts
     from tests.test_cli import command
     from tests.test_cli_data import PREPARE

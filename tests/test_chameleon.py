@@ -105,9 +105,9 @@ def test_codes_replace_patches_and_have_text_loss(parts):
     assert chunk.targets.tolist() == [*targets, NO_TARGET]
     assert not chunk.images  # nothing to denoise
     code_counts = np.array([part.content.size for part in parts if isinstance(part, Image)], int)
-    breaks = np.flatnonzero(chunk.can_break)
+    break_positions = np.flatnonzero(chunk.can_break)
     image_positions = [n for n, token in enumerate(expected) if token >= VOCABULARY.first_code or token == VOCABULARY.eoi]
-    assert not set(breaks) & set(image_positions)
+    assert not set(break_positions) & set(image_positions)
     assert code_counts.sum() + len(code_counts) == len(image_positions)
 
 

@@ -348,7 +348,7 @@ def commands_of(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/training.md"])
 def test_commands_of_a_page_work_in_order(page, tmp_path, monkeypatch):
-    """Training has tiny settings. Files that a page assumes exist: pictures, texts, prepared data."""
+    """Training has tiny settings. Files that a page assumes exist: images, texts, prepared data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transfusion.evaluation.small_network.STEPS", 3)
     monkeypatch.setattr("transfusion.evaluation.suite.NUM_TRAINING_IMAGES", 100)

@@ -1,4 +1,4 @@
-"""The data commands as they are typed: what they say, what they leave, and what they do with bad input."""
+"""The data commands: output, files, bad input, training on prepared data, and processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from tests import processes
@@ -29,39 +29,39 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def place(prepared) -> Path:
+def folder(prepared) -> Path:
     return prepared
 
 
-def test_prepare_says_what_it_left_out_and_where_that_is_listed(place, tmp_path, capsys):
-    command("data", "prepare", place / "photos", "--out", tmp_path / "out", *PREPARE)
-    said = capsys.readouterr().err
-    assert re.search(r"photos: \d+ to train on, \d+ held out; 1 left out \(1 unreadable image\): see .*quarantine", said)
+def test_prepare_reports_left_out_records_and_their_list(folder, tmp_path, capsys):
+    command("data", "prepare", folder / "photos", "--out", tmp_path / "out", *PREPARE)
+    stderr = capsys.readouterr().err
+    assert re.search(r"photos: \d+ to train on, \d+ held out; 1 left out \(1 unreadable image\): see .*quarantine", stderr)
     (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == "metadata.jsonl:8"
-    command("data", "prepare", place / "photos", "--out", tmp_path / "out", *PREPARE)
+    command("data", "prepare", folder / "photos", "--out", tmp_path / "out", *PREPARE)
     assert "was prepared already" in capsys.readouterr().err
 
 
-def test_validate_lists_faults_by_file_and_row(place, tmp_path, capsys):
-    sources, listed = [str(place / name) for name in ("photos", "texts.jsonl")], tmp_path / "all.jsonl"
+def test_validate_lists_faults_by_file_and_row(folder, tmp_path, capsys):
+    sources, faults = [str(folder / name) for name in ("photos", "texts.jsonl")], tmp_path / "all.jsonl"
     with pytest.raises(SystemExit) as caught:
-        main(["data", "validate", *sources, "--faults", str(listed)])
-    said = capsys.readouterr()
+        main(["data", "validate", *sources, "--faults", str(faults)])
+    captured = capsys.readouterr()
     assert caught.value.code == 1
-    assert "photos: 120 records, 119 documents, 1 faults" in said.out
-    assert "metadata.jsonl:8: cannot read the image 0007.png" in said.out
-    assert "texts: 90 records, 90 documents, 0 faults" in said.out
-    assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == ["metadata.jsonl:8"]
+    assert "photos: 120 records, 119 documents, 1 faults" in captured.out
+    assert "metadata.jsonl:8: cannot read the image 0007.png" in captured.out
+    assert "texts: 90 records, 90 documents, 0 faults" in captured.out
+    assert [json.loads(line)["where"] for line in faults.read_text().splitlines()] == ["metadata.jsonl:8"]
 
 
-def test_validate_of_sound_data_ends_well(place, capsys):
-    command("data", "validate", place / "texts.jsonl", place / "prepared")
+def test_validate_passes_intact_data(folder, capsys):
+    command("data", "validate", folder / "texts.jsonl", folder / "prepared")
     assert "every shard is as it was written" in capsys.readouterr().out
 
 
-def test_validate_finds_a_flipped_byte_in_what_is_prepared(place, tmp_path, capsys):
-    shutil.copytree(place / "prepared", tmp_path / "out")
+def test_validate_reports_a_changed_byte_in_prepared_data(folder, tmp_path, capsys):
+    shutil.copytree(folder / "prepared", tmp_path / "out")
     path = tmp_path / "out" / "photos" / "train-00000.arrow"
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
@@ -69,93 +69,93 @@ def test_validate_finds_a_flipped_byte_in_what_is_prepared(place, tmp_path, caps
     assert "train-00000.arrow was changed" in fails(capsys, 1, "data", "validate", tmp_path / "out")
 
 
-def test_inspect_writes_a_page_of_pictures_and_texts(place, tmp_path, capsys):
-    command("data", "inspect", place / "photos", "--count", 9, "--out", tmp_path / "new" / "page.html")
+def test_inspect_writes_a_page_of_images_and_texts(folder, tmp_path, capsys):
+    command("data", "inspect", folder / "photos", "--count", 9, "--out", tmp_path / "new" / "page.html")
     html = (tmp_path / "new" / "page.html").read_text()
     assert html.count("data:image/png;base64,") == 8
     assert "number 3" in html
-    assert "metadata.jsonl:8" in html  # the fault has its place, too
+    assert "metadata.jsonl:8" in html  # where the fault is
     assert "unreadable image" in html
-    command("data", "inspect", place / "prepared", "--count", 5, "--out", tmp_path / "page.html")
+    command("data", "inspect", folder / "prepared", "--count", 5, "--out", tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     assert html.count("data:image/png;base64,") == 5
     assert "passed" not in html
     assert "texts" in html
 
 
-def test_stats_counts_what_is_there(place, capsys):
-    command("data", "stats", place / "photos", place / "texts.jsonl", place / "prepared")
-    said = capsys.readouterr().out
-    assert "119: 119 one text, one image" in said
-    assert "119 16x16" in said
-    assert "90: 90 text only" in said
-    prepared = open_prepared(place / "prepared")
+def test_stats_counts_documents_sizes_and_tokens(folder, capsys):
+    command("data", "stats", folder / "photos", folder / "texts.jsonl", folder / "prepared")
+    stdout = capsys.readouterr().out
+    assert "119: 119 one text, one image" in stdout
+    assert "119 16x16" in stdout
+    assert "90: 90 text only" in stdout
+    prepared = open_prepared(folder / "prepared")
     train = prepared.source("photos", "train")
     tokens = sum(len(train[n].segments[0].tokens) for n in range(len(train)))
-    assert f"tokens        {tokens:,}" in said
-    assert f"{len(train):,} latent 4x4" in said
+    assert f"tokens        {tokens:,}" in stdout
+    assert f"{len(train):,} latent 4x4" in stdout
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
+@pytest.mark.parametrize(("arguments", "code", "message"), [
     (("data",), 2, ""), (("data", "prepair"), 2, "did you mean prepare"), (("data", "validate"), 2, "name a source"),
     (("data", "validate", "nowhere/at/all"), 1, "nowhere/at/all does not exist"),
-    (("data", "validate", "PLACE/photos", "--form", "novel"), 1, "there is no form 'novel'"),
-    (("data", "validate", "PLACE/photos", "--columns", "caption"), 2, "FIELD=COLUMN"),
-    (("data", "validate", "PLACE/photos", "--limit", "0"), 2, "at least 1"),
-    (("data", "inspect", "PLACE/photos", "--count", "0"), 2, "at least 1"),
-    (("data", "prepare", "PLACE/photos"), 2, "--out"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--sizes", "big"), 2, "width x height"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--max-faults", "2"), 2, "between 0 and 1"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/prepared", "--codec", "pixels"), 2, "like"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--like", "PLACE/photos"), 1, "not prepared data"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--sizes", "18x18"), 1, "blocks of 4x4"),
-    (("data", "prepare", "PLACE/photos", "--out", "x", "--tokenizer", "PLACE/photos/0000.png"), 1, "tokenizer"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/texts.jsonl/x"), 1, "Not a directory"),
-    (("data", "prepare", "PLACE/photos", "--out", "PLACE/prepared", *PREPARE), 1, "its sources are photos, texts"),
-    (("data", "stats", "PLACE/texts.jsonl", "--tokenizer", "PLACE/texts.jsonl"), 1, "not a tokenizer"),
-    (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "PLACE/photos"), 1, "not prepared data"),
-    (("train", "small", "--data", "PLACE/nowhere"), 1, "not prepared data"),
-    (("train", "small", "--data", "PLACE/prepared", "--data.sources", "films"), 1, "no source 'films'"),
-    (("train", "small", "--data", "PLACE/prepared", "--data.seq-len", "9"), 1, "raise data.seq_len"),
-    (("train", "small", "--data", "PLACE/prepared", "--data.mixture-weights", "1", "2", "3"), 1, "3 numbers for 2 sources"),
-    (("train", "small", "--data", "PLACE/prepared", "--model.patch-size", "3"), 1, "patches of side 3"),
+    (("data", "validate", "FOLDER/photos", "--form", "novel"), 1, "there is no form 'novel'"),
+    (("data", "validate", "FOLDER/photos", "--columns", "caption"), 2, "FIELD=COLUMN"),
+    (("data", "validate", "FOLDER/photos", "--limit", "0"), 2, "at least 1"),
+    (("data", "inspect", "FOLDER/photos", "--count", "0"), 2, "at least 1"),
+    (("data", "prepare", "FOLDER/photos"), 2, "--out"),
+    (("data", "prepare", "FOLDER/photos", "--out", "x", "--sizes", "big"), 2, "width x height"),
+    (("data", "prepare", "FOLDER/photos", "--out", "x", "--max-faults", "2"), 2, "between 0 and 1"),
+    (("data", "prepare", "FOLDER/photos", "--out", "x", "--like", "FOLDER/prepared", "--codec", "pixels"), 2, "like"),
+    (("data", "prepare", "FOLDER/photos", "--out", "x", "--like", "FOLDER/photos"), 1, "not prepared data"),
+    (("data", "prepare", "FOLDER/photos", "--out", "x", "--sizes", "18x18"), 1, "blocks of 4x4"),
+    (("data", "prepare", "FOLDER/photos", "--out", "x", "--tokenizer", "FOLDER/photos/0000.png"), 1, "tokenizer"),
+    (("data", "prepare", "FOLDER/photos", "--out", "FOLDER/texts.jsonl/x"), 1, "Not a directory"),
+    (("data", "prepare", "FOLDER/photos", "--out", "FOLDER/prepared", *PREPARE), 1, "its sources are photos, texts"),
+    (("data", "stats", "FOLDER/texts.jsonl", "--tokenizer", "FOLDER/texts.jsonl"), 1, "not a tokenizer"),
+    (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "FOLDER/photos"), 1, "not prepared data"),
+    (("train", "small", "--data", "FOLDER/nowhere"), 1, "not prepared data"),
+    (("train", "small", "--data", "FOLDER/prepared", "--data.sources", "films"), 1, "no source 'films'"),
+    (("train", "small", "--data", "FOLDER/prepared", "--data.seq-len", "9"), 1, "raise data.seq_len"),
+    (("train", "small", "--data", "FOLDER/prepared", "--data.mixture-weights", "1", "2", "3"), 1, "3 numbers for 2 sources"),
+    (("train", "small", "--data", "FOLDER/prepared", "--model.patch-size", "3"), 1, "patches of side 3"),
 ])  # fmt: skip
-def test_bad_input_is_one_line(place, tmp_path, monkeypatch, capsys, arguments, code, words):
+def test_bad_input_is_a_message_without_traceback(folder, tmp_path, monkeypatch, capsys, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        main([str(word).replace("PLACE", str(place)) for word in arguments])
-    said = capsys.readouterr()
-    assert caught.value.code == code, said.err
-    assert words in said.err + said.out
-    assert "Traceback" not in said.err
+        main([str(value).replace("FOLDER", str(folder)) for value in arguments])
+    captured = capsys.readouterr()
+    assert caught.value.code == code, captured.err
+    assert message in captured.err + captured.out
+    assert "Traceback" not in captured.err
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_many_faults_name_the_first_ten(tmp_path, capsys):
+def test_too_many_faults_list_the_first_ten(tmp_path, capsys):
     records = [{"image": f"{n}.png", "caption": "red"} for n in range(40)]
     (tmp_path / "0.png").write_bytes(png(picture(0)[1]))
     write_lines(tmp_path / "lost.jsonl", records)
-    said = fails(capsys, 1, "data", "prepare", tmp_path / "lost.jsonl", "--out", tmp_path / "out", "--codec", "pixels")
-    assert "39 of 40 records of lost, so far, cannot be used" in said
-    assert said.count("lost.jsonl:") == 10
+    stderr = fails(capsys, 1, "data", "prepare", tmp_path / "lost.jsonl", "--out", tmp_path / "out", "--codec", "pixels")
+    assert "39 of 40 records of lost, so far, cannot be used" in stderr
+    assert stderr.count("lost.jsonl:") == 10
 
 
 @pytest.mark.parametrize("verb", ["validate", "inspect", "stats", "prepare"])
-def test_every_data_command_explains_itself(verb, capsys):
+def test_every_data_command_has_help(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data", verb, "--help"])
     assert caught.value.code == 0
     assert "--columns" in capsys.readouterr().out
 
 
-# A run on prepared data
+# Runs on prepared data
 
 
-def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsys):
+def test_text_only_run_generates_text_and_refuses_images(folder, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     for n in range(150):
         (tmp_path / "texts" / f"{n}.txt").write_text(f"text {n} about red and blue things " * 5)
-    command("data", "prepare", tmp_path / "texts", "--like", place / "prepared", "--out", tmp_path / "data")
+    command("data", "prepare", tmp_path / "texts", "--like", folder / "prepared", "--out", tmp_path / "data")
     run = tmp_path / "run"
     command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY)
     command("evaluate", run, "--tasks", "text")
@@ -174,12 +174,12 @@ def test_a_run_of_text_alone_writes_and_knows_no_pictures(place, tmp_path, capsy
     assert "none.jsonl holds no question" in fails(capsys, 1, "evaluate", run, *questions)
 
 
-def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
-    """Trained, moved, gone on with, evaluated, shown, and drawn from."""
+def test_run_on_prepared_data_supports_all_commands(folder, tmp_path, capsys):
+    """Train, evaluate, export, report and generate; then train again with the data moved, and with other data."""
     data, run = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(place / "prepared", data)
-    words = ("train", "small", "--data", data, "--out", run, *TINY, "--training.preview-every", 4)
-    command(*words)
+    shutil.copytree(folder / "prepared", data)
+    arguments = ("train", "small", "--data", data, "--out", run, *TINY, "--training.preview-every", 4)
+    command(*arguments)
     values = json.loads((run / "run.json").read_text())
     assert values["run"]["data"]["sources"] == ["photos", "texts"]
     assert set(values["notes"]["element_weights"]) == {"photos", "texts"}
@@ -194,25 +194,25 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     assert results["texts"]["text"]["bits_per_byte"] > 0
     exported = tmp_path / "exported"
     command("export", run, "--out", exported)
-    assert "--data" in fails(capsys, 1, "evaluate", exported)  # they are not part of what is exported
+    assert "--data" in fails(capsys, 1, "evaluate", exported)  # data is not exported
     command("evaluate", exported, "--data", data)
     assert json.loads((exported / "results.json").read_text())["photos"] == results["photos"]
     command("report", run)
     assert "photos" in (run / "report.html").read_text()
     command("generate", run, "red above blue", "--num-images", 1, "--steps", 2, "--out", tmp_path / "out")
-    assert Picture.open(tmp_path / "out" / "000.png").size == (16, 16)
+    assert PILImage.open(tmp_path / "out" / "000.png").size == (16, 16)
     capsys.readouterr()
     shutil.move(data, tmp_path / "moved")
-    assert "not prepared data" in fails(capsys, 1, *words)
-    command(*words[:3], tmp_path / "moved", *words[4:])
+    assert "not prepared data" in fails(capsys, 1, *arguments)
+    command(*arguments[:3], tmp_path / "moved", *arguments[4:])
     assert "trained to its last step" in capsys.readouterr().err
     other = tmp_path / "other"
-    command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", other, *PREPARE[:2], "--shard", 32)
-    assert "does not hold the data" in fails(capsys, 2, *words[:3], other, *words[4:])
+    command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", other, *PREPARE[:2], "--shard", 32)
+    assert "does not hold the data" in fails(capsys, 2, *arguments[:3], other, *arguments[4:])
 
 
-def test_one_run_draws_pictures_of_several_sizes(tmp_path, capsys):
-    """Each picture goes to the nearest shape; each size has its own boi, chosen by the model or by who asks."""
+def test_one_run_draws_images_of_several_sizes(tmp_path, capsys):
+    """An image is cropped to the nearest shape. Each size has its boi, chosen by the model or by --size."""
     for name, (width, height) in {"square": (24, 24), "wide": (50, 24), "tall": (20, 41)}.items():
         write_photos(tmp_path / "photos" / name, 20, width, height)
         lines = (tmp_path / "photos" / name / "metadata.jsonl").read_text().replace('"00', f'"{name}/00')
@@ -225,65 +225,65 @@ def test_one_run_draws_pictures_of_several_sizes(tmp_path, capsys):
     command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY, "--model.patches", "unet")
     assert len(json.loads((run / "run.json").read_text())["vocabulary"]["boi"]) == 3
     for size in sizes:
-        words = ("--num-images", 2, "--size", size, "--steps", 2, "--out", tmp_path / size)
-        command("generate", run, "red above blue", *words, "--sampler", "dpm")
-        assert "{}x{}".format(*Picture.open(tmp_path / size / "001.png").size) == size
-    said = fails(capsys, 2, "generate", run, "red", "--num-images", 1, "--size", "32x32")
-    assert all(size in said for size in sizes)
-    Picture.new("RGB", (90, 50), "red").save(tmp_path / "wide.png")
-    command("generate", run, f"@{tmp_path / 'wide.png'}", "--max-tokens", 4, "--out", tmp_path / "said")
+        arguments = ("--num-images", 2, "--size", size, "--steps", 2, "--out", tmp_path / size)
+        command("generate", run, "red above blue", *arguments, "--sampler", "dpm")
+        assert "{}x{}".format(*PILImage.open(tmp_path / size / "001.png").size) == size
+    stderr = fails(capsys, 2, "generate", run, "red", "--num-images", 1, "--size", "32x32")
+    assert all(size in stderr for size in sizes)
+    PILImage.new("RGB", (90, 50), "red").save(tmp_path / "wide.png")
+    command("generate", run, f"@{tmp_path / 'wide.png'}", "--max-tokens", 4, "--out", tmp_path / "text")
 
 
-def test_a_run_that_is_interrupted_ends_as_one_that_is_not(place, tmp_path):
-    words = ("train", "small", "--data", place / "prepared", *TINY)
-    command(*words, "--out", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-000004")
-    (tmp_path / "half" / "checkpoints" / "latest").write_text("step-000002")
-    command(*words, "--out", tmp_path / "half")
-    whole, half = (tmp_path / name / "checkpoints" / "step-000004" for name in ("whole", "half"))
-    for path in whole.rglob("*.safetensors"):
-        tensors, others = load_file(path), load_file(half / path.relative_to(whole))
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+def test_resumed_run_equals_uninterrupted(folder, tmp_path):
+    arguments = ("train", "small", "--data", folder / "prepared", *TINY)
+    command(*arguments, "--out", tmp_path / "uninterrupted")
+    shutil.copytree(tmp_path / "uninterrupted", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000004")
+    (tmp_path / "resumed" / "checkpoints" / "latest").write_text("step-000002")
+    command(*arguments, "--out", tmp_path / "resumed")
+    uninterrupted, resumed = (tmp_path / name / "checkpoints" / "step-000004" for name in ("uninterrupted", "resumed"))
+    for path in uninterrupted.rglob("*.safetensors"):
+        tensors, expected = load_file(resumed / path.relative_to(uninterrupted)), load_file(path)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
-def test_a_damaged_shard_ends_training_in_one_line(place, tmp_path, capsys):
-    shutil.copytree(place / "prepared", tmp_path / "data")
+def test_damaged_shard_ends_training_with_one_message(folder, tmp_path, capsys):
+    shutil.copytree(folder / "prepared", tmp_path / "data")
     for path in (tmp_path / "data" / "photos").glob("train-*.arrow"):
         path.write_bytes(path.read_bytes()[:3000])
-    said = fails(capsys, 1, "train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
-    assert "transfusion data validate" in said
+    stderr = fails(capsys, 1, "train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    assert "transfusion data validate" in stderr
 
 
 # Processes
 
 
-def words_for(place: Path, out: Path) -> list[str]:
-    """What prepares the same once more."""
-    words = ("data", "prepare", place / "photos", place / "texts.jsonl", "--out", out, *PREPARE)
-    return list(map(str, words))
+def prepare_arguments(folder: Path, out: Path) -> list[str]:
+    """The arguments that prepare the data of `folder` again."""
+    arguments = ("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", out, *PREPARE)
+    return list(map(str, arguments))
 
 
-def torchrun_prepare(place: Path, out: Path) -> subprocess.Popen:
-    """As it is typed, on two processes."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "transfusion"]
+def torchrun_prepare(folder: Path, out: Path) -> subprocess.Popen:
+    """torchrun with two processes, as a user starts it."""
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "transfusion"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*words, *words_for(place, out)], text=True, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([*arguments, *prepare_arguments(folder, out)], text=True, env=ENVIRONMENT, **pipes)
 
 
 @pytest.mark.slow
-def test_torchrun_spreads_the_work_and_the_result_is_the_same(place, tmp_path):
-    process = torchrun_prepare(place, tmp_path / "out")
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert files_of(tmp_path / "out") == files_of(place / "prepared")
+def test_prepare_under_torchrun_equals_one_process(folder, tmp_path):
+    process = torchrun_prepare(folder, tmp_path / "out")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert files_of(tmp_path / "out") == files_of(folder / "prepared")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs a list of processes")
-def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, tmp_path):
-    agent = processes.Process(processes.torchrun_agent, main, (words_for(place, tmp_path / "out"),), 2, 0)
+def test_killed_torchrun_ends_its_processes_and_prepare_resumes(folder, tmp_path):
+    agent = processes.Process(processes.torchrun_agent, main, (prepare_arguments(folder, tmp_path / "out"),), 2, 0)
     try:
         while agent.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
             children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
@@ -293,76 +293,76 @@ def test_when_torchrun_is_killed_its_processes_end_and_the_work_goes_on(place, t
         agent.wait()
     assert len(children) >= 2, agent.stderr
 
-    def alive(pid: str) -> bool:
+    def is_alive(pid: str) -> bool:
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:  # gone
+        except OSError:  # it has ended
             return False
 
-    until = time.monotonic() + 60
-    while any(map(alive, children)):
-        assert time.monotonic() < until
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, children)):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
-    assert files_of(tmp_path / "out") == files_of(place / "prepared")
+    command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
+    assert files_of(tmp_path / "out") == files_of(folder / "prepared")
 
 
 @pytest.mark.slow
-def test_killed_for_good_it_goes_on(place, tmp_path):
-    """As the kernel kills: at some moment after the first shard is there."""
-    process = processes.Process(main, words_for(place, tmp_path / "out"))
+def test_prepare_resumes_after_sigkill(folder, tmp_path):
+    """SIGKILL, soon after the first shard is written."""
+    process = processes.Process(main, prepare_arguments(folder, tmp_path / "out"))
     while process.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL  # else it was done before
+    assert process.returncode == -signal.SIGKILL  # otherwise it ended before the signal
     assert not (tmp_path / "out" / "dataset.json").exists()
-    command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
-    assert files_of(tmp_path / "out") == files_of(place / "prepared")
+    command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
+    assert files_of(tmp_path / "out") == files_of(folder / "prepared")
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_ends_it_in_one_line(place, tmp_path):
-    """Files may not grow beyond a limit that a shard exceeds: as a full disk, it stops the write."""
-    big = [{"image": f"{place}/photos/0001.png", "caption": f"number {n} " + "word " * 400} for n in range(200)]
+def test_full_disk_is_an_error_without_traceback(folder, tmp_path):
+    """A limit on the file size, below the size of a shard, stops the write as a full disk does."""
+    big = [{"image": f"{folder}/photos/0001.png", "caption": f"number {n} " + "word " * 400} for n in range(200)]
     path = write_lines(tmp_path / "big.jsonl", big)
-    words = ["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--codec", "pixels"]
-    done = processes.run(main, words, largest_file=102_400)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "could not be written: File too large" in done.stderr
+    arguments = ["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--codec", "pixels"]
+    result = processes.run(main, arguments, largest_file=102_400)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "could not be written: File too large" in result.stderr
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-ALIKE = "--codec pixels --tokenizer-size 300 --shard 250 --fit-documents 500".split()  # what is held at once, few or many
+MEMORY_OPTIONS = "--codec pixels --tokenizer-size 300 --shard 250 --fit-documents 500".split()
 
 
-def peak_of(*words: str) -> int:
-    """Peak memory of a command in bytes. A new process: a forked one would reuse memory that its server has freed."""
+def peak_memory(*arguments: str) -> int:
+    """Peak memory of a command in bytes. In a new process: a forked one would reuse memory freed by its server."""
     code = (
         "import resource, sys\nfrom transfusion.cli import main\nmain(sys.argv[1:])\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    return 1024 * int(done.stdout.split()[-1])
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    return 1024 * int(result.stdout.split()[-1])
 
 
 @pytest.mark.slow
-def test_what_is_held_does_not_grow_with_what_is_read(tmp_path):
-    """Six times as many documents, validated and prepared, take as much memory: less than a picture's for each more."""
-    chance = np.random.default_rng(0)
+def test_peak_memory_does_not_grow_with_the_data(tmp_path):
+    """Validate and prepare: every further document adds less to the peak than the size of its image."""
+    rng = np.random.default_rng(0)
     for n in range(50):
-        (tmp_path / f"{n}.png").write_bytes(png(chance.integers(0, 255, (32, 32, 3), dtype=np.uint8)))
+        (tmp_path / f"{n}.png").write_bytes(png(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)))
     few, many = (5_000, 30_000) if THOROUGH else (1_000, 4_000)
     peaks: dict[str, list[int]] = {}
     for count in (few, many):
         captions = (f"number {n * 7919 % 1000} of many" for n in range(count))
-        lines = (json.dumps({"id": n, "image": f"{n % 50}.png", "caption": said}) for n, said in enumerate(captions))
+        lines = (json.dumps({"id": n, "image": f"{n % 50}.png", "caption": caption}) for n, caption in enumerate(captions))
         (tmp_path / f"{count}.jsonl").write_text("\n".join(lines))
         out = tmp_path / f"out-{count}"
-        for verb in (["validate"], ["prepare", "--out", str(out), *ALIKE]):
-            peaks.setdefault(verb[0], []).append(peak_of("data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:]))
+        for verb in (["validate"], ["prepare", "--out", str(out), *MEMORY_OPTIONS]):
+            peaks.setdefault(verb[0], []).append(peak_memory("data", verb[0], str(tmp_path / f"{count}.jsonl"), *verb[1:]))
         assert sum(open_prepared(out).metadata["sources"][str(count)]["documents"].values()) == count
     for before, after in peaks.values():
         assert after - before < 32 * 32 * 3 * (many - few)

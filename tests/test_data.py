@@ -244,18 +244,18 @@ def test_document_key_depends_on_seed_source_epoch_and_id():
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=3), st.lists(st.integers(8, 40), min_size=3, max_size=3)
 )
-def test_mixture_weights_are_shares_of_positions(shares, means):
+def test_mixture_weights_are_shares_of_positions(weights, means):
     """Not of documents: a source of long documents is read less often."""
-    sources = [Notes(name, 20_000, mean) for name, mean, _ in zip("abc", means, shares, strict=False)]
-    config = replace(encoder().config, sources=tuple("abc"[: len(shares)]), mixture_weights=tuple(map(float, shares)))
+    sources = [Notes(name, 20_000, mean) for name, mean, _ in zip("abc", means, weights, strict=False)]
+    config = replace(encoder().config, sources=tuple("abc"[: len(weights)]), mixture_weights=tuple(map(float, weights)))
     with few_samples(1024):
         reader = Loader(sources, replace(encoder(), config=config))
     positions = Counter()
     for source, epoch, id_ in (reader.stream[n] for n in range(1500)):
         document = reader.encoder.to_document(sources[source][id_], sources[source].name, epoch)
         positions[source] += len(encode_document(document, reader.encoder.vocabulary))
-    for source, share in enumerate(shares):
-        assert abs(positions[source] / positions.total() - share / sum(shares)) < 0.02
+    for source, weight in enumerate(weights):
+        assert abs(positions[source] / positions.total() - weight / sum(weights)) < 0.02
 
 
 @cache

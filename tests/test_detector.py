@@ -95,9 +95,9 @@ def test_detections_equal_transformers():
     assert sum(map(len, by_image)) > 3
     for pixels, detections in zip(images(), by_image, strict=True):
         expected = sorted(directly(pixels))
-        ours = sorted((it.name, it.box, it.score, it.colour) for it in detections)
+        ours = sorted((detection.name, detection.box, detection.score, detection.colour) for detection in detections)
         assert [(name, box, colour) for name, box, _, colour in ours] == [(n, box, c) for n, box, _, c in expected]
-        assert [it[2] for it in ours] == pytest.approx([it[2] for it in expected], abs=1e-4)
+        assert [detection[2] for detection in ours] == pytest.approx([detection[2] for detection in expected], abs=1e-4)
 
 
 def test_name_identifies_the_weights():

@@ -1,4 +1,4 @@
-"""The documentation: each page is in the site's navigation, and what pages say about options and messages is in the code."""
+"""The documentation: each page is in the site's navigation; the options and messages on it exist in the code."""
 
 import ast
 import json
@@ -56,11 +56,11 @@ def run_options() -> set[str]:
 
     def options(kind: type, prefix: str) -> set[str]:
         hints = get_type_hints(kind)
-        found = set()
+        names = set()
         for field in fields(kind):
             name = prefix + field.name.replace("_", "-")
-            found |= {name} | (options(hints[field.name], f"{name}.") if is_dataclass(hints[field.name]) else set())
-        return found
+            names |= {name} | (options(hints[field.name], f"{name}.") if is_dataclass(hints[field.name]) else set())
+        return names
 
     return options(Run, "--")
 
@@ -77,14 +77,14 @@ def test_options_of_runs_exist(path):
 @cache
 def messages() -> list[list[str]]:
     """The strings of the package that can be messages, each as its parts between the fields."""
-    found = []
+    strings = []
     for path in (ROOT / "transfusion").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             constants = node.values if isinstance(node, ast.JoinedStr) else [node]
             parts = [part.value for part in constants if isinstance(part, ast.Constant) and isinstance(part.value, str)]
             if sum(map(len, parts)) >= 20:
-                found.append(parts)
-    return found
+                strings.append(parts)
+    return strings
 
 
 def has_in_order(line: str, parts: list[str]) -> bool:

@@ -22,14 +22,14 @@ def edit() -> RawDocument:
 
 
 class FakeEngine:
-    """An engine that returns given images."""
+    """An engine that returns these images."""
 
-    def __init__(self, drawn: list[np.ndarray]):
-        self.drawn, self.requests = iter(drawn), []
+    def __init__(self, images: list[np.ndarray]):
+        self.images, self.requests = iter(images), []
 
     def generate(self, requests):
         self.requests += requests
-        return [[SimpleNamespace(parts=[next(self.drawn)])] for _ in requests]
+        return [[SimpleNamespace(parts=[next(self.images)])] for _ in requests]
 
 
 def test_psnr_of_the_target_and_of_the_source_image():
@@ -53,6 +53,6 @@ def test_psnr_equals_skimage():
 
 def test_captioned_images_are_not_edits():
     assert is_edit(edit())
-    before, words, after = edit().segments
-    assert not is_edit(RawDocument((words, after), pairs=True))
-    assert not is_edit(RawDocument((after, words, after)))
+    before, instruction, after = edit().segments
+    assert not is_edit(RawDocument((instruction, after), pairs=True))
+    assert not is_edit(RawDocument((after, instruction, after)))

@@ -198,9 +198,9 @@ def test_verdict_equals_scipys_t_test(first, second, better):
 @given(st.floats(-2, 2).filter(lambda slope: abs(slope) > 0.01), st.floats(0.1, 10), st.lists(
     st.floats(1e9, 1e14), min_size=2, max_size=5, unique=True).filter(lambda xs: max(xs) > 1.5 * min(xs)))  # fmt: skip
 def test_power_law_fit_recovers_its_parameters(slope, factor, flops):
-    law = PowerLaw.fit([(x, factor * (x / 1e12) ** slope) for x in flops])
-    assert math.isclose(law.slope, slope, rel_tol=1e-4, abs_tol=1e-6)
-    assert math.isclose(law.invert(law.predict(3e12)), 3e12, rel_tol=1e-3)
+    power_law = PowerLaw.fit([(x, factor * (x / 1e12) ** slope) for x in flops])
+    assert math.isclose(power_law.slope, slope, rel_tol=1e-4, abs_tol=1e-6)
+    assert math.isclose(power_law.invert(power_law.predict(3e12)), 3e12, rel_tol=1e-3)
 
 
 def test_parity_ratio_is_a_ratio_of_compute(tmp_path):

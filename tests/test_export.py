@@ -67,7 +67,7 @@ def test_many_small_files_are_one_model(run, tmp_path):
     assert same(answers_of(out), answers_of(run))
 
 
-def test_raw_weights_are_exported_when_they_are_asked_for(run, exported, tmp_path):
+def test_raw_weights_are_exported_on_request(run, exported, tmp_path):
     out = export(run, tmp_path / "raw", "raw")
     expected = answers_of(run, "raw")
     assert same(answers_of(out), expected)

@@ -59,11 +59,11 @@ def kinds(records: list) -> list[str]:
     return [kind for _, kind in outcomes(records)]
 
 
-def check_between(folder: Path, bad: list[dict], kind: str, **options) -> list[Fault]:
+def check_between(folder: Path, faulty: list[dict], kind: str, **options) -> list[Fault]:
     """Each of these records, between good ones, is a fault of this kind; the good ones are read."""
     good = PAIR if options.get("form", "pair") == "pair" else GOOD_RECORDS[options["form"]]
-    path = write_lines(folder / "mixed.jsonl", good, *(line for record in bad for line in (record, good)))
-    expected = [(f"mixed.jsonl:{n}", kind if n % 2 == 0 else "") for n in range(1, 2 * len(bad) + 2)]
+    path = write_lines(folder / "mixed.jsonl", good, *(line for record in faulty for line in (record, good)))
+    expected = [(f"mixed.jsonl:{n}", kind if n % 2 == 0 else "") for n in range(1, 2 * len(faulty) + 2)]
     for max_rows in (1, 1000):
         records = read_at(path, max_rows, **options)
         assert outcomes(records) == expected
@@ -519,16 +519,16 @@ def test_truncated_archive_gives_its_complete_records_and_one_fault(tmp_path):
     ends = [group * n + block * k + j for n in range(5) for k in range(4) for j in (-1, 0, 1)]
     for cut in (cut for cut in ends if 0 <= cut <= len(content)):
         path.write_bytes(content[:cut])
-        whole = max(0, (cut - block) // group)
-        if whole == 0:
+        num_complete = max(0, (cut - block) // group)
+        if num_complete == 0:
             with pytest.raises(ValueError, match="no record can be read; the first fault: a.tar"):
                 open_reader(str(path))
             continue
         for max_rows in (1, 1000):
             records = read_at(path, max_rows)
-            assert outcomes(records[:whole]) == [(f"a.tar:{n}", "") for n in range(whole)]
-            assert texts(records[:whole]) == [f"bird {n}" for n in range(whole)]
-            assert outcomes(records[whole:]) == ([(f"a.tar:{whole}", "cut short")] if whole < 4 else [])
+            assert outcomes(records[:num_complete]) == [(f"a.tar:{n}", "") for n in range(num_complete)]
+            assert texts(records[:num_complete]) == [f"bird {n}" for n in range(num_complete)]
+            assert outcomes(records[num_complete:]) == ([(f"a.tar:{num_complete}", "cut short")] if num_complete < 4 else [])
 
 
 def test_truncated_compressed_archive_gives_its_complete_records_and_one_fault(tmp_path):
@@ -538,10 +538,10 @@ def test_truncated_compressed_archive_gives_its_complete_records_and_one_fault(t
     for cut in range(len(content) // 2, len(content), 7):
         path.write_bytes(content[:cut])
         records = read_at(path)
-        whole = kinds(records).count("")
-        lengths.add(whole)
-        assert texts(records[:whole]) == [f"bird {n}" for n in range(whole)]
-        assert outcomes(records[whole:]) == ([(f"a.tar.gz:{whole}", "cut short")] if whole < 4 else [])
+        num_complete = kinds(records).count("")
+        lengths.add(num_complete)
+        assert texts(records[:num_complete]) == [f"bird {n}" for n in range(num_complete)]
+        assert outcomes(records[num_complete:]) == ([(f"a.tar.gz:{num_complete}", "cut short")] if num_complete < 4 else [])
     assert lengths == {1, 2, 3, 4}
 
 

@@ -303,10 +303,10 @@ def test_scores_separate_good_images_from_bad_ones(network):
     real, same = (network(drawn) for _, drawn in (pairs("heldout", 100), pairs("train", 200)))
     rng = np.random.default_rng(0)
     drawn = pairs("train", 200)[1]
-    noisy = [(it + rng.normal(0, 40, it.shape)).clip(0, 255).astype(np.uint8) for it in drawn]
-    faded = [it // 2 + 60 for it in drawn]
+    noisy = [(image + rng.normal(0, 40, image.shape)).clip(0, 255).astype(np.uint8) for image in drawn]
+    faded = [image // 2 + 60 for image in drawn]
     few_distinct = drawn[:10] * 20
-    good, *bad = (image_scores(real, network(it))["fid"] for it in (drawn, noisy, faded, few_distinct))
+    good, *bad = (image_scores(real, network(images))["fid"] for images in (drawn, noisy, faded, few_distinct))
     assert 1.5 * good < min(bad)
     assert image_scores(real, same)["coverage"] > 0.8 > image_scores(real, network(few_distinct))["coverage"]
 

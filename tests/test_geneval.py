@@ -154,7 +154,7 @@ boxes = st.tuples(*[st.integers(-50, 50)] * 4).map(
 def test_relations_follow_a_swap_and_a_transposition(a, b):
     positions = relative_positions(a, b)
     assert relative_positions(b, a) == {OPPOSITE[name] for name in positions}
-    transposed = [replace(it, box=(it.box[1], it.box[0], it.box[3], it.box[2])) for it in (a, b)]
+    transposed = [replace(item, box=(item.box[1], item.box[0], item.box[3], item.box[2])) for item in (a, b)]
     transpose = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}
     assert relative_positions(*transposed) == {transpose[name] for name in positions}
 
@@ -163,10 +163,10 @@ def test_relations_follow_a_swap_and_a_transposition(a, b):
 
 
 class FakeEngine:
-    """For each caption, `good` right images, then images of the background only."""
+    """For each caption, `num_correct` right images, then images of the background only."""
 
-    def __init__(self, scenes, good: int):
-        self.scenes, self.good = {caption(scene): scene for scene in scenes}, good
+    def __init__(self, scenes, num_correct: int):
+        self.scenes, self.num_correct = {caption(scene): scene for scene in scenes}, num_correct
         self.seeds = []
 
     def generate(self, requests):
@@ -175,7 +175,8 @@ class FakeEngine:
             self.seeds.append(request.seed)
             image = render(self.scenes[request.parts[0]])
             blank = np.full_like(image, 24)
-            answers.append([SimpleNamespace(parts=[image if n < self.good else blank]) for n in range(request.num_images)])
+            images = [image if n < self.num_correct else blank for n in range(request.num_images)]
+            answers.append([SimpleNamespace(parts=[pixels]) for pixels in images])
         return answers
 
 
@@ -184,7 +185,7 @@ def test_overall_is_the_mean_over_categories():
     scenes = [source.scene(n) for n in range(400)]
     prompts = shapes_prompts(map(caption, scenes), count=6)
     assert Counter(prompt.category for prompt in prompts) == dict.fromkeys(CATEGORIES, 6)
-    engine = FakeEngine(scenes, good=3)
+    engine = FakeEngine(scenes, num_correct=3)
     values, shown = draw_geneval(engine, prompts, detect_objects, seed=5)
     assert values == dict.fromkeys((*CATEGORIES, "overall"), 0.75) | {"count_drawn": 36 * IMAGES_PER_PROMPT}
     assert [text for text, _, _ in shown] == [prompt.text for prompt in prompts]

@@ -55,7 +55,7 @@ def test_starting_weights_are_equal():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of one small run: trained on a CPU, on the GPU (compiled, rows of whole blocks), and there with a resume."""
+    """Folders of one small run: on a CPU, on the GPU (compiled, rows of whole blocks), and on the GPU with a resume."""
     run = small_run(steps=8)
     run = replace(run, data=replace(run.data, seq_len=128))
     folders = [tmp_path_factory.mktemp(name) for name in ("cpu", "gpu", "resumed")]

@@ -40,19 +40,19 @@ def a_run(steps: int = 8, skip: int = 0, spike: float | None = None, **training)
 
 
 def train(
-    ranks: Ranks, folder: Path, run: Run, bad: dict[int, float] = {}, on: int = 0,  # noqa: B006 (not written to)
+    ranks: Ranks, folder: Path, run: Run, factors: dict[int, float] = {}, on: int = 0,  # noqa: B006 (not written to)
     where: str = "loss", stop_at: int | None = None,
 ) -> tuple[dict[str, np.ndarray], str, int]:  # fmt: skip
     """All tensors, the result or error as text, and the last step.
 
-    In the steps `bad` (counted from 1) the loss of rank `on`, or only its gradient, is multiplied by a factor.
+    In the steps of `factors` (counted from 1) the loss of rank `on`, or only its gradient, is multiplied by its factor.
     """
     trainer = (resumed_trainer if (folder / "checkpoints").exists() else new_trainer)(folder, run, ranks=ranks)
     ranks.barrier()
     compute_losses, total_loss = objective.compute_losses, objective.total_loss
 
     def factor() -> float:
-        return bad.get(trainer.loop.progress.step + 1, 1.0) if ranks.rank == on and torch.is_grad_enabled() else 1.0
+        return factors.get(trainer.loop.progress.step + 1, 1.0) if ranks.rank == on and torch.is_grad_enabled() else 1.0
 
     def bad_losses(*args):
         losses = compute_losses(*args)
@@ -123,12 +123,12 @@ def documents_of_batch(ranks: Ranks, folder: Path, run: Run, step: int) -> list[
 
 def test_skip_nonfinite_limits_skipped_updates_in_a_row(pair, tmp_path):
     """On both ranks; an applied update resets the count."""
-    bad = dict.fromkeys((2, 3, 5, 6, 8), math.nan)
-    (tensors, outcome, step), (tensors_1, _, _) = pair(train, tmp_path / "two", a_run(10, skip=2), bad, 1)
+    factors = dict.fromkeys((2, 3, 5, 6, 8), math.nan)
+    (tensors, outcome, step), (tensors_1, _, _) = pair(train, tmp_path / "two", a_run(10, skip=2), factors, 1)
     assert (outcome, step) == ("True", 10)
     assert same(tensors, tensors_1)
-    assert tensors["optimizer tokens.weight.step"] == 10 - len(bad)
-    assert sorted(path.name for path in (tmp_path / "two" / "faults").iterdir()) == [f"step-{n:06d}.json" for n in bad]
+    assert tensors["optimizer tokens.weight.step"] == 10 - len(factors)
+    assert sorted(path.name for path in (tmp_path / "two" / "faults").iterdir()) == [f"step-{n:06d}.json" for n in factors]
     steps = [line["step"] for line in metrics_of(tmp_path / "two") if "gradient_norm" in line]
     assert steps == list(range(1, 11))
     outcomes = pair(train, tmp_path / "three", a_run(10, skip=2), dict.fromkeys((2, 4, 5, 6), math.nan), 1)
@@ -138,8 +138,8 @@ def test_skip_nonfinite_limits_skipped_updates_in_a_row(pair, tmp_path):
 
 def test_skipped_update_changes_no_tensor(tmp_path):
     expected, _, _ = train(SINGLE_PROCESS, tmp_path / "one", a_run(), stop_at=4)
-    bad = dict.fromkeys((5, 6), math.inf)
-    tensors, outcome, step = train(SINGLE_PROCESS, tmp_path / "two", a_run(skip=3), bad, stop_at=6)
+    factors = dict.fromkeys((5, 6), math.inf)
+    tensors, outcome, step = train(SINGLE_PROCESS, tmp_path / "two", a_run(skip=3), factors, stop_at=6)
     assert (outcome, step) == ("False", 6)
     assert same(tensors, expected)
 
@@ -206,14 +206,14 @@ def short_history():
 
 def test_spike_is_skipped_and_training_continues(short_history, tmp_path):
     """Without the option the spike is applied, and the weights differ."""
-    bad = {12: 1e4}
-    tensors, outcome, _ = train(SINGLE_PROCESS, tmp_path / "one", a_run(16, skip=1, spike=20.0), bad)
+    factors = {12: 1e4}
+    tensors, outcome, _ = train(SINGLE_PROCESS, tmp_path / "one", a_run(16, skip=1, spike=20.0), factors)
     assert outcome == "True"
     assert tensors["optimizer tokens.weight.step"] == 15
     fault = read_fault(tmp_path / "one", 12)
     assert fault["reason"].endswith(")") and "is a spike (mean " in fault["reason"]
     assert fault["gradient_norm"] > 100
-    unguarded, _, _ = train(SINGLE_PROCESS, tmp_path / "two", a_run(16, skip=1), bad)
+    unguarded, _, _ = train(SINGLE_PROCESS, tmp_path / "two", a_run(16, skip=1), factors)
     assert unguarded["optimizer tokens.weight.step"] == 16
     assert not (tmp_path / "two" / "faults").exists()
     assert not same(tensors, unguarded)
@@ -222,21 +222,21 @@ def test_spike_is_skipped_and_training_continues(short_history, tmp_path):
 @pytest.mark.parametrize("stop_at", [9, 11, 12])
 def test_norm_history_survives_a_restart(short_history, tmp_path, stop_at):
     """Bit for bit, though the spike comes before MIN_NORM_HISTORY steps after the restart."""
-    bad, run = {11: 1e4, 12: 1e4, 14: math.nan}, a_run(16, skip=2, spike=20.0)
-    expected, outcome, _ = train(SINGLE_PROCESS, tmp_path / "one", run, bad)
+    factors, run = {11: 1e4, 12: 1e4, 14: math.nan}, a_run(16, skip=2, spike=20.0)
+    expected, outcome, _ = train(SINGLE_PROCESS, tmp_path / "one", run, factors)
     assert outcome == "True"
     assert expected["optimizer tokens.weight.step"] == 13
-    train(SINGLE_PROCESS, tmp_path / "two", run, bad, stop_at=stop_at)
-    tensors, _, _ = train(SINGLE_PROCESS, tmp_path / "two", run, bad)
+    train(SINGLE_PROCESS, tmp_path / "two", run, factors, stop_at=stop_at)
+    tensors, _, _ = train(SINGLE_PROCESS, tmp_path / "two", run, factors)
     assert same(tensors, expected)
     assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")
 
 
 def test_number_of_skipped_updates_survives_a_restart(tmp_path):
-    """Else a run that is restarted again and again would never stop."""
-    run, bad = a_run(skip=2), dict.fromkeys(range(4, 9), math.nan)
-    train(SINGLE_PROCESS, tmp_path, run, bad, stop_at=5)
-    _, error, step = train(SINGLE_PROCESS, tmp_path, run, bad)
+    """Otherwise a run that is restarted repeatedly would never stop."""
+    run, factors = a_run(skip=2), dict.fromkeys(range(4, 9), math.nan)
+    train(SINGLE_PROCESS, tmp_path, run, factors, stop_at=5)
+    _, error, step = train(SINGLE_PROCESS, tmp_path, run, factors)
     assert error.startswith("step 6: ")
     assert step == 5
 

@@ -29,7 +29,7 @@ pictures = st.builds(picture, st.sampled_from(SHAPES), seeds)
 words = st.text("ab é<>", min_size=1, max_size=6)
 illustrated = st.tuples(st.lists(words | pictures, max_size=2), pictures, st.lists(words | pictures, max_size=2)).map(
     lambda spec: [*spec[0], spec[1], *spec[2]]
-)  # prompts with at least one picture
+)  # prompts with at least one image
 scales = st.sampled_from([(3.0, 1.5), (1.0, 2.5), (0.0, -0.5), (2.0, 0.0)])  # guidance_scale, image_guidance_scale
 
 

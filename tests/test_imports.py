@@ -37,9 +37,9 @@ OPTIONS = {"tyro", "typeguard", "docstring_parser", "typing_extensions"}  # that
 FILES = {"numpy", "PIL", "pyarrow", "cloudpickle", "cython_runtime", "fsspec", "absl"}  # that read images and tables
 
 
-def replace_name(word: str, paths: dict[str, Path]) -> str:
-    """A word whose first part may be the name of a path."""
-    name, slash, rest = word.partition("/")
+def replace_name(argument: str, paths: dict[str, Path]) -> str:
+    """An argument whose first part may be the name of a path."""
+    name, slash, rest = argument.partition("/")
     return f"{paths.get(name, name)}{slash}{rest}"
 
 

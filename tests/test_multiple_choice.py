@@ -125,7 +125,7 @@ def test_space_belongs_to_the_next_word():
 def test_is_greedy_is_true_for_greedy_text_only():
     """With only some characters allowed: the most likely one at each step."""
     limited = engine()
-    characters = {limited.opened.tokenizer.encode(it)[0]: it for it in "bqxyjv"}
+    characters = {limited.opened.tokenizer.encode(character)[0]: character for character in "bqxyjv"}
     limited.allowed_tokens = torch.zeros_like(limited.allowed_tokens)
     limited.allowed_tokens[list(characters)] = True
     ids = [limited.vocabulary.bos, *limited.opened.tokenizer.encode("a small")]
@@ -134,7 +134,7 @@ def test_is_greedy_is_true_for_greedy_text_only():
         ids.append(argmax(limited, log_probs_after(limited, ids))[-1])
         text += characters[ids[-1]]
     results = likelihoods(limited, [("a small", text), ("a small", text[:-1] + "m")])
-    assert [it.is_greedy for it in results] == [True, False]
+    assert [result.is_greedy for result in results] == [True, False]
 
 
 def test_continuation_longer_than_a_row_is_refused():
@@ -312,7 +312,7 @@ def test_unreachable_hub_is_one_line(monkeypatch):
 
 
 def test_most_likely_choice_in_total_and_per_byte():
-    questions = [Question(it["context"], tuple(it["choices"]), it["answer"]) for it in DOCUMENTS]
+    questions = [Question(document["context"], tuple(document["choices"]), document["answer"]) for document in DOCUMENTS]
     results = answer_questions(ENGINE, questions)
     for question, answer in zip(questions, results["answers"], strict=True):
         nats = [likelihoods(ENGINE, [(question.context, choice)])[0].total for choice in question.choices]
@@ -320,7 +320,7 @@ def test_most_likely_choice_in_total_and_per_byte():
         assert answer["chosen"] == int(np.argmax(nats))
         per_byte = [total / len(choice.encode()) for total, choice in zip(nats, question.choices, strict=True)]
         assert answer["chosen_per_byte"] == int(np.argmax(per_byte))
-    assert results["accuracy"] == sum(it["chosen"] == it["reference"] for it in results["answers"]) / 3
+    assert results["accuracy"] == sum(answer["chosen"] == answer["reference"] for answer in results["answers"]) / 3
     assert results["guessed"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
     assert results["count"] == 3
     assert (results["answers"][2]["chosen"], results["answers"][2]["chosen_per_byte"]) == (0, 1)  # the total favours short
@@ -370,7 +370,7 @@ def test_questions_from_held_out_text():
     assert len(set(right)) == len(right)
     for question in questions:
         assert len(set(question.choices)) == 4
-        wrong = [question.context + it for n, it in enumerate(question.choices) if n != question.answer]
+        wrong = [question.context + choice for n, choice in enumerate(question.choices) if n != question.answer]
         assert not any(passage in text for passage in wrong for text in texts)
     assert {question.answer for question in questions} == {0, 1, 2, 3}
 

@@ -405,17 +405,17 @@ def test_hybrid_sharding_trains_like_one_process(tmp_path):
 
     One process resumes from their checkpoint, and they resume from its checkpoint.
     """
-    one = a_run(4, "unet" if THOROUGH else "linear", steps=3)
+    run = a_run(4, "unet" if THOROUGH else "linear", steps=3)
     if not THOROUGH:  # torch needs long to plan the first step of a U-Net's many parameters
-        one = replace(one, model=replace(one.model, patch_size=1), data=replace(one.data, seq_len=128))
-    assert any(len(parameter) == 1 for parameter in build_on_meta(one.model).patches.parameters())
-    hybrid = replace(one, data=replace(one.data, rows=1), parallel=ParallelConfig("hybrid"))
-    expected = train_alone(one, torch.float64)
+        run = replace(run, model=replace(run.model, patch_size=1), data=replace(run.data, seq_len=128))
+    assert any(len(parameter) == 1 for parameter in build_on_meta(run.model).patches.parameters())
+    hybrid = replace(run, data=replace(run.data, rows=1), parallel=ParallelConfig("hybrid"))
+    expected = train_alone(run, torch.float64)
     world = World(4, per_machine=2)
     try:
         assert world(mesh_shape, "hybrid") == [(2, 2)] * 4
         world(train, tmp_path / "run", hybrid, torch.float64, 1)
-        train(SINGLE_PROCESS, tmp_path / "run", one, torch.float64, 2)
+        train(SINGLE_PROCESS, tmp_path / "run", run, torch.float64, 2)
         outcome, *others = world(train, tmp_path / "run", hybrid, torch.float64)
         assert_same(outcome, expected, 1e-9)
         for other_outcome in others:

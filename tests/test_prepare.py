@@ -444,9 +444,9 @@ def test_two_sources_of_one_name_are_an_error(tmp_path):
 # Faults
 
 
-def faulty(folder: Path, count: int, bad: int, seed: int = 0) -> Path:
+def faulty(folder: Path, count: int, num_faulty: int, seed: int = 0) -> Path:
     """A JSONL file of captioned images, some of them faulty."""
-    faulty_numbers = set(np.random.default_rng(seed).choice(count, bad, replace=False).tolist())
+    faulty_numbers = set(np.random.default_rng(seed).choice(count, num_faulty, replace=False).tolist())
     records = []
     for number in range(count):
         caption, pixels = picture(number)

@@ -508,7 +508,7 @@ def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     assert "files not read: 1 .parquet, 1 .json" in reader.describe()
 
 
-def test_describe_lists_what_is_not_read(tmp_path):
+def test_describe_lists_unread_columns_and_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "lang": "en", "score": 3}\n')
     (tmp_path / "b.csv").write_text("text\ntwo\n")
     line = open_reader(f"mine={tmp_path}").describe()

@@ -281,7 +281,7 @@ def test_heun_equals_diffusers(steps, shift, seed):
 @few
 @given(st.integers(2, 40), prediction_types, st.booleans(), st.sampled_from((1.0, 2.0)), seeds)
 def test_perfect_predictions_give_x0(noise_schedule, name, dtype, steps, prediction, clipped, shift, seed):
-    """The predictor knows x0 and computes the noise from x_t."""
+    """The predictor has the true x0 and computes the noise from x_t."""
     diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction, t_shift=shift)
     x0 = random(seed, 1, dtype).clamp(-2, 2)
 

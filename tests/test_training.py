@@ -127,14 +127,14 @@ def uninterrupted(accumulate: int = 1):
 def test_stopped_and_resumed_run_equals_uninterrupted(stops, accumulate):
     run, hashes = small_run(STEPS, accumulate=accumulate), []
     with TemporaryDirectory() as folder:
-        folder, done = Path(folder), 0
+        folder, last_step = Path(folder), 0
         for step in (*sorted(stops), STEPS):
-            trainer = resumed_trainer(folder, run) if done else new_trainer(folder, run)
-            assert trainer.loop.progress.step == done
+            trainer = resumed_trainer(folder, run) if last_step else new_trainer(folder, run)
+            assert trainer.loop.progress.step == last_step
             finished = stop_at_step(trainer, step).train()
             assert (finished, trainer.loop.progress.step) == (step == STEPS, step)
-            hashes += trainer.loader.hashes[: (step - done) * accumulate]
-            done = step
+            hashes += trainer.loader.hashes[: (step - last_step) * accumulate]
+            last_step = step
         tensors, metrics, expected_hashes, progress = uninterrupted(accumulate)
         assert_same_tensors(copy_tensors(trainer), tensors)
         assert metrics_of(folder) == metrics

@@ -35,6 +35,6 @@ def test_notebook_runs(tmp_path):
         script.append(source if shell == source else f"subprocess.run(['bash', '-euc', {shell!r}], check=True)")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "step 600/600" in done.stdout and "a red circle" in done.stdout
+    result = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "step 600/600" in result.stdout and "a red circle" in result.stdout
