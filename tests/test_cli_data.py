@@ -24,7 +24,7 @@ from tests.test_prepare import files_of
 from transfusion.cli import main
 from transfusion.data.store import open_prepared
 
-PREPARE = ("--tokenizer-size", 300, "--shard", 16)
+PREPARE = ("--tokenizer-size", 300, "--records-per-shard", 16)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -57,7 +57,7 @@ def test_validate_lists_faults_by_file_and_row(place, tmp_path, capsys):
 
 def test_validate_of_sound_data_ends_well(place, capsys):
     command("data", "validate", place / "texts.jsonl", place / "prepared")
-    assert "every shard is as it was written" in capsys.readouterr().out
+    assert "all shards match their SHA-256" in capsys.readouterr().out
 
 
 def test_validate_finds_a_flipped_byte_in_what_is_prepared(place, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     command(*words)
     values = json.loads((run / "run.json").read_text())
     assert values["run"]["data"]["sources"] == ["photos", "texts"]
-    assert set(values["notes"]["element_weights"]) == {"photos", "texts"}
+    assert set(values["notes"]["document_weights"]) == {"photos", "texts"}
     assert values["notes"]["edits"] is False
     before = open_prepared(data)
     assert values["codec"]["sha256"] == before.metadata["codec"]["sha256"]
@@ -207,7 +207,8 @@ def test_a_run_learns_from_what_was_prepared(place, tmp_path, capsys):
     command(*words[:3], tmp_path / "moved", *words[4:])
     assert "trained to its last step" in capsys.readouterr().err
     other = tmp_path / "other"
-    command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", other, *PREPARE[:2], "--shard", 32)
+    other_shards = *PREPARE[:2], "--records-per-shard", 32
+    command("data", "prepare", place / "photos", place / "texts.jsonl", "--out", other, *other_shards)
     assert "does not hold the data" in fails(capsys, 2, *words[:3], other, *words[4:])
 
 
@@ -334,7 +335,8 @@ def test_a_disk_that_fills_ends_it_in_one_line(place, tmp_path):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-ALIKE = "--codec pixels --tokenizer-size 300 --shard 250 --fit-documents 500".split()  # what is held at once, few or many
+# what is held in memory at once, for few or many records
+ALIKE = "--codec pixels --tokenizer-size 300 --records-per-shard 250 --fit-documents 500".split()
 
 
 def peak_of(*words: str) -> int:
