@@ -272,7 +272,7 @@ class TrainingConfig:
 class FaultToleranceConfig:
     """What training does when a step fails. A resumed run may change these."""
 
-    # Number of consecutive updates that may be skipped for a non-finite value or a gradient spike; training stops at the next.
+    # Number of consecutive updates that may be skipped (a non-finite value or a gradient spike); training stops at the next.
     skip_nonfinite: int = 0
     # Skip updates with a gradient norm this many standard deviations above the mean of the last 128 norms; off if not set.
     skip_spikes_above: float | None = None
