@@ -130,7 +130,7 @@ class Trainer:
         return values, "   ".join(f"{source}: {self.describe(losses)}" for source, losses in values.items())
 
     def _evaluate_source(self, batches: list[Batch]) -> dict[str, float]:
-        """Rank r takes batches r, r + world, ...; without one it repeats the last, uncounted: all ranks must gather weights."""
+        """Rank r takes batches r, r + world, ... Without one it repeats the last, uncounted: all must gather weights."""
         sums = torch.zeros(3, dtype=torch.float64)
         for first in range(0, len(batches), self.ranks.world):
             index = first + self.ranks.rank
