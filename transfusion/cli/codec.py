@@ -75,8 +75,8 @@ def fit_codec(arguments: list[str]) -> None:
     size = parse_size(args.size)
     if any(side % args.network.downsampling for side in size):
         raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
-    if args.crops < 0 or args.most < 1:
-        raise UsageError(f"--crops must be at least 0 and --max-images at least 1, not {args.crops} and {args.most}")
+    if args.crops < 0 or args.max_images < 1:
+        raise UsageError(f"--crops must be at least 0 and --max-images at least 1, not {args.crops} and {args.max_images}")
     readers = open_readers(args.reading)
 
     from transfusion.parallel import Ranks, pick_device
