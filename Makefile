@@ -10,7 +10,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/transfusion demo --out runs/digits
 
-# Bytecode is kept, whatever the environment says: tests start many processes, which would all compile the same.
+# Bytecode is written even if the environment disables it: otherwise each of the many processes of the tests compiles again.
 test: PROFILE ?= quick
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from transfusion.checkpoint.open import OpenedRun
 from transfusion.codecs.pixels import Pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
-from transfusion.data.loader import BEGINNING, LoaderState
+from transfusion.data.loader import START, LoaderState
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
 from transfusion.parallel import pick_device
@@ -134,7 +134,7 @@ class RandomLoader:
             segments += [Image(self.rng.standard_normal((CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)), text]
         return encode_document(Document(tuple(segments)), self.vocabulary)
 
-    def batches(self, start: LoaderState = BEGINNING) -> Iterator[tuple[Batch, LoaderState]]:
+    def batches(self, start: LoaderState = START) -> Iterator[tuple[Batch, LoaderState]]:
         while True:
             yield collate([Row((self.make_chunk(),)) for _ in range(BATCH_SIZE)], self.seq_len, self.vocabulary), start
 

@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.timing import Setting
 from transfusion.checkpoint.open import OpenedRun
 from transfusion.config import DataConfig
-from transfusion.data.loader import Encoder, Loader
+from transfusion.data.loader import DocumentEncoder, Loader
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import build
@@ -54,7 +54,7 @@ def make_paper_loader(seq_len: int, rows: int) -> Loader:
     """Rows like the paper's: half of the positions are patches, 256 per image."""
     config = DataConfig(mixture_weights=(PAIR_SHARE, 1 - PAIR_SHARE), seq_len=seq_len, rows=rows, shuffle_block=512)
     vocabulary = Vocabulary.build(NUM_TEXT_TOKENS, [LATENT_SHAPE[1:]], patch_size=2)
-    return Loader([CaptionedImages(), Passages()], Encoder(None, None, vocabulary, config, seed=0))
+    return Loader([CaptionedImages(), Passages()], DocumentEncoder(None, None, vocabulary, config, seed=0))
 
 
 def make_engine(name: str, setting: Setting) -> Engine:

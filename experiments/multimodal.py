@@ -34,7 +34,7 @@ from transfusion.evaluation.scenes import judge_scenes
 from transfusion.inference.engine import Engine
 
 CODEC = (
-    "--size", "32x32", "--most", "20000", "--training.steps", "5400", "--training.validate-every", "600",
+    "--size", "32x32", "--max-images", "20000", "--training.steps", "5400", "--training.validate-every", "600",
 )  # fmt: skip
 CODECS = {"latents": ("vae", ()), "codes": ("vq", ("--network.codes", "512"))}  # by the data they encode
 MAX_DOCUMENTS = "20000"  # of each source
@@ -69,7 +69,7 @@ def lab_folder(options: Options, name: str) -> Path:
 
 def folder_name(preset: str, name: str) -> str:
     """The name of a folder of a codec or of data; it contains a hash of the recipe, so another recipe has another folder."""
-    recipe = json.dumps([CODEC, CODECS, MAX_DOCUMENTS])
+    recipe = json.dumps([CODEC, CODECS, MAX_DOCUMENTS]).replace("--max-images", "--most")  # former name: same folders
     return f"{name}-{preset}-{hashlib.sha256(recipe.encode()).hexdigest()[:6]}"
 
 

@@ -423,4 +423,5 @@ def test_run_trains_with_a_fitted_autoencoder(fitted, tmp_path, capsys):
 def test_invalid_input_is_a_one_line_error(fitted, tmp_path, capsys, args, code, message):
     typed = [str(fitted / "photos") if word == "PHOTOS" else word for word in args]
     size = () if "--size" in args else ("--size", "16x16")
-    assert message in fails(capsys, code, "data", "fit-codec", *typed, *size, "--most", 50, "--out", tmp_path / "codec")
+    stderr = fails(capsys, code, "data", "fit-codec", *typed, *size, "--max-images", 50, "--out", tmp_path / "codec")
+    assert message in stderr

@@ -228,7 +228,7 @@ def folders(tmp_path_factory):
     """A VQ codec and prepared scenes, made by the commands."""
     folder = tmp_path_factory.mktemp("chameleon")
     command(
-        "data", "fit-codec", "small", "shapes", "--shapes-size", "16", "--size", "16x16", "--most", "400",
+        "data", "fit-codec", "small", "shapes", "--shapes-size", "16", "--size", "16x16", "--max-images", "400",
         "--network.codes", str(CODES), "--network.width", "8", "--network.multipliers", "1", "1", "1",
         "--network.channels", "4", "--training.steps", "4", "--training.batch_size", "4", "--training.heldout", "4",
         "--out", str(folder / "codec"),

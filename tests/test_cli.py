@@ -79,7 +79,7 @@ def test_trained_run_is_not_trained_again(run, capsys):
 
 def test_changed_settings_are_refused(run, capsys):
     stderr = fails(capsys, 2, "train", "digits", "--out", run, *TINY, "--training.seed", 1)
-    assert "training.seed is 0 there, 1 here" in stderr
+    assert "training.seed is 0 in the folder, 1 in this command" in stderr
     assert "shapes" in fails(capsys, 2, "train", "shapes", "--out", run)
 
 
@@ -187,7 +187,7 @@ def test_unreadable_image_is_one_line(run, tmp_path, capsys):
         (("train", "digits", "--model.rope-scaling", "8", "1"), "--model.rope-scaling 8 1: must be 4 numbers\n"),
         (("train", "digits", "--training.steps", "0"), "--training.steps must be at least 1, not 0\n"),
         (("train", "digits", "--training.steps", "1e4"), "--training.steps 1e4: must be a whole number\n"),
-        (("train", "digits", "--data.image-first", "1.5"), "--data.image-first must lie between 0 and 1, not 1.5\n"),
+        (("train", "digits", "--data.image-first", "1.5"), "--data.image-first must be between 0 and 1, not 1.5\n"),
         (("train", "digits", "--diffusion.noise-schedule", "curved"),
          "--diffusion.noise-schedule curved: must be one of cosine, rectified_flow\n"),
         (("train", "digits", "--parallel.compile", "maybe"), "--parallel.compile maybe: must be one of True, False\n"),

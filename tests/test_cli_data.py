@@ -24,7 +24,7 @@ from tests.test_prepare import files_of
 from transfusion.cli import main
 from transfusion.data.store import open_prepared
 
-PREPARE = ("--tokenizer-size", 300, "--shard", 16)
+PREPARE = ("--tokenizer-size", 300, "--records-per-shard", 16)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -57,7 +57,7 @@ def test_validate_lists_faults_by_file_and_row(folder, tmp_path, capsys):
 
 def test_validate_passes_intact_data(folder, capsys):
     command("data", "validate", folder / "texts.jsonl", folder / "prepared")
-    assert "every shard is as it was written" in capsys.readouterr().out
+    assert "all shards match their SHA-256" in capsys.readouterr().out
 
 
 def test_validate_reports_a_changed_byte_in_prepared_data(folder, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_run_on_prepared_data_supports_all_commands(folder, tmp_path, capsys):
     command(*arguments)
     values = json.loads((run / "run.json").read_text())
     assert values["run"]["data"]["sources"] == ["photos", "texts"]
-    assert set(values["notes"]["element_weights"]) == {"photos", "texts"}
+    assert set(values["notes"]["document_weights"]) == {"photos", "texts"}
     assert values["notes"]["edits"] is False
     before = open_prepared(data)
     assert values["codec"]["sha256"] == before.metadata["codec"]["sha256"]
@@ -207,7 +207,8 @@ def test_run_on_prepared_data_supports_all_commands(folder, tmp_path, capsys):
     command(*arguments[:3], tmp_path / "moved", *arguments[4:])
     assert "trained to its last step" in capsys.readouterr().err
     other = tmp_path / "other"
-    command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", other, *PREPARE[:2], "--shard", 32)
+    other_shards = *PREPARE[:2], "--records-per-shard", 32
+    command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", other, *other_shards)
     assert "does not hold the data" in fails(capsys, 2, *arguments[:3], other, *arguments[4:])
 
 
@@ -334,7 +335,7 @@ def test_full_disk_is_an_error_without_traceback(folder, tmp_path):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-MEMORY_OPTIONS = "--codec pixels --tokenizer-size 300 --shard 250 --fit-documents 500".split()
+MEMORY_OPTIONS = "--codec pixels --tokenizer-size 300 --records-per-shard 250 --fit-documents 500".split()
 
 
 def peak_memory(*arguments: str) -> int:

@@ -34,7 +34,7 @@ from transfusion.config import DataConfig, DigitsConfig
 from transfusion.data import sources as run_sources
 from transfusion.data.built_in.digits import NAMES, Digits, load_scans
 from transfusion.data.built_in.topics import HELDOUT_EVERY, Topics, split_text
-from transfusion.data.loader import BEGINNING, Encoder, Loader, LoaderState, heldout_batches, reorder_and_drop
+from transfusion.data.loader import START, DocumentEncoder, Loader, LoaderState, heldout_batches, reorder_and_drop
 from transfusion.data.packing import pack
 from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, encode_document, split_chunk
 
@@ -133,13 +133,13 @@ def test_only_pairs_are_changed_and_only_if_configured(document, of_pairs):
 
 
 @cache
-def encoder() -> Encoder:
+def encoder() -> DocumentEncoder:
     """Each byte is an id; images are not compressed."""
     tokenizer = Tokenizer.train(["abc"], 256)
     codec = Pixels.fit([np.arange(256, dtype=np.uint8).reshape(16, 16, 1)])
     config = DataConfig(seq_len=96, rows=2, shuffle_block=32)
     vocabulary = Vocabulary.build(tokenizer.size, [(4, 4), (8, 8)], patch_size=2)
-    return Encoder(tokenizer, codec, vocabulary, config, seed=0)
+    return DocumentEncoder(tokenizer, codec, vocabulary, config, seed=0)
 
 
 def loader(rank: int = 0, world: int = 1, seed: int = 0, **config) -> Loader:
@@ -147,7 +147,7 @@ def loader(rank: int = 0, world: int = 1, seed: int = 0, **config) -> Loader:
     return Loader([Notes("one", 5000), Notes("two", 1000, 40)], configured, rank, world)
 
 
-def take(number: int, loader: Loader, start: LoaderState = BEGINNING) -> list:
+def take(number: int, loader: Loader, start: LoaderState = START) -> list:
     return list(islice(loader.batches(start), number))
 
 
@@ -259,7 +259,7 @@ def test_mixture_weights_are_shares_of_positions(weights, means):
 
 
 @cache
-def small_run() -> tuple[DataConfig, Encoder]:
+def small_run() -> tuple[DataConfig, DocumentEncoder]:
     config = DataConfig(
         sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, digits=DigitsConfig(interleaved=0.15)
     )

@@ -108,7 +108,7 @@ def test_non_finite_value_on_one_rank_changes_no_weight_on_any(pair, undisturbed
     assert max(line["step"] for line in metrics_of(tmp_path / "run")) == 2
     fault = read_fault(tmp_path / "run", 3)
     assert (fault["step"], fault["reason"]) == (3, reason)
-    assert fault["read"] == [{"rank": rank, "rows": rows} for rank, rows in enumerate(documents)]
+    assert fault["batches"] == [{"rank": rank, "rows": rows} for rank, rows in enumerate(documents)]
     assert all(document.startswith("digits ") for rows in documents for row in rows for document in row)
     assert documents[0] != documents[1]
 
@@ -189,7 +189,7 @@ def test_non_finite_codec_loss_changes_nothing_and_lists_the_images(tmp_path):
     with pytest.raises(TrainingError, match="step 5: the l1 is not finite"):
         trainer.train()
     assert same(gather_tensors(trainer), before)
-    assert read_fault(tmp_path / "one", 5)["read"] == [{"pictures": indices[4]}]
+    assert read_fault(tmp_path / "one", 5)["batches"] == [{"pictures": indices[4]}]
     again = new_codec_trainer(tmp_path / "one", FaultToleranceConfig())
     assert restore_newest(tmp_path / "one", again.tensors(), SINGLE_PROCESS)[1]["step"] == 4
 
@@ -315,11 +315,11 @@ def test_watchdog_only_ends_a_process_without_calls_to_alive(tmp_path):
         exited.set()
 
     with mock.patch.object(guard_module.time, "monotonic", clock), mock.patch.object(guard_module.os, "_exit", exit_with):
-        with watchdog(0.05, tmp_path, 3) as alive:
+        with watchdog(0.05, tmp_path, 3) as reset_watchdog:
             for _ in range(5):
                 clock.now += 0.049
                 clock.wait(3)
-                alive()
+                reset_watchdog()
             assert not codes
             clock.now += 0.051
             assert exited.wait(TIMEOUT)
@@ -355,7 +355,8 @@ def test_invalid_fault_tolerance_options_are_refused(tmp_path, capsys, option, v
 def test_run_resumes_with_other_fault_tolerance_and_parallel_options(tmp_path, capsys):
     args = ("train", "digits", *TINY, "--out", tmp_path)
     command(*args)
-    assert "training.max_grad_norm is 1.0 there, 2.0 here" in fails(capsys, 2, *args, "--training.max-grad-norm", 2)
+    message = fails(capsys, 2, *args, "--training.max-grad-norm", 2)
+    assert "training.max_grad_norm is 1.0 in the folder, 2.0 in this command" in message
     command(*args, "--fault-tolerance.skip-nonfinite", 3, "--fault-tolerance.skip-spikes-above", 4,
             "--fault-tolerance.watchdog", 900, "--parallel.activation-checkpointing")  # fmt: skip
     assert "is trained to its last step" in capsys.readouterr().err

@@ -328,7 +328,7 @@ def test_cancelled_samples_release_three_slots_each():
     ({"guidance_interval": (0.6, 0.4)}, "smaller one first, not 0.6 0.4"),
     ({"guidance_interval": (-0.1, 0.4)}, "between 0 and 1"), ({"guidance_interval": (0.1, 1.4)}, "between 0 and 1"),
     ({"guidance_interval": (float("nan"), 0.4)}, "between 0 and 1"),
-    ({"guidance_rescale": 1.5}, "guidance_rescale must lie between 0 and 1, not 1.5"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale must be between 0 and 1, not 1.5"),
     ({"guidance_rescale": -0.5}, "guidance_rescale"), ({"guidance_rescale": float("nan")}, "guidance_rescale"),
     ({"image_guidance_scale": float("inf")}, "image_guidance_scale must be a finite number, not inf"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),

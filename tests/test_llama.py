@@ -231,7 +231,7 @@ def test_runs_that_do_not_fit_are_refused_as_a_start(base, tmp_path, capsys):
     args = ("train", "digits", "--out", tmp_path / "run", *FAST)
     assert "is not a run" in fails(capsys, 1, *args, "--from", tmp_path)
     message = fails(capsys, 1, *args, "--from", base, "--model.intermediate-size", 96)
-    assert "model.intermediate_size is 64 there, 96 here" in message
+    assert "model.intermediate_size is 64 in the folder, 96 in this command" in message
     other_args = ("train", "shapes", "--out", tmp_path / "run", *TINY, "--from", base)
     assert "image channels" in fails(capsys, 1, *other_args)
     write_photos(tmp_path / "photos", 40)

@@ -323,7 +323,7 @@ def test_indivisible_batch_is_reported(capsys):
     (["--memory", "80 apples"], "--memory takes a size, for example 80GB or 40GiB, not '80 apples'"),
     (["--memory", "80"], "not '80'"), (["--memory", "0GB"], "not '0GB'"), (["--memory=-1GB"], "not '-1GB'"),
     (["--batch", "many"], "--batch takes a number of positions"),
-    (["--mfu", "40"], "--mfu must lie above 0 and up to 1"), (["--tflops", "0"], "--tflops must be above 0"),
+    (["--mfu", "40"], "--mfu must be above 0 and at most 1"), (["--tflops", "0"], "--tflops must be above 0"),
     (["--gpus", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(capsys, arguments, message):

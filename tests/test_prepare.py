@@ -29,11 +29,11 @@ from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data import prepare as preparing
 from transfusion.data.loader import (
-    BEGINNING,
-    Encoder,
+    START,
+    DocumentEncoder,
     Loader,
     contains_edits,
-    element_weights,
+    document_weights,
     heldout_batches,
     reorder_and_drop,
 )  # fmt: skip
@@ -46,7 +46,7 @@ from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
 from transfusion.sequence import Document, Image, Text, encode_document, split_chunk
 
-CONFIG = PrepareConfig(tokenizer_size=300, shard=16)
+CONFIG = PrepareConfig(tokenizer_size=300, records_per_shard=16)
 
 
 @cache
@@ -113,7 +113,7 @@ def test_heldout_documents_keep_their_original_images(tmp_path):
     records = [{"segments": [first, {"text": "and"}, second]} for first, second in pairs]
     records += [{"segments": [{"text": "no picture"}]}] * 100
     source = open_reader(str(write_lines(tmp_path / "two.jsonl", records)))
-    prepare([source], replace(CONFIG, sizes=("16x16", "32x16"), shard=30), tmp_path / "out")
+    prepare([source], replace(CONFIG, sizes=("16x16", "32x16"), records_per_shard=30), tmp_path / "out")
     (heldout,), (train,) = (open_raw(DataConfig(prepared=(str(tmp_path / "out"),), sources=("two",)), split)
                             for split in ("heldout", "train"))  # fmt: skip
     raws = {raw.where: raw for unit in source.units(30) for raw in source.read(unit)}
@@ -137,7 +137,7 @@ def test_document_may_have_any_segments(tmp_path):
         {"segments": [{"text": "alone"}]}, {"segments": [images[1]]},
     ]  # fmt: skip
     source = open_reader(str(write_lines(tmp_path / "any.jsonl", records * 12)))
-    config = replace(CONFIG, sizes=("16x16", "32x16", "16x32"), codec="pixels", heldout=0, shard=5)
+    config = replace(CONFIG, sizes=("16x16", "32x16", "16x32"), codec="pixels", heldout=0, records_per_shard=5)
     prepare([source], config, tmp_path / "out")
     prepared = open_prepared(tmp_path / "out")
     assert prepared.shapes == [(16, 16), (16, 32), (32, 16)]
@@ -368,13 +368,13 @@ def test_finished_folder_is_not_prepared_again(monkeypatch):
 
 def test_other_files_or_settings_for_the_same_folder_are_an_error(tmp_path):
     shutil.copytree(reference(), tmp_path / "out")
-    with pytest.raises(PrepareError, match="heldout is 1000 there, 5 here"):
+    with pytest.raises(PrepareError, match="heldout is 1000 in the folder, 5 in this command"):
         prepare(readers(), replace(CONFIG, heldout=5), tmp_path / "out")
     with pytest.raises(PrepareError, match="its sources are photos, texts"):
         prepare(readers()[:1], CONFIG, tmp_path / "out")
     shutil.copytree(source_folder() / "photos", tmp_path / "photos")
     write_texts(tmp_path / "texts.jsonl", 91)
-    with pytest.raises(PrepareError, match="texts: records is 90 there, 91 here"):
+    with pytest.raises(PrepareError, match="texts: records is 90 in the folder, 91 in this command"):
         prepare(readers(tmp_path), CONFIG, tmp_path / "out")
     shutil.copy2(source_folder() / "texts.jsonl", tmp_path / "texts.jsonl")
     prepare(readers(tmp_path), replace(CONFIG, max_faults=0.5), tmp_path / "out")  # it does not change the content
@@ -563,7 +563,7 @@ def test_folder_that_is_not_prepared_is_an_error(tmp_path):
 def test_shards_without_documents_are_supported(tmp_path):
     """A unit with only faults, and empty splits."""
     records = [{"image": inline(picture(n)[1]), "caption": "red" if not 5 <= n < 10 else ""} for n in range(20)]
-    config = replace(CONFIG, shard=5, max_faults=0.3, heldout=0)
+    config = replace(CONFIG, records_per_shard=5, max_faults=0.3, heldout=0)
     path = write_lines(tmp_path / "a.jsonl", records)
     prepare([open_reader(str(path))], config, tmp_path / "out")
     prepared = open_prepared(tmp_path / "out")
@@ -577,7 +577,7 @@ def test_shards_without_documents_are_supported(tmp_path):
 
 
 @cache
-def encoder(**config) -> Encoder:
+def encoder(**config) -> DocumentEncoder:
     defaults = {"prepared": (str(reference()),), "seq_len": 64, "rows": 2, "shuffle_block": 24}
     return fit(DataConfig(**defaults | config), patch_size=2, seed=0)
 
@@ -612,7 +612,7 @@ def test_every_position_of_an_epoch_is_read_exactly_once():
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_number_of_workers_does_not_change_batches(workers):
-    expected, actual = take(loader(), BEGINNING, 30), take(loader(workers=workers), BEGINNING, 30)
+    expected, actual = take(loader(), START, 30), take(loader(workers=workers), START, 30)
     assert all(same_batch(a, b) and x == y for (a, x), (b, y) in zip(expected, actual, strict=True))
 
 
@@ -624,7 +624,7 @@ RANK_CHANGES = [(1, 4, 4), (4, 1, 4), (2, 4, 8), (4, 2, 8), (1, 2, 8)]  # ranks 
 )
 def test_number_of_ranks_may_change_when_a_run_resumes(before, after, batch):
     """With the same global batch size the global batches are the same."""
-    uninterrupted = take(loader(rows=batch), BEGINNING, 9)
+    uninterrupted = take(loader(rows=batch), START, 9)
 
     def global_batches(world: int, start, count: int):
         ranks = [take(loader(rank, world, rows=batch // world), start, count) for rank in range(world)]
@@ -635,7 +635,7 @@ def test_number_of_ranks_may_change_when_a_run_resumes(before, after, batch):
                 tokens[rank::world] = part.tokens.numpy()
             yield tokens, parts[0][1]
 
-    first = list(global_batches(before, BEGINNING, 4))
+    first = list(global_batches(before, START, 4))
     rest = list(global_batches(after, first[-1][1], 5))
     for (tokens, state), (expected, expected_state) in zip(first + rest, uninterrupted, strict=True):
         assert np.array_equal(tokens, expected.tokens.numpy())
@@ -646,7 +646,7 @@ def test_number_of_ranks_may_change_when_a_run_resumes(before, after, batch):
 @given(st.lists(st.tuples(st.sampled_from((1, 2, 4)), st.integers(1, 3), st.integers(1, 4)), min_size=2, max_size=4))
 def test_no_row_is_skipped_or_repeated_when_batch_sizes_change(sessions):
     """Each session has its own number of ranks and rows, and stops after a few batches."""
-    state, read = BEGINNING, []
+    state, read = START, []
     for world, rows, count in sessions:
         ranks = [take(loader(rank, world, rows=rows), state, count) for rank in range(world)]
         for n in range(count):
@@ -655,7 +655,7 @@ def test_no_row_is_skipped_or_repeated_when_batch_sizes_change(sessions):
             read.append(tokens[order])
         state = ranks[0][-1][1]
     read = np.concatenate(read)
-    single_rows = take(loader(rows=1), BEGINNING, len(read))
+    single_rows = take(loader(rows=1), START, len(read))
     assert np.array_equal(read, np.concatenate([batch.tokens.numpy() for batch, _ in single_rows]))
     assert single_rows[-1][1] == state
 
@@ -675,7 +675,7 @@ def test_random_corpora_are_read_completely_and_once(corpus, shard):
     ]  # fmt: skip
     with TemporaryDirectory() as temporary:
         path = write_lines(Path(temporary) / "some.jsonl", records)
-        config = PrepareConfig(tokenizer_size=260, shard=shard, heldout=0)
+        config = PrepareConfig(tokenizer_size=260, records_per_shard=shard, heldout=0)
         prepare([open_reader(str(path))], config, Path(temporary) / "out")
         data = DataConfig(prepared=(f"{temporary}/out",), seq_len=40, rows=1, shuffle_block=7)
         fitted = fit(data, 2, seed=3)
@@ -718,7 +718,7 @@ def test_weights_use_exact_mean_lengths():
         for source in reader.sources
     ]
     weights = [share / np.mean(length) for share, length in zip((3, 1), lengths, strict=True)]
-    assert np.allclose(element_weights(reader.sources, reader.encoder), np.array(weights) / sum(weights), rtol=1e-12)
+    assert np.allclose(document_weights(reader.sources, reader.encoder), np.array(weights) / sum(weights), rtol=1e-12)
     with pytest.raises(ValueError, match="photos, texts"):
         loader(mixture_weights=(1.0, 1.0, 1.0))
 

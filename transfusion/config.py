@@ -16,10 +16,9 @@ class RopeScaling:
     original_length: int = 8192  # Context length of pretraining, in positions.
 
 
-
-BETWEEN_0_AND_1 = "lie between 0 and 1", lambda value: 0 <= value <= 1  # rules for check
+BETWEEN_0_AND_1 = "be between 0 and 1", lambda value: 0 <= value <= 1  # rules for check
 ABOVE_0 = "be above 0", lambda value: value > 0
-ABOVE_0_UP_TO_1 = "lie above 0 and up to 1", lambda value: 0 < value <= 1
+ABOVE_0_UP_TO_1 = "be above 0 and at most 1", lambda value: 0 < value <= 1
 NOT_NEGATIVE = "not be negative", lambda value: value >= 0
 
 
@@ -51,13 +50,13 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # Use one matrix for token embeddings and output logits.
     norm_eps: float = 1e-5  # Epsilon of the RMS norms.
     rope_theta: float = 10_000.0  # Base of the rotary position frequencies.
-    rope_scaling: RopeScaling | None = None  # Llama 3's scaling of rotary frequencies, as four numbers; none if not set.
+    rope_scaling: RopeScaling | None = None  # Llama 3's scaling of rotary frequencies, as four numbers; off if not set.
     qk_norm: bool = False  # Normalise queries and keys, as in Chameleon.
     post_norm: bool = False  # Normalise the output of each sublayer instead of its input, as in Chameleon.
     z_loss: float = 0.0  # Weight of the squared log of the softmax normaliser in the loss (Chameleon: 1e-5).
     latent_channels: int = 8  # Channels of an image latent; training replaces it by those of its codec.
     patch_size: int = 2  # Side of a patch in latent pixels; 2 gives 256 patches for an image of 256x256 pixels.
-    # How images enter and leave the transformer: one linear layer each, the two halves of a U-Net, or VQ codes as tokens.
+    # How images are embedded and predicted: one linear layer each, the two halves of a U-Net, or VQ codes as tokens.
     patches: Literal["linear", "unet", "codes"] = "linear"
     unet_width: int | None = None  # U-Net channels at the lowest resolution; 5/4 width, at most 1184, if not set (Table 7).
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # Attention inside an image (Table 5).
@@ -156,7 +155,6 @@ class ShapesConfig:
     size: int = 32  # Side of an image in pixels.
 
 
-
 @dataclass(frozen=True)
 class DataConfig:
     """The training data, and how documents become rows."""
@@ -174,9 +172,9 @@ class DataConfig:
     image_first: float = 0.2  # Share of captioned images that precede their caption (section 4.1).
     image_first_max_t: float = 1.0  # Largest t of images before their caption (Table 8: 0.5); 0 trains no image loss there.
     caption_dropout: float = 0.1  # Share of captions left out before an image, for classifier-free guidance.
-    condition_text_dropout: float = 0.05  # Share of image-editing documents that lose their text, for guidance by image.
-    condition_dropout: float = 0.05  # Share of image-editing documents that lose all before the image to be drawn.
-    shuffle_block: int = 2048  # Number of documents that are shuffled and packed together.
+    condition_text_dropout: float = 0.05  # Share of edit documents whose text is dropped, for guidance by image.
+    condition_dropout: float = 0.05  # Share of edit documents whose text and images before the target are dropped.
+    shuffle_block: int = 2048  # Number of consecutive documents of the shuffled stream that are packed together.
     workers: int = 1  # Threads that read ahead; the batches do not depend on their number.
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
@@ -195,24 +193,26 @@ class DataConfig:
 class PrepareConfig:
     """How files become a prepared data set: the same files and settings always give the same one."""
 
-    like: str | None = None  # Prepared folder or run whose tokenizer, codec and sizes are used, to train on both.
+    like: str | None = None  # Reuse tokenizer, codec and sizes of this prepared folder or run.
     tokenizer: str | None = None  # The tokenizer.json to use; if not set, a tokenizer is trained on the first documents.
     tokenizer_size: int | None = None  # Largest vocabulary of a trained tokenizer; at most 8192 if not set.
-    sizes: tuple[str, ...] = ()  # WIDTHxHEIGHT of images in pixels; if not set, their own if small and equal, else 256x256.
+    sizes: tuple[str, ...] = ()  # WIDTHxHEIGHT in pixels; if not set, their own if equal and at most 256x256, else 256x256.
     # Codec: pixels, block_pca, a folder from fit-codec, or an AutoencoderKL; auto is pixels below 16 a side, else block_pca.
     codec: str = "auto"
     codec_block: int | None = None  # Side of a block of block_pca in pixels; if not set, 4 for images below 64, else 8.
     codec_components: int | None = None  # Latent channels of block_pca; if not set, 6 for blocks of 4 pixels, else 8.
     fit_documents: int = 2_000  # Number of documents of each source to which tokenizer and codec are fitted.
-    heldout: int = 1_000  # Approximate number of held-out documents of each source; never more than one in twenty.
+    # Expected number of held-out documents of each source; each document is held out with a probability of at most 0.05.
+    heldout: int = 1_000
     max_faults: float = 0.02  # Largest share of a source's records that may be skipped as faulty, from 0 to 1.
-    shard: int = 2048  # Number of documents in one file.
+    records_per_shard: int = 2048  # Number of records that are written as one shard.
 
     def __post_init__(self):
-        check_at_least_1(self, "", "tokenizer_size", "fit_documents", "shard")
-        decided = "tokenizer", "tokenizer_size", "sizes", "codec", "codec_block", "codec_components"
-        if self.like is not None and any(getattr(self, f.name) != f.default for f in fields(self) if f.name in decided):
-            raise ValueError("like decides tokenizer, codec and sizes: leave out their options")
+        check_at_least_1(self, "", "tokenizer_size", "fit_documents", "records_per_shard")
+        names = "tokenizer", "tokenizer_size", "sizes", "codec", "codec_block", "codec_components"
+        changed = [f.name.replace("_", "-") for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
+        if self.like is not None and changed:
+            raise ValueError(f"like and --{changed[0]} cannot be combined: the folder decides tokenizer, codec and sizes")
         check(self, "", "max_faults", *BETWEEN_0_AND_1)
         check(self, "", "heldout", *NOT_NEGATIVE)
         for size in self.sizes:
@@ -253,14 +253,13 @@ class TrainingConfig:
     log_every: int = 10  # Steps between lines of metrics.jsonl.
 
     def __post_init__(self):
-        check_at_least_1(
-            self, "training.", "steps", "accumulate", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every",
-        )  # fmt: skip
+        counts = "steps accumulate checkpoint_every keep_checkpoints validate_every log_every"
+        check_at_least_1(self, "training.", *counts.split())
         scales = "text_lr_scale image_lr_scale transformer_lr_scale"
-        check(self, "training.", scales, "be a number from 0 up", lambda value: 0 <= value < math.inf)
+        check(self, "training.", scales, "be finite and at least 0", lambda value: 0 <= value < math.inf)
         if not any(self.lr_scales.values()):
             raise ValueError("training.text_lr_scale, image_lr_scale and transformer_lr_scale are all 0: nothing would be "
-                             "learnt; set one above 0")  # fmt: skip
+                             "trained; set one above 0")  # fmt: skip
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -273,8 +272,10 @@ class TrainingConfig:
 class FaultToleranceConfig:
     """What training does when a step fails. A resumed run may change these."""
 
-    skip_nonfinite: int = 0  # Updates in a row that may be skipped (not finite, or a spike) before training stops.
-    skip_spikes_above: float | None = None  # Skip gradients this many deviations over the mean norm of 128; off if not set.
+    # Number of consecutive updates that may be skipped (a non-finite value or a gradient spike); training stops at the next.
+    skip_nonfinite: int = 0
+    # Skip updates with a gradient norm this many standard deviations above the mean of the last 128 norms; off if not set.
+    skip_spikes_above: float | None = None
     watchdog: float = 1800.0  # Seconds without a step after which training aborts and writes all stacks; 0 disables it.
 
     def __post_init__(self):
@@ -289,7 +290,6 @@ class ParallelConfig:
     shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
     activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, about a third slower.
     compile: bool | None = None  # Compile the blocks with torch.compile; on CUDA only if not set.
-
 
 
 SAMPLERS = {  # name -> the noise schedules it supports; inference/samplers.py has a function of the same name
@@ -345,7 +345,7 @@ QUICK = ("captions", "drawings", "conditioning", "text")
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What of a run is measured, and how. `results.json` holds it, so that the measurement can be repeated."""
+    """Tasks, data and settings of an evaluation. `results.json` stores them, so that it can be repeated."""
 
     tasks: tuple[str, ...] | None = None  # Tasks to run; if not set, the default tasks that the run supports.
     data: tuple[str, ...] | None = None  # Prepared folders to measure on; the run's own data if not set.

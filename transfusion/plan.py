@@ -232,7 +232,7 @@ def saved_by_unet(config: ModelConfig, shape: tuple[int, int], value_bytes: int 
 
 
 def ways_to_fit(run: Run, machines: Machines) -> Iterator[str]:
-    """Each single change with which the run fits; if there is none, each change with which it fits under checkpointing."""
+    """Each single change with which the run fits; if no change is enough, each with which it fits under checkpointing."""
     checkpointed = replace(run, parallel=replace(run.parallel, activation_checkpointing=True))
     ways = [*_changes(run, machines)]
     if not run.parallel.activation_checkpointing:

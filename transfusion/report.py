@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from transfusion.data.built_in.digits import NAMES
-from transfusion.data.loader import Encoder, Source
+from transfusion.data.loader import DocumentEncoder, Source
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.scenes import ATTRIBUTES, draw_scenes
@@ -149,7 +149,7 @@ def add_description(page: Page, material: Material) -> None:
 def _short_document(engine: Engine, source: Source) -> Document:
     """The shortest of the first 32 held-out documents, caption first."""
     opened, options = engine.opened, replace(engine.run.data, image_first=0.0, caption_dropout=0.0)
-    encoder = Encoder(opened.tokenizer, opened.codec, engine.vocabulary, options, engine.run.training.seed)
+    encoder = DocumentEncoder(opened.tokenizer, opened.codec, engine.vocabulary, options, engine.run.training.seed)
     documents = [encoder.to_document(source[n], source.name, 0) for n in range(min(32, len(source)))]
     return min(documents, key=lambda document: len(encode_document(document, engine.vocabulary)))
 

@@ -58,7 +58,7 @@ class Document:
     id: int = 0
     source: str = ""
     key: int = 0
-    pairs: bool = False  # captions and images in turn: it may only be split between two pairs
+    pairs: bool = False  # alternating captions and images; it may only be split between two pairs
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = 
     omits eos (a prompt).
     """
     tokens, loss_mask, can_break, images = [vocabulary.bos], [False], [False], []
-    # A pair breaks only before the first position of its first segment; if that is empty, before the next segment.
+    # A pair may only be split before the first position of its first segment, or of its second if the first is empty.
     break_pending = True
     for number, segment in enumerate(document.segments):
         break_pending |= not document.pairs or number % 2 == 0

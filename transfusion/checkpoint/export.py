@@ -1,4 +1,4 @@
-"""Exports a run for others: config.json, model*.safetensors, generation defaults, tokenizer, codec and model card."""
+"""Exports a run as a self-contained folder: config, weights, generation defaults, tokenizer, codec and model card."""
 
 import hashlib
 import json

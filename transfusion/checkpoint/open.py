@@ -112,7 +112,7 @@ def checkpoint_part(weights: str) -> str:
 
 
 def read_step(checkpoint: Path) -> int:
-    """The step of a checkpoint. OpenError when its state.json has none."""
+    """The step of a checkpoint. OpenError if its state.json has no step."""
     step = read_json(checkpoint / "state.json").get("step")
     if not isinstance(step, int):
         raise OpenError(f"{checkpoint / 'state.json'} has no valid step")
@@ -154,7 +154,7 @@ def describe_run(folder: Path) -> RunDescription:
 
 
 def find_newest_checkpoint(folder: Path) -> Path:
-    """The folder of the newest checkpoint. OpenError when there is none."""
+    """The folder of the newest checkpoint. OpenError if the folder has no checkpoint."""
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise OpenError(f"{folder} has no checkpoint yet")
@@ -176,10 +176,10 @@ def verify_checkpoint(checkpoint: Path, ranks: Ranks = SINGLE_PROCESS) -> None:
 
 
 def _check_digest(folder: Path, name: str, digest: str, hashes: bool = True) -> None:
-    """OpenError when a file is missing, lies outside the folder, or (with `hashes`) has another SHA-256."""
+    """OpenError when a file is missing, is outside the folder, or (with `hashes`) has another SHA-256."""
     path = folder / name
     if ".." in Path(name).parts or Path(name).is_absolute():
-        raise OpenError(f"{folder}: its list of files names {name}, which lies outside the folder")
+        raise OpenError(f"{folder}: its list of files names {name}, which is outside the folder")
     if not path.is_file():
         raise OpenError(f"{folder} is incomplete: {name} is missing")
     if hashes and sha256_of(path) != digest:

@@ -42,8 +42,8 @@ class OtherRunStart:
         model = replace(model, **{name: getattr(other, name) for name in self.fixed_fields})
         if _shapes(model) != _shapes(other):
             names = [f.name for f in fields(ModelConfig) if getattr(model, f.name) != getattr(other, f.name)]
-            differences = [f"model.{name} is {getattr(other, name)} there, {getattr(model, name)} here" for name in names]
-            raise ValueError(f"the weights of {self.folder} have other shapes: {'; '.join(differences)}")
+            changes = [f"model.{n} is {getattr(other, n)} in the folder, {getattr(model, n)} in this command" for n in names]
+            raise ValueError(f"the weights of {self.folder} have other shapes: {'; '.join(changes)}")
         return model
 
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.options import Device, parse
-from transfusion.cli.screen import UsageError, nearest, progress, say
+from transfusion.cli.screen import UsageError, nearest, print_status, progress
 from transfusion.cli.sources import Reading, open_readers
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import FaultToleranceConfig, from_json, parse_size
@@ -53,7 +53,7 @@ class FitCodec:
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     size: str = "256x256"
     """WIDTHxHEIGHT in pixels to which images are resized and cropped."""
-    most: int = 50_000
+    max_images: int = 50_000
     """Largest number of images, or crops, to train on."""
     crops: int = 0
     """Random crops of each image, held-out ones too unless the source holds out images; 0 takes the centre, resized."""
@@ -75,8 +75,8 @@ def fit_codec(arguments: list[str]) -> None:
     size = parse_size(args.size)
     if any(side % args.network.downsampling for side in size):
         raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
-    if args.crops < 0 or args.most < 1:
-        raise UsageError(f"--crops must be at least 0 and --most at least 1, not {args.crops} and {args.most}")
+    if args.crops < 0 or args.max_images < 1:
+        raise UsageError(f"--crops must be at least 0 and --max-images at least 1, not {args.crops} and {args.max_images}")
     readers = open_readers(args.reading)
 
     from transfusion.parallel import Ranks, pick_device
@@ -88,12 +88,11 @@ def fit_codec(arguments: list[str]) -> None:
         gathered = _gather(args, readers, size) if ranks.is_main else None
         if gathered:
             skipped = f"; {gathered.faults:,} records skipped" if gathered.faults else ""
-            say(f"{len(gathered.images):,} different {'crops' if args.crops else 'images'} of {args.size}{skipped}")
+            print_status(f"{len(gathered.images):,} different {'crops' if args.crops else 'images'} of {args.size}{skipped}")
         ranks.barrier()
         gathered = gathered or _gather(args, readers, size)
-        trainer = CodecTrainer(
-            args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance, gathered.heldout
-        )
+        trainer = CodecTrainer(args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance,
+                               gathered.heldout)  # fmt: skip
         _train(trainer, args)
 
 
@@ -106,12 +105,11 @@ def _gather(args: FitCodec, readers: list, size: tuple[int, int]):
     def on_fault(fault) -> None:
         faults.append(fault)
         if len(faults) <= NUM_SHOWN:
-            say(f"  {fault}")
+            print_status(f"  {fault}")
 
     with progress("reading images") as on_progress:
-        return gather_images(
-            readers, size, args.network.image_channels, args.most, args.out, on_progress, args.crops, on_fault
-        )
+        return gather_images(readers, size, args.network.image_channels, args.max_images, args.out, on_progress, args.crops,
+                             on_fault)  # fmt: skip
 
 
 def _check_folder(args: FitCodec, readers: list) -> None:
@@ -136,9 +134,9 @@ def _train(trainer, args: FitCodec) -> None:
     """Train from the last checkpoint to the last step, then write the codec."""
     if trainer.ranks.is_main:
         write_json(args.out / "fit.json", {"network": asdict(args.network), "training": asdict(args.training)})
-    trainer.loop.restore(say)
+    trainer.loop.restore(print_status)
     if trainer.ranks.is_main:
-        say(f"training on {trainer.device} with {', '.join(trainer.loss_names)}, into {args.out}")
+        print_status(f"training on {trainer.device} with {', '.join(trainer.loss_names)}, into {args.out}")
     done = trainer.loop.progress.step >= args.training.steps or trainer.train()
     if done and trainer.ranks.is_main:
         _finish(trainer, args)
@@ -164,8 +162,8 @@ def _finish(trainer, args: FitCodec) -> None:
     })  # fmt: skip
     page = _page(trainer, codec, quality, args)
     usage = f", {quality['codes_used']:.1%} of the codes, perplexity {quality['perplexity']:,.0f}" if is_vq else ""
-    say(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}{usage}")
-    say(f"wrote {args.out / 'codec.safetensors'} and {page}")
+    print_status(f"held out: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}{usage}")
+    print_status(f"wrote {args.out / 'codec.safetensors'} and {page}")
 
 
 def _page(trainer, codec, quality: dict, args: FitCodec) -> Path:

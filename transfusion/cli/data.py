@@ -12,7 +12,7 @@ import tyro
 
 from transfusion.cli.codec import fit_codec
 from transfusion.cli.options import parse
-from transfusion.cli.screen import UsageError, check_there, fail, nearest, progress, say
+from transfusion.cli.screen import UsageError, check_exists, fail, nearest, print_status, progress
 from transfusion.cli.sources import SOURCES, Reading, open_readers
 from transfusion.config import PrepareConfig
 from transfusion.disk import CONFIG, RUN, check_codec, check_prepared
@@ -61,7 +61,7 @@ class Prepare:
 
 
 def validate(args: Validate) -> None:
-    """Print the faults, and write all of them to a file if one is given."""
+    """Print the faults, and write all of them to the file of --faults if it is set."""
     folders, readers = _open(args)
 
     from transfusion.data.survey import survey
@@ -70,7 +70,7 @@ def validate(args: Validate) -> None:
         args.faults.parent.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         folder.verify()
-        print(f"{folder.folder}: every shard is as it was written")
+        print(f"{folder.folder}: all shards match their SHA-256")
     records, total = [], 0
     for reader in readers:
         lines = []
@@ -107,12 +107,12 @@ def inspect(args: Inspect) -> None:
     for reader in readers:
         show_source(page, reader, args.count)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    say(f"wrote {page.write(args.out)}")
+    print_status(f"wrote {page.write(args.out)}")
 
 
 def stats(args: Stats) -> None:
     """Print one table for each source."""
-    check_there(args.tokenizer)
+    check_exists(args.tokenizer)
     folders, readers = _open(args)
 
     from transfusion.codecs.text import Tokenizer
@@ -122,7 +122,7 @@ def stats(args: Stats) -> None:
     if args.tokenizer is not None:
         tokenizer = Tokenizer.from_file(args.tokenizer)
     elif readers:
-        say("training a tokenizer on the first documents, to count tokens with")
+        print_status("training a tokenizer on the first documents, to count tokens with")
         tokenizer = train_tokenizer(first_texts(readers, PrepareConfig().fit_documents), None)
     surveys = [source for folder in folders for source in survey_prepared(folder)]
     for reader in readers:
@@ -136,7 +136,7 @@ def stats(args: Stats) -> None:
 def prepare(args: Prepare) -> None:
     """Create a prepared folder or resume it; under torchrun with all its processes."""
     like, codec = args.config.like, args.config.codec
-    check_there(args.config.tokenizer)
+    check_exists(args.config.tokenizer)
     if like is not None and not any((Path(like) / name).exists() for name in (RUN, CONFIG)):
         check_prepared(Path(like))
     if codec not in ("auto", "pixels", "block_pca") and codec.count("/") != 1 and not (Path(codec) / CONFIG).exists():
@@ -149,22 +149,22 @@ def prepare(args: Prepare) -> None:
     with Ranks.of_torchrun() as ranks:
         is_main = ranks.rank == 0
         for reader in readers if is_main else ():
-            say(reader.describe())
+            print_status(reader.describe())
         existed = (args.out / "dataset.json").exists()
         with progress("preparing", quiet=not is_main) as on_progress:
             dataset = preparation.prepare(
                 readers, args.config, args.out, ranks.rank, ranks.world, ranks.barrier, on_progress,
-                say if is_main else lambda line: None,
+                print_status if is_main else lambda line: None,
             )  # fmt: skip
     if is_main:
         sizes = ", ".join("{}x{}".format(*size) for size in dataset["sizes"])
-        say(f"{args.out} {'was prepared already' if existed else 'is prepared'}: tokenizer of "
+        print_status(f"{args.out} {'was prepared already' if existed else 'is prepared'}: tokenizer of "
             f"{dataset['tokenizer']['size']:,} ids, codec {dataset['codec']['kind']}, pictures of {sizes}")  # fmt: skip
         for name, source in dataset["sources"].items():
             documents, faults = source["documents"], Counter(source["faults"])
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
             left_out = f"; {faults.total():,} left out ({kinds}): see {args.out / 'quarantine.jsonl'}" if faults else ""
-            say(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
+            print_status(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
 
 
 def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:
@@ -173,7 +173,7 @@ def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:
     others = tuple(source for source in args.reading.sources if source not in prepared)
     readers = open_readers(replace(args.reading, sources=others), required=not prepared)
     for reader in readers:
-        say(reader.describe())
+        print_status(reader.describe())
     if not prepared:
         return [], readers
     from transfusion.data.store import open_prepared

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.options import Device, as_usage_error, parse
-from transfusion.cli.screen import UsageError, check_there, say
+from transfusion.cli.screen import UsageError, check_exists, print_status
 from transfusion.config import QUICK, TASKS, EvaluationConfig, GenerationConfig
 from transfusion.disk import check_prepared, check_run, read_json
 
@@ -38,7 +38,7 @@ def evaluate(arguments: list[str]) -> None:
     with as_usage_error(GenerationConfig):
         options = {name: getattr(config, name) for name in ("sampler", "steps", "guidance_scale")}
         GenerationConfig(**{name: value for name, value in options.items() if value is not None})
-    check_there(config.questions, config.prompts, config.coco, config.pictures)
+    check_exists(config.questions, config.prompts, config.coco, config.pictures)
     for folder in config.data or ():
         check_prepared(Path(folder))
     if args.results is None:
@@ -52,8 +52,8 @@ def measure(folder: Path, config: EvaluationConfig, device: str) -> None:
     from transfusion.evaluation.results import NAME, evaluate
     from transfusion.inference.engine import open_run
 
-    evaluate(open_run(folder, device=device), folder, config, say)
-    say(f"wrote {folder / NAME}")
+    evaluate(open_run(folder, device=device), folder, config, print_status)
+    print_status(f"wrote {folder / NAME}")
 
 
 def _repeat(folder: Path, path: Path, data: tuple[str, ...] | None, device: str) -> None:
@@ -61,11 +61,11 @@ def _repeat(folder: Path, path: Path, data: tuple[str, ...] | None, device: str)
     from transfusion.evaluation.results import repeat
     from transfusion.inference.engine import open_run
 
-    differences, reasons = repeat(open_run(folder, device=device), folder, path, data, say)
-    say(f"{path}: " + (f"{len(differences)} figures differ" if differences else "all figures agree"))
+    differences, reasons = repeat(open_run(folder, device=device), folder, path, data, print_status)
+    print_status(f"{path}: " + (f"{len(differences)} figures differ" if differences else "all figures agree"))
     for line in differences:
-        say(f"  {line}")
+        print_status(f"  {line}")
     for line in reasons if differences else ():
-        say(f"  different this time: {line}")
+        print_status(f"  different this time: {line}")
     if differences:
         sys.exit(1)

@@ -1,11 +1,11 @@
-"""transfusion export: a run as a folder for others."""
+"""transfusion export: export a run as a self-contained folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from transfusion.cli.options import RunArgument, parse
-from transfusion.cli.screen import say
+from transfusion.cli.screen import print_status
 from transfusion.disk import check_new, check_run, find_folder
 
 
@@ -31,4 +31,4 @@ def export(arguments: list[str]) -> None:
     from transfusion.checkpoint.export import export as export_run
 
     out = export_run(run, args.out, args.weights)
-    say(f"wrote {out}; to publish it, check its README.md, then: hf upload OWNER/NAME {out}")
+    print_status(f"wrote {out}; to publish it, check its README.md, then: hf upload OWNER/NAME {out}")

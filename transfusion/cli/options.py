@@ -19,7 +19,7 @@ RunArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")
 
 
 class Overrides:
-    """Base class of a config that is read as a dict of the given options; the others, and flags, are left to the run."""
+    """Base class of a config that is read as a dict of the options in the command; the run decides the others, and flags."""
 
 
 def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MISSING_NONPROP) -> Any:
@@ -40,10 +40,10 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
 
         @wraps(info.type, updated=())
         def create(**values):
-            given = {name: value for name, value in values.items() if value is not None or not overrides}
+            options = {name: value for name, value in values.items() if value is not None or not overrides}
             with as_usage_error(info.type, prefix):
-                config = info.type(**given)
-            return given if overrides else config
+                config = info.type(**options)
+            return options if overrides else config
 
         return replace(spec, instantiate=create, fields=tuple(field for _, field in described))
 

@@ -171,14 +171,14 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
 
 
 def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
-    run, machines, kept = estimate.run, estimate.machines, estimate.run.training.keep_checkpoints
+    run, machines, keep = estimate.run, estimate.machines, estimate.run.training.keep_checkpoints
     rows = f"{run.data.rows} rows x {run.data.seq_len:,} x accumulate {run.training.accumulate}"
     return [
         Line("Millions of FLOPs per position, forward and backward"),
         Line("exact", f"{estimate.flops / 1e6:,.1f}", "attention pairs of the mask, head on text only"),
         Line("6 N + 12 layers width length", f"{estimate.usual_flops / 1e6:,.1f}", "usual convention: all attention pairs"),
         Line("Time"),
-        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"given, of {machines.tflops:g} TFLOP/s"),
+        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"assumed, of {machines.tflops:g} TFLOP/s"),
         Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
         Line("positions per second", _rounded(estimate.positions_per_second), "of one GPU"),
         Line("... of all GPUs", _rounded(estimate.positions_per_second * machines.gpus)),
@@ -188,7 +188,7 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("time", _duration(estimate.seconds)),
         Line(f"Disk, {unit}"),
         Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and two moments, fp32"),
-        Line(f"{_count(kept, 'checkpoint')} kept", _size(kept * estimate.checkpoint, unit), "one more while writing"),
+        Line(f"{_count(keep, 'checkpoint')} kept", _size(keep * estimate.checkpoint, unit), "one more while writing"),
     ]
 
 

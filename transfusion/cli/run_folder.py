@@ -14,25 +14,25 @@ from transfusion.checkpoint.start import (
     reopen_start,
     resolve_source,
 )
-from transfusion.cli.screen import UsageError, say
+from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import Run, to_json
-from transfusion.data.loader import Encoder, contains_edits, element_weights
+from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
 from transfusion.data.sources import fingerprint, fit, open_sources, reuse
 from transfusion.disk import RUN
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
 
-Start = tuple[str, str]  # what a run starts from: "run" or "llama", and its folder or name on the hub
+Start = tuple[str, str]  # the kind of the initial weights, "run" or "llama", and their folder or name on the hub
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run: what its run.json holds, the run as it is trained now, and its encoder."""
+    """The folder of a run: the content of its run.json, the run with the settings of this command, and its encoder."""
 
     path: Path
     description: RunDescription
     run: Run
-    encoder: Encoder
+    encoder: DocumentEncoder
 
     @classmethod
     def open_or_create(cls, run: Run, path: Path, start: Start | None) -> "RunFolder":
@@ -41,7 +41,7 @@ class RunFolder:
             known = describe_run(path)
             _refuse_changes(known, run, path, start)
             run = replace(known.run, data=run.data, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
-            encoder = Encoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
+            encoder = DocumentEncoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
             return cls(path, known, run, encoder)
         origin = open_start(*start) if start else None
         encoder = _create_encoder(run, origin)
@@ -60,14 +60,14 @@ class RunFolder:
         return lambda model: origin.fill(model, self.run.training.seed, ranks)
 
 
-def _create_encoder(run: Run, origin) -> Encoder:
+def _create_encoder(run: Run, origin) -> DocumentEncoder:
     """Tokenizer, codec and ids of a new run. UsageError when its model cannot take the images of its data."""
     if isinstance(origin, OtherRunStart):
         other = origin.description
         encoder = reuse(run.data, other.tokenizer, other.codec, other.vocabulary, run.training.seed)
     else:
         if not run.data.prepared:
-            say(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.name}")
+            print_status(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.name}")
         encoder = fit(run.data, run.model.patch_size, run.training.seed, origin and origin.tokenizer)
     has_codes = encoder.vocabulary.num_image_codes > 0
     if has_codes != (run.model.patches == "codes"):
@@ -76,12 +76,12 @@ def _create_encoder(run: Run, origin) -> Encoder:
     return encoder
 
 
-def _describe_data(run: Run, encoder: Encoder) -> dict:
+def _describe_data(run: Run, encoder: DocumentEncoder) -> dict:
     """The notes of run.json about the data: its sources, the length of their documents, and a hash of prepared data."""
     sources = open_sources(run.data, "train")
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
-    weights = element_weights(sources, encoder)
-    notes["element_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
+    weights = document_weights(sources, encoder)
+    notes["document_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
     notes["edits"] = any(map(contains_edits, sources))
     return notes | ({"prepared": fingerprint(run.data)} if run.data.prepared else {})
 
@@ -94,16 +94,14 @@ def _refuse_changes(known: RunDescription, run: Run, path: Path, start: Start | 
         first = f"from {note['place']}" if note else "from random weights"
         raise UsageError(f"{path} started {first}, not from {start[1]}: give another --out")
     before = replace(known.run, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
-    after = replace(
-        run, model=replace(run.model, **{name: getattr(before.model, name) for name in fixed_model_fields(note)})
-    )
+    after = replace(run, model=replace(run.model, **{n: getattr(before.model, n) for n in fixed_model_fields(note)}))
     if before.data.prepared and after.data.prepared:
         before = replace(before, data=replace(before.data, prepared=after.data.prepared))
     if before.name != after.name:
         raise UsageError(f"{path} holds the run {before.name}, not {after.name}: give another --out")
     values = to_json(before)
     changed = [
-        f"{part}.{name} is {values[part][name]} there, {value} here"
+        f"{part}.{name} is {values[part][name]} in the folder, {value} in this command"
         for part, settings in to_json(after).items() if isinstance(settings, dict)
         for name, value in settings.items() if value != values[part][name]
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import tyro
 
 from transfusion.cli.evaluate import measure
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
-from transfusion.cli.screen import UsageError, check_there, nearest, say
+from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
 from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, from_json, parse_size
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, read_json
 from transfusion.runs import NAMES, named_run
@@ -36,7 +36,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Demo:
-    """Train the run `digits`, measure it and write its report: real scans, no download, five minutes on two cores."""
+    """Train the run `digits`, measure it and write its report: real scans, no download, about ten minutes on two cores."""
 
     out: Path = Path("runs/digits")
     """Folder of the run."""
@@ -109,7 +109,7 @@ def _check_inputs(run: Run, args: Train) -> None:
                          "--data.sources shapes")  # fmt: skip
     if (args.out / RUN).exists():
         return  # a resumed run does not read its start
-    check_there(args.init_from)
+    check_exists(args.init_from)
     if args.start is not None:
         check_run(find_folder(args.start))
 
@@ -145,9 +145,9 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
         preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
         trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
-        trainer.loop.restore(say)
+        trainer.loop.restore(print_status)
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
-        report_line = say if ranks.is_main else lambda line: None
+        report_line = print_status if ranks.is_main else lambda line: None
         if trainer.loop.progress.step >= run.training.steps:
             report_line(f"{path} is trained to its last step, {run.training.steps}")
             return True
@@ -192,7 +192,7 @@ def _write_report(folder: Path, device: str) -> None:
     from transfusion.inference.engine import open_run
     from transfusion.report import write_report
 
-    say(f"wrote {write_report(folder, open_run(folder, device=device))}")
+    print_status(f"wrote {write_report(folder, open_run(folder, device=device))}")
 
 
 def _previewer(folder, heldout: list, device, ranks):

@@ -18,21 +18,21 @@ def nearest(word: str, known) -> str:
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
-def check_there(*paths: str | Path | None) -> None:
+def check_exists(*paths: str | Path | None) -> None:
     """FileNotFoundError when one of these files and folders does not exist. Called before anything heavy is imported."""
     for path in paths:
         if path is not None and not Path(path).exists():
             raise FileNotFoundError(f"there is no {path}")
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def fail(error: Exception, code: int) -> None:
     """Print an error and exit."""
-    say(f"transfusion: {error}")
+    print_status(f"transfusion: {error}")
     sys.exit(code)
 
 
@@ -58,6 +58,6 @@ def progress(label: str, quiet: bool = False) -> Iterator:
             nonlocal last
             if time.monotonic() - last >= 10:
                 last = time.monotonic()
-                say(f"{label}: {done:,} of {total:,}")
+                print_status(f"{label}: {done:,} of {total:,}")
 
         yield on_progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transfusion.cli.options import Device, RunArgument, parse
-from transfusion.cli.screen import UsageError, say
+from transfusion.cli.screen import UsageError, print_status
 from transfusion.disk import check_run, find_folder
 from transfusion.serving.limits import Limits
 
@@ -58,7 +58,7 @@ def serve(arguments: list[str]) -> None:
             lifespan="on", timeout_graceful_shutdown=int(args.limits.shutdown_grace),
         )  # fmt: skip
         host, port = server_socket.getsockname()[:2]
-        say(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (the API is under /v1)")
+        print_status(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (API under /v1)")
         uvicorn.Server(config).run(sockets=[server_socket])
 
 

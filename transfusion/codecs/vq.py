@@ -119,7 +119,7 @@ class VQ:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes (Y / f, X / f) -> (Y, X, channels) uint8. ValueError when a code is not in the codebook."""
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codes:
-            raise ValueError(f"codes must lie between 0 and {self.codes - 1}, not {codes.min()} and {codes.max()}")
+            raise ValueError(f"codes must be between 0 and {self.codes - 1}, not {codes.min()} and {codes.max()}")
         grid = torch.from_numpy(codes.astype(np.int64))[None].to(self.network.codebook.device)  # (1, Y / f, X / f)
         with torch.inference_mode():
             return to_uint8(self.network.decode(grid))[0].cpu().numpy()

@@ -65,7 +65,7 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) 
     """Train or load the tokenizer, fit or load the codec, on training documents only; write both and `fitted.json`.
     PrepareError when there are no images, or the codec's downsampling does not divide a size."""
     if config.like is not None:
-        return _copy_encoders(Path(config.like), folder)
+        return _copy_tokenizer_and_codec(Path(config.like), folder)
     sizes, image_channels = _choose_sizes(streams, config)
     is_loaded = is_codec_folder(config.codec)
     if is_loaded:
@@ -105,7 +105,7 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) 
 
 
 def open_codec(folder: Path) -> Codec | VQ:
-    """A codec written by `fit-codec`. OpenError when the folder has none, or it was changed."""
+    """A codec written by `fit-codec`. OpenError if the folder has no codec, or the codec was changed."""
     info, path = read_codec_info(folder), folder / "codec.safetensors"
     try:
         return codec_from_bytes(info["kind"], read_checked(path, info["sha256"]))
@@ -123,7 +123,7 @@ def is_codec_folder(codec: str) -> bool:
 
 
 def read_codec_info(folder: Path) -> dict:
-    """The codec.json of a folder. OpenError when there is none."""
+    """The codec.json of a folder. OpenError if the folder has no codec."""
     return read_json(check_codec(folder) / "codec.json")
 
 
@@ -137,7 +137,7 @@ def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], images: 
     return fit_codec(kind, images, block, config.codec_components or (6 if block <= 4 else 8))
 
 
-def _copy_encoders(like: Path, folder: Path) -> None:
+def _copy_tokenizer_and_codec(like: Path, folder: Path) -> None:
     """Use the tokenizer, codec and sizes of another prepared folder, or of a run."""
     info = read_like_info(like)
     for name in ("tokenizer.json", "codec.safetensors"):
@@ -190,8 +190,8 @@ def _choose_sizes(streams: Sequence[DocumentStream], config: PrepareConfig) -> t
     return tuple(map(parse_size, config.sizes)) or (default,), image_channels
 
 
-def open_encoders(folder: Path) -> TokenizerAndCodec:
-    """Open what `fit` has written. OpenError when a file is missing or was changed."""
+def open_tokenizer_and_codec(folder: Path) -> TokenizerAndCodec:
+    """Open the tokenizer, the codec and the sizes that `fit` saved. OpenError when a file is missing or was changed."""
     info = read_json(folder / "fitted.json")
     tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", info["tokenizer"]["sha256"]).decode())
     codec = codec_from_bytes(info["codec"]["kind"], read_checked(folder / "codec.safetensors", info["codec"]["sha256"]))

@@ -20,7 +20,7 @@ from transfusion.data.store import StoredSource
 from transfusion.seeding import derive_seed, uniform_from
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
-NUM_SAMPLES = 1024  # documents of a source that are encoded to estimate its mean length
+NUM_LENGTH_DOCUMENTS = 1024  # documents of a source that are encoded to estimate its mean length
 
 
 class Source(Protocol):
@@ -41,11 +41,11 @@ class LoaderState:
     row: int = 0
 
 
-BEGINNING = LoaderState()
+START = LoaderState()
 
 
 @dataclass(frozen=True)
-class Encoder:
+class DocumentEncoder:
     """Raw documents to documents: the tokenizer, the codec, the ids, and the run's seed."""
 
     tokenizer: Tokenizer
@@ -69,8 +69,8 @@ class Encoder:
 def reorder_and_drop(document: Document, config: DataConfig) -> Document:
     """Caption-image pairs (section 4.1): in some documents the image is first, in some the caption is dropped.
 
-    Only a document of one pair loses its caption, and then nothing after its image is in the loss: otherwise the model
-    would learn to write empty captions. For edits see `_drop_conditions`.
+    The caption is dropped only in documents of one pair, and then nothing after the image is in the loss: otherwise the
+    model would be trained to generate empty captions. For edits see `_drop_conditions`.
     """
     if not document.pairs:
         return _drop_conditions(document, config)
@@ -105,19 +105,19 @@ def is_edit(document: RawDocument | Document) -> bool:
 
 def contains_edits(source: Source) -> bool:
     """Whether any of its first documents is an edit."""
-    return any(is_edit(source[n]) for n in range(min(NUM_SAMPLES, len(source))))
+    return any(is_edit(source[n]) for n in range(min(NUM_LENGTH_DOCUMENTS, len(source))))
 
 
 class Loader:
     """An endless iterator of batches. Each comes with the state from which the next one is read."""
 
-    def __init__(self, sources: Sequence[Source], encoder: Encoder, rank: int = 0, world: int = 1):
+    def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, rank: int = 0, world: int = 1):
         self.sources, self.encoder, self.config = sources, encoder, encoder.config
         self.rank, self.world = rank, world
-        self.weights = element_weights(sources, encoder)
+        self.weights = document_weights(sources, encoder)
         self.stream = _build_stream(sources, self.weights, encoder.seed)
 
-    def batches(self, start: LoaderState = BEGINNING) -> Iterator[tuple[Batch, LoaderState]]:
+    def batches(self, start: LoaderState = START) -> Iterator[tuple[Batch, LoaderState]]:
         """This rank's batches from `start`. A global batch has rows x world rows; rank r takes rows r, r + world, ..."""
         seq_len, vocabulary = self.config.seq_len, self.encoder.vocabulary
         pending: list[Row] = []
@@ -150,7 +150,7 @@ class Loader:
         return pack(documents, self.config.seq_len, self.encoder.vocabulary, seed)
 
 
-def heldout_batches(source: Source, encoder: Encoder, documents: int) -> list[Batch]:
+def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int) -> list[Batch]:
     """Batches of the first held-out documents, in order. They are always the same, and no caption is dropped."""
     config = replace(encoder.config, caption_dropout=0.0)
     encoder = replace(encoder, config=config)
@@ -162,28 +162,29 @@ def heldout_batches(source: Source, encoder: Encoder, documents: int) -> list[Ba
     ]
 
 
-def element_weights(sources: Sequence[Source], encoder: Encoder) -> list[float]:
+def document_weights(sources: Sequence[Source], encoder: DocumentEncoder) -> list[float]:
     """Weight of each source when documents are sampled: mixture weight / mean length, normalised to sum 1.
 
     Mixture weights are shares of positions, so sources of long documents are sampled less often. ValueError when their
     number is not the number of sources.
     """
-    shares = encoder.config.mixture_weights or (1.0,) * len(sources)
-    if len(shares) != len(sources):
+    mixture_weights = encoder.config.mixture_weights or (1.0,) * len(sources)
+    if len(mixture_weights) != len(sources):
         names = ", ".join(source.name for source in sources)
-        raise ValueError(f"data.mixture_weights has {len(shares)} numbers for {len(sources)} sources ({names})")
-    weights = [share / mean_positions(source, encoder) for source, share in zip(sources, shares, strict=True)]
+        raise ValueError(f"data.mixture_weights has {len(mixture_weights)} numbers for {len(sources)} sources ({names})")
+    weights = [weight / mean_positions(source, encoder) for source, weight in zip(sources, mixture_weights, strict=True)]
     return [weight / sum(weights) for weight in weights]
 
 
-def mean_positions(source: Source, encoder: Encoder) -> float:
+def mean_positions(source: Source, encoder: DocumentEncoder) -> float:
     """Mean positions of a document: exact for prepared data, otherwise the mean of a random sample of the source."""
     config = encoder.config
     if isinstance(source, StoredSource):
         return source.mean_positions(encoder.vocabulary, (1 - config.image_first) * config.caption_dropout)
     ids = range(len(source))
-    if len(source) > NUM_SAMPLES:  # random: evenly spaced ids could match a period of the source
-        ids = np.random.default_rng(derive_seed("lengths", source.name)).integers(len(source), size=NUM_SAMPLES).tolist()
+    if len(source) > NUM_LENGTH_DOCUMENTS:  # random: evenly spaced ids could match a period of the source
+        rng = np.random.default_rng(derive_seed("lengths", source.name))
+        ids = rng.integers(len(source), size=NUM_LENGTH_DOCUMENTS).tolist()
     documents = (encoder.to_document(source[id_], source.name, 0) for id_ in ids)
     return sum(len(encode_document(document, encoder.vocabulary)) for document in documents) / len(ids)
 

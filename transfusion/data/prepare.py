@@ -1,8 +1,8 @@
 """Sources to a prepared data set: fit the tokenizer and the codec, encode everything once, list what was left out.
 
-The work is divided into units that depend only on the files. Each unit becomes one shard, and any process may write it. A
-shard is finished when its `00000.json` exists. So a killed run resumes where it stopped, and the result does not depend on
-the number of processes.
+The work is divided into units that depend only on the files. Each unit becomes one shard. Rank r writes the shards of
+units r, r + world, ... A shard is finished when its `00000.json` exists. So a killed run resumes where it stopped, and the
+result does not depend on the number of processes.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class ShardJob:
     reader: Reader
     number: int
     unit: Unit
-    heldout: float  # held-out share of the documents of its source
+    heldout_fraction: float  # probability that a document is held out
 
 
 def prepare(
@@ -64,8 +64,8 @@ def prepare(
                 fitting.fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
     barrier()
     if not (folder / "dataset.json").exists():
-        encoders = fitting.open_encoders(folder)
-        _write_shards(jobs, config, encoders, folder, rank, world, on_progress)
+        tokenizer_and_codec = fitting.open_tokenizer_and_codec(folder)
+        _write_shards(jobs, config, tokenizer_and_codec, folder, rank, world, on_progress)
         barrier()
         if rank == 0:
             with _wrap_os_errors("dataset.json could not be written"):
@@ -100,9 +100,9 @@ def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJo
             raise PrepareError(f"{count} sources are called {name}: give each a different name, NAME=PATH")
     jobs = []
     for reader in readers:
-        units = reader.units(config.shard)
-        heldout = min(0.05, config.heldout / sum(unit.rows for unit in units))
-        jobs += [ShardJob(reader, number, unit, heldout) for number, unit in enumerate(units)]
+        units = reader.units(config.records_per_shard)
+        heldout_fraction = min(0.05, config.heldout / sum(unit.rows for unit in units))
+        jobs += [ShardJob(reader, number, unit, heldout_fraction) for number, unit in enumerate(units)]
     return jobs
 
 
@@ -110,7 +110,7 @@ def _choose_split(job: ShardJob, document: RawDocument) -> str:
     """The split that its source defines; otherwise random, derived from the source's name and the document's group."""
     if document.split:
         return document.split
-    return SPLITS[uniform_from("heldout", job.reader.name, document.split_group) < job.heldout]
+    return SPLITS[uniform_from("heldout", job.reader.name, document.split_group) < job.heldout_fraction]
 
 
 def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[ShardJob]) -> Iterator[RawDocument]:
@@ -154,12 +154,12 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
         return
     before, now = (list(values.get("sources", {})) for values in (existing, recipe))
     changes = [f"its sources are {', '.join(before)}"] if before != now else [
-        f"{name}: {key} is {existing['sources'][name].get(key)} there, {value} here"
+        f"{name}: {key} is {existing['sources'][name].get(key)} in the folder, {value} in this command"
         for name, source in recipe["sources"].items() for key, value in source.items()
         if existing["sources"][name].get(key) != value
     ]  # fmt: skip
     changes += [
-        f"{name} is {existing.get('settings', {}).get(name)} there, {value} here"
+        f"{name} is {existing.get('settings', {}).get(name)} in the folder, {value} in this command"
         for name, value in recipe["settings"].items() if existing.get("settings", {}).get(name) != value
     ]  # fmt: skip
     raise PrepareError(f"{folder} was started with other files or settings ({'; '.join(changes)}): choose another --out")
@@ -169,8 +169,8 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
 
 
 def _write_shards(
-    jobs: Sequence[ShardJob], config: PrepareConfig, encoders: TokenizerAndCodec, folder: Path, rank: int, world: int,
-    on_progress: Callable[[int, int], None],
+    jobs: Sequence[ShardJob], config: PrepareConfig, tokenizer_and_codec: TokenizerAndCodec, folder: Path,
+    rank: int, world: int, on_progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Write the unfinished shards of this rank."""
     rank_jobs = jobs[rank::world]
@@ -184,7 +184,7 @@ def _write_shards(
         if not path.exists():
             with _wrap_os_errors(f"shard {job.number} of {job.reader.name} could not be written"):
                 path.parent.mkdir(exist_ok=True)
-                _write_shard(job, encoders, path, lambda rows, before=done: on_progress(before + rows, total))
+                _write_shard(job, tokenizer_and_codec, path, lambda rows, before=done: on_progress(before + rows, total))
         faults = read_json(path)["faults"]
         name = job.reader.name
         num_faults[name] += len(faults)
@@ -194,20 +194,22 @@ def _write_shards(
         on_progress(done, total)
 
 
-def _write_shard(job: ShardJob, encoders: TokenizerAndCodec, path: Path, on_progress: Callable[[int], None]) -> None:
+def _write_shard(
+    job: ShardJob, tokenizer_and_codec: TokenizerAndCodec, path: Path, on_progress: Callable[[int], None]
+) -> None:
     """Encode one unit and write its Arrow files, then its JSON file. An error leaves no partial file."""
-    is_vq = isinstance(encoders.codec, VQ)
+    is_vq = isinstance(tokenizer_and_codec.codec, VQ)
     writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), is_vq) for split in SPLITS}
     info = ShardInfo()
     try:
         done = 0
         # crop each image as it is read: the original photograph may have a hundred times the pixels
-        records = (record if isinstance(record, Fault) else encoders.crop(record) for record in job.reader.read(job.unit))
+        records = (item if isinstance(item, Fault) else tokenizer_and_codec.crop(item) for item in job.reader.read(job.unit))
         while batch := list(islice(records, BATCH_SIZE)):
             faults = [record for record in batch if isinstance(record, Fault)]
             info.faults += [{"kind": fault.kind, "where": fault.where, "message": fault.message} for fault in faults]
             raws = [record for record in batch if not isinstance(record, Fault)]
-            for raw, document in zip(raws, encoders.encode(raws), strict=True):
+            for raw, document in zip(raws, tokenizer_and_codec.encode(raws), strict=True):
                 split = _choose_split(job, raw)
                 images = [part.pixels for part in raw.segments if isinstance(part, RawImage)] if split == "heldout" else ()
                 writers[split].add(document, raw.where, raw.name, images)
@@ -232,7 +234,7 @@ class ShardInfo:
     images: dict[str, dict[str, int]] = field(default_factory=lambda: {split: {} for split in SPLITS})
     # latent shape -> most positions that must stay in one row with an image's patches: caption, boi, eoi, eos
     max_image_overhead: dict[str, int] = field(default_factory=dict)
-    has_ids: bool = False  # whether any document has an id given by its source
+    has_ids: bool = False  # whether any document has an id in its source
     faults: list[dict] = field(default_factory=list)
 
     def add(self, document: Document, split: str, has_id: bool) -> None:

@@ -1,6 +1,6 @@
 """Raw documents: text and images in order, before tokenizer and codec.
 
-Every reader returns these, whatever the file format; `docs/data.md` shows one of each kind. Preparation turns a
+Every reader returns these for every file format; `docs/data.md` shows one of each kind. Preparation turns a
 `RawDocument` into a `sequence.Document`: text into ids, pixels into latents.
 """
 
@@ -36,7 +36,7 @@ class RawDocument:
     segments: tuple[RawText | RawImage, ...]
     id: int = 0
     pairs: bool = False  # alternating captions and images; the loader may swap them and drop captions
-    name: str = ""  # the id given by its source, if any; unique in the source
+    name: str = ""  # its id in the source, if any; unique there
     where: str = ""  # file and row
     split: str = ""  # "train" or "heldout" when its source defines it; otherwise `split_group` decides
     split_group: str = ""  # documents of one group (five captions of one image) are in the same split

@@ -9,7 +9,7 @@ from transfusion.codecs.codec import Codec, codec_to_bytes, fit_codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import BUILT_IN, DataConfig
-from transfusion.data.loader import Encoder, Source
+from transfusion.data.loader import DocumentEncoder, Source
 from transfusion.data.raw import RawImage, RawText
 from transfusion.data.reading.readers import open_built_in
 from transfusion.data.store import DecodedSource, PreparedFolder, open_prepared
@@ -49,7 +49,7 @@ def fingerprint(config: DataConfig) -> str | None:
     return sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
 
 
-def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Encoder:
+def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> DocumentEncoder:
     """The encoder of a new run: that of its prepared data, or a tokenizer and a codec fitted now.
 
     `tokenizer`: of a pretrained language model; then none is fitted. ValueError when prepared data have another tokenizer,
@@ -66,7 +66,7 @@ def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | N
         codes = codec.codes if isinstance(codec, VQ) else 0
         vocabulary = Vocabulary.build(tokenizer.size, shapes, patch_size, codes, **tokenizer.markers)
         _check_seq_len(folders, config, vocabulary)
-        return Encoder(tokenizer, codec, vocabulary, config, seed)
+        return DocumentEncoder(tokenizer, codec, vocabulary, config, seed)
     texts, images = [], []
     for source in open_sources(config, "train"):
         for raw in islice((source[n] for n in range(len(source))), config.fit_documents):
@@ -79,10 +79,10 @@ def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | N
     shapes = sorted({codec.encode(image).shape[1:] for image in images})
     _check_patches(shapes, patch_size)
     vocabulary = Vocabulary.build(tokenizer.size, shapes, patch_size, **tokenizer.markers)
-    return Encoder(tokenizer, codec, vocabulary, config, seed)
+    return DocumentEncoder(tokenizer, codec, vocabulary, config, seed)
 
 
-def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, seed: int) -> Encoder:
+def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vocabulary, seed: int) -> DocumentEncoder:
     """The encoder of a run that starts from another run: the same one. ValueError when the data do not fit it."""
     if config.prepared:
         folders = _open_folders(config)
@@ -103,7 +103,7 @@ def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vo
         if shape not in vocabulary.boi:
             supported = ", ".join(f"{y}x{x}" for y, x in vocabulary.boi)
             raise ValueError(f"the new data have latents of {shape[0]}x{shape[1]}, but the initial run supports {supported}")
-    return Encoder(tokenizer, codec, vocabulary, config, seed)
+    return DocumentEncoder(tokenizer, codec, vocabulary, config, seed)
 
 
 def _check_patches(shapes: list[tuple[int, int]], patch_size: int) -> None:

@@ -43,7 +43,7 @@ def schema(is_vq: bool) -> pa.Schema:
     """The columns of a shard; `is_vq`: images are codes, not latents."""
     return pa.schema([
         ("where", pa.string()),  # file and row of its record
-        ("name", pa.string()),  # the id given by its source, if any
+        ("name", pa.string()),  # its id in the source, if any
         ("pairs", pa.bool_()),
         ("segments", pa.list_(SEGMENT)),
         ("tokens", pa.list_(pa.int32())),  # of all its texts, concatenated

@@ -40,7 +40,7 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
 
 
 def heldout_topics(engine: Engine) -> dict:
-    """The held-out topics, and the bits per byte of xz -9: of these alone, and of what they add to the training topics."""
+    """Bits per byte of held-out topics; also of xz -9, for these alone and for what they add to the training topics."""
     heldout, train = Topics("heldout"), Topics("train")
     heldout_bytes, train_bytes = ("".join(topics.texts).encode() for topics in (heldout, train))
     alone, both, without = (

@@ -93,7 +93,7 @@ def _run_tasks(suite: Suite, print_line: PrintLine) -> Iterator[tuple[str, str, 
 
 
 def _load_results(engine: Engine, folder: Path) -> dict:
-    """The results of this step of the run; without tasks if there are none."""
+    """The saved results, if they are of this step of the run; otherwise new ones without tasks."""
     results: dict = {"run": engine.run.name, "step": engine.opened.step, "parameters": engine.opened.parameters}
     path = folder / NAME
     saved = read_json(path) if path.exists() else {}

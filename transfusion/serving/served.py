@@ -31,7 +31,7 @@ class ServedRun:
         self.can_edit = engine.opened.notes.get("edits") is True  # trained on documents that draw from another image
         self.facts = {
             "parameters": engine.opened.parameters, "image_channels": engine.opened.codec.image_channels,
-            "sources": [*engine.opened.notes.get("element_weights", engine.run.data.sources)],
+            "sources": [*engine.opened.notes.get("document_weights", engine.run.data.sources)],
         }  # fmt: skip
         self.created = int(time.time())
         self.pictures = PictureReader(self.sizes, engine.opened.codec.image_channels, limits.pixels)

@@ -29,13 +29,13 @@ class Guard:
     def __init__(self, config: FaultToleranceConfig, folder: Path, ranks: Ranks):
         self.config, self.folder, self.ranks = config, folder, ranks
         self.grad_norms: list[float] = []  # of the last applied updates
-        self.num_skipped = 0  # in a row
+        self.num_skipped = 0  # consecutive updates
 
     def accepts_update(self, step: int, grad_norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
         """Whether to apply the update of this step, counted from 1. All ranks must call it with the same numbers.
 
         A rejected update writes faults/step-NNNNNN.json: the reason, and every rank's batch, as `batch` describes it.
-        TrainingError after more than `skip_nonfinite` rejected updates in a row.
+        TrainingError after more than `skip_nonfinite` consecutive rejected updates.
         """
         reason = self._reason_to_skip(grad_norm, values)
         if reason is None:
@@ -48,12 +48,12 @@ class Guard:
         batches = self.ranks.gather(batch())
         if self.ranks.is_main:
             path.parent.mkdir(exist_ok=True)
-            write_json(path, {"step": step, "reason": reason, **numbers, "read": batches})
+            write_json(path, {"step": step, "reason": reason, **numbers, "batches": batches})
         if self.num_skipped > self.config.skip_nonfinite:
             raise TrainingError(
                 f"step {step}: {reason}, so the update was not applied; {path} lists the documents of the batch, and the "
                 "last checkpoint is intact. Try a lower training.learning_rate, or fault_tolerance.skip_nonfinite N to skip "
-                "up to N such updates in a row"
+                "up to N consecutive updates"
             )
         return False
 
@@ -73,14 +73,14 @@ class Guard:
 
 @contextmanager
 def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Gives `alive()`, to be called at every step; 0 seconds disables the watchdog.
+    """Yields `reset_watchdog()`, to be called at every step; 0 seconds disables the watchdog.
 
     When `seconds` pass without a call, the stacks of all threads go to faults/stacks-rank-N.txt and the process exits with
     code 1, so that torchrun can restart all processes.
     """
     last_call, stopped = time.monotonic(), threading.Event()
 
-    def alive() -> None:
+    def reset_watchdog() -> None:
         nonlocal last_call
         last_call = time.monotonic()
 
@@ -98,6 +98,6 @@ def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], N
     if seconds:
         threading.Thread(target=watch, daemon=True).start()
     try:
-        yield alive
+        yield reset_watchdog
     finally:
         stopped.set()

@@ -35,9 +35,9 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # of training, over all sessions
     num_seen: int = 0  # positions or images, over all ranks
-    loader_state: Any = None  # where the next batch is read, in the task's own form
+    loader_state: Any = None  # of the task's loader, before the next batch
     grad_norms: list[float] = field(default_factory=list)  # of the guard
-    num_skipped: int = 0  # updates in a row
+    num_skipped: int = 0  # consecutive updates
 
 
 class Task(Protocol):
@@ -72,7 +72,7 @@ class Loop:
         preview_every: int = 0,
     ):  # fmt: skip
         self.task, self.config, self.folder, self.ranks = task, config, folder, ranks
-        self.watchdog, self.preview_every = fault_tolerance.watchdog, preview_every
+        self.watchdog_seconds, self.preview_every = fault_tolerance.watchdog, preview_every
         self.progress = Progress()
         self.guard = Guard(fault_tolerance, folder, ranks)
         self.stop_requested = False
@@ -103,15 +103,16 @@ class Loop:
         metrics = Metrics(self.folder / "metrics.jsonl", progress.step, self.ranks.is_main)
         progress_bar = ProgressBar(config.steps, progress.step, self.ranks.is_main)
         with (
-            watchdog(self.watchdog, self.folder, self.ranks.rank) as alive, stop_on_signal(self), progress_bar,
-            Saver(self.folder, config.keep_checkpoints, self.ranks) as saver, ThreadPoolExecutor(1) as prefetcher,
+            watchdog(self.watchdog_seconds, self.folder, self.ranks.rank) as reset_watchdog, stop_on_signal(self),
+            progress_bar, Saver(self.folder, config.keep_checkpoints, self.ranks) as saver,
+            ThreadPoolExecutor(1) as prefetcher,
         ):  # fmt: skip
             batches = self.task.batches(progress.loader_state)
             next_batch = prefetcher.submit(next, batches)
             if progress.step == 0:
                 self._evaluate_and_preview(metrics, progress_bar)
             while progress.step < config.steps and not self.ranks.any(self.stop_requested):
-                alive()
+                reset_watchdog()
                 start = time.monotonic()
                 batch, loader_state = next_batch.result()
                 next_batch = prefetcher.submit(next, batches)
@@ -144,7 +145,7 @@ class Loop:
         progress_bar.update(progress.step, f"{self.task.describe(values)}  {speed:,.0f} {unit}/s")
 
     def _evaluate_and_preview(self, metrics: Metrics, progress_bar: ProgressBar) -> None:
-        """Evaluate on held-out data and write previews, when this step is due for them."""
+        """Evaluate every `validate_every` steps and preview every `preview_every` steps; do both at the last step."""
         step = self.progress.step
         is_last = step == self.config.steps
         if step % self.config.validate_every == 0 or is_last:

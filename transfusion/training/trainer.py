@@ -24,8 +24,8 @@ MicroBatches = list[tuple[Batch, list[NoiseSample]]]  # of one step, each with i
 class Trainer:
     """Trains one run.
 
-    `on_preview(ema, step)` may use the averaged model; it cannot change the training. All ranks call it. `init_from(model)`
-    fills in the first weights, on each rank its part; without it they follow from the run's seed.
+    All ranks call both functions. `on_preview(ema, step)` may use the averaged model; it cannot change the training.
+    `init_from(model)` sets this rank's part of the initial weights; without it the run's seed decides them.
     """
 
     unit = "positions"
@@ -130,7 +130,7 @@ class Trainer:
         return values, "   ".join(f"{source}: {self.describe(losses)}" for source, losses in values.items())
 
     def _evaluate_source(self, batches: list[Batch]) -> dict[str, float]:
-        """Ranks take batches in turn. A rank without one repeats the last, uncounted: all ranks must gather weights."""
+        """Rank r takes batches r, r + world, ... Without one it repeats the last, uncounted: all must gather weights."""
         sums = torch.zeros(3, dtype=torch.float64)
         for first in range(0, len(batches), self.ranks.world):
             index = first + self.ranks.rank

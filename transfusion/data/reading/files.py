@@ -39,7 +39,7 @@ class Files:
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
         """The files at a path (* matches any characters), an fsspec address, or `owner/name` on Hugging Face's hub. OSError
-        when there are none. A path that exists on this disk is never looked up on the hub."""
+        if there are no such files. A path that exists on this disk is never looked up on the hub."""
         fs, root = _connect(address)
         if "*" in root:
             with _as_os_error(address):

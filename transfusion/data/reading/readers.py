@@ -77,7 +77,7 @@ class Reader:
         self.form = options.form if files is None else self._detect_form()
 
     def units(self, max_rows: int) -> list[Unit]:
-        """All records in order, in units of about `max_rows` records at most. ValueError when there are none."""
+        """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
         units: list[Unit] = []
         pending: list[Span] = []
         remaining = self.options.limit
@@ -233,7 +233,7 @@ class BuiltInContainer:
 def open_built_in(
     name: str, split: str, digits: DigitsConfig = DigitsConfig(), shapes: ShapesConfig = ShapesConfig()  # noqa: B008
 ) -> Any:
-    """A built-in source by its name. ValueError when there is none of this name."""
+    """A built-in source by its name. ValueError for an unknown name."""
     match name:
         case "digits":
             return Digits(split, digits.interleaved)

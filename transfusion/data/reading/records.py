@@ -265,7 +265,7 @@ def _check_pairs(segments: Sequence[RawText | RawImage]) -> None:
 
 
 def _get_field(record: dict, field: str) -> Any:
-    """The value of the first column with one of the field's names. Fault when there is none."""
+    """The value of the first column with one of the field's names. Fault if all are empty or missing."""
     names = COLUMN_NAMES[field]
     value = _first_value(record, names)
     if value is None:
@@ -329,7 +329,7 @@ def _check_text(value: Any, field: str) -> str:
 
 
 def _list_columns(record: dict) -> str:
-    return ", ".join(map(str, _first_names(record))) or "there are none"
+    return ", ".join(map(str, _first_names(record))) or "it has no columns"
 
 
 def _first_names(names: Any, limit: int = 12) -> Iterator[str]:
