@@ -166,7 +166,7 @@ def test_run_from_a_language_model_resumes_like_any_other(tmp_path, capsys):
     args = ("train", "digits", "--out", tmp_path / "stopped", *FAST)
     assert "not from" in fails(capsys, 2, *args, "--init-from", tmp_path / "another")
     assert "not from" in fails(capsys, 2, *args, "--from", llama)
-    assert "seed is 0 there" in fails(capsys, 2, *args, "--training.seed", 1)
+    assert "seed is 0 in the folder" in fails(capsys, 2, *args, "--training.seed", 1)
 
 
 def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
