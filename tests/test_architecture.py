@@ -91,6 +91,8 @@ def is_allowed(importer: str, imported: str) -> bool:
     source, target = part_of(importer), part_of(imported)
     if source in TOP or target in TOP:
         return source in TOP
+    if importer.startswith("data.built_in.") and target == "data":
+        return imported == "data.raw" or imported.startswith("data.built_in.")
     if source == target or (target in GROUND and source not in GROUND):
         return True
     return bool({target, imported} & MAY_IMPORT.get(source, set()))
@@ -131,11 +133,12 @@ FORBIDDEN = [
     ("model.patches", "codecs.pixels"), ("model.transfusion", "data.loader"), ("codecs.text", "data.reading.readers"),
     ("data.loader", "model.mask"), ("data.loader", "parallel"), ("sequence", "config"), ("config", "seeding"),
     ("objective", "model.transfusion"), ("report", "cli"), ("codecs.vq", "model.mask"), ("data.prepare", "cli"),
-    ("data.store", "cli.screen"),
+    ("data.store", "cli.screen"), ("inference.engine", "serving.app"), ("data.built_in.digits", "data.prepare"),
 ]  # fmt: skip
 ALLOWED = [
     ("cli", "training.trainer"), ("model.mask", "sequence"), ("codecs.vq", "model.conv"), ("sequence", "seeding"),
     ("data.loader", "data.packing"), ("inference.engine", "checkpoint.open"), ("cli.data", "data.prepare"),
+    ("serving.app", "inference.engine"), ("data.built_in.shapes", "data.raw"),
 ]  # fmt: skip
 
 

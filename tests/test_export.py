@@ -289,3 +289,16 @@ def test_other_folders_are_not_changed_and_files_have_the_usual_permissions(run,
     (tmp_path / "plain").touch()
     usual_mode = (tmp_path / "plain").stat().st_mode
     assert {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()} == {usual_mode}
+
+
+def test_exported_run_of_another_version_is_refused_with_its_version(copy, tmp_path, capsys):
+    values = json.loads((copy / "config.json").read_text())
+    model = values["run"]["model"]
+    model["hidden"] = model.pop("intermediate_size")  # a field of 0.1.0
+    edit_json(copy / "config.json", format=1, versions={"transfusion": "0.1.0"}, run=values["run"])
+    message = "has format 1, written by transfusion 0.1.0; this version reads format 2"
+    for opening in (open_run, Transfusion.from_pretrained):
+        with pytest.raises(OpenError, match=message):
+            opening(copy)
+    assert message in fails(capsys, 1, "train", "digits", "--from", copy, "--out", tmp_path / "run")
+    assert message in fails(capsys, 1, "data", "prepare", "digits", "--like", copy, "--out", tmp_path / "data")

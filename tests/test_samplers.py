@@ -1,5 +1,7 @@
 """The samplers, compared with diffusers' schedulers, and with perfect predictions."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import (
@@ -15,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.profile import examples
+from transfusion import config
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion import add_noise, alpha_sigma, noise_from_x0, target, to_x0_and_noise
+from transfusion.inference import samplers
 from transfusion.inference.samplers import Sampler, SamplingSchedule, get_sampler
 
 torch.set_num_threads(1)  # small tensors: a second thread would be slower
@@ -487,6 +491,16 @@ def test_unknown_and_unsupported_samplers_are_refused():
             get_sampler(name, DiffusionConfig().noise_schedule)
     for noise_schedule, name in SAMPLERS:
         assert callable(get_sampler(name, DiffusionConfig(noise_schedule=noise_schedule).noise_schedule))
+
+
+def test_table_of_samplers_and_functions_are_the_same():
+    functions = {
+        name.replace("_", "-") for name, function in vars(samplers).items()
+        if inspect.isgeneratorfunction(function) and function.__module__ == samplers.__name__
+    }  # fmt: skip
+    assert functions == set(config.SAMPLERS)
+    for name, noise_schedules in config.SAMPLERS.items():
+        assert all(get_sampler(name, noise_schedule) for noise_schedule in noise_schedules)
 
 
 @few

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+RUN_FORMAT = 2  # of run.json, and of the config.json of an exported run; other formats are refused
 RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; in that of an exported run or of a network
 
 
@@ -65,6 +66,19 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, read in parts."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_format(folder: Path, values: dict, expected: int, fix: str) -> None:
+    """OpenError when the JSON `values` of a folder are of another format; it names the version that wrote them."""
+    if values.get("format") != expected:
+        version = (values.get("versions") or {}).get("transfusion", "unknown")
+        raise OpenError(f"{folder} has format {values.get('format')}, written by transfusion {version}; this version reads "
+                        f"format {expected}: {fix}")  # fmt: skip
+
+
+def check_run_format(folder: Path, values: dict) -> None:
+    """The same for the run.json of a run and the config.json of an exported one."""
+    check_format(folder, values, RUN_FORMAT, "use that version, or train again")
 
 
 def find_folder(source: str | Path) -> Path:

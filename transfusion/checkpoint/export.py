@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from transfusion.checkpoint.open import GENERATION, OpenedRun, open_checkpoint
-from transfusion.checkpoint.save import FORMAT, fsync_and_hash, hash_config, versions
+from transfusion.checkpoint.save import fsync_and_hash, hash_config, versions
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.config import to_json
-from transfusion.disk import CONFIG, check_new, open_to_others, read_json, write_json, write_whole
+from transfusion.disk import CONFIG, RUN_FORMAT, check_new, open_to_others, read_json, write_json, write_whole
 from transfusion.model.transfusion import MODEL_TYPE
 from transfusion.model.weights import MAX_SHARD_BYTES, write_weights
 
@@ -55,7 +55,7 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
     write_whole(folder / "tokenizer.json", tokenizer_bytes)
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **MODEL_TYPE, "format": FORMAT, "run": values, "vocabulary": vocabulary,
+        **MODEL_TYPE, "format": RUN_FORMAT, "run": values, "vocabulary": vocabulary,
         "config_sha256": hash_config(values, vocabulary),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(codec_bytes).hexdigest()},

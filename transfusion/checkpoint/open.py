@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from transfusion.checkpoint.save import FORMAT, hash_config, list_checkpoints, rename_damaged
+from transfusion.checkpoint.save import hash_config, list_checkpoints, rename_damaged
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, from_json
@@ -17,6 +17,7 @@ from transfusion.disk import (
     RUN,
     OpenError,
     check_run,
+    check_run_format,
     find_folder,
     is_exported,
     read_checked,
@@ -129,11 +130,7 @@ def describe_run(folder: Path) -> RunDescription:
     values = read_json(path)
     if "format" not in values and is_exported(folder):
         raise OpenError(f"{folder} is a network without tokenizer and codec: open it with Transfusion.from_pretrained")
-    if values.get("format") != FORMAT:
-        version = (values.get("versions") or {}).get("transfusion", "unknown")
-        raise OpenError(
-            f"{folder} has format {values.get('format')}, written by transfusion {version}; this version reads {FORMAT}"
-        )
+    check_run_format(folder, values)
     try:
         if is_exported(folder):
             values["run"]["generation"] = read_json(folder / GENERATION)

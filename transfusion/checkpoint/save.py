@@ -25,12 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transfusion.codecs.codec import Codec, codec_to_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
-from transfusion.disk import RUN, sha256_of, write_json, write_whole
+from transfusion.disk import RUN, RUN_FORMAT, sha256_of, write_json, write_whole
 from transfusion.model.weights import SINGLE
 from transfusion.parallel import Ranks
 from transfusion.sequence import Vocabulary
 
-FORMAT = 2  # of a run's folder; others are refused
 T = TypeVar("T")
 
 
@@ -46,7 +45,7 @@ def create_run_folder(
     codec_bytes = codec_to_bytes(codec)
     tokenizer_bytes = tokenizer.to_json().encode()
     values = {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "run": to_json(run),
         "vocabulary": vocabulary.to_json(),
         "config_sha256": hash_config(to_json(run), vocabulary.to_json()),

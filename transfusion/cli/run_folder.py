@@ -1,6 +1,6 @@
 """A run's folder for training: created for a new run, opened and checked for one that exists."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,13 +99,20 @@ def _refuse_changes(known: RunDescription, run: Run, path: Path, start: Start | 
         before = replace(before, data=replace(before.data, prepared=after.data.prepared))
     if before.name != after.name:
         raise UsageError(f"{path} holds the run {before.name}, not {after.name}: give another --out")
-    values = to_json(before)
-    changed = [
-        f"{part}.{name} is {values[part][name]} in the folder, {value} in this command"
-        for part, settings in to_json(after).items() if isinstance(settings, dict)
-        for name, value in settings.items() if value != values[part][name]
-    ]  # fmt: skip
+    values, changed = dict(_flatten(to_json(before))), []
+    for name, value in _flatten(to_json(after)):
+        if value != values.get(name):
+            changed.append(f"{name} is {values.get(name)} in the folder, {value} in this command")
     if changed:
         raise UsageError(f"{path} has other settings ({'; '.join(changed)}): give another --out")
     if known.notes.get("prepared") != fingerprint(run.data):
         raise UsageError(f"{' and '.join(run.data.prepared)} does not hold the data of {path}: give another --out")
+
+
+def _flatten(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """("model.width", 192) and so on: every setting with the name of its option."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -80,8 +80,8 @@ def codec_from_tensors(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
                 raise ValueError(f"unknown codec kind {kind}")
     except KeyError as error:
         raise ValueError(f"a codec of kind {kind} needs {error}, which is missing") from None
-    except TypeError as error:
-        raise ValueError(f"not a codec of kind {kind}: {error}") from None
+    except TypeError:
+        raise ValueError(f"not a codec of kind {kind}: its tensors are {', '.join(tensors)}") from None
 
 
 def codec_to_bytes(codec: Codec | VQ) -> bytes:

@@ -17,7 +17,7 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig, parse_size
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import open_prepared
-from transfusion.disk import OpenError, check_codec, read_checked, read_json, write_json, write_whole
+from transfusion.disk import OpenError, check_codec, check_run_format, read_checked, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 MAX_FIT_PIXELS = 4_000_000  # of the images that the codec is fitted on, over all sources
@@ -152,6 +152,7 @@ def read_like_info(like: Path) -> dict:
     if path is None or path.name == "dataset.json":
         return open_prepared(like).metadata
     values = read_json(path)
+    check_run_format(like, values)
     try:
         kind, ids = values["codec"]["kind"], values["vocabulary"]
         codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))

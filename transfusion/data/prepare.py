@@ -25,7 +25,7 @@ from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
-from transfusion.disk import read_json, write_json, write_whole
+from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.seeding import uniform_from
 from transfusion.sequence import Document, Image, Text
 
@@ -152,6 +152,8 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
     existing = read_json(path)
     if existing == recipe:
         return
+    finished = read_json(folder / "dataset.json") if (folder / "dataset.json").exists() else {}
+    check_format(folder, finished | existing, FORMAT, "choose another --out")
     before, now = (list(values.get("sources", {})) for values in (existing, recipe))
     changes = [f"its sources are {', '.join(before)}"] if before != now else [
         f"{name}: {key} is {existing['sources'][name].get(key)} in the folder, {value} in this command"

@@ -24,7 +24,7 @@ from transfusion.codecs.pictures import pixels_of, read_picture, to_png
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.disk import OpenError, check_prepared, read_checked, read_json, sha256_of
+from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 FORMAT = 3  # of a prepared folder; other formats are not supported
@@ -156,10 +156,7 @@ class PreparedFolder:
 def open_prepared(folder: Path) -> PreparedFolder:
     """Open a prepared folder. OpenError when it is not one, is unfinished, has another format, or was changed."""
     metadata = read_json(check_prepared(folder) / "dataset.json")
-    if metadata.get("format") != FORMAT:
-        version = (metadata.get("versions") or {}).get("transfusion", "unknown")
-        raise OpenError(f"{folder} was prepared in format {metadata.get('format')} by transfusion {version}; "
-                        f"this version reads format {FORMAT}: prepare it again")  # fmt: skip
+    check_format(folder, metadata, FORMAT, "prepare it again")
     try:
         tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", metadata["tokenizer"]["sha256"]).decode())
         info = metadata["codec"]

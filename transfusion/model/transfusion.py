@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from transfusion.config import ModelConfig, from_json, to_json
-from transfusion.disk import CONFIG, OpenError, find_folder, read_json, write_json
+from transfusion.disk import CONFIG, OpenError, check_run_format, find_folder, read_json, write_json
 from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
@@ -116,6 +116,8 @@ def read_config(folder: Path) -> ModelConfig:
     values = read_json(folder / CONFIG)
     if values.get("model_type") != MODEL_TYPE["model_type"]:
         raise OpenError(f"{folder} holds a model of type {values.get('model_type')}, not {MODEL_TYPE['model_type']}")
+    if "format" in values:  # of an exported run; `save_pretrained` writes none
+        check_run_format(folder, values)
     try:
         return from_json(ModelConfig, values["run"]["model"], "model.")
     except (KeyError, TypeError, ValueError) as error:
