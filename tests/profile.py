@@ -10,7 +10,7 @@ THOROUGH = os.environ.get("TEST_PROFILE") == "all"
 
 def few_samples(count: int = 64):
     """A context in which loaders estimate document lengths from this many documents, because tests create many loaders."""
-    return mock.patch("transfusion.data.loader.NUM_LENGTH_DOCUMENTS", count)
+    return mock.patch("transfusion.data.loader.NUM_PROBED_DOCUMENTS", count)
 
 
 def examples(thorough: int, quick: int = 25) -> settings:

@@ -40,7 +40,7 @@ class Server:
     def is_idle(self) -> bool:
         """Nothing runs or waits, and the whole cache is free except the slots that all images share."""
         engine, scheduler = self.engine, self.scheduler
-        shared = list(engine.uncond_slots.values())
+        shared = list(engine.uncond_prefix_slots.values())
         is_idle = not (engine.sequences or scheduler.running or scheduler.waiting or scheduler.submitted)
         return is_idle and sorted(engine.cache.free + shared) == list(range(len(engine.cache.lengths)))
 

@@ -167,7 +167,7 @@ def test_batched_requests_equal_single_requests(specs, seed):
     for request, answers in zip(requests, batched, strict=True):
         (single,) = engine.generate([request])
         assert all(np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(answers, single, strict=True))
-    assert len(engine.cache.free) == len(engine.cache.lengths) - len(engine.uncond_slots)  # no slot is lost
+    assert len(engine.cache.free) == len(engine.cache.lengths) - len(engine.uncond_prefix_slots)  # no slot is lost
 
 
 def test_text_after_an_image_depends_on_it():
@@ -207,7 +207,7 @@ def test_separate_scales_use_the_images_of_the_prompt():
 
 def test_preview_shows_sampled_codes_and_grey():
     engine = build_engine()
-    engine.submit(Request(("a",), num_images=1, size=(4, 4), previews=5))
+    engine.submit(Request(("a",), num_images=1, size=(4, 4), preview_every=5))
     previews, pixels = [], None
     while engine.sequences:
         for event in engine.step():

@@ -75,7 +75,7 @@ def assert_same_answers(answers, expected_answers) -> None:
 def assert_no_slot_is_lost(engine: Engine) -> None:
     """No sequence is left, and every slot is free, except the ones that hold bos and boi."""
     assert not engine.sequences
-    used = list(engine.uncond_slots.values())
+    used = list(engine.uncond_prefix_slots.values())
     assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
 
 
@@ -146,7 +146,7 @@ def check_against_uncached(engine: Engine, parts, events) -> None:
             tokens = []
     chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, add_eos=False)
     logits = uncached(engine, [*segments, Text(tuple(tokens))])[0]
-    uncond_calls = [call for call in engine.model.calls if call.slots[0] in engine.uncond_slots.values()]
+    uncond_calls = [call for call in engine.model.calls if call.slots[0] in engine.uncond_prefix_slots.values()]
     text_calls = [call for call in engine.model.calls if call.kind in ("prefill", "decode") and call not in uncond_calls]
     # Every token and marker was written to the cache once, in order; also sampled bois, and eois (B3, B5).
     assert torch.cat([call.tokens[0] for call in text_calls]).tolist() == chunk.tokens.tolist()
@@ -364,7 +364,7 @@ def test_without_guidance_there_is_one_branch(parts, size):
     engine.generate([
         Request(tuple(parts), 1, size=size, generation=options), Request(tuple(parts), generation=options)
     ])  # fmt: skip
-    assert not engine.uncond_slots
+    assert not engine.uncond_prefix_slots
     assert all(len(call.slots) <= 2 for call in engine.model.calls)
     assert not any(call.tokens.tolist() == [[engine.vocabulary.bos, b]] for call in engine.model.calls
                    for b in engine.vocabulary.boi.values())  # fmt: skip
@@ -627,7 +627,7 @@ def test_previews_come_at_their_interval_and_change_nothing(sampler, steps, ever
     rectified_flow = DiffusionConfig(noise_schedule="rectified_flow", prediction="velocity")
     engine = build_engine(diffusion=rectified_flow)
     options = generation(engine, steps=steps, sampler=sampler)
-    engine.submit(Request(("a",), 1, seed=1, generation=options, previews=every))
+    engine.submit(Request(("a",), 1, seed=1, generation=options, preview_every=every))
     events = run_to_end(engine)
     previews = [event for event in events if isinstance(event, PreviewEvent)]
     assert [event.step for event in previews] == [n for n in range(1, steps + 1) if every and n % every == 0]

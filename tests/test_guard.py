@@ -159,7 +159,7 @@ def test_guard_counts_skipped_updates_in_a_row(steps, skip, number, where):
                     guard.accepts_update(*update)
                 break
             assert guard.accepts_update(*update) == good
-            assert guard.num_skipped == num_skipped
+            assert guard.num_consecutive_skips == num_skipped
         assert guard.grad_norms == [1.0] * sum(steps[: step if steps else 0])
 
 

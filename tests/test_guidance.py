@@ -45,7 +45,7 @@ def reads(engine: Engine) -> list:
     """Calls that read a prompt, tokens or a finished image; without the one call for bos and boi."""
     return [
         call for call in engine.model.calls
-        if not call.kind.startswith("draw") and not set(call.slots) & set(engine.uncond_slots.values())
+        if not call.kind.startswith("draw") and not set(call.slots) & set(engine.uncond_prefix_slots.values())
     ]  # fmt: skip
 
 
@@ -302,7 +302,7 @@ def test_cancel_loses_no_slot_at_any_step(specs, steps):
         engine.step()
     for number in numbers:
         engine.cancel(number)
-        used = [slot for sequence in engine.sequences for slot in sequence.slots] + list(engine.uncond_slots.values())
+        used = [slot for sequence in engine.sequences for slot in sequence.slots] + list(engine.uncond_prefix_slots.values())
         assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
     assert_no_slot_is_lost(engine)
 

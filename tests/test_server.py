@@ -291,7 +291,7 @@ def test_previews_have_x_t_and_x0(client, opened):
     options = {"preview_every": 1, "seed": 4, "steps": 3}
     events = list(client.images.generate(prompt="a", stream=True, extra_body=options))[:-1]
     engine = Engine(opened)
-    engine.submit(Request(("a",), 1, 4, replace(opened.run.generation, steps=3), previews=1))
+    engine.submit(Request(("a",), 1, 4, replace(opened.run.generation, steps=3), preview_every=1))
     expected = [event for _ in range(9) for event in engine.step() if isinstance(event, PreviewEvent)]
     assert [event.step for event in events] == [event.step for event in expected] == [1, 2, 3]
     for event, preview in zip(events, expected, strict=True):

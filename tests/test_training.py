@@ -30,7 +30,7 @@ from transfusion.data.sources import open_sources
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training.guard import TrainingError
-from transfusion.training.metrics import Metrics, read_metrics
+from transfusion.training.metrics import MetricsWriter, read_metrics
 from transfusion.training.optimizer import get_learning_rate, update_ema
 from transfusion.training.trainer import Trainer
 
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_run_equals_uninterrupted(stops, accumulate):
         assert_same_tensors(copy_tensors(trainer), tensors)
         assert metrics_of(folder) == metrics
         assert hashes == expected_hashes
-        for name in ("loader_state", "num_seen", "grad_norms", "num_skipped"):
+        for name in ("loader_state", "num_seen", "grad_norms", "num_consecutive_skips"):
             assert getattr(trainer.loop.progress, name) == getattr(progress, name)
 
 
@@ -264,11 +264,11 @@ def test_checkpoints_are_written_on_schedule_and_the_newest_stay(tmp_path):
 
 def test_metrics_after_the_checkpoint_are_removed_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, 0)
+    metrics = MetricsWriter(path, 0)
     for step in range(6):
         metrics.write(step, text_loss=step / 2)
     path.write_text(path.read_text() + '{"step": 6, "te')
-    again = Metrics(path, 3)
+    again = MetricsWriter(path, 3)
     assert [line["step"] for line in read_metrics(path)] == [0, 1, 2, 3]
     again.write(4, text_loss=9.0)
     assert read_metrics(path)[-1] == {"step": 4, "text_loss": 9.0}

@@ -371,7 +371,7 @@ def add_denoising(page: Page, material: Material) -> None:
 
 def denoising_frames(engine: Engine, prompt: str) -> list[PreviewEvent]:
     """At most `FRAMES` evenly spaced steps of the image that is drawn from a prompt."""
-    request_id, previews = engine.submit(Request(parts=(prompt,), num_images=1, previews=1)), []
+    request_id, previews = engine.submit(Request(parts=(prompt,), num_images=1, preview_every=1)), []
     while any(sequence.request_id == request_id for sequence in engine.sequences):
         previews += [event for event in engine.step() if isinstance(event, PreviewEvent)]
     return [previews[n] for n in np.unique(np.linspace(0, len(previews) - 1, FRAMES).round().astype(int))]

@@ -33,12 +33,9 @@ def gather_images(
     on_progress: Callable[[int, int], None] = lambda done, total: None, crops: int = 0,
     on_fault: Callable[[Fault], None] = lambda fault: None,
 ) -> GatheredImages:  # fmt: skip
-    """All different images of some sources, at most `max_images`, in the folder's `pictures.u8`.
-
-    Each is cut to size (width, height), or `crops` random crops are taken of it. When there are too many, records are
-    skipped evenly. Each fault is passed to `on_fault`. A folder with the images is not read again; ValueError when it was
-    made with other settings.
-    """
+    """All different images of some sources, at most `max_images`, in the folder's `pictures.u8`. Each is cut to size (width,
+    height), or `crops` random crops are taken of it. When there are too many, records are skipped evenly. Each fault is
+    passed to `on_fault`. A folder with the images is not read again; ValueError when it was made with other settings."""
     width, height = size
     sources = [{"options": asdict(reader.options), "files": reader.fingerprint()} for reader in readers]
     built_in = [reader.address for reader in readers if reader.files is None]

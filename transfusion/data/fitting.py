@@ -152,7 +152,8 @@ def read_like_info(like: Path) -> dict:
     if path is None or path.name == "dataset.json":
         return open_prepared(like).metadata
     values = read_json(path)
-    check_run_format(like, values)
+    if "format" in values:
+        check_run_format(like, values)
     try:
         kind, ids = values["codec"]["kind"], values["vocabulary"]
         codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))

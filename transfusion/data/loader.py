@@ -20,7 +20,7 @@ from transfusion.data.store import StoredSource
 from transfusion.seeding import derive_seed, uniform_from
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
-NUM_LENGTH_DOCUMENTS = 1024  # documents of a source that are encoded to estimate its mean length
+NUM_PROBED_DOCUMENTS = 1024  # documents of a source that are encoded to estimate its mean length
 
 
 class Source(Protocol):
@@ -67,11 +67,9 @@ class DocumentEncoder:
 
 
 def reorder_and_drop(document: Document, config: DataConfig) -> Document:
-    """Caption-image pairs (section 4.1): in some documents the image is first, in some the caption is dropped.
-
-    The caption is dropped only in documents of one pair, and then nothing after the image is in the loss: otherwise the
-    model would be trained to generate empty captions. For edits see `_drop_conditions`.
-    """
+    """Caption-image pairs (section 4.1): in some documents the image is first, in some the caption is dropped. The caption
+    is dropped only in documents of one pair. An empty Text without loss then follows the image, so that eos is no target:
+    otherwise the model would be trained to end without a caption. For edits see `_drop_conditions`."""
     if not document.pairs:
         return _drop_conditions(document, config)
     captions, images = document.segments[::2], document.segments[1::2]
@@ -85,7 +83,7 @@ def reorder_and_drop(document: Document, config: DataConfig) -> Document:
 
 
 def _drop_conditions(document: Document, config: DataConfig) -> Document:
-    """In some edits drop the text, in some all conditions of the target image, for guidance by text and by image."""
+    """Drops the text of some edits, and all conditions (text and images) of others, to train the branches of guidance."""
     if not is_edit(document):
         return document
     *conditions, target = document.segments
@@ -104,12 +102,12 @@ def is_edit(document: RawDocument | Document) -> bool:
 
 
 def contains_edits(source: Source) -> bool:
-    """Whether any of its first documents is an edit."""
-    return any(is_edit(source[n]) for n in range(min(NUM_LENGTH_DOCUMENTS, len(source))))
+    """Whether one of its first `NUM_PROBED_DOCUMENTS` documents is an edit."""
+    return any(is_edit(source[n]) for n in range(min(NUM_PROBED_DOCUMENTS, len(source))))
 
 
 class Loader:
-    """An endless iterator of batches. Each comes with the state from which the next one is read."""
+    """Makes endless batches. Each comes with the state from which the next one is read."""
 
     def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, rank: int = 0, world: int = 1):
         self.sources, self.encoder, self.config = sources, encoder, encoder.config
@@ -118,7 +116,7 @@ class Loader:
         self.stream = _build_stream(sources, self.weights, encoder.seed)
 
     def batches(self, start: LoaderState = START) -> Iterator[tuple[Batch, LoaderState]]:
-        """This rank's batches from `start`. A global batch has rows x world rows; rank r takes rows r, r + world, ..."""
+        """This rank's batches from `start`. A step reads `config.rows` x world packed rows; rank r gets r, r + world, ..."""
         seq_len, vocabulary = self.config.seq_len, self.encoder.vocabulary
         pending: list[Row] = []
         for row, state in self._rows(start):
@@ -151,7 +149,7 @@ class Loader:
 
 
 def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int) -> list[Batch]:
-    """Batches of the first held-out documents, in order. They are always the same, and no caption is dropped."""
+    """Batches of the first held-out documents, in order, always the same. Captions of pairs are kept."""
     config = replace(encoder.config, caption_dropout=0.0)
     encoder = replace(encoder, config=config)
     encoded = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
@@ -163,11 +161,9 @@ def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int) ->
 
 
 def document_weights(sources: Sequence[Source], encoder: DocumentEncoder) -> list[float]:
-    """Weight of each source when documents are sampled: mixture weight / mean length, normalised to sum 1.
-
-    Mixture weights are shares of positions, so sources of long documents are sampled less often. ValueError when their
-    number is not the number of sources.
-    """
+    """Weight of each source when documents are sampled: mixture weight / mean length, normalised to sum 1. Mixture weights
+    are shares of positions, so sources of long documents are sampled less often. ValueError when their number is not the
+    number of sources."""
     mixture_weights = encoder.config.mixture_weights or (1.0,) * len(sources)
     if len(mixture_weights) != len(sources):
         names = ", ".join(source.name for source in sources)
@@ -177,20 +173,20 @@ def document_weights(sources: Sequence[Source], encoder: DocumentEncoder) -> lis
 
 
 def mean_positions(source: Source, encoder: DocumentEncoder) -> float:
-    """Mean positions of a document: exact for prepared data, otherwise the mean of a random sample of the source."""
+    """Mean positions of a document: exact for prepared data (but for dropped conditions), else from a sample."""
     config = encoder.config
     if isinstance(source, StoredSource):
         return source.mean_positions(encoder.vocabulary, (1 - config.image_first) * config.caption_dropout)
     ids = range(len(source))
-    if len(source) > NUM_LENGTH_DOCUMENTS:  # random: evenly spaced ids could match a period of the source
+    if len(source) > NUM_PROBED_DOCUMENTS:  # random: evenly spaced ids could match a period of the source
         rng = np.random.default_rng(derive_seed("lengths", source.name))
-        ids = rng.integers(len(source), size=NUM_LENGTH_DOCUMENTS).tolist()
+        ids = rng.integers(len(source), size=NUM_PROBED_DOCUMENTS).tolist()
     documents = (encoder.to_document(source[id_], source.name, 0) for id_ in ids)
     return sum(len(encode_document(document, encoder.vocabulary)) for document in documents) / len(ids)
 
 
 def _build_stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Number of a document in the run -> (source, epoch, document id); each epoch of a source has its own order."""
+    """Maps n, a position in the stream, to (source index, epoch, document id). Each epoch of a source has its own order."""
     streams = []
     for number, source in enumerate(sources):
         size = len(source)

@@ -9,11 +9,9 @@ from transfusion.sequence import Chunk, Document, Row, Vocabulary, encode_docume
 
 
 def pack(documents: Iterable[Document], seq_len: int, vocabulary: Vocabulary, seed: int) -> list[Row]:
-    """Rows of at most `seq_len` positions. A pure function of the documents and the seed.
-
-    Chunks are placed longest first, each into the row where it leaves the least space. Then rows, and chunks within
-    rows, are shuffled. ValueError when a document cannot be split to fit.
-    """
+    """Rows of at most `seq_len` positions. A pure function of the documents and the seed. Chunks are placed longest first,
+    each into the row where it leaves the least space. Then rows, and chunks within rows, are shuffled. ValueError when a
+    document cannot be split to fit."""
     chunks = [chunk for document in documents for chunk in _split_document(document, seq_len, vocabulary)]
     bins: list[list[Chunk]] = []
     free: list[tuple[int, int]] = []  # (free positions, bin), sorted

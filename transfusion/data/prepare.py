@@ -48,11 +48,9 @@ def prepare(
     barrier: Callable[[], None] = lambda: None, on_progress: Callable[[int, int], None] = lambda done, total: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict:  # fmt: skip
-    """Prepare a data set, or resume its preparation; returns its dataset.json.
-
-    Each of `world` processes calls this with its rank; `barrier` returns when all processes have called it. `on_progress`
-    gets the number of records that are done, and their total. PrepareError or OSError when the work stops early.
-    """
+    """Prepare a data set, or resume its preparation; returns its dataset.json. Each of `world` processes calls this with its
+    rank; `barrier` returns when all processes have called it. `on_progress` gets the number of records that are done, and
+    their total. PrepareError or OSError when the work stops early."""
     check_not_nested(readers, folder)
     jobs = _list_jobs(readers, config)
     if rank == 0:

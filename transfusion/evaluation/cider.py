@@ -21,10 +21,8 @@ def split_words(text: str) -> list[str]:
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr-D, 0 to 10: the mean cosine similarity of TF-IDF weighted n-grams, with clipped counts and a length penalty.
-
     Published tables show 100 times this value. The document frequencies come from `references`: with one image all n-grams
-    are common and the score is 0. ValueError unless every prediction has at least one reference.
-    """
+    are common and the score is 0. ValueError unless every prediction has at least one reference."""
     _check(predictions, references)
     ngrams = [[_ngrams(split_words(text)) for text in texts] for texts in references]
     frequency = Counter(ngram for counts in ngrams for ngram in set().union(*counts))  # number of images with the n-gram

@@ -13,12 +13,9 @@ TOKENIZERS = ("tokenizer.json", "vocab.json")  # without them transformers silen
 
 
 class ClipScore:
-    """max(0, 100 cos(image embedding, caption embedding)), averaged over images.
-
-    This is the scale of the Transfusion paper, whose models score 22 to 26. (Hessel's score is 2.5 times the cosine, with
-    the prefix "A photo depicts", which is not used here.) The paper does not name its CLIP, and CLIPs differ by points:
-    report `name` with every score.
-    """
+    """max(0, 100 cos(image embedding, caption embedding)), averaged over images. This is the scale of the Transfusion paper,
+    whose models score 22 to 26. (Hessel's score is 2.5 times the cosine, with the prefix "A photo depicts", which is not
+    used here.) The paper does not name its CLIP, and CLIPs differ by points: report `name` with every score."""
 
     def __init__(self, source: str, device: torch.device):
         """A CLIPModel of transformers, from a folder or the hub. ValueError if it cannot be opened."""

@@ -10,11 +10,9 @@ SIDE = 8  # pixels
 
 
 def draw_digits(engine: Engine, seed: int = 0) -> tuple[dict, np.ndarray]:
-    """20 drawings of each digit's name with the run's defaults: the scores, and the drawings (10, 20, 8, 8) uint8.
-
-    The classifier is an SVM trained on the real scans. Distances are medians of the Euclidean distance over the 64 pixels in
-    [0, 1] to the nearest of the 1,500 training scans: about 0 for copies; compare with real held-out scans.
-    """
+    """20 drawings of each digit's name with the run's defaults: the scores, and the drawings (10, 20, 8, 8) uint8. The
+    classifier is an SVM trained on the real scans. Distances are medians of the Euclidean distance over the 64 pixels in [0,
+    1] to the nearest of the 1,500 training scans: about 0 for copies; compare with real held-out scans."""
     from sklearn.svm import SVC
 
     train, labels = load_scans("train")

@@ -64,11 +64,9 @@ class Detector(Protocol):
 def draw_geneval(
     engine: Engine, prompts: Sequence[Prompt], detect: Detector, seed: int = 0
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
-    """Draw each prompt four times with the run's defaults.
-
-    The shares of right images by category, their mean `overall` (each category has the same weight), and (prompt, pixels,
-    right) of each prompt's first image. Categories without a prompt do not count. ValueError without a prompt.
-    """
+    """Draw each prompt four times with the run's defaults. The shares of right images by category, their mean `overall`
+    (each category has the same weight), and (prompt, pixels, right) of each prompt's first image. Categories without a
+    prompt do not count. ValueError without a prompt."""
     if not prompts:
         raise ValueError("GenEval needs at least one prompt")
     results, shown = {}, []

@@ -87,4 +87,4 @@ class HarnessModel(LM):
             context = tokenizer.decode(ids[len(ids) - room :]).lstrip("\ufffd")
         temperature = options.get("temperature", 1.0) if options["do_sample"] else 0.0
         generation = replace(engine.run.generation, max_tokens=max_tokens, temperature=temperature)
-        return Request(parts=(context,), generation=generation, previews=1)
+        return Request(parts=(context,), generation=generation, preview_every=1)

@@ -70,11 +70,9 @@ def answer_questions(engine: Engine, questions: Sequence[Question]) -> dict:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Questions from JSON lines: {"context": text, "choices": [texts], "answer": n}, n from 0.
-
-    With "question" instead of "context" the prompt has lm_eval's format: "Question: ...", and "Answer:" before the choice.
-    ValueError names the file and the wrong line.
-    """
+    """Questions from JSON lines: {"context": text, "choices": [texts], "answer": n}, n from 0. With "question" instead of
+    "context" the prompt has lm_eval's format: "Question: ...", and "Answer:" before the choice. ValueError names the file
+    and the wrong line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -106,11 +104,9 @@ def _to_question(values: dict) -> Question:
 
 
 def continuation_questions(texts: Sequence[str], count: int) -> list[Question]:
-    """At most `count` questions from held-out texts: which continuation belongs to this passage?
-
-    A passage has about 160 characters and its continuation about 60; both end at a word boundary. The wrong choices are
-    continuations of other passages. They and the position of the right one are a function of the question's number.
-    """
+    """At most `count` questions from held-out texts: which continuation belongs to this passage? A passage has about 160
+    characters and its continuation about 60; both end at a word boundary. The wrong choices are continuations of other
+    passages. They and the position of the right one are a function of the question's number."""
     passages = [passage for text in texts for passage in _passages(text)]
     endings = list(dict.fromkeys(ending for _, ending in passages))
     questions = []

@@ -37,11 +37,9 @@ def evaluate(engine: Engine, folder: Path, config: EvaluationConfig | None = Non
 def repeat(
     engine: Engine, folder: Path, path: Path, data: tuple[str, ...] | None = None, print_line: PrintLine = print
 ) -> tuple[list[str], list[str]]:
-    """Repeat the measurements of a results.json by its manifests.
-
-    The differences between the figures as text, and those between the environments, which may explain them. `data`: the
-    present folders of the run's data. OpenError if the file has no valid manifest.
-    """
+    """Repeat the measurements of a results.json by its manifests. The differences between the figures as text, and those
+    between the environments, which may explain them. `data`: the present folders of the run's data. OpenError if the file
+    has no valid manifest."""
     before = read_json(path)
     try:
         if not before["manifest"]:

@@ -60,11 +60,9 @@ class Judgement:
 
 
 def judge(caption: str | Description, pixels: np.ndarray) -> Judgement:
-    """Compare an image (Y, Y, 3) uint8 with its caption. ValueError if it is not a caption of this data set.
-
-    Detected objects are assigned to named objects so that the fewest attributes are wrong, then so that the relations hold.
-    A missing object makes every attribute and its relation wrong; an extra object only the count.
-    """
+    """Compare an image (Y, Y, 3) uint8 with its caption. ValueError if it is not a caption of this data set. Detected
+    objects are assigned to named objects so that the fewest attributes are wrong, then so that the relations hold. A missing
+    object makes every attribute and its relation wrong; an extra object only the count."""
     description = parse(caption) if isinstance(caption, str) else caption
     if description is None:
         raise ValueError(f"not a caption of the data set shapes: {caption!r}")
@@ -124,11 +122,9 @@ def _components(mask: np.ndarray, min_pixels: float) -> Iterator[np.ndarray]:
 
 
 def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarray) -> DetectedShape:
-    """The object that a blob fits best. `occupied`: the pixels of all blobs.
-
-    A pixel's coverage follows from its brightness, because a codec keeps an edge's brightness better than its tint. It is
-    relative to the blob's own brightness inside, so faded objects are measured correctly.
-    """
+    """The object that a blob fits best. `occupied`: the pixels of all blobs. A pixel's coverage follows from its brightness,
+    because a codec keeps an edge's brightness better than its tint. It is relative to the blob's own brightness inside, so
+    faded objects are measured correctly."""
     size = len(offset)
     margin = max(1, round(2 * size / CANVAS))  # pixels around the mask that may hold a soft edge
     near = ndimage.binary_dilation(mask, iterations=margin) & (mask | ~occupied)  # (Y, X)
@@ -147,11 +143,9 @@ def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.nd
 def _fit_shape(
     blurred: np.ndarray, area: float, x: float, y: float, shape: str
 ) -> tuple[float, str, str, tuple[float, float], tuple[float, float]]:
-    """Likeness of a blob to a shape of its area and centre: likeness, shape, size, centre of the box, box.
-
-    likeness = 1 - |blob - ideal|^2 / |ideal|^2 - AREA_PENALTY |log(area / valid area)|. Both are blurred, so that a soft
-    edge does not count more than a missing corner.
-    """
+    """Likeness of a blob to a shape of its area and centre: likeness, shape, size, centre of the box, box. likeness = 1 -
+    |blob - ideal|^2 / |ideal|^2 - AREA_PENALTY |log(area / valid area)|. Both are blurred, so that a soft edge does not
+    count more than a missing corner."""
     areas = [_area(shape, BOXES[size, shape]) for size in SIZES]
     is_large = int(area >= np.sqrt(areas[0] * areas[1]))
     scale = np.sqrt(area / areas[is_large])

@@ -39,8 +39,12 @@ class Cache:
         self.free.append(slot)
 
     def commit(self, slot: int, positions: int) -> None:
-        """Commit the first `positions` of the entries just written; a negative number drops that many of the last."""
+        """Commit the first `positions` of the entries just written."""
         self.lengths[slot] += positions
+
+    def truncate(self, slot: int, positions: int) -> None:
+        """Remove the last `positions` of the committed entries."""
+        self.lengths[slot] -= positions
 
     def fork(self, slot: int) -> int:
         """A new slot with the same content."""

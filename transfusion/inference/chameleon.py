@@ -40,7 +40,7 @@ class CodeImageState:
         return len(self.codes)
 
     @property
-    def prefix_length(self) -> int:
+    def num_cached_positions(self) -> int:
         """Positions of the image in the branches' slots, boi included."""
         return len(self.codes)
 
@@ -65,7 +65,7 @@ def begin_image(
 ) -> CodeImageState:  # fmt: skip
     """An image (Y, X) without codes. The boi is removed from every slot; the next pass reads it for its logits."""
     for branch in branches:
-        cache.commit(branch.slot, -1)
+        cache.truncate(branch.slot, 1)
     generator = torch.Generator().manual_seed(seed)
     return CodeImageState(shape, tuple(branches), generation, generator, vocabulary.boi[shape])
 

@@ -6,7 +6,7 @@ for those that decode a token, one for those that prefill (a prompt, or an image
 shape for those that draw, conditional and unconditional together. Image codes are sampled one by one (`chameleon`).
 
 If the text and the images of a prompt have different guidance scales (`image_guidance_scale`), a sequence has a second slot.
-It holds bos, the prompt's images and boi, as in training without the text. It joins the same forward passes.
+It holds bos, the prompt's images and boi, like training documents whose text was dropped, and joins the forward passes.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Request:
     seed: int = 0
     generation: GenerationConfig | None = None  # default: the run's
     size: tuple[int, int] | None = None  # default: the run's first
-    previews: int = 0
+    preview_every: int = 0
     allow_images: bool = True
 
 
@@ -93,7 +93,7 @@ Event = TokenEvent | PreviewEvent | ImageEvent | FinishEvent
 
 @dataclass(frozen=True)
 class Prefill:
-    """Next input: a prompt or a finished image, and its part for the image-conditional slot."""
+    """The positions to prefill: a prompt or a finished image; and those for the image-conditional slot."""
 
     chunk: Chunk
     image_cond_chunk: Chunk | None = None
@@ -127,10 +127,10 @@ class SequenceState:
     phase: Prefill | Decode | Draw | None  # None only while a forward pass is evaluated
     slot: int
     image_cond_slot: int | None = None  # bos and the prompt's images, if their guidance scale is different
-    num_tokens: int = 0
-    num_images: int = 0
-    tokens: list[int] = field(default_factory=list)
-    num_characters: int = 0  # of these tokens' text, in events so far
+    num_sampled_tokens: int = 0
+    num_images_begun: int = 0
+    text_tokens: list[int] = field(default_factory=list)
+    num_characters_sent: int = 0  # of these tokens' text, in events so far
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(derive_seed(self.request.seed, self.sample_index, "text"))
@@ -161,7 +161,7 @@ class Engine:
         self.sizes = [(x * codec.downsampling, y * codec.downsampling) for y, x in self.vocabulary.boi]  # (width, height)
         self.sequences: list[SequenceState] = []
         self.num_requests = 0
-        self.uncond_slots: dict[tuple[int, int], int] = {}  # latent shape -> slot with bos and boi
+        self.uncond_prefix_slots: dict[tuple[int, int], int] = {}  # latent shape -> slot with bos and boi
 
     def make_generation_config(self, **changes: Any) -> GenerationConfig:
         """The run's options with these changes. ValueError if one is out of bounds, or has no effect in a run of codes."""
@@ -224,8 +224,8 @@ class Engine:
         chunks = [sequence.phase.chunk for sequence in sequences]
         chunks += [sequence.phase.image_cond_chunk for sequence in with_image_cond]
         logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary).cpu()  # (B, V)
-        for sequence, sequence_logits in zip(sequences, logits, strict=False):
-            self._after_forward(sequence, sequence_logits, events)
+        for sequence, sequence_logits in zip(sequences, logits, strict=False):  # those of image_cond slots are not needed
+            self._after_text_pass(sequence, sequence_logits, events)
 
     def _forward_images(self, events: list[Event]) -> None:
         by_shape: dict[tuple[int, int] | None, list[SequenceState]] = {}
@@ -240,7 +240,7 @@ class Engine:
             else:
                 image_mode.denoise(self.model, self.cache, images, self.run.diffusion)
             for sequence, image, step in zip(sequences, images, steps, strict=True):
-                self._after_drawing(sequence, sequence.phase, image.step > step, events)
+                self._after_image_pass(sequence, sequence.phase, image.step > step, events)
 
     def cancel(self, request_id: int) -> None:
         """Remove a request and its sequences."""
@@ -248,7 +248,7 @@ class Engine:
             self._remove(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answers]:
-        """Run all requests together to their end. Returns the answers of each, one per sample. ValueError if others run."""
+        """Run all requests together to their end: the answers of each, one per sample. ValueError if others are running."""
         if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
         answers = {self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests}
@@ -293,7 +293,7 @@ class Engine:
     def _size_list(self) -> str:
         return ", ".join(f"{x}x{y}" for x, y in self.sizes)
 
-    def _after_forward(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
+    def _after_text_pass(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
         """Fork the samples of a prompt. Then draw if the last token is a boi, else sample the next token."""
         shape = self.vocabulary.shape_of(int(sequence.phase.chunk.tokens[-1]))
         remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
@@ -320,16 +320,16 @@ class Engine:
             return self._finish(sequence, "eos", events)
         shape = vocabulary.shape_of(token)
         length = self.cache.lengths[sequence.slot] + 1 + (0 if shape is None else vocabulary.num_patches(shape) + 1)
-        if sequence.num_tokens >= sequence.generation.max_tokens or length > self.max_positions:
+        if sequence.num_sampled_tokens >= sequence.generation.max_tokens or length > self.max_positions:
             return self._finish(sequence, "length", events)
-        sequence.num_tokens += 1
+        sequence.num_sampled_tokens += 1
         chunk = EMPTY_CHUNK.append(token)
         sequence.phase = Decode(chunk, chunk if shape is not None and sequence.image_cond_slot is not None else None)
         if shape is None:
-            sequence.tokens.append(token)
-            text = self.opened.tokenizer.decode(sequence.tokens)
-            new_text = "" if text.endswith("\ufffd") else text[sequence.num_characters :]
-            sequence.num_characters += len(new_text)
+            sequence.text_tokens.append(token)
+            text = self.opened.tokenizer.decode(sequence.text_tokens)
+            new_text = "" if text.endswith("\ufffd") else text[sequence.num_characters_sent :]
+            sequence.num_characters_sent += len(new_text)
             events.append(TokenEvent(sequence.request_id, sequence.sample_index, token, new_text))
 
     def _begin_image(self, sequence: SequenceState, shape: tuple[int, int]) -> None:
@@ -340,42 +340,42 @@ class Engine:
         if sequence.image_cond_slot is not None or generation.guidance_scale != 1:
             uncond_slot = self.cache.fork(self._uncond_prefix(shape))
             branches.append(Branch(uncond_slot))
-        sequence.tokens, sequence.num_characters = [], 0
-        seed = derive_seed(sequence.request.seed, sequence.sample_index, "image", sequence.num_images)
+        sequence.text_tokens, sequence.num_characters_sent = [], 0
+        seed = derive_seed(sequence.request.seed, sequence.sample_index, "image", sequence.num_images_begun)
         if self.uses_image_codes:
             image = chameleon.begin_image(shape, branches, generation, self.vocabulary, self.cache, seed)
         else:
             latent, diffusion = (self.run.model.latent_channels, *shape), self.run.diffusion
             image = image_mode.begin_image(latent, branches, generation, diffusion, self.latent_range, seed, self.device)
         sequence.phase = Draw(image, uncond_slot)
-        sequence.num_images += 1
+        sequence.num_images_begun += 1
 
     def _uncond_prefix(self, shape: tuple[int, int]) -> int:
         """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
-        if shape not in self.uncond_slots:
-            self.uncond_slots[shape] = slot = self.cache.acquire()
+        if shape not in self.uncond_prefix_slots:
+            self.uncond_prefix_slots[shape] = slot = self.cache.acquire()
             chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
             text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
-        return self.uncond_slots[shape]
+        return self.uncond_prefix_slots[shape]
 
-    def _after_drawing(self, sequence: SequenceState, phase: Draw, completed_step: bool, events: list[Event]) -> None:
+    def _after_image_pass(self, sequence: SequenceState, phase: Draw, completed_step: bool, events: list[Event]) -> None:
         image, codec = phase.image, self.opened.codec
-        if completed_step and sequence.request.previews and image.step % sequence.request.previews == 0:
+        if completed_step and sequence.request.preview_every and image.step % sequence.request.preview_every == 0:
             events.append(PreviewEvent(sequence.request_id, sequence.sample_index, image.step, *image.preview(codec)))
         content = image.content()
         if content is None:
             return None
         if sequence.image_cond_slot is not None:
-            # Images that the sequence draws itself are not part of its prompt.
-            self.cache.commit(sequence.image_cond_slot, -image.prefix_length)
+            # Remove this image: the slot keeps only the images of the prompt.
+            self.cache.truncate(sequence.image_cond_slot, image.num_cached_positions)
         events.append(ImageEvent(sequence.request_id, sequence.sample_index, codec.decode(content)))
         if sequence.request.num_images is not None:
             return self._finish(sequence, "image", events)
         if phase.uncond_slot is not None:
             self.cache.release(phase.uncond_slot)
-        # The cache holds no patch of a latent, and all codes but the last. The rest is read with t = 0 (no noise), then eoi.
+        # Of a latent no patch is in the cache yet: prefill all with t = 0, then eoi. Of codes only the last is missing.
         document = encode_document(Document((Image(content),)), self.vocabulary, add_eos=False)  # bos boi patches eoi
-        sequence.phase = Prefill(document.part(1 + image.prefix_length))
+        sequence.phase = Prefill(document.part(1 + image.num_cached_positions))
 
     def _finish(self, sequence: SequenceState, reason: str, events: list[Event]) -> None:
         self._remove(sequence)

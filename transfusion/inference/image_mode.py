@@ -47,7 +47,7 @@ class LatentImageState:
     x0_prediction: Tensor | None = None  # (1, C, Y, X) from the last prediction
     x0: Tensor | None = None  # (1, C, Y, X), when it is finished
 
-    prefix_length = 1  # positions of the image in the branches' slots, boi included
+    num_cached_positions = 1  # positions of the image in the branches' slots, boi included
 
     @property
     def step(self) -> int:

@@ -24,12 +24,12 @@ class TrainingError(ValueError):
 
 
 class Guard:
-    """Decides whether an update is applied. Checkpoints store `grad_norms` and `num_skipped`."""
+    """Decides whether an update is applied. Checkpoints store `grad_norms` and `num_consecutive_skips`."""
 
     def __init__(self, config: FaultToleranceConfig, folder: Path, ranks: Ranks):
         self.config, self.folder, self.ranks = config, folder, ranks
         self.grad_norms: list[float] = []  # of the last applied updates
-        self.num_skipped = 0  # consecutive updates
+        self.num_consecutive_skips = 0  # consecutive updates
 
     def accepts_update(self, step: int, grad_norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
         """Whether to apply the update of this step, counted from 1. All ranks must call it with the same numbers.
@@ -39,9 +39,9 @@ class Guard:
         """
         reason = self._reason_to_skip(grad_norm, values)
         if reason is None:
-            self.grad_norms, self.num_skipped = [*self.grad_norms, grad_norm][-NORM_HISTORY:], 0
+            self.grad_norms, self.num_consecutive_skips = [*self.grad_norms, grad_norm][-NORM_HISTORY:], 0
             return True
-        self.num_skipped += 1
+        self.num_consecutive_skips += 1
         path = self.folder / "faults" / f"step-{step:06d}.json"
         values = values | {"gradient_norm": grad_norm}
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
@@ -49,7 +49,7 @@ class Guard:
         if self.ranks.is_main:
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"step": step, "reason": reason, **numbers, "batches": batches})
-        if self.num_skipped > self.config.skip_nonfinite:
+        if self.num_consecutive_skips > self.config.skip_nonfinite:
             raise TrainingError(
                 f"step {step}: {reason}, so the update was not applied; {path} lists the documents of the batch, and the "
                 "last checkpoint is intact. Try a lower training.learning_rate, or fault_tolerance.skip_nonfinite N to skip "

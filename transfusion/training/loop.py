@@ -14,7 +14,7 @@ from transfusion.checkpoint.save import Saver
 from transfusion.config import FaultToleranceConfig
 from transfusion.parallel import Ranks
 from transfusion.training.guard import Guard, TrainingError, watchdog
-from transfusion.training.metrics import Metrics, ProgressBar
+from transfusion.training.metrics import MetricsWriter, ProgressBar
 from transfusion.training.signals import stop_on_signal
 
 
@@ -37,7 +37,7 @@ class Progress:
     num_seen: int = 0  # positions or images, over all ranks
     loader_state: Any = None  # of the task's loader, before the next batch
     grad_norms: list[float] = field(default_factory=list)  # of the guard
-    num_skipped: int = 0  # consecutive updates
+    num_consecutive_skips: int = 0  # consecutive updates that were rejected
 
 
 class Task(Protocol):
@@ -94,13 +94,14 @@ class Loop:
             raise TrainingError(
                 "the checkpoint was written by another version of transfusion: resume with that version, or start a new run"
             ) from None
-        self.guard.grad_norms, self.guard.num_skipped = list(self.progress.grad_norms), self.progress.num_skipped
+        self.guard.grad_norms = list(self.progress.grad_norms)
+        self.guard.num_consecutive_skips = self.progress.num_consecutive_skips
         self.last_logged = self.progress.seconds, self.progress.num_seen
 
     def run(self) -> bool:
-        """Train to the last step. False when a signal stopped it earlier; both save a checkpoint."""
+        """Train to the last step: True; or until a signal: False. In both cases a checkpoint is saved."""
         config, progress = self.config, self.progress
-        metrics = Metrics(self.folder / "metrics.jsonl", progress.step, self.ranks.is_main)
+        metrics = MetricsWriter(self.folder / "metrics.jsonl", progress.step, self.ranks.is_main)
         progress_bar = ProgressBar(config.steps, progress.step, self.ranks.is_main)
         with (
             watchdog(self.watchdog_seconds, self.folder, self.ranks.rank) as reset_watchdog, stop_on_signal(self),
@@ -117,9 +118,9 @@ class Loop:
                 batch, loader_state = next_batch.result()
                 next_batch = prefetcher.submit(next, batches)
                 with self.ranks.catching_peer_failure():
-                    values, num_seen = self.task.step(progress.step, batch, self.guard.accepts_update)
+                    values, num_new = self.task.step(progress.step, batch, self.guard.accepts_update)
                 progress.step, progress.loader_state = progress.step + 1, loader_state
-                progress.num_seen += num_seen
+                progress.num_seen += num_new
                 progress.seconds += time.monotonic() - start
                 self._log(metrics, progress_bar, values)
                 self._evaluate_and_preview(metrics, progress_bar)
@@ -132,10 +133,11 @@ class Loop:
         return progress.step >= config.steps
 
     def _save(self, saver: Saver) -> None:
-        self.progress.grad_norms, self.progress.num_skipped = self.guard.grad_norms, self.guard.num_skipped
+        self.progress.grad_norms = self.guard.grad_norms
+        self.progress.num_consecutive_skips = self.guard.num_consecutive_skips
         saver.save(self.progress.step, self.task.tensors(), asdict(self.progress))
 
-    def _log(self, metrics: Metrics, progress_bar: ProgressBar, values: dict[str, float]) -> None:
+    def _log(self, metrics: MetricsWriter, progress_bar: ProgressBar, values: dict[str, float]) -> None:
         progress, unit = self.progress, self.task.unit
         if progress.step % self.config.log_every and progress.step != self.config.steps:
             return
@@ -144,7 +146,7 @@ class Loop:
         metrics.write(progress.step, **values, **{f"{unit}_per_second": round(speed, 1)}, seconds=progress.seconds)
         progress_bar.update(progress.step, f"{self.task.describe(values)}  {speed:,.0f} {unit}/s")
 
-    def _evaluate_and_preview(self, metrics: Metrics, progress_bar: ProgressBar) -> None:
+    def _evaluate_and_preview(self, metrics: MetricsWriter, progress_bar: ProgressBar) -> None:
         """Evaluate every `validate_every` steps and preview every `preview_every` steps; do both at the last step."""
         step = self.progress.step
         is_last = step == self.config.steps

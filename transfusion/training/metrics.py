@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Metrics:
+class MetricsWriter:
     """Appends JSON objects to metrics.jsonl, one per line, each with its step. Lines after `step`, from before a crash, are
     removed first. With `writes` False (other ranks than 0) nothing is written."""
 

@@ -71,7 +71,7 @@ class Trainer:
         }
 
     def train(self) -> bool:
-        """Train to the last step. False when a signal stopped it earlier; both save a checkpoint."""
+        """Train to the last step: True; or until a signal: False. In both cases a checkpoint is saved."""
         return self.loop.run()
 
     def batches(self, loader_state: list[int] | None) -> Iterator[tuple[MicroBatches, list[int]]]:

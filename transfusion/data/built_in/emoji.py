@@ -22,11 +22,9 @@ HELDOUT = 0.05
 
 
 class Emoji:
-    """Images with their names, as caption-image pairs. About one in twenty is held out; the name decides.
-
-    The images depend on the font, the names on the Unicode version of Python: `describe` returns both.
-    FileNotFoundError when the font is not installed.
-    """
+    """Images with their names, as caption-image pairs. About one in twenty is held out; the name decides. The images depend
+    on the font, the names on the Unicode version of Python: `describe` returns both. FileNotFoundError when the font is not
+    installed."""
 
     name = "emoji"
 

@@ -85,11 +85,9 @@ class Scene:
 
 
 class Shapes:
-    """A random-access source of scenes with their captions.
-
-    No held-out image is a training image for any seeds (see `GRID_STEP`). Captions do recur: level 1 has only 2,556.
-    So only the image is held out, not its content, and a very similar training image may exist.
-    """
+    """A random-access source of scenes with their captions. No held-out image is a training image for any seeds (see
+    `GRID_STEP`). Captions do recur: level 1 has only 2,556. So only the image is held out, not its content, and a very
+    similar training image may exist."""
 
     name = "shapes"
 
@@ -138,11 +136,9 @@ def caption(scene: Scene | Description) -> str:
 
 
 def parse(caption: str) -> Description | None:
-    """The description that a caption means: the inverse of `caption`. None when the string is not a valid caption.
-
-    The grammar accepts slightly more than is sampled, with at most `MAX_OBJECTS` objects: "four large red circles"
-    (rarely fits) and "a small red circle above a small red circle" (the same kind twice).
-    """
+    """The description that a caption means: the inverse of `caption`. None when the string is not a valid caption. The
+    grammar accepts slightly more than is sampled, with at most `MAX_OBJECTS` objects: "four large red circles" (rarely fits)
+    and "a small red circle above a small red circle" (the same kind twice)."""
     parts = _RELATION.split(caption)
     groups = [_GROUP.fullmatch(part) for part in parts[::2]]
     if not all(groups):
@@ -171,11 +167,9 @@ _COLOUR_OFFSETS = {name: np.float32(np.subtract(colour, BACKGROUND)) for name, c
 
 
 def coverage(shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS) -> np.ndarray:
-    """Share of each pixel that a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units.
-
-    coverage = clip(0.5 - d, 0, 1), d: signed distance in pixels from the pixel's centre to the outline. Exact for
-    edges along the grid, close for the others, and many times faster than supersampling.
-    """
+    """Share of each pixel that a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units. coverage =
+    clip(0.5 - d, 0, 1), d: signed distance in pixels from the pixel's centre to the outline. Exact for edges along the grid,
+    close for the others, and many times faster than supersampling."""
     width, height = box
     pixel = CANVAS / size
     x = _pixel_centres(size) - np.float32(centre[0])  # (X,)

@@ -225,11 +225,9 @@ class _TextBuffer:
 
 @dataclass(frozen=True)
 class TarArchives:
-    """WebDataset: a tar archive in which members with the same key (their name up to the first dot) are one record.
-
-    Only images, .txt, .caption, .cls and .json are read; other members (for example pickles) are skipped. In a truncated
-    archive the last record may lack members, so it is not read.
-    """
+    """WebDataset: a tar archive in which members with the same key (their name up to the first dot) are one record. Only
+    images, .txt, .caption, .cls and .json are read; other members (for example pickles) are skipped. In a truncated archive
+    the last record may lack members, so it is not read."""
 
     files: Files
     paths: Sequence[str]
