@@ -37,7 +37,7 @@ class Request:
     parts: the prompt in order, text or pictures (PIL, or (Y, X, channels) uint8 of a size that the run supports).
     num_images: this many samples of one image each (boi is forced), of `size` (width, height) in pixels. Not set: one
     sample of free text, which ends with eos and draws where the model samples a boi, unless allow_images is False.
-    previews: denoising steps (or codes) between two PreviewEvents; 0: no previews.
+    preview_every: denoising steps (or codes) between two PreviewEvents; 0: no previews.
     """
 
     parts: tuple[str | np.ndarray | Picture.Image, ...] = ()
@@ -302,7 +302,7 @@ class Engine:
             slot = self.cache.fork(sequence.slot)
             image_cond_slot = None if sequence.image_cond_slot is None else self.cache.fork(sequence.image_cond_slot)
             forks.append(replace(
-                sequence, sample_index=sample_index, phase=None, slot=slot, image_cond_slot=image_cond_slot, tokens=[],
+                sequence, sample_index=sample_index, phase=None, slot=slot, image_cond_slot=image_cond_slot, text_tokens=[],
             ))  # fmt: skip
         self.sequences += forks
         for sample in (sequence, *forks):
