@@ -67,7 +67,7 @@ class ServedRun:
         generation = self._with_text_options(self.generation, body, body.max_completion_tokens)
         generation = self._with_image_options(generation, body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
-        common = {"generation": generation, "previews": body.preview_every or 0}
+        common = {"generation": generation, "preview_every": body.preview_every or 0}
         if modalities == {"image"}:
             return [Request(parts, num_images=n, seed=choose_seed(body.seed), **common)]
         seeds = derive_seeds(choose_seed(body.seed), n)
@@ -96,12 +96,12 @@ class ServedRun:
             raise APIError(400, "partial_images and preview_every are the same option: send only one", "partial_images")
         if (body.partial_images or body.preview_every) and not body.stream:
             raise APIError(400, "previews need stream: true", "stream")
-        previews, size = body.preview_every or 0, self._parse_size(body.size)
+        preview_every, size = body.preview_every or 0, self._parse_size(body.size)
         if body.partial_images:
             steps = self.num_codes[size] if self.num_codes else generation.steps
-            previews = max(1, steps // (body.partial_images + 1))
+            preview_every = max(1, steps // (body.partial_images + 1))
         parts = merge_texts([*pictures, body.prompt])
-        return Request(parts, body.n or 1, choose_seed(body.seed), generation, size, previews)
+        return Request(parts, body.n or 1, choose_seed(body.seed), generation, size, preview_every)
 
     async def parse_edit(self, body: ImageRequest, files: Sequence[bytes]) -> Request:
         """As parse_image, with the pictures in these files."""
