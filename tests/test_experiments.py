@@ -137,7 +137,7 @@ def test_stopped_run_is_not_measured(filled, variants, tmp_path, monkeypatch):
 
 def test_failed_command_exits_with_its_code():
     with pytest.raises(SystemExit) as error:
-        lab.run_command("train", "nobody")
+        lab.run_command("train", "unknown")
     assert error.value.code == 2
 
 

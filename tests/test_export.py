@@ -127,7 +127,8 @@ def test_model_card_has_metadata_and_sections(run, tmp_path):
     start = {"kind": "llama", "place": "/models/base", "name": "base", "step": None}
     edit_json(home / "run.json", notes={"start": start})
     card = huggingface_hub.ModelCard((export(home, tmp_path / "out") / "README.md").read_text())
-    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == ("unknown", "transfusion", "any-to-any")
+    header = card.data.to_dict()
+    assert (header["license"], header["library_name"], header["pipeline_tag"]) == ("unknown", "transfusion", "any-to-any")
     assert card.data.tags == ["transfusion", "text-to-image", "image-to-text"]
     sections = dict(section.split("\n\n", 1) for section in card.text.split("\n## ")[1:])
     assert list(sections) == ["How to use it", "Intended use", "Limitations", "Training data", "Licence", "Results"]

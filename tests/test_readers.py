@@ -35,7 +35,7 @@ def check(documents: list, expected: list[dict]) -> None:
     for document, values in zip(documents, expected, strict=True):
         assert isinstance(document, RawDocument), str(document)
         fields = {name: getattr(document, name) for name in ("where", "name", "split", "pairs")}
-        assert {**fields, "kin": document.split_group, "segments": values["segments"]} == values
+        assert {**fields, "split_group": document.split_group, "segments": values["segments"]} == values
         assert len(document.segments) == len(values["segments"])
         for part, segment in zip(document.segments, values["segments"], strict=True):
             assert to_json(part, segment) == segment

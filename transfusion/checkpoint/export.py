@@ -130,7 +130,7 @@ Images are encoded by the codec `{codec.kind}`{_source_of(codec)}. `config.json`
 
 ## Licence
 
-No licence is set: it depends on the training data{_and_others(opened)}. Whoever publishes these weights must choose one and
+No licence is set: it depends on the training data{_and_others(opened)}. The publisher of these weights must choose one and
 set `license` in the header of this file.
 
 ## Results
