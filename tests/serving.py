@@ -50,6 +50,11 @@ class Server:
         scheduler = self.scheduler
         return len(scheduler.submitted) + len(scheduler.waiting) + len(scheduler.running)
 
+    def has_image_request(self) -> bool:
+        """An image request has arrived: it is submitted, waits or runs."""
+        scheduler = self.scheduler
+        return any(sub.kind == "image" for sub in [*scheduler.submitted, *scheduler.waiting, *scheduler.running.values()])
+
     def send_and_disconnect(self, path: str, body: bytes, num_bytes: int = 0, when: threading.Event | None = None) -> None:
         """Send a request, read `num_bytes` of its answer, and disconnect (after the event `when`, if there is one)."""
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
