@@ -6,10 +6,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "transfusion"
 
-GROUND = {"config", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights"}  # all may import these
+GROUND = {"fields", "config", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights"}  # for all
 MAY_IMPORT = {  # subpackage or file -> further allowed imports; files of a subpackage may import each other
     "seeding": set(),
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
     "runs": {"config"},
     "paper": {"runs"},
     "disk": set(),

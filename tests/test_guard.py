@@ -341,8 +341,8 @@ def test_watchdog_thread_exists_only_while_enabled_and_open(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value", "message"), [
-    ("--fault-tolerance.skip-nonfinite", -1, "--fault-tolerance.skip-nonfinite must not be negative, not -1"),
-    ("--fault-tolerance.watchdog", -0.5, "--fault-tolerance.watchdog must not be negative, not -0.5"),
+    ("--fault-tolerance.skip-nonfinite", -1, "--fault-tolerance.skip-nonfinite must be at least 0, not -1"),
+    ("--fault-tolerance.watchdog", -0.5, "--fault-tolerance.watchdog must be at least 0, not -0.5"),
     ("--fault-tolerance.skip-spikes-above", 0, "--fault-tolerance.skip-spikes-above must be above 0, not 0.0"),
 ])  # fmt: skip
 def test_invalid_fault_tolerance_options_are_refused(tmp_path, capsys, option, value, message):

@@ -247,7 +247,7 @@ def test_other_files_than_coco_are_refused(tmp_path, values):
     (("--tasks", "coco", "--coco", "nowhere.json"), 1, "nowhere.json"),
     (("--tasks", "coco-images", "--coco", __file__), 1, "--features"),
     (("--tasks", "edits"), 1, "nothing in the data of this run for the task edits"),
-    (("--tasks", "text", "--sampler", "best"), 1, "there is no sampler 'best'"),
+    (("--sampler", "best"), 2, "--sampler best: must be one of ddpm"),
     (("--from", "nowhere.json"), 1, "nowhere.json"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(digits, capsys, options, code, message):

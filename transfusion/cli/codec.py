@@ -13,6 +13,7 @@ from transfusion.cli.sources import Reading, open_readers
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import FaultToleranceConfig, from_json, parse_size
 from transfusion.disk import read_json, write_json, write_whole
+from transfusion.fields import Config, NonNegativeInt, PositiveInt
 
 NUM_SHOWN = 16  # held-out images on the page, and faults on the screen
 
@@ -53,9 +54,9 @@ class FitCodec:
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     size: str = "256x256"
     """WIDTHxHEIGHT in pixels to which images are resized and cropped."""
-    max_images: int = 50_000
+    max_images: PositiveInt = 50_000
     """Largest number of images, or crops, to train on."""
-    crops: int = 0
+    crops: NonNegativeInt = 0
     """Random crops of each image, held-out ones too unless the source holds out images; 0 takes the centre, resized."""
     device: Device = "auto"
 
@@ -75,8 +76,6 @@ def fit_codec(arguments: list[str]) -> None:
     size = parse_size(args.size)
     if any(side % args.network.downsampling for side in size):
         raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
-    if args.crops < 0 or args.max_images < 1:
-        raise UsageError(f"--crops must be at least 0 and --max-images at least 1, not {args.crops} and {args.max_images}")
     readers = open_readers(args.reading)
 
     from transfusion.parallel import Ranks, pick_device
@@ -124,10 +123,17 @@ def _check_folder(args: FitCodec, readers: list) -> None:
     path, parts = args.out / "fit.json", {"network": args.network, "training": args.training}
     for part, config in parts.items() if list_checkpoints(args.out) else ():
         # A field that a later version added has its default, which is what earlier versions did.
-        before = asdict(from_json(type(config), read_json(path).get(part, {}), f"{path}: {part}."))
+        before = _read_config(type(config), path, part)
         for name, value in asdict(config).items():
             if before[name] != value:
                 raise UsageError(f"{args.out} started with {part}.{name} {before[name]}, not {value}: give another --out")
+
+
+def _read_config(kind: type[Config], path: Path, part: str) -> dict:
+    try:
+        return asdict(from_json(kind, read_json(path).get(part, {})))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
 
 
 def _train(trainer, args: FitCodec) -> None:

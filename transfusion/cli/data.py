@@ -16,6 +16,7 @@ from transfusion.cli.screen import UsageError, check_exists, fail, nearest, prin
 from transfusion.cli.sources import SOURCES, Reading, open_readers
 from transfusion.config import PrepareConfig
 from transfusion.disk import CONFIG, RUN, check_codec, check_prepared
+from transfusion.fields import PositiveInt
 
 NUM_SHOWN = 10  # faults of each source that are printed
 
@@ -34,7 +35,7 @@ class Inspect:
     """Show the first documents of a source, or some of a prepared folder, on a page with thumbnails."""
 
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
-    count: int = 24
+    count: PositiveInt = 24
     """Number of documents of each source."""
     out: Path = Path("inspect.html")
     """File of the page."""
@@ -94,8 +95,6 @@ def validate(args: Validate) -> None:
 
 def inspect(args: Inspect) -> None:
     """Write the page."""
-    if args.count < 1:
-        raise UsageError(f"--count must be at least 1, not {args.count}")
     folders, readers = _open(args)
 
     from transfusion.data.inspect import show_prepared, show_source

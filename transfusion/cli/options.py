@@ -13,6 +13,9 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructFieldSpec
 
 from transfusion.cli.screen import UsageError, nearest
+from transfusion.fields import check_value, range_of
+
+ALIASES = {"--data.prepared": ("--data",)}  # shorter names of options
 
 Device = Annotated[str, tyro.conf.arg(help="Device to use: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1 or mps.")]
 RunArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -35,7 +38,7 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
         prefixes[info.type] = prefix
         overrides = issubclass(info.type, Overrides)
         described = [_describe(f, prefix, overrides) for f in spec.fields if not (overrides and f.type is bool)]
-        flags.extend(flag for flag, _ in described if flag)
+        flags.extend(name for flag, _ in described if flag for name in (flag, *ALIASES.get(flag, ())))
         required.update({flag: f for flag, f in described if flag and f.default in (tyro.MISSING, tyro.MISSING_NONPROP)})
 
         @wraps(info.type, updated=())
@@ -101,23 +104,33 @@ def _describe(field: StructFieldSpec, prefix: str, override: bool) -> tuple[str,
     positional = tyro.conf.Positional in annotations
     flag = field.name.upper() if positional else prefix + name
     optional = get_origin(hint) in (Union, UnionType)
-    reader = _reader(get_args(hint)[0] if optional else hint, flag, optional or override)
-    unset = "(default: the run's)" if override else "(default: not set)" if field.default in (None, ()) else None
-    metavar = None if not positional else flag if reader.nargs == 1 else f"{flag} ..."
+    reader = _reader(field.type, get_args(hint)[0] if optional else hint, flag, optional or override)
+    allowed = range_of(field.type)
+    unset = "the run's" if override else "not set" if field.default in (None, ()) else None
+
+    def describe_default(default: str) -> str:
+        return f"({allowed}{'; ' if allowed else ''}default: {unset or default})"
+
+    required = field.default in (tyro.MISSING, tyro.MISSING_NONPROP)
+    argument = tyro.conf.arg(
+        help_behavior_hint=None if required else describe_default, aliases=ALIASES.get(flag),
+        metavar=None if not positional else flag if reader.nargs == 1 else f"{flag} ...",
+    )  # fmt: skip
     hint, readers = hint | None if override else hint, [reader] if hint is not bool else []  # tyro reads flags itself
-    annotated = Annotated[(hint, tyro.conf.arg(help_behavior_hint=unset, metavar=metavar), *annotations, *readers)]
+    annotated = Annotated[(hint, argument, *annotations, *readers)]
     default, text = None if override else field.default, field.helptext
     return flag, replace(field, type=annotated, default=default, helptext=lambda: " ".join((text() or "").split()))
 
 
-def _reader(hint: Any, flag: str, optional: bool) -> PrimitiveConstructorSpec:
-    """tyro's reader of a type, with plain metavar and errors. A dataclass is read as one word for each of its fields."""
+def _reader(rule: Any, hint: Any, flag: str, optional: bool) -> PrimitiveConstructorSpec:
+    """tyro's reader of a type, with plain metavar and errors. The value is checked by `rule`, the field's annotation. A
+    dataclass is read as one word for each of its fields."""
     is_config = is_dataclass(hint)
     types = tuple[tuple(get_type_hints(hint).values())] if is_config else hint
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(types, set()))
     kind = "number" if "FLOAT" in spec.metavar else "whole number"
     several = f"{kind}s" if spec.nargs == "*" else f"{spec.nargs} {kind}s"
-    rule = f"one of {', '.join(spec.choices)}" if spec.choices else f"a {kind}" if spec.nargs == 1 else several
+    needed = f"one of {', '.join(spec.choices)}" if spec.choices else f"a {kind}" if spec.nargs == 1 else several
     names = " ".join(f.name.partition("_")[0].upper() for f in fields(hint)) if is_config else ""
 
     def read(words: list[str]) -> Any:
@@ -128,8 +141,11 @@ def _reader(hint: Any, flag: str, optional: bool) -> PrimitiveConstructorSpec:
                 raise ValueError(words)
             value = spec.instance_from_str(words)
         except ValueError:
-            raise UsageError(f"{flag} {' '.join(words)}: must be {rule}") from None
-        return hint(*value) if is_config else value
+            raise UsageError(f"{flag} {' '.join(words)}: must be {needed}") from None
+        try:
+            return hint(*value) if is_config else check_value(rule, value, flag)
+        except ValueError as error:
+            raise UsageError(f"{flag} {' '.join(words)}: {error}" if is_config else error) from None
 
     def write(value: Any) -> list[str]:
         values = astuple(value) if is_dataclass(value) else value if isinstance(value, tuple) else (value,)

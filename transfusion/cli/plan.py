@@ -13,8 +13,9 @@ import tyro
 from transfusion.cli.options import as_usage_error
 from transfusion.cli.runs import parse_run, read_run
 from transfusion.cli.screen import UsageError
-from transfusion.config import Machines, Run
+from transfusion.config import MFU, Machines, Run, Teraflops
 from transfusion.disk import check_prepared
+from transfusion.fields import PositiveInt
 from transfusion.paper import PAPER
 from transfusion.runs import NAMES, SIZES, named_run
 
@@ -29,16 +30,16 @@ class PlanOptions:
     Without RUN, the paper's five sizes side by side."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
-    gpus: int = 1
+    gpus: PositiveInt = 1
     """Number of GPUs that train the run."""
-    gpus_per_machine: int = 8
+    gpus_per_machine: PositiveInt = 8
     """Number of GPUs in a machine, which share one copy of the weights with hybrid sharding."""
     memory: str = "80GB"
     """Memory of each GPU with its unit, for example 80GB or 40GiB."""
-    tflops: float = 989.0
+    tflops: Teraflops = 989.0
     """Peak TFLOP/s of each GPU; 989 is an H100 in bfloat16."""
-    mfu: float = 0.4
-    """Share of the peak that the run's exact FLOPs reach, from 0 to 1."""
+    mfu: MFU = 0.4
+    """Share of the peak that the run's exact FLOPs reach."""
     batch: str | None = None
     """Positions per step, for example 2M, from which training.accumulate follows; decided by the run if not set."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -82,8 +83,7 @@ def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tupl
     """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
     run, args = parse_run(PlanOptions, command, run, arguments)
     memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
-    with as_usage_error(Machines):
-        machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
+    machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
     for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
     if is_named and (run.data.sources or run.data.prepared):
@@ -101,12 +101,12 @@ def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tupl
 
 
 def _number(text: str, units: dict[str, int], rule: str) -> int:
-    """A number with a unit, in the smallest unit. UsageError when it is not one, or 0."""
+    """A number with a unit, in the smallest unit. UsageError when it is not one, below 1 or too large."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    number = round(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
-    if not number:
+    number = float(match[1]) * units[match[2]] if match and match[2] in units else 0
+    if not 1 <= number < 2**63:
         raise UsageError(f"{rule}, not {text!r}")
-    return number
+    return round(number)
 
 
 def _table(plans: list) -> Iterator[str]:

@@ -4,11 +4,12 @@ import ipaddress
 import os
 import socket
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from transfusion.cli.options import Device, RunArgument, parse
 from transfusion.cli.screen import UsageError, print_status
 from transfusion.disk import check_run, find_folder
+from transfusion.fields import Range
 from transfusion.serving.limits import Limits
 
 KEY = "TRANSFUSION_API_KEY"
@@ -22,7 +23,7 @@ class Serve:
     """The run's folder."""
     host: str = "127.0.0.1"
     """Address to listen on; any other than this machine's own needs --api-key."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 2**16 - 1)] = 8000
     """Port to listen on; 0 picks a free one."""
     api_key: str | None = None
     """Key that clients must send; if not set, that of TRANSFUSION_API_KEY, which other users of the machine cannot see."""
@@ -35,8 +36,6 @@ class Serve:
 def serve(arguments: list[str]) -> None:
     """Listen until a signal stops it."""
     args = parse(Serve, "serve", arguments)
-    if not 0 <= args.port < 2**16:
-        raise UsageError(f"--port must be from 0 to 65535, not {args.port}")
     key = args.api_key if args.api_key is not None else os.environ.get(KEY)
     if key is not None and not key.strip():
         raise UsageError(f"the API key is empty: give another --api-key or {KEY}")

@@ -6,7 +6,8 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.screen import UsageError
-from transfusion.config import ShapesConfig
+from transfusion.config import SceneLevel, SceneSize, ShapesConfig
+from transfusion.fields import PositiveInt
 
 SOURCES = """\
 SOURCE is a file or folder (images, .parquet, .tar, .jsonl, .json, .arrow, .txt; * matches any characters), an address
@@ -29,11 +30,11 @@ class Reading:
     """Folder of the images that a file names; the file's own folder if not set."""
     split: str = "train"
     """Split to read, where files or folders are named after splits."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Largest number of records to read of each source; all if not set."""
-    shapes_size: int = 32
+    shapes_size: SceneSize = 32
     """Side of the images of the source `shapes`, in pixels."""
-    shapes_level: int = 1
+    shapes_level: SceneLevel = 1
     """Content of an image of `shapes`: 0 is one object, 1 also two objects in a relation, 2 up to four objects."""
 
 
@@ -49,8 +50,6 @@ def open_readers(reading: Reading, required: bool = True) -> list:
         if not equals or not field:
             raise UsageError(f"--columns takes FIELD=COLUMN, for example caption=alt_text, not {pair!r}")
         columns[field] = column
-    if reading.limit is not None and reading.limit < 1:
-        raise UsageError(f"--limit must be at least 1, not {reading.limit}")
     options = ReaderOptions(reading.form, columns, reading.pictures, reading.split, reading.limit,
                             ShapesConfig(reading.shapes_level, reading.shapes_size))  # fmt: skip
     return [open_reader(source, options) for source in reading.sources]

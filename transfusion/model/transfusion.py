@@ -119,7 +119,7 @@ def read_config(folder: Path) -> ModelConfig:
     if "format" in values:  # of an exported run; `save_pretrained` writes none
         check_run_format(folder, values)
     try:
-        return from_json(ModelConfig, values["run"]["model"], "model.")
+        return from_json(ModelConfig, values["run"]["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise OpenError(f"{folder / CONFIG} is damaged: {error}") from None
 

@@ -1,36 +1,30 @@
 """Limits of one request and of the whole server. They are checked before any work is done."""
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from transfusion.fields import MAX_SECONDS, Config, NonNegativeInt, PositiveInt, Range
+
+Seconds = Annotated[float, Range(above=0, limit=MAX_SECONDS)]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Config, part="limits."):
     """A request above a limit fails with one sentence, or waits."""
 
-    max_sequences: int = 16  # Number of sequences generated at once; others wait.
-    waiting: int = 64  # Number of requests that may wait; one more fails with 429.
-    n: int = 8  # Largest n: choices or images of one request.
-    steps: int = 1000  # Largest number of denoising steps of an image.
-    tokens: int = 32_768  # Largest max_tokens. A sequence also ends at the run's data.seq_len.
-    prompt_chars_per_position: int = 32  # Prompt limit in characters, divided by the run's data.seq_len.
-    body_bytes: int = 32 * 2**20  # Largest body of a request, in bytes.
-    pictures: int = 8  # Largest number of pictures in one request.
-    pixels: int = 16_000_000  # Largest picture in a request, in pixels.
-    deadline: float = 300.0  # Seconds from a request's arrival to the end of its answer, or it fails with 504.
-    client_timeout: float = 30.0  # Seconds for a client to send its body, or to receive the next part of the answer.
-    shutdown_grace: float = 30.0  # Seconds for running requests to finish after SIGTERM or Ctrl-C.
-
-    def __post_init__(self):
-        for name in "max_sequences", "n", "steps", "tokens", "prompt_chars_per_position", "body_bytes", "pictures", "pixels":
-            if getattr(self, name) < 1:
-                raise ValueError(f"limits.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("waiting", "shutdown_grace"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"limits.{name} must be at least 0 and finite, not {getattr(self, name)}")
-        for name in ("deadline", "client_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"limits.{name} must be above 0, not {getattr(self, name)}")
+    max_sequences: PositiveInt = 16  # Number of sequences generated at once; others wait.
+    waiting: NonNegativeInt = 64  # Number of requests that may wait; one more fails with 429.
+    n: PositiveInt = 8  # Largest n: choices or images of one request.
+    steps: PositiveInt = 1000  # Largest number of denoising steps of an image.
+    tokens: PositiveInt = 32_768  # Largest max_tokens. A sequence also ends at the run's data.seq_len.
+    prompt_chars_per_position: PositiveInt = 32  # Prompt limit in characters, divided by the run's data.seq_len.
+    body_bytes: PositiveInt = 32 * 2**20  # Largest body of a request, in bytes.
+    pictures: PositiveInt = 8  # Largest number of pictures in one request.
+    pixels: PositiveInt = 16_000_000  # Largest picture in a request, in pixels.
+    deadline: Seconds = 300.0  # Seconds from a request's arrival to the end of its answer, or it fails with 504.
+    client_timeout: Seconds = 30.0  # Seconds for a client to send its body, or to receive the next part of the answer.
+    # Seconds for running requests to finish after SIGTERM or Ctrl-C.
+    shutdown_grace: Annotated[float, Range(at_least=0, limit=MAX_SECONDS)] = 30.0
 
     @property
     def reserved_text_sequences(self) -> int:
