@@ -415,7 +415,7 @@ def test_run_trains_with_a_fitted_autoencoder(fitted, tmp_path, capsys):
 @pytest.mark.parametrize(("args", "code", "message"), [
     (("medium", "PHOTOS"), 2, "small"), (("small",), 2, "name a source"), (("small", "nowhere/x/y"), 1, "does not exist"),
     (("small", "PHOTOS", "--size", "18x18"), 2, "multiples of 4"),
-    (("small", "PHOTOS", "--size", "big"), 1, "width x height"),
+    (("small", "PHOTOS", "--size", "big"), 2, "--size must be width x height"),
     (("small", "PHOTOS", "--network.multipliers", "0"), 2, "multipliers"),
     (("small", "PHOTOS", "--training.steps", "0"), 2, "at least 1"),
     (("small", "topics"), 1, "no image"), (("small", "PHOTOS", "--training.perceptual", "nowhere"), 1, "nowhere"),

@@ -21,6 +21,7 @@ from tests.profile import few_samples
 from tests.sources import write_photos, write_texts
 from transfusion.cli import COMMANDS, main
 from transfusion.cli.options import parse
+from transfusion.cli.output import OutputFolder
 from transfusion.cli.screen import UsageError
 from transfusion.config import RopeScaling
 
@@ -89,10 +90,15 @@ def test_training_from_a_run_json(run, tmp_path):
     assert copy["model"] == json.loads((run / "run.json").read_text())["run"]["model"]
 
 
+def calls_of(folder: Path) -> list[dict]:
+    """The entries of a folder's output.json."""
+    return json.loads((folder / "output.json").read_text())["calls"]
+
+
 def test_generate_draws_images(run, tmp_path, capsys):
     command("generate", run, "three", "--num-images", 3, "--steps", 2, "--out", tmp_path)
-    output = json.loads((tmp_path / "output.json").read_text())
-    assert [answer["parts"] for answer in output["answers"]] == [[{"image": f"00{n}.png"}] for n in range(3)]
+    (call,) = calls_of(tmp_path)
+    assert [answer["parts"] for answer in call["answers"]] == [[{"image": f"00{n}.png"}] for n in range(3)]
     assert Picture.open(tmp_path / "002.png").size == (8, 8)
     assert capsys.readouterr().out.count(".png") == 3
 
@@ -103,6 +109,47 @@ def test_same_seed_draws_same_image(run, tmp_path):
     a, b, c = (np.asarray(Picture.open(tmp_path / name / "000.png")) for name in "abc")
     assert (a == b).all()
     assert (a != c).any()
+
+
+def test_calls_into_one_folder_keep_the_images_of_earlier_ones(run, tmp_path):
+    drawn = []
+    for seed in range(2):
+        command("generate", run, "three", "--num-images", 2, "--seed", seed, "--out", tmp_path)
+        drawn.append([(tmp_path / f"00{n}.png").read_bytes() for n in range(2 * seed + 2)])
+    assert drawn[1][:2] == drawn[0] and drawn[1][2:] != drawn[0]
+    assert [call["seed"] for call in calls_of(tmp_path)] == [0, 1]
+    assert calls_of(tmp_path)[1]["answers"][1]["parts"] == [{"image": "003.png"}]
+
+
+def test_images_are_numbered_after_the_largest_number(tmp_path):
+    for name in ("007.png", "1000.png", "notes.png", "0012.png", "٣٣٣.png", "999.jpg", "output.txt"):
+        (tmp_path / name).write_bytes(b"")
+    folder = OutputFolder(tmp_path, overwrite=False)
+    (tmp_path / "1001.png").write_bytes(b"of another call")
+    assert folder.save(np.zeros((2, 2, 1), np.uint8)) == "1002.png"
+    assert (tmp_path / "1001.png").read_bytes() == b"of another call"
+
+
+def test_overwrite_replaces_only_what_generate_wrote(run, tmp_path, capsys):
+    kept = "notes.png", "0012.png", "000.jpg", "run.json"
+    for name in (*kept, "005.png", "output.json"):
+        (tmp_path / name).write_text("{}")
+    call = "generate", run, "--num-images", 1, "--out", tmp_path
+    assert "output.json was not written by generate" in fails(capsys, 2, *call)
+    assert "--size" in fails(capsys, 2, *call, "--size", "9x9", "--overwrite")  # a refused call removes nothing
+    assert (tmp_path / "005.png").exists()
+    command(*call, "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "000.png", "output.json"}
+    assert all((tmp_path / name).read_text() == "{}" for name in kept)
+    assert len(calls_of(tmp_path)) == 1
+
+
+def test_negative_prompt_changes_the_image_and_is_recorded(run, tmp_path):
+    for name, options in (("a", ()), ("b", ("--negative-prompt", "two"))):
+        command("generate", run, "three", "--num-images", 1, *options, "--out", tmp_path / name)
+    a, b = ((tmp_path / name / "000.png").read_bytes() for name in "ab")
+    assert a != b
+    assert [calls_of(tmp_path / name)[0]["negative_prompt"] for name in "ab"] == [None, "two"]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
@@ -116,7 +163,7 @@ def test_prompt_takes_all_image_modes(run, tmp_path, mode):
 
 def test_double_at_is_text(run, tmp_path):
     command("generate", run, "@@home", "--max-tokens", 2, "--out", tmp_path)
-    assert json.loads((tmp_path / "output.json").read_text())["prompt"] == ["@@home"]
+    assert calls_of(tmp_path)[0]["prompt"] == ["@@home"]
 
 
 def test_special_tokens_in_text_are_text(run, tmp_path):
@@ -133,7 +180,14 @@ def test_special_tokens_in_text_are_text(run, tmp_path):
         (("three", "--temperature", -1), "--temperature must"),
         (("three", "--t-shift", 0), "--t-shift must"),
         (("three", "--num-images", 1, "--size", "9x9"), "can draw 8x8"),
-        (("three", "--num-images", 1, "--size", "big"), "width x height"),
+        (("three", "--num-images", 1, "--size", "big"), "--size must be width x height in pixels"),
+        (("three", "--size", "8x8"), "--size has no effect without --num-images"),
+        (("three", "--num-images", 1, "--top-p", 0.5), "--top-p has no effect with --num-images: the answers are images"),
+        (("three", "--num-images", 1, "--max-tokens", 5), "--max-tokens has no effect with --num-images"),
+        (("three", "--image-guidance-scale", 2), "--image-guidance-scale has no effect on a prompt without images"),
+        (("three", "--guidance-scale", 1, "--guidance-interval", 0, 0.5), "--guidance-interval has no effect at"),
+        (("three", "--guidance-scale", 1, "--negative-prompt", "two"), "--negative-prompt has no effect at"),
+        (("three", "--guidance-scale", -1), "--guidance-scale must be between 0 and 100, not -1.0\n"),
         (("three", "--sampler", "euler"), "ddim"),
         (("word " * 500,), "positions"),
         (("three", "--sampler", "magic"), "--sampler magic: must be one of ddpm, ddim, dpm, dpm-sde, euler, heun\n"),

@@ -264,7 +264,7 @@ def test_export_and_generate_commands(run, tmp_path, capsys):
     assert "hf upload" in capsys.readouterr().err
     for name, source in (("a", run), ("b", tmp_path / "out")):
         command("generate", source, "three", "--num-images", 1, "--seed", 5, "--out", tmp_path / name)
-    a, b = (json.loads((tmp_path / name / "output.json").read_text())["answers"] for name in "ab")
+    a, b = (json.loads((tmp_path / name / "output.json").read_text())["calls"][0]["answers"] for name in "ab")
     assert a == b
     assert (tmp_path / "a" / "000.png").read_bytes() == (tmp_path / "b" / "000.png").read_bytes()
     assert "is there already" in fails(capsys, 1, "export", run, "--out", tmp_path / "out")

@@ -235,7 +235,7 @@ def test_other_files_than_coco_are_refused(tmp_path, values):
 
 
 @pytest.mark.parametrize(("options", "code", "message"), [
-    (("--tasks", "drawing"), 2, "there is no task 'drawing'"),
+    (("--tasks", "drawing"), 2, "--tasks must be some of captions, drawings, "),
     (("--tasks",), 2, "name at least one task"),
     (("--count", "1"), 2, "count must be at least 2"),
     (("--tasks", "geneval"), 1, "nothing in the data of this run for the task geneval"),

@@ -2,6 +2,7 @@
 that `fields.Config` checks. Imports nothing heavy."""
 
 import math
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -19,6 +20,7 @@ from transfusion.fields import (
     Share,
     Size,
     VocabSize,
+    short_repr,
 )
 
 TokenizerSize = Annotated[int, Range(at_least=256, limit=2**24)]  # with one id for each byte
@@ -226,20 +228,20 @@ class PrepareConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        names = "tokenizer", "tokenizer_size", "sizes", "codec", "codec_block", "codec_components"
+        names = "tokenizer", "tokenizer_size", "sizes", "codec", "codec_block", "codec_components", "fit_documents"
         changed = [f.name.replace("_", "-") for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
         if self.like is not None and changed:
             raise ValueError(f"like and --{changed[0]} cannot be combined: the folder decides tokenizer, codec and sizes")
         for size in self.sizes:
-            parse_size(size)
+            parse_size(size, "sizes")
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, name: str = "size") -> tuple[int, int]:
     """"64x48" -> (64, 48), width and height in pixels. ValueError for any other text."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"a size is width x height in pixels, for example 64x48, not {text!r}")
-    return int(width), int(height)
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{name} must be width x height in pixels, for example 64x48, not {short_repr(text)}")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
@@ -375,7 +377,7 @@ class EvaluationConfig(Config):
         super().__post_init__()
         for task in self.tasks or ():
             if task not in TASKS:
-                raise ValueError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+                raise ValueError(f"tasks must be some of {', '.join(TASKS)}, not {short_repr(task)}")
         if self.tasks == ():
             raise ValueError(f"tasks is empty: name at least one task of {', '.join(TASKS)}")
 

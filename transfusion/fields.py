@@ -93,24 +93,24 @@ def check_value(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         choice = next((choice for choice in arguments if type(choice) is type(value) and choice == value), None)
         if choice is None:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, not {_short(value)}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, not {short_repr(value)}")
         return choice
     if origin is tuple:
         return _check_tuple(arguments, value, name)
     if hint in (int, float):
         return _check_number(hint, value, name)
     if not isinstance(value, hint):
-        raise ValueError(f"{name} must be {TYPES.get(hint) or f'a {hint.__name__}'}, not {_short(value)}")
+        raise ValueError(f"{name} must be {TYPES.get(hint) or f'a {hint.__name__}'}, not {short_repr(value)}")
     return str(value) if hint is str else value
 
 
 def _check_tuple(types: tuple, value: Any, name: str) -> tuple:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} must be a list, not {_short(value)}")
+        raise ValueError(f"{name} must be a list, not {short_repr(value)}")
     if types[1:] == (...,):
         types = types[:1] * len(value)
     if len(types) != len(value):
-        raise ValueError(f"{name} must be {len(types)} numbers, not {_short(value)}")
+        raise ValueError(f"{name} must be {len(types)} numbers, not {short_repr(value)}")
     return tuple(check_value(hint, item, name) for hint, item in zip(types, value, strict=True))
 
 
@@ -121,7 +121,7 @@ def _check_number(kind: type, value: Any, name: str) -> int | float:
             raise TypeError(value)
         number = operator.index(value) if kind is int else float(value)
     except TypeError:
-        raise ValueError(f"{name} must be {TYPES[kind]}, not {_short(value)}") from None
+        raise ValueError(f"{name} must be {TYPES[kind]}, not {short_repr(value)}") from None
     except OverflowError:
         number = math.inf
     if kind is int and number not in INT64:
@@ -131,8 +131,8 @@ def _check_number(kind: type, value: Any, name: str) -> int | float:
     return number
 
 
-def _short(value: Any) -> str:
-    """A value in one short line."""
+def short_repr(value: Any) -> str:
+    """A value as Python writes it, in one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 

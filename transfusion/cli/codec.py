@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from transfusion.cli.options import Device, parse
+from transfusion.cli.ignored import check_fit_codec, warn_about_warmup
+from transfusion.cli.options import Device, as_usage_error, parse
 from transfusion.cli.screen import UsageError, nearest, print_status, progress
 from transfusion.cli.sources import Reading, open_readers
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
@@ -73,7 +74,9 @@ def fit_codec(arguments: list[str]) -> None:
         raise UsageError(f"there is no codec {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     default = FitCodec(Path("codecs") / name, PRESETS[name].network, PRESETS[name].training, FaultToleranceConfig())
     args = parse(FitCodec, f"data fit-codec {name}", rest, default)
-    size = parse_size(args.size)
+    check_fit_codec(default, args)
+    with as_usage_error(FitCodec):
+        size = parse_size(args.size)
     if any(side % args.network.downsampling for side in size):
         raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
     readers = open_readers(args.reading)
@@ -143,6 +146,7 @@ def _train(trainer, args: FitCodec) -> None:
     trainer.loop.restore(print_status)
     if trainer.ranks.is_main:
         print_status(f"training on {trainer.device} with {', '.join(trainer.loss_names)}, into {args.out}")
+        warn_about_warmup(args.training, print_status)
     done = trainer.loop.progress.step >= args.training.steps or trainer.train()
     if done and trainer.ranks.is_main:
         _finish(trainer, args)

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.codec import fit_codec
+from transfusion.cli.ignored import changed, check_prepare, refuse
 from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError, check_exists, fail, nearest, print_status, progress
 from transfusion.cli.sources import SOURCES, Reading, open_readers
@@ -113,6 +114,8 @@ def stats(args: Stats) -> None:
     """Print one table for each source."""
     check_exists(args.tokenizer)
     folders, readers = _open(args)
+    if args.tokenizer is not None and not readers:
+        raise UsageError("--tokenizer has no effect on prepared folders, which are encoded")
 
     from transfusion.codecs.text import Tokenizer
     from transfusion.data.fitting import train_tokenizer
@@ -135,6 +138,7 @@ def stats(args: Stats) -> None:
 def prepare(args: Prepare) -> None:
     """Create a prepared folder or resume it; under torchrun with all its processes."""
     like, codec = args.config.like, args.config.codec
+    check_prepare(args.config)
     check_exists(args.config.tokenizer)
     if like is not None and not any((Path(like) / name).exists() for name in (RUN, CONFIG)):
         check_prepared(Path(like))
@@ -170,6 +174,8 @@ def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:
     """The prepared folders among the sources, and readers of the others."""
     prepared = [source for source in args.reading.sources if os.path.exists(os.path.join(source, "recipe.json"))]
     others = tuple(source for source in args.reading.sources if source not in prepared)
+    given = changed(Reading(), replace(args.reading, sources=()))
+    refuse(given, [(not others, " ".join(given), "on prepared folders: their records are read already")])
     readers = open_readers(replace(args.reading, sources=others), required=not prepared)
     for reader in readers:
         print_status(reader.describe())

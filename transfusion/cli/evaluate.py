@@ -7,9 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from transfusion.cli.options import Device, as_usage_error, parse
+from transfusion.cli.ignored import check_evaluate
+from transfusion.cli.options import Device, parse
 from transfusion.cli.screen import UsageError, check_exists, print_status
-from transfusion.config import QUICK, TASKS, EvaluationConfig, GenerationConfig
+from transfusion.config import QUICK, TASKS, EvaluationConfig
 from transfusion.disk import check_prepared, check_run, read_json
 
 
@@ -35,9 +36,7 @@ def evaluate(arguments: list[str]) -> None:
         raise UsageError("name a run's folder, or --from the results.json of one")
     if args.results is not None and replace(config, data=None) != EvaluationConfig():
         raise UsageError("--from repeats its results.json: name nothing else but RUN, --data and --device")
-    with as_usage_error(GenerationConfig):
-        options = {name: getattr(config, name) for name in ("sampler", "steps", "guidance_scale")}
-        GenerationConfig(**{name: value for name, value in options.items() if value is not None})
+    check_evaluate(config, config.tasks or QUICK)
     check_exists(config.questions, config.prompts, config.coco, config.pictures)
     for folder in config.data or ():
         check_prepared(Path(folder))

@@ -81,9 +81,14 @@ def plan(arguments: list[str]) -> None:
 
 def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tuple[Run, Machines, PlanOptions]:
     """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
+    before = run
     run, args = parse_run(PlanOptions, command, run, arguments)
     memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
     machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
+    if args.batch is not None and run.training.accumulate != before.training.accumulate:
+        raise UsageError("--batch decides training.accumulate: give only one of them")
+    if args.gpus_per_machine != PlanOptions.gpus_per_machine and run.parallel.shard == "full":
+        raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
     for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
     if is_named and (run.data.sources or run.data.prepared):

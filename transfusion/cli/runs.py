@@ -1,6 +1,5 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +9,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from transfusion.cli.evaluate import measure
+from transfusion.cli.ignored import check_generate, check_train, warn_about_warmup
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
 from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
 from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, from_json, parse_size
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, read_json
+from transfusion.fields import Range, Seed
 from transfusion.runs import NAMES, named_run
 
+NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
 HELDOUT = 256  # documents of each source for the held-out losses
 NUM_PREVIEWS, PREVIEW_DOCUMENTS = 10, 256  # captions of a preview, and the held-out documents they are taken from
 
@@ -55,15 +57,19 @@ class Generate:
     """The run's folder, an exported folder, or owner/name on the hub."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """Text and images in order, an image as @picture.png; write @@ for text that begins with @."""
-    num_images: int | None = None
+    negative_prompt: str | None = None
+    """Text that takes the place of the empty prompt in classifier-free guidance: what the images shall not show."""
+    num_images: NumImages | None = None
     """Number of images to draw, each from the whole prompt; if not set, the model decides what follows the prompt."""
     size: str | None = None
     """WIDTHxHEIGHT of the images in pixels, one of the run's sizes, for example 32x32; the run's first size if not set."""
     generation: Annotated[GenerationOverrides, tyro.conf.arg(name="")] = field(default_factory=GenerationOverrides)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random numbers."""
     out: Path = Path("out")
-    """Folder for output.json and the images 000.png, 001.png and so on."""
+    """Folder for output.json and the images 000.png, 001.png and so on; images of earlier calls are kept."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Remove the numbered images and output.json of earlier calls from the folder."""
     weights: Literal["ema", "raw"] = "ema"
     """Moving average of the weights, or the last weights."""
     device: Device = "auto"
@@ -89,11 +95,13 @@ def demo(arguments: list[str]) -> None:
 def train(arguments: list[str]) -> None:
     """Start a run or resume it."""
     run, options = read_run("train", arguments)
+    before = run
     run, args = parse_run(Train, f"train {run.name}", run, options, out=Path("runs") / run.name)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     _check_inputs(run, args)
+    check_train(before, run, starts[0][0] if starts else None)
     train_run(run, args.out, args.device, *starts)
 
 
@@ -116,8 +124,8 @@ def _check_inputs(run: Run, args: Train) -> None:
 
 def parse_run(cls: type, command: str, run: Run, arguments: list[str], **defaults: Any) -> tuple[Run, Any]:
     """The run with the settings of the command line, and all options; `defaults` are those of options outside the run."""
-    arguments = ["--data.prepared" if word == "--data" else word for word in arguments]
-    if "--data.prepared" in arguments:  # replaces the sources of the named run
+    given = {word.partition("=")[0] for word in arguments}
+    if given & {"--data", "--data.prepared", "--data.sources"}:  # they replace the sources of the named run
         run = replace(run, data=replace(run.data, sources=(), mixture_weights=()))
     args = parse(cls, command, arguments, cls(run, **defaults))
     return args.run, args
@@ -152,6 +160,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
             report_line(f"{path} is trained to its last step, {run.training.steps}")
             return True
         report_line(f"training {run.name} on {devices}, into {path}")
+        warn_about_warmup(run.training, report_line)
         return trainer.train()
 
 
@@ -169,7 +178,10 @@ def generate(arguments: list[str]) -> None:
 
     engine = open_run(folder, args.weights, args.device)
     with as_usage_error(Generate):
-        engine.submit(Request(parts, args.num_images, args.seed, engine.make_generation_config(**args.generation), size))
+        has_pictures = any(not isinstance(part, str) for part in parts)
+        check_generate(engine, args.num_images, size, has_pictures, args.generation)
+        generation = engine.make_generation_config(**args.generation)
+        engine.submit(Request(parts, args.num_images, args.seed, generation, size, negative_prompt=args.negative_prompt))
     _print_answers(engine, args)
 
 
@@ -222,36 +234,40 @@ def _previewer(folder, heldout: list, device, ranks):
 
 
 def _print_answers(engine, args: Generate) -> None:
-    """Run the engine until its request is complete, save the images, write output.json and print the answers."""
-    from PIL import Image as Picture
+    """Run the engine until its request is complete, save the images, add to output.json and print the answers."""
     from rich.console import Console
 
-    from transfusion.inference.engine import Draw, FinishEvent, ImageEvent, TokenEvent
+    from transfusion.cli.output import OutputFolder
+    from transfusion.inference.answer import Answer
+    from transfusion.inference.engine import Draw
+    from transfusion.inference.request import FinishEvent, ImageEvent
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    answers = [{"sample": n, "parts": [], "reason": ""} for n in range(args.num_images or 1)]
-    num_files = 0
+    output = OutputFolder(args.out, args.overwrite)
+    answers = [Answer() for _ in range(args.num_images or 1)]
+    names, errors = [[] for _ in answers], []  # of each answer's images; of the answers that failed
     with Console(stderr=True).status("drawing") as status:
         while engine.sequences:
             for event in engine.step():
-                parts = answers[event.sample_index]["parts"]
-                if isinstance(event, TokenEvent) and event.text:
-                    if not parts or "text" not in parts[-1]:
-                        parts.append({"text": ""})
-                    parts[-1]["text"] += event.text
-                elif isinstance(event, ImageEvent):
-                    name, num_files = f"{num_files:03d}.png", num_files + 1
-                    Picture.fromarray(event.pixels.squeeze()).save(args.out / name)
-                    parts.append({"image": name})
-                elif isinstance(event, FinishEvent):
-                    answers[event.sample_index]["reason"] = event.reason
+                answers[event.sample_index].add(event)
+                if isinstance(event, ImageEvent):
+                    names[event.sample_index].append(output.save(event.pixels))
+                elif isinstance(event, FinishEvent) and event.reason == "error":
+                    errors.append(event.message)
             steps = [state.phase.image.step for state in engine.sequences if isinstance(state.phase, Draw)]
             status.update(f"drawing: step {min(steps)}" if steps else "writing")
-    output = {"run": str(args.run), "prompt": list(args.prompt), "seed": args.seed, "answers": answers}
-    (args.out / "output.json").write_text(json.dumps(output, indent=2, ensure_ascii=False) + "\n")
-    for answer in answers:
-        parts = [part.get("text") or f"[{args.out / part['image']}]" for part in answer["parts"]]
-        print(f"{answer['sample']}: " if len(answers) > 1 else "", *parts, sep="")
+    parts = [[{"text": part} if isinstance(part, str) else {"image": images.pop(0)} for part in answer.parts]
+             for answer, images in zip(answers, names, strict=True)]  # fmt: skip
+    output.add({
+        "run": str(args.run), "prompt": list(args.prompt), "negative_prompt": args.negative_prompt, "seed": args.seed,
+        "options": args.generation, "answers": [
+            {"sample": n, "parts": parts[n], "reason": answer.reason} for n, answer in enumerate(answers)
+        ],
+    })  # fmt: skip
+    for n in range(len(answers)):
+        texts = [part.get("text") or f"[{args.out / part['image']}]" for part in parts[n]]
+        print(f"{n}: " if len(answers) > 1 else "", *texts, sep="")
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(answers)} answers failed: {errors[0]}")
 
 
 def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str]]:

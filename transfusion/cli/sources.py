@@ -1,10 +1,11 @@
 """The sources of a data command and how they are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
 
+from transfusion.cli.ignored import changed, refuse
 from transfusion.cli.screen import UsageError
 from transfusion.config import SceneLevel, SceneSize, ShapesConfig
 from transfusion.fields import PositiveInt
@@ -44,6 +45,9 @@ def open_readers(reading: Reading, required: bool = True) -> list:
 
     if required and not reading.sources:
         raise UsageError(f"name a source.\n{SOURCES}")
+    given = changed(Reading(), replace(reading, sources=()))
+    has_shapes = any(source.rpartition("=")[2] == "shapes" for source in reading.sources)
+    refuse(given, [(not has_shapes, "shapes_size shapes_level", "without the source shapes")])
     columns = {}
     for pair in reading.columns:
         field, equals, column = pair.partition("=")
