@@ -20,7 +20,7 @@ from skimage import metrics
 
 from tests.profile import THOROUGH, examples
 from tests.sources import picture, write_photos
-from tests.test_cli import TINY, command, fails
+from tests.test_cli import TINY_FITTED, command, fails
 from tests.tiny import finished, narrow_discriminator
 from transfusion.codecs.autoencoder import (
     Autoencoder,
@@ -399,7 +399,7 @@ def test_run_trains_with_a_fitted_autoencoder(fitted, tmp_path, capsys):
     data = open_prepared(tmp_path / "data")
     assert data.codec.kind == "autoencoder"
     assert data.shapes == [(4, 4)]
-    command("train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    command("train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY_FITTED)
     command("generate", tmp_path / "run", "red above blue", "--num-images", 1, "--steps", 2, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "000.png").exists()
     shutil.copytree(fitted / "codec", tmp_path / "other")

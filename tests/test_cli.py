@@ -25,12 +25,13 @@ from transfusion.cli.output import OutputFolder
 from transfusion.cli.screen import UsageError
 from transfusion.config import RopeScaling
 
-TINY = (
-    "--model.width 32 --model.layers 2 --model.heads 2 --model.intermediate-size 64 --training.steps 4 "
-    "--training.warmup-steps 2 "
-    "--training.checkpoint-every 2 --training.validate-every 4 --training.preview-every 4 --data.rows 2 "
-    "--data.tokenizer-size 260 --data.shuffle-block 64 --data.fit-documents 100 --generation.steps 2"
+TINY_TRAINING = (
+    "--training.steps 4 --training.warmup-steps 2 --training.checkpoint-every 2 --training.validate-every 4 "
+    "--training.preview-every 4 --data.rows 2 --data.shuffle-block 64 --generation.steps 2"
 ).split()
+TINY_MODEL = "--model.width 32 --model.layers 2 --model.heads 2 --model.intermediate-size 64".split()
+TINY_FITTED = [*TINY_MODEL, *TINY_TRAINING]  # for data whose tokenizer and codec are fitted already
+TINY = [*TINY_FITTED, *"--data.tokenizer-size 260 --data.fit-documents 100".split()]
 
 
 def command(*arguments: object) -> None:
@@ -136,7 +137,7 @@ def test_overwrite_replaces_only_what_generate_wrote(run, tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     call = "generate", run, "--num-images", 1, "--out", tmp_path
     assert "output.json was not written by generate" in fails(capsys, 2, *call)
-    assert "--size" in fails(capsys, 2, *call, "--size", "9x9", "--overwrite")  # a refused call removes nothing
+    assert "cannot draw" in fails(capsys, 2, *call, "--size", "9x9", "--overwrite")  # a refused call removes nothing
     assert (tmp_path / "005.png").exists()
     command(*call, "--overwrite")
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "000.png", "output.json"}
@@ -261,6 +262,55 @@ def test_wrong_command_is_an_error(tmp_path, monkeypatch, capsys, arguments, mes
     assert "Traceback" not in output.err
     assert output.err.count("\n") == (1 if message else 0)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("train digits --model.vocab-size 5", "--model.vocab-size has no effect in training: the tokenizer decides it"),
+    ("train digits --model.latent-channels 3", "--model.latent-channels has no effect in training: the codec decides it"),
+    ("train digits --data.codec-block 2", "--data.codec-block has no effect without --data.codec block_pca"),
+    ("train digits --data.shapes.size 8", "--data.shapes.size has no effect on these data, which do not read"),
+    ("train shapes --data.digits.interleaved 0.1", "--data.digits.interleaved has no effect on these data"),
+    ("train digits --model.patches codes --model.patch-size 1 --diffusion.t-shift 2", "--diffusion.t-shift has no effect"),
+    ("train digits --model.patches codes --model.patch-size 1 --generation.steps 3", "--generation.steps has no effect"),
+    ("train digits --data DATA --data.codec block_pca", "--data.codec has no effect on prepared data"),
+    ("train digits --data DATA --data.digits.interleaved 0", "--data.digits.interleaved has no effect on these data"),
+    ("train digits --from RUN --data.tokenizer-size 300", "--data.tokenizer-size has no effect with --from"),
+    ("train digits --init-from RUN --model.width 8 --model.heads 1", "--model.width has no effect with --init-from"),
+    ("train digits --init-from RUN --data.tokenizer-size 300", "--data.tokenizer-size has no effect with --init-from"),
+    ("evaluate RUN --features x", "--features has no effect on these tasks: it is for images, coco-images"),
+    ("evaluate RUN --tasks text --steps 3", "--steps has no effect on these tasks: it is for drawings, images"),
+    ("evaluate RUN --tasks geneval --clip x", "--clip has no effect without --detector"),
+    ("evaluate RUN --tasks clip --clip x --prompts RUN", "--prompts has no effect on these tasks: it is for geneval"),
+    ("data prepare digits --out x --shapes-size 8", "--shapes-size has no effect without the source shapes"),
+    ("data prepare digits --out x --tokenizer RUN --tokenizer-size 300", "--tokenizer-size has no effect with --tokenizer"),
+    ("data prepare digits --out x --codec pixels --codec-block 2", "--codec-block has no effect with --codec pixels"),
+    ("data prepare digits --out x --like RUN --fit-documents 9", "like and --fit-documents cannot be combined"),
+    ("data validate DATA --limit 5", "--limit has no effect on prepared folders"),
+    ("data stats DATA --tokenizer RUN", "--tokenizer has no effect on prepared folders"),
+    ("data fit-codec small digits --training.commitment 1", "--training.commitment has no effect without --network.codes"),
+    ("data fit-codec small digits --network.codes 8 --training.kl-weight 1", "--training.kl-weight has no effect on a VQ"),
+    ("data fit-codec small digits --training.gan-weight 1", "--training.gan-weight has no effect without"),
+    ("data fit-codec small digits --training.identity-weight 1", "--training.identity-weight has no effect without"),
+])  # fmt: skip
+def test_options_without_effect_are_refused(run, prepared, monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    words = {"RUN": run, "DATA": prepared / "prepared"}
+    stderr = fails(capsys, 2, *(words.get(word, word) for word in arguments.split()))
+    assert message in stderr and stderr.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_options_count_as_given_only_with_another_value_than_the_default(run, capsys):
+    command("train", "digits", "--out", run, *TINY, "--model.vocab-size", 32_000, "--data.codec-block", 4)
+    assert "trained to its last step" in capsys.readouterr().err
+
+
+def test_warmup_beyond_the_last_step_is_one_line(tmp_path, capsys):
+    command("train", "digits", *TINY, "--training.steps", 1, "--training.warmup-steps", 4, "--out", tmp_path)
+    line = "training.warmup_steps 4 is above training.steps 1: the learning rate reaches only 0.25 of its peak\n"
+    assert line in capsys.readouterr().err
+    command("train", "digits", *TINY, "--training.steps", 2, "--training.warmup-steps", 2, "--out", tmp_path / "whole")
+    assert "warmup_steps" not in capsys.readouterr().err
 
 
 def test_rope_scaling_is_four_numbers(monkeypatch):
@@ -420,7 +470,7 @@ def test_commands_of_a_page_work_in_order(page, tmp_path, monkeypatch):
         if words[:2] == ["data", "prepare"] and (out := words[words.index("--out") + 1]) in assumed:
             shutil.rmtree(out)  # created by the page itself
         if words[0] == "train":
-            words += [*TINY, "--data.seq-len", "256"]
+            words += [*(TINY_FITTED if {"--data", "--from"} & {*words} else TINY), "--data.seq-len", "256"]
         command(*words)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests import processes
 from tests.profile import THOROUGH
 from tests.sources import picture, png, write_lines, write_photos
-from tests.test_cli import TINY, command, fails
+from tests.test_cli import TINY_FITTED, command, fails
 from tests.test_prepare import files_of
 from transfusion.cli import main
 from transfusion.data.store import open_prepared
@@ -157,7 +157,7 @@ def test_text_only_run_generates_text_and_refuses_images(folder, tmp_path, capsy
         (tmp_path / "texts" / f"{n}.txt").write_text(f"text {n} about red and blue things " * 5)
     command("data", "prepare", tmp_path / "texts", "--like", folder / "prepared", "--out", tmp_path / "data")
     run = tmp_path / "run"
-    command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY)
+    command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY_FITTED)
     command("evaluate", run, "--tasks", "text")
     command("generate", run, "text", "--out", tmp_path / "out")
     assert "this run does not support images" in fails(capsys, 2, "generate", run, "text", "--num-images", 1)
@@ -178,7 +178,7 @@ def test_run_on_prepared_data_supports_all_commands(folder, tmp_path, capsys):
     """Train, evaluate, export, report and generate; then train again with the data moved, and with other data."""
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder / "prepared", data)
-    arguments = ("train", "small", "--data", data, "--out", run, *TINY, "--training.preview-every", 4)
+    arguments = ("train", "small", "--data", data, "--out", run, *TINY_FITTED, "--training.preview-every", 4)
     command(*arguments)
     values = json.loads((run / "run.json").read_text())
     assert values["run"]["data"]["sources"] == ["photos", "texts"]
@@ -223,7 +223,7 @@ def test_one_run_draws_images_of_several_sizes(tmp_path, capsys):
     sizes = ("16x16", "32x16", "16x32")
     command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "data", "--sizes", *sizes, *PREPARE)
     run = tmp_path / "run"
-    command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY, "--model.patches", "unet")
+    command("train", "small", "--data", tmp_path / "data", "--out", run, *TINY_FITTED, "--model.patches", "unet")
     assert len(json.loads((run / "run.json").read_text())["vocabulary"]["boi"]) == 3
     for size in sizes:
         arguments = ("--num-images", 2, "--size", size, "--steps", 2, "--out", tmp_path / size)
@@ -236,7 +236,7 @@ def test_one_run_draws_images_of_several_sizes(tmp_path, capsys):
 
 
 def test_resumed_run_equals_uninterrupted(folder, tmp_path):
-    arguments = ("train", "small", "--data", folder / "prepared", *TINY)
+    arguments = ("train", "small", "--data", folder / "prepared", *TINY_FITTED)
     command(*arguments, "--out", tmp_path / "uninterrupted")
     shutil.copytree(tmp_path / "uninterrupted", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000004")
@@ -253,7 +253,7 @@ def test_damaged_shard_ends_training_with_one_message(folder, tmp_path, capsys):
     shutil.copytree(folder / "prepared", tmp_path / "data")
     for path in (tmp_path / "data" / "photos").glob("train-*.arrow"):
         path.write_bytes(path.read_bytes()[:3000])
-    stderr = fails(capsys, 1, "train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    stderr = fails(capsys, 1, "train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY_FITTED)
     assert "transfusion data validate" in stderr
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.documents import few, with_all_logits
 from tests.llama import SPECIAL, write_llama
 from tests.sources import write_photos
-from tests.test_cli import TINY, command, fails
+from tests.test_cli import TINY, TINY_FITTED, TINY_TRAINING, command, fails
 from tests.test_model import decoders, run, sizes_of
 from tests.test_parallel import tensors_of
 from transfusion.checkpoint.export import export
@@ -28,7 +28,9 @@ from transfusion.parallel import SINGLE_PROCESS
 from transfusion.sequence import Document, Row, Text, Vocabulary, collate, encode_document
 
 SHAPES = ((4, 4),)
-FAST = [*TINY, *"--data.sources digits --data.mixture-weights 1 --training.preview-every 0".split()]
+DIGITS = "--data.sources digits --data.mixture-weights 1 --training.preview-every 0".split()
+FAST, FAST_FITTED = [*TINY, *DIGITS], [*TINY_FITTED, *DIGITS]
+FAST_LLAMA = [*TINY_TRAINING, "--data.fit-documents", "100", *DIGITS]  # the folder decides sizes and tokenizer
 NO_LEARNING = "--training.learning-rate 0 --training.min-learning-rate 0".split()  # weights do not change
 
 
@@ -118,7 +120,7 @@ def test_float16_weights_are_read(tmp_path):
 ])  # fmt: skip
 def test_unsupported_models_are_refused(tmp_path, capsys, changed, words):
     write_llama(tmp_path / "llama", **changed)
-    message = fails(capsys, 1, "train", "digits", "--init-from", tmp_path / "llama", "--out", tmp_path / "run", *FAST)
+    message = fails(capsys, 1, "train", "digits", "--init-from", tmp_path / "llama", "--out", tmp_path / "run", *FAST_LLAMA)
     assert words in message
     assert not (tmp_path / "run").exists()
 
@@ -127,7 +129,7 @@ def test_folders_without_a_language_model_are_refused(tmp_path, capsys):
     write_llama(tmp_path / "llama")
     few_rows = tmp_path / "few"
     write_llama(few_rows, rows=200)
-    args = ("train", "digits", "--out", tmp_path / "run", *FAST, "--init-from")
+    args = ("train", "digits", "--out", tmp_path / "run", *FAST_LLAMA, "--init-from")
     assert "(200, 32); config.json and the tokenizer require (262, 32)" in fails(capsys, 1, *args, few_rows)
     assert "there is no" in fails(capsys, 1, *args, tmp_path / "nowhere")
     (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "llama" / "tokenizer.txt")
@@ -140,7 +142,9 @@ def test_folders_without_a_language_model_are_refused(tmp_path, capsys):
 
 def train(folder: Path, *options) -> dict[str, torch.Tensor]:
     """Train a tiny run on digits or prepared data: the tensors of its newest checkpoint."""
-    command("train", "digits", "--out", folder, *(TINY if "--data" in options else FAST), *options)
+    starts = {"--data": TINY_FITTED, "--init-from": FAST_LLAMA, "--from": FAST_FITTED}
+    tiny = next((starts[option] for option in starts if option in options), FAST)
+    command("train", "digits", "--out", folder, *tiny, *options)
     return tensors_of(folder)
 
 
@@ -163,9 +167,10 @@ def test_run_from_a_language_model_resumes_like_any_other(tmp_path, capsys):
     assert_same(train(tmp_path / "killed", "--init-from", llama), expected)
     llama.rename(tmp_path / "elsewhere")
     assert_same(train(tmp_path / "stopped", "--init-from", llama), expected)
-    args = ("train", "digits", "--out", tmp_path / "stopped", *FAST)
+    args = ("train", "digits", "--out", tmp_path / "stopped", *FAST_LLAMA)
     assert "not from" in fails(capsys, 2, *args, "--init-from", tmp_path / "another")
-    assert "not from" in fails(capsys, 2, *args, "--from", llama)
+    from_run = ("train", "digits", "--out", tmp_path / "stopped", *TINY_TRAINING, *DIGITS, "--from", llama)
+    assert "not from" in fails(capsys, 2, *from_run)
     assert "seed is 0 in the folder" in fails(capsys, 2, *args, "--training.seed", 1)
 
 
@@ -180,7 +185,7 @@ def test_prepared_data_must_have_the_tokenizer_of_the_language_model(tmp_path, c
     write_photos(tmp_path / "photos", 40)
     command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "other")
     command("data", "prepare", tmp_path / "photos", "--tokenizer", llama / "tokenizer.json", "--out", tmp_path / "mine")
-    args = ("train", "digits", "--init-from", llama, "--out", tmp_path / "run", *TINY, "--data")
+    args = ("train", "digits", "--init-from", llama, "--out", tmp_path / "run", *TINY_TRAINING, "--data")
     assert "another tokenizer than the language model's" in fails(capsys, 1, *args, tmp_path / "other")
     command(*args, tmp_path / "mine", "--training.steps", 1)
     assert Tokenizer.from_file(tmp_path / "run" / "tokenizer.json").markers == {"bos": 260, "eos": 261}
@@ -206,7 +211,7 @@ def test_run_starts_with_the_ema_tensors_of_another(base, tmp_path):
     expected = select_part(tensors_of(base))
     exported = export(base, tmp_path / "exported")
     for name, path in (("a", base), ("b", exported)):
-        tensors = train(tmp_path / name, "--from", path, *NO_LEARNING, "--training.seed", 9, "--data.tokenizer-size", 300)
+        tensors = train(tmp_path / name, "--from", path, *NO_LEARNING, "--training.seed", 9)
         assert_same(select_part(tensors, "model"), expected)
         assert json.loads((tmp_path / name / "run.json").read_text())["notes"]["start"]["step"] == 4
     first, second = open_checkpoint(base), open_checkpoint(tmp_path / "a")
@@ -223,24 +228,24 @@ def test_killed_run_without_checkpoint_starts_again_equally(base, tmp_path, caps
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     shutil.rmtree(start / "checkpoints" / "step-000004")
     (start / "checkpoints" / "latest").write_text("step-000002")
-    message = fails(capsys, 1, "train", "digits", "--out", tmp_path / "run", *FAST, "--from", start)
+    message = fails(capsys, 1, "train", "digits", "--out", tmp_path / "run", *FAST_FITTED, "--from", start)
     assert "was at step 4 when" in message
 
 
 def test_runs_that_do_not_fit_are_refused_as_a_start(base, tmp_path, capsys):
-    args = ("train", "digits", "--out", tmp_path / "run", *FAST)
+    args = ("train", "digits", "--out", tmp_path / "run", *FAST_FITTED)
     assert "is not a run" in fails(capsys, 1, *args, "--from", tmp_path)
     message = fails(capsys, 1, *args, "--from", base, "--model.intermediate-size", 96)
     assert "model.intermediate_size is 64 in the folder, 96 in this command" in message
-    other_args = ("train", "shapes", "--out", tmp_path / "run", *TINY, "--from", base)
+    other_args = ("train", "shapes", "--out", tmp_path / "run", *TINY_FITTED, "--from", base)
     assert "image channels" in fails(capsys, 1, *other_args)
     write_photos(tmp_path / "photos", 40)
     command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "data")
-    other_args = ("train", "digits", "--out", tmp_path / "run", *TINY, "--from", base, "--data", tmp_path / "data")
+    other_args = ("train", "digits", "--out", tmp_path / "run", *TINY_FITTED, "--from", base, "--data", tmp_path / "data")
     assert "another tokenizer or codec" in fails(capsys, 1, *other_args)
     assert not (tmp_path / "run").exists()
     command("train", "digits", "--out", tmp_path / "random", *FAST)
-    message = fails(capsys, 2, "train", "digits", "--out", tmp_path / "random", *FAST, "--from", base)
+    message = fails(capsys, 2, "train", "digits", "--out", tmp_path / "random", *FAST_FITTED, "--from", base)
     assert "started from random weights, not from" in message
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.lazy import Lazy
 from tests.sources import picture, write_photos
-from tests.test_cli import TINY, command, fails
+from tests.test_cli import TINY_FITTED, command, fails
 from transfusion.codecs import pretrained
 from transfusion.codecs.codec import codec_from_bytes, codec_to_bytes
 from transfusion.codecs.pretrained import Pretrained, is_pretrained
@@ -113,7 +113,7 @@ def test_run_trains_with_a_pretrained_codec(tmp_path, capsys):
     command("data", "prepare", tmp_path / "photos", "--codec", write_network(), "--out", tmp_path / "data")
     data = open_prepared(tmp_path / "data")
     assert (data.codec.kind, data.shapes) == ("pretrained", [(4, 4)])
-    command("train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    command("train", "small", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY_FITTED)
     command("generate", tmp_path / "run", "red", "--num-images", 1, "--steps", 2, "--out", tmp_path / "out")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["codec"]["kind"] == "pretrained"
     error = fails(capsys, 1, "data", "prepare", tmp_path / "photos", "--codec", "no/body", "--out", tmp_path / "new")

@@ -27,7 +27,7 @@ class Overrides:
 
 def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MISSING_NONPROP) -> Any:
     """The arguments as an instance of a dataclass. UsageError for a mistake in them; --help prints the help and exits."""
-    prefixes, flags, lists, required, registry = dict(_prefixes(cls)), [], [], {}, ConstructorRegistry()
+    prefixes, flags, required, registry = dict(_prefixes(cls)), [], {}, ConstructorRegistry()
     see_help = f"transfusion {command} --help lists the options"
 
     @registry.struct_rule
@@ -39,7 +39,6 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
         overrides = issubclass(info.type, Overrides)
         described = [_describe(f, prefix, overrides) for f in spec.fields if not (overrides and f.type is bool)]
         flags.extend(name for flag, _ in described if flag for name in (flag, *ALIASES.get(flag, ())))
-        lists.extend(flag for flag, f in described if any(getattr(a, "nargs", 1) == "*" for a in get_args(f.type)[1:]))
         required.update({flag: f for flag, f in described if flag and f.default in (tyro.MISSING, tyro.MISSING_NONPROP)})
 
         @wraps(info.type, updated=())
@@ -65,10 +64,6 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
         is_option = word.startswith("-")
         wrong = f"there is no option {word}{nearest(word, {*flags})}" if is_option else f"nothing takes {word!r} here"
         raise UsageError(f"{wrong}; {see_help}")
-    given = [word.partition("=")[0].replace("_", "-") for word in arguments]
-    for flag in lists:
-        if sum(map(given.count, (flag, *ALIASES.get(flag, ())))) > 1:
-            raise UsageError(f"{flag} is given twice: give all its values after one {flag}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device := getattr(config, "device", "auto")):
         raise UsageError(f"there is no device {device}; there are auto, cpu, cuda, cuda:0, cuda:1 ... and mps")
     return config
