@@ -38,6 +38,7 @@ from tests.processes import Process, run
 from tests.profile import THOROUGH, examples
 from tests.test_cli import TINY, command
 from transfusion.cli.codec import PRESETS, FitCodec
+from transfusion.cli.ignored import check_train
 from transfusion.cli.options import parse
 from transfusion.cli.runs import Train, parse_run, read_run
 from transfusion.cli.sources import Reading
@@ -242,8 +243,11 @@ PRESET_NAMES = ["cpu", "gpu"]
 
 @cache
 def parse_arguments(*arguments: str) -> Run:
-    """The run of these arguments; cached because tables share variants."""
-    return parse_run(Train, "train", *read_run("train", list(arguments)))[0]
+    """The run of these arguments, none of which is without effect; cached because tables share variants."""
+    named, options = read_run("train", list(arguments))
+    run, _ = parse_run(Train, "train", named, options)
+    check_train(named, run, None)
+    return run
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)

@@ -45,16 +45,11 @@ def changed(before: Any, after: Any, prefix: str = "") -> list[str]:
 def check_train(before: Run, run: Run, start: str | None) -> None:
     """The settings of a run that `train` changes; `start` is "run" or "llama" when its weights are not random."""
     data, given = run.data, changed(before, run)
-    sizes = diffusion = ""
+    diffusion, sizes = " ".join(f"diffusion.{f.name}" for f in fields(run.diffusion)), ""
     if start == "llama":
         from transfusion.model.llama import LLAMA_FIELDS
 
         sizes = " ".join(f"model.{name}" for name in LLAMA_FIELDS)
-    if run.model.patches == "codes":
-        from transfusion.inference.chameleon import DIFFUSION_OPTIONS
-
-        diffusion = " ".join([*(f"diffusion.{f.name}" for f in fields(run.diffusion)),
-                              *(f"generation.{name}" for name in DIFFUSION_OPTIONS)])  # fmt: skip
     unread = [name for name in ("digits", "shapes") if data.prepared or name not in data.sources]
     refuse(given, [
         (True, "model.vocab_size", "in training: the tokenizer decides it"),
