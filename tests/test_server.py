@@ -21,7 +21,6 @@ import httpx2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image as Picture
 from pydantic import ValidationError
 
@@ -46,7 +45,6 @@ from tests.test_chameleon import build_engine as engine_with_codes
 from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
-from transfusion.serving.answers import EventReader
 from transfusion.serving.app import EventStreamResponse
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
@@ -228,25 +226,6 @@ def test_text_ends_before_a_stop_word(client, stream):
     else:
         text, reason = response.choices[0].text, response.choices[0].finish_reason
     assert (text, reason) == (full_text[: full_text.index(stop)], "stop")
-
-
-@given(st.lists(st.text("ab", max_size=3), max_size=6), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
-def test_stop_words_are_found_across_pieces(pieces, stop_words):
-    reader, shown, is_stopped = EventReader(None, stop_words, None), "", False
-    for piece in pieces:
-        text, is_stopped = reader._until_stop(reader.held_text.pop(0, "") + piece, 0)
-        shown += text
-        if is_stopped:
-            break
-    shown += "" if is_stopped else reader.held_text.pop(0, "")
-    full_text = "".join(pieces)
-    assert is_stopped == any(word in full_text for word in stop_words)
-    if not is_stopped:
-        assert shown == full_text
-    else:
-        assert not any(word in shown for word in stop_words)
-        assert full_text.startswith(shown)
-        assert any(full_text[len(shown) :].startswith(word) for word in stop_words)
 
 
 def test_images_equal_the_engines(client, opened):

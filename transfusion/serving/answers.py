@@ -6,6 +6,7 @@ Text is in `content`, images are in `images`; `parts` gives their order. In a st
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from transfusion.inference.engine import FinishEvent, ImageEvent, PreviewEvent, 
 from transfusion.serving.errors import APIError
 from transfusion.serving.pictures import to_base64, to_data_url
 from transfusion.serving.scheduler import RequestHandle
+from transfusion.serving.stop import StopMatcher
 
 Output = str | ImageEvent | PreviewEvent | FinishEvent
 FINISH_REASONS = {"eos": "stop", "image": "stop", "stop": "stop", "length": "length"}
@@ -25,15 +27,15 @@ class EventReader:
 
     def __init__(self, handle: RequestHandle, stop: str | list[str] | None, count_patches: Callable[[np.ndarray], int]):
         self.handle, self.count_patches = handle, count_patches
-        self.stop_words = [word for word in ([stop] if isinstance(stop, str) else stop or []) if word]
-        self.held_text: dict[int, str] = {}  # by choice: the end of its text that may be the start of a stop word
+        stop_words = [stop] if isinstance(stop, str) else stop or []
+        self.matchers = defaultdict(lambda: StopMatcher(stop_words))  # by choice
         self.num_positions = 0  # of text and images so far
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
         async for choice, event in self.handle:
             if isinstance(event, TokenEvent):
                 self.num_positions += 1
-                text, is_stopped = self._until_stop(self.held_text.pop(choice, "") + event.text, choice)
+                text, is_stopped = self.matchers[choice].feed(event.text)
                 if text:
                     yield choice, text
                 if is_stopped:
@@ -42,19 +44,10 @@ class EventReader:
                 continue
             if isinstance(event, ImageEvent):
                 self.num_positions += self.count_patches(event.pixels) + 1
-            if not isinstance(event, PreviewEvent) and choice in self.held_text:
-                yield choice, self.held_text.pop(choice)
+            if not isinstance(event, PreviewEvent) and choice in self.matchers:
+                if text := self.matchers.pop(choice).held:  # a stop word does not continue behind an image
+                    yield choice, text
             yield choice, event
-
-    def _until_stop(self, text: str, choice: int) -> tuple[str, bool]:
-        """The text to send, and whether it ends at a stop word. A possible start of a stop word is held back."""
-        starts = [start for start in map(text.find, self.stop_words) if start >= 0]
-        if starts:
-            return text[: min(starts)], True
-        held = max((n for word in self.stop_words for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
-        if held:
-            self.held_text[choice] = text[-held:]
-        return text[: len(text) - held], False
 
     @property
     def usage(self) -> dict:
