@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -71,8 +71,10 @@ class Server:
 
 
 @contextmanager
-def serving(engine: Engine, limits: Limits = Limits(), api_key: str | None = None) -> Iterator[Server]:  # noqa: B008
-    app = build_app(engine, limits, api_key)
+def serving(
+    engine: Engine, limits: Limits = Limits(), api_key: str | None = None, allow_origins: Collection[str] = (),  # noqa: B008
+) -> Iterator[Server]:  # fmt: skip
+    app = build_app(engine, limits, api_key, allow_origins)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -4,7 +4,9 @@ import ipaddress
 import os
 import socket
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from transfusion.cli.options import Device, RunArgument, parse
 from transfusion.cli.screen import UsageError, print_status
@@ -26,6 +28,8 @@ class Serve:
     """Port to listen on; 0 picks a free one."""
     api_key: str | None = None
     """Key that clients must send; if not set, that of TRANSFUSION_API_KEY, which other users of the machine cannot see."""
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Site whose pages may use the server from a browser, such as https://chat.example.org; repeat it for more sites."""
     limits: Limits = field(default_factory=Limits)
     weights: Literal["ema", "raw"] = "ema"
     """Moving average of the weights, or the last weights."""
@@ -47,15 +51,20 @@ def serve(arguments: list[str]) -> None:
         import uvicorn
 
         from transfusion.serving.app import build_app
+        from transfusion.serving.middleware import parse_origin
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install '.[serve]' in a clone of the repository") from None
     from transfusion.inference.engine import open_run
 
+    try:
+        origins = {parse_origin(text) for text in args.allow_origin}
+    except ValueError as error:
+        raise UsageError(f"--allow-origin {error}") from None
     engine = open_run(run, args.weights, args.device)
     with listen(args.host, args.port) as server_socket:
         config = uvicorn.Config(
-            build_app(engine, args.limits, key), log_level="warning", access_log=False, server_header=False, ws="none",
-            lifespan="on", timeout_graceful_shutdown=int(args.limits.shutdown_grace),
+            build_app(engine, args.limits, key, origins), log_level="warning", access_log=False, server_header=False,
+            ws="none", lifespan="on", timeout_graceful_shutdown=int(args.limits.shutdown_grace),
         )  # fmt: skip
         host, port = server_socket.getsockname()[:2]
         print_status(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (API under /v1)")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from transfusion.inference import engine as engines
@@ -31,8 +32,12 @@ PUBLIC_PATHS = frozenset({"/health", "/", *(f"/{path.name}" for path in WEB.iter
 MAX_FORM_FIELDS, MAX_FIELD_BYTES = 32, 64 * 2**10  # of a form; MAX_FIELD_BYTES does not apply to files
 
 
-def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | None = None) -> FastAPI:  # noqa: B008
-    """The application. It starts the engine's thread at startup and ends it at shutdown."""
+def build_app(
+    engine: engines.Engine, limits: Limits = Limits(), api_key: str | None = None,  # noqa: B008
+    allow_origins: Collection[str] = (),
+) -> FastAPI:  # fmt: skip
+    """The application. It starts the engine's thread at startup and ends it at shutdown. allow_origins: the sites whose
+    pages may use it from a browser, each as the browser sends it (`parse_origin`)."""
     metrics = Metrics()
     service = Service(ServedRun(engine, limits), Scheduler(engine, limits, metrics))
 
@@ -44,7 +49,15 @@ def build_app(engine: engines.Engine, limits: Limits = Limits(), api_key: str | 
 
     # FastAPI's documentation pages are disabled: they load scripts from other servers.
     app = FastAPI(title="transfusion", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(LimitsMiddleware, limits=limits, metrics=metrics, api_key=api_key, public_paths=PUBLIC_PATHS)
+    app.add_middleware(
+        LimitsMiddleware, limits=limits, metrics=metrics, api_key=api_key, public_paths=PUBLIC_PATHS,
+        allow_origins=allow_origins,
+    )  # fmt: skip
+    if allow_origins:  # outermost: its headers are also on errors, and a browser's preflight has no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=allow_origins, allow_methods=("GET", "POST"), allow_headers=("*",),
+            expose_headers=("Retry-After",), allow_private_network=True,
+        )  # fmt: skip
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", service.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/images/generations", service.generate_images, methods=["POST"], response_model=None)

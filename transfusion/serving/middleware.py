@@ -5,7 +5,7 @@ import base64
 import binascii
 import hmac
 import time
-from collections.abc import Set
+from collections.abc import Collection, Set
 from contextlib import suppress
 from hashlib import sha256
 from urllib.parse import urlsplit
@@ -38,14 +38,16 @@ class LimitsMiddleware:
 
     With a key, every path requires it except `public_paths` (/health and the page). Clients send it as Bearer (OpenAI's
     clients) or as the password of Basic (browsers). Without a key, the Host header must name this machine: so a web page
-    cannot reach the server under its own name (DNS rebinding). Requests from pages of other origins always fail.
+    cannot reach the server under its own name (DNS rebinding). Requests from pages of other origins fail, except those
+    of `allow_origins`.
     """
 
     def __init__(
         self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None,
-        public_paths: Set[str] = frozenset(),
+        public_paths: Set[str] = frozenset(), allow_origins: Collection[str] = (),
     ):  # fmt: skip
         self.app, self.limits, self.metrics, self.public_paths = app, limits, metrics, public_paths
+        self.allow_origins = allow_origins
         self.key_hash = None if api_key is None else sha256(api_key.encode()).digest()
         self.in_flight = self.held_bytes = 0  # accepted requests with a body, and the bytes of all bodies
 
@@ -74,8 +76,8 @@ class LimitsMiddleware:
     def _check_access(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and _parse_origin(origin) != host:
-            return APIError(403, "pages of other sites may not use this server")
+        if origin is not None and origin not in self.allow_origins and _parse_netloc(origin) != host:
+            return APIError(403, "pages of other sites may not use this server; --allow-origin allows a site's pages")
         if self.key_hash is None:
             if _parse_hostname(host) not in LOCAL_HOSTS:
                 return APIError(403, "without an API key the server accepts only the hosts localhost and 127.0.0.1")
@@ -169,7 +171,22 @@ class RequestContext:
             read += len((await self._next_part()).get("body", b""))
 
 
-def _parse_origin(origin: str) -> str | None:
+def parse_origin(text: str) -> str:
+    """The origin as browsers send it: scheme://host, and :port unless it is the scheme's default. ValueError for anything
+    else. Not "*": every page that somebody opens could use the server. Not "null": any page can have that origin."""
+    try:
+        url = urlsplit(text.lower())
+        port = "" if url.port in (None, {"http": 80, "https": 443}.get(url.scheme)) else f":{url.port}"
+        host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+    except ValueError:
+        host = None
+    has_rest = host and (url.path.strip("/") or url.query or url.fragment or "@" in url.netloc)
+    if not host or not url.scheme or has_rest or not text.isascii():
+        raise ValueError(f"{text[:100]!r} is not the origin of one site: write scheme://host or scheme://host:port")
+    return f"{url.scheme}://{host}{port}"
+
+
+def _parse_netloc(origin: str) -> str | None:
     """Host and port of an Origin header."""
     try:
         return urlsplit(origin).netloc
