@@ -42,10 +42,9 @@ from tests.lazy import Lazy
 from tests.profile import examples
 from tests.serving import Gate, serving, wait_until
 from tests.test_chameleon import build_engine as engine_with_codes
-from transfusion.cli.serve import is_local
+from transfusion.serving.hosts import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
-from transfusion.serving.app import EventStreamResponse
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
 from transfusion.serving.middleware import LimitsMiddleware

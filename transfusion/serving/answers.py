@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from transfusion.inference.engine import FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
-from transfusion.serving.errors import APIError
 from transfusion.serving.pictures import to_base64, to_data_url
 from transfusion.serving.scheduler import RequestHandle
 from transfusion.serving.stop import StopMatcher
@@ -106,25 +105,19 @@ class CompletionWriter:
         def chunk(**body) -> str:
             return format_event(self._head(object_name) | ({"usage": None} if include_usage else {}) | body)
 
-        try:
-            opened = set()
-            async for choice, output in reader:
-                is_first = choice not in opened
-                opened.add(choice)
-                if self.is_chat and is_first:
-                    yield chunk(choices=[make_choice(choice, delta={"role": "assistant", "content": ""})])
-                if isinstance(output, FinishEvent):
-                    content = {"delta": {}} if self.is_chat else {"text": ""}
-                    yield chunk(choices=[make_choice(choice, FINISH_REASONS[output.reason], **content)])
-                elif self.is_chat:
-                    yield chunk(choices=[make_choice(choice, delta=await self._build_delta(output))])
-                elif isinstance(output, str):
-                    yield chunk(choices=[make_choice(choice, text=output)])
-        except APIError as error:
-            if not opened:
-                raise
-            yield format_event(error.body())
-            return
+        opened = set()
+        async for choice, output in reader:
+            is_first = choice not in opened
+            opened.add(choice)
+            if self.is_chat and is_first:
+                yield chunk(choices=[make_choice(choice, delta={"role": "assistant", "content": ""})])
+            if isinstance(output, FinishEvent):
+                content = {"delta": {}} if self.is_chat else {"text": ""}
+                yield chunk(choices=[make_choice(choice, FINISH_REASONS[output.reason], **content)])
+            elif self.is_chat:
+                yield chunk(choices=[make_choice(choice, delta=await self._build_delta(output))])
+            elif isinstance(output, str):
+                yield chunk(choices=[make_choice(choice, text=output)])
         if include_usage:
             yield chunk(choices=[], usage=reader.usage)
         yield "data: [DONE]\n\n"
@@ -172,25 +165,18 @@ class ImageWriter:
     async def stream(self, handle: RequestHandle, max_previews: int | None) -> AsyncIterator[str]:
         """Previews and finished images. max_previews: of each image. None: all, with the noisy image (x_t) beside x0."""
         num_previews = [0] * self.request.num_images
-        has_output = False
-        try:
-            async for choice, event in handle:
-                has_output = True
-                body = {"created_at": int(time.time()), "index": choice, **self._settings, "quality": "auto"}
-                if isinstance(event, PreviewEvent) and (max_previews is None or num_previews[choice] < max_previews):
-                    body |= {"partial_image_index": num_previews[choice], "step": event.step}
-                    num_previews[choice] += 1
-                    body |= {"noisy_b64_json": await to_base64(event.x_t)} if max_previews is None else {}
-                    body |= {"b64_json": await to_base64(event.x0)}
-                    yield format_named_event(f"{self.event_prefix}.partial_image", body)
-                elif isinstance(event, ImageEvent):
-                    body |= {"usage": self._usage(handle, self.count_patches(event.pixels))}
-                    body |= {"b64_json": await to_base64(event.pixels)}
-                    yield format_named_event(f"{self.event_prefix}.completed", body)
-        except APIError as error:
-            if not has_output:
-                raise
-            yield format_named_event("error", error.body())
+        async for choice, event in handle:
+            body = {"created_at": int(time.time()), "index": choice, **self._settings, "quality": "auto"}
+            if isinstance(event, PreviewEvent) and (max_previews is None or num_previews[choice] < max_previews):
+                body |= {"partial_image_index": num_previews[choice], "step": event.step}
+                num_previews[choice] += 1
+                body |= {"noisy_b64_json": await to_base64(event.x_t)} if max_previews is None else {}
+                body |= {"b64_json": await to_base64(event.x0)}
+                yield format_named_event(f"{self.event_prefix}.partial_image", body)
+            elif isinstance(event, ImageEvent):
+                body |= {"usage": self._usage(handle, self.count_patches(event.pixels))}
+                body |= {"b64_json": await to_base64(event.pixels)}
+                yield format_named_event(f"{self.event_prefix}.completed", body)
 
     @property
     def _settings(self) -> dict:

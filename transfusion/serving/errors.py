@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fastapi.responses import JSONResponse
+from starlette.responses import JSONResponse
 
 MAX_MESSAGE_CHARS = 300  # a message may quote the request
 PART_TYPES = {"text", "image_url", "image"}  # discriminators in pydantic's locations: they are not fields
