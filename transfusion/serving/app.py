@@ -23,6 +23,7 @@ from transfusion.serving.errors import APIError, from_validation_errors
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
 from transfusion.serving.middleware import LimitsMiddleware
+from transfusion.serving.pictures import PictureWriter
 from transfusion.serving.scheduler import Scheduler
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageRequest
 from transfusion.serving.served import ServedRun, format_size
@@ -110,16 +111,21 @@ class Service:
         request = await self._cancel_on_disconnect(http_request, self.served.parse_edit(body, files))
         return await self._respond_with_images(http_request, request, body, "image_edit")
 
-    async def _read_form(self, http_request: Request) -> tuple[dict[str, str], list[bytes]]:
+    async def _read_form(self, http_request: Request) -> tuple[dict[str, Any], list[bytes]]:
         """Its fields, and its pictures."""
         fields, files = {}, []
         limits = {"max_files": self.served.limits.pictures, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_FIELD_BYTES}
         async with http_request.form(**limits) as form:
             for name, value in form.multi_items():
-                if isinstance(value, UploadFile) != (name in ("image", "image[]")):
-                    raise APIError(400, f"{name[:60]}: image must be a file, and no other field may be one", name[:60])
-                if isinstance(value, UploadFile):
+                is_file, param = isinstance(value, UploadFile), name[:60]
+                if name in ("image", "image[]"):
+                    if not is_file:
+                        raise APIError(400, "image must be a file", "image")
                     files.append(await value.read())
+                elif name in fields:
+                    raise APIError(400, f"the form field {param} comes twice: send it once", param)
+                elif is_file and name not in ImageRequest.UNSUPPORTED:
+                    raise APIError(400, f"the form field {param} must be text, not a file", param)
                 else:
                     fields[name] = value
         return fields, files
@@ -168,7 +174,8 @@ class Service:
         self, http_request: Request, request: engines.Request, body: ImageRequest, event_prefix: str
     ) -> Response:
         deadline = time.monotonic() + self.served.limits.deadline
-        writer = ImageWriter(request, format_size(request.size), event_prefix, self.served.count_patches)
+        pictures = PictureWriter(body.output_format, body.output_compression, body.response_format == "url")
+        writer = ImageWriter(request, format_size(request.size), event_prefix, pictures, self.served.count_patches)
         max_previews = None if body.preview_every else body.partial_images or 0
 
         async def collect() -> Response:
