@@ -64,10 +64,11 @@ def to_pixels(image: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]
     return np.asarray(image, dtype=np.uint8).reshape(size[1], size[0], image_channels)
 
 
-def to_png(pixels: np.ndarray) -> bytes:
-    """(Y, X, 1 or 3) uint8 -> the bytes of a PNG file."""
+def encode_picture(pixels: np.ndarray, file_format: str = "png", quality: int = 100) -> bytes:
+    """(Y, X, 1 or 3) uint8 -> the bytes of a file: png, or jpeg or webp of this quality (0 to 100)."""
     file = BytesIO()
-    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    options = {} if file_format == "png" else {"quality": max(1, quality)}  # JPEG's 0 is Pillow's default
+    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
     return file.getvalue()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from transfusion.inference.engine import FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
-from transfusion.serving.pictures import to_base64, to_data_url
+from transfusion.serving.pictures import PictureWriter
 from transfusion.serving.scheduler import RequestHandle
 from transfusion.serving.stop import StopMatcher
 
@@ -72,7 +72,7 @@ class ChoiceBuilder:
             self.parts[-1]["text"] += output
         elif isinstance(output, ImageEvent):
             self.parts.append({"type": "image", "image": len(self.images)})
-            self.images.append(make_image_part(await to_data_url(output.pixels)))
+            self.images.append(await make_image_part(output.pixels))
         elif isinstance(output, FinishEvent):
             self.finish_reason = FINISH_REASONS[output.reason]
 
@@ -139,8 +139,8 @@ class CompletionWriter:
         if isinstance(output, str):
             return {"content": output}
         if isinstance(output, ImageEvent):
-            return {"images": [make_image_part(await to_data_url(output.pixels))]}
-        return {"preview": {"step": output.step} | make_image_part(await to_data_url(output.x0))}
+            return {"images": [await make_image_part(output.pixels)]}
+        return {"preview": {"step": output.step} | await make_image_part(output.x0)}
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ class ImageWriter:
     request: Request
     size: str
     event_prefix: str
+    pictures: PictureWriter
     count_patches: Callable[[np.ndarray], int]
 
     async def collect(self, handle: RequestHandle) -> dict:
@@ -157,7 +158,7 @@ class ImageWriter:
         num_patches = 0
         async for choice, event in handle:
             if isinstance(event, ImageEvent):
-                data[choice] = {"b64_json": await to_base64(event.pixels)}
+                data[choice] = await self.pictures.encode(event.pixels)
                 num_patches += self.count_patches(event.pixels)
         usage = self._usage(handle, num_patches)
         return {"created": int(time.time()), "data": data, **self._settings, "usage": usage}
@@ -170,17 +171,18 @@ class ImageWriter:
             if isinstance(event, PreviewEvent) and (max_previews is None or num_previews[choice] < max_previews):
                 body |= {"partial_image_index": num_previews[choice], "step": event.step}
                 num_previews[choice] += 1
-                body |= {"noisy_b64_json": await to_base64(event.x_t)} if max_previews is None else {}
-                body |= {"b64_json": await to_base64(event.x0)}
+                body |= await self.pictures.encode(event.x_t, "noisy_") if max_previews is None else {}
+                body |= await self.pictures.encode(event.x0)
                 yield format_named_event(f"{self.event_prefix}.partial_image", body)
             elif isinstance(event, ImageEvent):
                 body |= {"usage": self._usage(handle, self.count_patches(event.pixels))}
-                body |= {"b64_json": await to_base64(event.pixels)}
+                body |= await self.pictures.encode(event.pixels)
                 yield format_named_event(f"{self.event_prefix}.completed", body)
 
     @property
     def _settings(self) -> dict:
-        return {"size": self.size, "output_format": "png", "background": "opaque", "seed": self.request.seed}
+        output_format = self.pictures.file_format
+        return {"size": self.size, "output_format": output_format, "background": "opaque", "seed": self.request.seed}
 
     def _usage(self, handle: RequestHandle, output_tokens: int) -> dict:
         image_tokens = sum(self.count_patches(part) for part in self.request.parts if not isinstance(part, str))
@@ -195,8 +197,8 @@ def make_choice(index: int, finish_reason: str | None = None, **body) -> dict:
     return {"index": index, **body, "logprobs": None, "finish_reason": finish_reason}
 
 
-def make_image_part(url: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": url}}
+async def make_image_part(pixels: np.ndarray) -> dict:
+    return {"type": "image_url", "image_url": {"url": await PictureWriter().to_data_url(pixels)}}
 
 
 def format_event(body: dict) -> str:

@@ -23,6 +23,7 @@ from transfusion.serving.errors import APIError
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
 from transfusion.serving.middleware import LimitsMiddleware
+from transfusion.serving.pictures import PictureWriter
 from transfusion.serving.scheduler import Scheduler
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageRequest
 from transfusion.serving.served import ServedRun, format_size
@@ -104,7 +105,7 @@ class Service:
     async def edit_images(self, http_request: Request) -> Response:
         """OpenAI's form: image (one or more files), prompt, and the fields of /v1/images/generations."""
         self.served.check_edits()
-        body, files = await read_form(http_request, ImageRequest, self.served.limits.pictures)
+        body, files = await read_form(http_request, self.served.limits.pictures)
         request = await self._cancel_on_disconnect(http_request, self.served.parse_edit(body, files))
         return await self._respond_with_images(http_request, request, body, "image_edit")
 
@@ -156,7 +157,8 @@ class Service:
         self, http_request: Request, request: engines.Request, body: ImageRequest, event_prefix: str
     ) -> Response:
         deadline = time.monotonic() + self.served.limits.deadline
-        writer = ImageWriter(request, format_size(request.size), event_prefix, self.served.count_patches)
+        pictures = PictureWriter(body.output_format, body.output_compression, body.response_format == "url")
+        writer = ImageWriter(request, format_size(request.size), event_prefix, pictures, self.served.count_patches)
         max_previews = None if body.preview_every else body.partial_images or 0
 
         async def collect() -> Response:

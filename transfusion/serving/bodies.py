@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from transfusion.serving.errors import APIError, from_validation_errors
+from transfusion.serving.schemas import ImageRequest
 
 MAX_VALUES, MAX_DEPTH = 2**15, 64  # of the JSON in a body
 MAX_MARKS = 2**18  # quotes, brackets, braces, commas and backslashes, also those in strings
@@ -22,7 +23,6 @@ MAX_DIGITS = 1000  # of one number
 NOT_MARKS = bytes(set(range(256)) - set(b'"[]{},'))
 DEPTH_CHANGES = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord(","): 0, ord('"'): 0}
 MAX_FORM_FIELDS, MAX_FIELD_BYTES = 32, 64 * 2**10  # of a form; MAX_FIELD_BYTES does not apply to files
-PICTURE_FIELDS = ("image", "image[]")
 JSON_TYPE = re.compile(r"application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 FORM_TYPE = re.compile(r"multipart/form-data\s*;", re.IGNORECASE)
 CHARSET = re.compile(r"charset\s*=\s*\"?([^\s;\"]*)", re.IGNORECASE)
@@ -48,7 +48,7 @@ def parse_json(body: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise from_validation_errors(error.errors(include_url=False, include_input=False)) from None
+        raise from_validation_errors(error.errors(include_url=False)) from None
 
 
 def check_structure(body: bytes) -> None:
@@ -67,8 +67,8 @@ def check_structure(body: bytes) -> None:
         raise APIError(400, f"the body is nested {depth:,} levels deep; at most {MAX_DEPTH} are allowed")
 
 
-async def read_form(request: Request, model: type[Model], max_files: int) -> tuple[Model, list[bytes]]:
-    """The fields of a multipart form as this model, and the content of its pictures."""
+async def read_form(request: Request, max_files: int) -> tuple[ImageRequest, list[bytes]]:
+    """The fields of a multipart form, and the content of its pictures."""
     content_type = request.headers.get("content-type", "")
     if not FORM_TYPE.match(content_type):
         raise APIError(400, "the body must be multipart/form-data with the fields image and prompt")
@@ -78,18 +78,21 @@ async def read_form(request: Request, model: type[Model], max_files: int) -> tup
     fields, files = {}, []
     async with request.form(max_files=max_files, max_fields=MAX_FORM_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
         for name, value in form.multi_items():
-            if isinstance(value, UploadFile) != (name in PICTURE_FIELDS):
-                raise APIError(400, f"{name[:60]}: image must be a file, and no other field may be one", name[:60])
-            if isinstance(value, UploadFile):
+            is_file, param = isinstance(value, UploadFile), name[:60]
+            if name in ("image", "image[]"):
+                if not is_file:
+                    raise APIError(400, "image must be a file", "image")
                 files.append(await value.read())
             elif name in fields:
-                raise APIError(400, f"{name[:60]} comes twice in the form", name[:60])
+                raise APIError(400, f"the form field {param} comes twice: send it once", param)
+            elif is_file and name not in ImageRequest.UNSUPPORTED:
+                raise APIError(400, f"the form field {param} must be text, not a file", param)
             else:
                 fields[name] = value
     try:
-        return model.model_validate_strings(fields, strict=False), files  # all values of a form are strings
+        return ImageRequest.model_validate_strings(fields, strict=False), files  # all values of a form are strings
     except ValidationError as error:
-        raise from_validation_errors(error.errors(include_url=False, include_input=False)) from None
+        raise from_validation_errors(error.errors(include_url=False)) from None
 
 
 def _parse_int(digits: str) -> int:
