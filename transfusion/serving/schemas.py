@@ -72,7 +72,7 @@ class StrictModel(BaseModel):
         if len(values) > MAX_FIELDS:
             raise ValueError(f"an object has {len(values):,} fields; at most {MAX_FIELDS} are allowed")
         values = {name: value for name, value in values.items() if value is not None and name not in cls.IGNORED}
-        for name in values.keys() & cls.UNSUPPORTED.keys():
+        for name in [name for name in cls.UNSUPPORTED if name in values]:
             value, harmless = values.pop(name), cls.UNSUPPORTED[name]
             if value not in harmless:
                 fix = f", or send {' or '.join(map(json.dumps, harmless))}" if harmless else ""
