@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
-import uvicorn
 
 from transfusion.inference.engine import Engine
+from transfusion.serving import connections
 from transfusion.serving.app import build_app
 from transfusion.serving.limits import Limits
 from transfusion.serving.scheduler import Scheduler
@@ -76,7 +76,7 @@ def serving(
 ) -> Iterator[Server]:  # fmt: skip
     app = build_app(engine, limits, api_key, allow_origins)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
+        server = connections.Server(app, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         wait_until(lambda: server.started)

@@ -31,8 +31,8 @@ from tests.lazy import Lazy
 from tests.profile import examples
 from tests.serving import Gate, serving, wait_until
 from transfusion.inference.engine import Engine, open_run
+from transfusion.serving.hosts import parse_origin
 from transfusion.serving.limits import Limits
-from transfusion.serving.middleware import parse_origin
 from transfusion.serving.pictures import _decode_data_url
 from transfusion.serving.served import nearest_size
 

@@ -6,15 +6,16 @@ Text is in `content`, images are in `images`; `parts` gives their order. In a st
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from transfusion.inference.engine import FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
-from transfusion.serving.errors import APIError
 from transfusion.serving.pictures import PictureWriter
 from transfusion.serving.scheduler import RequestHandle
+from transfusion.serving.stop import StopMatcher
 
 Output = str | ImageEvent | PreviewEvent | FinishEvent
 FINISH_REASONS = {"eos": "stop", "image": "stop", "stop": "stop", "length": "length"}
@@ -25,15 +26,15 @@ class EventReader:
 
     def __init__(self, handle: RequestHandle, stop: str | list[str] | None, count_patches: Callable[[np.ndarray], int]):
         self.handle, self.count_patches = handle, count_patches
-        self.stop_words = [word for word in ([stop] if isinstance(stop, str) else stop or []) if word]
-        self.held_text: dict[int, str] = {}  # by choice: the end of its text that may be the start of a stop word
+        stop_words = [stop] if isinstance(stop, str) else stop or []
+        self.matchers = defaultdict(lambda: StopMatcher(stop_words))  # by choice
         self.num_positions = 0  # of text and images so far
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
         async for choice, event in self.handle:
             if isinstance(event, TokenEvent):
                 self.num_positions += 1
-                text, is_stopped = self._until_stop(self.held_text.pop(choice, "") + event.text, choice)
+                text, is_stopped = self.matchers[choice].feed(event.text)
                 if text:
                     yield choice, text
                 if is_stopped:
@@ -42,19 +43,10 @@ class EventReader:
                 continue
             if isinstance(event, ImageEvent):
                 self.num_positions += self.count_patches(event.pixels) + 1
-            if not isinstance(event, PreviewEvent) and choice in self.held_text:
-                yield choice, self.held_text.pop(choice)
+            if not isinstance(event, PreviewEvent) and choice in self.matchers:
+                if text := self.matchers.pop(choice).held:  # a stop word does not continue behind an image
+                    yield choice, text
             yield choice, event
-
-    def _until_stop(self, text: str, choice: int) -> tuple[str, bool]:
-        """The text to send, and whether it ends at a stop word. A possible start of a stop word is held back."""
-        starts = [start for start in map(text.find, self.stop_words) if start >= 0]
-        if starts:
-            return text[: min(starts)], True
-        held = max((n for word in self.stop_words for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
-        if held:
-            self.held_text[choice] = text[-held:]
-        return text[: len(text) - held], False
 
     @property
     def usage(self) -> dict:
@@ -113,25 +105,19 @@ class CompletionWriter:
         def chunk(**body) -> str:
             return format_event(self._head(object_name) | ({"usage": None} if include_usage else {}) | body)
 
-        try:
-            opened = set()
-            async for choice, output in reader:
-                is_first = choice not in opened
-                opened.add(choice)
-                if self.is_chat and is_first:
-                    yield chunk(choices=[make_choice(choice, delta={"role": "assistant", "content": ""})])
-                if isinstance(output, FinishEvent):
-                    content = {"delta": {}} if self.is_chat else {"text": ""}
-                    yield chunk(choices=[make_choice(choice, FINISH_REASONS[output.reason], **content)])
-                elif self.is_chat:
-                    yield chunk(choices=[make_choice(choice, delta=await self._build_delta(output))])
-                elif isinstance(output, str):
-                    yield chunk(choices=[make_choice(choice, text=output)])
-        except APIError as error:
-            if not opened:
-                raise
-            yield format_event(error.body())
-            return
+        opened = set()
+        async for choice, output in reader:
+            is_first = choice not in opened
+            opened.add(choice)
+            if self.is_chat and is_first:
+                yield chunk(choices=[make_choice(choice, delta={"role": "assistant", "content": ""})])
+            if isinstance(output, FinishEvent):
+                content = {"delta": {}} if self.is_chat else {"text": ""}
+                yield chunk(choices=[make_choice(choice, FINISH_REASONS[output.reason], **content)])
+            elif self.is_chat:
+                yield chunk(choices=[make_choice(choice, delta=await self._build_delta(output))])
+            elif isinstance(output, str):
+                yield chunk(choices=[make_choice(choice, text=output)])
         if include_usage:
             yield chunk(choices=[], usage=reader.usage)
         yield "data: [DONE]\n\n"
@@ -180,25 +166,18 @@ class ImageWriter:
     async def stream(self, handle: RequestHandle, max_previews: int | None) -> AsyncIterator[str]:
         """Previews and finished images. max_previews: of each image. None: all, with the noisy image (x_t) beside x0."""
         num_previews = [0] * self.request.num_images
-        has_output = False
-        try:
-            async for choice, event in handle:
-                has_output = True
-                body = {"created_at": int(time.time()), "index": choice, **self._settings, "quality": "auto"}
-                if isinstance(event, PreviewEvent) and (max_previews is None or num_previews[choice] < max_previews):
-                    body |= {"partial_image_index": num_previews[choice], "step": event.step}
-                    num_previews[choice] += 1
-                    body |= await self.pictures.encode(event.x_t, "noisy_") if max_previews is None else {}
-                    body |= await self.pictures.encode(event.x0)
-                    yield format_named_event(f"{self.event_prefix}.partial_image", body)
-                elif isinstance(event, ImageEvent):
-                    body |= {"usage": self._usage(handle, self.count_patches(event.pixels))}
-                    body |= await self.pictures.encode(event.pixels)
-                    yield format_named_event(f"{self.event_prefix}.completed", body)
-        except APIError as error:
-            if not has_output:
-                raise
-            yield format_named_event("error", error.body())
+        async for choice, event in handle:
+            body = {"created_at": int(time.time()), "index": choice, **self._settings, "quality": "auto"}
+            if isinstance(event, PreviewEvent) and (max_previews is None or num_previews[choice] < max_previews):
+                body |= {"partial_image_index": num_previews[choice], "step": event.step}
+                num_previews[choice] += 1
+                body |= await self.pictures.encode(event.x_t, "noisy_") if max_previews is None else {}
+                body |= await self.pictures.encode(event.x0)
+                yield format_named_event(f"{self.event_prefix}.partial_image", body)
+            elif isinstance(event, ImageEvent):
+                body |= {"usage": self._usage(handle, self.count_patches(event.pixels))}
+                body |= await self.pictures.encode(event.pixels)
+                yield format_named_event(f"{self.event_prefix}.completed", body)
 
     @property
     def _settings(self) -> dict:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from fastapi.responses import JSONResponse
+from starlette.responses import JSONResponse
 
 MAX_MESSAGE_CHARS, MAX_SHOWN_CHARS = 300, 40  # of a message, of a value of the request in it
 PART_TYPES = {"text", "image_url", "image"}  # discriminators in pydantic's locations: they are not fields

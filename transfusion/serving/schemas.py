@@ -51,6 +51,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+StopWord = Annotated[str, Field(max_length=1000)]
 BY_TYPE = Field(discriminator="type")
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -110,7 +111,7 @@ class TextOptions(StrictModel):
     max_tokens: PositiveInt | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Annotated[list[str], *limited_list(4)] | None = None
+    stop: StopWord | Annotated[list[StopWord], *limited_list(4)] | None = None
     stream_options: "StreamOptions | None" = None
 
 
