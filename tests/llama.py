@@ -24,13 +24,14 @@ def write_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_llama(folder: Path, config: ModelConfig = CONFIG, rows: int = 300, shard: str = "5GB", **changed):
-    """Write a small random model, with these changes of its config.json, and return it."""
+    """Write a small random model with a tokenizer, with these changes of its config.json, and return it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(exist_ok=True)
     write_tokenizer(folder)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes_of(config) | {"vocab_size": rows}))
+    markers = {"bos_token_id": 260, "eos_token_id": 261}
+    model = LlamaForCausalLM(LlamaConfig(**sizes_of(config) | {"vocab_size": rows} | markers))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
