@@ -65,12 +65,15 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
         """From a tokenizer.json. Its markers are those that NAMING_FILES in the same folder name, then those of a known
-        spelling. ValueError when the file cannot be read, OpenError when the names contradict each other."""
+        spelling. A bos that is missing beside a named eos is this eos: it separates documents in the model's training.
+        ValueError when the file cannot be read, OpenError when the names are wrong or contradict each other."""
         try:
             tokenizer = cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}") from None
-        tokenizer.markers = tokenizer._spelled_markers(tokenizer._named_markers(path.parent))
+        named = tokenizer._named_markers(path.parent)
+        default_bos = {"bos": named["eos"]} if "eos" in named else {}
+        tokenizer.markers = default_bos | tokenizer._spelled_markers(named)
         return tokenizer
 
     def to_json(self) -> str:
@@ -78,7 +81,7 @@ class Tokenizer:
 
     def _named_markers(self, folder: Path) -> dict:
         """The markers that the files of a folder name. Every named eos ends an answer, and a document ends with the first.
-        bos and eos may be one token; a model without bos begins with the eos before it, as in packed training rows."""
+        One token may be bos, eos and pad."""
         named: dict[str, dict[int, str]] = {"bos": {}, "eos": {}, "pad": {}}  # ids, and the first file with each
         for name in NAMING_FILES:
             values = read_json(folder / name) if (folder / name).exists() else {}
@@ -95,7 +98,7 @@ class Tokenizer:
         if len(bos) > 1:
             names = " and ".join(f"{id_} in {name}" for id_, name in named["bos"].items())
             raise OpenError(f"{folder} names two tokens as bos, {names}: correct the wrong one")
-        markers = {"bos": bos or eos, "eos": eos, "pad": pad}
+        markers = {"bos": bos, "eos": eos, "pad": pad}
         return {marker: ids[0] for marker, ids in markers.items() if ids} | ({"other_eos_ids": eos[1:]} if eos[1:] else {})
 
     def _special_id(self, value: object, place: str) -> int:
