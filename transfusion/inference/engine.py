@@ -37,6 +37,7 @@ from transfusion.inference.request import (
     PromptEvent,
     Request,
     TokenEvent,
+    TokenLogprob,
 )  # fmt: skip
 from transfusion.inference.samplers import get_sampler
 from transfusion.inference.text_stream import TextStream
@@ -357,9 +358,11 @@ class Engine:
     def _sample_token(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
         vocabulary, request = self.vocabulary, sequence.request
         allowed = self.allowed_tokens if request.allow_images else self.allowed_text_tokens
-        token = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator)
+        token, logprob = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator), None
+        if request.logprobs is not None:
+            (logprob,) = text_mode.token_logprobs(logits[None], [token], allowed, request.logprobs)
         if token in vocabulary.eos_ids:
-            return self._finish(sequence, "eos", events)
+            return self._finish(sequence, "eos", events, logprob)
         shape = vocabulary.shape_of(token)
         length = self.cache.lengths[sequence.slots[0]] + 1 + (0 if shape is None else vocabulary.num_patches(shape) + 1)
         if sequence.num_sampled_tokens >= sequence.generation.max_tokens or length > self.max_positions:
@@ -372,9 +375,6 @@ class Engine:
         sequence.phase = Decode((chunk,))
         sequence.text_stream = sequence.text_stream or TextStream(self.opened.tokenizer, sequence.context)
         text = sequence.text_stream.add(token)
-        logprob = None
-        if request.logprobs is not None:
-            (logprob,) = text_mode.token_logprobs(logits[None], [token], allowed, request.logprobs)
         sequence.held_events.append(TokenEvent(sequence.request_id, sequence.sample_index, token, text, logprob))
         if text:
             events += sequence.held_events
@@ -454,10 +454,12 @@ class Engine:
         document = encode_document(Document((Image(content),)), self.vocabulary, add_eos=False)  # bos boi patches eoi
         sequence.phase = Prefill((document.part(1 + image.num_cached_positions),))
 
-    def _finish(self, sequence: SequenceState, reason: str, events: list[Event]) -> None:
+    def _finish(
+        self, sequence: SequenceState, reason: str, events: list[Event], logprob: TokenLogprob | None = None
+    ) -> None:
         self._flush_text(sequence, events)
         self._remove(sequence)
-        events.append(FinishEvent(sequence.request_id, sequence.sample_index, reason))
+        events.append(FinishEvent(sequence.request_id, sequence.sample_index, reason, logprob=logprob))
 
     def _remove(self, sequence: SequenceState) -> None:
         self.sequences.remove(sequence)
