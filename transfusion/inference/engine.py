@@ -475,10 +475,14 @@ def _hash(pixels: np.ndarray) -> str:
     return blake2b(pixels.tobytes(), digest_size=16).hexdigest()
 
 
-def open_run(path: str | Path, weights: str = "ema", device: str = "auto") -> Engine:
+def open_run(
+    place: str | Path, weights: str = "ema", device: str = "auto", *, revision: str | None = None,
+    local_files_only: bool = False,
+) -> Engine:  # fmt: skip
     """The engine of a run's folder, of an exported run, or of `owner/name` on the hub.
 
-    `weights="raw"`: the weights that training continues from, instead of their moving average. An exported run has one of
-    the two. OpenError when there is no such run.
+    weights: "raw" are the weights that training continues from, "ema" their moving average; an exported run has one of the
+    two. revision: branch, tag or commit on the hub; default main. local_files_only: do not use the network. OpenError when
+    there is no such run.
     """
-    return Engine(open_checkpoint(path, weights, device))
+    return Engine(open_checkpoint(place, weights, device, revision=revision, local_files_only=local_files_only))
