@@ -1,8 +1,11 @@
 """Clients that people have: what they send by default is answered, or refused in one sentence; pages of other sites."""
 
+import asyncio
 import base64
 import io
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx2
@@ -26,13 +29,17 @@ from tests.abuse import (
 )
 from tests.lazy import Lazy
 from tests.profile import examples
-from tests.serving import serving, wait_until
+from tests.serving import Gate, serving, wait_until
 from transfusion.inference.engine import Engine, open_run
 from transfusion.serving.hosts import parse_origin
+from transfusion.serving.limits import Limits
 from transfusion.serving.pictures import _decode_data_url
 from transfusion.serving.served import nearest_size
 
-openai = Lazy("openai")
+openai, langchain, messages, litellm = map(Lazy, ("openai", "langchain_openai", "langchain_core.messages", "litellm"))
+
+PICTURE = {"type": "image_url", "image_url": {"url": to_data_url(make_picture())}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 SITE = "https://chat.example.org"
 PREFLIGHT = {"origin": SITE, "access-control-request-method": "POST",
@@ -67,6 +74,167 @@ def ask(client: httpx2.Client, path: str, **fields) -> httpx2.Response:
 
 def read_picture(url_or_base64: str) -> Picture.Image:
     return Picture.open(io.BytesIO(base64.b64decode(url_or_base64.rpartition(",")[2])))
+
+
+@pytest.fixture
+def local_only(monkeypatch):
+    """Clients connect to this machine only: some read price lists or send traces."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    monkeypatch.delenv("LANGCHAIN_TRACING_V2", raising=False)
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        assert self.family == socket.AF_UNIX or address[0] == "127.0.0.1", address
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+# Clients
+
+
+def test_openai_maps_errors_to_its_exceptions(client, server):
+    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    for error, changes in (
+        (openai.NotFoundError, {"model": "gpt-4o"}), (openai.BadRequestError, {"tools": [TOOL]}),
+        (openai.BadRequestError, {"response_format": {"type": "json_object"}}), (openai.BadRequestError, {"n": 99}),
+    ):  # fmt: skip
+        with pytest.raises(error) as caught:
+            api.chat.completions.create(**body | changes)
+        assert caught.value.param == next(iter(changes)) and "\n" not in caught.value.message
+    with pytest.raises(openai.BadRequestError, match="mask is not supported"):
+        api.images.edit(image=make_picture(), mask=make_picture(), prompt="a")
+    with pytest.raises(openai.NotFoundError):
+        api.models.retrieve("gpt-4o")
+
+
+def test_openai_maps_the_status_of_a_full_or_locked_server(opened):
+    engine = Engine(opened)
+    gate = Gate(engine)
+    with serving(engine, Limits(max_sequences=1, waiting=0), api_key="secret") as server, ThreadPoolExecutor(1) as pool:
+        api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "seed": 1}
+        running = pool.submit(api.completions.create, **body)
+        wait_until(lambda: server.num_requests)
+        with pytest.raises(openai.RateLimitError):
+            api.completions.create(**body)
+        gate.open()
+        assert running.result().choices
+        assert api.with_options(max_retries=5).completions.create(**body).choices  # it waits as Retry-After demands
+        with pytest.raises(openai.AuthenticationError):
+            api.with_options(api_key="wrong").models.list()
+
+
+def test_openai_draws_and_edits_in_every_form(client, server):
+    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    options = {"prompt": "a", "model": "tiny", "n": 2, "size": "auto", "quality": "auto", "extra_body": {"steps": 1}}
+    drawn = api.images.generate(**options, output_format="webp", response_format="url", background="auto")
+    assert [read_picture(image.url).format for image in drawn.data] == ["WEBP"] * 2
+    edited = api.images.edit(image=[make_picture()] * 2, **options, output_format="jpeg")
+    assert [read_picture(image.b64_json).format for image in edited.data] == ["JPEG"] * 2
+    assert (drawn.output_format, edited.output_format, drawn.size) == ("webp", "jpeg", "8x8")
+    last = list(api.images.generate(**options, stream=True, partial_images=0))[-1]
+    assert read_picture(last.b64_json).format == "PNG"
+
+
+@pytest.mark.slow
+def test_langchain(client, server, local_only):
+    options = {"model": "tiny", "base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "max_tokens": 4}
+    model = langchain.ChatOpenAI(**options, seed=1, temperature=0.5, stop=["\0"])
+    expected = ask(client, CHAT, max_tokens=4, temperature=0.5).json()
+    answer = model.invoke("three")
+    assert answer.content == expected["choices"][0]["message"]["content"]
+    assert answer.usage_metadata["total_tokens"] == expected["usage"]["total_tokens"]
+    assert "".join(chunk.content for chunk in model.stream("three")) == answer.content
+    assert [it.content for it in model.batch(["three", "three"])] == [answer.content] * 2
+    assert asyncio.run(model.ainvoke("three")).content == answer.content
+    history = [messages.SystemMessage("a"), messages.HumanMessage([{"type": "text", "text": "b"}, PICTURE]),
+               messages.AIMessage("c"), messages.HumanMessage("d")]  # fmt: skip
+    assert model.invoke(history).usage_metadata["input_tokens"] > 16
+    assert model.bind_tools([]).invoke("three").content == answer.content
+    for method in ("json_schema", "json_mode", "function_calling"):
+        with pytest.raises(openai.BadRequestError, match="(response_format|tools) is not supported: leave it out"):
+            model.with_structured_output(TOOL["function"] | {"title": "f"}, method=method).invoke("a")
+    tool_call = {"name": "f", "args": {}, "id": "1"}
+    called = [messages.AIMessage("", tool_calls=[tool_call]), messages.ToolMessage("b", tool_call_id="1")]
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].tool_calls is not supported"):
+        model.invoke(called)
+
+
+@pytest.mark.slow
+def test_litellm(client, server, local_only):
+    options = {"model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": "none", "num_retries": 0}
+    chat = {"messages": [{"role": "user", "content": "three"}], "max_tokens": 4, "seed": 1} | options
+    expected = ask(client, CHAT, max_tokens=4).json()["choices"][0]["message"]["content"]
+    assert litellm.completion(**chat).choices[0].message.content == expected
+    chunks = litellm.completion(**chat, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    drawn = litellm.completion(**chat, modalities=["image"]).choices[0].message
+    assert read_picture(drawn.images[0]["image_url"]["url"]).size == (8, 8)
+    for message in (drawn, drawn.model_dump()):  # sent back
+        chat["messages"] = [{"role": "user", "content": "three"}, message]
+        assert litellm.completion(**chat).usage.prompt_tokens > 16
+    text = {"prompt": "three", "max_tokens": 4, "seed": 1} | options
+    expected = ask(client, TEXT, max_tokens=4).json()["choices"][0]["text"]
+    assert litellm.text_completion(**text).choices[0].text == expected
+    assert "".join(chunk.choices[0].text or "" for chunk in litellm.text_completion(**text, stream=True)) == expected
+    images = litellm.image_generation(prompt="a", n=2, size="8x8", quality="auto", **options)
+    assert [read_picture(image.b64_json).size for image in images.data] == [(8, 8)] * 2
+    assert read_picture(litellm.image_edit(image=make_picture(), prompt="a", **options).data[0].b64_json).size == (8, 8)
+    for error, changes in (
+        (litellm.NotFoundError, {"model": "openai/none"}), (litellm.BadRequestError, {"tools": [TOOL]}),
+        (litellm.BadRequestError, {"response_format": {"type": "json_object"}}),
+    ):  # fmt: skip
+        with pytest.raises(error, match="there is no model" if "model" in changes else next(iter(changes))):
+            litellm.completion(**chat | changes)
+
+
+WEB_UI = [  # what Open WebUI sends: a conversation, the requests in the background for its title and tags, a drawing
+    (CHAT, {"stream": True, "model": "tiny", "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [
+        {"type": "text", "text": "three"}, PICTURE]}], "stream_options": {"include_usage": True}, "max_tokens": 2}),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "### Task:\na title"}], "stream": False,
+            "max_completion_tokens": 2}),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "tags"}], "stream": False, "max_tokens": 2,
+            "metadata": {"task": "tags_generation", "chat_id": "1"}}),
+    (DRAW, {"model": "tiny", "prompt": "three", "n": 1, "size": "8x8", "response_format": "b64_json"}),
+    (DRAW, {"model": "tiny", "prompt": "three", "n": 1}),
+]  # fmt: skip
+LIBRE_CHAT = [  # what LibreChat sends: a conversation, its title, the drawing tools for two models
+    (CHAT, {"model": "tiny", "user": "65f0", "stream": True, "temperature": 1, "top_p": 1, "presence_penalty": 0,
+            "frequency_penalty": 0, "stream_options": {"include_usage": True}, "max_tokens": 2,
+            "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "three"}]}),
+    (CHAT, {"model": "tiny", "temperature": 0.2, "presence_penalty": 0, "frequency_penalty": 0, "max_tokens": 2,
+            "stream": False, "user": "1", "messages": [{"role": "user", "content": "a title"}], "stop": ["||>", "\nUser:"]}),
+    (DRAW, {"model": "tiny", "prompt": "three", "quality": "standard", "style": "vivid", "size": "auto", "n": 1}),
+    (DRAW, {"model": "tiny", "prompt": "three", "n": 1, "background": "auto", "output_format": "webp",
+            "output_compression": 100, "quality": "auto", "size": "auto"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), [*WEB_UI, *LIBRE_CHAT])
+def test_requests_of_front_ends_are_answered(client, path, body):
+    response = client.post(path, json=body, headers={"authorization": "Bearer none"}, params={"api-version": "2024"})
+    assert response.status_code == 200, response.text
+    if body.get("stream"):
+        assert response.text.endswith("data: [DONE]\n\n") and '"total_tokens"' in response.text
+
+
+def test_forms_of_front_ends_are_answered(client):
+    """Open WebUI's edit of one picture and of several, LibreChat's edit."""
+    picture = "a.png", make_picture(), "image/png"
+    for name, count, fields in (
+        ("image", 1, {"n": "1", "response_format": "b64_json"}), ("image[]", 2, {"background": "auto"}),
+        ("image[]", 1, {"quality": "auto", "size": "auto"}),
+    ):  # fmt: skip
+        response = client.post(EDIT, data={"model": "tiny", "prompt": "three"} | fields, files=[(name, picture)] * count)
+        assert response.status_code == 200 and read_picture(response.json()["data"][0]["b64_json"]).size == (8, 8)
+
+
+def test_front_ends_list_the_models_with_and_without_a_key(client):
+    for headers in ({}, {"authorization": "Bearer none"}, {"authorization": "Bearer"}):
+        (model,) = client.get("/v1/models", headers=headers).json()["data"]
+        assert {"id": "tiny", "object": "model", "owned_by": "transfusion"}.items() <= model.items()
 
 
 # What is accepted

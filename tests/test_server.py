@@ -307,7 +307,7 @@ def test_text_that_spells_special_tokens_is_text(client, server, text):
 
     def recording_submit(request):
         number = submit(request)
-        prompts.append(server.engine.sequences[-1].phase.chunk.tokens.tolist())
+        prompts.append(server.engine.sequences[-1].phase.chunks[0].tokens.tolist())
         return number
 
     server.engine.submit = recording_submit

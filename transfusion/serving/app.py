@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from transfusion.inference import engine as engines
-from transfusion.serving.answers import CompletionWriter, EventReader, ImageWriter
+from transfusion.serving.answers import ChatFormat, CompletionFormat, CompletionWriter, EventReader, ImageWriter
 from transfusion.serving.bodies import read_form, read_json
 from transfusion.serving.errors import APIError
 from transfusion.serving.limits import Limits
@@ -89,14 +89,14 @@ class Service:
     async def chat(self, http_request: Request) -> Response:
         body = await read_json(http_request, ChatRequest)
         requests = await self._cancel_on_disconnect(http_request, self.served.parse_chat(body))
-        writer = CompletionWriter(self.served.name, requests[0].seed, "chat.completion", "chatcmpl")
-        return await self._respond_with_text(http_request, requests, writer, body)
+        answer_format = ChatFormat(self.served.names, body.logprobs)
+        return await self._respond_with_text(http_request, requests, answer_format, body)
 
     async def complete(self, http_request: Request) -> Response:
         body = await read_json(http_request, CompletionRequest)
-        requests = self.served.parse_completion(body)
-        writer = CompletionWriter(self.served.name, requests[0].seed, "text_completion", "cmpl")
-        return await self._respond_with_text(http_request, requests, writer, body)
+        requests, echoes = await self.served.parse_completion(body)
+        answer_format = CompletionFormat(self.served.names, body.logprobs is not None, echoes if body.echo else None)
+        return await self._respond_with_text(http_request, requests, answer_format, body)
 
     async def generate_images(self, http_request: Request) -> Response:
         body = await read_json(http_request, ImageRequest)
@@ -133,20 +133,21 @@ class Service:
         return Response(status_code=499)
 
     async def _respond_with_text(
-        self, http_request: Request, requests: Sequence[engines.Request], writer: CompletionWriter,
+        self, http_request: Request, requests: Sequence[engines.Request], answer_format: ChatFormat | CompletionFormat,
         body: ChatRequest | CompletionRequest,
     ) -> Response:  # fmt: skip
+        writer = CompletionWriter(self.served.name, requests[0].seed, answer_format)
         num_choices = sum(request.num_images or 1 for request in requests)
         deadline = time.monotonic() + self.served.limits.deadline
 
         async def collect() -> Response:
             with self.scheduler.submit(requests, deadline) as handle:
-                reader = EventReader(handle, body.stop, self.served.count_patches)
+                reader = EventReader(handle, body.stop, self.served.count_patches, has_text=body.max_tokens != 0)
                 return JSONResponse(await writer.collect(reader, num_choices))
 
         async def stream() -> AsyncIterator[str]:
             with self.scheduler.submit(requests, deadline) as handle:
-                reader = EventReader(handle, body.stop, self.served.count_patches)
+                reader = EventReader(handle, body.stop, self.served.count_patches, has_text=body.max_tokens != 0)
                 include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
                 async for event in writer.stream(reader, include_usage):
                     yield event

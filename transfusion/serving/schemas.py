@@ -9,12 +9,13 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from transfusion.serving.errors import show
 
 MAX_ELEMENTS, MAX_FIELDS = 256, 64  # of one list, of one object
+MAX_TOP_LOGPROBS = 20
 
 
 def limited_list(max_length: int, min_length: int = 0) -> tuple:
@@ -50,11 +51,28 @@ def _check_unicode(text: str) -> str:
     return text
 
 
+def _read_prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or a list of them, each a text or token ids."""
+    is_one = not isinstance(value, list) or (value and type(value[0]) is int)
+    prompts = [value] if is_one else value
+    if len(prompts) > MAX_ELEMENTS:
+        raise ValueError(f"has {len(prompts):,} elements; at most {MAX_ELEMENTS} are allowed")
+    if not prompts:
+        raise ValueError("is empty: send at least one prompt")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_unicode(prompt)
+        elif not isinstance(prompt, list) or any(type(token) is not int for token in prompt):
+            raise ValueError("must be a text, a list of token ids, or a list of several of either")
+    return prompts
+
+
 Text = Annotated[str, AfterValidator(_check_unicode)]
 StopWord = Annotated[str, Field(max_length=1000)]
 BY_TYPE = Field(discriminator="type")
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+NumTopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
 class StrictModel(BaseModel):
@@ -73,7 +91,7 @@ class StrictModel(BaseModel):
         if len(values) > MAX_FIELDS:
             raise ValueError(f"an object has {len(values):,} fields; at most {MAX_FIELDS} are allowed")
         values = {name: value for name, value in values.items() if value is not None and name not in cls.IGNORED}
-        for name in values.keys() & cls.UNSUPPORTED.keys():
+        for name in [name for name in cls.UNSUPPORTED if name in values]:
             value, harmless = values.pop(name), cls.UNSUPPORTED[name]
             if value not in harmless:
                 fix = f", or send {' or '.join(map(json.dumps, harmless))}" if harmless else ""
@@ -102,6 +120,7 @@ class ImageOptions(StrictModel):
     steps: PositiveInt | None = None
     num_inference_steps: PositiveInt | None = None  # another name of steps
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    negative_prompt: Text | None = None  # takes the place of the empty prompt in guidance
     preview_every: PositiveInt | None = None  # denoising steps between two previews of an image
 
     merge_steps = one_option("steps", "num_inference_steps")
@@ -177,8 +196,8 @@ class Message(StrictModel):
 class ChatRequest(RequestBase, TextOptions, ImageOptions):
     IGNORED = RequestBase.IGNORED | {"parallel_tool_calls"}
     UNSUPPORTED = {
-        "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,),
-        "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+        "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],),
+        "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
         "response_format": ({"type": "text"},), "audio": (), "prediction": (), "reasoning_effort": ("none",),
         "verbosity": ("medium",), "web_search_options": (), "moderation": (),
     }  # fmt: skip
@@ -186,21 +205,33 @@ class ChatRequest(RequestBase, TextOptions, ImageOptions):
     messages: Annotated[list[Message], *limited_list(MAX_ELEMENTS, 1)]
     modalities: Annotated[list[Literal["text", "image"]], *limited_list(MAX_ELEMENTS, 1)] | None = None
     max_completion_tokens: PositiveInt | None = None  # another name of max_tokens
+    logprobs: Annotated[bool, BeforeValidator(lambda value: bool(value) if value == 0 else value)] = False
+    top_logprobs: NumTopLogprobs = 0
 
     merge_max_tokens = one_option("max_tokens", "max_completion_tokens")
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self):
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("field", "needs logprobs: true", {"field": "top_logprobs"})
+        return self
 
 
 class CompletionRequest(RequestBase, TextOptions):
     UNSUPPORTED = {
-        "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (0,), "echo": (False,),
-        "suffix": ("",),
+        "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
     }  # fmt: skip
 
-    prompt: Text | Annotated[list[Text], *limited_list(MAX_ELEMENTS, 1)]
+    prompt: Annotated[Any, PlainValidator(_read_prompts)]  # as list[str | list[int]]
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: only the prompt's echo and log probabilities
+    echo: bool = False
+    logprobs: Annotated[NumTopLogprobs | None, BeforeValidator(lambda value: None if value is False else value)] = None
     best_of: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _check_best_of(self):
+    def _check_values(self):
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("field", "must be at least 1, or 0 with echo: true", {"field": "max_tokens"})
         if self.best_of not in (None, self.n or 1):
             raise PydanticCustomError("field", "must be equal to n: every choice is returned", {"field": "best_of"})
         return self

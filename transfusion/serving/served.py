@@ -1,23 +1,34 @@
 """The run that is served: its description, and API requests as requests to its engine."""
 
+import asyncio
 import math
 import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from transfusion.config import GenerationConfig, to_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.seeding import derive_seed
+from transfusion.sequence import Text
 from transfusion.serving.errors import APIError, show
 from transfusion.serving.limits import Limits
+from transfusion.serving.logprobs import TokenNames
 from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
 
 Part = str | np.ndarray
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What an answer repeats of its prompt. has_bos: the client's token ids began with bos."""
+
+    text: str
+    has_bos: bool = False
 
 
 class ServedRun:
@@ -36,6 +47,7 @@ class ServedRun:
             "sources": [*engine.opened.notes.get("document_weights", engine.run.data.sources)],
         }  # fmt: skip
         self.created = int(time.time())
+        self.tokenizer, self.names = engine.opened.tokenizer, TokenNames(engine.vocabulary, engine.opened.tokenizer)
         self.pictures = PictureReader(self.sizes, engine.opened.codec.image_channels, limits.pixels)
         self._patch_side = engine.opened.codec.downsampling * engine.vocabulary.patch_size  # in pixels
         num_codes = {(x, y): (x // self._patch_side) * (y // self._patch_side) for x, y in self.sizes}
@@ -66,25 +78,49 @@ class ServedRun:
         parts = merge_texts([part.text if isinstance(part, TextPart) else next(pixels) for part in content])
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
-        common = {"generation": generation, "preview_every": body.preview_every or 0}
+        common = {
+            "generation": generation, "preview_every": body.preview_every or 0, "negative_prompt": body.negative_prompt,
+            "logprobs": body.top_logprobs if body.logprobs else None,
+        }  # fmt: skip
         if modalities == {"image"}:
             return [Request(parts, num_images=n, seed=choose_seed(body.seed), **common)]
         seeds = derive_seeds(choose_seed(body.seed), n)
         return [Request(parts, seed=seed, allow_images="image" in modalities, **common) for seed in seeds]
 
-    def parse_completion(self, body: CompletionRequest) -> list[Request]:
-        """One request for each choice of each prompt."""
-        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        self._check(body.model, (body.n or 1) * len(prompts))
-        for prompt in prompts:
-            self._check_text(prompt, "prompt")
+    async def parse_completion(self, body: CompletionRequest) -> tuple[list[Request], list[Echo]]:
+        """One request for each choice of each prompt, and what their answers repeat of the prompt."""
+        self._check(body.model, (body.n or 1) * len(body.prompt))
+        prompts = [await self._read_prompt(prompt, body.max_tokens != 0) for prompt in body.prompt]
         generation = self._with_text_options(self.generation, body)
         seeds = derive_seeds(choose_seed(body.seed), body.n or 1)
-        return [
-            Request(merge_texts([prompt]), seed=seed, generation=generation, allow_images=False)
-            for prompt in prompts
+        requests = [
+            Request(
+                (part,), seed=seed, generation=generation, allow_images=False, logprobs=body.logprobs,
+                prompt_logprobs=body.echo and body.logprobs is not None,
+            )
+            for part, _ in prompts
             for seed in seeds
-        ]
+        ]  # fmt: skip
+        return requests, [echo for _, echo in prompts for _ in seeds]
+
+    async def _read_prompt(self, prompt: str | list[int], has_answer: bool) -> tuple[Text, Echo]:
+        """A text, or token ids with or without bos before them."""
+        if isinstance(prompt, str):
+            self._check_text(prompt, "prompt")
+            text, echo = Text(await asyncio.to_thread(self.tokenizer.encode, prompt)), Echo(prompt)
+        else:
+            has_bos = prompt[:1] == [self.names.bos]
+            text = Text(tuple(prompt[has_bos:]))
+            unknown = [token for token in text.tokens if not 0 <= token < self.names.num_text_tokens]
+            if unknown:
+                rule = f"use 0 to {self.names.num_text_tokens - 1}, and {self.names.bos} (bos) at the beginning"
+                raise APIError(400, f"prompt has the token id {unknown[0]}, which is not an id of text: {rule}", "prompt")
+            echo = Echo(self.tokenizer.decode(text.tokens), has_bos)
+        if (length := 1 + len(text.tokens) + has_answer) > self.max_positions:
+            parts = "bos, the prompt and a token of the answer" if has_answer else "bos and the prompt"
+            limit = f"the run supports at most {self.max_positions:,}"
+            raise APIError(400, f"{parts} take {length:,} positions; {limit}", "prompt")
+        return text, echo
 
     def parse_image(self, body: ImageRequest, pictures: Sequence[np.ndarray] = ()) -> Request:
         """One request for all images. The pictures precede the prompt, as in training."""
@@ -100,7 +136,10 @@ class ServedRun:
             steps = self.num_codes[size] if self.num_codes else generation.steps
             preview_every = max(1, steps // (body.partial_images + 1))
         parts = merge_texts([*pictures, body.prompt])
-        return Request(parts, body.n or 1, choose_seed(body.seed), generation, size, preview_every)
+        return Request(
+            parts, body.n or 1, choose_seed(body.seed), generation, size, preview_every,
+            negative_prompt=body.negative_prompt,
+        )  # fmt: skip
 
     async def parse_edit(self, body: ImageRequest, files: Sequence[bytes]) -> Request:
         """As parse_image, with the pictures in these files."""
@@ -152,6 +191,7 @@ class ServedRun:
         return size
 
     def _with_image_options(self, generation: GenerationConfig, body: ImageOptions) -> GenerationConfig:
+        self._check_text(body.negative_prompt or "", "negative_prompt")
         for name in ("num_inference_steps", "steps", "preview_every"):
             if (value := getattr(body, name)) is None:
                 continue
@@ -166,7 +206,7 @@ class ServedRun:
             name = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
             raise APIError(400, f"{name} must be at most {self.limits.tokens:,}", name)
         top_p = None if body.top_p is None else max(body.top_p, 1e-6)  # 0: only the most likely token
-        return override(generation, max_tokens=body.max_tokens, temperature=body.temperature, top_p=top_p)
+        return override(generation, max_tokens=body.max_tokens or None, temperature=body.temperature, top_p=top_p)
 
 
 def override(generation: GenerationConfig, **options: float | None) -> GenerationConfig:
