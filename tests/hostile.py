@@ -23,7 +23,7 @@ def connect(port: int, timeout: float = 5) -> socket.socket:
     return connection
 
 
-def exchange(port: int, request: bytes, timeout: float = 5) -> bytes:
+def exchange(port: int, request: bytes, timeout: float = 2) -> bytes:
     """What the server answers until it closes the connection, or until nothing arrives for `timeout` seconds."""
     answer = b""
     with suppress(OSError), connect(port, timeout) as connection:
