@@ -90,6 +90,9 @@ class Tokenizer:
         named: dict[str, dict[int, str]] = {"bos": {}, "eos": {}, "pad": {}}  # ids, and the first file with each
         for name in NAMING_FILES:
             values = read_json(folder / name) if (folder / name).exists() else {}
+            added = values.get("added_tokens_decoder")
+            added = [*added.values()] if isinstance(added, dict) else []
+            added = [token.get("content") for token in added if isinstance(token, dict)]
             for marker, ids in named.items():
                 by_id, by_spelling = values.get(f"{marker}_token_id"), values.get(f"{marker}_token")
                 for value in by_id if isinstance(by_id, list) else [by_id]:
@@ -97,7 +100,8 @@ class Tokenizer:
                         ids.setdefault(self._special_id(value, f"{folder / name}: {marker}_token_id"), name)
                 if isinstance(by_spelling, dict):
                     by_spelling = by_spelling.get("content")
-                if by_spelling is not None:
+                is_ours = by_spelling in added and self._tokenizer.token_to_id(by_spelling) is None  # in an exported run
+                if by_spelling is not None and not is_ours:
                     ids.setdefault(self._special_id(by_spelling, f"{folder / name}: {marker}_token"), name)
         bos, eos, pad = (list(ids) for ids in named.values())
         if len(bos) > 1:
