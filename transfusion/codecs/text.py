@@ -132,7 +132,8 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> tuple[int, ...]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        """Token ids. Other threads run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         if not self._special_ids.intersection(encoding.ids):
             return tuple(encoding.ids)
         ids: list[int] = []  # word-level models find special tokens in the text: encode those character by character

@@ -275,7 +275,7 @@ class ImageWriter:
         return {"size": self.size, "output_format": output_format, "background": "opaque", "seed": self.request.seed}
 
     def _usage(self, handle: RequestHandle, output_tokens: int) -> dict:
-        image_tokens = sum(self.count_patches(part) for part in self.request.parts if not isinstance(part, str))
+        image_tokens = sum(self.count_patches(part) for part in self.request.parts if isinstance(part, np.ndarray))
         prompt_tokens = handle.prompt_tokens
         return {
             "input_tokens": prompt_tokens, "output_tokens": output_tokens, "total_tokens": prompt_tokens + output_tokens,

@@ -136,6 +136,7 @@ class Service:
         self, http_request: Request, requests: Sequence[engines.Request], answer_format: ChatFormat | CompletionFormat,
         body: ChatRequest | CompletionRequest,
     ) -> Response:  # fmt: skip
+        requests = await self.served.encode_texts(requests)
         writer = CompletionWriter(self.served.name, requests[0].seed, answer_format)
         num_choices = sum(request.num_images or 1 for request in requests)
         deadline = time.monotonic() + self.served.limits.deadline
@@ -157,6 +158,7 @@ class Service:
     async def _respond_with_images(
         self, http_request: Request, request: engines.Request, body: ImageRequest, event_prefix: str
     ) -> Response:
+        (request,) = await self.served.encode_texts([request])
         deadline = time.monotonic() + self.served.limits.deadline
         pictures = PictureWriter(body.output_format, body.output_compression, body.response_format == "url")
         writer = ImageWriter(request, format_size(request.size), event_prefix, pictures, self.served.count_patches)

@@ -28,8 +28,7 @@ INVALID_REQUEST = "the request is not valid HTTP/1.1, its header is too long, or
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 log = logging.getLogger(__name__)
-errors_only = logging.getLogger("uvicorn.error.http")  # any client can cause uvicorn's warnings, as often as it likes
-errors_only.setLevel("ERROR")
+log.setLevel("ERROR")  # any client can cause uvicorn's warnings, as often as it likes
 
 
 class Server(uvicorn.Server):
@@ -87,7 +86,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args, pool: ConnectionPool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.pool, self.logger, self.conn = pool, errors_only, RequestParser(h11.SERVER, MAX_HEADER_BYTES)
+        self.pool, self.logger, self.conn = pool, log, RequestParser(h11.SERVER, MAX_HEADER_BYTES)
         self.timer: asyncio.TimerHandle | None = None
 
     @property

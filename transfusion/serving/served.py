@@ -20,7 +20,8 @@ from transfusion.serving.logprobs import TokenNames
 from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
 
-Part = str | np.ndarray
+Part = str | Text | np.ndarray
+MAX_ENCODING = 2  # texts that are tokenized at once
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ServedRun:
         }  # fmt: skip
         self.created = int(time.time())
         self.tokenizer, self.names = engine.opened.tokenizer, TokenNames(engine.vocabulary, engine.opened.tokenizer)
+        self.encoding = asyncio.Semaphore(MAX_ENCODING)
         self.pictures = PictureReader(self.sizes, engine.opened.codec.image_channels, limits.pixels)
         self._patch_side = engine.opened.codec.downsampling * engine.vocabulary.patch_size  # in pixels
         num_codes = {(x, y): (x // self._patch_side) * (y // self._patch_side) for x, y in self.sizes}
@@ -107,7 +109,7 @@ class ServedRun:
         """A text, or token ids with or without bos before them."""
         if isinstance(prompt, str):
             self._check_text(prompt, "prompt")
-            text, echo = Text(await asyncio.to_thread(self.tokenizer.encode, prompt)), Echo(prompt)
+            text, echo = await self._encode(prompt), Echo(prompt)
         else:
             has_bos = prompt[:1] == [self.names.bos]
             text = Text(tuple(prompt[has_bos:]))
@@ -148,6 +150,21 @@ class ServedRun:
         self._check_pictures(len(files), "image")
         self.parse_image(body)  # checks all other fields before a picture is decoded
         return self.parse_image(body, [await self.pictures.read(file, "image") for file in files])
+
+    async def encode_texts(self, requests: Sequence[Request]) -> list[Request]:
+        """The same requests with token ids in place of texts: a long text takes long, so it is not left to the engine's
+        thread. The choices of one prompt share its parts."""
+        encoded: dict[int, tuple] = {}
+        for request in requests:
+            if id(request.parts) not in encoded:
+                encoded[id(request.parts)] = tuple([await self._encode(part) for part in request.parts])
+        return [replace(request, parts=encoded[id(request.parts)]) for request in requests]
+
+    async def _encode(self, part: Part) -> Part:
+        if not isinstance(part, str):
+            return part
+        async with self.encoding:
+            return Text(await asyncio.to_thread(self.tokenizer.encode, part))
 
     def check_edits(self) -> None:
         """APIError when the run cannot edit. Called before a form is read."""
