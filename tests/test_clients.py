@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import string
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -31,8 +32,9 @@ from tests.abuse import (
     to_data_url,
     valid_body,
 )
+from tests.drawn_requests import send_drawn
 from tests.lazy import Lazy
-from tests.profile import examples
+from tests.profile import THOROUGH, examples
 from tests.serving import Gate, serving, wait_until
 from transfusion.codecs.pictures import to_pixels
 from transfusion.codecs.text import Tokenizer
@@ -595,6 +597,16 @@ def test_lm_eval_measures_the_same_over_http(exported, local_only, options):
     assert any(it.is_greedy for it in expected) and not all(it.is_greedy for it in expected)
     nats = [value for answer in answer_questions(engine, questions)["answers"] for value in answer["nats"]]
     assert [score for score, _ in scores] == pytest.approx(nats, abs=1e-3)
+
+
+# Requests drawn over every field
+
+
+def test_drawn_requests_are_answered_or_refused(client, caplog):
+    """`python -m tests.drawn_requests` sends 5,000 to a server of its own."""
+    results = send_drawn(client, 5000 if THOROUGH else 150)
+    assert sum(results.values(), Counter()).keys() == {"answered", "refused"} and all(results.values())
+    assert not caplog.records
 
 
 # Browser front ends
