@@ -41,8 +41,11 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.evaluation.likelihood import likelihoods
 from transfusion.evaluation.multiple_choice import Question, answer_questions
 from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.inference.request import TokenLogprob
+from transfusion.sequence import Vocabulary
 from transfusion.serving.hosts import parse_origin
 from transfusion.serving.limits import Limits
+from transfusion.serving.logprobs import CompletionLogprobs, TokenNames
 from transfusion.serving.pictures import _decode_data_url
 from transfusion.serving.served import nearest_size
 
@@ -571,6 +574,16 @@ def test_the_bytes_of_tokens_are_the_text(text, tokenizer):
 def test_special_tokens_add_nothing():
     assert [tokenizer.token_bytes(10**6) for tokenizer in TOKENIZERS] == [b"", b""]
     assert TOKENIZERS[1].token_bytes(0) == b"" and TOKENIZERS[1].token_bytes(1 + 0xE2) == b"\xe2"
+
+
+def test_of_tokens_with_one_name_the_most_likely_is_shown():
+    """Otherwise a client would take the less likely one for the greedy choice."""
+    tokenizer = TOKENIZERS[1]
+    names = TokenNames(Vocabulary.build(tokenizer.size, (), patch_size=2), tokenizer)
+    letter, byte = tokenizer.encode("ba")[-1], 1 + ord("a")
+    assert names.name(letter) == names.name(byte) == "a"
+    logprobs = CompletionLogprobs(names).format([TokenLogprob(byte, -3.0, ((letter, -1.0),))])
+    assert (logprobs["token_logprobs"], logprobs["top_logprobs"]) == ([-3.0], [{"a": -1.0}])
 
 
 @pytest.mark.slow
