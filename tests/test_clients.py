@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import httpx2
 import numpy as np
@@ -35,7 +36,7 @@ from tests.abuse import (
 from tests.drawn_requests import send_drawn
 from tests.lazy import Lazy
 from tests.profile import THOROUGH, examples
-from tests.serving import Gate, serving, wait_until
+from tests.serving import TIMEOUT, Gate, serving, wait_until
 from transfusion.codecs.pictures import to_pixels
 from transfusion.codecs.text import Tokenizer
 from transfusion.evaluation.likelihood import likelihoods
@@ -610,6 +611,60 @@ def test_lm_eval_measures_the_same_over_http(exported, local_only, options):
     assert any(it.is_greedy for it in expected) and not all(it.is_greedy for it in expected)
     nats = [value for answer in answer_questions(engine, questions)["answers"] for value in answer["nats"]]
     assert [score for score, _ in scores] == pytest.approx(nats, abs=1e-3)
+
+
+# Many clients
+
+
+def mixed_request(number: int) -> tuple[str, dict]:
+    """Eight kinds: text, scores, chats with and without pictures, streams, drawings with negative prompts, edits."""
+    fields: dict = {"seed": number, "n": 1 + number // 8 % 2}
+    picture = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * (number % 5)}, PICTURE]}]}
+    path, options = [
+        (TEXT, {"prompt": "a" * (1 + number % 7), "max_tokens": 8}), (TEXT, {"prompt": [5, 6], "echo": True, "logprobs": 2}),
+        (CHAT, {"max_tokens": 8, "logprobs": True}), (CHAT, picture), (CHAT, picture | {"stream": True, "max_tokens": 8}),
+        (DRAW, {"steps": 1 + number % 4, "negative_prompt": "no" if number % 2 else None}),
+        (CHAT, {"modalities": ["text", "image"], "max_tokens": 8, "steps": 2}), (EDIT, {"output_format": "webp"}),
+    ][number % 8]  # fmt: skip
+    return path, (fields | options if path != EDIT else {name: str(it) for name, it in (fields | options).items()})
+
+
+def read_answer(response: httpx2.Response) -> tuple[list, list[np.ndarray]]:
+    """What does not change when the same request is sent again: the answer, or the chunks of each choice; its pictures."""
+    assert response.status_code == 200, response.text
+    changing = {"id", "created", "logprob", "token_logprobs", "top_logprobs"}  # numbers differ by rounding
+    pictures: list[np.ndarray] = []
+
+    def reduce(value):
+        if isinstance(value, dict):
+            return {name: reduce(it) for name, it in value.items() if name not in changing}
+        if isinstance(value, list):
+            return [reduce(it) for it in value]
+        if isinstance(value, str) and len(value) > 80:
+            pictures.append(np.asarray(read_picture(value).convert("L"), int))
+            return "picture"
+        return value
+
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    chunks.sort(key=lambda chunk: chunk["choices"][0]["index"])
+    return [reduce(chunk) for chunk in chunks or [response.json()]], pictures
+
+
+def test_64_clients_at_once_get_the_answers_of_each_alone(client, server):
+    requests = [mixed_request(number) for number in range(64)]
+    begin = Barrier(64)
+
+    def send(request: tuple[str, dict]) -> httpx2.Response:
+        begin.wait(TIMEOUT)
+        return ask(client, request[0], **request[1])
+
+    with ThreadPoolExecutor(64) as pool:
+        together = [read_answer(response) for response in pool.map(send, requests)]
+    alone = [read_answer(ask(client, path, **fields)) for path, fields in requests]
+    for (texts, pictures), (expected_texts, expected_pictures) in zip(together, alone, strict=True):
+        for picture, expected in zip(pictures, expected_pictures, strict=True):
+            assert np.abs(picture - expected).max() <= 2
+        assert texts == expected_texts
 
 
 # Requests drawn over every field
