@@ -5,15 +5,21 @@ import base64
 import io
 import json
 import socket
+import string
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import httpx2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image as Picture
+from lm_eval.api.instance import Instance
+from PIL import Image as PILImage
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from tests import tiny
 from tests.abuse import (
@@ -27,15 +33,24 @@ from tests.abuse import (
     to_data_url,
     valid_body,
 )
+from tests.drawn_requests import send_drawn
 from tests.lazy import Lazy
-from tests.profile import examples
-from tests.serving import Gate, serving, wait_until
-from transfusion.inference.engine import Engine, open_run
+from tests.profile import THOROUGH, examples
+from tests.serving import TIMEOUT, Gate, serving, wait_until
+from transfusion.codecs.pictures import to_pixels
+from transfusion.codecs.text import Tokenizer
+from transfusion.evaluation.likelihood import likelihoods
+from transfusion.evaluation.multiple_choice import Question, answer_questions
+from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.inference.request import TokenLogprob
+from transfusion.sequence import Vocabulary
 from transfusion.serving.hosts import parse_origin
 from transfusion.serving.limits import Limits
+from transfusion.serving.logprobs import CompletionLogprobs, TokenNames
 from transfusion.serving.pictures import _decode_data_url
 from transfusion.serving.served import nearest_size
 
+completions = Lazy("lm_eval.models.openai_completions")
 openai, langchain, messages, litellm = map(Lazy, ("openai", "langchain_openai", "langchain_core.messages", "litellm"))
 
 PICTURE = {"type": "image_url", "image_url": {"url": to_data_url(make_picture())}}
@@ -72,8 +87,8 @@ def ask(client: httpx2.Client, path: str, **fields) -> httpx2.Response:
     return client.post(path, json=valid_body(path) | fields)
 
 
-def read_picture(url_or_base64: str) -> Picture.Image:
-    return Picture.open(io.BytesIO(base64.b64decode(url_or_base64.rpartition(",")[2])))
+def read_picture(url_or_base64: str) -> PILImage.Image:
+    return PILImage.open(io.BytesIO(base64.b64decode(url_or_base64.rpartition(",")[2])))
 
 
 @pytest.fixture
@@ -391,6 +406,275 @@ def test_a_lower_quality_gives_smaller_files(client):
     sizes = [len(ask(client, DRAW, output_format="jpeg", output_compression=quality).json()["data"][0]["b64_json"])
              for quality in (0, 50, 100)]  # fmt: skip
     assert sizes == sorted(set(sizes))
+
+
+# Negative prompts
+
+
+@pytest.mark.parametrize("path", [DRAW, EDIT, CHAT])
+def test_a_negative_prompt_is_that_of_the_engine(client, opened, path):
+    picture = to_pixels(PILImage.open(io.BytesIO(make_picture())), [(8, 8)], 1)
+    fields = {"negative_prompt": "no", "guidance_scale": "3" if path == EDIT else 3.0}
+    fields |= {"modalities": ["image"], "steps": 1} if path == CHAT else {}
+    answer = ask(client, path, **fields).json()
+    message = answer["choices"][0]["message"] if path == CHAT else {}
+    drawn = message["images"][0]["image_url"]["url"] if path == CHAT else answer["data"][0]["b64_json"]
+    parts = {DRAW: ("three",), CHAT: ("three",), EDIT: (picture, "b")}[path]
+    generation = replace(opened.run.generation, steps=1, guidance_scale=3.0)
+    requests = [Request(parts, 1, 1, generation, negative_prompt=text) for text in ("no", None)]
+    expected, without = (Engine(opened).generate([request])[0][0].parts[0] for request in requests)
+    pixels = np.asarray(read_picture(drawn))[..., None].astype(int)
+    assert np.abs(pixels - expected).max() <= 2 < np.abs(pixels - without).max()
+
+
+def test_a_negative_prompt_without_effect_is_refused(client):
+    for path, fields, message in (
+        (CHAT, {}, "negative_prompt has no effect"), (DRAW, {"guidance_scale": 1.0}, "negative_prompt has no effect"),
+        (DRAW, {"negative_prompt": "a" * 3000}, "the text has 3,000 characters"), (DRAW, {"negative_prompt": 1}, "string"),
+    ):  # fmt: skip
+        response = ask(client, path, **{"negative_prompt": "no"} | fields)
+        assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
+        assert_clear_error(response)
+
+
+# Log probabilities, echo and prompts as token ids
+
+
+def complete(client: httpx2.Client, **fields) -> dict:
+    """The first choice of /v1/completions."""
+    response = client.post(TEXT, json={"seed": 1, "max_tokens": 4} | fields)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def join_chunks(client: httpx2.Client, **fields) -> dict:
+    """The same from a stream."""
+    text = client.post(TEXT, json={"seed": 1, "max_tokens": 4, "stream": True} | fields).text
+    choices = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    logprobs = [choice["logprobs"] for choice in choices]
+    joined = logprobs[0] and {name: [it for part in logprobs for it in part[name]] for name in logprobs[0]}
+    return {"text": "".join(choice["text"] for choice in choices), "logprobs": joined}
+
+
+@pytest.mark.parametrize("prompt", ["a tree", "é€ \U0001f600", ""])
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_the_echo_has_the_log_probability_of_every_token(client, opened, prompt, num_top):
+    choice = complete(client, prompt=prompt, echo=True, logprobs=num_top)
+    logprobs, text = choice["logprobs"], choice["text"]
+    assert text.startswith(prompt) and len({len(values) for values in logprobs.values()}) == 1
+    expected = likelihoods(Engine(opened), [("", prompt)])[0].log_probs
+    assert logprobs["token_logprobs"][: len(expected)] == pytest.approx(expected, abs=1e-4)
+    assert len(logprobs["tokens"]) >= len(expected) + 1  # also if the answer is only eos
+    for token, value, top, offset in zip(*(logprobs[name] for name in (
+        "tokens", "token_logprobs", "top_logprobs", "text_offset")), strict=True):  # fmt: skip
+        assert top is None if num_top == 0 else (top[token] == value and num_top <= len(top) <= num_top + 1)
+        assert token.startswith(("bytes:", "<")) or text[offset:].startswith(token) or "\ufffd" in text
+    assert join_chunks(client, prompt=prompt, echo=True, logprobs=num_top) == {"text": text, "logprobs": logprobs}
+    assert complete(client, prompt=prompt, logprobs=num_top)["text"] == text.removeprefix(prompt)
+
+
+def test_token_ids_are_the_prompt_that_they_spell(client, opened):
+    bos, ids = opened.vocabulary.bos, list(opened.tokenizer.encode("a tree"))
+    whole = complete(client, prompt="a tree", echo=True, logprobs=1)
+    assert complete(client, prompt=ids, echo=True, logprobs=1) == whole
+    with_bos = complete(client, prompt=[bos, *ids], echo=True, logprobs=1)
+    assert with_bos["text"] == whole["text"]
+    assert with_bos["logprobs"]["token_logprobs"] == [None, *whole["logprobs"]["token_logprobs"]]  # of what the client sent
+    assert (with_bos["logprobs"]["tokens"][0], with_bos["logprobs"]["top_logprobs"][0]) == ("<bos>", None)
+    response = client.post(TEXT, json={"prompt": [ids, [bos, *ids], ids[:1]], "seed": 1, "max_tokens": 4})
+    texts = [choice["text"] for choice in response.json()["choices"]]
+    assert [whole["text"].removeprefix("a tree")] * 2 == texts[:2] and len(texts) == 3
+
+
+def test_a_score_alone_samples_nothing(client, opened):
+    body = {"prompt": ["a", "bc"], "max_tokens": 0, "echo": True, "logprobs": 1, "n": 2}
+    answer = client.post(TEXT, json=body).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["a", "a", "bc", "bc"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in answer["choices"]] == [1, 1, 2, 2]
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    assert answer["usage"]["completion_tokens"] == 0
+    assert complete(client, prompt="abc", max_tokens=0, echo=True)["text"] == "abc"
+    assert join_chunks(client, prompt="abc", max_tokens=0, echo=True)["text"] == "abc"
+    longest = [5] * (opened.run.data.seq_len - 1)
+    assert len(complete(client, prompt=longest, max_tokens=0, echo=True, logprobs=0)["logprobs"]["tokens"]) == len(longest)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"prompt": [0, 261]}, "prompt has the token id 261, which is not an id of text: use 0 to 259, and 260 (bos) at"),
+    ({"prompt": [-1]}, "prompt has the token id -1"), ({"prompt": [5, 260]}, "prompt has the token id 260"),
+    ({"prompt": [2**70]}, "prompt has the token id"), ({"prompt": [5] * 63}, "take 65 positions; the run supports at"),
+    *[({"prompt": prompt}, "prompt must be a text, a list of token ids, or a list of several of either")
+      for prompt in ([1, "a"], ["a", None], [True], [[1, True]], 5, {"a": 1}, [1.5], [[["a"]]])],
+    ({"prompt": []}, "prompt is empty"), ({"prompt": ["a", "\ud800"]}, "prompt is not valid Unicode"),
+    ({"logprobs": 21}, "logprobs should be less than or equal to 20, not 21"), ({"logprobs": True}, "logprobs should be"),
+    ({"max_tokens": 0}, "max_tokens must be at least 1, or 0 with echo: true"), ({"echo": "yes"}, "echo should be"),
+])  # fmt: skip
+def test_wrong_prompts_and_scores_are_refused(client, fields, message):
+    response = client.post(TEXT, content=json.dumps({"prompt": "a"} | fields), headers={"content-type": "application/json"})
+    assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
+    assert_clear_error(response)
+
+
+def test_a_chat_has_log_probabilities(client, opened):
+    body = {"messages": [{"role": "user", "content": "three"}], "seed": 4, "max_tokens": 12, "logprobs": True}
+    choice = client.post(CHAT, json=body | {"top_logprobs": 2}).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert bytes(it for entry in content for it in entry["bytes"]).decode(errors="replace") == choice["message"]["content"]
+    for entry in content:
+        assert len(entry["top_logprobs"]) == 2 and entry["top_logprobs"][0]["logprob"] >= entry["logprob"]
+    text = client.post(CHAT, json=body | {"top_logprobs": 2, "stream": True}).text
+    chunks = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    assert [entry for chunk in chunks for entry in chunk["logprobs"]["content"]] == content
+    plain = client.post(CHAT, json=body).json()["choices"][0]
+    assert [entry["top_logprobs"] for entry in plain["logprobs"]["content"]] == [[]] * len(content)
+    assert client.post(CHAT, json=body | {"logprobs": 0}).json()["choices"][0]["logprobs"] is None
+    response = ask(client, CHAT, top_logprobs=2)
+    assert "top_logprobs needs logprobs: true" in response.json()["error"]["message"]
+
+
+def test_log_probabilities_end_before_a_stop_word():
+    """Those of the tokens that begin before it, in a stream too."""
+    bytes_of = TOKENIZERS[0].token_bytes
+    engine = tiny.build_engine(lambda it: {n: -99 for n in range(it.num_text_tokens) if not bytes_of(n).isalpha()})
+    with serving(engine) as server, server.client() as client:
+        whole = complete(client, prompt="a", max_tokens=12, logprobs=0)
+        tokens, offsets, text = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"], whole["text"]
+        assert "".join(tokens).startswith(text) and len(text) > 9
+        for begin, end in ((0, 2), (4, 6), (7, 9)):
+            stop = text[begin:end]
+            begin = text.index(stop)
+            for read in (complete, join_chunks):
+                stopped = read(client, prompt="a", max_tokens=12, logprobs=0, stop=stop)
+                assert stopped["text"] == text[:begin]
+                expected = [token for token, offset in zip(tokens, offsets, strict=True) if offset < begin]
+                assert (stopped["logprobs"] or {"tokens": []})["tokens"] == expected
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Words begin with a mark that is a space; unknown characters are bytes."""
+    vocab = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "ab"]
+    tokenizer = HFTokenizer(models.BPE({token: id_ for id_, token in enumerate(vocab)}, [("\u2581", "a"), ("a", "b")],
+                                       byte_fallback=True))  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])  # fmt: skip
+    tokenizer.add_special_tokens(["<s>"])
+    return Tokenizer(tokenizer)
+
+
+TOKENIZERS = [tiny.tokenizer(), sentencepiece_like()]
+
+
+@given(st.text("ab é€\U0001f600\ufffd\n<", max_size=20), st.sampled_from(TOKENIZERS))
+@examples(200)
+def test_the_bytes_of_tokens_are_the_text(text, tokenizer):
+    content = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+    assert content.decode() == text or content.decode() == " " + text  # the space that SentencePiece puts before a text
+
+
+def test_special_tokens_add_nothing():
+    assert [tokenizer.token_bytes(10**6) for tokenizer in TOKENIZERS] == [b"", b""]
+    assert TOKENIZERS[1].token_bytes(0) == b"" and TOKENIZERS[1].token_bytes(1 + 0xE2) == b"\xe2"
+
+
+def test_of_tokens_with_one_name_the_most_likely_is_shown():
+    """Otherwise a client would take the less likely one for the greedy choice."""
+    tokenizer = TOKENIZERS[1]
+    names = TokenNames(Vocabulary.build(tokenizer.size, (), patch_size=2), tokenizer)
+    letter, byte = tokenizer.encode("ba")[-1], 1 + ord("a")
+    assert names.name(letter) == names.name(byte) == "a"
+    logprobs = CompletionLogprobs(names).format([TokenLogprob(byte, -3.0, ((letter, -1.0),))])
+    assert (logprobs["token_logprobs"], logprobs["top_logprobs"]) == ([-3.0], [{"a": -1.0}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"num_concurrent": 4}])
+def test_lm_eval_measures_the_same_over_http(exported, local_only, options):
+    """lm_eval's local-completions and `evaluate --tasks choice`: the same log probabilities, and greedy answers."""
+    engine = open_run(exported)
+    generation = replace(engine.run.generation, temperature=0.0, max_tokens=1)
+    contexts = string.ascii_letters
+    answers = engine.generate([Request(context, generation=generation, allow_images=False) for context in contexts])
+    greedy = [Question(context, ("b", it[0].parts[0]), 1) for context, it in zip(contexts, answers, strict=True)
+              if it[0].parts and it[0].parts[0].isascii()]  # fmt: skip
+    questions = [*greedy[:3], Question("", ("three", "a b"), 1), Question("é ", ("x", "€ y "), 0)]
+    pairs = [(question.context, choice) for question in questions for choice in question.choices]
+    with serving(engine) as server:
+        model = completions.LocalCompletionsAPI(
+            base_url=f"{server.url}{TEXT}", model="tiny", tokenizer=str(exported), tokenizer_backend="huggingface",
+            max_length=engine.max_positions - 1, **options,
+        )  # fmt: skip
+        scores = model.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)])
+    expected = likelihoods(engine, pairs)
+    assert [score for score, _ in scores] == pytest.approx([it.total for it in expected], abs=1e-3)
+    assert [is_greedy for _, is_greedy in scores] == [it.is_greedy for it in expected]
+    assert any(it.is_greedy for it in expected) and not all(it.is_greedy for it in expected)
+    nats = [value for answer in answer_questions(engine, questions)["answers"] for value in answer["nats"]]
+    assert [score for score, _ in scores] == pytest.approx(nats, abs=1e-3)
+
+
+# Many clients
+
+
+def mixed_request(number: int) -> tuple[str, dict]:
+    """Eight kinds: text, scores, chats with and without pictures, streams, drawings with negative prompts, edits."""
+    fields: dict = {"seed": number, "n": 1 + number // 8 % 2}
+    picture = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * (number % 5)}, PICTURE]}]}
+    path, options = [
+        (TEXT, {"prompt": "a" * (1 + number % 7), "max_tokens": 8}), (TEXT, {"prompt": [5, 6], "echo": True, "logprobs": 2}),
+        (CHAT, {"max_tokens": 8, "logprobs": True}), (CHAT, picture), (CHAT, picture | {"stream": True, "max_tokens": 8}),
+        (DRAW, {"steps": 1 + number % 4, "negative_prompt": "no" if number % 2 else None}),
+        (CHAT, {"modalities": ["text", "image"], "max_tokens": 8, "steps": 2}), (EDIT, {"output_format": "webp"}),
+    ][number % 8]  # fmt: skip
+    return path, (fields | options if path != EDIT else {name: str(it) for name, it in (fields | options).items()})
+
+
+def read_answer(response: httpx2.Response) -> tuple[list, list[np.ndarray]]:
+    """What does not change when the same request is sent again: the answer, or the chunks of each choice; its pictures."""
+    assert response.status_code == 200, response.text
+    changing = {"id", "created", "logprob", "token_logprobs", "top_logprobs"}  # numbers differ by rounding
+    pictures: list[np.ndarray] = []
+
+    def reduce(value):
+        if isinstance(value, dict):
+            return {name: reduce(it) for name, it in value.items() if name not in changing}
+        if isinstance(value, list):
+            return [reduce(it) for it in value]
+        if isinstance(value, str) and len(value) > 80:
+            pictures.append(np.asarray(read_picture(value).convert("L"), int))
+            return "picture"
+        return value
+
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    chunks.sort(key=lambda chunk: chunk["choices"][0]["index"])
+    return [reduce(chunk) for chunk in chunks or [response.json()]], pictures
+
+
+def test_64_clients_at_once_get_the_answers_of_each_alone(client, server):
+    requests = [mixed_request(number) for number in range(64)]
+    begin = Barrier(64)
+
+    def send(request: tuple[str, dict]) -> httpx2.Response:
+        begin.wait(TIMEOUT)
+        return ask(client, request[0], **request[1])
+
+    with ThreadPoolExecutor(64) as pool:
+        together = [read_answer(response) for response in pool.map(send, requests)]
+    alone = [read_answer(ask(client, path, **fields)) for path, fields in requests]
+    for (texts, pictures), (expected_texts, expected_pictures) in zip(together, alone, strict=True):
+        for picture, expected in zip(pictures, expected_pictures, strict=True):
+            assert np.abs(picture - expected).max() <= 2
+        assert texts == expected_texts
+
+
+# Requests drawn over every field
+
+
+def test_drawn_requests_are_answered_or_refused(client, caplog):
+    """`python -m tests.drawn_requests` sends 5,000 to a server of its own."""
+    results = send_drawn(client, 5000 if THOROUGH else 150)
+    assert sum(results.values(), Counter()).keys() == {"answered", "refused"} and all(results.values())
+    assert not caplog.records
 
 
 # Browser front ends

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors
+from transformers import AutoTokenizer
 
 import transfusion
 from tests.test_cli import command, fails
 from transfusion.checkpoint import export as export_module
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
+from transfusion.codecs.text import Tokenizer
 from transfusion.disk import OpenError
 from transfusion.inference.answer import Answer, Answers
 from transfusion.inference.engine import Request, open_run
@@ -83,13 +85,27 @@ def test_raw_weights_are_exported_on_request(run, exported, tmp_path):
 def test_exported_folder_has_the_expected_files_and_config(run, exported):
     names = {path.name for path in exported.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "codec.safetensors",
-                     "README.md"}  # fmt: skip
+                     "tokenizer_config.json", "README.md"}  # fmt: skip
     config = json.loads((exported / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (["Transfusion"], "transfusion")
     assert config["weights"]["step"] == open_checkpoint(exported).step == 7
     generation = json.loads((run / "run.json").read_text())["run"]["generation"]
     assert json.loads((exported / "generation_config.json").read_text()) == generation
     assert open_checkpoint(exported).run == open_checkpoint(run).run
+
+
+@pytest.mark.parametrize("text", ["a three \u20ac", "<|bos|> x <|eos|>", " ", "\n\n a", "<|pad|>"])
+def test_transformers_tokenizes_as_training_did(exported, text):
+    transformers_tokenizer, opened = AutoTokenizer.from_pretrained(exported), open_checkpoint(exported)
+    ids = transformers_tokenizer(text, add_special_tokens=False).input_ids
+    assert tuple(ids) == opened.tokenizer.encode(text) and transformers_tokenizer.decode(ids) == text
+    for marker in ("bos", "eos", "pad"):
+        assert getattr(transformers_tokenizer, f"{marker}_token_id") == getattr(opened.vocabulary, marker)
+
+
+def test_the_tokenizer_of_an_exported_run_can_be_used_again(exported):
+    tokenizer = Tokenizer.from_file(exported / "tokenizer.json")
+    assert tokenizer.markers == {} and tokenizer.size == open_checkpoint(exported).vocabulary.num_text_tokens
 
 
 def test_generation_defaults_can_be_edited(copy):

@@ -463,7 +463,7 @@ def test_requests_above_a_limit_are_refused(server):
 
 
 @pytest.mark.parametrize(("path", "body", "words"), [
-    (TEXT, {"prompt": [1] * 30_000}, "prompt has 30,000 elements; at most 256 are allowed"),
+    (TEXT, {"prompt": ["a"] * 30_000}, "prompt has 30,000 elements; at most 256 are allowed"),
     (TEXT, {"prompt": "a", "stop": [1] * 30_000}, "stop has 30,000 elements; at most 4 are allowed"),
     (TEXT, {"prompt": "a"} | {f"x{n}": 1 for n in range(30_000)}, "an object has 30,001 fields; at most 64 are allowed"),
     (CHAT, {"messages": [{}] * 15_000}, "messages has 15,000 elements; at most 256 are allowed"),

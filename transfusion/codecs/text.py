@@ -26,6 +26,7 @@ class Tokenizer:
     """Encodes text that spells a special token as plain text; only `sequence` adds special ids.
 
     markers: the ids of bos, eos and pad, as far as they are known, and `other_eos_ids`: the arguments of `Vocabulary.build`.
+    byte_ids: ids of single bytes (`<0x0A>`), whose text depends on the bytes beside them.
     """
 
     def __init__(self, tokenizer: HFTokenizer, markers: dict | None = None):
@@ -39,7 +40,7 @@ class Tokenizer:
         self._tokenizer = HFTokenizer.from_str(json.dumps(values))
         self._tokenizer.encode_special_tokens = True
         self._special_ids = {token["id"] for token in values["added_tokens"]}
-        self._byte_ids = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
+        self.byte_ids = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.markers = self._spelled_markers({}) if markers is None else markers
@@ -90,6 +91,9 @@ class Tokenizer:
         named: dict[str, dict[int, str]] = {"bos": {}, "eos": {}, "pad": {}}  # ids, and the first file with each
         for name in NAMING_FILES:
             values = read_json(folder / name) if (folder / name).exists() else {}
+            added = values.get("added_tokens_decoder")
+            added = [*added.values()] if isinstance(added, dict) else []
+            added = [token.get("content") for token in added if isinstance(token, dict)]
             for marker, ids in named.items():
                 by_id, by_spelling = values.get(f"{marker}_token_id"), values.get(f"{marker}_token")
                 for value in by_id if isinstance(by_id, list) else [by_id]:
@@ -97,7 +101,8 @@ class Tokenizer:
                         ids.setdefault(self._special_id(value, f"{folder / name}: {marker}_token_id"), name)
                 if isinstance(by_spelling, dict):
                     by_spelling = by_spelling.get("content")
-                if by_spelling is not None:
+                is_ours = by_spelling in added and self._tokenizer.token_to_id(by_spelling) is None  # in an exported run
+                if by_spelling is not None and not is_ours:
                     ids.setdefault(self._special_id(by_spelling, f"{folder / name}: {marker}_token"), name)
         bos, eos, pad = (list(ids) for ids in named.values())
         if len(bos) > 1:
@@ -141,10 +146,9 @@ class Tokenizer:
         ids = (id_ for character in word for id_ in self._tokenizer.encode(character, add_special_tokens=False).ids)
         return [id_ for id_ in ids if id_ not in self._special_ids]
 
-    def may_end_inside_character(self, token: int) -> bool:
-        """Can the next token change the text of this one? True for byte fallback, which decodes adjacent bytes together; and
-        for special tokens, which are no text and do not end such bytes."""
-        return token in self._byte_ids or token in self._special_ids
+    def is_decoded(self, token: int) -> bool:
+        """Has this id a text? Special tokens and ids that the tokenizer lacks have none."""
+        return token not in self._special_ids and self._tokenizer.id_to_token(token) is not None
 
     def token_name(self, token: int) -> str:
         """Its entry in the vocabulary; nothing for an id that has none."""
@@ -154,9 +158,9 @@ class Tokenizer:
         """What a token adds to a text in UTF-8: some bytes of a character alone, if the tokenizer has such tokens. Nothing
         for a special token."""
         name = self.token_name(token)
-        if token in self._special_ids or not name:
+        if not self.is_decoded(token):
             return b""
-        if token in self._byte_ids:
+        if token in self.byte_ids:
             return bytes([int(name[3:5], 16)])
         once, twice = self.decode([token]), self.decode([token, token])  # decoders may remove the space before the first
         text = twice[len(once) :]
