@@ -128,7 +128,8 @@ INVALID_VALUES = {  # by field, for every path that has it
     | st.sampled_from([[{"role": "user"}, 1], [{"role": "user", "content": "z" * 50_000}]])
     | st.builds(lambda role, content: [{"role": role, "content": content}], words, words)
     | st.builds(lambda content: [{"role": "user", "content": content}], wrong_contents),
-    "logprobs": st.just(-1) | words, "tools": st.just([{"type": "function"}]), "response_format": st.just({"type": "json_object"}),
+    "logprobs": st.just(-1) | words,
+    "tools": st.just([{"type": "function"}]), "response_format": st.just({"type": "json_object"}),
     "mask": st.just("x"),
 }  # fmt: skip
 FIELDS_OF_PATH = {
@@ -244,9 +245,9 @@ def main(run: Path, requests: int = 2000, disconnects: int = 50) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     command = [sys.executable, "-m", "transfusion", "serve", str(run), "--port", "0"]
-    with tempfile.NamedTemporaryFile("r", delete=False, dir="/tmp/w/i17") as log:
+    with tempfile.NamedTemporaryFile("r") as log:
         server = subprocess.Popen(
-            command, stdout=open(log.name, "ab"), stderr=subprocess.STDOUT,
+            command, stdout=open(log.name, "ab"), stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES)),
         )  # fmt: skip
         try:

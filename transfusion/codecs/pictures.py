@@ -10,6 +10,7 @@ from PIL import ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded
+BAND_PIXELS = 1_000_000  # that are put on white at once
 
 
 class PictureError(ValueError):
@@ -53,10 +54,19 @@ def pixels_of(image: Picture.Image) -> np.ndarray:
         values = np.where(values == image.info.get("transparency"), 0xFFFF, values)
         return (values >> 8).astype(np.uint8)[..., None]
     if "transparency" in image.info or image.mode[-1] in "Aa":
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Picture.alpha_composite(Picture.new("RGBA", image.size, "white"), image)
+        image = _on_white((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
     mode = "L" if image.mode in ("1", "L") else "RGB"
     return np.asarray(image.convert(mode), dtype=np.uint8).reshape(height, width, len(mode))
+
+
+def _on_white(image: Picture.Image) -> Picture.Image:
+    """RGBA -> RGB. In bands of rows: alpha_composite holds the interpreter's lock, and needs two more such images."""
+    width, height = image.size
+    opaque, rows = Picture.new("RGB", image.size), max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        opaque.paste(Picture.alpha_composite(Picture.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return opaque
 
 
 def to_pixels(image: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]], image_channels: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import logging
 import resource
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import h11
@@ -23,6 +24,7 @@ READ_BYTES = 16 * 2**10  # at once from one connection: parsing them takes littl
 SMALL_PARTS, MIN_MEAN_BYTES = 512, 256  # a body may arrive in this many parts of any size; then their mean size counts
 ACCEPTS_PER_TURN = 64  # of the event loop, before these connections are counted
 LISTEN_BACKLOG = 1024  # connections that wait in the operating system
+MAX_THREADS = 2  # for work beside the event loop; each one more would take time from the loop, and keep memory
 SECONDS_BETWEEN_REPORTS = 60
 INVALID_REQUEST = "the request is not valid HTTP/1.1, its header is too long, or its body arrives in too many small parts"
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -43,7 +45,9 @@ class Server(uvicorn.Server):
         self.reported = -SECONDS_BETWEEN_REPORTS  # in time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        loop.set_default_executor(ThreadPoolExecutor(MAX_THREADS, "bodies and texts"))
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(LISTEN_BACKLOG)  # asyncio uses one number for this and for ACCEPTS_PER_TURN

@@ -17,10 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transfusion.serving.errors import APIError
 from transfusion.serving.hosts import is_local, parse_hostname, parse_netloc
 from transfusion.serving.limits import Limits
+from transfusion.serving.memory import release_memory
 from transfusion.serving.metrics import Metrics
 
 MAX_HELD_BODIES = 8  # x limits.body_bytes: bytes in memory for all requests together
 MAX_DRAINED_BODIES = 4  # x limits.body_bytes: bytes read and discarded, so that the client receives the error
+LARGE_BODY_BYTES = 2**18  # the memory of such a body is returned at once
 DRAIN_SECONDS = 1.0  # for a rejected client to finish its body
 MAX_DRAINING = 64  # rejected clients at once; the body of one more is not read
 MAX_TEXT_BODY_BYTES = 2**20  # of a request to a path that takes no pictures
@@ -74,6 +76,8 @@ class LimitsMiddleware:
             self.in_flight -= is_counted
             self.held_bytes -= context.received_bytes
             context.record()
+            if context.received_bytes > LARGE_BODY_BYTES:
+                asyncio.get_running_loop().run_in_executor(None, release_memory)
 
     def _check_access(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)

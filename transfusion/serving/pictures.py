@@ -5,6 +5,7 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -12,10 +13,11 @@ import numpy as np
 
 from transfusion.codecs.pictures import PictureError, encode_picture, read_picture, to_pixels
 from transfusion.serving.errors import APIError
+from transfusion.serving.memory import release_memory
 
 STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 BASE64_FILLERS = b" \t\r\n\f="
-MAX_DECODING = 2  # pictures that are decoded at once: each may use hundreds of megabytes for a moment
+MAX_DECODING = 1  # pictures that are decoded at once: each may use hundreds of megabytes, and a processor, for a moment
 
 
 class PictureReader:
@@ -23,12 +25,11 @@ class PictureReader:
 
     def __init__(self, sizes: Sequence[tuple[int, int]], image_channels: int, max_pixels: int):
         self.sizes, self.image_channels, self.max_pixels = sizes, image_channels, max_pixels
-        self.semaphore = asyncio.Semaphore(MAX_DECODING)
+        self.threads = ThreadPoolExecutor(MAX_DECODING, "pictures")
 
     async def read(self, source: str | bytes, param: str) -> np.ndarray:
         """From a data: URL or a file's bytes. APIError: another kind of URL, damaged, not a known format, or too large."""
-        async with self.semaphore:
-            return await asyncio.to_thread(self._read, source, param)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self._read, source, param)
 
     def _read(self, source: str | bytes, param: str) -> np.ndarray:
         try:
@@ -36,6 +37,8 @@ class PictureReader:
             return to_pixels(read_picture(encoded, "it", self.max_pixels), self.sizes, self.image_channels)
         except PictureError as error:
             raise APIError(400, f"{param} cannot be used: {error}", param, "invalid_image") from None
+        finally:
+            release_memory()
 
 
 @dataclass(frozen=True)

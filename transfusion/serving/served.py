@@ -21,7 +21,7 @@ from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
 
 Part = str | Text | np.ndarray
-MAX_ENCODING = 2  # texts that are tokenized at once
+MAX_ENCODING = 1  # texts that are tokenized at once
 
 
 @dataclass(frozen=True)
