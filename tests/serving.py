@@ -3,15 +3,16 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
-import uvicorn
+from starlette.types import ASGIApp
 
 from transfusion.inference.engine import Engine
+from transfusion.serving import connections
 from transfusion.serving.app import build_app
 from transfusion.serving.limits import Limits
 from transfusion.serving.scheduler import Scheduler
@@ -71,18 +72,29 @@ class Server:
 
 
 @contextmanager
-def serving(engine: Engine, limits: Limits = Limits(), api_key: str | None = None) -> Iterator[Server]:  # noqa: B008
-    app = build_app(engine, limits, api_key)
+def serving(
+    engine: Engine, limits: Limits = Limits(), api_key: str | None = None, allow_origins: Collection[str] = (),  # noqa: B008
+) -> Iterator[Server]:  # fmt: skip
+    app = build_app(engine, limits, api_key, allow_origins)
+    with run_server(app, limits) as port:
+        try:
+            yield Server(f"http://127.0.0.1:{port}", app.state.service.scheduler)
+        finally:
+            if isinstance(gate := getattr(engine.step, "__self__", None), Gate):
+                gate.open()
+
+
+@contextmanager
+def run_server(app: ASGIApp, limits: Limits) -> Iterator[int]:
+    """Yields the port at which this application is served."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
+        server = connections.Server(app, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         wait_until(lambda: server.started)
         try:
-            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service.scheduler)
+            yield listener.getsockname()[1]
         finally:
-            if isinstance(gate := getattr(engine.step, "__self__", None), Gate):
-                gate.open()
             server.should_exit = True
             thread.join()
 

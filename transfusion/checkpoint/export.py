@@ -16,7 +16,7 @@ from transfusion.model.transfusion import MODEL_TYPE
 from transfusion.model.weights import MAX_SHARD_BYTES, write_weights
 
 MANIFEST = "manifest"  # the key of results.json with the machine and the settings of the evaluation
-CARD = "README.md"
+CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
 
 
 def export(run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES) -> Path:
@@ -53,6 +53,7 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
         notes = notes | {"start": {name: value for name, value in notes["start"].items() if name != "place"}}
     write_whole(folder / "codec.safetensors", codec_bytes)
     write_whole(folder / "tokenizer.json", tokenizer_bytes)
+    write_json(folder / TOKENIZER_CONFIG, describe_tokenizer(opened))
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
         **MODEL_TYPE, "format": RUN_FORMAT, "run": values, "vocabulary": vocabulary,
@@ -61,6 +62,23 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(codec_bytes).hexdigest()},
         "tokenizer": {"sha256": hashlib.sha256(tokenizer_bytes).hexdigest()}, "versions": versions(), "notes": notes,
     })  # fmt: skip
+
+
+def describe_tokenizer(opened: OpenedRun) -> dict:
+    """tokenizer_config.json: `transformers.AutoTokenizer` encodes texts as training did, and knows bos, eos and pad. Those
+    that tokenizer.json lacks are ids behind its own; `transformers` adds them."""
+    vocabulary, config = opened.vocabulary, {}
+    for marker in ("bos", "eos", "pad"):
+        id_ = getattr(vocabulary, marker)
+        config[f"{marker}_token"] = opened.tokenizer.token_name(id_) or f"<|{marker}|>"
+        if id_ >= vocabulary.num_text_tokens:
+            token = {"content": config[f"{marker}_token"], "special": True}
+            token |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+            config.setdefault("added_tokens_decoder", {})[str(id_)] = token
+    return config | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": opened.run.data.seq_len,
+        "split_special_tokens": True, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
 
 
 def write_card(opened: OpenedRun, weights: str, results: dict) -> str:

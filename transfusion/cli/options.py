@@ -116,7 +116,8 @@ def _describe(field: StructFieldSpec, prefix: str, override: bool) -> tuple[str,
         help_behavior_hint=None if required else describe_default, aliases=ALIASES.get(flag),
         metavar=None if not positional else flag if reader.nargs == 1 else f"{flag} ...",
     )  # fmt: skip
-    hint, readers = hint | None if override else hint, [reader] if hint is not bool else []  # tyro reads flags itself
+    is_tyros = hint is bool or tyro.conf.UseAppendAction in annotations  # tyro itself reads flags and repeated options
+    hint, readers = hint | None if override else hint, [] if is_tyros else [reader]
     annotated = Annotated[(hint, argument, *annotations, *readers)]
     default, text = None if override else field.default, field.helptext
     return flag, replace(field, type=annotated, default=default, helptext=lambda: " ".join((text() or "").split()))

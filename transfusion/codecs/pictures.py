@@ -10,6 +10,7 @@ from PIL import ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded
+BAND_PIXELS = 1_000_000  # that are put on white at once
 
 
 class PictureError(ValueError):
@@ -41,15 +42,31 @@ def read_picture(source: Path | bytes, name: str = "", max_pixels: int | None = 
 
 
 def pixels_of(image: Picture.Image) -> np.ndarray:
-    """(Y, X, 3) uint8, or (Y, X, 1) of a grey image. Transparency becomes white, 16 bits become 8."""
-    if image.mode.startswith("I;16"):
-        return (np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)[..., None]  # convert() would saturate
-    if "transparency" in image.info or "A" in image.mode or "a" in image.mode:
-        image = image.convert("RGBA")
-        image = Picture.alpha_composite(Picture.new("RGBA", image.size, "white"), image)
-    mode = "L" if image.mode in ("1", "L") else "RGB"
+    """(Y, X, 3) uint8, or (Y, X, 1) of a grey image. Transparency becomes white, 16 bits become 8. PictureError for a mode
+    whose values have no fixed range (I, F) or no conversion without a profile (LAB)."""
     width, height = image.size
+    if not width * height:
+        raise PictureError(f"a picture of {width}x{height} has no pixels")
+    if image.mode in ("I", "F", "LAB"):
+        raise PictureError(f"a picture of mode {image.mode} has no defined colours: convert it to L, I;16 or RGB")
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.uint16)  # (Y, X); convert() would saturate
+        values = np.where(values == image.info.get("transparency"), 0xFFFF, values)
+        return (values >> 8).astype(np.uint8)[..., None]
+    if "transparency" in image.info or image.mode[-1] in "Aa":
+        image = _on_white((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
+    mode = "L" if image.mode in ("1", "L") else "RGB"
     return np.asarray(image.convert(mode), dtype=np.uint8).reshape(height, width, len(mode))
+
+
+def _on_white(image: Picture.Image) -> Picture.Image:
+    """RGBA -> RGB. In bands of rows: alpha_composite holds the interpreter's lock, and needs two more such images."""
+    width, height = image.size
+    opaque, rows = Picture.new("RGB", image.size), max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        opaque.paste(Picture.alpha_composite(Picture.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return opaque
 
 
 def to_pixels(image: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]], image_channels: int) -> np.ndarray:
@@ -64,10 +81,11 @@ def to_pixels(image: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]
     return np.asarray(image, dtype=np.uint8).reshape(size[1], size[0], image_channels)
 
 
-def to_png(pixels: np.ndarray) -> bytes:
-    """(Y, X, 1 or 3) uint8 -> the bytes of a PNG file."""
+def encode_picture(pixels: np.ndarray, file_format: str = "png", quality: int = 100) -> bytes:
+    """(Y, X, 1 or 3) uint8 -> the bytes of a file: png, or jpeg or webp of this quality (0 to 100)."""
     file = BytesIO()
-    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    options = {} if file_format == "png" else {"quality": max(1, quality)}  # JPEG's 0 is Pillow's default
+    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
     return file.getvalue()
 
 

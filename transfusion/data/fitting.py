@@ -98,7 +98,7 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) 
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / "codec.safetensors", encoded)
     write_json(folder / "fitted.json", {
-        "tokenizer": {"size": tokenizer.size, "sha256": hashlib.sha256(text).hexdigest()},
+        "tokenizer": {"size": tokenizer.size, "markers": tokenizer.markers, "sha256": hashlib.sha256(text).hexdigest()},
         "codec": {"kind": codec.kind, "channels": codec.channels, "sha256": hashlib.sha256(encoded).hexdigest()},
         "sizes": sizes, "image_channels": image_channels,
     })  # fmt: skip
@@ -155,16 +155,18 @@ def read_like_info(like: Path) -> dict:
     if "format" in values:
         check_run_format(like, values)
     try:
-        kind, ids = values["codec"]["kind"], values["vocabulary"]
+        kind, vocabulary = values["codec"]["kind"], Vocabulary.from_json(values["vocabulary"])
         codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))
-        text = read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"]).decode()
-        shapes = Vocabulary.from_json(ids).boi
+        read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"])
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{path} is neither a run's nor an exported run's: {error!r}") from None
     return {
-        "tokenizer": {"size": Tokenizer.from_json(text).size, "sha256": values["tokenizer"]["sha256"]},
+        "tokenizer": {
+            "size": vocabulary.num_text_tokens, "markers": vocabulary.tokenizer_markers,
+            "sha256": values["tokenizer"]["sha256"],
+        },
         "codec": {"kind": kind, "channels": codec.channels, "sha256": values["codec"]["sha256"]},
-        "sizes": [(x * codec.downsampling, y * codec.downsampling) for y, x in shapes],
+        "sizes": [(x * codec.downsampling, y * codec.downsampling) for y, x in vocabulary.boi],
         "image_channels": codec.image_channels,
     }  # fmt: skip
 
@@ -195,6 +197,7 @@ def _choose_sizes(streams: Sequence[DocumentStream], config: PrepareConfig) -> t
 def open_tokenizer_and_codec(folder: Path) -> TokenizerAndCodec:
     """Open the tokenizer, the codec and the sizes that `fit` saved. OpenError when a file is missing or was changed."""
     info = read_json(folder / "fitted.json")
-    tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", info["tokenizer"]["sha256"]).decode())
+    text = read_checked(folder / "tokenizer.json", info["tokenizer"]["sha256"])
+    tokenizer = Tokenizer.from_json(text.decode(), info["tokenizer"].get("markers"))
     codec = codec_from_bytes(info["codec"]["kind"], read_checked(folder / "codec.safetensors", info["codec"]["sha256"]))
     return TokenizerAndCodec(tokenizer, codec, tuple(map(tuple, info["sizes"])))

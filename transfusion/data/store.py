@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from transfusion.codecs.codec import Codec, codec_from_bytes
-from transfusion.codecs.pictures import pixels_of, read_picture, to_png
+from transfusion.codecs.pictures import encode_picture, pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.data.raw import RawDocument, RawImage, RawText
@@ -75,7 +75,7 @@ class ShardWriter:
                 contents.append(part.content.astype(self.dtype).ravel())
                 segments.append((True, part.loss, part.max_t, 0, *part.shape))
         values = np.concatenate(contents) if contents else np.empty(0, self.dtype)
-        pngs = [to_png(pixels) for pixels in images]
+        pngs = [encode_picture(pixels) for pixels in images]
         self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), values, pngs))
         self.size, self.count = self.size + values.nbytes + sum(map(len, pngs)), self.count + 1
         if self.size >= MAX_BATCH_BYTES:
@@ -158,8 +158,10 @@ def open_prepared(folder: Path) -> PreparedFolder:
     metadata = read_json(check_prepared(folder) / "dataset.json")
     check_format(folder, metadata, FORMAT, "prepare it again")
     try:
-        tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", metadata["tokenizer"]["sha256"]).decode())
-        info = metadata["codec"]
+        about, info = metadata["tokenizer"], metadata["codec"]
+        tokenizer = Tokenizer.from_json(
+            read_checked(folder / "tokenizer.json", about["sha256"]).decode(), about.get("markers")
+        )
         codec = codec_from_bytes(info["kind"], read_checked(folder / "codec.safetensors", info["sha256"]))
         return PreparedFolder(folder, metadata, tokenizer, codec)
     except (KeyError, TypeError, AttributeError) as error:

@@ -120,12 +120,13 @@ class ImageEvent:
 @dataclass(frozen=True)
 class FinishEvent:
     """The end of a sample. reason: "eos", "image" (the requested one is finished), "length", or "error": the sample failed;
-    `message` is one line."""
+    `message` is one line. logprob: of the eos that ends it, if the request wants log probabilities."""
 
     request_id: int
     sample_index: int
     reason: str
     message: str = ""
+    logprob: TokenLogprob | None = None
 
 
 Event = PromptEvent | TokenEvent | PreviewEvent | ImageEvent | FinishEvent

@@ -18,11 +18,13 @@ class Limits(Config, part="limits."):
     steps: PositiveInt = 1000  # Largest number of denoising steps of an image.
     tokens: PositiveInt = 32_768  # Largest max_tokens. A sequence also ends at the run's data.seq_len.
     prompt_chars_per_position: PositiveInt = 32  # Prompt limit in characters, divided by the run's data.seq_len.
-    body_bytes: PositiveInt = 32 * 2**20  # Largest body of a request, in bytes.
+    body_bytes: PositiveInt = 8 * 2**20  # Largest body of a request, in bytes.
     pictures: PositiveInt = 8  # Largest number of pictures in one request.
     pixels: PositiveInt = 16_000_000  # Largest picture in a request, in pixels.
+    # Largest number of open connections; at most 3/4 of the files that the process may open.
+    connections: PositiveInt = 1000
     deadline: Seconds = 300.0  # Seconds from a request's arrival to the end of its answer, or it fails with 504.
-    client_timeout: Seconds = 30.0  # Seconds for a client to send its body, or to receive the next part of the answer.
+    client_timeout: Seconds = 30.0  # Seconds for a client to send a header, or a body, or to receive a part of the answer.
     # Seconds for running requests to finish after SIGTERM or Ctrl-C.
     shutdown_grace: Annotated[float, Range(at_least=0, limit=MAX_SECONDS)] = 30.0
 

@@ -31,6 +31,7 @@ class SubRequest:
     request: Request
     first_choice: int  # sample i of the request, one `Answer` of Engine.generate, is choice first_choice + i of the response
     request_id: int | None = None  # the engine's id, set when it starts
+    prompt_tokens: int = 0  # positions of its prompt, set when it starts
     is_cancelled: bool = False
 
     @property
@@ -51,9 +52,13 @@ class RequestHandle:
     sub_requests: list[SubRequest] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
     submitted: float = field(default_factory=time.monotonic)
-    prompt_tokens: int = 0  # positions of the longest prompt
     has_output: bool = False
     finished: set[int] = field(default_factory=set)  # choices
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions of all prompts. Choices of one prompt have the same parts: it counts once."""
+        return sum({tuple(map(id, sub.request.parts)): sub.prompt_tokens for sub in self.sub_requests}.values())
 
     def stop(self, choice: int) -> None:
         """Cancel this choice."""
@@ -175,7 +180,7 @@ class Scheduler:
     def _start(self, sub: SubRequest) -> None:
         try:
             sub.request_id = self.engine.submit(sub.request)
-            sub.handle.prompt_tokens = max(sub.handle.prompt_tokens, len(self.engine.sequences[-1].phase.chunks[0]))
+            sub.prompt_tokens = len(self.engine.sequences[-1].phase.chunks[0])
             self.running[sub.request_id] = sub
         except ValueError as error:
             self._fail(sub.handle, APIError(400, str(error)))
