@@ -265,7 +265,7 @@ def test_front_ends_list_the_models_with_and_without_a_key(client):
     (CHAT, dict.fromkeys(("max_completion_tokens", "temperature", "top_p", "stop", "tools", "tool_choice", "response_format",
                           "modalities", "stream_options", "logprobs", "steps", "guidance_scale", "logit_bias"))),
     (CHAT, {"messages": [{"role": "user", "content": "three", "name": "me", "tool_calls": [], "function_call": None,
-                          "refusal": None, "reasoning_content": "b", "annotations": [], "audio": None}]}),
+                          "refusal": "no", "reasoning_content": "b", "annotations": [], "audio": None}]}),
     (CHAT, {"steps": 1, "num_inference_steps": 1}),
     (TEXT, {"best_of": 2, "n": 2}), (TEXT, {"best_of": 1, "suffix": "", "presence_penalty": 0}),
     (DRAW, {"quality": "auto", "size": "auto", "background": "auto", "moderation": "auto", "output_format": "png"}),
