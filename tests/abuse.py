@@ -1,18 +1,26 @@
 """Malformed requests: a server must answer each one with a 4xx and one clear sentence.
 
-`python -m tests.abuse RUN` starts a server, sends 2,000 of them, then 50 requests whose clients disconnect in mid-stream,
-and prints the server's memory before and after.
+`python -m tests.abuse RUN` starts a server that may open 1,024 files, and sends it 2,000 of them, 50 requests whose clients
+disconnect in mid-stream, and every kind of `hostile`, alone and all at once, while a probe asks /health every 10 ms.
+It prints the longest times without an answer, the memory and the log, and fails when one is too large.
 """
 
 import base64
 import io
 import json
+import multiprocessing
 import re
+import resource
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import httpx2
@@ -20,7 +28,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
-CHAT, TEXT, DRAW, EDIT = "/v1/chat/completions", "/v1/completions", "/v1/images/generations", "/v1/images/edits"
+from tests.hostile import CHAT, DRAW, EDIT, GET, KINDS, TEXT, connect, held_open
+
 MAX_MESSAGE_CHARS = 400
 
 
@@ -119,7 +128,7 @@ INVALID_VALUES = {  # by field, for every path that has it
     | st.sampled_from([[{"role": "user"}, 1], [{"role": "user", "content": "z" * 50_000}]])
     | st.builds(lambda role, content: [{"role": role, "content": content}], words, words)
     | st.builds(lambda content: [{"role": "user", "content": content}], wrong_contents),
-    "logprobs": st.just(5), "tools": st.just([{"type": "function"}]), "response_format": st.just({"type": "json_object"}),
+    "logprobs": st.just(-1) | words, "tools": st.just([{"type": "function"}]), "response_format": st.just({"type": "json_object"}),
     "mask": st.just("x"),
 }  # fmt: skip
 FIELDS_OF_PATH = {
@@ -225,32 +234,132 @@ def assert_clear_error(response: httpx2.Response) -> None:
     assert not re.search(r"Traceback|File \"|\.py|0x[0-9a-f]{6}|site-packages|pydantic|Errno", message), message
 
 
+MAX_GAP, MAX_GROWTH, MAX_WAIT, MAX_LOG = 0.25, 200, 2, 2**20  # seconds, MiB, seconds, bytes
+MAX_FILES = 1024  # that the server may open
+ROUNDS = 2  # of all kinds at once
+
+
 def main(run: Path, requests: int = 2000, disconnects: int = 50) -> None:
-    """Prints the number of requests, and the server's memory."""
+    """Prints what it has measured. AssertionError when an answer is wrong; exit status 1 when a number is missed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     command = [sys.executable, "-m", "transfusion", "serve", str(run), "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        base_url = re.search(r"http://\S+", server.stderr.readline())[0]
-        with httpx2.Client(base_url=base_url, timeout=120) as client:
-            assert_works(client)
-            send_malformed(client, 200)
-            before = measure_memory(server.pid)
-            send_malformed(client, requests)
-            assert_works(client)
-            after = measure_memory(server.pid)
-            print(f"{requests} malformed requests, each answered with a 4xx and one sentence")
-            print(f"memory: {before:.1f} MiB after 200 requests, {after:.1f} MiB at the end ({after / before - 1:+.1%})")
-            for number in range(disconnects):
-                body = valid_body(DRAW) | {"steps": 1000, "stream": True, "preview_every": 1, "n": 1 + number % 4}
-                with client.stream("POST", DRAW, json=body) as response:
-                    next(response.iter_bytes())
-            assert_works(client)
-            metrics = client.get("/metrics").text
-            sequences = sum(map(float, re.findall(r'transfusion_sequences\{kind="\w+"\} (\S+)', metrics)))
-            print(f"{disconnects} disconnects mid-stream: {sequences:.0f} sequences, {measure_memory(server.pid):.1f} MiB")
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.NamedTemporaryFile("r", delete=False, dir="/tmp/w/i17") as log:
+        server = subprocess.Popen(
+            command, stdout=open(log.name, "ab"), stderr=subprocess.STDOUT,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES)),
+        )  # fmt: skip
+        try:
+            while not (address := re.search(r"http://\S+:(\d+)", Path(log.name).read_text())):
+                assert server.poll() is None, Path(log.name).read_text()
+                time.sleep(0.1)
+            with httpx2.Client(base_url=address[0], timeout=120) as client:
+                send_all_malformed(client, server.pid, requests)
+                disconnect_mid_stream(client, server.pid, disconnects)
+                misses = face_hostile_clients(client, int(address[1]), server.pid)
+            log_bytes = Path(log.name).stat().st_size
+            misses += report("log", log_bytes, MAX_LOG, "bytes")
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+    sys.exit(bool(misses))
+
+
+def report(label: str, value: float, limit: float, unit: str, more: str = "") -> int:
+    """Prints one number; 1 when it is above its limit."""
+    print(f"{label:34} {value:10,.3f} {unit:8} {'above' if value > limit else 'below'} {limit:,} {more}", flush=True)
+    return value > limit
+
+
+def face_hostile_clients(client: httpx2.Client, port: int, pid: int) -> int:
+    """Each kind alone, and all at once, while a probe asks /health every 10 ms. Returns how many numbers were missed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    probe = context.Process(target=probe_health, args=(port, theirs), daemon=True)
+    probe.start()
+    ours.recv()
+
+    def measure_gap(attack: Callable[[], object]) -> float:
+        """The longest time between two answers of /health during it."""
+        ours.send(None)
+        ours.recv()
+        attack()
+        ours.send(None)
+        return ours.recv()
+
+    print(f"{'at rest':34} {measure_gap(lambda: time.sleep(2)):10,.3f} seconds")
+    before, misses = measure_memory(pid), 0
+    for kind in KINDS:
+        gap = measure_gap(lambda kind=kind: kind(port))
+        misses += report(kind.__name__, gap, MAX_GAP, "seconds", f"memory {measure_memory(pid):,.0f} MiB")
+    for _ in range(ROUNDS):
+        with ThreadPoolExecutor(len(KINDS)) as pool:
+            gap = measure_gap(lambda pool=pool: list(pool.map(lambda kind: kind(port), KINDS)))
+        misses += report("all at once", gap, MAX_GAP, "seconds", f"memory {measure_memory(pid):,.0f} MiB")
+    with held_open(port, 2000, GET):
+        started = time.monotonic()
+        try:
+            with httpx2.Client(base_url=client.base_url, timeout=60) as newcomer:
+                assert newcomer.post(TEXT, json=valid_body(TEXT)).status_code == 200
+        except httpx2.HTTPError as error:
+            print(f"a normal request: {error!r}")
+        misses += report("a request beside 2,000 half-open", time.monotonic() - started, MAX_WAIT, "seconds")
+    time.sleep(2)
+    misses += report("growth of memory", measure_memory(pid) - before, MAX_GROWTH, "MiB")
+    print(f"largest memory {measure_memory(pid, 'VmHWM'):.0f} MiB")
+    assert_works(client)
+    probe.kill()
+    return misses
+
+
+def probe_health(port: int, pipe: Connection) -> None:
+    """Asks /health every 10 ms. Answers each message with the longest time between two answers since the one before."""
+    connection, last, longest = None, time.monotonic(), 0.0
+    pipe.send(0.0)
+    while True:
+        try:
+            connection = connection or connect(port, 120)
+            connection.sendall(GET + b"\r\n")
+            answer = connection.recv(4096)
+            while answer.count(b"\r\n\r\n") == 0 or not answer.endswith(b"}"):
+                assert (part := connection.recv(4096))
+                answer += part
+        except (OSError, AssertionError):
+            connection = None
+            time.sleep(0.01)
+            continue
+        now = time.monotonic()
+        last, longest = now, max(longest, now - last)
+        if pipe.poll():
+            pipe.recv()
+            pipe.send(longest)
+            longest = 0.0
+        time.sleep(0.01)
+
+
+def send_all_malformed(client: httpx2.Client, pid: int, requests: int) -> None:
+    assert_works(client)
+    send_malformed(client, min(200, requests))
+    before = measure_memory(pid)
+    send_malformed(client, requests)
+    assert_works(client)
+    after = measure_memory(pid)
+    print(f"{requests} malformed requests, each answered with a 4xx and one sentence")
+    print(f"memory: {before:.1f} MiB after 200 requests, {after:.1f} MiB at the end ({after / before - 1:+.1%})", flush=True)
+
+
+def disconnect_mid_stream(client: httpx2.Client, pid: int, disconnects: int) -> None:
+    for number in range(disconnects):
+        body = valid_body(DRAW) | {"steps": 1000, "stream": True, "preview_every": 1, "n": 1 + number % 4}
+        with client.stream("POST", DRAW, json=body) as response:
+            next(response.iter_bytes())
+    assert_works(client)
+    metrics = client.get("/metrics").text
+    sequences = sum(map(float, re.findall(r'transfusion_sequences\{kind="\w+"\} (\S+)', metrics)))
+    print(f"{disconnects} disconnects mid-stream: {sequences:.0f} sequences, {measure_memory(pid):.1f} MiB", flush=True)
 
 
 def assert_works(client: httpx2.Client) -> None:
@@ -277,9 +386,9 @@ def send_malformed(client: httpx2.Client, requests: int) -> None:
         send()
 
 
-def measure_memory(process_id: int) -> float:
-    """Resident memory of a process in MiB."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process_id}/status").read_text())[1]) / 1024
+def measure_memory(process_id: int, field: str = "VmRSS") -> float:
+    """Resident memory of a process in MiB, or its largest value so far (VmHWM)."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{process_id}/status").read_text())[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transfusion.serving.hosts import is_local, parse_origin
 from transfusion.serving.limits import Limits
 
 KEY = "TRANSFUSION_API_KEY"
+SWITCH_SECONDS = 0.0005  # between threads. At Python's 5 ms, each system call of the event loop can wait as long for another
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def serve(arguments: list[str]) -> None:
     with listen(args.host, args.port) as server_socket:
         server = Server(build_app(engine, args.limits, key, origins), args.limits)
         gc.freeze()  # what exists now stays: collections take little time
+        sys.setswitchinterval(SWITCH_SECONDS)
         host, port = server_socket.getsockname()[:2]
         print_status(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (API under /v1)")
         server.run(sockets=[server_socket])

@@ -176,12 +176,14 @@ class Service:
         return await self._cancel_on_disconnect(http_request, start_stream(stream()) if body.stream else collect())
 
     async def _cancel_on_disconnect(self, http_request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of `work`. If the client disconnects first, `work` is cancelled."""
+        """The result of `work`. If the client disconnects first, `work` is cancelled: ClientDisconnect."""
         task = asyncio.ensure_future(work)
         disconnect = asyncio.ensure_future(wait_for_disconnect(http_request))
         try:
             await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else await self.on_disconnect()
+            if task.done():
+                return task.result()
+            raise ClientDisconnect
         finally:
             task.cancel()
             disconnect.cancel()

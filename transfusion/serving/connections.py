@@ -96,6 +96,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        # Otherwise the second write of an answer waits until the first is acknowledged, often 40 ms.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.max_size = READ_BYTES
         self.pool.add(self)
         self._update()
