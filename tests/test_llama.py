@@ -243,7 +243,7 @@ def test_float16_weights_are_read(tmp_path):
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type yarn"),
     ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type linear"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor' is missing"),
-    ({"rope_parameters": [1]}, "rope_parameters is [1], not an object"), ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+    ({"rope_parameters": [1]}, "rope_parameters is [1], not an object"), ({"rope_scaling": 3}, "rope_scaling is 3, not"),
     ({"quantization_config": {"bits": 4}}, "quantised weights"), ({"hidden_size": ...}, "'hidden_size' is missing"),
     ({"hidden_size": 64}, "embed_tokens.weight is (300, 32); config.json and the tokenizer require (300, 64)"),
     ({"num_hidden_layers": 1}, "has an unexpected tensor model.layers.1"),
