@@ -153,8 +153,9 @@ TASKS = {
 }  # fmt: skip
 
 
-def run_lm_eval(monkeypatch, folder, run, *options, model_args: str | None = None) -> None:
-    """Run lm_eval's command line in this process on two tasks of `folder`."""
+def run_lm_eval(monkeypatch, folder, model_args: str, *options, defaults: bool = False) -> None:
+    """Run lm_eval's command line in this process on two tasks of `folder`. `defaults`: first read the names of lm_eval's own
+    14,000 tasks, as always; it takes 20 s."""
     (folder / "questions.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in ("one", "two", "six")))
     for name, task in TASKS.items():
         values = {
@@ -165,10 +166,10 @@ def run_lm_eval(monkeypatch, folder, run, *options, model_args: str | None = Non
         (folder / f"{name}.yaml").write_text(json.dumps(values))  # JSON is YAML
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # its handler would outlive this test
-    if not THOROUGH:  # learn only the names of these tasks, not of lm_eval's 14,000
+    if not defaults:
         manager = lm_eval.tasks.TaskManager
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **given: manager(**given | {"include_defaults": False}))
-    args = ["--model", "transfusion", "--model_args", model_args or f"pretrained={run}", "--batch_size", "auto"]
+    args = ["--model", "transfusion", "--model_args", model_args, "--batch_size", "auto"]
     tasks = ["--tasks", *(str(folder / f"{name}.yaml") for name in TASKS)]
     monkeypatch.setattr(sys, "argv", ["lm-eval", *args, *tasks, *map(str, options)])
     harness.main()
@@ -176,7 +177,7 @@ def run_lm_eval(monkeypatch, folder, run, *options, model_args: str | None = Non
 
 def test_command_line_measures_a_run(monkeypatch, tmp_path, capsys, written):
     options = ("--num_fewshot", 1, "--limit", 2, "--output_path", tmp_path / "out", "--log_samples")
-    run_lm_eval(monkeypatch, tmp_path, written, *options)
+    run_lm_eval(monkeypatch, tmp_path, f"pretrained={written}", *options, defaults=THOROUGH)
     assert "samples" in capsys.readouterr().out
     (folder,) = (tmp_path / "out").iterdir()
     results = json.loads(next(folder.glob("results_*.json")).read_text())
@@ -189,14 +190,15 @@ def test_command_line_measures_a_run(monkeypatch, tmp_path, capsys, written):
 
 
 @pytest.mark.parametrize(("options", "model_args", "words"), [
-    (["--apply_chat_template"], None, "no chat template that lm_eval can apply: leave out --apply_chat_template"),
+    (["--apply_chat_template"], "pretrained={run}", "that lm_eval can apply: leave out --apply_chat_template"),
     ([], "pretrained=nowhere", "nowhere is not a run: there is no such folder"), ([], "run=x", "run is unknown"),
-    ([], "weights=raw", "--model_args needs pretrained=RUN"), (["--device", "toaster"], None, "on device 'toaster'"),
+    ([], "weights=raw", "--model_args needs pretrained=RUN"),
+    (["--device", "toaster"], "pretrained={run}", "cannot compute on device 'toaster'"),
     ([], "pretrained={run},weights=best", "weights must be ema or raw, not best"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(monkeypatch, tmp_path, written, options, model_args, words):
     with pytest.raises(SystemExit) as caught:
-        run_lm_eval(monkeypatch, tmp_path, written, *options, model_args=model_args and model_args.format(run=written))
+        run_lm_eval(monkeypatch, tmp_path, model_args.format(run=written), *options)
     assert words in str(caught.value)
     assert str(caught.value).startswith("transfusion: ")
     assert len(str(caught.value).splitlines()) == 1
