@@ -263,10 +263,10 @@ def test_folders_without_a_language_model_are_refused(tmp_path, capsys):
     write_llama(other_rows)
     args = ("train", "digits", "--out", tmp_path / "run", *FAST, "--init-from")
     tensors = load_file(other_rows / "model.safetensors")
-    for shape in ((200, 32), (), (300,), (300, 32, 1)):
+    for shape, rows in (((200, 32), 262), ((), 262), ((300,), 300), ((300, 32, 1), 300)):
         save_file(tensors | {"model.embed_tokens.weight": torch.zeros(shape)}, other_rows / "model.safetensors")
         message = fails(capsys, 1, *args, other_rows)
-        assert f"is {shape}; config.json and the tokenizer require ({262 if shape in ((200, 32), ()) else 300}, 32)" in message
+        assert f"is {shape}; config.json and the tokenizer require ({rows}, 32)" in message
     assert "there is no" in fails(capsys, 1, *args, tmp_path / "nowhere")
     (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "llama" / "tokenizer.txt")
     assert "has no tokenizer.json" in fails(capsys, 1, *args, tmp_path / "llama")
