@@ -75,6 +75,8 @@ def open_checkpoint(
     `revision` and `local_files_only` as in `find_folder`. Matrices are in the device's precision. OpenError when it cannot
     be opened.
     """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, not {weights}")
     torch_device = pick_device(device)
     folder = find_folder(place, revision, local_files_only)
     description = describe_run(folder)
