@@ -17,7 +17,7 @@ from transfusion.checkpoint.start import (
 from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import Run, to_json
 from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
-from transfusion.data.sources import fingerprint, fit, open_sources, reuse
+from transfusion.data.sources import chat_layout, fingerprint, fit, open_sources, reuse
 from transfusion.disk import RUN
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
@@ -45,9 +45,12 @@ class RunFolder:
             return cls(path, known, run, encoder)
         origin = open_start(*start) if start else None
         encoder = _create_encoder(run, origin)
+        # data without conversations keep the layout of the run that this one starts from
+        chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
         model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
         run = replace(run, model=origin.adapt_config(model) if origin else model)
-        notes = _describe_data(run, encoder) | ({"start": describe_start(origin, resolve_source(*start))} if origin else {})
+        notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
+        notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
         create_run_folder(path, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
         return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), run, encoder)
 
