@@ -20,7 +20,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
     """RuntimeError if both ways give different tokens. (In bfloat16 nearly equal logits may swap.)"""
     engine, num_tokens = make_engine("digits", setting), setting.pick(32, 3)
     # Text only, and always as many tokens as requested.
-    engine.allowed_tokens[[engine.vocabulary.eos, *engine.vocabulary.boi.values()]] = False
+    engine.allowed_tokens[[*engine.vocabulary.eos_ids, *engine.vocabulary.boi.values()]] = False
     prompt_length = len(engine.opened.tokenizer.encode(PROMPT))
     for rows in setting.pick((1, 16), (2,)):
         is_same = generate_cached(engine, rows, num_tokens) == generate_uncached(engine, rows, num_tokens)

@@ -1,6 +1,7 @@
 """Runs that start from a language model or from another run (promise 11)."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.documents import few, with_all_logits
-from tests.llama import SPECIAL, write_llama
+from tests.llama import SPECIAL, write_llama, write_tokenizer
 from tests.sources import write_photos
 from tests.test_cli import TINY, command, fails
 from tests.test_model import decoders, run, sizes_of
@@ -22,7 +23,10 @@ from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import LlamaStart
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
-from transfusion.disk import read_json
+from transfusion.data.store import open_prepared
+from transfusion.disk import OpenError, read_json
+from transfusion.inference.engine import Request, open_run
+from transfusion.inference.text_mode import allowed_tokens
 from transfusion.model.transfusion import Transfusion, build, build_uninitialized
 from transfusion.parallel import SINGLE_PROCESS
 from transfusion.sequence import Document, Row, Text, Vocabulary, collate, encode_document
@@ -92,6 +96,134 @@ def test_special_tokens_are_used_and_cannot_be_typed(tmp_path):
     tokens = start.tokenizer.encode("".join(SPECIAL))
     assert max(tokens) < 260
     assert start.tokenizer.decode(tokens) == "".join(SPECIAL)
+
+
+LLAMA_3, CHATML = (*SPECIAL, "<|eot_id|>"), ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NAMED = {  # like published models: special tokens (ids from 260), files beside tokenizer.json, expected markers
+    "by spelling": (LLAMA_3, {}, {"bos": 260, "eos": 261}),
+    "bos by spelling": (LLAMA_3, {"config": {"eos_token_id": [262, 261]}}, {"bos": 260, "eos": 262, "other_eos_ids": [261]}),
+    "DeepSeek": (
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        {"config": {"bos_token_id": 260, "eos_token_id": 261},
+         "tokenizer_config": {"pad_token": {"__type": "AddedToken", "content": "<｜end▁of▁sentence｜>"}}},
+        {"bos": 260, "eos": 261, "pad": 261},
+    ),
+    "SmolLM2": (
+        CHATML, {"config": {"bos_token_id": 260, "eos_token_id": 260}, "tokenizer_config": {"bos_token": "<|endoftext|>"}},
+        {"bos": 260, "eos": 260},
+    ),
+    "SmolLM2-Instruct": (
+        CHATML,
+        {"config": {"bos_token_id": 261, "eos_token_id": 262, "pad_token_id": 262},
+         "tokenizer_config": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}},
+        {"bos": 261, "eos": 262, "pad": 262},
+    ),
+    "Yi-Chat": (
+        ("<|startoftext|>", "<|endoftext|>", "<|im_end|>"),
+        {"config": {"bos_token_id": 260, "eos_token_id": 261}, "generation_config": {"eos_token_id": 262}},
+        {"bos": 260, "eos": 261, "other_eos_ids": [262]},
+    ),
+    "Llama-3-Instruct": (
+        LLAMA_3,
+        {"config": {"bos_token_id": 260, "eos_token_id": 261}, "generation_config": {"eos_token_id": [261, 262]},
+         "tokenizer_config": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}},
+        {"bos": 260, "eos": 261, "other_eos_ids": [262]},
+    ),
+    "Qwen2": (  # without bos: eos separates documents
+        CHATML, {"config": {"eos_token_id": 260}, "tokenizer_config": {"bos_token": None, "eos_token": "<|im_end|>"}},
+        {"bos": 260, "eos": 260, "other_eos_ids": [262]},
+    ),
+    "early Llama": (
+        ("<unk>", "<s>", "</s>"), {"config": {"bos_token_id": 261, "eos_token_id": 262, "pad_token_id": -1},
+                                   "special_tokens_map": {"unk_token": "<unk>", "bos_token": {"content": "<s>"}}},
+        {"bos": 261, "eos": 262},
+    ),
+    "Falcon3": (
+        ("<|pad|>", "<|endoftext|>"), {"config": {"eos_token_id": 261, "bos_token_id": 261, "pad_token_id": 260}},
+        {"bos": 261, "eos": 261, "pad": 260},
+    ),
+}  # fmt: skip
+
+
+def write_named(folder: Path, special: tuple[str, ...], files: dict[str, dict]) -> Path:
+    """A tokenizer.json, and the files that name its special tokens."""
+    write_tokenizer(folder, special)
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("model", NAMED)
+def test_markers_are_those_that_the_folder_names(tmp_path, model):
+    """As transformers reads the folder; it has no union of all eos, so each of its own is among them."""
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    special, files, expected = NAMED[model]
+    tokenizer = Tokenizer.from_file(write_named(tmp_path, special, files))
+    assert tokenizer.markers == expected
+    vocabulary = Vocabulary.build(tokenizer.size, SHAPES, 2, **tokenizer.markers)
+    assert {vocabulary.bos, *vocabulary.eos_ids} <= set(range(260, tokenizer.size))
+    assert Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json()))) == vocabulary
+    assert vocabulary.tokenizer_markers == expected
+    allowed = allowed_tokens(vocabulary)
+    assert allowed[[*vocabulary.eos_ids]].all()  # also where one of them is bos or pad too
+    never = {vocabulary.bos, vocabulary.pad, vocabulary.eoi} - {*vocabulary.eos_ids}
+    assert not allowed[[*never]].any()
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs.bos_token_id in (None, vocabulary.bos)
+    assert theirs.eos_token_id in (None, *vocabulary.eos_ids)
+    if "generation_config" in files:
+        ids = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+        assert {*(ids if isinstance(ids, list) else [ids])} <= {*vocabulary.eos_ids}
+
+
+@pytest.mark.parametrize(("files", "words"), [
+    ({"config": {"eos_token_id": 2}}, "config.json: eos_token_id is 2, which is no special token of tokenizer.json"),
+    ({"generation_config": {"eos_token_id": [261, 263]}}, "generation_config.json: eos_token_id is 263, which is no"),
+    ({"config": {"bos_token_id": -2}}, "bos_token_id is -2"), ({"config": {"bos_token_id": True}}, "bos_token_id is True"),
+    ({"config": {"pad_token_id": 300}}, "pad_token_id is 300"), ({"config": {"eos_token_id": [[261]]}}, "is [261]"),
+    ({"config": {"eos_token_id": 261.0}}, "is 261.0"), ({"config": {"eos_token_id": "261"}}, "is '261'"),
+    ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "tokenizer_config.json: eos_token is '<|im_end|>', which is no"),
+    ({"tokenizer_config": {"bos_token": ""}}, "bos_token is ''"), ({"tokenizer_config": {"bos_token": "a"}}, "is 'a'"),
+    ({"special_tokens_map": {"pad_token": {"content": 7}}}, "special_tokens_map.json: pad_token is 7"),
+    ({"config": {"bos_token_id": 260}, "tokenizer_config": {"bos_token": "<|eot_id|>"}},
+     "names two tokens as bos, 260 in config.json and 262 in tokenizer_config.json: correct the wrong one"),
+    ({"config": ["eos_token_id"]}, "does not hold a JSON object"),
+])  # fmt: skip
+def test_names_that_are_wrong_or_contradict_are_refused(tmp_path, files, words):
+    with pytest.raises(OpenError, match=re.escape(words)) as caught:
+        Tokenizer.from_file(write_named(tmp_path, LLAMA_3, files))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_chat_model_ends_its_answer_as_in_transformers(tmp_path):
+    """The likeliest token is the second of two eos ids, in the run, its export, and a run on data prepared for it."""
+    llama = tmp_path / "llama"
+    theirs = write_llama(llama)
+    write_named(llama, LLAMA_3, {"generation_config": {"eos_token_id": [261, 262]}})
+    start, vocabulary, _ = start_from(llama)
+    tokens = torch.tensor([[vocabulary.bos, *start.tokenizer.encode("a house")]])
+    with torch.no_grad():
+        theirs.lm_head.weight[262] = theirs.model(tokens).last_hidden_state[0, -1]
+        assert theirs(tokens).logits[0, -1].argmax() == 262
+    theirs.save_pretrained(llama)
+    write_named(llama, LLAMA_3, {"generation_config": {"eos_token_id": [261, 262]}})
+    options = ("--training.steps", 1, *NO_LEARNING, "--init-from", llama)
+    train(tmp_path / "run", *options)
+    write_photos(tmp_path / "photos", 40)
+    tokenizer = ("--tokenizer", llama / "tokenizer.json")
+    command("data", "prepare", tmp_path / "photos", *tokenizer, "--out", tmp_path / "data")
+    train(tmp_path / "prepared", "--data", tmp_path / "data", *options)
+    for folder in (tmp_path / "run", export(tmp_path / "run", tmp_path / "exported"), tmp_path / "prepared"):
+        engine = open_run(folder, device="cpu")
+        assert engine.vocabulary.eos_ids == (261, 262)
+        greedy = engine.make_generation_config(temperature=0.0, max_tokens=4)
+        ((answer,),) = engine.generate([Request(("a house",), allow_images=False, generation=greedy)])
+        assert (answer.parts, answer.reason) == ([], "eos")
+    command("data", "prepare", tmp_path / "photos", "--like", tmp_path / "run", "--out", tmp_path / "like")
+    for name in ("data", "like"):
+        assert open_prepared(tmp_path / name).tokenizer.markers == start.tokenizer.markers
 
 
 def test_float16_weights_are_read(tmp_path):

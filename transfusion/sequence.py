@@ -73,17 +73,30 @@ class Vocabulary:
     boi: dict[tuple[int, int], int]  # one per latent shape (Y, X)
     patch_size: int
     num_image_codes: int = 0  # of the codec, where images are grids of codes; 0: images are latents
+    other_eos_ids: tuple[int, ...] = ()  # of the tokenizer: these end an answer too, for example a turn of a chat
 
     @classmethod
     def build(
         cls, num_text_tokens: int, shapes: Sequence[tuple[int, int]], patch_size: int, num_image_codes: int = 0,
-        bos: int | None = None, eos: int | None = None, pad: int | None = None,
+        bos: int | None = None, eos: int | None = None, pad: int | None = None, other_eos_ids: Sequence[int] = (),
     ) -> "Vocabulary":  # fmt: skip
         """Reuse the tokenizer's bos, eos and pad where it has them; the missing ones, eoi and the bois follow its ids."""
         new_ids = count(num_text_tokens)
         bos, eos, pad = (next(new_ids) if id_ is None else id_ for id_ in (bos, eos, pad))
         eoi, boi = next(new_ids), {tuple(shape): next(new_ids) for shape in shapes}
-        return cls(num_text_tokens, bos, eos, pad, eoi, boi, patch_size, num_image_codes)
+        return cls(num_text_tokens, bos, eos, pad, eoi, boi, patch_size, num_image_codes, tuple(other_eos_ids))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end an answer. Documents end with the first, `eos`."""
+        return (self.eos, *self.other_eos_ids)
+
+    @property
+    def tokenizer_markers(self) -> dict:
+        """The arguments of `build` that are ids of the tokenizer."""
+        ids = {name: getattr(self, name) for name in ("bos", "eos", "pad")}
+        own = {name: id_ for name, id_ in ids.items() if id_ < self.num_text_tokens}
+        return own | ({"other_eos_ids": [*self.other_eos_ids]} if self.other_eos_ids else {})
 
     @property
     def first_code(self) -> int:
@@ -115,7 +128,7 @@ class Vocabulary:
     @classmethod
     def from_json(cls, values: dict):
         sizes = {tuple(map(int, name.split("x"))): id_ for name, id_ in values["boi"].items()}
-        return cls(**{**values, "boi": sizes})
+        return cls(**{**values, "boi": sizes, "other_eos_ids": tuple(values.get("other_eos_ids", ()))})
 
 
 @dataclass(frozen=True)

@@ -143,10 +143,11 @@ def describe_run(folder: Path) -> RunDescription:
         vocabulary = Vocabulary.from_json(values["vocabulary"])
         if values["config_sha256"] != hash_config(values["run"], values["vocabulary"]):
             raise OpenError(f"{path}: model, diffusion or vocabulary were changed and no longer match the weights")
-        text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"])
+        text = read_checked(folder / "tokenizer.json", values["tokenizer"]["sha256"]).decode()
+        tokenizer = Tokenizer.from_json(text, vocabulary.tokenizer_markers)
         codec_bytes = read_checked(folder / "codec.safetensors", values["codec"]["sha256"])
         codec = codec_from_bytes(values["codec"]["kind"], codec_bytes)
-        return RunDescription(run, Tokenizer.from_json(text.decode()), codec, vocabulary, values["notes"])
+        return RunDescription(run, tokenizer, codec, vocabulary, values["notes"])
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{path} is damaged: {error!r}") from None
     except OpenError:

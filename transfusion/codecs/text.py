@@ -8,17 +8,24 @@ from pathlib import Path
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-MARKERS = {  # names of the special tokens that `sequence` uses
+from transfusion.disk import CONFIG, OpenError, read_json
+
+SPELLINGS = {  # of the special tokens that `sequence` uses, where no file names them
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
     "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
 }
+# The files beside a tokenizer.json that name them: by id (eos_token_id: 2), or by spelling (eos_token: "</s>").
+NAMING_FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Tokenizer:
-    """Encodes text that spells a special token as plain text; only `sequence` adds special ids."""
+    """Encodes text that spells a special token as plain text; only `sequence` adds special ids.
 
-    def __init__(self, tokenizer: HFTokenizer):
+    markers: the ids of bos, eos and pad, as far as they are known, and `other_eos_ids`: the arguments of `Vocabulary.build`.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer, markers: dict | None = None):
         values, vocab = json.loads(tokenizer.to_str()), tokenizer.get_vocab(with_added_tokens=False)
         values["added_tokens"] = [  # a single character that the model also has is text: Gemma adds its newline
             token for token in values.get("added_tokens") or ()
@@ -31,6 +38,7 @@ class Tokenizer:
         self._special_ids = {token["id"] for token in values["added_tokens"]}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.markers = self._spelled_markers({}) if markers is None else markers
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> "Tokenizer":
@@ -47,32 +55,67 @@ class Tokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
-        """From the content of a tokenizer.json. ValueError when it is not one."""
+    def from_json(cls, text: str, markers: dict | None = None) -> "Tokenizer":
+        """From the content of a tokenizer.json. `markers`: those in use; by default they are recognised by their spelling.
+        ValueError when it is not a tokenizer."""
         try:
-            return cls(HFTokenizer.from_str(text))
+            return cls(HFTokenizer.from_str(text), markers)
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"not a tokenizer: {error}") from None
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
-        """From a tokenizer.json. ValueError names the file when it cannot be read."""
+        """From a tokenizer.json. Its markers are those that NAMING_FILES in the same folder name, then those of a known
+        spelling. A bos that is missing beside a named eos is this eos: it separates documents in the model's training.
+        ValueError when the file cannot be read, OpenError when the names are wrong or contradict each other."""
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            tokenizer = cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}") from None
+        named = tokenizer._named_markers(path.parent)
+        default_bos = {"bos": named["eos"]} if "eos" in named else {}
+        tokenizer.markers = default_bos | tokenizer._spelled_markers(named)
+        return tokenizer
 
     def to_json(self) -> str:
         return self._tokenizer.to_str()
 
-    @property
-    def markers(self) -> dict[str, int]:
-        """The ids of bos, eos and pad, for those that the tokenizer has. No id has two roles."""
-        markers: dict[str, int] = {}
-        for marker, names in MARKERS.items():
-            ids = (self._tokenizer.token_to_id(name) for name in names)
-            marker_id = next((id_ for id_ in ids if id_ in self._special_ids and id_ not in markers.values()), None)
-            markers |= {} if marker_id is None else {marker: marker_id}
+    def _named_markers(self, folder: Path) -> dict:
+        """The markers that the files of a folder name. Every named eos ends an answer, and a document ends with the first.
+        One token may be bos, eos and pad."""
+        named: dict[str, dict[int, str]] = {"bos": {}, "eos": {}, "pad": {}}  # ids, and the first file with each
+        for name in NAMING_FILES:
+            values = read_json(folder / name) if (folder / name).exists() else {}
+            for marker, ids in named.items():
+                by_id, by_spelling = values.get(f"{marker}_token_id"), values.get(f"{marker}_token")
+                for value in by_id if isinstance(by_id, list) else [by_id]:
+                    if value not in (None, -1):  # -1: none, in early Llama files
+                        ids.setdefault(self._special_id(value, f"{folder / name}: {marker}_token_id"), name)
+                if isinstance(by_spelling, dict):
+                    by_spelling = by_spelling.get("content")
+                if by_spelling is not None:
+                    ids.setdefault(self._special_id(by_spelling, f"{folder / name}: {marker}_token"), name)
+        bos, eos, pad = (list(ids) for ids in named.values())
+        if len(bos) > 1:
+            names = " and ".join(f"{id_} in {name}" for id_, name in named["bos"].items())
+            raise OpenError(f"{folder} names two tokens as bos, {names}: correct the wrong one")
+        markers = {"bos": bos, "eos": eos, "pad": pad}
+        return {marker: ids[0] for marker, ids in markers.items() if ids} | ({"other_eos_ids": eos[1:]} if eos[1:] else {})
+
+    def _special_id(self, value: object, place: str) -> int:
+        """The id of a special token, from its id or its spelling. OpenError for an unknown token, and for an ordinary one:
+        text may contain it."""
+        id_ = self._tokenizer.token_to_id(value) if isinstance(value, str) else value
+        if type(id_) is not int or id_ not in self._special_ids:
+            raise OpenError(f"{place} is {value!r}, which is no special token of tokenizer.json: correct one of the files")
+        return id_
+
+    def _spelled_markers(self, markers: dict) -> dict:
+        """These markers, and the missing ones that have a known spelling. No id gets a second role."""
+        for marker, names in SPELLINGS.items():
+            ids = map(self._tokenizer.token_to_id, names)
+            free = [id_ for id_ in ids if id_ in self._special_ids and id_ not in markers.values()]
+            markers = {marker: free[0]} | markers if free else markers
         return markers
 
     @property

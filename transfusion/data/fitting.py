@@ -100,7 +100,7 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) 
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / "codec.safetensors", encoded)
     write_json(folder / "fitted.json", {
-        "tokenizer": {"size": tokenizer.size, "sha256": hashlib.sha256(text).hexdigest()},
+        "tokenizer": {"size": tokenizer.size, "markers": tokenizer.markers, "sha256": hashlib.sha256(text).hexdigest()},
         "codec": {"kind": codec.kind, "channels": codec.channels, "sha256": hashlib.sha256(encoded).hexdigest()},
         "sizes": sizes, "image_channels": image_channels,
     })  # fmt: skip
@@ -142,11 +142,12 @@ def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], images: 
 def _check_chat(chat: ChatLayout, tokenizer: Tokenizer) -> None:
     """PrepareError when the layout contains bos or pad, or a suffix of the assistant that cannot end an answer."""
     markers = tokenizer.markers
+    ends = {markers.get("eos"), *markers.get("other_eos_ids", ())}
     for name, text in asdict(chat).items():
         option = f"--chat.{name.replace('_', '-')} {text!r}"
         special = tokenizer.find_special(text)
         for marker in ("bos", "pad"):
-            if markers.get(marker) in special:
+            if markers.get(marker) in special and markers[marker] not in ends:
                 raise PrepareError(f"{option} contains the tokenizer's {marker}, which only training adds: leave it out")
         if name == "assistant_suffix" and text.strip() and not special:
             raise PrepareError(f"{option} has no special token of the tokenizer that could end an answer: "
@@ -163,7 +164,8 @@ def _advise_special(tokenizer: Tokenizer) -> str:
 def _copy_tokenizer_and_codec(like: Path, chat: ChatLayout, folder: Path) -> None:
     """Use the tokenizer, codec and sizes of another prepared folder, or of a run."""
     info = read_like_info(like)
-    _check_chat(chat, Tokenizer.from_json((like / "tokenizer.json").read_text(encoding="utf-8")))
+    text = (like / "tokenizer.json").read_text(encoding="utf-8")
+    _check_chat(chat, Tokenizer.from_json(text, info["tokenizer"].get("markers")))
     for name in ("tokenizer.json", "codec.safetensors"):
         write_whole(folder / name, (like / name).read_bytes())
     write_json(folder / "fitted.json", {name: info[name] for name in ("tokenizer", "codec", "sizes", "image_channels")})
@@ -180,17 +182,19 @@ def read_like_info(like: Path) -> dict:
     if "format" in values:
         check_run_format(like, values)
     try:
-        kind, ids = values["codec"]["kind"], values["vocabulary"]
+        kind, vocabulary = values["codec"]["kind"], Vocabulary.from_json(values["vocabulary"])
         codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))
-        text = read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"]).decode()
-        shapes = Vocabulary.from_json(ids).boi
+        read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"])
         chat = from_json(ChatLayout, values["notes"]["chat"]) if values["notes"].get("chat") else None
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{path} is neither a run's nor an exported run's: {error!r}") from None
     return {
-        "tokenizer": {"size": Tokenizer.from_json(text).size, "sha256": values["tokenizer"]["sha256"]},
+        "tokenizer": {
+            "size": vocabulary.num_text_tokens, "markers": vocabulary.tokenizer_markers,
+            "sha256": values["tokenizer"]["sha256"],
+        },
         "codec": {"kind": kind, "channels": codec.channels, "sha256": values["codec"]["sha256"]},
-        "sizes": [(x * codec.downsampling, y * codec.downsampling) for y, x in shapes],
+        "sizes": [(x * codec.downsampling, y * codec.downsampling) for y, x in vocabulary.boi],
         "image_channels": codec.image_channels, "chat": chat,
     }  # fmt: skip
 
@@ -221,6 +225,7 @@ def _choose_sizes(streams: Sequence[DocumentStream], config: PrepareConfig) -> t
 def open_tokenizer_and_codec(folder: Path) -> TokenizerAndCodec:
     """Open the tokenizer, the codec and the sizes that `fit` saved. OpenError when a file is missing or was changed."""
     info = read_json(folder / "fitted.json")
-    tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", info["tokenizer"]["sha256"]).decode())
+    text = read_checked(folder / "tokenizer.json", info["tokenizer"]["sha256"])
+    tokenizer = Tokenizer.from_json(text.decode(), info["tokenizer"].get("markers"))
     codec = codec_from_bytes(info["codec"]["kind"], read_checked(folder / "codec.safetensors", info["codec"]["sha256"]))
     return TokenizerAndCodec(tokenizer, codec, tuple(map(tuple, info["sizes"])))

@@ -17,6 +17,8 @@ from transfusion.data.store import DecodedSource, PreparedFolder, open_prepared
 from transfusion.disk import sha256_of
 from transfusion.sequence import Vocabulary
 
+MARKERS = ("bos", "eos", "pad")  # of a tokenizer; folders that a run reads must agree on them
+
 
 def open_sources(config: DataConfig, split: str) -> list[Source]:
     """The run's sources for the loader, "train" or "heldout". ValueError when none is configured or one is unknown."""
@@ -69,15 +71,15 @@ def chat_layout(config: DataConfig) -> ChatLayout | None:
 def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> DocumentEncoder:
     """The encoder of a new run: that of its prepared data, or a tokenizer and a codec fitted now.
 
-    `tokenizer`: of a pretrained language model; then none is fitted. ValueError when prepared data have another tokenizer,
-    or the data do not fit the configuration.
+    `tokenizer`: of a pretrained language model; then none is fitted, and its markers are used. ValueError when prepared data
+    have another tokenizer, or the data do not fit the configuration.
     """
     if config.prepared:
         folders = _open_folders(config)
         if tokenizer is not None and tokenizer.to_json() != folders[0].tokenizer.to_json():
             raise ValueError(f"{folders[0].folder} was prepared with another tokenizer than the language model's: prepare "
                              "it with --tokenizer and the language model's tokenizer.json")  # fmt: skip
-        tokenizer, codec = folders[0].tokenizer, folders[0].codec
+        tokenizer, codec = tokenizer or folders[0].tokenizer, folders[0].codec
         shapes = sorted({shape for folder in folders for shape in folder.shapes})
         _check_patches(shapes, patch_size)
         codes = codec.codes if isinstance(codec, VQ) else 0
@@ -143,7 +145,8 @@ def _open_folders(config: DataConfig) -> list[PreparedFolder]:
     folders = [open_prepared(Path(folder)) for folder in config.prepared]
     first, names = folders[0], _names(folders)
     for other in folders[1:]:
-        if any(first.metadata[key]["sha256"] != other.metadata[key]["sha256"] for key in ("tokenizer", "codec")):
+        has_other = any(first.metadata[key]["sha256"] != other.metadata[key]["sha256"] for key in ("tokenizer", "codec"))
+        if has_other or any(first.tokenizer.markers.get(name) != other.tokenizer.markers.get(name) for name in MARKERS):
             raise ValueError(f"{other.folder} was prepared with another tokenizer or codec than {first.folder}: prepare it "
                              f"with --like {first.folder}")  # fmt: skip
     for name in names:

@@ -166,8 +166,10 @@ def open_prepared(folder: Path) -> PreparedFolder:
     metadata = read_json(check_prepared(folder) / "dataset.json")
     check_format(folder, metadata, FORMAT, "prepare it again")
     try:
-        tokenizer = Tokenizer.from_json(read_checked(folder / "tokenizer.json", metadata["tokenizer"]["sha256"]).decode())
-        info = metadata["codec"]
+        about, info = metadata["tokenizer"], metadata["codec"]
+        tokenizer = Tokenizer.from_json(
+            read_checked(folder / "tokenizer.json", about["sha256"]).decode(), about.get("markers")
+        )
         codec = codec_from_bytes(info["kind"], read_checked(folder / "codec.safetensors", info["sha256"]))
         return PreparedFolder(folder, metadata, tokenizer, codec)
     except (KeyError, TypeError, AttributeError) as error:

@@ -316,7 +316,7 @@ class Engine:
         vocabulary = self.vocabulary
         allowed = self.allowed_tokens if sequence.request.allow_images else self.allowed_text_tokens
         token = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator)
-        if token == vocabulary.eos:
+        if token in vocabulary.eos_ids:
             return self._finish(sequence, "eos", events)
         shape = vocabulary.shape_of(token)
         length = self.cache.lengths[sequence.slot] + 1 + (0 if shape is None else vocabulary.num_patches(shape) + 1)

@@ -43,9 +43,9 @@ def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, 
 
 
 def allowed_tokens(vocabulary: Vocabulary) -> Tensor:
-    """Returns (V,) bool: text, eos and every boi. bos, pad, eoi and the padding ids of the vocabulary are never sampled."""
+    """Returns (V,) bool: text, every eos and boi. bos, pad, eoi and the padding ids of the vocabulary are never sampled."""
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
     allowed[: vocabulary.num_text_tokens] = True
     allowed[[vocabulary.bos, vocabulary.pad, vocabulary.eoi]] = False
-    allowed[[vocabulary.eos, *vocabulary.boi.values()]] = True
+    allowed[[*vocabulary.eos_ids, *vocabulary.boi.values()]] = True  # after bos and pad: eos may be the same id
     return allowed
