@@ -22,7 +22,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Part:
+class ChatPart:
     """A text or an image of a conversation. Each text is encoded apart from its neighbours.
 
     loss: whether the training loss includes it, if it is text. parse_special: a text of the layout, in which special tokens
@@ -34,7 +34,7 @@ class Part:
     parse_special: bool = False
 
 
-def lay_out(turns: Sequence[Turn], layout: ChatLayout) -> list[Part]:
+def lay_out(turns: Sequence[Turn], layout: ChatLayout) -> list[ChatPart]:
     """A whole conversation, as in training data: prefix, content and suffix of each turn.
 
     The loss includes the content of the assistant and, if it is not blank, its suffix: the model learns one way to end an
@@ -46,29 +46,29 @@ def lay_out(turns: Sequence[Turn], layout: ChatLayout) -> list[Part]:
     return _join(part for turn, suffix in zip(turns, suffixes, strict=True) for part in _surround(turn, layout, suffix))
 
 
-def lay_out_prompt(turns: Sequence[Turn], layout: ChatLayout) -> list[Part]:
+def lay_out_prompt(turns: Sequence[Turn], layout: ChatLayout) -> list[ChatPart]:
     """The prompt of a chat request: all turns, and the prefix of the answer."""
     parts = [part for turn in turns for part in _surround(turn, layout, getattr(layout, f"{turn.role}_suffix"))]
-    return _join([*parts, Part(layout.assistant_prefix, False, parse_special=True)])
+    return _join([*parts, ChatPart(layout.assistant_prefix, False, parse_special=True)])
 
 
-def _surround(turn: Turn, layout: ChatLayout, suffix: str) -> Iterator[Part]:
+def _surround(turn: Turn, layout: ChatLayout, suffix: str) -> Iterator[ChatPart]:
     is_answer = turn.role == "assistant"
-    yield Part(getattr(layout, f"{turn.role}_prefix"), False, parse_special=True)
+    yield ChatPart(getattr(layout, f"{turn.role}_prefix"), False, parse_special=True)
     for content in turn.content:
-        yield Part(content, is_answer)
-    yield Part(suffix, is_answer and not suffix.isspace(), parse_special=True)
+        yield ChatPart(content, is_answer)
+    yield ChatPart(suffix, is_answer and not suffix.isspace(), parse_special=True)
 
 
-def _join(parts: Iterable[Part]) -> list[Part]:
+def _join(parts: Iterable[ChatPart]) -> list[ChatPart]:
     """Without empty texts; adjacent texts of messages with the same loss are one text."""
-    joined: list[Part] = []
+    joined: list[ChatPart] = []
     for part in parts:
         if part.content == "" and isinstance(part.content, str):
             continue
         last = joined[-1] if joined else None
         if last and last.loss == part.loss and all(isinstance(p.content, str) and not p.parse_special for p in (last, part)):
-            joined[-1] = Part(last.content + part.content, part.loss)
+            joined[-1] = ChatPart(last.content + part.content, part.loss)
         else:
             joined.append(part)
     return joined
