@@ -138,7 +138,7 @@ def wrong_fields(draw) -> RawRequest:
     if name == "model" and value == "tiny" or name == "size" and value in ("8x8", "auto"):
         value = 7
     if name == "response_format" and path == DRAW:
-        value = "url"
+        value = "bmp"
     return RawRequest("POST", path, json.dumps(valid_body(path) | {name: value}).encode())
 
 
@@ -146,7 +146,7 @@ def wrong_fields(draw) -> RawRequest:
 def unknown_fields(draw) -> RawRequest:
     path = draw(st.sampled_from([CHAT, TEXT, DRAW]))
     name = draw(st.text(max_size=12).map("x_{}".format) | st.just("x" * 3000))
-    return RawRequest("POST", path, json.dumps(valid_body(path) | {name: draw(st.none() | st.integers())}).encode())
+    return RawRequest("POST", path, json.dumps(valid_body(path) | {name: draw(st.booleans() | st.integers())}).encode())
 
 
 @st.composite

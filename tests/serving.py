@@ -3,15 +3,15 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
-import uvicorn
 
 from transfusion.inference.engine import Engine
+from transfusion.serving import connections
 from transfusion.serving.app import build_app
 from transfusion.serving.limits import Limits
 from transfusion.serving.scheduler import Scheduler
@@ -71,10 +71,12 @@ class Server:
 
 
 @contextmanager
-def serving(engine: Engine, limits: Limits = Limits(), api_key: str | None = None) -> Iterator[Server]:  # noqa: B008
-    app = build_app(engine, limits, api_key)
+def serving(
+    engine: Engine, limits: Limits = Limits(), api_key: str | None = None, allow_origins: Collection[str] = (),  # noqa: B008
+) -> Iterator[Server]:  # fmt: skip
+    app = build_app(engine, limits, api_key, allow_origins)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
+        server = connections.Server(app, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         wait_until(lambda: server.started)

@@ -1,5 +1,6 @@
 """Packing, reordering, the loader, the built-in sources, the tokenizer and the codecs."""
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -547,6 +548,21 @@ def test_block_pca_with_all_components_is_lossless(images):
     codec = BlockPCA.fit(images, 2, 4 * images[0].shape[2])
     for image in images:
         assert np.abs(codec.decode(codec.encode(image)).astype(int) - image).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("side", "block"), [(1, 1), (4, 1), (4, 4), (8, 4)])
+@pytest.mark.parametrize("is_constant", [True, False])
+def test_codecs_of_one_block_or_grey_or_constant_images_work(channels, count, side, block, is_constant):
+    """One value per block has no covariance matrix, and one block has no variance."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (side, side, channels), dtype=np.uint8) for _ in range(count)]
+    images = [images[0] * 0 + 7] * count if is_constant else images
+    with warnings.catch_warnings(action="error"):
+        for codec in (BlockPCA.fit(images, block, channels * block**2), Pixels.fit(images)):
+            check_statistics(codec, images)
+            assert all(np.abs(codec.decode(codec.encode(image)).astype(int) - image).max() <= 1 for image in images)
 
 
 def test_invalid_codec_gives_a_clear_error():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -271,12 +272,26 @@ def test_t_has_the_configured_distribution(distribution, quartiles, shift, max_t
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.1, 10))
 def test_shift_keeps_ends_and_order_and_moves_t_to_noise(first, second, shift):
     shifted = [diffusion.shift_t(t, shift) for t in (0.0, *sorted((first, second)), 1.0)]
-    assert shifted[0] == 0
-    assert math.isclose(shifted[-1], 1)
+    assert (shifted[0], shifted[-1]) == (0, 1)
     assert shifted == sorted(shifted)
-    assert math.isclose(diffusion.shift_t(first, 1.0), first)
+    assert diffusion.shift_t(first, 1.0) == first
     assert (shifted[1] >= min(first, second) - 1e-12) if shift >= 1 else (shifted[1] <= min(first, second) + 1e-12)
     assert math.isclose(diffusion.shift_t(diffusion.shift_t(first, shift), 1 / shift), first, abs_tol=1e-9)
+
+
+shifts = st.floats(0, exclude_min=True, allow_infinity=False) | st.floats(0.01, 100)
+
+
+@many
+@given(st.floats(0, 1), shifts, st.sampled_from((float, np.float64, torch.float64, torch.float32)))
+def test_shifted_t_is_between_0_and_1_for_every_shift(t, shift, dtype):
+    """1 + 2^-52 would give rectified flow a negative alpha: dpm would fail in the middle of an image."""
+    if dtype == torch.float32:
+        shift = min(max(shift, 1e-37), 1e37)  # what float32 holds
+    convert = dtype if callable(dtype) else lambda number: torch.tensor(number, dtype=dtype)
+    shifted = [diffusion.shift_t(convert(number), shift) for number in (0.0, t, 1.0)]
+    assert (shifted[0], shifted[2]) == (0, 1)
+    assert 0 <= shifted[1] <= 1
 
 
 # Refused configs

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors
 
 import transfusion
 from tests.test_cli import command, fails
@@ -18,6 +20,8 @@ from transfusion.disk import OpenError
 from transfusion.inference.answer import Answer, Answers
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import Transfusion
+from transfusion.model.weights import Weights
+from transfusion.sequence import Document, Row, Text, collate, encode_document
 
 REQUESTS = [Request(("three",), num_images=2, seed=1), Request(("a",), seed=2), Request(num_images=1, seed=3)]
 
@@ -190,13 +194,21 @@ def test_incomplete_or_changed_folder_is_refused(copy):
         open_run(copy)
 
 
-def test_index_cannot_point_outside(run, tmp_path):
+@pytest.mark.parametrize(("file", "words"), [
+    ("../../x.safetensors", "has no valid weight_map"), (7, "has no valid weight_map"), (["a"], "has no valid weight_map"),
+    ("config.json", "cannot read .*config.json"), ("nowhere.safetensors", "cannot read .*nowhere.safetensors"),
+    ("another", "has no tensor tokens.weight, which model.safetensors.index.json names"),
+])  # fmt: skip
+def test_index_that_names_a_wrong_file_is_one_line(run, tmp_path, file, words):
     out = export(run, tmp_path / "out", shard=20_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= {"tokens.weight": "../../x.safetensors"}
+    another = next(name for name in index["weight_map"].values() if name != index["weight_map"]["tokens.weight"])
+    index["weight_map"] |= {"tokens.weight": another if file == "another" else file}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(OpenError, match="has no valid weight_map"):
+    with pytest.raises(OpenError, match=words):
         Transfusion.from_pretrained(out)
+    with pytest.raises(OpenError, match=words):
+        Weights(out).read("tokens.weight")
 
 
 # The hub
@@ -205,24 +217,53 @@ def test_index_cannot_point_outside(run, tmp_path):
 def test_hub_download_fetches_only_json_and_safetensors(exported, tmp_path, monkeypatch):
     downloads = []
 
-    def download(name, allow_patterns):
-        downloads.append((name, allow_patterns))
-        if name != "owner/name":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nat all")
+    def download(name, **options):
+        downloads.append((name, options))
         return str(exported)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
+    files = {"allow_patterns": ["*.json", "*.safetensors"]}
     assert same(answers_of("owner/name"), answers_of(exported))
-    assert downloads == [("owner/name", ["*.json", "*.safetensors"])]
-    with pytest.raises(OpenError, match="there is no such folder, and the hub says: no network$"):
-        open_run("owner/other")
-    before = len(downloads)
+    for opening in (open_run, Transfusion.from_pretrained):
+        opening("owner/name", revision="v1.0", local_files_only=True)
+    default = ("owner/name", files | {"revision": None, "local_files_only": False})
+    assert downloads == [default, *[("owner/name", files | {"revision": "v1.0", "local_files_only": True})] * 2]
     shutil.copytree(exported, tmp_path / "owner" / "name")
     open_run("owner/name")  # an existing folder is never looked up on the hub
-    with pytest.raises(OpenError, match="is not a run"):
+    with pytest.raises(OpenError, match="is not a run: there is no such folder"):
         open_run(tmp_path / "nowhere")
-    assert len(downloads) == before
+    with pytest.raises(OpenError, match="owner/name is a local path, which has no revision v1.0"):
+        open_run("owner/name", revision="v1.0")
+    assert len(downloads) == 3
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (errors.GatedRepoError("403 Client Error.\n\nmore", response=mock.Mock(headers={})),
+     "the hub gives access only to users whom its owner accepted (then hf auth login)"),
+    (errors.RepositoryNotFoundError("401 Client Error. (Request ID: x)", response=mock.Mock(headers={})),
+     "the hub has no such repository, or it is private (then hf auth login)"),
+    (errors.RevisionNotFoundError("404 Client Error. (Request ID: x)", response=mock.Mock(headers={})),
+     "the repository has no revision v9"),
+    (errors.LocalEntryNotFoundError("Got: ConnectError\nmore"),
+     "it is not in the hub's local cache, and the hub cannot be reached"),
+    (OSError("disk full\nmore"), "the hub says: disk full"), (RuntimeError(), "the hub says: RuntimeError"),
+])  # fmt: skip
+def test_every_failure_of_the_hub_is_one_line(tmp_path, monkeypatch, error, words):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
+    monkeypatch.chdir(tmp_path)
+    for opening in (open_run, Transfusion.from_pretrained):
+        with pytest.raises(OpenError) as caught:
+            opening("owner/name", revision="v9")
+        assert str(caught.value) == f"owner/name is not a run: there is no such folder, and {words}"
+
+
+def test_name_that_is_not_in_the_cache_is_one_line(tmp_path, monkeypatch):
+    """The hub's own client, without network."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpenError, match="and it is not in the hub's local cache$"):
+        Transfusion.from_pretrained("owner-of-nothing/name", local_files_only=True)
 
 
 # The network without tokenizer and codec
@@ -239,6 +280,36 @@ def test_network_is_saved_and_loaded(run, exported, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
     with pytest.raises(OpenError, match="a network without tokenizer and codec"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", torch.float64, None])
+def test_network_is_loaded_in_the_given_dtype(exported, tmp_path, dtype):
+    """Default float32, also from a file with another dtype; the predictions of all agree."""
+    expected = Transfusion.from_pretrained(exported)
+    expected.bfloat16().save_pretrained(tmp_path)
+    expected.float()  # rounded to bfloat16
+    model = Transfusion.from_pretrained(tmp_path, dtype=dtype, device=torch.device("cpu"))
+    weights_dtype = {"float16": torch.float16, None: torch.float32}.get(dtype, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {weights_dtype}
+    chunk = encode_document(Document((Text((1, 2, 3)),)), open_run(exported).vocabulary)
+    batch = collate([Row((chunk,))], len(chunk), open_run(exported).vocabulary)
+    with torch.no_grad():
+        logits, true = (network(batch, [], []).logits.double() for network in (model, expected))
+    assert true.std() > 0.1
+    torch.testing.assert_close(logits, true, rtol=0, atol=max(1e-5, 30 * torch.finfo(weights_dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "nn", torch.int64, 16])
+def test_other_dtypes_are_refused(exported, dtype):
+    with pytest.raises(ValueError, match="dtype must be a floating one, such as torch.bfloat16 or 'bfloat16', not "):
+        Transfusion.from_pretrained(exported, dtype=dtype)
+
+
+def test_folder_of_a_trained_run_gets_a_hint(run, tmp_path):
+    with pytest.raises(OpenError, match="is a run with checkpoints: open it with transfusion.open_run"):
+        Transfusion.from_pretrained(run)
+    with pytest.raises(OpenError, match="cannot read .*nowhere/config.json"):
+        Transfusion.from_pretrained(tmp_path / "nowhere")
 
 
 def test_network_is_pushed_to_the_hub(exported, monkeypatch):

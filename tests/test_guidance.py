@@ -302,7 +302,8 @@ def test_cancel_loses_no_slot_at_any_step(specs, steps):
         engine.step()
     for number in numbers:
         engine.cancel(number)
-        used = [slot for sequence in engine.sequences for slot in sequence.slots] + list(engine.uncond_prefix_slots.values())
+        used = [slot for sequence in engine.sequences for slot in sequence.all_slots]
+        used += engine.uncond_prefix_slots.values()
         assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
     assert_no_slot_is_lost(engine)
 

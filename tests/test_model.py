@@ -349,6 +349,33 @@ def test_rms_norm_equals_torchs_forward_and_backward(shape, width, eps, size, se
         torch.testing.assert_close(ours(size * x), results[0][0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rms", [1e-3, 1, 30, 3e3, 3e4])
+def test_half_precision_norms_are_computed_in_float32(dtype, weight_dtype, rms):
+    """Against float64, with the rounding of the result only. The squares of 300 are too large for float16."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(2, 4, 1024, generator=generator)
+    x = (x * (rms / x.square().mean().sqrt())).clamp(-65_000, 65_000).to(dtype).requires_grad_()
+    norm = RMSNorm(1024, 1e-5).to(weight_dtype)
+    exact = torch.nn.RMSNorm(1024, 1e-5).double()
+    x_exact = x.detach().double().requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 1024))
+        exact.weight.copy_(norm.weight)
+        without_gradients = norm(x)
+    out, expected = norm(x), exact(x_exact)
+    gradient = gradient.to(out.dtype)
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    eps = max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps)
+    for result in (out, without_gradients):
+        assert result.dtype == weight_dtype
+        torch.testing.assert_close(result.double(), expected, rtol=torch.finfo(weight_dtype).eps, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), x_exact.grad, rtol=8 * eps, atol=eps / rms)
+    torch.testing.assert_close(norm.weight.grad.double(), exact.weight.grad, rtol=eps, atol=1e-5)
+
+
 @few
 @given(variants, batches(min_images=1))
 def test_outputs_are_equal_with_and_without_gradients(variant, packed):

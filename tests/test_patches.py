@@ -28,7 +28,7 @@ from tests.documents import (
 )
 from tests.profile import examples
 from tests.test_model import attending, changed_outputs, copy_parameters, images_of, latents_of, run, same_weights
-from tests.tiny import begin_run, build_engine, picture, prompt_segments, run_tensors, save, small_run, uncached
+from tests.tiny import Latents, begin_run, build_engine, picture, prompt_segments, run_tensors, save, small_run, uncached
 from transfusion.config import ModelConfig, from_json, to_json
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.engine import Request, open_run
@@ -416,7 +416,7 @@ def test_prediction_after_a_cached_prefix_equals_the_uncached_one(model_options,
         torch.testing.assert_close(logits, uncached(engine, segments)[0][-1], rtol=0, atol=1e-5)
         boi = encode_document(Document(()), engine.vocabulary, add_eos=False).append(engine.vocabulary.boi[shape]).part(1)
         text_mode.extend_cache(engine.model, engine.cache, slots[-1:], [boi], engine.vocabulary)
-        x_t.append(torch.from_numpy(picture(shape, data.draw(seeds)).transpose(2, 0, 1).copy()))
+        x_t.append(torch.from_numpy(Latents().encode(picture(shape, data.draw(seeds)))))
         times.append(data.draw(st.floats(0, 1)))
         expected.append(uncached(engine, [*segments, Image(x_t[-1].numpy())], times[-1])[1])
     for _ in range(2):  # a denoising step changes nothing in the cache

@@ -97,6 +97,18 @@ def test_missing_or_changed_network_is_refused(tmp_path):
         codec_from_bytes("pretrained", content)
 
 
+def test_constant_channel_is_one_line(tmp_path):
+    """Also one that is not a number, for example of weights that overflow."""
+    for value in (0.0, float("nan")):
+        vae = diffusers.AutoencoderKL.from_pretrained(write_network())
+        with torch.no_grad():
+            for parameter in (vae.quant_conv.weight, vae.quant_conv.bias):
+                parameter[2] = value
+        vae.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="channel 2 of .* is constant over the images, or not finite: give more images"):
+            Pretrained.fit(str(tmp_path), images())
+
+
 def test_hub_names_are_distinguished_from_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_pretrained("stabilityai/sd-vae-ft-mse")

@@ -383,9 +383,18 @@ def test_250_steps_equal_the_papers():
 @given(st.integers(1, 1000), st.floats(0.1, 10))
 def test_times_decrease_from_1_to_0(steps, shift):
     times = make_schedule(steps, DiffusionConfig(noise_schedule="rectified_flow", t_shift=shift)).times()
-    assert (len(times), times[-1]) == (steps + 1, 0)
-    assert abs(times[0] - 1) < 1e-12
+    assert (len(times), times[0], times[-1]) == (steps + 1, 1, 0)
     assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)
+def test_every_shift_can_be_sampled(noise_schedule, name):
+    noise = random(0, 0)
+    for shift in (1e-6, *torch.logspace(-2, 2, 81, dtype=torch.float64).tolist(), 1e6):
+        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity", t_shift=shift)
+        x0, yielded = run_sampler(start_sampler(name, noise, make_schedule(5, diffusion, 1.0)), lambda x_t, t: 0 * x_t)
+        assert x0.isfinite().all()
+        assert all(0 <= float(t) <= 1 for _, t in yielded)
 
 
 @pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)

@@ -1,6 +1,5 @@
 """The server: OpenAI's client, requests that join and leave the batch, limits, access, and the command."""
 
-import asyncio
 import base64
 import io
 import json
@@ -21,7 +20,6 @@ import httpx2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image as Picture
 from pydantic import ValidationError
 
@@ -43,14 +41,10 @@ from tests.lazy import Lazy
 from tests.profile import examples
 from tests.serving import Gate, serving, wait_until
 from tests.test_chameleon import build_engine as engine_with_codes
-from transfusion.cli.serve import is_local
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
-from transfusion.serving.answers import EventReader
-from transfusion.serving.app import EventStreamResponse
+from transfusion.serving.hosts import is_local
 from transfusion.serving.limits import Limits
-from transfusion.serving.metrics import Metrics
-from transfusion.serving.middleware import LimitsMiddleware
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, StrictModel
 
 openai = Lazy("openai")
@@ -230,25 +224,6 @@ def test_text_ends_before_a_stop_word(client, stream):
     assert (text, reason) == (full_text[: full_text.index(stop)], "stop")
 
 
-@given(st.lists(st.text("ab", max_size=3), max_size=6), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
-def test_stop_words_are_found_across_pieces(pieces, stop_words):
-    reader, shown, is_stopped = EventReader(None, stop_words, None), "", False
-    for piece in pieces:
-        text, is_stopped = reader._until_stop(reader.held_text.pop(0, "") + piece, 0)
-        shown += text
-        if is_stopped:
-            break
-    shown += "" if is_stopped else reader.held_text.pop(0, "")
-    full_text = "".join(pieces)
-    assert is_stopped == any(word in full_text for word in stop_words)
-    if not is_stopped:
-        assert shown == full_text
-    else:
-        assert not any(word in shown for word in stop_words)
-        assert full_text.startswith(shown)
-        assert any(full_text[len(shown) :].startswith(word) for word in stop_words)
-
-
 def test_images_equal_the_engines(client, opened):
     body = {"model": "tiny", "prompt": "three", "n": 2, "size": "8x8"}
     extra_body = {"seed": 4, "num_inference_steps": 2, "guidance_scale": 1.5}
@@ -325,22 +300,6 @@ def test_models_health_and_metrics(client, server):
         assert "<html" in page.text and page.headers["content-security-policy"].startswith("default-src 'self'")
 
 
-def test_default_values_are_accepted_and_unsupported_values_refused(client):
-    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "model": "tiny"}
-    client.chat.completions.create(
-        **body, user="me", metadata={}, store=False, service_tier="auto", frequency_penalty=0, presence_penalty=0.0,
-        logit_bias={}, response_format={"type": "text"}, tools=[],
-    )  # fmt: skip
-    client.images.generate(prompt="a", quality="auto", background="auto", moderation="low", output_format="png", user="me")
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    for option in ({"frequency_penalty": 1}, {"tools": tools}, {"logprobs": True}):
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(**body, **option)
-        assert caught.value.param == next(iter(option))
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        client.images.generate(prompt="a", response_format="url")
-
-
 @pytest.mark.parametrize("text", ["</s><bos>", "<|endoftext|><boi 8x8>", "<eoi>" * 3, "\x00\x01", "𝔞\u200b"])
 def test_text_that_spells_special_tokens_is_text(client, server, text):
     """All token ids of the prompt, except the first, are text tokens."""
@@ -348,7 +307,7 @@ def test_text_that_spells_special_tokens_is_text(client, server, text):
 
     def recording_submit(request):
         number = submit(request)
-        prompts.append(server.engine.sequences[-1].phase.chunk.tokens.tolist())
+        prompts.append(server.engine.sequences[-1].phase.chunks[0].tokens.tolist())
         return number
 
     server.engine.submit = recording_submit
@@ -494,7 +453,7 @@ def test_requests_above_a_limit_are_refused(server):
             (TEXT, {"max_tokens": 40_000}, "max_tokens must be at most 32,768"),
             (TEXT, {"prompt": "ab" * 1025}, "2,050 characters"),
             (TEXT, {"prompt": ["a"] * 9}, "n must be at most 8"), (TEXT, {"prompt": "a" * 70}, "positions"),
-            (DRAW, {"size": "16x16"}, "size must be auto or a size of this run: 8x8"),
+            (DRAW, {"size": "1024x1024"}, "size 1024x1024 is not supported: send 8x8"),
             (DRAW, {"partial_images": 1}, "need stream: true"),
             (CHAT, {"messages": [{"role": "user"}]}, "the request is empty"),
         ]:  # fmt: skip
@@ -504,14 +463,14 @@ def test_requests_above_a_limit_are_refused(server):
 
 
 @pytest.mark.parametrize(("path", "body", "words"), [
-    (TEXT, {"prompt": [1] * 100_000}, "prompt has 100,000 elements; at most 256 are allowed"),
-    (TEXT, {"prompt": "a", "stop": [1] * 100_000}, "stop has 100,000 elements; at most 4 are allowed"),
-    (TEXT, {"prompt": "a"} | {f"x{n}": 1 for n in range(50_000)}, "an object has 50,001 fields; at most 64 are allowed"),
-    (CHAT, {"messages": [{}] * 100_000}, "messages has 100,000 elements; at most 256 are allowed"),
+    (TEXT, {"prompt": [1] * 30_000}, "prompt has 30,000 elements; at most 256 are allowed"),
+    (TEXT, {"prompt": "a", "stop": [1] * 30_000}, "stop has 30,000 elements; at most 4 are allowed"),
+    (TEXT, {"prompt": "a"} | {f"x{n}": 1 for n in range(30_000)}, "an object has 30,001 fields; at most 64 are allowed"),
+    (CHAT, {"messages": [{}] * 15_000}, "messages has 15,000 elements; at most 256 are allowed"),
     (CHAT, {"messages": [{}] * 256}, "messages[0].role is missing"),
-    *[(CHAT, {"messages": [{"role": "user", name: [{}] * 100_000}]}, f"messages[0].{name} has 100,000 elements")
+    *[(CHAT, {"messages": [{"role": "user", name: [{}] * 15_000}]}, f"messages[0].{name} has 15,000 elements")
       for name in ("content", "images", "parts")],
-    (CHAT, {"messages": [{"role": "user", "content": "a"}], "modalities": [1] * 100_000}, "modalities has 100,000 elements"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "modalities": [1] * 30_000}, "modalities has 30,000 elements"),
 ])  # fmt: skip
 def test_a_long_list_costs_one_error(server, path, body, words):
     with server.client() as client:
@@ -572,36 +531,6 @@ def test_a_slow_body_times_out(engine):
         assert response.status_code == 408
         assert_clear_error(response)
         assert_works(client)
-
-
-def test_a_stalled_client_is_dropped():
-    """The answer's generator is closed, and the request is no longer counted."""
-    is_closed = []
-
-    async def events():
-        try:
-            while True:
-                yield "data: {}\n\n"
-        finally:
-            is_closed.append(True)
-
-    async def app(scope, receive, send):
-        await receive()
-        await EventStreamResponse(events())(scope, receive, send)
-
-    messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-    async def receive():
-        await asyncio.sleep(0 if messages else 60)
-        return messages.pop()
-
-    async def send(message):
-        await asyncio.sleep(60 if message["type"] == "http.response.body" else 0)
-
-    middleware = LimitsMiddleware(app, Limits(client_timeout=0.05), Metrics())
-    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": [(b"host", b"localhost")]}
-    asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 30))
-    assert is_closed and (middleware.in_flight, middleware.held_bytes) == (0, 0)
 
 
 def test_a_full_queue_returns_429(engine):

@@ -41,14 +41,14 @@ SIZES = tuple((x, y) for y, x in SHAPES)  # (width, height) of the engine's imag
 
 
 class Latents(Pixels):
-    """A codec whose images are latents without rounding, so that generated images can be compared exactly."""
+    """A codec that decodes latents without rounding, so that generated images can be compared exactly."""
 
     def __init__(self, bound: float = 3.0):
         side = np.full(CHANNELS, bound)
         super().__init__(0 * side, 1 + 0 * side, -side, side)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        return pixels.transpose(2, 0, 1).astype(np.float32)
+        return pixels.transpose(2, 0, 1).astype(np.float32) * (6 / 255) - 3
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         return latent.transpose(1, 2, 0)
@@ -61,8 +61,8 @@ def tokenizer() -> Tokenizer:
 
 
 def picture(shape: tuple[int, int], seed: int) -> np.ndarray:
-    """A random image (Y, X, channels) from a seed."""
-    return np.random.default_rng(seed).standard_normal((*shape, CHANNELS), dtype=np.float32).clip(-3, 3)
+    """A random image (Y, X, channels) uint8 from a seed."""
+    return np.random.default_rng(seed).integers(0, 256, (*shape, CHANNELS), dtype=np.uint8)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def prompt_segments(parts: Sequence, text: Tokenizer | None = None) -> tuple[Tex
     """The segments of a request's parts."""
     text = text or tokenizer()
     return tuple(
-        Text(text.encode(p)) if isinstance(p, str) else Image(p.transpose(2, 0, 1).copy()) for p in parts
+        Text(text.encode(p)) if isinstance(p, str) else Image(Latents().encode(p)) for p in parts
     )
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 MODULES = {  # name -> the module that defines it; imported on first use, because these modules import torch
-    "Engine": "transfusion.inference.engine", "Request": "transfusion.inference.engine",
+    "Engine": "transfusion.inference.engine", "Request": "transfusion.inference.request",
     "Transfusion": "transfusion.model.transfusion", "open_run": "transfusion.inference.engine",
 }  # fmt: skip
 __all__ = ["__version__", *MODULES]

@@ -107,8 +107,11 @@ def sample_t(generator: torch.Generator, max_t: float, config: DiffusionConfig) 
 
 
 def shift_t(t, shift: float):
-    """SD3's timestep shift, s t / (1 + (s - 1) t): above 1 it moves t towards noise. Numbers or tensors."""
-    return shift * t / (1 + (shift - 1) * t)
+    """SD3's timestep shift, s t / (1 + (s - 1) t): above 1 it moves t towards noise. Numbers or tensors, from 0 to 1.
+
+    In this form no rounding gives more than 1, 0 and 1 are unchanged, and so is every t with a shift of 1.
+    """
+    return shift * t / (shift * t + (1 - t))
 
 
 def _per_image(latents: Tensor, *values: Tensor) -> list[Tensor]:

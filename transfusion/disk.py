@@ -81,22 +81,35 @@ def check_run_format(folder: Path, values: dict) -> None:
     check_format(folder, values, RUN_FORMAT, "use that version, or train again")
 
 
-def find_folder(source: str | Path) -> Path:
+def find_folder(place: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
     """A local folder, or a snapshot of the hub's repository `owner/name`, only its safetensors and JSON files.
 
+    revision: a branch, tag or commit of the repository; default main. local_files_only: use only the hub's local cache.
     A name whose path or parent folder exists locally is never looked up on the hub. OpenError when the hub does not have it
     or cannot be reached.
     """
-    path = Path(source)
-    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+    path = Path(place)
+    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
+        if revision is not None:
+            raise OpenError(f"{place} is a local path, which has no revision {revision}: leave it out")
         return path
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network or no such name: the hub's client raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(f"{source} is not a run: there is no such folder, and the hub says: {reason}") from None
+        return Path(snapshot_download(
+            str(place), revision=revision, local_files_only=local_files_only, allow_patterns=["*.json", "*.safetensors"],
+        ))  # fmt: skip
+    except errors.GatedRepoError:
+        reason = "the hub gives access only to users whom its owner accepted (then hf auth login)"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such repository, or it is private (then hf auth login)"
+    except errors.RevisionNotFoundError:
+        reason = f"the repository has no revision {revision}"
+    except errors.LocalEntryNotFoundError:
+        reason = "it is not in the hub's local cache" + ("" if local_files_only else ", and the hub cannot be reached")
+    except Exception as error:  # the hub's client raises many kinds
+        reason = f"the hub says: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    raise OpenError(f"{place} is not a run: there is no such folder, and {reason}")
 
 
 def is_exported(folder: Path) -> bool:
@@ -106,6 +119,8 @@ def is_exported(folder: Path) -> bool:
 
 def check_run(folder: Path) -> Path:
     """The folder, if it holds a run or an exported one. OpenError when it does not."""
+    if not folder.exists():
+        raise OpenError(f"{folder} is not a run: there is no such folder (a name on the hub is owner/name)")
     if not (folder / RUN).exists() and not is_exported(folder):
         raise OpenError(f"{folder} is not a run: it has no {RUN}")
     return folder

@@ -70,14 +70,18 @@ class OpenedRun(RunDescription):
         return lower_precision(self.device)
 
 
-def open_checkpoint(source: str | Path, weights: str = "ema", device: str = "auto") -> OpenedRun:
+def open_checkpoint(
+    place: str | Path, weights: str = "ema", device: str = "auto", *, revision: str | None = None,
+    local_files_only: bool = False,
+) -> OpenedRun:  # fmt: skip
     """Open the newest checkpoint of a run: its averaged weights (EMA), or with weights="raw" the ones that training updates.
 
-    `source` is a run's folder, or an exported run: a folder or `owner/name` on the hub, with the weights chosen at export.
-    Matrices are in the device's precision. OpenError when it cannot be opened.
+    `place` is a run's folder, or an exported run: a folder or `owner/name` on the hub, with the weights chosen at export;
+    `revision` and `local_files_only` as in `find_folder`. Matrices are in the device's precision. OpenError when it cannot
+    be opened.
     """
     torch_device = pick_device(device)
-    folder = find_folder(source)
+    folder = find_folder(place, revision, local_files_only)
     description = describe_run(folder)
     model = build_uninitialized(description.run.model, torch_device).requires_grad_(False)
     if is_exported(folder):

@@ -104,7 +104,8 @@ def _describe(field: StructFieldSpec, prefix: str, override: bool) -> tuple[str,
     reader = _reader(get_args(hint)[0] if optional else hint, flag, optional or override)
     unset = "(default: the run's)" if override else "(default: not set)" if field.default in (None, ()) else None
     metavar = None if not positional else flag if reader.nargs == 1 else f"{flag} ..."
-    hint, readers = hint | None if override else hint, [reader] if hint is not bool else []  # tyro reads flags itself
+    is_tyros = hint is bool or tyro.conf.UseAppendAction in annotations  # tyro itself reads flags and repeated options
+    hint, readers = hint | None if override else hint, [] if is_tyros else [reader]
     annotated = Annotated[(hint, tyro.conf.arg(help_behavior_hint=unset, metavar=metavar), *annotations, *readers)]
     default, text = None if override else field.default, field.helptext
     return flag, replace(field, type=annotated, default=default, helptext=lambda: " ".join((text() or "").split()))

@@ -1,14 +1,19 @@
 """transfusion serve: a run over HTTP with OpenAI's API."""
 
-import ipaddress
+import gc
+import logging
 import os
 import socket
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from transfusion.cli.options import Device, RunArgument, parse
 from transfusion.cli.screen import UsageError, print_status
 from transfusion.disk import check_run, find_folder
+from transfusion.serving.hosts import is_local, parse_origin
 from transfusion.serving.limits import Limits
 
 KEY = "TRANSFUSION_API_KEY"
@@ -26,9 +31,13 @@ class Serve:
     """Port to listen on; 0 picks a free one."""
     api_key: str | None = None
     """Key that clients must send; if not set, that of TRANSFUSION_API_KEY, which other users of the machine cannot see."""
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Site whose pages may use the server from a browser, such as https://chat.example.org; repeat it for more sites."""
     limits: Limits = field(default_factory=Limits)
     weights: Literal["ema", "raw"] = "ema"
     """Moving average of the weights, or the last weights."""
+    access_log: bool = False
+    """Print one line for each request: client, method, path, status, seconds and bytes of the answer."""
     device: Device = "auto"
 
 
@@ -44,36 +53,32 @@ def serve(arguments: list[str]) -> None:
         raise UsageError(f"--host {args.host} is open to other machines: give an --api-key (or set {KEY}) or no --host")
     run = check_run(find_folder(args.run))
     try:
-        import uvicorn
-
         from transfusion.serving.app import build_app
+        from transfusion.serving.connections import Server
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install '.[serve]' in a clone of the repository") from None
     from transfusion.inference.engine import open_run
 
+    try:
+        origins = {parse_origin(text) for text in args.allow_origin}
+    except ValueError as error:
+        raise UsageError(f"--allow-origin {error}") from None
     engine = open_run(run, args.weights, args.device)
+    if args.access_log:
+        logging.getLogger("transfusion.access").addHandler(logging.StreamHandler(sys.stdout))
+        logging.getLogger("transfusion.access").setLevel("INFO")
     with listen(args.host, args.port) as server_socket:
-        config = uvicorn.Config(
-            build_app(engine, args.limits, key), log_level="warning", access_log=False, server_header=False, ws="none",
-            lifespan="on", timeout_graceful_shutdown=int(args.limits.shutdown_grace),
-        )  # fmt: skip
+        server = Server(build_app(engine, args.limits, key, origins), args.limits)
+        gc.freeze()  # what exists now stays: collections take little time
         host, port = server_socket.getsockname()[:2]
         print_status(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (API under /v1)")
-        uvicorn.Server(config).run(sockets=[server_socket])
-
-
-def is_local(host: str) -> bool:
-    """Is the address reachable from this machine only?"""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        server.run(sockets=[server_socket])
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. UsageError when address or port is not available."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise UsageError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None

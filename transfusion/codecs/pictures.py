@@ -41,14 +41,21 @@ def read_picture(source: Path | bytes, name: str = "", max_pixels: int | None = 
 
 
 def pixels_of(image: Picture.Image) -> np.ndarray:
-    """(Y, X, 3) uint8, or (Y, X, 1) of a grey image. Transparency becomes white, 16 bits become 8."""
+    """(Y, X, 3) uint8, or (Y, X, 1) of a grey image. Transparency becomes white, 16 bits become 8. PictureError for a mode
+    whose values have no fixed range (I, F) or no conversion without a profile (LAB)."""
+    width, height = image.size
+    if not width * height:
+        raise PictureError(f"a picture of {width}x{height} has no pixels")
+    if image.mode in ("I", "F", "LAB"):
+        raise PictureError(f"a picture of mode {image.mode} has no defined colours: convert it to L, I;16 or RGB")
     if image.mode.startswith("I;16"):
-        return (np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)[..., None]  # convert() would saturate
-    if "transparency" in image.info or "A" in image.mode or "a" in image.mode:
-        image = image.convert("RGBA")
+        values = np.asarray(image, dtype=np.uint16)  # (Y, X); convert() would saturate
+        values = np.where(values == image.info.get("transparency"), 0xFFFF, values)
+        return (values >> 8).astype(np.uint8)[..., None]
+    if "transparency" in image.info or image.mode[-1] in "Aa":
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Picture.alpha_composite(Picture.new("RGBA", image.size, "white"), image)
     mode = "L" if image.mode in ("1", "L") else "RGB"
-    width, height = image.size
     return np.asarray(image.convert(mode), dtype=np.uint8).reshape(height, width, len(mode))
 
 
@@ -64,10 +71,11 @@ def to_pixels(image: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]
     return np.asarray(image, dtype=np.uint8).reshape(size[1], size[0], image_channels)
 
 
-def to_png(pixels: np.ndarray) -> bytes:
-    """(Y, X, 1 or 3) uint8 -> the bytes of a PNG file."""
+def encode_picture(pixels: np.ndarray, file_format: str = "png", quality: int = 100) -> bytes:
+    """(Y, X, 1 or 3) uint8 -> the bytes of a file: png, or jpeg or webp of this quality (0 to 100)."""
     file = BytesIO()
-    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    options = {} if file_format == "png" else {"quality": max(1, quality)}  # JPEG's 0 is Pillow's default
+    Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
     return file.getvalue()
 
 

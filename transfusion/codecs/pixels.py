@@ -57,11 +57,13 @@ class BlockPCA:
 
     @classmethod
     def fit(cls, images: Sequence[np.ndarray], block: int, components: int) -> "BlockPCA":
-        """The components of the blocks of these images (Y, X, channels) uint8. ValueError when blocks do not fit."""
+        """The components of the blocks of these images (Y, X, channels) uint8: at most as many as a block has values.
+        ValueError when blocks do not fit."""
         blocks = np.concatenate([_to_blocks(image, block).reshape(-1, block * block * image.shape[2])
                                  for image in images]).astype(np.float64)  # fmt: skip
         centre = blocks.mean(0)
-        _, vectors = np.linalg.eigh(np.cov(blocks - centre, rowvar=False))
+        covariance = np.cov(blocks - centre, rowvar=False, ddof=min(1, len(blocks) - 1))  # of one block: 0
+        _, vectors = np.linalg.eigh(np.atleast_2d(covariance))
         basis = vectors[:, ::-1][:, :components].T  # (C, block * block * image_channels), largest variance first
         basis *= np.sign(basis[np.arange(len(basis)), np.abs(basis).argmax(1)])[:, None]  # the same sign on every machine
         return cls(centre, basis, *_statistics((blocks - centre) @ basis.T), np.array(block))

@@ -35,13 +35,17 @@ class Pretrained:
 
     @classmethod
     def fit(cls, source: str, images: Sequence[np.ndarray]) -> "Pretrained":
-        """The autoencoder of a folder or the hub, with the statistics of these images. ValueError when it does not open."""
+        """The autoencoder of a folder or the hub, with the statistics of these images. ValueError when it does not open, or
+        when a channel is constant over them."""
         network, digest = _open(source)
         identity = np.zeros(network.config.latent_channels), np.ones(network.config.latent_channels)
         codec = cls(network, source, digest, (*identity, *identity))
         latents = [codec.encode(image).reshape(codec.channels, -1) for image in images]
         values = np.concatenate(latents, 1).astype(np.float64)  # (C, n)
         mean, std = values.mean(1), values.std(1)
+        if not (std > 0).all():  # 0 or not a number
+            raise ValueError(f"channel {int((std > 0).argmin())} of {source} is constant over the images, or not finite: "
+                             "give more images, or another autoencoder")  # fmt: skip
         low, high = ((side - mean) / std for side in (values.min(1), values.max(1)))
         return cls(network, source, digest, (mean, std, low, high))
 

@@ -17,6 +17,10 @@ SPELLINGS = {  # of the special tokens that `sequence` uses, where no file names
 }
 # The files beside a tokenizer.json that name them: by id (eos_token_id: 2), or by spelling (eos_token: "</s>").
 NAMING_FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+# Byte-level tokenizers spell each byte as one character: printable ones as in Latin-1, the others from U+0100.
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE}
+BYTE_LEVEL |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
 
 
 class Tokenizer:
@@ -36,6 +40,7 @@ class Tokenizer:
         self._tokenizer = HFTokenizer.from_str(json.dumps(values))
         self._tokenizer.encode_special_tokens = True
         self._special_ids = {token["id"] for token in values["added_tokens"]}
+        self._byte_ids = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.markers = self._spelled_markers({}) if markers is None else markers
@@ -151,6 +156,28 @@ class Tokenizer:
     def _encode_characters(self, word: str) -> list[int]:
         ids = (id_ for character in word for id_ in self._tokenizer.encode(character, add_special_tokens=False).ids)
         return [id_ for id_ in ids if id_ not in self._special_ids]
+
+    def may_end_inside_character(self, token: int) -> bool:
+        """Can the next token change the text of this one? True for byte fallback, which decodes adjacent bytes together; and
+        for special tokens, which are no text and do not end such bytes."""
+        return token in self._byte_ids or token in self._special_ids
+
+    def token_name(self, token: int) -> str:
+        """Its entry in the vocabulary; nothing for an id that has none."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text in UTF-8: some bytes of a character alone, if the tokenizer has such tokens. Nothing
+        for a special token."""
+        name = self.token_name(token)
+        if token in self._special_ids or not name:
+            return b""
+        if token in self._byte_ids:
+            return bytes([int(name[3:5], 16)])
+        once, twice = self.decode([token]), self.decode([token, token])  # decoders may remove the space before the first
+        text = twice[len(once) :]
+        is_incomplete = "\ufffd" in text and BYTE_LEVEL.keys() >= {*name}
+        return bytes(map(BYTE_LEVEL.get, name)) if is_incomplete else text.encode()
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from transfusion.codecs.codec import Codec, codec_from_bytes
-from transfusion.codecs.pictures import pixels_of, read_picture, to_png
+from transfusion.codecs.pictures import encode_picture, pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, from_json
@@ -77,7 +77,7 @@ class ShardWriter:
                 contents.append(part.content.astype(self.dtype).ravel())
                 segments.append((True, part.loss, part.max_t, 0, *part.shape))
         values = np.concatenate(contents) if contents else np.empty(0, self.dtype)
-        pngs = [to_png(pixels) for pixels in images]
+        pngs = [encode_picture(pixels) for pixels in images]
         self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), values, pngs))
         self.size, self.count = self.size + values.nbytes + sum(map(len, pngs)), self.count + 1
         if self.size >= MAX_BATCH_BYTES:

@@ -31,6 +31,7 @@ class CodeImageState:
     branches: tuple[Branch, ...]  # the fully conditional one first
     generation: GenerationConfig
     generator: torch.Generator
+    vocabulary: Vocabulary
     pending: int
     codes: list[int] = field(default_factory=list)
 
@@ -43,6 +44,15 @@ class CodeImageState:
     def num_cached_positions(self) -> int:
         """Positions of the image in the branches' slots, boi included."""
         return len(self.codes)
+
+    def advance(self, predictions: Sequence[torch.Tensor]) -> None:
+        """Sample the next code from the logits (V,) of the branches."""
+        guided = guide(predictions, [branch.scale for branch in self.branches])  # (V,)
+        first, end = self.vocabulary.first_code, self.vocabulary.num_used
+        is_code = torch.zeros(len(guided), dtype=torch.bool)  # (V,)
+        is_code[first:end] = True
+        self.pending = text_mode.sample_token(guided, is_code, self.generation, self.generator)
+        self.codes.append(self.pending - first)
 
     def content(self) -> np.ndarray | None:
         """The finished grid of codes (Y, X); None before."""
@@ -67,17 +77,14 @@ def begin_image(
     for branch in branches:
         cache.truncate(branch.slot, 1)
     generator = torch.Generator().manual_seed(seed)
-    return CodeImageState(shape, tuple(branches), generation, generator, vocabulary.boi[shape])
+    return CodeImageState(shape, tuple(branches), generation, generator, vocabulary, vocabulary.boi[shape])
 
 
-def decode_codes(model: Transfusion, cache: Cache, images: Sequence[CodeImageState], vocabulary: Vocabulary) -> None:
-    """The next code of every image: all branches of all images in one forward pass."""
+def predict_branches(
+    model: Transfusion, cache: Cache, images: Sequence[CodeImageState], vocabulary: Vocabulary
+) -> list[list[torch.Tensor]]:
+    """One forward pass for all images: the logits (V,) of all branches of each, on the CPU."""
     slots = [branch.slot for image in images for branch in image.branches]
     chunks = [EMPTY_CHUNK.append(image.pending) for image in images for _ in image.branches]
     logits = iter(text_mode.extend_cache(model, cache, slots, chunks, vocabulary).cpu())  # (branches of all, V)
-    allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
-    allowed[vocabulary.first_code : vocabulary.num_used] = True
-    for image in images:
-        guided = guide([next(logits) for _ in image.branches], [branch.scale for branch in image.branches])  # (V,)
-        image.pending = text_mode.sample_token(guided, allowed, image.generation, image.generator)
-        image.codes.append(image.pending - vocabulary.first_code)
+    return [[next(logits) for _ in image.branches] for image in images]

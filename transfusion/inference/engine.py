@@ -5,12 +5,16 @@ followed by eoi, and continues with text (section 3). `submit` adds sequences, `
 for those that decode a token, one for those that prefill (a prompt, or an image that they have finished), and one per latent
 shape for those that draw, conditional and unconditional together. Image codes are sampled one by one (`chameleon`).
 
-If the text and the images of a prompt have different guidance scales (`image_guidance_scale`), a sequence has a second slot.
-It holds bos, the prompt's images and boi, like training documents whose text was dropped, and joins the forward passes.
+Guidance compares branches that differ in what they read before an image. A sequence may have slots for two of them besides
+its own. One holds bos, the prompt's images and boi, like training documents whose text was dropped, if text and images have
+different scales (`image_guidance_scale`). The other holds bos, the negative prompt and boi. They join the forward passes.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,121 +29,72 @@ from transfusion.inference import chameleon, image_mode, text_mode
 from transfusion.inference.answer import Answer, Answers
 from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch
+from transfusion.inference.request import (
+    Event,
+    FinishEvent,
+    ImageEvent,
+    PreviewEvent,
+    PromptEvent,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+)  # fmt: skip
 from transfusion.inference.samplers import get_sampler
+from transfusion.inference.text_stream import TextStream
 from transfusion.seeding import derive_seed
 from transfusion.sequence import EMPTY_CHUNK, Chunk, Document, Image, Text, encode_document
 
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and what to generate from it.
-
-    parts: the prompt in order, text or pictures (PIL, or (Y, X, channels) uint8 of a size that the run supports).
-    num_images: this many samples of one image each (boi is forced), of `size` (width, height) in pixels. Not set: one
-    sample of free text, which ends with eos and draws where the model samples a boi, unless allow_images is False.
-    preview_every: denoising steps (or codes) between two PreviewEvents; 0: no previews.
-    """
-
-    parts: tuple[str | np.ndarray | Picture.Image, ...] = ()
-    num_images: int | None = None
-    seed: int = 0
-    generation: GenerationConfig | None = None  # default: the run's
-    size: tuple[int, int] | None = None  # default: the run's first
-    preview_every: int = 0
-    allow_images: bool = True
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """A sampled text token. `text` is the readable text that it adds; an incomplete character is held back."""
-
-    request_id: int
-    sample_index: int
-    token: int
-    text: str
-
-
-@dataclass(frozen=True)
-class PreviewEvent:
-    """An unfinished image: x_t and the predicted x0 as pixels, both (Y, X, channels) uint8."""
-
-    request_id: int
-    sample_index: int
-    step: int
-    x_t: np.ndarray
-    x0: np.ndarray
-
-
-@dataclass(frozen=True)
-class ImageEvent:
-    """A finished image, (Y, X, channels) uint8."""
-
-    request_id: int
-    sample_index: int
-    pixels: np.ndarray
-
-
-@dataclass(frozen=True)
-class FinishEvent:
-    """The end of a sample. reason: "eos", "image" (the requested one is finished) or "length"."""
-
-    request_id: int
-    sample_index: int
-    reason: str
-
-
-Event = TokenEvent | PreviewEvent | ImageEvent | FinishEvent
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """The positions to prefill: a prompt or a finished image; and those for the image-conditional slot."""
+    """The positions to read: a prompt or a finished image, and the prompts of the sequence's other slots."""
 
-    chunk: Chunk
-    image_cond_chunk: Chunk | None = None
+    chunks: tuple[Chunk, ...]  # for the first slots of the sequence
     remaining_samples: int = 0  # samples that fork from this prompt when it is read
+    has_logprobs: bool = False  # of the prompt, for a PromptEvent
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Next input: the last sampled token, one position."""
+    """Next input: the last sampled token, one position. All slots read a boi, other tokens only the sequence's own."""
 
-    chunk: Chunk
-    image_cond_chunk: Chunk | None = None
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """An unfinished image, and the slot of its unconditional branch."""
+    """An unfinished image."""
 
     image: image_mode.LatentImageState | chameleon.CodeImageState
-    uncond_slot: int | None
 
 
-@dataclass
+@dataclass(eq=False)
 class SequenceState:
-    """One sample of a request: its phase, its cache slots, and the text since the last image."""
+    """One sample of a request: its phase, its cache slots, and the text that it adds."""
 
     request_id: int
     request: Request
     generation: GenerationConfig
     sample_index: int
     phase: Prefill | Decode | Draw | None  # None only while a forward pass is evaluated
-    slot: int
-    image_cond_slot: int | None = None  # bos and the prompt's images, if their guidance scale is different
+    scales: tuple[float, ...]  # the weight in guidance of each of `slots`
+    context: tuple[int, ...]  # the text of the prompt
+    picture_hashes: tuple[str, ...]  # of the prompt
+    slots: list[int] = field(default_factory=list)  # its own, then those of other branches with a prompt
+    uncond_slot: int | None = None  # a copy of bos and boi, while it draws
     num_sampled_tokens: int = 0
     num_images_begun: int = 0
-    text_tokens: list[int] = field(default_factory=list)
-    num_characters_sent: int = 0  # of these tokens' text, in events so far
+    held_events: list[TokenEvent] = field(default_factory=list)  # of tokens whose text is held back
+    text_stream: TextStream | None = None
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(derive_seed(self.request.seed, self.sample_index, "text"))
 
     @property
-    def slots(self) -> list[int]:
-        """All its cache slots."""
-        uncond_slot = self.phase.uncond_slot if isinstance(self.phase, Draw) else None
-        return [slot for slot in (self.slot, self.image_cond_slot, uncond_slot) if slot is not None]
+    def all_slots(self) -> list[int]:
+        return self.slots + ([] if self.uncond_slot is None else [self.uncond_slot])
 
 
 class Engine:
@@ -178,69 +133,22 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Add a request. Returns its id; events refer to it as `request_id`. ValueError if the run does not support it."""
-        if request.num_images is None and not request.parts:
-            raise ValueError("the request is empty: give a part, or num_images")
-        if request.num_images is not None and request.num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {request.num_images}")
-        generation = request.generation or self.run.generation
-        get_sampler(generation.sampler, self.run.diffusion.noise_schedule)
-        segments = tuple(map(self._to_segment, request.parts))
-        images = tuple(segment for segment in segments if isinstance(segment, Image))
-        prompt, images_only = (encode_document(d, self.vocabulary, add_eos=False) for d in map(Document, (segments, images)))
-        length = len(prompt)
-        if request.num_images is not None:
-            shape = self._latent_shape(request.size)
-            prompt, images_only = (chunk.append(self.vocabulary.boi[shape]) for chunk in (prompt, images_only))
-            length = len(prompt) + self.vocabulary.num_patches(shape)
-        if length > self.max_positions:
-            maximum = f"{self.max_positions} (data.seq_len)"
-            raise ValueError(f"the request takes {length} positions; the run supports at most {maximum}")
-        self.num_requests += 1
-        slot, image_cond_slot = self.cache.acquire(), None
-        # With equal scales the guidance formula reduces to plain classifier-free guidance, so the branch is skipped.
-        if images and generation.image_guidance_scale not in (None, generation.guidance_scale):
-            image_cond_slot = self.cache.acquire()
-        phase = Prefill(prompt, None if image_cond_slot is None else images_only, (request.num_images or 1) - 1)
-        self.sequences.append(SequenceState(self.num_requests, request, generation, 0, phase, slot, image_cond_slot))
-        return self.num_requests
+        return self._start(self._prepare(request))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance every sequence by one forward pass of its phase. A sequence that reads a boi is denoised in the
-        same step: for example, a prompt that ends with boi is prefilled and then denoised."""
+        same step: for example, a prompt that ends with boi is prefilled and then denoised.
+
+        A sequence that fails ends with a FinishEvent of reason "error". The other sequences continue undisturbed."""
         events: list[Event] = []
         with self.opened.lower_precision():
-            self._forward_text(Decode, events)
-            self._forward_text(Prefill, events)
-            self._forward_images(events)
+            for phase in (Decode, Prefill):
+                sequences = [sequence for sequence in self.sequences if isinstance(sequence.phase, phase)]
+                self._advance(sequences, self._read, self._after_text_pass, events)
+            for sequences in self._drawing_sequences():
+                self._advance(sequences, self._predict, self._after_image_pass, events)
         return events
-
-    def _forward_text(self, phase: type[Prefill] | type[Decode], events: list[Event]) -> None:
-        sequences = [sequence for sequence in self.sequences if isinstance(sequence.phase, phase)]
-        if not sequences:
-            return
-        with_image_cond = [sequence for sequence in sequences if sequence.phase.image_cond_chunk is not None]
-        slots = [sequence.slot for sequence in sequences] + [sequence.image_cond_slot for sequence in with_image_cond]
-        chunks = [sequence.phase.chunk for sequence in sequences]
-        chunks += [sequence.phase.image_cond_chunk for sequence in with_image_cond]
-        logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary).cpu()  # (B, V)
-        for sequence, sequence_logits in zip(sequences, logits, strict=False):  # those of image_cond slots are not needed
-            self._after_text_pass(sequence, sequence_logits, events)
-
-    def _forward_images(self, events: list[Event]) -> None:
-        by_shape: dict[tuple[int, int] | None, list[SequenceState]] = {}
-        for sequence in self.sequences:
-            if isinstance(sequence.phase, Draw):
-                by_shape.setdefault(None if self.uses_image_codes else sequence.phase.image.shape, []).append(sequence)
-        for sequences in by_shape.values():
-            images = [sequence.phase.image for sequence in sequences]
-            steps = [image.step for image in images]
-            if self.uses_image_codes:
-                chameleon.decode_codes(self.model, self.cache, images, self.vocabulary)
-            else:
-                image_mode.denoise(self.model, self.cache, images, self.run.diffusion)
-            for sequence, image, step in zip(sequences, images, steps, strict=True):
-                self._after_image_pass(sequence, sequence.phase, image.step > step, events)
 
     def cancel(self, request_id: int) -> None:
         """Remove a request and its sequences."""
@@ -248,37 +156,109 @@ class Engine:
             self._remove(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answers]:
-        """Run all requests together to their end: the answers of each, one per sample. ValueError if others are running."""
+        """Run all requests together to their end: the answers of each, one per sample. ValueError, before anything is
+        generated, if the run does not support one of them or others are running. RuntimeError if a sample fails."""
         if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
-        answers = {self.submit(request): Answers(Answer() for _ in range(request.num_images or 1)) for request in requests}
-        tokens: dict[tuple[int, int], list[int]] = {}
-        while self.sequences:
-            for event in self.step():
-                sample = event.request_id, event.sample_index
-                answer = answers[event.request_id][event.sample_index]
-                if isinstance(event, TokenEvent):
-                    tokens.setdefault(sample, []).append(event.token)
-                elif isinstance(event, ImageEvent | FinishEvent):
-                    text = self.opened.tokenizer.decode(tokens.pop(sample, []))
-                    answer.parts += [text] if text else []
-                if isinstance(event, ImageEvent):
-                    answer.parts.append(event.pixels)
-                elif isinstance(event, FinishEvent):
-                    answer.reason = event.reason
+        prepared = [self._prepare(request) for request in requests]
+        answers: dict[int, Answers] = {}
+        try:
+            for request, sequence in zip(requests, prepared, strict=True):
+                answers[self._start(sequence)] = Answers(Answer() for _ in range(request.num_images or 1))
+            while self.sequences:
+                for event in self.step():
+                    if isinstance(event, FinishEvent) and event.reason == "error":
+                        raise RuntimeError(f"request {event.request_id} failed: {event.message}")
+                    answers[event.request_id][event.sample_index].add(event)
+        finally:
+            for request_id in answers:
+                self.cancel(request_id)
         return list(answers.values())
 
-    def _to_segment(self, part: str | np.ndarray | Picture.Image) -> Text | Image:
-        if isinstance(part, str):
-            return Text(self.opened.tokenizer.encode(part))
+    # Requests
+
+    def _prepare(self, request: Request) -> SequenceState:
+        """The first sample of a request, without id and slots. ValueError if the run does not support the request."""
+        if request.num_images is None and not request.parts:
+            raise ValueError("the request is empty: give a part, or num_images")
+        generation, vocabulary = request.generation or self.run.generation, self.vocabulary
+        get_sampler(generation.sampler, self.run.diffusion.noise_schedule)
+        parts = [self._to_pixels(part) if isinstance(part, np.ndarray | Picture.Image) else part for part in request.parts]
+        segments = [self._to_segment(part) for part in parts]
+        texts, images = ([segment for segment in segments if isinstance(segment, kind)] for kind in (Text, Image))
+        prompts, scales = [segments], [generation.guidance_scale]
+        # With equal scales the guidance formula reduces to plain classifier-free guidance, so the branch is skipped.
+        if images and generation.image_guidance_scale not in (None, generation.guidance_scale):
+            prompts.append(images)
+            scales.append(generation.image_guidance_scale)
+        if request.negative_prompt:
+            self._check_negative_prompt(request, scales)
+            prompts.append([self._to_segment(request.negative_prompt)])
+            scales.append(1.0)
+        chunks = [encode_document(Document(tuple(prompt)), vocabulary, add_eos=False) for prompt in prompts]
+        if request.num_images is not None:
+            shape = self._latent_shape(request.size)
+            chunks = [chunk.append(vocabulary.boi[shape]) for chunk in chunks]
+        self._check_length(request, chunks)
+        phase = Prefill(tuple(chunks), (request.num_images or 1) - 1, request.prompt_logprobs)
+        context = tuple(token for text in texts for token in text.tokens)
+        hashes = tuple(_hash(part) for part in parts if isinstance(part, np.ndarray))
+        return SequenceState(0, request, generation, 0, phase, tuple(scales), context, hashes)
+
+    def _start(self, sequence: SequenceState) -> int:
+        self.num_requests += 1
+        sequence.request_id = self.num_requests
+        self.sequences.append(sequence)
+        try:
+            for _ in sequence.scales:
+                sequence.slots.append(self.cache.acquire())
+        except BaseException:
+            self._remove(sequence)
+            raise
+        return sequence.request_id
+
+    def _to_pixels(self, part: np.ndarray | Picture.Image) -> np.ndarray:
         codec = self.opened.codec
         if not self.sizes:
             raise ValueError("this run does not support images")
         if isinstance(part, Picture.Image):
             part = to_pixels(part, self.sizes, codec.image_channels)
+        if part.dtype != np.uint8:
+            raise ValueError(f"pixels must be uint8, from 0 to 255, not {part.dtype}")
         if part.shape[1::-1] not in self.sizes or part.shape[2:] != (codec.image_channels,):
             raise ValueError(f"an image of shape {part.shape} is not supported; the run supports {self._size_list()}")
-        return Image(codec.encode(part))
+        return part
+
+    def _to_segment(self, part: str | Text | np.ndarray) -> Text | Image:
+        if isinstance(part, np.ndarray):
+            return Image(self.opened.codec.encode(part))
+        if isinstance(part, str):
+            return Text(self.opened.tokenizer.encode(part))
+        unknown = [token for token in part.tokens if not 0 <= token < self.vocabulary.num_text_tokens]
+        if unknown:
+            last = self.vocabulary.num_text_tokens - 1
+            raise ValueError(f"{unknown[0]} is not an id of the run's tokenizer: its ids are 0 to {last}")
+        return Text(tuple(part.tokens))
+
+    def _check_negative_prompt(self, request: Request, scales: Sequence[float]) -> None:
+        if not self.sizes or (request.num_images is None and not request.allow_images):
+            raise ValueError("negative_prompt has no effect: the request draws no images")
+        if scales[-1] == 1:
+            name = "guidance_scale" if len(scales) == 1 else "image_guidance_scale"
+            raise ValueError(f"negative_prompt has no effect at {name} 1: use a scale above 1")
+
+    def _check_length(self, request: Request, chunks: Sequence[Chunk]) -> None:
+        """Every branch must have room for an image: for the one that is asked for, or after a negative prompt for any."""
+        patches = self.vocabulary.num_patches
+        if request.num_images is not None:
+            length = max(map(len, chunks)) + patches(self._latent_shape(request.size))
+        elif request.negative_prompt:
+            length = max(len(chunks[0]), len(chunks[-1]) + 1 + max(map(patches, self.vocabulary.boi)))
+        else:
+            length = len(chunks[0])
+        if length > self.max_positions:
+            maximum = f"{self.max_positions} (data.seq_len)"
+            raise ValueError(f"the request takes {length} positions; the run supports at most {maximum}")
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The latent shape (Y, X) of an image of this (width, height)."""
@@ -293,104 +273,216 @@ class Engine:
     def _size_list(self) -> str:
         return ", ".join(f"{x}x{y}" for x, y in self.sizes)
 
-    def _after_text_pass(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
+    # Forward passes
+
+    def _advance(
+        self, sequences: list[SequenceState], forward: Callable[[list[SequenceState]], list],
+        after: Callable[[SequenceState, Any, list[Event]], None], events: list[Event],
+    ) -> None:  # fmt: skip
+        """One forward pass for all, then the work of each one with its own result. A pass that fails is repeated for each
+        sequence alone (it has changed nothing), so that only those end that fail alone."""
+        if not sequences:
+            return
+        try:
+            results = forward(sequences)
+        except Exception:
+            if len(sequences) > 1:
+                log.warning("a forward pass of %d sequences failed; each is repeated alone", len(sequences), exc_info=True)
+                for sequence in sequences:
+                    self._advance([sequence], forward, after, events)
+                return
+            with self._ending_on_error(sequences[0], events):
+                raise
+            return
+        for sequence, result in zip(sequences, results, strict=True):
+            with self._ending_on_error(sequence, events):
+                after(sequence, result, events)
+
+    @contextmanager
+    def _ending_on_error(self, sequence: SequenceState, events: list[Event]) -> Iterator[None]:
+        """An exception in this context ends the sequence, and the samples that would have forked from it."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("request %d failed", sequence.request_id)
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
+            self._remove(sequence)
+            for sample_index in (sequence.sample_index, *range(1, 1 + remaining)):
+                events.append(FinishEvent(sequence.request_id, sample_index, "error", message))
+
+    def _read(self, sequences: list[SequenceState]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Read the chunks of all. Returns for each the logits after its last position, (V,) on the CPU; and those after all
+        of its positions, (n, V), if it needs them."""
+        # All own slots first, then those of other branches: slots that were acquired together are then adjacent.
+        order = [
+            (sequence, n) for n in range(max(len(sequence.phase.chunks) for sequence in sequences))
+            for sequence in sequences if n < len(sequence.phase.chunks)
+        ]  # fmt: skip
+        slots, chunks = [sequence.slots[n] for sequence, n in order], [sequence.phase.chunks[n] for sequence, n in order]
+        num_logits = [len(sequence.phase.chunks[0]) if _has_logprobs(sequence) else 1 for sequence in sequences]
+        num_logits += [0] * (len(order) - len(sequences))  # those of other branches are not needed
+        logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary, num_logits)  # (T, V)
+        by_sequence = logits.split(num_logits[: len(sequences)])
+        last_logits = torch.stack([each[-1] for each in by_sequence]).cpu()  # (B, V)
+        return [
+            (last, each if _has_logprobs(sequence) else None)
+            for sequence, last, each in zip(sequences, last_logits, by_sequence, strict=True)
+        ]
+
+    def _after_text_pass(
+        self, sequence: SequenceState, logits: tuple[torch.Tensor, torch.Tensor | None], events: list[Event]
+    ) -> None:
         """Fork the samples of a prompt. Then draw if the last token is a boi, else sample the next token."""
-        shape = self.vocabulary.shape_of(int(sequence.phase.chunk.tokens[-1]))
-        remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
-        forks = []
-        for sample_index in range(1, remaining + 1):
-            slot = self.cache.fork(sequence.slot)
-            image_cond_slot = None if sequence.image_cond_slot is None else self.cache.fork(sequence.image_cond_slot)
-            forks.append(replace(
-                sequence, sample_index=sample_index, phase=None, slot=slot, image_cond_slot=image_cond_slot, text_tokens=[],
-            ))  # fmt: skip
-        self.sequences += forks
-        for sample in (sequence, *forks):
-            sample.phase = None
-            if shape is not None:
-                self._begin_image(sample, shape)
-            else:
-                self._sample_token(sample, logits, events)
+        phase, (last_logits, prompt_logits) = sequence.phase, logits
+        shape = self.vocabulary.shape_of(int(phase.chunks[0].tokens[-1]))
+        if prompt_logits is not None:
+            num_top = sequence.request.logprobs or 0
+            logprobs = text_mode.prompt_logprobs(prompt_logits, phase.chunks[0], self.allowed_tokens, num_top)
+            events.append(PromptEvent(sequence.request_id, sequence.sample_index, logprobs))
+        samples, sequence.phase = [sequence], None
+        for sample_index in range(1, 1 + (phase.remaining_samples if isinstance(phase, Prefill) else 0)):
+            fork = replace(sequence, sample_index=sample_index, slots=[], held_events=[])
+            self.sequences.append(fork)
+            with self._ending_on_error(fork, events):
+                for slot in sequence.slots:
+                    fork.slots.append(self.cache.fork(slot))
+                samples.append(fork)
+        for sample in samples:
+            with self._ending_on_error(sample, events):
+                if shape is not None:
+                    self._begin_image(sample, shape)
+                else:
+                    self._sample_token(sample, last_logits, events)
 
     def _sample_token(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
-        vocabulary = self.vocabulary
-        allowed = self.allowed_tokens if sequence.request.allow_images else self.allowed_text_tokens
-        token = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator)
+        vocabulary, request = self.vocabulary, sequence.request
+        allowed = self.allowed_tokens if request.allow_images else self.allowed_text_tokens
+        token, logprob = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator), None
+        if request.logprobs is not None:
+            (logprob,) = text_mode.token_logprobs(logits[None], [token], allowed, request.logprobs)
         if token in vocabulary.eos_ids:
-            return self._finish(sequence, "eos", events)
+            return self._finish(sequence, "eos", events, logprob)
         shape = vocabulary.shape_of(token)
-        length = self.cache.lengths[sequence.slot] + 1 + (0 if shape is None else vocabulary.num_patches(shape) + 1)
+        length = self.cache.lengths[sequence.slots[0]] + 1 + (0 if shape is None else vocabulary.num_patches(shape) + 1)
         if sequence.num_sampled_tokens >= sequence.generation.max_tokens or length > self.max_positions:
             return self._finish(sequence, "length", events)
         sequence.num_sampled_tokens += 1
         chunk = EMPTY_CHUNK.append(token)
-        sequence.phase = Decode(chunk, chunk if shape is not None and sequence.image_cond_slot is not None else None)
-        if shape is None:
-            sequence.text_tokens.append(token)
-            text = self.opened.tokenizer.decode(sequence.text_tokens)
-            new_text = "" if text.endswith("\ufffd") else text[sequence.num_characters_sent :]
-            sequence.num_characters_sent += len(new_text)
-            events.append(TokenEvent(sequence.request_id, sequence.sample_index, token, new_text))
+        if shape is not None:
+            sequence.phase = Decode((chunk,) * len(sequence.slots))
+            return self._flush_text(sequence, events)
+        sequence.phase = Decode((chunk,))
+        sequence.text_stream = sequence.text_stream or TextStream(self.opened.tokenizer, sequence.context)
+        text = sequence.text_stream.add(token)
+        sequence.held_events.append(TokenEvent(sequence.request_id, sequence.sample_index, token, text, logprob))
+        if text:
+            events += sequence.held_events
+            sequence.held_events = []
+
+    def _flush_text(self, sequence: SequenceState, events: list[Event]) -> None:
+        """Send the tokens whose text is held back: the text ends here."""
+        if sequence.held_events:
+            sequence.held_events[-1] = replace(sequence.held_events[-1], text=sequence.text_stream.flush())
+            events += sequence.held_events
+            sequence.held_events = []
 
     def _begin_image(self, sequence: SequenceState, shape: tuple[int, int]) -> None:
-        generation, uncond_slot = sequence.generation, None
-        branches = [Branch(sequence.slot, generation.guidance_scale)]
-        if sequence.image_cond_slot is not None:
-            branches.append(Branch(sequence.image_cond_slot, generation.image_guidance_scale))
-        if sequence.image_cond_slot is not None or generation.guidance_scale != 1:
-            uncond_slot = self.cache.fork(self._uncond_prefix(shape))
-            branches.append(Branch(uncond_slot))
-        sequence.text_tokens, sequence.num_characters_sent = [], 0
-        seed = derive_seed(sequence.request.seed, sequence.sample_index, "image", sequence.num_images_begun)
+        generation, request = sequence.generation, sequence.request
+        branches = [Branch(slot, scale) for slot, scale in zip(sequence.slots, sequence.scales, strict=True)]
+        if not request.negative_prompt and (len(branches) > 1 or generation.guidance_scale != 1):
+            sequence.uncond_slot = self.cache.fork(self._uncond_prefix(shape))
+            branches.append(Branch(sequence.uncond_slot))
+        # The pictures of the prompt are part of the seed: an edit must not start from the noise of the image that it edits.
+        parts = (request.seed, sequence.sample_index, "image", sequence.num_images_begun, *sequence.picture_hashes)
         if self.uses_image_codes:
-            image = chameleon.begin_image(shape, branches, generation, self.vocabulary, self.cache, seed)
+            image = chameleon.begin_image(shape, branches, generation, self.vocabulary, self.cache, derive_seed(*parts))
         else:
             latent, diffusion = (self.run.model.latent_channels, *shape), self.run.diffusion
-            image = image_mode.begin_image(latent, branches, generation, diffusion, self.latent_range, seed, self.device)
-        sequence.phase = Draw(image, uncond_slot)
+            image = image_mode.begin_image(
+                latent, branches, generation, diffusion, self.latent_range, derive_seed(*parts), self.device
+            )
+        sequence.phase = Draw(image)
         sequence.num_images_begun += 1
 
     def _uncond_prefix(self, shape: tuple[int, int]) -> int:
         """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
         if shape not in self.uncond_prefix_slots:
-            self.uncond_prefix_slots[shape] = slot = self.cache.acquire()
+            slot = self.cache.acquire()
             chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
-            text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
+            try:
+                text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
+            except BaseException:
+                self.cache.release(slot)
+                raise
+            self.uncond_prefix_slots[shape] = slot
         return self.uncond_prefix_slots[shape]
 
-    def _after_image_pass(self, sequence: SequenceState, phase: Draw, completed_step: bool, events: list[Event]) -> None:
-        image, codec = phase.image, self.opened.codec
-        if completed_step and sequence.request.preview_every and image.step % sequence.request.preview_every == 0:
+    def _drawing_sequences(self) -> list[list[SequenceState]]:
+        """Those that draw, by latent shape: one forward pass each. Codes of all shapes share one."""
+        by_shape: dict[tuple[int, int] | None, list[SequenceState]] = {}
+        for sequence in self.sequences:
+            if isinstance(sequence.phase, Draw):
+                by_shape.setdefault(None if self.uses_image_codes else sequence.phase.image.shape, []).append(sequence)
+        return list(by_shape.values())
+
+    def _predict(self, sequences: list[SequenceState]) -> list[list[torch.Tensor]]:
+        """The predictions of all branches of each sequence."""
+        images = [sequence.phase.image for sequence in sequences]
+        if self.uses_image_codes:
+            return chameleon.predict_branches(self.model, self.cache, images, self.vocabulary)
+        return image_mode.predict_branches(self.model, self.cache, images)
+
+    def _after_image_pass(self, sequence: SequenceState, predictions: list[torch.Tensor], events: list[Event]) -> None:
+        image, codec, request = sequence.phase.image, self.opened.codec, sequence.request
+        step = image.step
+        image.advance(predictions)
+        if image.step > step and request.preview_every and image.step % request.preview_every == 0:
             events.append(PreviewEvent(sequence.request_id, sequence.sample_index, image.step, *image.preview(codec)))
         content = image.content()
         if content is None:
             return None
-        if sequence.image_cond_slot is not None:
-            # Remove this image: the slot keeps only the images of the prompt.
-            self.cache.truncate(sequence.image_cond_slot, image.num_cached_positions)
         events.append(ImageEvent(sequence.request_id, sequence.sample_index, codec.decode(content)))
-        if sequence.request.num_images is not None:
+        if request.num_images is not None:
             return self._finish(sequence, "image", events)
-        if phase.uncond_slot is not None:
-            self.cache.release(phase.uncond_slot)
+        for slot in sequence.slots[1:]:  # they keep only their prompts
+            self.cache.truncate(slot, image.num_cached_positions)
+        if sequence.uncond_slot is not None:
+            self.cache.release(sequence.uncond_slot)
+            sequence.uncond_slot = None
         # Of a latent no patch is in the cache yet: prefill all with t = 0, then eoi. Of codes only the last is missing.
         document = encode_document(Document((Image(content),)), self.vocabulary, add_eos=False)  # bos boi patches eoi
-        sequence.phase = Prefill(document.part(1 + image.num_cached_positions))
+        sequence.phase = Prefill((document.part(1 + image.num_cached_positions),))
 
-    def _finish(self, sequence: SequenceState, reason: str, events: list[Event]) -> None:
+    def _finish(
+        self, sequence: SequenceState, reason: str, events: list[Event], logprob: TokenLogprob | None = None
+    ) -> None:
+        self._flush_text(sequence, events)
         self._remove(sequence)
-        events.append(FinishEvent(sequence.request_id, sequence.sample_index, reason))
+        events.append(FinishEvent(sequence.request_id, sequence.sample_index, reason, logprob=logprob))
 
     def _remove(self, sequence: SequenceState) -> None:
         self.sequences.remove(sequence)
-        for slot in sequence.slots:
+        for slot in sequence.all_slots:
             self.cache.release(slot)
 
 
-def open_run(path: str | Path, weights: str = "ema", device: str = "auto") -> Engine:
+def _has_logprobs(sequence: SequenceState) -> bool:
+    return isinstance(sequence.phase, Prefill) and sequence.phase.has_logprobs
+
+
+def _hash(pixels: np.ndarray) -> str:
+    return blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+
+
+def open_run(
+    place: str | Path, weights: str = "ema", device: str = "auto", *, revision: str | None = None,
+    local_files_only: bool = False,
+) -> Engine:  # fmt: skip
     """The engine of a run's folder, of an exported run, or of `owner/name` on the hub.
 
-    `weights="raw"`: the weights that training continues from, instead of their moving average. An exported run has one of
-    the two. OpenError when there is no such run.
+    weights: "raw" are the weights that training continues from, "ema" their moving average; an exported run has one of the
+    two. revision: branch, tag or commit on the hub; default main. local_files_only: do not use the network. OpenError when
+    there is no such run.
     """
-    return Engine(open_checkpoint(path, weights, device))
+    return Engine(open_checkpoint(place, weights, device, revision=revision, local_files_only=local_files_only))

@@ -63,6 +63,16 @@ class LatentImageState:
         x_t = self.x_t if self.x0 is None else self.x0
         return codec.decode(x_t[0].cpu().numpy()), codec.decode(self.x0_prediction[0].cpu().numpy())
 
+    def advance(self, predictions: Sequence[Tensor]) -> None:
+        """Continue with the predictions (C, Y, X) of the active branches."""
+        scales = [branch.scale for branch in self.branches[: len(predictions)]]
+        prediction = guide(predictions, scales, self.generation.guidance_rescale)[None]  # (1, C, Y, X)
+        self.x0_prediction = to_x0_and_noise(self.x_t, prediction, self.t, self.schedule.diffusion).x0
+        try:
+            self.x_t, self.t = self.sampler.send(prediction)
+        except StopIteration as finished:
+            self.x0 = finished.value
+
     def active_branches(self) -> tuple[Branch, ...]:
         """Branches to evaluate at this t: all inside guidance_interval, only the conditional one outside."""
         low, high = self.generation.guidance_interval
@@ -87,8 +97,8 @@ def begin_image(
     return LatentImageState(shape[1:], tuple(branches), generation, schedule, sampler, x_t, t)
 
 
-def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState], diffusion: DiffusionConfig) -> None:
-    """One model call for every image, all of one shape: all branches of all images in one forward pass. Only the
+def predict_branches(model: Transfusion, cache: Cache, images: Sequence[LatentImageState]) -> list[list[Tensor]]:
+    """One model call for all images, all of one shape: the predictions (C, Y, X) of the active branches of each. Only the
     positions of the images are computed. Nothing is committed to the cache."""
     branches = [image.active_branches() for image in images]
     # All first branches, then all second ones: slots that were acquired together are then adjacent.
@@ -97,14 +107,7 @@ def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState]
     t = torch.cat([images[n].t for n, _ in order])  # (B,)
     predictions = predict(model, cache, [branches[n][k].slot for n, k in order], x_t, t)  # (B, C, Y, X)
     by_branch = dict(zip(order, predictions, strict=True))
-    for n, image in enumerate(images):
-        scales = [branch.scale for branch in branches[n]]
-        prediction = guide([by_branch[n, k] for k in range(len(scales))], scales, image.generation.guidance_rescale)[None]
-        image.x0_prediction = to_x0_and_noise(image.x_t, prediction, image.t, diffusion).x0
-        try:
-            image.x_t, image.t = image.sampler.send(prediction)
-        except StopIteration as finished:
-            image.x0 = finished.value
+    return [[by_branch[n, k] for k in range(len(branches[n]))] for n in range(len(images))]
 
 
 def guide(predictions: Sequence[Tensor], scales: Sequence[float], rescale: float = 0.0) -> Tensor:

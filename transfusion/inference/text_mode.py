@@ -1,28 +1,38 @@
-"""Text mode: extend the cache, and sample the next token from the logits."""
+"""Text mode: extend the cache, sample the next token from the logits, and log probabilities."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from transfusion.config import GenerationConfig
 from transfusion.inference.cache import Cache
+from transfusion.inference.request import TokenLogprob
 from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence import Chunk, Row, Vocabulary, collate
+from transfusion.sequence import NO_TARGET, Chunk, Row, Vocabulary, collate
 
 MIN_TEMPERATURE = 1e-4  # below it float32 gives every token but the most likely one probability zero
 
 
-def extend_cache(model: Transfusion, cache: Cache, slots: list[int], chunks: list[Chunk], vocabulary: Vocabulary) -> Tensor:
-    """Append each chunk to its slot, images with t = 0 (no noise). Returns the logits after its end, (B, V) float32."""
+def extend_cache(
+    model: Transfusion, cache: Cache, slots: list[int], chunks: list[Chunk], vocabulary: Vocabulary,
+    num_logits: list[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Append each chunk to its slot, images with t = 0 (no noise). Returns logits (T, V) float32: those after the last
+    num_logits[b] positions of chunk b, for all b in order. Default: one for each chunk."""
+    num_logits = num_logits or [1] * len(chunks)
     new = max(map(len, chunks))
     view = cache.view(slots, new)
     batch = collate([Row((chunk,)) for chunk in chunks], new, vocabulary).to(cache.device)
-    last = torch.tensor([row * new + len(chunk) - 1 for row, chunk in enumerate(chunks)], device=cache.device)  # (B,)
+    ends = [(row * new + len(chunk), n) for row, (chunk, n) in enumerate(zip(chunks, num_logits, strict=True))]
+    index = torch.tensor([i for end, n in ends for i in range(end - n, end)], device=cache.device)  # (T,)
     mask = cached_mask(view.lengths, new, batch.image_ids, model.config.image_attention)
     x0 = [group.x0 for group in batch.groups]
     t = [torch.zeros(len(latents), device=cache.device) for latents in x0]
     prediction = model.forward_cached(
-        batch.tokens, view.position_ids, mask, view, last, x0, t, [group.index for group in batch.groups]
+        batch.tokens, view.position_ids, mask, view, index, x0, t, [group.index for group in batch.groups]
     )
     for slot, chunk in zip(slots, chunks, strict=True):
         cache.commit(slot, len(chunk))
@@ -40,6 +50,24 @@ def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, 
         in_nucleus = sorted_probabilities.cumsum(0) - sorted_probabilities < generation.top_p
         probabilities = torch.zeros_like(probabilities).index_copy(0, order, sorted_probabilities * in_nucleus)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], allowed: Tensor, num_top: int) -> list[TokenLogprob]:
+    """Of each token, from the logits (T, V) that predict it, with the num_top most likely of the allowed ids (V,) bool."""
+    logprobs = logits.log_softmax(-1)  # (T, V)
+    values = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    num_top = min(num_top, int(allowed.sum()))
+    top = logprobs.masked_fill(~allowed.to(logits.device), -torch.inf).topk(num_top)  # (T, num_top) each
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return [TokenLogprob(*row) for row in zip(tokens, values, pairs, strict=True)]
+
+
+def prompt_logprobs(logits: Tensor, chunk: Chunk, allowed: Tensor, num_top: int) -> tuple[TokenLogprob | None, ...]:
+    """Of a prompt after bos, from the logits after each of its positions (n, V). None where there is no text loss."""
+    positions = np.flatnonzero(chunk.targets != NO_TARGET)
+    scores = token_logprobs(logits[torch.from_numpy(positions)], chunk.targets[positions].tolist(), allowed, num_top)
+    by_position = dict(zip(positions.tolist(), scores, strict=True))
+    return tuple(map(by_position.get, range(len(chunk) - 1)))
 
 
 def allowed_tokens(vocabulary: Vocabulary) -> Tensor:

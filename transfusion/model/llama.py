@@ -68,7 +68,7 @@ class Llama:
                 continue
             shape, expected = self.weights.shape(names[ours]), tuple(parameter.shape)
             if ours in VOCAB_WEIGHTS:
-                expected = (max(num_text_tokens, shape[0]), expected[1])
+                expected = (max(num_text_tokens, *shape[:1]), expected[1])
             if shape != expected:
                 raise OpenError(f"{self.folder}: {names[ours]} is {shape}; config.json and the tokenizer require {expected}")
 
@@ -82,6 +82,9 @@ class Llama:
 
     def _rope(self) -> dict[str, Any]:
         """The RoPE options: one object since transformers 5, two fields in older versions."""
+        for name in ("rope_parameters", "rope_scaling"):
+            if not isinstance(self.values.get(name) or {}, dict):
+                raise OpenError(f"{self.folder / CONFIG} cannot be used: {name} is {self.values[name]!r}, not an object")
         older = {"rope_theta": self.values.get("rope_theta", 10_000.0), **(self.values.get("rope_scaling") or {})}
         return self.values.get("rope_parameters") or older
 

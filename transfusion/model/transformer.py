@@ -41,15 +41,22 @@ class Transformer(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm. PyTorch has no fused CPU kernel for it; with a hand-written gradient it is four times as fast."""
+    """x / sqrt(mean(x^2) + eps) * weight, in the dtype of the weight; on a CPU half precision is computed in float32.
+
+    PyTorch has no fused CPU kernel for it: with the gradient below, forward and backward take a quarter to 60 % of the time.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return _RMSNormFunction.apply(x, self.weight, self.eps)
-        return super().forward(x.to(self.weight.dtype))  # the fused kernel needs one dtype
+        if x.device.type != "cpu":
+            return super().forward(x.to(self.weight.dtype))  # the fused kernel needs one dtype
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if torch.is_grad_enabled():
+            return _RMSNormFunction.apply(x, weight, self.eps).to(self.weight.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
 
 class _RMSNormFunction(torch.autograd.Function):

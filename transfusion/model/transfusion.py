@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from transfusion.config import ModelConfig, from_json, to_json
-from transfusion.disk import CONFIG, OpenError, check_run_format, find_folder, read_json, write_json
+from transfusion.disk import CONFIG, RUN, OpenError, check_run_format, find_folder, read_json, write_json
 from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
@@ -85,11 +85,22 @@ class Transfusion(nn.Module):
         ])  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transfusion":
-        """The network of an exported run or of `save_pretrained`: a folder, or `owner/name` on the hub. OpenError when it is
-        neither. To generate text and images, open the whole run with `transfusion.open_run`."""
-        folder = find_folder(path)
-        model = build_uninitialized(read_config(folder), device)
+    def from_pretrained(
+        cls, place: str | Path, *, revision: str | None = None, local_files_only: bool = False,
+        dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu",
+    ) -> "Transfusion":  # fmt: skip
+        """The network of an exported run or of `save_pretrained`. To generate text and images, open the whole run with
+        `transfusion.open_run`.
+
+        place: a folder, or `owner/name` on the hub. revision: its branch, tag or commit; default main. local_files_only: do
+        not use the network. dtype: of all weights, for example torch.bfloat16 or "bfloat16"; default float32, whatever the
+        file has. OpenError when the place is neither, ValueError when the dtype is not a floating one.
+        """
+        weights_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+        if not isinstance(weights_dtype, torch.dtype) or not weights_dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating one, such as torch.bfloat16 or 'bfloat16', not {dtype!r}")
+        folder = find_folder(place, revision, local_files_only)
+        model = build_uninitialized(read_config(folder), device).to(weights_dtype)
         load_weights(folder, model)
         return model
 
@@ -112,7 +123,9 @@ class Transfusion(nn.Module):
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig in config.json. OpenError when it is damaged or of another model type."""
+    """The ModelConfig in config.json. OpenError when it is missing, damaged or of another model type."""
+    if (folder / RUN).exists():
+        raise OpenError(f"{folder} is a run with checkpoints: open it with transfusion.open_run, or transfusion export it")
     values = read_json(folder / CONFIG)
     if values.get("model_type") != MODEL_TYPE["model_type"]:
         raise OpenError(f"{folder} holds a model of type {values.get('model_type')}, not {MODEL_TYPE['model_type']}")

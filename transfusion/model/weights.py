@@ -40,7 +40,8 @@ class Weights:
         self.folder, self._files = folder, {}
         if (folder / INDEX).exists():
             self._file_names = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(self._file_names, dict) or any(Path(str(n)).name != n for n in self._file_names.values()):
+            names = self._file_names.values() if isinstance(self._file_names, dict) else [None]
+            if any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise OpenError(f"{folder / INDEX} has no valid weight_map from tensor names to files")
         elif (folder / SINGLE).exists():
             self._file_names = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
@@ -55,13 +56,14 @@ class Weights:
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        try:
-            return self._file(name).get_tensor(name)
-        except SafetensorError as error:
-            raise OpenError(f"{self.folder / self._file_names[name]} has no tensor {name}: {error}") from None
+        return self._file(name).get_tensor(name)
 
     def _file(self, name: str):
-        return self._open(self._file_names[name])
+        """The open file of a tensor. OpenError when the index names a file that lacks it."""
+        file = self._open(self._file_names[name])
+        if name not in set(file.keys()):
+            raise OpenError(f"{self.folder / self._file_names[name]} has no tensor {name}, which {INDEX} names")
+        return file
 
     def _open(self, file_name: str):
         if file_name not in self._files:

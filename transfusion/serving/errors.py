@@ -1,10 +1,11 @@
 """Errors in the format of OpenAI's API: an HTTP status and one clear sentence."""
 
+import json
 from collections.abc import Mapping, Sequence
 
-from fastapi.responses import JSONResponse
+from starlette.responses import JSONResponse
 
-MAX_MESSAGE_CHARS = 300  # a message may quote the request
+MAX_MESSAGE_CHARS, MAX_SHOWN_CHARS = 300, 40  # of a message, of a value of the request in it
 PART_TYPES = {"text", "image_url", "image"}  # discriminators in pydantic's locations: they are not fields
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -27,6 +28,12 @@ class APIError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
+def show(value: object) -> str:
+    """A short value as JSON, for messages; nothing for a long one."""
+    text = json.dumps(value, default=str) if isinstance(value, str | int | float) else ""
+    return text if len(text) <= MAX_SHOWN_CHARS else ""
+
+
 def sanitize(text: str) -> str:
     """One line of at most MAX_MESSAGE_CHARS, without control characters for a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text[:MAX_MESSAGE_CHARS])
@@ -35,16 +42,19 @@ def sanitize(text: str) -> str:
 def from_validation_errors(errors: Sequence[Mapping]) -> APIError:
     """pydantic's errors as one sentence. If a field has several types, the error with the deepest location is reported."""
     error = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
-    error_type, reason = error["type"], " ".join(error["msg"].split())
-    field = _format_location(error["loc"], error_type == "extra_forbidden")
-    if error_type == "unsupported":
-        return APIError(400, reason, error["ctx"]["name"], "unsupported_value")
+    error_type, reason, location = error["type"], " ".join(error["msg"].split()), error["loc"]
+    if error_type == "field":  # of `schemas`, about a field of the object at this location
+        field = _format_location((*location, error["ctx"]["field"]), True)
+        return APIError(400, f"{field} {reason}", field, "unsupported_value")
+    field = _format_location(location, error_type == "extra_forbidden")
     if not field and error_type != "value_error":
         return APIError(400, "the body must be a JSON object, sent as application/json")
     if error_type == "extra_forbidden":
         reason = "is not a supported field"
     elif error_type == "missing":
         reason = "is missing"
+    elif error_type != "value_error" and (value := show(error["input"])):
+        reason = f"{reason}, not {value}"
     reason = reason.removeprefix("Value error, ").replace("Input should", "should", 1)
     return APIError(400, f"{field} {reason}".strip(), field or None)
 

@@ -14,15 +14,17 @@ class Limits:
     steps: int = 1000  # Largest number of denoising steps of an image.
     tokens: int = 32_768  # Largest max_tokens. A sequence also ends at the run's data.seq_len.
     prompt_chars_per_position: int = 32  # Prompt limit in characters, divided by the run's data.seq_len.
-    body_bytes: int = 32 * 2**20  # Largest body of a request, in bytes.
+    body_bytes: int = 8 * 2**20  # Largest body of a request, in bytes.
     pictures: int = 8  # Largest number of pictures in one request.
     pixels: int = 16_000_000  # Largest picture in a request, in pixels.
+    connections: int = 1000  # Largest number of open connections; at most 3/4 of the files that the process may open.
     deadline: float = 300.0  # Seconds from a request's arrival to the end of its answer, or it fails with 504.
-    client_timeout: float = 30.0  # Seconds for a client to send its body, or to receive the next part of the answer.
+    client_timeout: float = 30.0  # Seconds for a client to send a header, or a body, or to receive a part of the answer.
     shutdown_grace: float = 30.0  # Seconds for running requests to finish after SIGTERM or Ctrl-C.
 
     def __post_init__(self):
-        for name in "max_sequences", "n", "steps", "tokens", "prompt_chars_per_position", "body_bytes", "pictures", "pixels":
+        at_least_one = "max_sequences", "n", "steps", "tokens", "prompt_chars_per_position"
+        for name in *at_least_one, "body_bytes", "pictures", "pixels", "connections":
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("waiting", "shutdown_grace"):

@@ -1,27 +1,28 @@
-"""ASGI middleware in front of the API: access, limits of requests and bodies, timeouts, response headers, metrics."""
+"""ASGI middleware in front of the API: access, limits of requests and bodies, response headers, metrics, access log."""
 
 import asyncio
 import base64
 import binascii
 import hmac
+import logging
 import time
-from collections.abc import Set
+from collections.abc import Collection, Set
 from contextlib import suppress
 from hashlib import sha256
-from urllib.parse import urlsplit
 
-from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from transfusion.serving.errors import APIError
+from transfusion.serving.hosts import is_local, parse_hostname, parse_netloc
 from transfusion.serving.limits import Limits
 from transfusion.serving.metrics import Metrics
 
-LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 MAX_HELD_BODIES = 8  # x limits.body_bytes: bytes in memory for all requests together
 MAX_DRAINED_BODIES = 4  # x limits.body_bytes: bytes read and discarded, so that the client receives the error
 DRAIN_SECONDS = 1.0  # for a rejected client to finish its body
+MAX_DRAINING = 64  # rejected clients at once; the body of one more is not read
 MAX_TEXT_BODY_BYTES = 2**20  # of a request to a path that takes no pictures
 PICTURE_PATHS = {"/v1/chat/completions", "/v1/images/edits"}
 METRIC_PATHS = {"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/images/generations",
@@ -32,22 +33,27 @@ RESPONSE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; frame-ancestors 'none'",
 }  # fmt: skip
 
+access_logger = logging.getLogger("transfusion.access")
+
 
 class LimitsMiddleware:
     """Checks the API key, the origin, the number of requests, the size of bodies and the time of clients.
 
     With a key, every path requires it except `public_paths` (/health and the page). Clients send it as Bearer (OpenAI's
     clients) or as the password of Basic (browsers). Without a key, the Host header must name this machine: so a web page
-    cannot reach the server under its own name (DNS rebinding). Requests from pages of other origins always fail.
+    cannot reach the server under its own name (DNS rebinding). Requests from pages of other origins fail, except those
+    of `allow_origins`.
     """
 
     def __init__(
         self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None = None,
-        public_paths: Set[str] = frozenset(),
+        public_paths: Set[str] = frozenset(), allow_origins: Collection[str] = (),
     ):  # fmt: skip
         self.app, self.limits, self.metrics, self.public_paths = app, limits, metrics, public_paths
+        self.allow_origins = allow_origins
         self.key_hash = None if api_key is None else sha256(api_key.encode()).digest()
         self.in_flight = self.held_bytes = 0  # accepted requests with a body, and the bytes of all bodies
+        self.draining = 0  # rejected requests whose body is still read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,23 +70,23 @@ class LimitsMiddleware:
                 await context.reject(error)
             else:
                 await self.app(scope, context.receive, context.send)
-        except ClientStalled:
-            pass  # the server closes the connection
         finally:
             self.in_flight -= is_counted
             self.held_bytes -= context.received_bytes
-            context.record_metrics()
+            context.record()
 
     def _check_access(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and _parse_origin(origin) != host:
-            return APIError(403, "pages of other sites may not use this server")
+        if origin is not None and origin not in self.allow_origins and parse_netloc(origin) != host:
+            return APIError(403, "pages of other sites may not use this server; --allow-origin allows a site's pages")
         if self.key_hash is None:
-            if _parse_hostname(host) not in LOCAL_HOSTS:
-                return APIError(403, "without an API key the server accepts only the hosts localhost and 127.0.0.1")
+            if not is_local(parse_hostname(host)):
+                return APIError(403, "without an API key the server accepts only the hosts localhost, 127.0.0.1 and [::1]")
         elif scope["path"] not in self.public_paths and not self._has_key(headers.get("authorization", "")):
             return APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may have read it in another way
+            return APIError(400, "a request has Content-Length or Transfer-Encoding, not both")
         return None
 
     def _has_key(self, authorization: str) -> bool:
@@ -94,16 +100,13 @@ class LimitsMiddleware:
         return hmac.compare_digest(sha256(key).digest(), self.key_hash)
 
 
-class ClientStalled(Exception):
-    """The client did not receive a part of the answer in time."""
-
-
 class RequestContext:
     """One request: receives its body and sends its answer within the limits."""
 
     def __init__(self, middleware: LimitsMiddleware, scope: Scope, receive: Receive, send: Send):
         self.middleware, self.scope, self._receive, self._send = middleware, scope, receive, send
-        self.started, self.received_bytes, self.is_complete, self.status = time.monotonic(), 0, False, 500
+        self.started, self.is_complete, self.status = time.monotonic(), False, 500
+        self.received_bytes = self.sent_bytes = 0
         max_bytes = middleware.limits.body_bytes
         self.max_bytes = max_bytes if scope["path"] in PICTURE_PATHS else min(max_bytes, MAX_TEXT_BODY_BYTES)
 
@@ -132,25 +135,33 @@ class RequestContext:
             headers = MutableHeaders(scope=message)
             for name, value in RESPONSE_HEADERS.items():
                 headers.setdefault(name, value)
-        try:
-            async with asyncio.timeout(self.middleware.limits.client_timeout):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientStalled from None
+        self.sent_bytes += len(message.get("body", b""))
+        await self._send(message)
 
     async def reject(self, error: APIError) -> None:
-        with suppress(HTTPException, TimeoutError):  # the client receives `error`
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await self._drain()
+        if self.middleware.draining < MAX_DRAINING:
+            self.middleware.draining += 1
+            try:
+                with suppress(HTTPException, TimeoutError):  # the client receives `error`
+                    async with asyncio.timeout(DRAIN_SECONDS):
+                        await self._drain()
+            finally:
+                self.middleware.draining -= 1
         headers = {"WWW-Authenticate": 'Basic realm="transfusion"'} if error.status == 401 else {}
         if not self.is_complete:
             headers["Connection"] = "close"
         await error.response(headers)(self.scope, self._receive, self.send)
 
-    def record_metrics(self) -> None:
-        path = self.scope["path"] if self.scope["path"] in METRIC_PATHS else "other"
-        self.middleware.metrics.requests.labels(path, self.status).inc()
-        self.middleware.metrics.request_seconds.labels(path).observe(time.monotonic() - self.started)
+    def record(self) -> None:
+        """In the metrics and the access log. The path is without its query, which may contain a secret."""
+        seconds, path = time.monotonic() - self.started, self.scope["path"]
+        metric_path = path if path in METRIC_PATHS else "other"
+        self.middleware.metrics.requests.labels(metric_path, self.status).inc()
+        self.middleware.metrics.request_seconds.labels(metric_path).observe(seconds)
+        if access_logger.isEnabledFor(logging.INFO):
+            request = (self.scope.get("client") or "-")[0], self.scope["method"], self.scope["raw_path"].decode("latin-1")
+            answer = self.status, f"{seconds:.3f} s", f"{self.sent_bytes} bytes"
+            access_logger.info("%s %s %s %d %s %s", *map(_escape, request), *answer)
 
     async def _next_part(self) -> Message:
         timeout = self.middleware.limits.client_timeout
@@ -169,17 +180,6 @@ class RequestContext:
             read += len((await self._next_part()).get("body", b""))
 
 
-def _parse_origin(origin: str) -> str | None:
-    """Host and port of an Origin header."""
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return None
-
-
-def _parse_hostname(host: str) -> str:
-    """The host of a Host header, without the port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+def _escape(text: str) -> str:
+    """One word of a log: without spaces and control characters, at most 300 characters."""
+    return text[:300].encode("unicode_escape").decode().replace(" ", "\\x20")

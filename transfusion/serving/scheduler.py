@@ -175,7 +175,7 @@ class Scheduler:
     def _start(self, sub: SubRequest) -> None:
         try:
             sub.request_id = self.engine.submit(sub.request)
-            sub.handle.prompt_tokens = max(sub.handle.prompt_tokens, len(self.engine.sequences[-1].phase.chunk))
+            sub.handle.prompt_tokens = max(sub.handle.prompt_tokens, len(self.engine.sequences[-1].phase.chunks[0]))
             self.running[sub.request_id] = sub
         except ValueError as error:
             self._fail(sub.handle, APIError(400, str(error)))
@@ -197,6 +197,9 @@ class Scheduler:
         items = []
         for event in events:
             sub = self.running[event.request_id]
+            if isinstance(event, FinishEvent) and event.reason == "error":
+                self.metrics.failures.inc()
+                self._fail(sub.handle, APIError(500, "the request failed because of an error in the server"))
             items.append((sub.handle, (sub.first_choice + event.sample_index, event)))
         for request_id in self.running.keys() - {sequence.request_id for sequence in self.engine.sequences}:
             del self.running[request_id]

@@ -1,9 +1,12 @@
 """The run that is served: its description, and API requests as requests to its engine."""
 
+import asyncio
+import math
+import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,12 +16,21 @@ from transfusion.config import GenerationConfig, to_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Text
-from transfusion.serving.errors import APIError
+from transfusion.serving.errors import APIError, show
 from transfusion.serving.limits import Limits
+from transfusion.serving.logprobs import TokenNames
 from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
 
 Part = str | np.ndarray
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What an answer repeats of its prompt. has_bos: the client's token ids began with bos."""
+
+    text: str
+    has_bos: bool = False
 
 
 class ServedRun:
@@ -38,6 +50,7 @@ class ServedRun:
             "sources": [*engine.opened.notes.get("document_weights", engine.run.data.sources)],
         }  # fmt: skip
         self.created = int(time.time())
+        self.tokenizer, self.names = engine.opened.tokenizer, TokenNames(engine.vocabulary, engine.opened.tokenizer)
         self.pictures = PictureReader(self.sizes, engine.opened.codec.image_channels, limits.pixels)
         self._patch_side = engine.opened.codec.downsampling * engine.vocabulary.patch_size  # in pixels
         num_codes = {(x, y): (x // self._patch_side) * (y // self._patch_side) for x, y in self.sizes}
@@ -61,8 +74,6 @@ class ServedRun:
     async def parse_chat(self, body: ChatRequest) -> list[Request]:
         """One request for all choices when only images are wanted; otherwise one for each choice."""
         self._check(body.model, body.n)
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
-            raise APIError(400, "max_tokens and max_completion_tokens are the same option: send only one", "max_tokens")
         content = [part for message in body.messages for part in message.content_parts]
         self._check_text("".join(part.text for part in content if isinstance(part, TextPart)), "messages")
         urls = [part.image_url.url for part in content if not isinstance(part, TextPart)]
@@ -73,28 +84,51 @@ class ServedRun:
             for message in body.messages
         ]
         parts = encode_texts(lay_out_prompt(turns, self.chat or PLAIN), self.tokenizer)
-        generation = self._with_text_options(self.generation, body, body.max_completion_tokens)
-        generation = self._with_image_options(generation, body)
+        generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
-        common = {"generation": generation, "preview_every": body.preview_every or 0}
+        common = {
+            "generation": generation, "preview_every": body.preview_every or 0, "negative_prompt": body.negative_prompt,
+            "logprobs": body.top_logprobs if body.logprobs else None,
+        }  # fmt: skip
         if modalities == {"image"}:
             return [Request(parts, num_images=n, seed=choose_seed(body.seed), **common)]
         seeds = derive_seeds(choose_seed(body.seed), n)
         return [Request(parts, seed=seed, allow_images="image" in modalities, **common) for seed in seeds]
 
-    def parse_completion(self, body: CompletionRequest) -> list[Request]:
-        """One request for each choice of each prompt."""
-        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        self._check(body.model, (body.n or 1) * len(prompts))
-        for prompt in prompts:
-            self._check_text(prompt, "prompt")
-        generation = self._with_text_options(self.generation, body, None)
+    async def parse_completion(self, body: CompletionRequest) -> tuple[list[Request], list[Echo]]:
+        """One request for each choice of each prompt, and what their answers repeat of the prompt."""
+        self._check(body.model, (body.n or 1) * len(body.prompt))
+        prompts = [await self._read_prompt(prompt, body.max_tokens != 0) for prompt in body.prompt]
+        generation = self._with_text_options(self.generation, body)
         seeds = derive_seeds(choose_seed(body.seed), body.n or 1)
-        return [
-            Request(merge_texts([prompt]), seed=seed, generation=generation, allow_images=False)
-            for prompt in prompts
+        requests = [
+            Request(
+                (part,), seed=seed, generation=generation, allow_images=False, logprobs=body.logprobs,
+                prompt_logprobs=body.echo and body.logprobs is not None,
+            )
+            for part, _ in prompts
             for seed in seeds
-        ]
+        ]  # fmt: skip
+        return requests, [echo for _, echo in prompts for _ in seeds]
+
+    async def _read_prompt(self, prompt: str | list[int], has_answer: bool) -> tuple[Text, Echo]:
+        """A text, or token ids with or without bos before them."""
+        if isinstance(prompt, str):
+            self._check_text(prompt, "prompt")
+            text, echo = Text(await asyncio.to_thread(self.tokenizer.encode, prompt)), Echo(prompt)
+        else:
+            has_bos = prompt[:1] == [self.names.bos]
+            text = Text(tuple(prompt[has_bos:]))
+            unknown = [token for token in text.tokens if not 0 <= token < self.names.num_text_tokens]
+            if unknown:
+                rule = f"use 0 to {self.names.num_text_tokens - 1}, and {self.names.bos} (bos) at the beginning"
+                raise APIError(400, f"prompt has the token id {unknown[0]}, which is not an id of text: {rule}", "prompt")
+            echo = Echo(self.tokenizer.decode(text.tokens), has_bos)
+        if (length := 1 + len(text.tokens) + has_answer) > self.max_positions:
+            parts = "bos, the prompt and a token of the answer" if has_answer else "bos and the prompt"
+            limit = f"the run supports at most {self.max_positions:,}"
+            raise APIError(400, f"{parts} take {length:,} positions; {limit}", "prompt")
+        return text, echo
 
     def parse_image(self, body: ImageRequest, pictures: Sequence[np.ndarray] = ()) -> Request:
         """One request for all images. The pictures precede the prompt, as in training."""
@@ -110,7 +144,10 @@ class ServedRun:
             steps = self.num_codes[size] if self.num_codes else generation.steps
             preview_every = max(1, steps // (body.partial_images + 1))
         parts = merge_texts([*pictures, body.prompt])
-        return Request(parts, body.n or 1, choose_seed(body.seed), generation, size, preview_every)
+        return Request(
+            parts, body.n or 1, choose_seed(body.seed), generation, size, preview_every,
+            negative_prompt=body.negative_prompt,
+        )  # fmt: skip
 
     async def parse_edit(self, body: ImageRequest, files: Sequence[bytes]) -> Request:
         """As parse_image, with the pictures in these files."""
@@ -127,7 +164,8 @@ class ServedRun:
 
     def check_model(self, name: str) -> None:
         if name != self.name:
-            raise APIError(404, f"there is no model of this name; use {self.name}", "model", "model_not_found")
+            message = f"there is no model {show(name[:40])} here: use {show(self.name)}"
+            raise APIError(404, message, "model", "model_not_found")
 
     def _check(self, model: str | None, n: int | None) -> None:
         if model is not None:
@@ -141,33 +179,42 @@ class ServedRun:
             raise APIError(400, f"the text has {len(text):,} characters; the limit is {max_chars:,}", param)
 
     def _check_pictures(self, count: int, param: str) -> None:
+        if count and not self.sizes:
+            raise APIError(400, f"{self.name} does not support images", param)
         if count > self.limits.pictures:
             raise APIError(400, f"the request has {count} pictures; the limit is {self.limits.pictures}", param)
 
-    def _parse_size(self, name: str | None) -> tuple[int, int]:
-        sizes = {format_size(size): size for size in self.sizes}
-        if name in (None, "auto"):
+    def _parse_size(self, text: str | None) -> tuple[int, int]:
+        if not self.sizes:
+            raise APIError(400, f"{self.name} does not support images")
+        if text in (None, "auto"):
             return self.sizes[0]
-        if name not in sizes:
-            raise APIError(400, f"size must be auto or a size of this run: {', '.join(sizes)}", "size")
-        return sizes[name]
+        if (match := re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)) is None:
+            raise APIError(400, f"size must be auto or WIDTHxHEIGHT, such as {format_size(self.sizes[0])}", "size")
+        size = int(match[1]), int(match[2])
+        if size not in self.sizes:
+            nearest = format_size(nearest_size(size, self.sizes))
+            message = f"size {text} is not supported: send {nearest} (the nearest size of this run) or auto"
+            raise APIError(400, message, "size")
+        return size
 
     def _with_image_options(self, generation: GenerationConfig, body: ImageOptions) -> GenerationConfig:
-        for name in ("steps", "preview_every"):
-            if (getattr(body, name) or 1) > self.limits.steps:
+        self._check_text(body.negative_prompt or "", "negative_prompt")
+        for name in ("num_inference_steps", "steps", "preview_every"):
+            if (value := getattr(body, name)) is None:
+                continue
+            if value > self.limits.steps:
                 raise APIError(400, f"{name} must be at most {self.limits.steps}", name)
-        if self.num_codes and body.steps is not None:
-            raise APIError(400, f"{self.name} draws images as codes, without denoising steps: leave steps out", "steps")
+            if self.num_codes and name != "preview_every":
+                raise APIError(400, f"{self.name} draws images as codes, without denoising steps: leave {name} out", name)
         return override(generation, steps=body.steps, guidance_scale=body.guidance_scale)
 
-    def _with_text_options(
-        self, generation: GenerationConfig, body: TextOptions, max_completion_tokens: int | None
-    ) -> GenerationConfig:
-        max_tokens = max_completion_tokens if body.max_tokens is None else body.max_tokens
-        if (max_tokens or 1) > self.limits.tokens:
-            raise APIError(400, f"max_tokens must be at most {self.limits.tokens:,}", "max_tokens")
+    def _with_text_options(self, generation: GenerationConfig, body: TextOptions) -> GenerationConfig:
+        if (body.max_tokens or 1) > self.limits.tokens:
+            name = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
+            raise APIError(400, f"{name} must be at most {self.limits.tokens:,}", name)
         top_p = None if body.top_p is None else max(body.top_p, 1e-6)  # 0: only the most likely token
-        return override(generation, max_tokens=max_tokens, temperature=body.temperature, top_p=top_p)
+        return override(generation, max_tokens=body.max_tokens or None, temperature=body.temperature, top_p=top_p)
 
 
 def override(generation: GenerationConfig, **options: float | None) -> GenerationConfig:
@@ -202,6 +249,16 @@ def choose_seed(seed: int | None) -> int:
 def derive_seeds(seed: int, n: int) -> list[int]:
     """One for each choice; the first is `seed` itself."""
     return [seed, *(derive_seed(seed, "answer", k) for k in range(1, n))]
+
+
+def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of these (width, height): the nearest aspect ratio, and of several the nearest area."""
+
+    def distances(other: tuple[int, int]) -> tuple[float, float]:
+        x, y = math.log(other[0] / size[0]), math.log(other[1] / size[1])
+        return round(abs(x - y), 6), abs(x + y)  # rounded: equal ratios of different sizes
+
+    return min(sizes, key=distances)
 
 
 def format_size(size: tuple[int, int]) -> str:

@@ -26,6 +26,7 @@ export async function* stream(path, body, signal) {
       rest = events.pop();
       for (const event of events) {
         const data = event.split("\n").find((line) => line.startsWith("data: "))?.slice("data: ".length);
+        if (data === undefined) continue; // a comment: the request still waits
         if (data === "[DONE]") return;
         const content = JSON.parse(data);
         if (content.error) throw new Error(content.error.message);
