@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import io
-import json
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -29,14 +28,14 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import ChatLayout, DataConfig, PrepareConfig, to_json
 from transfusion.data.fitting import TokenizerAndCodec
 from transfusion.data.prepare import PrepareError, prepare
-from transfusion.data.raw import Fault, RawText
+from transfusion.data.raw import Fault
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.reading.records import to_document
 from transfusion.data.sources import chat_layout
 from transfusion.data.store import open_prepared
 from transfusion.disk import read_json, write_json
 from transfusion.inference.engine import open_run
-from transfusion.sequence import NO_TARGET, Document, Text, encode_document
+from transfusion.sequence import Text, encode_document
 from transfusion.serving.limits import Limits
 from transfusion.serving.schemas import ChatRequest
 from transfusion.serving.served import ServedRun
@@ -163,7 +162,7 @@ def check_served_as_trained(form: str, record: dict, messages: list[dict], answe
 
 @pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece_like])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@examples(200, quick=10)
+@examples(200, quick=20)
 @given(conversations, texts.filter(bool))
 def test_messages_are_served_as_trained(layout, tokenizer, turns, answer):
     record = {"messages": [
@@ -181,7 +180,7 @@ def test_messages_are_served_as_trained(layout, tokenizer, turns, answer):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@examples(200, quick=10)
+@examples(200, quick=20)
 @given(st.data())
 def test_llava_is_served_as_trained(layout, data):
     """The marks are positions of images; the texts around them are stripped of line breaks."""
@@ -200,9 +199,9 @@ def test_llava_is_served_as_trained(layout, data):
     for role, content in turns:
         split = "".join(part if isinstance(part, str) else "<image>\n" * has_marks for part in content).split("<image>")
         numbers = [part for part in content if isinstance(part, int)]
-        parts = numbers + split if not has_marks else [
-            part for pair in zip(["", *numbers], split, strict=True) for part in (pair[0], pair[1].strip("\n") if numbers else pair[1])
-        ]  # fmt: skip
+        stripped = [text.strip("\n") if len(split) > 1 else text for text in split]
+        marked = zip(["", *numbers], stripped, strict=has_marks)
+        parts = [part for pair in marked for part in pair] if has_marks else numbers + split
         messages.append(to_message(role, parts, lambda n: {"type": "image_url", "image_url": {"url": url(n)}}))
     assume(layout != PLAIN or (turns[-1][0] != "assistant" and any(part != "" for _, c in turns for part in c)))
     check_served_as_trained("conversation", record, messages, "a bird", engine_of(layout, byte_level()), layout)
@@ -249,7 +248,8 @@ def test_layouts_equal_the_templates_of_transformers(name, turns):
     """With text that does not spell special tokens, and that white space of the layout does not merge with."""
     from transformers import PreTrainedTokenizerFast
 
-    theirs = PreTrainedTokenizerFast(tokenizer_object=HFTokenizer.from_str(byte_level().to_json()), chat_template=JINJA[name])
+    tokenizer = HFTokenizer.from_str(byte_level().to_json())
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=JINJA[name])
     messages = [{"role": role, "content": text} for role, text in turns]
     ours = [Turn(role, [text]) for role, text in turns]
     for parts, prompt in ((lay_out(ours, LAYOUTS[name]), False), (lay_out_prompt(ours, LAYOUTS[name]), True)):
@@ -265,7 +265,8 @@ def test_unknown_role_is_a_fault():
     ]:  # fmt: skip
         with pytest.raises(Fault, match="the role of a message must be one of system, developer, user, human, assistant"):
             to_document(form, record, Pictures())
-    raw = to_document("conversation", {"conversations": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]}, Pictures())
+    turns = [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]  # other people's keys
+    raw = to_document("conversation", {"conversations": turns}, Pictures())
     assert [part.text for part in raw.segments] == ["a", "\n", "b"]
 
 
@@ -287,7 +288,8 @@ def test_special_token_of_the_suffix_ends_an_answer(tmp_path):
             assert client.get("/v1/models").json()["data"][0]["chat"] == to_json(layout)
         (choice,) = answer["choices"]
         assert (choice["message"]["content"], choice["finish_reason"]) == ("" if reason == "stop" else "\n" * 5, reason)
-        expected = [i for p in lay_out_prompt([Turn("user", ["a bird"])], layout) for i in tokenizer.encode(p.content, p.parse_special)]
+        parts = lay_out_prompt([Turn("user", ["a bird"])], layout)
+        expected = [id_ for part in parts for id_ in tokenizer.encode(part.content, part.parse_special)]
         assert engine.model.calls[0].tokens[0].tolist() == [engine.vocabulary.bos, *expected]
         assert answer["usage"]["prompt_tokens"] == len(expected) + 1
 
@@ -371,7 +373,7 @@ def test_like_takes_the_layout_over(folder, tmp_path, chatml):
 
 
 @pytest.mark.parametrize(("layout", "message"), [
-    (replace(CHATML, assistant_suffix="[END]\n"), r"--chat.assistant-suffix '\[END\]\\n' has no special token .*<\|im_start\|>"),
+    (replace(CHATML, assistant_suffix="[END]\n"), r"assistant-suffix '\[END\]\\n' has no special token .* <\|im_start"),
     (replace(CHATML, system_prefix="<|begin_of_text|>system\n"), "--chat.system-prefix .* contains the tokenizer's bos"),
     (replace(CHATML, user_suffix="<|pad|>"), "--chat.user-suffix .* contains the tokenizer's pad"),
 ])  # fmt: skip
@@ -415,7 +417,8 @@ def test_folders_with_different_layouts_are_refused(folder, tmp_path, chatml):
     (folder / "other.jsonl").write_bytes((folder / "talks.jsonl").read_bytes())
     other = prepared_with(folder, tmp_path / "other", "other", like=str(texts_only.folder), chat=LLAMA_3)
     data = chat_run(chatml.folder, texts_only.folder, other.folder).data
-    with pytest.raises(ValueError, match="chatml and .*other have different chat layouts .*: prepare .*other with --like") as raised:
+    message = "chatml and .*other have different chat layouts .*: prepare .*other with --like"
+    with pytest.raises(ValueError, match=message) as raised:
         chat_layout(data)
     assert "\n" not in str(raised.value)
     assert chat_layout(replace(data, sources=("talks", "texts"))) == CHATML
@@ -428,12 +431,14 @@ def test_run_keeps_the_layout_through_export_and_other_runs(folder, tmp_path, ch
     run_folder = RunFolder.open_or_create(chat_run(chatml.folder), tmp_path / "run", None)
     (end,) = byte_level().find_special("<|im_end|>")
     save(tmp_path / "run", 1, run_tensors(run_folder.run, 1), {"step": 1})
-    assert RunFolder.open_or_create(chat_run(chatml.folder), tmp_path / "run", None).encoder.vocabulary.other_eos_ids == (end,)
+    resumed = RunFolder.open_or_create(chat_run(chatml.folder), tmp_path / "run", None)
+    assert resumed.encoder.vocabulary == run_folder.encoder.vocabulary
     export(tmp_path / "run", tmp_path / "exported")
     texts_only = prepared_with(folder, tmp_path / "texts", "texts", like=str(tmp_path / "exported"))
     start = ("run", str(tmp_path / "exported"))
     later = RunFolder.open_or_create(chat_run(texts_only.folder), tmp_path / "later", start)
-    for description in (run_folder.description, later.description, *map(describe_run, (tmp_path / "run", tmp_path / "exported"))):
+    reopened = map(describe_run, (tmp_path / "run", tmp_path / "exported"))
+    for description in (run_folder.description, later.description, *reopened):
         assert description.chat == CHATML and description.vocabulary.eos_ids == (description.vocabulary.eos, end)
     card = (tmp_path / "exported" / "README.md").read_text()
     assert r"| user | `'<|im_start|>user\n'` | `'<|im_end|>\n'` |" in card
@@ -449,13 +454,15 @@ def test_run_on_other_data_has_no_layout(written):
     assert opened.chat is None
 
 
-def test_command_line_declares_and_shows_the_layout(folder, tmp_path):
+def test_command_line_declares_and_shows_the_layout(folder, tmp_path, capsys):
     options = [f"--chat.{name.replace('_', '-')}={text}".replace("\n", "\\n") for name, text in asdict(CHATML).items()]
     command("data", "prepare", folder / "talks.jsonl", "--out", tmp_path / "out", "--tokenizer", folder / "tokenizer.json",
             "--heldout", "0", *options)  # fmt: skip
     assert open_prepared(tmp_path / "out").chat_layout() == CHATML
     shown = r"user '<|im_start|>user\n' ... '<|im_end|>\n'"
-    assert shown in command("data", "stats", tmp_path / "out").stdout
+    command("data", "stats", tmp_path / "out")
+    assert shown in capsys.readouterr().out
     command("data", "inspect", tmp_path / "out", "--out", tmp_path / "page.html")
     assert "Chat layout: system" in (tmp_path / "page.html").read_text()
-    assert r"(default: '\n')" in command("data", "prepare", "--help").stdout
+    command("data", "prepare", "--help")
+    assert r"(default: '\n')" in capsys.readouterr().out

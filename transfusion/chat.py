@@ -1,7 +1,7 @@
 """Conversations as text and images in order: the same function for training data and for chat requests."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transfusion.config import ChatLayout
@@ -64,14 +64,17 @@ def _join(parts: Iterable[ChatPart]) -> list[ChatPart]:
     """Without empty texts; adjacent texts of messages with the same loss are one text."""
     joined: list[ChatPart] = []
     for part in parts:
-        if part.content == "" and isinstance(part.content, str):
-            continue
-        last = joined[-1] if joined else None
-        if last and last.loss == part.loss and all(isinstance(p.content, str) and not p.parse_special for p in (last, part)):
-            joined[-1] = ChatPart(last.content + part.content, part.loss)
-        else:
+        if not isinstance(part.content, str):
+            joined.append(part)
+        elif joined and _is_message_text(joined[-1]) and _is_message_text(part) and joined[-1].loss == part.loss:
+            joined[-1] = replace(part, content=joined[-1].content + part.content)
+        elif part.content:
             joined.append(part)
     return joined
+
+
+def _is_message_text(part: ChatPart) -> bool:
+    return isinstance(part.content, str) and not part.parse_special
 
 
 def list_roles(layout: ChatLayout) -> list[tuple[str, str, str]]:

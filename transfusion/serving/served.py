@@ -43,7 +43,7 @@ class ServedRun:
         steps, tokens = min(defaults.steps, limits.steps), min(defaults.max_tokens, limits.tokens)
         self.generation = replace(defaults, steps=steps, max_tokens=tokens)
         self.step, self.sizes, self.limits = engine.opened.step, engine.sizes, limits
-        self.chat, self.tokenizer = engine.opened.chat, engine.opened.tokenizer
+        self.chat = engine.opened.chat or PLAIN
         self.can_edit = engine.opened.notes.get("edits") is True  # trained on documents that draw from another image
         self.facts = {
             "parameters": engine.opened.parameters, "image_channels": engine.opened.codec.image_channels,
@@ -63,7 +63,7 @@ class ServedRun:
             "id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion", "step": self.step,
             "sizes": [format_size(size) for size in self.sizes], "seq_len": self.max_positions, "edits": self.can_edit,
             **self.facts, "generation": to_json(self.generation), "max_n": self.limits.max_n,
-            "chat": self.chat and to_json(self.chat),
+            "chat": None if self.chat == PLAIN else to_json(self.chat),
             "image_steps": self.num_codes and {format_size(size): n for size, n in self.num_codes.items()},
         }  # fmt: skip
 
@@ -83,7 +83,7 @@ class ServedRun:
             Turn(ROLES[message.role], [p.text if isinstance(p, TextPart) else next(pixels) for p in message.content_parts])
             for message in body.messages
         ]
-        parts = encode_texts(lay_out_prompt(turns, self.chat or PLAIN), self.tokenizer)
+        parts = await asyncio.to_thread(encode_texts, lay_out_prompt(turns, self.chat), self.tokenizer)
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
         common = {
