@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transfusion.checkpoint.save import hash_config, list_checkpoints, rename_damaged
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import Run, from_json
+from transfusion.config import ChatLayout, Run, from_json
 from transfusion.disk import (
     CONFIG,
     RUN,
@@ -41,6 +41,11 @@ class RunDescription:
     codec: Codec
     vocabulary: Vocabulary
     notes: dict
+
+    @property
+    def chat(self) -> ChatLayout | None:
+        """The layout of conversations that it was trained with; None if its data had none."""
+        return from_json(ChatLayout, self.notes["chat"], "notes.chat.") if self.notes.get("chat") else None
 
 
 @dataclass
