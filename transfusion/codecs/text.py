@@ -134,8 +134,8 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, parse_special: bool = False) -> tuple[int, ...]:
-        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads run
-        meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
+        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads
+        run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
         tokenizer = self._special_parser if parse_special else self._tokenizer
         (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
         if parse_special:
