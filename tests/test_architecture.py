@@ -6,11 +6,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "transfusion"
 
-GROUND = {"fields", "config", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights"}  # for all
+GROUND = {  # all may import these
+    "fields", "config", "chat", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights",
+}  # fmt: skip
 MAY_IMPORT = {  # subpackage or file -> further allowed imports; files of a subpackage may import each other
     "seeding": set(),
     "fields": set(),
     "config": {"fields"},
+    "chat": {"config"},
     "runs": {"config"},
     "paper": {"runs"},
     "disk": set(),

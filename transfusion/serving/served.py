@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from transfusion.chat import PLAIN, ROLES, ChatPart, Turn, lay_out_prompt
+from transfusion.codecs.text import Tokenizer
 from transfusion.config import GenerationConfig, to_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.seeding import derive_seed
@@ -33,8 +35,8 @@ class Echo:
 
 
 class ServedRun:
-    """A run and its limits. Uses only attributes of the engine that never change. Runs have no chat template: the contents
-    of all messages are concatenated, without role markers."""
+    """A run and its limits. Uses only attributes of the engine that never change. Messages get the chat layout of the run's
+    training data; a run without one gets their contents alone."""
 
     def __init__(self, engine: Engine, limits: Limits):
         self.name, self.max_positions, defaults = engine.run.name, engine.max_positions, engine.run.generation
@@ -42,6 +44,7 @@ class ServedRun:
         steps, tokens = min(defaults.steps, limits.steps), min(defaults.max_tokens, limits.tokens)
         self.generation = replace(defaults, steps=steps, max_tokens=tokens)
         self.step, self.sizes, self.limits = engine.opened.step, engine.sizes, limits
+        self.chat = engine.opened.chat or PLAIN
         self.can_edit = engine.opened.notes.get("edits") is True  # trained on documents that draw from another image
         self.facts = {
             "parameters": engine.opened.parameters, "image_channels": engine.opened.codec.image_channels,
@@ -62,6 +65,7 @@ class ServedRun:
             "id": self.name, "object": "model", "created": self.created, "owned_by": "transfusion", "step": self.step,
             "sizes": [format_size(size) for size in self.sizes], "seq_len": self.max_positions, "edits": self.can_edit,
             **self.facts, "generation": to_json(self.generation), "max_n": self.limits.max_n,
+            "chat": None if self.chat == PLAIN else to_json(self.chat),
             "image_steps": self.num_codes and {format_size(size): n for size, n in self.num_codes.items()},
         }  # fmt: skip
 
@@ -77,7 +81,11 @@ class ServedRun:
         urls = [part.image_url.url for part in content if not isinstance(part, TextPart)]
         self._check_pictures(len(urls), "messages")
         pixels = iter([await self.pictures.read(url, "image_url") for url in urls])
-        parts = merge_texts([part.text if isinstance(part, TextPart) else next(pixels) for part in content])
+        turns = [
+            Turn(ROLES[message.role], [p.text if isinstance(p, TextPart) else next(pixels) for p in message.content_parts])
+            for message in body.messages
+        ]
+        parts = await asyncio.to_thread(encode_texts, lay_out_prompt(turns, self.chat), self.tokenizer)
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
         common = {
@@ -229,6 +237,14 @@ class ServedRun:
 def override(generation: GenerationConfig, **options: float | None) -> GenerationConfig:
     """With those options that are not None."""
     return replace(generation, **{name: value for name, value in options.items() if value is not None})
+
+
+def encode_texts(parts: Sequence[ChatPart], tokenizer: Tokenizer) -> tuple[Text | np.ndarray, ...]:
+    """The parts of a conversation with its texts as ids, as `data prepare` encodes them."""
+    return tuple(
+        Text(tokenizer.encode(part.content, part.parse_special)) if isinstance(part.content, str) else part.content
+        for part in parts
+    )
 
 
 def merge_texts(parts: Sequence[Part]) -> tuple[Part, ...]:
