@@ -45,7 +45,7 @@ class RunDescription:
     @property
     def chat(self) -> ChatLayout | None:
         """The layout of conversations that it was trained with; None if its data had none."""
-        return from_json(ChatLayout, self.notes["chat"], "notes.chat.") if self.notes.get("chat") else None
+        return from_json(ChatLayout, self.notes["chat"]) if self.notes.get("chat") else None
 
 
 @dataclass

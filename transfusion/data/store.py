@@ -143,7 +143,7 @@ class PreparedFolder:
         """The layout of the conversations in these sources (not given: all); None if they have no conversations."""
         forms = {self.metadata["sources"][name]["form"] for name in (self.names if names is None else names)}
         settings = self.metadata["settings"].get("chat", {})  # of older folders: the default layout
-        return from_json(ChatLayout, settings, "settings.chat.") if forms & {*CONVERSATIONS} else None
+        return from_json(ChatLayout, settings) if forms & {*CONVERSATIONS} else None
 
     def source(self, name: str, split: str) -> "StoredSource":
         """The training or held-out documents of one source."""
