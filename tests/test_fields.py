@@ -5,7 +5,9 @@ import random
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from transfusion.config import GenerationConfig, ModelConfig, RopeScaling, Run, 
 from transfusion.fields import Config, PositiveInt, Range, check_value, field_types, range_of
 from transfusion.model.transfusion import build
 from transfusion.runs import named_run
+from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.serving.schemas import ImageOptions
 
 CLASSES = configurations.config_classes()
@@ -67,19 +70,26 @@ def test_every_field_refuses_another_type(cls):
 
 
 @examples(2_000, 200)
-@given(st.fixed_dictionaries({}, optional={
-    "width": st.integers(0, 24), "layers": st.integers(0, 2), "heads": st.integers(0, 4), "kv_heads": st.integers(0, 4),
-    "head_dim": st.integers(0, 6), "intermediate_size": st.integers(0, 9), "vocab_size": st.integers(0, 9),
-    "latent_channels": st.integers(0, 3), "patch_size": st.integers(0, 4), "unet_width": st.sampled_from((0, 8, 16, 32, 33)),
-    "patches": st.sampled_from(("linear", "unet", "codes")), "qk_norm": st.booleans(), "post_norm": st.booleans(),
-    "tie_word_embeddings": st.booleans(),
+@given(st.fixed_dictionaries({"patches": st.sampled_from(("linear", "unet", "codes"))}, optional={
+    "width": st.sampled_from((4, 8, 12, 24)), "heads": st.integers(1, 4), "kv_heads": st.integers(1, 4),
+    "head_dim": st.integers(1, 6), "intermediate_size": st.integers(1, 9), "norm_eps": st.sampled_from((1e-12, 0.1)),
+    "latent_channels": st.integers(1, 3), "patch_size": st.integers(1, 4), "unet_width": st.sampled_from((8, 12, 16, 32)),
+    "qk_norm": st.booleans(), "post_norm": st.booleans(), "tie_word_embeddings": st.booleans(),
 }))  # fmt: skip
-def test_constructed_models_can_be_built(values):
+def test_constructed_models_compute_finite_values(values):
+    values = {"width": 8, "layers": 1, "heads": 2, "unet_width": 16, "patch_size": 1, "vocab_size": 16, **values}
     try:
-        config = ModelConfig(**{"width": 8, "layers": 1, "heads": 2, "vocab_size": 4, "unet_width": 16, **values})
+        config = ModelConfig(**values)
     except ValueError:
         return
-    build(config, 0)
+    shape = 2 * config.patch_size, 2 * config.patch_size
+    vocabulary = Vocabulary.build(5, [shape], config.patch_size)
+    images = [] if config.patches == "codes" else [Image(np.zeros((config.latent_channels, *shape), np.float32))]
+    document = encode_document(Document((Text((1, 2)), *images)), vocabulary)
+    batch = collate([Row((document,))], len(document), vocabulary)
+    with torch.inference_mode():
+        prediction = build(config, 0)(batch, [group.x0 for group in batch.groups], [torch.full((1,), 0.5)] * len(images))
+    assert all(tensor.isfinite().all() for tensor in (prediction.logits, *prediction.images))
 
 
 # Values

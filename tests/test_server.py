@@ -738,7 +738,7 @@ def test_the_readmes_requests_work_and_sigterm_finishes_responses(run, tmp_path,
     (("--limits.shutdown-grace", "inf"), {}, "--limits.shutdown-grace must be"),
     (("--limits.shutdown-grace", "nan"), {}, "--limits.shutdown-grace must be"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),
-    (("--port", "99999"), {}, "0 to 65535"), (("--port", "x"), {}, "port"),
+    (("--port", "99999"), {}, "--port must be between 0 and 65,535"), (("--port", "x"), {}, "port"),
 ])  # fmt: skip
 def test_serve_reports_errors_in_one_line(run, capsys, monkeypatch, options, environment, words):
     from transfusion.cli import main
