@@ -244,7 +244,7 @@ def _print_answers(engine, args: Generate) -> None:
 
     output = OutputFolder(args.out, args.overwrite)
     answers = [Answer() for _ in range(args.num_images or 1)]
-    names, errors = [[] for _ in answers], []  # of each answer's images; of the answers that failed
+    names, errors = [[] for _ in answers], []  # of each answer's images; messages of failed samples
     with Console(stderr=True).status("drawing") as status:
         while engine.sequences:
             for event in engine.step():
@@ -267,7 +267,7 @@ def _print_answers(engine, args: Generate) -> None:
         texts = [part.get("text") or f"[{args.out / part['image']}]" for part in parts[n]]
         print(f"{n}: " if len(answers) > 1 else "", *texts, sep="")
     if errors:
-        raise ValueError(f"{len(errors)} of {len(answers)} answers failed: {errors[0]}")
+        raise ValueError(f"{len(errors)} of {len(answers)} samples failed: {errors[0]}")
 
 
 def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str]]:
