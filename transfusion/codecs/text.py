@@ -22,6 +22,7 @@ class Tokenizer:
     """Encodes text that spells a special token as plain text; only `sequence` adds special ids.
 
     markers: the ids of bos, eos and pad, as far as they are known, and `other_eos_ids`: the arguments of `Vocabulary.build`.
+    byte_ids: ids of single bytes (`<0x0A>`), whose text depends on the bytes beside them.
     """
 
     def __init__(self, tokenizer: HFTokenizer, markers: dict | None = None):
@@ -35,7 +36,7 @@ class Tokenizer:
         self._tokenizer = HFTokenizer.from_str(json.dumps(values))
         self._tokenizer.encode_special_tokens = True
         self._special_ids = {token["id"] for token in values["added_tokens"]}
-        self._byte_ids = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
+        self.byte_ids = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.markers = self._spelled_markers({}) if markers is None else markers
@@ -136,10 +137,9 @@ class Tokenizer:
         ids = (id_ for character in word for id_ in self._tokenizer.encode(character, add_special_tokens=False).ids)
         return [id_ for id_ in ids if id_ not in self._special_ids]
 
-    def may_end_inside_character(self, token: int) -> bool:
-        """Can the next token change the text of this one? True for byte fallback, which decodes adjacent bytes together; and
-        for special tokens, which are no text and do not end such bytes."""
-        return token in self._byte_ids or token in self._special_ids
+    def is_decoded(self, token: int) -> bool:
+        """Has this id a text? Special tokens and ids that the tokenizer lacks have none."""
+        return token not in self._special_ids and self._tokenizer.id_to_token(token) is not None
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -13,7 +13,7 @@ different scales (`image_guidance_scale`). The other holds bos, the negative pro
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -37,63 +37,16 @@ from transfusion.inference.request import (
     PromptEvent,
     Request,
     TokenEvent,
-)  # fmt: skip
+)
 from transfusion.inference.samplers import get_sampler
+from transfusion.inference.state import Decode, Draw, Prefill, SequenceState
 from transfusion.inference.text_stream import TextStream
 from transfusion.seeding import derive_seed
 from transfusion.sequence import EMPTY_CHUNK, Chunk, Document, Image, Text, encode_document
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Prefill:
-    """The positions to read: a prompt or a finished image, and the prompts of the sequence's other slots."""
-
-    chunks: tuple[Chunk, ...]  # for the first slots of the sequence
-    remaining_samples: int = 0  # samples that fork from this prompt when it is read
-    has_logprobs: bool = False  # of the prompt, for a PromptEvent
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Next input: the last sampled token, one position. All slots read a boi, other tokens only the sequence's own."""
-
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """An unfinished image."""
-
-    image: image_mode.LatentImageState | chameleon.CodeImageState
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """One sample of a request: its phase, its cache slots, and the text that it adds."""
-
-    request_id: int
-    request: Request
-    generation: GenerationConfig
-    sample_index: int
-    phase: Prefill | Decode | Draw | None  # None only while a forward pass is evaluated
-    scales: tuple[float, ...]  # the weight in guidance of each of `slots`
-    context: tuple[int, ...]  # the text of the prompt
-    picture_hashes: tuple[str, ...]  # of the prompt
-    slots: list[int] = field(default_factory=list)  # its own, then those of other branches with a prompt
-    uncond_slot: int | None = None  # a copy of bos and boi, while it draws
-    num_sampled_tokens: int = 0
-    num_images_begun: int = 0
-    held_events: list[TokenEvent] = field(default_factory=list)  # of tokens whose text is held back
-    text_stream: TextStream | None = None
-
-    def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(derive_seed(self.request.seed, self.sample_index, "text"))
-
-    @property
-    def all_slots(self) -> list[int]:
-        return self.slots + ([] if self.uncond_slot is None else [self.uncond_slot])
+MAX_LOGITS = 2**28  # float32 numbers of the logits of one forward pass: 1 GiB
 
 
 class Engine:
@@ -139,14 +92,20 @@ class Engine:
         """Advance every sequence by one forward pass of its phase. A sequence that reads a boi is denoised in the
         same step: for example, a prompt that ends with boi is prefilled and then denoised.
 
-        A sequence that fails ends with a FinishEvent of reason "error". The other sequences continue undisturbed."""
+        A sequence that fails ends with a FinishEvent of reason "error"; the others continue as if it had not failed. An
+        interrupt (Ctrl-C) removes all sequences, because it leaves them between two phases."""
         events: list[Event] = []
-        with self.opened.lower_precision():
-            for phase in (Decode, Prefill):
-                sequences = [sequence for sequence in self.sequences if isinstance(sequence.phase, phase)]
-                self._advance(sequences, self._read, self._after_text_pass, events)
-            for sequences in self._drawing_sequences():
-                self._advance(sequences, self._predict, self._after_image_pass, events)
+        try:
+            with self.opened.lower_precision():
+                for phase in (Decode, Prefill):
+                    for sequences in self._reading_sequences(phase):
+                        self._advance(sequences, self._read, self._after_text_pass, events)
+                for sequences in self._drawing_sequences():
+                    self._advance(sequences, self._predict, self._after_image_pass, events)
+        except BaseException:
+            for sequence in list(self.sequences):
+                self._remove(sequence)
+            raise
         return events
 
     def cancel(self, request_id: int) -> None:
@@ -200,9 +159,9 @@ class Engine:
             chunks = [chunk.append(vocabulary.boi[shape]) for chunk in chunks]
         self._check_length(request, chunks)
         phase = Prefill(tuple(chunks), (request.num_images or 1) - 1, request.prompt_logprobs)
-        context = tuple(token for text in texts for token in text.tokens)
+        follows_text = any(text.tokens for text in texts)
         hashes = tuple(_hash(part) for part in parts if isinstance(part, np.ndarray))
-        return SequenceState(0, request, generation, 0, phase, tuple(scales), context, hashes)
+        return SequenceState(0, request, generation, 0, phase, tuple(scales), follows_text, hashes)
 
     def _start(self, sequence: SequenceState) -> int:
         self.num_requests += 1
@@ -237,7 +196,7 @@ class Engine:
         if unknown:
             last = self.vocabulary.num_text_tokens - 1
             raise ValueError(f"{unknown[0]} is not an id of the run's tokenizer: its ids are 0 to {last}")
-        return Text(tuple(part.tokens))
+        return Text(part.tokens)
 
     def _check_negative_prompt(self, request: Request, scales: Sequence[float]) -> None:
         if not self.sizes or (request.num_images is None and not request.allow_images):
@@ -278,37 +237,41 @@ class Engine:
         self, sequences: list[SequenceState], forward: Callable[[list[SequenceState]], list],
         after: Callable[[SequenceState, Any, list[Event]], None], events: list[Event],
     ) -> None:  # fmt: skip
-        """One forward pass for all, then the work of each one with its own result. A pass that fails is repeated for each
-        sequence alone (it has changed nothing), so that only those end that fail alone."""
+        """One forward pass for all, then the work of each one with its own result. If the pass fails, it is repeated for
+        each sequence alone, so that only those end which fail alone."""
         if not sequences:
-            return
+            return None
+        lengths = list(self.cache.lengths)
         try:
             results = forward(sequences)
-        except Exception:
-            if len(sequences) > 1:
-                log.warning("a forward pass of %d sequences failed; each is repeated alone", len(sequences), exc_info=True)
-                for sequence in sequences:
-                    self._advance([sequence], forward, after, events)
-                return
-            with self._ending_on_error(sequences[0], events):
-                raise
-            return
+        except Exception as error:
+            self.cache.lengths = lengths
+            if len(sequences) == 1:
+                return self._end_with_error(sequences[0], error, events)
+            log.warning("a forward pass of %d sequences failed; it is repeated for each one alone", len(sequences))
+            for sequence in sequences:
+                self._advance([sequence], forward, after, events)
+            return None
         for sequence, result in zip(sequences, results, strict=True):
             with self._ending_on_error(sequence, events):
                 after(sequence, result, events)
 
     @contextmanager
     def _ending_on_error(self, sequence: SequenceState, events: list[Event]) -> Iterator[None]:
-        """An exception in this context ends the sequence, and the samples that would have forked from it."""
+        """An exception in this context ends the sequence."""
         try:
             yield
         except Exception as error:
-            log.exception("request %d failed", sequence.request_id)
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
-            self._remove(sequence)
-            for sample_index in (sequence.sample_index, *range(1, 1 + remaining)):
-                events.append(FinishEvent(sequence.request_id, sample_index, "error", message))
+            self._end_with_error(sequence, error, events)
+
+    def _end_with_error(self, sequence: SequenceState, error: Exception, events: list[Event]) -> None:
+        """End a sequence, and the samples that would have forked from it."""
+        log.error("request %d failed", sequence.request_id, exc_info=error)
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        remaining = sequence.phase.remaining_samples if isinstance(sequence.phase, Prefill) else 0
+        self._remove(sequence)
+        for sample_index in (sequence.sample_index, *range(1, 1 + remaining)):
+            events.append(FinishEvent(sequence.request_id, sample_index, "error", message))
 
     def _read(self, sequences: list[SequenceState]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Read the chunks of all. Returns for each the logits after its last position, (V,) on the CPU; and those after all
@@ -319,13 +282,13 @@ class Engine:
             for sequence in sequences if n < len(sequence.phase.chunks)
         ]  # fmt: skip
         slots, chunks = [sequence.slots[n] for sequence, n in order], [sequence.phase.chunks[n] for sequence, n in order]
-        num_logits = [len(sequence.phase.chunks[0]) if _has_logprobs(sequence) else 1 for sequence in sequences]
+        num_logits = [sequence.num_logits for sequence in sequences]
         num_logits += [0] * (len(order) - len(sequences))  # those of other branches are not needed
         logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary, num_logits)  # (T, V)
         by_sequence = logits.split(num_logits[: len(sequences)])
         last_logits = torch.stack([each[-1] for each in by_sequence]).cpu()  # (B, V)
         return [
-            (last, each if _has_logprobs(sequence) else None)
+            (last, each if sequence.has_prompt_logprobs else None)
             for sequence, last, each in zip(sequences, last_logits, by_sequence, strict=True)
         ]
 
@@ -368,9 +331,9 @@ class Engine:
         chunk = EMPTY_CHUNK.append(token)
         if shape is not None:
             sequence.phase = Decode((chunk,) * len(sequence.slots))
-            return self._flush_text(sequence, events)
+            return self._end_text(sequence, events)
         sequence.phase = Decode((chunk,))
-        sequence.text_stream = sequence.text_stream or TextStream(self.opened.tokenizer, sequence.context)
+        sequence.text_stream = sequence.text_stream or TextStream(self.opened.tokenizer, sequence.follows_text)
         text = sequence.text_stream.add(token)
         logprob = None
         if request.logprobs is not None:
@@ -380,12 +343,13 @@ class Engine:
             events += sequence.held_events
             sequence.held_events = []
 
-    def _flush_text(self, sequence: SequenceState, events: list[Event]) -> None:
-        """Send the tokens whose text is held back: the text ends here."""
+    def _end_text(self, sequence: SequenceState, events: list[Event]) -> None:
+        """Send the tokens whose text is held back: an image follows, or nothing."""
         if sequence.held_events:
             sequence.held_events[-1] = replace(sequence.held_events[-1], text=sequence.text_stream.flush())
             events += sequence.held_events
-            sequence.held_events = []
+        sequence.follows_text |= sequence.text_stream is not None
+        sequence.held_events, sequence.text_stream = [], None
 
     def _begin_image(self, sequence: SequenceState, shape: tuple[int, int]) -> None:
         generation, request = sequence.generation, sequence.request
@@ -408,8 +372,8 @@ class Engine:
     def _uncond_prefix(self, shape: tuple[int, int]) -> int:
         """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
         if shape not in self.uncond_prefix_slots:
-            slot = self.cache.acquire()
             chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
+            slot = self.cache.acquire()
             try:
                 text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
             except BaseException:
@@ -417,6 +381,19 @@ class Engine:
                 raise
             self.uncond_prefix_slots[shape] = slot
         return self.uncond_prefix_slots[shape]
+
+    def _reading_sequences(self, phase: type[Prefill] | type[Decode]) -> list[list[SequenceState]]:
+        """Those in this phase, in groups: one forward pass each. Only prompts with log probabilities need several."""
+        groups: list[list[SequenceState]] = []
+        num_logits = 0
+        for sequence in self.sequences:
+            if isinstance(sequence.phase, phase):
+                num_logits += sequence.num_logits * self.vocabulary.size
+                if not groups or num_logits > MAX_LOGITS:
+                    groups.append([])
+                    num_logits = sequence.num_logits * self.vocabulary.size
+                groups[-1].append(sequence)
+        return groups
 
     def _drawing_sequences(self) -> list[list[SequenceState]]:
         """Those that draw, by latent shape: one forward pass each. Codes of all shapes share one."""
@@ -455,7 +432,7 @@ class Engine:
         sequence.phase = Prefill((document.part(1 + image.num_cached_positions),))
 
     def _finish(self, sequence: SequenceState, reason: str, events: list[Event]) -> None:
-        self._flush_text(sequence, events)
+        self._end_text(sequence, events)
         self._remove(sequence)
         events.append(FinishEvent(sequence.request_id, sequence.sample_index, reason))
 
@@ -463,10 +440,6 @@ class Engine:
         self.sequences.remove(sequence)
         for slot in sequence.all_slots:
             self.cache.release(slot)
-
-
-def _has_logprobs(sequence: SequenceState) -> bool:
-    return isinstance(sequence.phase, Prefill) and sequence.phase.has_logprobs
 
 
 def _hash(pixels: np.ndarray) -> str:
