@@ -134,13 +134,11 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, parse_special: bool = False) -> tuple[int, ...]:
-        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads run
-        meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
+        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads
+        run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
         tokenizer = self._special_parser if parse_special else self._tokenizer
         (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
-        if parse_special:
-            return tuple(encoding.ids)
-        if not self._special_ids.intersection(encoding.ids):
+        if parse_special or not self._special_ids.intersection(encoding.ids):
             return tuple(encoding.ids)
         ids: list[int] = []  # word-level models find special tokens in the text: encode those character by character
         for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
