@@ -285,6 +285,26 @@ def test_names_of_roles():
     assert [part.text for part in raw.segments if part.loss and not part.parse_special] == ["assistant", "gpt", "model"]
 
 
+def test_conversation_that_edits_an_image_is_an_edit():
+    """For the dropout of training and for the task `edits`; the texts between the images are its instruction."""
+    from transfusion.data.loader import is_edit as is_edit_in_training
+    from transfusion.evaluation.edits import is_edit
+
+    def record(last_role: str, *content: str | int) -> dict:
+        def image(number: int) -> dict:
+            return {"type": "image", "image": number}
+
+        return {"messages": [to_message("user", content, image), to_message(last_role, [2], image)]}
+
+    for values, expected in [
+        (record("assistant", 0, "make it blue"), True), (record("user", 0, "make it blue"), False),
+        (record("assistant", "draw"), False), (record("assistant", 0, "with", 1), False),
+    ]:  # fmt: skip
+        raw = to_document("messages", values, Pictures())
+        assert is_edit(raw) == expected
+        assert is_edit_in_training(raw) or not expected
+
+
 # The server
 
 
