@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from transfusion.chat import PLAIN, ROLES, ChatPart, Turn, lay_out_prompt
-from transfusion.codecs.text import Tokenizer
+from transfusion.chat import PLAIN, ROLES, Turn, lay_out_prompt
 from transfusion.config import GenerationConfig, to_json
 from transfusion.inference.engine import Engine, Request
 from transfusion.seeding import derive_seed
@@ -85,7 +84,7 @@ class ServedRun:
             Turn(ROLES[message.role], [p.text if isinstance(p, TextPart) else next(pixels) for p in message.content_parts])
             for message in body.messages
         ]
-        parts = await asyncio.to_thread(encode_texts, lay_out_prompt(turns, self.chat), self.tokenizer)
+        parts = [await self._encode(part.content, part.parse_special) for part in lay_out_prompt(turns, self.chat)]
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
         common = {
@@ -168,11 +167,11 @@ class ServedRun:
                 encoded[id(request.parts)] = tuple([await self._encode(part) for part in request.parts])
         return [replace(request, parts=encoded[id(request.parts)]) for request in requests]
 
-    async def _encode(self, part: Part) -> Part:
+    async def _encode(self, part: Part, parse_special: bool = False) -> Part:
         if not isinstance(part, str):
             return part
         async with self.encoding:
-            return Text(await asyncio.to_thread(self.tokenizer.encode, part))
+            return Text(await asyncio.to_thread(self.tokenizer.encode, part, parse_special))
 
     def check_edits(self) -> None:
         """APIError when the run cannot edit. Called before a form is read."""
@@ -237,14 +236,6 @@ class ServedRun:
 def override(generation: GenerationConfig, **options: float | None) -> GenerationConfig:
     """With those options that are not None."""
     return replace(generation, **{name: value for name, value in options.items() if value is not None})
-
-
-def encode_texts(parts: Sequence[ChatPart], tokenizer: Tokenizer) -> tuple[Text | np.ndarray, ...]:
-    """The parts of a conversation with its texts as ids, as `data prepare` encodes them."""
-    return tuple(
-        Text(tokenizer.encode(part.content, part.parse_special)) if isinstance(part.content, str) else part.content
-        for part in parts
-    )
 
 
 def merge_texts(parts: Sequence[Part]) -> tuple[Part, ...]:
