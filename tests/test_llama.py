@@ -280,8 +280,10 @@ def test_folders_without_a_language_model_are_refused(tmp_path, capsys):
 
 def train(folder: Path, *options) -> dict[str, torch.Tensor]:
     """Train a tiny run on digits or prepared data: the tensors of its newest checkpoint."""
-    starts = {"--data": TINY_FITTED, "--init-from": FAST_LLAMA, "--from": FAST_FITTED}
-    tiny = next((starts[option] for option in starts if option in options), FAST)
+    if "--init-from" in options:
+        tiny = TINY_TRAINING if "--data" in options else FAST_LLAMA
+    else:
+        tiny = TINY_FITTED if "--data" in options else FAST_FITTED if "--from" in options else FAST
     command("train", "digits", "--out", folder, *tiny, *options)
     return tensors_of(folder)
 
