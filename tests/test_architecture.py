@@ -6,10 +6,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "transfusion"
 
-GROUND = {"config", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights"}  # all may import these
+GROUND = {  # all may import these
+    "config", "chat", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights",
+}  # fmt: skip
 MAY_IMPORT = {  # subpackage or file -> further allowed imports; files of a subpackage may import each other
     "seeding": set(),
     "config": set(),
+    "chat": {"config"},
     "runs": {"config"},
     "paper": {"runs"},
     "disk": set(),

@@ -265,7 +265,7 @@ def test_front_ends_list_the_models_with_and_without_a_key(client):
     (CHAT, dict.fromkeys(("max_completion_tokens", "temperature", "top_p", "stop", "tools", "tool_choice", "response_format",
                           "modalities", "stream_options", "logprobs", "steps", "guidance_scale", "logit_bias"))),
     (CHAT, {"messages": [{"role": "user", "content": "three", "name": "me", "tool_calls": [], "function_call": None,
-                          "refusal": None, "reasoning_content": "b", "annotations": [], "audio": None}]}),
+                          "refusal": "no", "reasoning_content": "b", "annotations": [], "audio": None}]}),
     (CHAT, {"steps": 1, "num_inference_steps": 1}),
     (TEXT, {"best_of": 2, "n": 2}), (TEXT, {"best_of": 1, "suffix": "", "presence_penalty": 0}),
     (DRAW, {"quality": "auto", "size": "auto", "background": "auto", "moderation": "auto", "output_format": "png"}),
@@ -465,10 +465,11 @@ def test_the_echo_has_the_log_probability_of_every_token(client, opened, prompt,
     expected = likelihoods(Engine(opened), [("", prompt)])[0].log_probs
     assert logprobs["token_logprobs"][: len(expected)] == pytest.approx(expected, abs=1e-4)
     assert len(logprobs["tokens"]) >= len(expected) + 1  # also if the answer is only eos
-    for token, value, top, offset in zip(*(logprobs[name] for name in (
-        "tokens", "token_logprobs", "top_logprobs", "text_offset")), strict=True):  # fmt: skip
+    ids, bytes_of = opened.tokenizer.encode(prompt), opened.tokenizer.token_bytes
+    starts = [len(b"".join(map(bytes_of, ids[:n])).decode(errors="ignore")) for n in range(len(ids))]
+    assert logprobs["text_offset"][: len(ids)] == starts
+    for token, value, top in zip(*(logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
         assert top is None if num_top == 0 else (top[token] == value and num_top <= len(top) <= num_top + 1)
-        assert token.startswith(("bytes:", "<")) or text[offset:].startswith(token) or "\ufffd" in text
     assert join_chunks(client, prompt=prompt, echo=True, logprobs=num_top) == {"text": text, "logprobs": logprobs}
     assert complete(client, prompt=prompt, logprobs=num_top)["text"] == text.removeprefix(prompt)
 
@@ -540,11 +541,12 @@ def test_log_probabilities_end_before_a_stop_word():
         whole = complete(client, prompt="a", max_tokens=12, logprobs=0)
         tokens, offsets, text = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"], whole["text"]
         assert "".join(tokens).startswith(text) and len(text) > 9
-        for begin, end in ((0, 2), (4, 6), (7, 9)):
-            stop = text[begin:end]
+        for end in (2, 6, 9):
+            stop = text[end - 2 : end]
             begin = text.index(stop)
+            held = text[max(0, begin - 2) : begin + 1] + "\0"  # text is also held back for a word that does not follow
             for read in (complete, join_chunks):
-                stopped = read(client, prompt="a", max_tokens=12, logprobs=0, stop=stop)
+                stopped = read(client, prompt="a", max_tokens=12, logprobs=0, stop=[stop, held])
                 assert stopped["text"] == text[:begin]
                 expected = [token for token, offset in zip(tokens, offsets, strict=True) if offset < begin]
                 assert (stopped["logprobs"] or {"tokens": []})["tokens"] == expected
@@ -575,6 +577,18 @@ def test_the_bytes_of_tokens_are_the_text(text, tokenizer):
 def test_special_tokens_add_nothing():
     assert [tokenizer.token_bytes(10**6) for tokenizer in TOKENIZERS] == [b"", b""]
     assert TOKENIZERS[1].token_bytes(0) == b"" and TOKENIZERS[1].token_bytes(1 + 0xE2) == b"\xe2"
+
+
+def test_eos_has_a_log_probability_in_completions_alone():
+    """lm_eval leaves out the last entry, which must be that of a sampled token."""
+    with serving(tiny.build_engine(lambda vocabulary: {vocabulary.eos: 99})) as server, server.client() as client:
+        choice = complete(client, prompt="ab", echo=True, logprobs=1, max_tokens=1)
+        assert (choice["finish_reason"], choice["text"]) == ("stop", "ab")
+        assert choice["logprobs"]["tokens"][-1] == "<eos>" and choice["logprobs"]["token_logprobs"][-1] > -1
+        assert "".join(choice["logprobs"]["tokens"][:-1]) == "ab"
+        assert join_chunks(client, prompt="ab", echo=True, logprobs=1, max_tokens=1)["logprobs"] == choice["logprobs"]
+        (choice,) = ask(client, CHAT, logprobs=True).json()["choices"]
+        assert (choice["logprobs"]["content"], choice["message"]["content"]) == ([], "")
 
 
 def test_of_tokens_with_one_name_the_most_likely_is_shown():

@@ -243,7 +243,7 @@ def test_float16_weights_are_read(tmp_path):
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type yarn"),
     ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type linear"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor' is missing"),
-    ({"rope_parameters": [1]}, "rope_parameters is [1], not an object"), ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+    ({"rope_parameters": [1]}, "rope_parameters is [1], not an object"), ({"rope_scaling": 3}, "rope_scaling is 3, not"),
     ({"quantization_config": {"bits": 4}}, "quantised weights"), ({"hidden_size": ...}, "'hidden_size' is missing"),
     ({"hidden_size": 64}, "embed_tokens.weight is (300, 32); config.json and the tokenizer require (300, 64)"),
     ({"num_hidden_layers": 1}, "has an unexpected tensor model.layers.1"),
@@ -259,14 +259,14 @@ def test_unsupported_models_are_refused(tmp_path, capsys, changed, words):
 
 def test_folders_without_a_language_model_are_refused(tmp_path, capsys):
     write_llama(tmp_path / "llama")
-    few_rows = tmp_path / "few"
-    write_llama(few_rows, rows=200)
+    other_rows = tmp_path / "other"
+    write_llama(other_rows)
     args = ("train", "digits", "--out", tmp_path / "run", *FAST, "--init-from")
-    assert "(200, 32); config.json and the tokenizer require (262, 32)" in fails(capsys, 1, *args, few_rows)
-    tensors = load_file(few_rows / "model.safetensors")
-    for tensor in (torch.tensor(1.0), torch.zeros(300), torch.zeros(300, 32, 1)):
-        save_file(tensors | {"model.embed_tokens.weight": tensor}, few_rows / "model.safetensors")
-        assert "config.json and the tokenizer require" in fails(capsys, 1, *args, few_rows)
+    tensors = load_file(other_rows / "model.safetensors")
+    for shape, rows in (((200, 32), 262), ((), 262), ((300,), 300), ((300, 32, 1), 300)):
+        save_file(tensors | {"model.embed_tokens.weight": torch.zeros(shape)}, other_rows / "model.safetensors")
+        message = fails(capsys, 1, *args, other_rows)
+        assert f"is {shape}; config.json and the tokenizer require ({rows}, 32)" in message
     assert "there is no" in fails(capsys, 1, *args, tmp_path / "nowhere")
     (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "llama" / "tokenizer.txt")
     assert "has no tokenizer.json" in fails(capsys, 1, *args, tmp_path / "llama")

@@ -137,12 +137,6 @@ def test_is_greedy_is_true_for_greedy_text_only():
     assert [result.is_greedy for result in results] == [True, False]
 
 
-def test_continuation_longer_than_a_row_is_refused():
-    assert len(likelihoods(SHORT, [("", "x" * 24)])[0].log_probs) == 24
-    with pytest.raises(ValueError, match="a continuation of 25 tokens is longer than a row, 24 positions"):
-        likelihoods(SHORT, [("", "x" * 25)])
-
-
 # Equality with lm_eval
 
 

@@ -190,6 +190,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ChatLayout:
+    """Text before and after each message of a conversation, in training data and in chat requests. Special tokens of the
+    tokenizer are recognised in it. The suffix of the assistant is blank (eos ends an answer) or has the special token that
+    ends an answer. On the command line \\n is a line break."""
+
+    system_prefix: str = ""  # Text before a message of the system or the developer.
+    system_suffix: str = "\n"  # Text after a message of the system or the developer.
+    user_prefix: str = ""  # Text before a message of the user.
+    user_suffix: str = "\n"  # Text after a message of the user.
+    assistant_prefix: str = ""  # Text before an answer.
+    assistant_suffix: str = "\n"  # Text after an answer: white space, or with a special token.
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """How files become a prepared data set: the same files and settings always give the same one."""
 
@@ -206,6 +220,7 @@ class PrepareConfig:
     heldout: int = 1_000
     max_faults: float = 0.02  # Largest share of a source's records that may be skipped as faulty, from 0 to 1.
     records_per_shard: int = 2048  # Number of records that are written as one shard.
+    chat: ChatLayout = field(default_factory=ChatLayout)
 
     def __post_init__(self):
         check_at_least_1(self, "", "tokenizer_size", "fit_documents", "records_per_shard")

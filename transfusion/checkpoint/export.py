@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from transfusion.chat import list_roles
 from transfusion.checkpoint.open import GENERATION, OpenedRun, open_checkpoint
 from transfusion.checkpoint.save import fsync_and_hash, hash_config, versions
 from transfusion.codecs.codec import codec_to_bytes
@@ -122,7 +123,7 @@ engine = transfusion.open_run("THIS")
 
 THIS is this folder, or `owner/name` on the hub. The folder has only safetensors and JSON; no code in it is executed.
 
-## Intended use
+{_write_chat(opened)}## Intended use
 
 Research on models that generate text and images, and teaching. It is not intended for decisions about people, or for
 products without an evaluation of its output.
@@ -155,6 +156,17 @@ set `license` in the header of this file.
 
 {_write_results(results)}
 """
+
+
+def _write_chat(opened: OpenedRun) -> str:
+    """The layout of a run that was trained on conversations."""
+    if opened.chat is None:
+        return ""
+    rows = (f"| {role} | `{prefix!r}` | `{suffix!r}` |" for role, prefix, suffix in list_roles(opened.chat))
+    return "\n".join([
+        "## Chat", "", "Text before and after each message, in training and in `transfusion serve`:", "",
+        "| message | before | after |", "|---|---|---|", *rows, "", "",
+    ])  # fmt: skip
 
 
 def _source_of(codec) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transfusion.checkpoint.save import hash_config, list_checkpoints, rename_damaged
 from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import Run, from_json
+from transfusion.config import ChatLayout, Run, from_json
 from transfusion.disk import (
     CONFIG,
     RUN,
@@ -41,6 +41,11 @@ class RunDescription:
     codec: Codec
     vocabulary: Vocabulary
     notes: dict
+
+    @property
+    def chat(self) -> ChatLayout | None:
+        """The layout of conversations that it was trained with; None if its data had none."""
+        return from_json(ChatLayout, self.notes["chat"], "notes.chat.") if self.notes.get("chat") else None
 
 
 @dataclass
@@ -75,6 +80,8 @@ def open_checkpoint(
     `revision` and `local_files_only` as in `find_folder`. Matrices are in the device's precision. OpenError when it cannot
     be opened.
     """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, not {weights}")
     torch_device = pick_device(device)
     folder = find_folder(place, revision, local_files_only)
     description = describe_run(folder)

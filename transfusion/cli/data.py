@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from transfusion.cli.codec import fit_codec
 from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError, check_exists, fail, nearest, print_status, progress
 from transfusion.cli.sources import SOURCES, Reading, open_readers
-from transfusion.config import PrepareConfig
+from transfusion.config import ChatLayout, PrepareConfig
 from transfusion.disk import CONFIG, RUN, check_codec, check_prepared
 
 NUM_SHOWN = 10  # faults of each source that are printed
@@ -141,6 +141,8 @@ def prepare(args: Prepare) -> None:
         check_prepared(Path(like))
     if codec not in ("auto", "pixels", "block_pca") and codec.count("/") != 1 and not (Path(codec) / CONFIG).exists():
         check_codec(Path(codec))
+    texts = {name: text.replace("\\n", "\n") for name, text in asdict(args.config.chat).items()}  # no shell needs quotes
+    config = replace(args.config, chat=ChatLayout(**texts))
     readers = open_readers(args.reading)
 
     from transfusion.data import prepare as preparation
@@ -153,7 +155,7 @@ def prepare(args: Prepare) -> None:
         existed = (args.out / "dataset.json").exists()
         with progress("preparing", quiet=not is_main) as on_progress:
             dataset = preparation.prepare(
-                readers, args.config, args.out, ranks.rank, ranks.world, ranks.barrier, on_progress,
+                readers, config, args.out, ranks.rank, ranks.world, ranks.barrier, on_progress,
                 print_status if is_main else lambda line: None,
             )  # fmt: skip
     if is_main:

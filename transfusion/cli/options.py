@@ -134,7 +134,7 @@ def _reader(hint: Any, flag: str, optional: bool) -> PrimitiveConstructorSpec:
 
     def write(value: Any) -> list[str]:
         values = astuple(value) if is_dataclass(value) else value if isinstance(value, tuple) else (value,)
-        return [*map(str, values)]
+        return [str(value).replace("\n", "\\n") for value in values]
 
     return replace(
         spec, nargs="*" if is_config else spec.nargs, metavar=names or re.sub(r"\[(\S+) \[.*\]\]", r"\1 ...", spec.metavar),

@@ -15,9 +15,9 @@ from transfusion.checkpoint.start import (
     resolve_source,
 )
 from transfusion.cli.screen import UsageError, print_status
-from transfusion.config import Run, to_json
+from transfusion.config import ChatLayout, Run, to_json
 from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
-from transfusion.data.sources import fingerprint, fit, open_sources, reuse
+from transfusion.data.sources import chat_layout, fingerprint, fit, open_sources, reuse
 from transfusion.disk import RUN
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
@@ -45,9 +45,13 @@ class RunFolder:
             return cls(path, known, run, encoder)
         origin = open_start(*start) if start else None
         encoder = _create_encoder(run, origin)
+        # Data without conversations keep the layout of the run that this one starts from.
+        chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
+        encoder = _end_answers(encoder, chat)
         model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
         run = replace(run, model=origin.adapt_config(model) if origin else model)
-        notes = _describe_data(run, encoder) | ({"start": describe_start(origin, resolve_source(*start))} if origin else {})
+        notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
+        notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
         create_run_folder(path, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
         return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), run, encoder)
 
@@ -74,6 +78,13 @@ def _create_encoder(run: Run, origin) -> DocumentEncoder:
         needed = "codes" if has_codes else "linear or unet"
         raise UsageError(f"the images of these data are {encoder.codec.kind}: they need --model.patches {needed}")
     return encoder
+
+
+def _end_answers(encoder: DocumentEncoder, chat: ChatLayout | None) -> DocumentEncoder:
+    """With the special token of the assistant's suffix among the ids that end an answer."""
+    ends, vocabulary = encoder.tokenizer.find_special(chat.assistant_suffix)[:1] if chat else [], encoder.vocabulary
+    other_eos_ids = *vocabulary.other_eos_ids, *(id_ for id_ in ends if id_ not in vocabulary.eos_ids)
+    return replace(encoder, vocabulary=replace(vocabulary, other_eos_ids=other_eos_ids))
 
 
 def _describe_data(run: Run, encoder: DocumentEncoder) -> dict:

@@ -84,7 +84,7 @@ def to_pixels(image: Picture.Image | np.ndarray, sizes: Sequence[tuple[int, int]
 def encode_picture(pixels: np.ndarray, file_format: str = "png", quality: int = 100) -> bytes:
     """(Y, X, 1 or 3) uint8 -> the bytes of a file: png, or jpeg or webp of this quality (0 to 100)."""
     file = BytesIO()
-    options = {} if file_format == "png" else {"quality": max(1, quality)}  # JPEG's 0 is Pillow's default
+    options = {} if file_format == "png" else {"quality": quality}
     Picture.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
     return file.getvalue()
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
@@ -132,15 +133,32 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids. Other threads run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+    def encode(self, text: str, parse_special: bool = False) -> tuple[int, ...]:
+        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads
+        run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
+        tokenizer = self._special_parser if parse_special else self._tokenizer
+        (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+        if parse_special:
+            return tuple(encoding.ids)
         if not self._special_ids.intersection(encoding.ids):
             return tuple(encoding.ids)
         ids: list[int] = []  # word-level models find special tokens in the text: encode those character by character
         for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             ids += self._encode_characters(text[start:end]) if id_ in self._special_ids else [id_]
         return tuple(ids)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens as text, by id."""
+        return [self._tokenizer.id_to_token(id_) for id_ in sorted(self._special_ids)]
+
+    def find_special(self, text: str) -> list[int]:
+        """The ids of the special tokens in a text, in order."""
+        return [id_ for id_ in self.encode(text, parse_special=True) if id_ in self._special_ids]
+
+    @cached_property
+    def _special_parser(self) -> HFTokenizer:
+        return HFTokenizer.from_str(self.to_json())  # a copy: `encode_special_tokens` is not stored in it
 
     def _encode_characters(self, word: str) -> list[int]:
         ids = (id_ for character in word for id_ in self._tokenizer.encode(character, add_special_tokens=False).ids)

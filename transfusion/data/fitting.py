@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transfusion.codecs.pixels import BlockPCA, Pixels
 from transfusion.codecs.pretrained import Pretrained, is_pretrained
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
-from transfusion.config import PrepareConfig, parse_size
+from transfusion.config import ChatLayout, PrepareConfig, from_json, parse_size
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import open_prepared
 from transfusion.disk import OpenError, check_codec, check_run_format, read_checked, read_json, write_json, write_whole
@@ -54,7 +54,7 @@ class TokenizerAndCodec:
         contents = iter(encode_many(self.codec, images))
         return [
             Document(tuple(
-                Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
+                Text(self.tokenizer.encode(part.text, part.parse_special), part.loss) if isinstance(part, RawText)
                 else Image(next(contents), part.loss, part.max_t) for part in raw.segments
             ), pairs=raw.pairs)
             for raw in raws
@@ -63,9 +63,10 @@ class TokenizerAndCodec:
 
 def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) -> None:
     """Train or load the tokenizer, fit or load the codec, on training documents only; write both and `fitted.json`.
-    PrepareError when there are no images, or the codec's downsampling does not divide a size."""
+    PrepareError when there are no images, the codec's downsampling does not divide a size, or the tokenizer does not have
+    the special tokens of the chat layout."""
     if config.like is not None:
-        return _copy_tokenizer_and_codec(Path(config.like), folder)
+        return _copy_tokenizer_and_codec(Path(config.like), config.chat, folder)
     sizes, image_channels = _choose_sizes(streams, config)
     is_loaded = is_codec_folder(config.codec)
     if is_loaded:
@@ -89,6 +90,7 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) 
         tokenizer = train_tokenizer(texts, config.tokenizer_size)
     else:
         tokenizer = Tokenizer.from_file(Path(config.tokenizer))
+    _check_chat(config.chat, tokenizer)
     codec = codec if is_loaded else _fit_codec(config, sizes, images)
     for width, height in sizes:
         if width % codec.downsampling or height % codec.downsampling:
@@ -137,20 +139,45 @@ def _fit_codec(config: PrepareConfig, sizes: Sequence[tuple[int, int]], images: 
     return fit_codec(kind, images, block, config.codec_components or (6 if block <= 4 else 8))
 
 
-def _copy_tokenizer_and_codec(like: Path, folder: Path) -> None:
+def _check_chat(chat: ChatLayout, tokenizer: Tokenizer) -> None:
+    """PrepareError when the layout contains bos or pad, or a suffix of the assistant that cannot end an answer."""
+    markers = tokenizer.markers
+    ends = {markers.get("eos"), *markers.get("other_eos_ids", ())}
+    for name, text in asdict(chat).items():
+        option = f"--chat.{name.replace('_', '-')} {text!r}"
+        special = tokenizer.find_special(text)
+        for marker in ("bos", "pad"):
+            if markers.get(marker) in special and markers[marker] not in ends:
+                raise PrepareError(f"{option} contains the tokenizer's {marker}, which only training adds: leave it out")
+        if name == "assistant_suffix" and text.strip() and not special:
+            raise PrepareError(f"{option} has no special token of the tokenizer that could end an answer: "
+                               f"{_advise_special(tokenizer)}")  # fmt: skip
+
+
+def _advise_special(tokenizer: Tokenizer) -> str:
+    names = tokenizer.special_tokens
+    if not names:
+        return "this tokenizer has none, so use white space, or --tokenizer with a tokenizer.json that has one"
+    return f"use white space, or one of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def _copy_tokenizer_and_codec(like: Path, chat: ChatLayout, folder: Path) -> None:
     """Use the tokenizer, codec and sizes of another prepared folder, or of a run."""
     info = read_like_info(like)
+    text = (like / "tokenizer.json").read_text(encoding="utf-8")
+    _check_chat(chat, Tokenizer.from_json(text, info["tokenizer"].get("markers")))
     for name in ("tokenizer.json", "codec.safetensors"):
         write_whole(folder / name, (like / name).read_bytes())
     write_json(folder / "fitted.json", {name: info[name] for name in ("tokenizer", "codec", "sizes", "image_channels")})
 
 
 def read_like_info(like: Path) -> dict:
-    """The tokenizer, codec, sizes and image channels of a prepared folder, a run, or an exported run. OpenError when it is
-    none of these, or was changed."""
+    """The tokenizer, codec, sizes, image channels and chat layout (None without conversations) of a prepared folder, a run,
+    or an exported run. OpenError when it is none of these, or was changed."""
     path = next((like / name for name in ("dataset.json", "run.json", "config.json") if (like / name).exists()), None)
     if path is None or path.name == "dataset.json":
-        return open_prepared(like).metadata
+        prepared = open_prepared(like)
+        return prepared.metadata | {"chat": prepared.chat_layout()}
     values = read_json(path)
     if "format" in values:
         check_run_format(like, values)
@@ -158,6 +185,7 @@ def read_like_info(like: Path) -> dict:
         kind, vocabulary = values["codec"]["kind"], Vocabulary.from_json(values["vocabulary"])
         codec = codec_from_bytes(kind, read_checked(like / "codec.safetensors", values["codec"]["sha256"]))
         read_checked(like / "tokenizer.json", values["tokenizer"]["sha256"])
+        chat = from_json(ChatLayout, values["notes"]["chat"]) if values["notes"].get("chat") else None
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{path} is neither a run's nor an exported run's: {error!r}") from None
     return {
@@ -167,7 +195,7 @@ def read_like_info(like: Path) -> dict:
         },
         "codec": {"kind": kind, "channels": codec.channels, "sha256": values["codec"]["sha256"]},
         "sizes": [(x * codec.downsampling, y * codec.downsampling) for y, x in vocabulary.boi],
-        "image_channels": codec.image_channels,
+        "image_channels": codec.image_channels, "chat": chat,
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image as PILImage
 
+from transfusion.chat import describe_layout
 from transfusion.data.raw import Fault, RawDocument, RawText
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import DecodedSource, PreparedFolder
@@ -39,6 +40,8 @@ def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
             f"{len(indices)} of {len(source):,} training documents, evenly spaced. {info['documents']['heldout']:,} more "
             f"are held out; {num_faults:,} of {info['records']:,} records were left out. Images are decoded by the codec."
         )
+        if layout := prepared.chat_layout([name]):
+            page.paragraph(f"Chat layout: {describe_layout(layout)}. Its special tokens are not shown below.")
         _show(page, [_shrink_images(source[n]) for n in indices])
 
 

@@ -57,7 +57,7 @@ class DocumentEncoder:
     def to_document(self, document: RawDocument | Document, source: str, epoch: int) -> Document:
         """The document, encoded, reordered and dropped; its randomness is derived from (seed, source, epoch, id)."""
         segments = tuple(
-            Text(self.tokenizer.encode(part.text), part.loss) if isinstance(part, RawText)
+            Text(self.tokenizer.encode(part.text, part.parse_special), part.loss) if isinstance(part, RawText)
             else Image(self.codec.encode(part.pixels), part.loss, part.max_t) if isinstance(part, RawImage)
             else part
             for part in document.segments

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -18,12 +18,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from transfusion.chat import describe_layout
 from transfusion.codecs.vq import VQ
-from transfusion.config import PrepareConfig
+from transfusion.config import ChatLayout, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader, Unit
+from transfusion.data.reading.records import CONVERSATIONS
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.seeding import uniform_from
@@ -41,6 +43,10 @@ class ShardJob:
     number: int
     unit: Unit
     heldout_fraction: float  # probability that a document is held out
+    chat: ChatLayout
+
+    def read(self) -> Iterator[RawDocument | Fault]:
+        return self.reader.read(self.unit, self.chat)
 
 
 def prepare(
@@ -52,6 +58,7 @@ def prepare(
     rank; `barrier` returns when all processes have called it. `on_progress` gets the number of records that are done, and
     their total. PrepareError or OSError when the work stops early."""
     check_not_nested(readers, folder)
+    config = _choose_chat(readers, config)
     jobs = _list_jobs(readers, config)
     if rank == 0:
         with _wrap_os_errors("the tokenizer and the codec could not be fitted"):
@@ -91,6 +98,21 @@ def check_not_nested(readers: Sequence[Reader], folder: Path) -> None:
                 raise PrepareError(f"--out {folder} contains the source {reader.address} or is inside it: choose another")
 
 
+def _choose_chat(readers: Sequence[Reader], config: PrepareConfig) -> PrepareConfig:
+    """The config with the chat layout of the folder `like`, if it has one. PrepareError when the command declares another
+    one, or declares one without conversations to use it for."""
+    is_declared = config.chat != ChatLayout()
+    if is_declared and not any(reader.form in CONVERSATIONS for reader in readers):
+        raise PrepareError("--chat has no effect: no source has conversations (the form conversation or messages)")
+    chat = fitting.read_like_info(Path(config.like))["chat"] if config.like is not None else None
+    if chat is None or chat == config.chat:
+        return config
+    if is_declared:
+        raise PrepareError(f"--chat declares another layout than {config.like}, which has {describe_layout(chat)}: leave "
+                           "--chat out, or prepare without --like")  # fmt: skip
+    return replace(config, chat=chat)
+
+
 def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:
     names = Counter(reader.name for reader in readers)
     for name, count in names.items():
@@ -100,7 +122,7 @@ def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJo
     for reader in readers:
         units = reader.units(config.records_per_shard)
         heldout_fraction = min(0.05, config.heldout / sum(unit.rows for unit in units))
-        jobs += [ShardJob(reader, number, unit, heldout_fraction) for number, unit in enumerate(units)]
+        jobs += [ShardJob(reader, number, unit, heldout_fraction, config.chat) for number, unit in enumerate(units)]
     return jobs
 
 
@@ -113,7 +135,7 @@ def _choose_split(job: ShardJob, document: RawDocument) -> str:
 
 def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[ShardJob]) -> Iterator[RawDocument]:
     """The first training documents of a source."""
-    documents = (document for job in jobs if job.reader is reader for document in reader.read(job.unit)
+    documents = (document for job in jobs if job.reader is reader for document in job.read()
                  if not isinstance(document, Fault) and _choose_split(job, document) == "train")  # fmt: skip
     return islice(documents, config.fit_documents)
 
@@ -204,7 +226,7 @@ def _write_shard(
     try:
         done = 0
         # crop each image as it is read: the original photograph may have a hundred times the pixels
-        records = (item if isinstance(item, Fault) else tokenizer_and_codec.crop(item) for item in job.reader.read(job.unit))
+        records = (item if isinstance(item, Fault) else tokenizer_and_codec.crop(item) for item in job.read())
         while batch := list(islice(records, BATCH_SIZE)):
             faults = [record for record in batch if isinstance(record, Fault)]
             info.faults += [{"kind": fault.kind, "where": fault.where, "message": fault.message} for fault in faults]

@@ -11,10 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RawText:
-    """A text segment. `loss`: whether the training loss includes it."""
+    """A text segment. `loss`: whether the training loss includes it. `parse_special`: it is from a chat layout, and special
+    tokens in it are recognised; in other text they are plain text."""
 
     text: str
     loss: bool = True
+    parse_special: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
+from transfusion.chat import describe_layout
 from transfusion.codecs.codec import Codec, codec_to_bytes, fit_codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
-from transfusion.config import BUILT_IN, DataConfig
+from transfusion.config import BUILT_IN, ChatLayout, DataConfig
 from transfusion.data.loader import DocumentEncoder, Source
 from transfusion.data.raw import RawImage, RawText
 from transfusion.data.reading.readers import open_built_in
 from transfusion.data.store import DecodedSource, PreparedFolder, open_prepared
 from transfusion.disk import sha256_of
 from transfusion.sequence import Vocabulary
+
+MARKERS = ("bos", "eos", "pad")  # of a tokenizer; folders that a run reads must agree on them
 
 
 def open_sources(config: DataConfig, split: str) -> list[Source]:
@@ -47,6 +50,22 @@ def fingerprint(config: DataConfig) -> str | None:
     """One SHA-256 over all prepared folders, independent of their paths; None for built-in sources."""
     hashes = [sha256_of(Path(folder) / "dataset.json") for folder in config.prepared]
     return sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def chat_layout(config: DataConfig) -> ChatLayout | None:
+    """The layout of the conversations in the run's data; None if they have none. ValueError when two folders have different
+    ones."""
+    folders = _open_folders(config) if config.prepared else []
+    layouts = {}
+    for folder in folders:
+        names = [name for name in config.sources or folder.names if name in folder.names]
+        if (layout := folder.chat_layout(names)) is not None:
+            layouts[layout] = folder.folder
+    if len(layouts) > 1:
+        (a, first), (b, other) = [*layouts.items()][:2]
+        raise ValueError(f"{first} and {other} have different chat layouts ({describe_layout(a)}; {describe_layout(b)}): "
+                         f"prepare {other} with --like {first}")  # fmt: skip
+    return next(iter(layouts), None)
 
 
 def fit(config: DataConfig, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> DocumentEncoder:
@@ -127,7 +146,7 @@ def _open_folders(config: DataConfig) -> list[PreparedFolder]:
     first, names = folders[0], _names(folders)
     for other in folders[1:]:
         has_other = any(first.metadata[key]["sha256"] != other.metadata[key]["sha256"] for key in ("tokenizer", "codec"))
-        if has_other or first.tokenizer.markers != other.tokenizer.markers:
+        if has_other or any(first.tokenizer.markers.get(name) != other.tokenizer.markers.get(name) for name in MARKERS):
             raise ValueError(f"{other.folder} was prepared with another tokenizer or codec than {first.folder}: prepare it "
                              f"with --like {first.folder}")  # fmt: skip
     for name in names:

@@ -23,7 +23,9 @@ from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.pictures import encode_picture, pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
+from transfusion.config import ChatLayout, from_json
 from transfusion.data.raw import RawDocument, RawImage, RawText
+from transfusion.data.reading.records import CONVERSATIONS
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
@@ -136,6 +138,12 @@ class PreparedFolder:
         """Every latent shape (Y, X) in it."""
         shards = (shard for source in self.metadata["sources"].values() for shard in source["shards"])
         return sorted({_parse_shape(name) for shard in shards for name in shard["max_image_overhead"]})
+
+    def chat_layout(self, names: Iterable[str] | None = None) -> ChatLayout | None:
+        """The layout of the conversations in these sources (not given: all); None if they have no conversations."""
+        forms = {self.metadata["sources"][name]["form"] for name in (self.names if names is None else names)}
+        settings = self.metadata["settings"].get("chat", {})  # of older folders: the default layout
+        return from_json(ChatLayout, settings, "settings.chat.") if forms & {*CONVERSATIONS} else None
 
     def source(self, name: str, split: str) -> "StoredSource":
         """The training or held-out documents of one source."""

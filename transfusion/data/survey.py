@@ -8,7 +8,9 @@ from itertools import islice
 
 import numpy as np
 
+from transfusion.chat import describe_layout
 from transfusion.codecs.text import Tokenizer
+from transfusion.config import ChatLayout
 from transfusion.data.prepare import duplicate_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.readers import Reader
@@ -31,6 +33,7 @@ class Survey:
     tokens: int = 0
     images: int = 0
     sizes: Counter[str] = field(default_factory=Counter)  # of images, width x height (or of latents)
+    chat: ChatLayout | None = None  # of its conversations
     lengths: array = field(default_factory=lambda: array("I"))  # tokens of each document
 
     def add(self, kinds: Sequence[str], tokens: int) -> None:
@@ -49,6 +52,8 @@ class Survey:
         if self.faults:
             yield "  left out", f"{self.faults.total():,}: {_format_counts(self.faults)}"
         yield "documents", f"{self.documents.total():,}: {_format_counts(self.documents)}"
+        if self.chat is not None:
+            yield "chat layout", describe_layout(self.chat)
         yield "texts", f"{self.texts:,}" + (f", {self.characters:,} characters" if self.characters else "")
         yield "tokens", f"{self.tokens:,}"
         if self.lengths:
@@ -86,18 +91,19 @@ def survey(
 
 
 def _count_document(result: Survey, document: RawDocument, tokenizer: Tokenizer | None) -> None:
-    texts = [part.text for part in document.segments if isinstance(part, RawText)]
+    texts = [part for part in document.segments if isinstance(part, RawText)]
     result.add(
         ["image" if isinstance(part, RawImage) else "text" for part in document.segments],
-        sum(len(tokenizer.encode(text)) for text in texts) if tokenizer else 0,
+        sum(len(tokenizer.encode(part.text, part.parse_special)) for part in texts) if tokenizer else 0,
     )
-    result.characters += sum(map(len, texts))
+    result.characters += sum(len(part.text) for part in texts)
     result.sizes.update("{1}x{0}".format(*p.pixels.shape) for p in document.segments if isinstance(p, RawImage))
 
 
 def survey_stored(stored: StoredSource) -> Survey:
     """The statistics of a prepared source; sizes are those of latents, height x width."""
-    result = Survey(f"{stored.name} ({stored.split})", records=len(stored))
+    chat = stored.prepared.chat_layout([stored.name])
+    result = Survey(f"{stored.name} ({stored.split})", records=len(stored), chat=chat)
     for id_ in range(len(stored)):
         segments = stored[id_].segments
         kinds = ["text" if isinstance(part, Text) else "image" for part in segments]

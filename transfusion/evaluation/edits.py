@@ -10,8 +10,11 @@ from transfusion.inference.engine import Engine, Request
 
 def is_edit(raw: RawDocument) -> bool:
     """Is the document an image without loss, an instruction, and the edited image?"""
-    kinds = tuple(type(part) for part in raw.segments)
-    return kinds == (RawImage, RawText, RawImage) and not raw.segments[0].loss and raw.segments[2].loss
+    first, *instruction, last = raw.segments if len(raw.segments) > 2 else (None, None)
+    return (
+        isinstance(first, RawImage) and not first.loss and isinstance(last, RawImage) and last.loss
+        and all(isinstance(part, RawText) for part in instruction)  # in a conversation several
+    )  # fmt: skip
 
 
 def edit_heldout(engine: Engine, source: Source, count: int, seed: int = 0) -> dict:
@@ -19,12 +22,12 @@ def edit_heldout(engine: Engine, source: Source, count: int, seed: int = 0) -> d
     share of drawings that are nearer to the target than the source image."""
     edits = [raw for raw in (source[n] for n in range(min(count, len(source)))) if is_edit(raw)]
     requests = [
-        Request(tuple(_to_part(part) for part in raw.segments[:2]), 1, seed + n, size=raw.segments[2].pixels.shape[1::-1])
+        Request(tuple(map(_to_part, raw.segments[:-1])), 1, seed + n, size=raw.segments[-1].pixels.shape[1::-1])
         for n, raw in enumerate(edits)
     ]
     drawn = draw(engine, requests)
-    drawn_psnr = np.array([psnr(pixels, raw.segments[2].pixels) for pixels, raw in zip(drawn, edits, strict=True)])
-    source_psnr = np.array([psnr(raw.segments[0].pixels, raw.segments[2].pixels) for raw in edits])
+    drawn_psnr = np.array([psnr(pixels, raw.segments[-1].pixels) for pixels, raw in zip(drawn, edits, strict=True)])
+    source_psnr = np.array([psnr(raw.segments[0].pixels, raw.segments[-1].pixels) for raw in edits])
     return {
         "psnr": float(drawn_psnr.mean()), "psnr_of_source": float(source_psnr.mean()),
         "nearer": float((drawn_psnr > source_psnr).mean()), "count": len(edits),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,24 +27,23 @@ class Likelihood:
 
 def likelihoods(engine: Engine, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
     """Of each (context, continuation), as one document: bos, the context without loss, the continuation. A document longer
-    than a row is truncated on the left. ValueError if the continuation alone is longer than a row."""
-    chunks = []
+    than a row is truncated on the left; if the continuation alone is longer, it is divided as in `rolling_likelihood`."""
+    windows = []
     for context, continuation in pairs:
         before, after = encode_pair(engine, context, continuation)
-        if len(after) > engine.max_positions:
-            raise ValueError(f"a continuation of {len(after)} tokens is longer than a row, {engine.max_positions} positions")
         document = Document((Text(before, loss=False), Text(after)))
         chunk = _without_last(encode_document(document, engine.vocabulary, add_eos=False))
-        chunks.append(chunk.part(max(0, len(chunk) - engine.max_positions)))
-    return _score(engine, chunks)
+        row = engine.max_positions
+        windows.append([chunk.part(max(0, len(chunk) - row))] if len(after) <= row else [*_windows(chunk, row)])
+    return _score_windows(engine, windows)
 
 
 def rolling_likelihood(engine: Engine, text: str) -> Likelihood:
     """Of a whole text of any length, after bos and without eos, in equally long rows. The last row overlaps the one before;
     each token counts once."""
     whole = encode_document(Document((Text(engine.opened.tokenizer.encode(text)),)), engine.vocabulary, add_eos=False)
-    scores = _score(engine, list(_windows(_without_last(whole), engine.max_positions)))
-    return Likelihood(tuple(nats for it in scores for nats in it.log_probs), all(it.is_greedy for it in scores))
+    (likelihood,) = _score_windows(engine, [[*_windows(_without_last(whole), engine.max_positions)]])
+    return likelihood
 
 
 def encode_pair(engine: Engine, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -53,6 +53,14 @@ def encode_pair(engine: Engine, context: str, continuation: str) -> tuple[tuple[
     whole, alone = encode(context + continuation), encode(context.rstrip())
     same = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
     return whole[:same], whole[same:]
+
+
+def _score_windows(engine: Engine, windows: Sequence[list[Chunk]]) -> list[Likelihood]:
+    """Of documents that are divided into rows: one likelihood for each."""
+    scores = iter(_score(engine, [window for rows in windows for window in rows]))
+    parts = [list(islice(scores, len(rows))) for rows in windows]
+    return [Likelihood(tuple(nats for it in rows for nats in it.log_probs), all(it.is_greedy for it in rows))
+            for rows in parts]  # fmt: skip
 
 
 @torch.inference_mode()

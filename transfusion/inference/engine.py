@@ -236,8 +236,8 @@ class Engine:
         self, sequences: list[SequenceState], forward: Callable[[list[SequenceState]], list],
         after: Callable[[SequenceState, Any, list[Event]], None], events: list[Event],
     ) -> None:  # fmt: skip
-        """One forward pass for all, then the work of each one with its own result. If the pass fails, it is repeated for each
-        sequence alone, so that only those end which fail alone."""
+        """One forward pass for all, then the work of each one with its own result. If the pass fails, it is repeated for
+        each sequence alone, so that only those end which fail alone."""
         if not sequences:
             return None
         lengths = list(self.cache.lengths)
@@ -370,8 +370,8 @@ class Engine:
     def _uncond_prefix(self, shape: tuple[int, int]) -> int:
         """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
         if shape not in self.uncond_prefix_slots:
-            slot = self.cache.acquire()
             chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
+            slot = self.cache.acquire()
             try:
                 text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
             except BaseException:

@@ -68,7 +68,7 @@ class Llama:
                 continue
             shape, expected = self.weights.shape(names[ours]), tuple(parameter.shape)
             if ours in VOCAB_WEIGHTS:
-                expected = (max(num_text_tokens, *shape[:1]), expected[1])
+                expected = (max((num_text_tokens, *shape[:1])), expected[1])
             if shape != expected:
                 raise OpenError(f"{self.folder}: {names[ours]} is {shape}; config.json and the tokenizer require {expected}")
 

@@ -204,7 +204,7 @@ class Scheduler:
             sub = self.running[event.request_id]
             if isinstance(event, FinishEvent) and event.reason == "error":
                 self.metrics.failures.inc()
-                self._fail(sub.handle, APIError(500, "the request failed because of an error in the server"))
+                self._fail(sub.handle, APIError(500, "the engine failed at this request; other requests continue"))
             items.append((sub.handle, (sub.first_choice + event.sample_index, event)))
         for request_id in self.running.keys() - {sequence.request_id for sequence in self.engine.sequences}:
             del self.running[request_id]

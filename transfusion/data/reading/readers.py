@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from transfusion.config import BUILT_IN, DigitsConfig, ShapesConfig
+from transfusion.config import BUILT_IN, ChatLayout, DigitsConfig, ShapesConfig
 from transfusion.data.built_in.digits import Digits
 from transfusion.data.built_in.emoji import Emoji
 from transfusion.data.built_in.photographs import Photographs
@@ -96,13 +96,13 @@ class Reader:
             raise ValueError(f"{self.address} has no records")
         return units
 
-    def read(self, unit: Unit) -> Iterator[RawDocument | Fault]:
-        """The unit's documents in order; a fault instead of each record that cannot be read."""
+    def read(self, unit: Unit, chat: ChatLayout = ChatLayout()) -> Iterator[RawDocument | Fault]:  # noqa: B008 (frozen)
+        """The unit's documents in order; a fault instead of each record that cannot be read. `chat`: see `to_document`."""
         for span in unit.spans:
             for where, record in self.container.records(span):
-                yield self._document(where, record, span)
+                yield self._document(where, record, span, chat)
 
-    def _document(self, where: str, record: Any, span: Span) -> RawDocument | Fault:
+    def _document(self, where: str, record: Any, span: Span, chat: ChatLayout) -> RawDocument | Fault:
         where = _printable(where)
         if isinstance(record, RawDocument):
             return replace(record, where=where, split_group=where)
@@ -111,7 +111,7 @@ class Reader:
         try:
             renamed = rename_columns(record, self.options.columns)
             images = self.files.image_reader(span.path or self.files.root + "/.")
-            document = to_document(self.form, renamed, images)
+            document = to_document(self.form, renamed, images, chat)
         except Fault as fault:
             return _locate_fault(fault, where)
         except RecursionError:

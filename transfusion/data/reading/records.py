@@ -8,11 +8,14 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from transfusion.chat import ROLES, Turn, lay_out
+from transfusion.config import ChatLayout
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.containers import IMAGE_SUFFIXES
 
 Form = Literal["document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"]
 FORMS: tuple[str, ...] = get_args(Form)
+CONVERSATIONS: tuple[Form, ...] = ("conversation", "messages")  # these have a chat layout
 COLUMN_NAMES = {  # our name -> names in data sets; the first one present is read
     "image": ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "gif", "bmp", "image_path", "image_bytes",
               "file_name", "filename", "path", "url"),
@@ -60,8 +63,9 @@ def detect_form(record: dict) -> Form:
     raise Fault("missing column", f"it has neither a text nor an image column, only: {_list_columns(record)}")
 
 
-def to_document(form: Form, record: dict, images: ImageReader) -> RawDocument:
-    """The document of a record. Fault when a part of it is missing, empty, or cannot be read."""
+def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout()) -> RawDocument:  # noqa: B008
+    """The document of a record; `chat` is the layout of conversations. Fault when a part of it is missing, empty, or cannot
+    be read."""
     pairs = False
     match form:
         case "document":
@@ -75,16 +79,16 @@ def to_document(form: Form, record: dict, images: ImageReader) -> RawDocument:
         case "image":
             segments = [RawImage(images.read(_get_field(record, "image")))]
         case "conversation":
-            segments = _read_conversation(record, images)
+            segments = _to_segments(_read_conversation(record, images), chat)
         case "messages":
-            segments = _read_messages(record, images)
+            segments = _to_segments(_read_messages(record, images), chat)
         case "interleaved":
             segments = _read_interleaved(record, images)
         case "mmc4":
             segments = _read_mmc4(record, images)
         case "editing":
             segments = _read_editing(record, images)
-    if not any(isinstance(part, RawImage) or part.text.strip() for part in segments):
+    if not any(isinstance(part, RawImage) or (part.text.strip() and not part.parse_special) for part in segments):
         raise Fault("empty document", "it has neither text nor an image")
     if pairs:
         _check_pairs(segments)
@@ -148,55 +152,69 @@ def _read_pair(record: dict, images: ImageReader) -> list[RawText | RawImage]:
     return [RawText(caption), RawImage(images.read(_get_field(record, "image")))]
 
 
-def _read_conversation(record: dict, images: ImageReader) -> list[RawText | RawImage]:
-    """LLaVA: the model's turns are in the loss, the human's are not; images are conditions at the positions of marks."""
+def _read_conversation(record: dict, images: ImageReader) -> list[Turn]:
+    """LLaVA and ShareGPT: the model's text is in the loss; images are conditions at the positions of marks."""
     value = _first_value(record, (*COLUMN_NAMES["image"], "images"))
     values = [] if value is None else list(value) if isinstance(value, list) else [value]
-    turns = _get_list(record, "conversations")
-    texts = [_check_text(_get(turn, "value"), "text") for turn in turns]
+    messages = _get_list(record, "conversations")
+    texts = [_check_text(_get(message, "value", "content"), "text") for message in messages]
     marks = sum(text.count(IMAGE_MARK) for text in texts)
-    segments: list[RawText | RawImage] = []
-    if values and not marks:  # without marks the images are first
-        segments += [RawImage(images.read(value), loss=False, max_t=0.0) for value in values]
-    elif marks != len(values):
+    if marks != len(values) and (marks or not messages):
         raise Fault("lists of different lengths", f"{marks} times {IMAGE_MARK} for {len(values)} images")
-    remaining = iter(values)
-    for turn, text in zip(turns, texts, strict=True):
-        parts = text.split(IMAGE_MARK)
-        loss = str(_get(turn, "from")).lower() in ("gpt", "assistant", "model")
-        for number, part in enumerate(parts):
-            if number:
-                segments.append(RawImage(images.read(next(remaining)), loss=False, max_t=0.0))
-            text = part.strip("\n") if len(parts) > 1 else part
-            segments += [RawText(text, loss)] if text else []
-        segments.append(RawText("\n", loss))
-    return _merge_texts(segments)
+    pixels = (RawImage(images.read(value), loss=False, max_t=0.0) for value in values)
+    turns = []
+    for message, text in zip(messages, texts, strict=True):
+        first, *others = text.split(IMAGE_MARK)
+        content: list[str | RawImage] = [first.strip("\n") if others else first]
+        for part in others:
+            content += [next(pixels), part.strip("\n")]
+        turns.append(Turn(_get_role(message, "from", "role"), content))
+    if not marks and turns:  # the images are first in the first message of the user
+        asked = next((turn for turn in turns if turn.role == "user"), turns[0])
+        asked.content[:0] = pixels
+    return turns
 
 
-def _read_messages(record: dict, images: ImageReader) -> list[RawText | RawImage]:
+def _read_messages(record: dict, images: ImageReader) -> list[Turn]:
     """OpenAI: the assistant's text and images are in the loss; those of the user and the system are conditions. An image
     part without content takes the next of the record's `images`, as in TRL's data sets."""
-    segments: list[RawText | RawImage] = []
+    turns = []
     remaining = iter(record.get("images") if isinstance(record.get("images"), list) else ())
     for message in _get_list(record, "messages"):
-        loss, content = _get(message, "role") == "assistant", _get(message, "content")
-        if not isinstance(content, str | list):
-            raise Fault("bad segment", f"the content of a message must be text or a list, not {_short_repr(content)}")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        role, parts = _get_role(message, "role"), _get(message, "content")
+        loss, content = role == "assistant", []
+        if not isinstance(parts, str | list):
+            raise Fault("bad segment", f"the content of a message must be text or a list, not {_short_repr(parts)}")
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
             kind = _get(part, "type")
             if kind == "text":
-                segments.append(RawText(_check_text(_get(part, "text"), "text"), loss))
+                content.append(_check_text(_get(part, "text"), "text"))
             elif kind in ("image_url", "image"):
                 value = next(remaining, None) if part.get(kind) is None else part[kind]
                 if value is None:
                     raise Fault("lists of different lengths", "its messages have more image parts than it has images")
-                segments.append(RawImage(images.read(value), loss, 1.0 if loss else 0.0))
+                content.append(RawImage(images.read(value), loss, 1.0 if loss else 0.0))
             else:
                 raise Fault("bad segment", f"a part of a message must be text or image_url, not {_short_repr(kind)}")
-        segments.append(RawText("\n", loss))
+        turns.append(Turn(role, content))
     if next(remaining, None) is not None:
         raise Fault("lists of different lengths", "it has more images than its messages have image parts")
-    return _merge_texts(segments)
+    return turns
+
+
+def _get_role(message: Any, *names: str) -> str:
+    """The role of a message in the chat layout. Fault when there is no such role."""
+    role = _get(message, *names)
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise Fault("bad segment", f"the role of a message must be one of {', '.join(ROLES)}, not {_short_repr(role)}")
+    return ROLES[role.lower()]
+
+
+def _to_segments(turns: Sequence[Turn], chat: ChatLayout) -> list[RawText | RawImage]:
+    return [
+        RawText(part.content, part.loss, part.parse_special) if isinstance(part.content, str) else part.content
+        for part in lay_out(turns, chat)
+    ]
 
 
 def _read_interleaved(record: dict, images: ImageReader) -> list[RawText | RawImage]:
