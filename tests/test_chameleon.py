@@ -75,11 +75,11 @@ def logits_after(engine: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
         return engine.model(batch, [], []).logits[0]
 
 
-def sample_uncached(engine: Engine, parts: tuple, shape: tuple[int, int], scale: float) -> np.ndarray:
-    """Greedy codes with guidance, each from two uncached passes: with the prompt, and with only bos and boi."""
+def sample_uncached(engine: Engine, parts: tuple, shape: tuple[int, int], scale: float, negative: tuple = ()) -> np.ndarray:
+    """Greedy codes with guidance, each from two uncached passes: with the prompt, and with the negative prompt."""
     tail = [VOCABULARY.boi[shape]]
     for _ in range(math.prod(shape)):
-        cond, uncond = logits_after(engine, parts, tail), logits_after(engine, (), tail)
+        cond, uncond = logits_after(engine, parts, tail), logits_after(engine, negative, tail)
         guided = uncond + scale * (cond - uncond)
         tail.append(VOCABULARY.first_code + int(guided[VOCABULARY.first_code : VOCABULARY.num_used].argmax()))
     return np.array(tail[1:]).reshape(shape) - VOCABULARY.first_code
@@ -168,6 +168,28 @@ def test_batched_requests_equal_single_requests(specs, seed):
         (single,) = engine.generate([request])
         assert all(np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(answers, single, strict=True))
     assert len(engine.cache.free) == len(engine.cache.lengths) - len(engine.uncond_prefix_slots)  # no slot is lost
+
+
+@few
+@given(words, words, st.sampled_from(SHAPES), st.integers(0, 99))
+def test_negative_prompt_takes_the_place_of_the_empty_prompt(text, negative, shape, seed):
+    engine = build_engine(seed, guidance_scale=3.0)
+    (answer,) = engine.generate([Request(text, num_images=1, size=shape[::-1], negative_prompt=negative)])[0]
+    prompts = [(Text(tokenizer().encode(part)),) for part in (text, negative)]
+    expected = sample_uncached(engine, prompts[0], shape, 3.0, prompts[1])
+    assert np.array_equal(answer.parts[0][..., 0], expected)
+    assert len(engine.cache.free) == len(engine.cache.lengths)
+
+
+def test_pictures_of_the_prompt_are_part_of_the_seed():
+    engine = build_engine()
+    pictures = [np.full((4, 4, 1), code, np.uint8) for code in range(2)]
+    for parts in ("a", ("a", pictures[0]), ("a", pictures[1]), ("b", pictures[0])):
+        engine.submit(Request(parts, num_images=1))
+    engine.step()
+    seeds = [sequence.phase.image.generator.initial_seed() for sequence in engine.sequences]
+    assert seeds[1] == seeds[3]
+    assert len(set(seeds[:3])) == 3
 
 
 def test_text_after_an_image_depends_on_it():

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders as decoding
 
-from tests.documents import SHAPES
+from tests.documents import CHANNELS, SHAPES
 from tests.profile import examples
 from tests.tiny import SIZES, Latents, build_engine, picture, prompt_segments, tokenizer, uncached
 from transfusion.codecs.text import Tokenizer
@@ -23,6 +23,7 @@ from transfusion.inference.answer import Answer
 from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
 from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.seeding import derive_seed
 from transfusion.sequence import Document, Image, Text, encode_document
 
 few = examples(12, quick=5)
@@ -408,6 +409,33 @@ def test_images_of_one_sequence_have_different_noise(seed):
     starts = [call.x_t[0][0] for call in draws if call.t[0][0] == 1]
     assert len(starts) > 3
     assert all(not torch.equal(first, second) for n, first in enumerate(starts) for second in starts[:n])
+
+
+def first_noise(parts, seed: int = 7, **build_options) -> np.ndarray:
+    """The noise that the first image of this prompt begins with."""
+    engine = build_engine(**build_options)
+    engine.submit(Request(parts, 1, seed=seed))
+    engine.step()
+    return next(call for call in engine.model.calls if call.kind.startswith("draw")).x_t[0][0].numpy()
+
+
+def test_pictures_of_the_prompt_are_part_of_the_seed():
+    """A drawing and its edit with one seed do not begin with the same noise."""
+    one, other = picture((4, 4), 0), picture((4, 4), 1)
+    prompts_ = ["a", ("a", one), ("a", other), (one, other), (other, one), (one, one)]
+    noise = [first_noise(parts) for parts in prompts_]
+    assert len({values.tobytes() for values in noise}) == len(noise)
+    changed = one.copy()
+    changed[3, 3, 2] ^= 1
+    assert not np.array_equal(first_noise(("a", changed)), noise[1])
+    assert np.array_equal(first_noise((Picture.fromarray(one), "another text")), noise[1])
+
+
+@few
+@given(st.lists(words, min_size=1, max_size=3), seeds)
+def test_noise_of_a_prompt_without_pictures_depends_on_the_seed_only(parts, seed):
+    generator = torch.Generator().manual_seed(derive_seed(seed, 0, "image", 0))
+    assert np.array_equal(first_noise(parts, seed), torch.randn((1, CHANNELS, *SHAPES[0]), generator=generator)[0])
 
 
 # Ends and limits

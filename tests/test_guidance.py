@@ -209,6 +209,94 @@ def test_nearly_equal_scales_draw_nearly_equal_images(parts, seed):
     np.testing.assert_allclose(*images, rtol=0, atol=1e-3)
 
 
+# Negative prompts
+
+
+@some
+@given(
+    st.lists(words | pictures, max_size=2), words, st.sampled_from([(3.0, None), (0.0, None), (3.0, 1.5), (0.5, 2.5)]),
+    st.integers(1, 2), st.sampled_from(SIZES), seeds,
+)  # fmt: skip
+def test_negative_prompt_takes_the_place_of_the_empty_prompt(parts, negative, scale, num, size, seed):
+    """With two branches, and with three if the prompt has images and they have their own scale."""
+    engine = build_engine()
+    text_scale, image_scale = scale
+    options = generation(engine, guidance_scale=text_scale, image_guidance_scale=image_scale)
+    (answers,) = engine.generate([Request(tuple(parts), num, seed, options, size, negative_prompt=negative)])
+    segments, uncond = prompt_segments(parts), prompt_segments([negative])
+    prefixes, scales_ = [segments, uncond], [text_scale, 1.0]
+    if image_scale is not None and images_of(segments):
+        prefixes, scales_ = [segments, images_of(segments), uncond], [text_scale, image_scale, 1.0]
+    first = draws(engine)[0]
+    assert len(first.slots) == len(prefixes) * num
+    for sample_index, answer in enumerate(answers):
+        start = first.x_t[0][sample_index : sample_index + 1]
+        expected = draw_uncached(engine, prefixes, options, lambda _, predictions: guide(predictions, scales_), start)
+        np.testing.assert_allclose(answer.parts[0], expected, rtol=0, atol=1e-4)
+    assert not engine.uncond_prefix_slots
+    assert_no_slot_is_lost(engine)
+
+
+@few
+@given(illustrated, words, st.booleans(), seeds)
+def test_negative_prompt_of_free_generation_precedes_every_image(parts, negative, with_image_scale, seed):
+    engine = build_engine(draw_now_and_then)
+    image_scale = 1.5 if with_image_scale else None
+    options = generation(engine, guidance_scale=2.0, image_guidance_scale=image_scale, steps=2)
+    engine.submit(Request(tuple(parts), seed=seed, generation=options, negative_prompt=negative))
+    run_to_end(engine)
+    uncond, images = prompt_segments([negative]), images_of(prompt_segments(parts))
+    for call in draws(engine):
+        prefixes = [images, uncond] if with_image_scale else [uncond]
+        for row, prefix in enumerate(prefixes, start=1):
+            prediction = uncached(engine, [*prefix, Image(call.x_t[0][row].numpy())], call.t[0][row].item())[1]
+            torch.testing.assert_close(call.prediction.images[0][row], prediction, rtol=0, atol=1e-5)
+    assert_no_slot_is_lost(engine)
+
+
+@few
+@given(illustrated, seeds)
+def test_empty_negative_prompt_is_none(parts, seed):
+    engines = [build_engine(draw_now_and_then) for _ in range(2)]
+    for engine, negative in zip(engines, (None, ""), strict=True):
+        engine.submit(Request(tuple(parts), seed=seed, negative_prompt=negative))
+        run_to_end(engine)
+    first, second = ([(call.slots, call.x_t, call.tokens.tolist()) for call in engine.model.calls] for engine in engines)
+    assert str(first) == str(second)
+
+
+@few
+@given(
+    st.lists(st.tuples(illustrated, st.sampled_from((None, "b", "long")), st.none() | st.integers(1, 2), seeds),
+             min_size=2, max_size=3)
+)  # fmt: skip
+def test_batched_negative_prompts_equal_single_ones(specs):
+    def request(parts, negative, num, seed):
+        return Request(tuple(parts), num, seed, negative_prompt=negative)
+
+    together = build_engine(draw_now_and_then)
+    for spec, answers in zip(specs, together.generate([request(*spec) for spec in specs]), strict=True):
+        assert_same_answers(answers, build_engine(draw_now_and_then).generate([request(*spec)])[0])
+    assert_no_slot_is_lost(together)
+
+
+@pytest.mark.parametrize(("fields", "options", "message"), [
+    ({}, {"guidance_scale": 1.0}, "negative_prompt has no effect at guidance_scale 1: use a scale above 1"),
+    ({"num_images": 1}, {"guidance_scale": 1.0}, "negative_prompt has no effect at guidance_scale 1"),
+    ({"parts": ("a", picture((4, 4), 0))}, {"image_guidance_scale": 1.0}, "no effect at image_guidance_scale 1"),
+    ({"allow_images": False}, {}, "negative_prompt has no effect: the request draws no images"),
+    ({"num_images": 1, "negative_prompt": "a" * 195}, {}, "201 positions.*200"),
+    ({"negative_prompt": "a" * 195}, {}, "201 positions.*200"),
+])  # fmt: skip
+def test_negative_prompt_without_effect_or_room_is_refused(fields, options, message):
+    engine = build_engine()
+    defaults = {"parts": "a", "negative_prompt": "b", "generation": generation(engine, **options)}
+    with pytest.raises(ValueError, match=message) as raised:
+        engine.submit(Request(**defaults | fields))
+    assert len(str(raised.value).splitlines()) == 1
+    assert_no_slot_is_lost(engine)
+
+
 # Guidance interval and shift
 
 

@@ -230,7 +230,7 @@ def _print_answers(engine, args: Generate) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     answers = [{"sample": n, "parts": [], "reason": ""} for n in range(args.num_images or 1)]
-    num_files = 0
+    num_files, failures = 0, []
     with Console(stderr=True).status("drawing") as status:
         while engine.sequences:
             for event in engine.step():
@@ -245,6 +245,7 @@ def _print_answers(engine, args: Generate) -> None:
                     parts.append({"image": name})
                 elif isinstance(event, FinishEvent):
                     answers[event.sample_index]["reason"] = event.reason
+                    failures += [event.message] if event.reason == "error" else []
             steps = [state.phase.image.step for state in engine.sequences if isinstance(state.phase, Draw)]
             status.update(f"drawing: step {min(steps)}" if steps else "writing")
     output = {"run": str(args.run), "prompt": list(args.prompt), "seed": args.seed, "answers": answers}
@@ -252,6 +253,8 @@ def _print_answers(engine, args: Generate) -> None:
     for answer in answers:
         parts = [part.get("text") or f"[{args.out / part['image']}]" for part in answer["parts"]]
         print(f"{answer['sample']}: " if len(answers) > 1 else "", *parts, sep="")
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(answers)} samples failed: {failures[0]}")
 
 
 def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str]]:

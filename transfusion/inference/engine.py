@@ -47,6 +47,8 @@ from transfusion.sequence import EMPTY_CHUNK, Chunk, Document, Image, Text, enco
 
 log = logging.getLogger(__name__)
 
+MAX_LOGITS = 2**28  # float32 numbers of the logits of one forward pass: 1 GiB
+
 
 class Engine:
     """Generates text and images with a run. `generate` runs requests to their end; `submit`, `step`, `cancel` stream."""
@@ -97,8 +99,8 @@ class Engine:
         try:
             with self.opened.lower_precision():
                 for phase in (Decode, Prefill):
-                    sequences = [sequence for sequence in self.sequences if isinstance(sequence.phase, phase)]
-                    self._advance(sequences, self._read, self._after_text_pass, events)
+                    for sequences in self._reading_sequences(phase):
+                        self._advance(sequences, self._read, self._after_text_pass, events)
                 for sequences in self._drawing_sequences():
                     self._advance(sequences, self._predict, self._after_image_pass, events)
         except BaseException:
@@ -195,7 +197,7 @@ class Engine:
         if unknown:
             last = self.vocabulary.num_text_tokens - 1
             raise ValueError(f"{unknown[0]} is not an id of the run's tokenizer: its ids are 0 to {last}")
-        return Text(tuple(part.tokens))
+        return Text(part.tokens)
 
     def _check_negative_prompt(self, request: Request, scales: Sequence[float]) -> None:
         if not self.sizes or (request.num_images is None and not request.allow_images):
@@ -281,7 +283,7 @@ class Engine:
             for sequence in sequences if n < len(sequence.phase.chunks)
         ]  # fmt: skip
         slots, chunks = [sequence.slots[n] for sequence, n in order], [sequence.phase.chunks[n] for sequence, n in order]
-        num_logits = [len(sequence.phase.chunks[0]) if sequence.has_prompt_logprobs else 1 for sequence in sequences]
+        num_logits = [sequence.num_logits for sequence in sequences]
         num_logits += [0] * (len(order) - len(sequences))  # those of other branches are not needed
         logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary, num_logits)  # (T, V)
         by_sequence = logits.split(num_logits[: len(sequences)])
@@ -379,6 +381,19 @@ class Engine:
                 raise
             self.uncond_prefix_slots[shape] = slot
         return self.uncond_prefix_slots[shape]
+
+    def _reading_sequences(self, phase: type[Prefill] | type[Decode]) -> list[list[SequenceState]]:
+        """Those in this phase, in groups: one forward pass each. Only prompts with log probabilities need several."""
+        groups: list[list[SequenceState]] = []
+        num_logits = 0
+        for sequence in self.sequences:
+            if isinstance(sequence.phase, phase):
+                num_logits += sequence.num_logits * self.vocabulary.size
+                if not groups or num_logits > MAX_LOGITS:
+                    groups.append([])
+                    num_logits = sequence.num_logits * self.vocabulary.size
+                groups[-1].append(sequence)
+        return groups
 
     def _drawing_sequences(self) -> list[list[SequenceState]]:
         """Those that draw, by latent shape: one forward pass each. Codes of all shapes share one."""

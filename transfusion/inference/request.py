@@ -54,7 +54,8 @@ class Request:
                 raise ValueError(f"size must be (width, height), not {_describe(size)}")
             size = tuple(_whole_number("size", side, 1) for side in size)
         values = {
-            "parts": tuple(parts), "size": size, "seed": _whole_number("seed", self.seed),
+            "parts": tuple(_with_ids(part) if isinstance(part, Text) else part for part in parts),
+            "size": size, "seed": _whole_number("seed", self.seed),
             "preview_every": _whole_number("preview_every", self.preview_every, 0),
             **{name: _truth_value(name, getattr(self, name)) for name in ("allow_images", "prompt_logprobs")},
         }  # fmt: skip
@@ -130,6 +131,13 @@ class FinishEvent:
 
 
 Event = PromptEvent | TokenEvent | PreviewEvent | ImageEvent | FinishEvent
+
+
+def _with_ids(text: Text) -> Text:
+    try:
+        return Text(tuple(map(index, text.tokens)))
+    except TypeError:
+        raise ValueError(f"the tokens of a Text must be whole numbers, not {_describe(text.tokens)}") from None
 
 
 def _whole_number(name: str, value: Any, minimum: int | None = None) -> int:

@@ -66,3 +66,8 @@ class SequenceState:
     def has_prompt_logprobs(self) -> bool:
         """Does the next forward pass give the log probabilities of the prompt?"""
         return isinstance(self.phase, Prefill) and self.phase.has_logprobs
+
+    @property
+    def num_logits(self) -> int:
+        """Positions of the next text pass whose logits are needed: the last one, or all of a prompt."""
+        return len(self.phase.chunks[0]) if self.has_prompt_logprobs else 1

@@ -54,12 +54,14 @@ def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], allowed: Tensor, num_top: int) -> list[TokenLogprob]:
     """Of each token, from the logits (T, V) that predict it, with the num_top most likely of the allowed ids (V,) bool."""
-    logprobs = logits.log_softmax(-1)  # (T, V)
-    values = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    num_top = min(num_top, int(allowed.sum()))
-    top = logprobs.masked_fill(~allowed.to(logits.device), -torch.inf).topk(num_top)  # (T, num_top) each
-    pairs = [tuple(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-    return [TokenLogprob(*row) for row in zip(tokens, values, pairs, strict=True)]
+    normalizers = logits.logsumexp(-1, keepdim=True)  # (T, 1)
+    own = logits.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]) - normalizers  # (T, 1)
+    if not num_top:
+        return [TokenLogprob(token, value) for token, (value,) in zip(tokens, own.tolist(), strict=True)]
+    allowed_logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)  # (T, V)
+    values, ids = allowed_logits.topk(min(num_top, int(allowed.sum())))  # (T, num_top)
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), (values - normalizers).tolist(), strict=True)]
+    return [TokenLogprob(token, value, top) for token, (value,), top in zip(tokens, own.tolist(), pairs, strict=True)]
 
 
 def prompt_logprobs(logits: Tensor, chunk: Chunk, allowed: Tensor, num_top: int) -> tuple[TokenLogprob | None, ...]:
