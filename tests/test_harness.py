@@ -106,7 +106,11 @@ def sentencepiece_like() -> Tokenizer:
     return Tokenizer.from_json(tokenizer.to_str())
 
 
-@pytest.mark.parametrize("text", ["a small drawing of a house. " * 20, "\n" * 90, "12345 " * 30, "é" * 90, "   " * 60])
+TEXTS = {"words": "a small drawing of a house. " * 20, "lines": "\n" * 90, "digits": "12345 " * 30, "bytes": "é" * 90,
+         "spaces": "   " * 60}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("max_gen_toks", [5, 100])
 def test_prompt_longer_than_a_row_is_cut_by_ids(text, max_gen_toks):
     """It keeps the last ids: all that leave room for the answer, and at least half a row."""
@@ -194,6 +198,8 @@ def test_command_line_measures_a_run(monkeypatch, tmp_path, capsys, written):
     ([], "pretrained=nowhere", "nowhere is not a run: there is no such folder"), ([], "run=x", "run is unknown"),
     ([], "weights=raw", "--model_args needs pretrained=RUN"),
     (["--device", "toaster"], "pretrained={run}", "cannot compute on device 'toaster'"),
+    (["--batch_size", "0"], "pretrained={run}", "--batch_size must be auto or at least 1, not 0"),
+    (["--batch_size", "x"], "pretrained={run}", "--batch_size must be auto or at least 1, not x"),
     ([], "pretrained={run},weights=best", "weights must be ema or raw, not best"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(monkeypatch, tmp_path, written, options, model_args, words):

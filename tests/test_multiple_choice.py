@@ -219,6 +219,7 @@ def engine_that_writes(text: str, **options) -> Engine:
 
 @pytest.mark.parametrize(("options", "expected"), [
     ({"until": ["\n"]}, "qxyjv"), ({"until": ["y"]}, "qx"), ({"until": ["jv", "xy"]}, "q"), ({"until": "v"}, "qxyj"),
+    ({"until": ["y", "xy"]}, "q"),
     ({"until": [], "max_gen_toks": 3}, "qxy"), ({"until": ["yj"], "do_sample": False, "temperature": 0.7}, "qx"),
     ({}, "qxyjv"), ({"until": [""]}, "qxyjv"), ({"do_sample": True}, "qxyjv"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ lm_eval is an extra, `pip install '.[lm-eval]'` in a clone of the repository; on
 """
 
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -69,10 +70,13 @@ class HarnessModel(LM):
         if others or pretrained is None:
             problem = f"{next(iter(others))} is unknown" if others else "needs pretrained=RUN"
             raise ValueError(f"--model_args {problem}: use pretrained, weights, device and batch_size")
+        size = max_batch_size if str(batch_size).startswith("auto") else batch_size
+        if not re.fullmatch(r"0*[1-9]\d*", str(size)):
+            raise ValueError(f"--batch_size must be auto or at least 1, not {size}")
+        self.batch_size = int(size)
         if device == "cuda:0" and not torch.cuda.is_available():
             device = "auto"
         self.engine = pretrained if isinstance(pretrained, Engine) else open_run(str(pretrained), weights, device)
-        self.batch_size = max_batch_size if str(batch_size).startswith("auto") else int(batch_size)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): nats, and whether greedy decoding gives the continuation."""
