@@ -112,6 +112,12 @@ contents = st.lists(texts | st.integers(0, NUM_PICTURES - 1), max_size=4)
 conversations = st.lists(st.tuples(roles, contents), min_size=1, max_size=5)
 
 
+def asks_last(turns: list[tuple[str, Content]]) -> bool:
+    """Is the last content not of the assistant? Otherwise an answer without prefix would continue it."""
+    asked = [role for role, content in turns for part in content if part != ""]
+    return bool(asked) and asked[-1] != "assistant"
+
+
 def to_message(role: str, content: Content, image) -> dict:
     parts = [{"type": "text", "text": part} if isinstance(part, str) else image(part) for part in content]
     is_text = len(content) == 1 and isinstance(content[0], str)
@@ -174,8 +180,7 @@ def test_messages_are_served_as_trained(layout, tokenizer, turns, answer):
     ]
     assume(answer.strip() or any(isinstance(part, int) or part.strip() for _, content in turns for part in content))
     engine = engine_of(layout, tokenizer())
-    assume(layout != PLAIN or turns[-1][0] == "assistant" or any(part != "" for _, content in turns for part in content))
-    assume(not (layout == PLAIN and turns[-1][0] == "assistant"))  # without a layout the answer continues the last message
+    assume(layout != PLAIN or asks_last(turns))
     check_served_as_trained("messages", record, messages, answer, engine, layout)
 
 
@@ -203,7 +208,7 @@ def test_llava_is_served_as_trained(layout, data):
         marked = zip(["", *numbers], stripped, strict=has_marks)
         parts = [part for pair in marked for part in pair] if has_marks else numbers + split
         messages.append(to_message(role, parts, lambda n: {"type": "image_url", "image_url": {"url": url(n)}}))
-    assume(layout != PLAIN or (turns[-1][0] != "assistant" and any(part != "" for _, c in turns for part in c)))
+    assume(layout != PLAIN or asks_last(turns))
     check_served_as_trained("conversation", record, messages, "a bird", engine_of(layout, byte_level()), layout)
 
 
@@ -270,6 +275,36 @@ def test_unknown_role_is_a_fault():
     assert [part.text for part in raw.segments] == ["a", "\n", "b"]
 
 
+def test_names_of_roles():
+    """In training data and requests."""
+    turns = [{"from": name, "value": name} for name in ("system", "developer", "user", "Human", "assistant", "gpt", "model")]
+    raw = to_document("conversation", {"conversations": turns}, Pictures(), CHATML)
+    prefixes = [part.text for part in raw.segments if part.text.startswith("<|im_start|>")]
+    roles = ["system"] * 2 + ["user"] * 2 + ["assistant"] * 3
+    assert prefixes == [f"<|im_start|>{role}\n" for role in roles]
+    assert [part.text for part in raw.segments if part.loss and not part.parse_special] == ["assistant", "gpt", "model"]
+
+
+def test_conversation_that_edits_an_image_is_an_edit():
+    """For the dropout of training and for the task `edits`; the texts between the images are its instruction."""
+    from transfusion.data.loader import is_edit as is_edit_in_training
+    from transfusion.evaluation.edits import is_edit
+
+    def record(last_role: str, *content: str | int) -> dict:
+        def image(number: int) -> dict:
+            return {"type": "image", "image": number}
+
+        return {"messages": [to_message("user", content, image), to_message(last_role, [2], image)]}
+
+    for values, expected in [
+        (record("assistant", 0, "make it blue"), True), (record("user", 0, "make it blue"), False),
+        (record("assistant", "draw"), False), (record("assistant", 0, "with", 1), False),
+    ]:  # fmt: skip
+        raw = to_document("messages", values, Pictures())
+        assert is_edit(raw) == expected
+        assert is_edit_in_training(raw) or not expected
+
+
 # The server
 
 
@@ -298,8 +333,9 @@ def test_run_without_conversations_has_no_layout():
     """A captioner gets exactly its caption; several messages are one text."""
     engine = build_engine(text=byte_level())
     assert served_tokens([{"role": "user", "content": "three"}], engine)[0][1:] == [*byte_level().encode("three")]
-    messages = [{"role": "system", "content": "th"}, {"role": "user", "content": ""}, {"role": "user", "content": "ree"}]
-    assert served_tokens(messages, engine)[0][1:] == [*byte_level().encode("three")]
+    messages = [{"role": "system", "content": "wh"}, {"role": "user", "content": ""}, {"role": "user", "content": "at"}]
+    assert served_tokens(messages, engine)[0][1:] == [*byte_level().encode("what")]
+    assert byte_level().encode("what") != byte_level().encode("wh") + byte_level().encode("at")
 
 
 # Prepared data and runs

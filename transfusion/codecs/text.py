@@ -138,9 +138,7 @@ class Tokenizer:
         run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
         tokenizer = self._special_parser if parse_special else self._tokenizer
         (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
-        if parse_special:
-            return tuple(encoding.ids)
-        if not self._special_ids.intersection(encoding.ids):
+        if parse_special or not self._special_ids.intersection(encoding.ids):
             return tuple(encoding.ids)
         ids: list[int] = []  # word-level models find special tokens in the text: encode those character by character
         for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
