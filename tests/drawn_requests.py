@@ -76,14 +76,16 @@ def field_names(model: type[schemas.StrictModel]) -> list[str]:
 
 
 def draw_requests(seed: int) -> Iterator[Drawn]:
-    """Endless. The first ones have every kind of value in every field once; some have other changes too."""
+    """Endless. The first ones have every kind of value in every field once, used fields before others; some have other
+    changes too."""
     rng = random.Random(seed)
-    places = [(path, None, name) for path, model in MODELS.items() for name in field_names(model)]
-    places += [(CHAT, place, name) for place, (model, _, _) in NESTED.items() for name in field_names(model)]
+    places = [(path, None, model, name) for path, model in MODELS.items() for name in field_names(model)]
+    places += [(CHAT, place, model, name) for place, (model, _, _) in NESTED.items() for name in field_names(model)]
     while True:
         combinations = list(product(places, KINDS))
         rng.shuffle(combinations)
-        for (path, place, name), kind in combinations:
+        combinations.sort(key=lambda it: it[0][3] not in it[0][2].model_fields)  # stable
+        for (path, place, _, name), kind in combinations:
             fields = {name: str(it) for name, it in valid_body(path).items()} if path == EDIT else valid_body(path)
             changes = [(name, kind)]
             if place is None:

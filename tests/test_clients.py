@@ -465,10 +465,11 @@ def test_the_echo_has_the_log_probability_of_every_token(client, opened, prompt,
     expected = likelihoods(Engine(opened), [("", prompt)])[0].log_probs
     assert logprobs["token_logprobs"][: len(expected)] == pytest.approx(expected, abs=1e-4)
     assert len(logprobs["tokens"]) >= len(expected) + 1  # also if the answer is only eos
-    for token, value, top, offset in zip(*(logprobs[name] for name in (
-        "tokens", "token_logprobs", "top_logprobs", "text_offset")), strict=True):  # fmt: skip
+    ids, bytes_of = opened.tokenizer.encode(prompt), opened.tokenizer.token_bytes
+    starts = [len(b"".join(map(bytes_of, ids[:n])).decode(errors="ignore")) for n in range(len(ids))]
+    assert logprobs["text_offset"][: len(ids)] == starts
+    for token, value, top in zip(*(logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
         assert top is None if num_top == 0 else (top[token] == value and num_top <= len(top) <= num_top + 1)
-        assert token.startswith("bytes:") or offset >= len(prompt) or text[offset:].startswith(token)
     assert join_chunks(client, prompt=prompt, echo=True, logprobs=num_top) == {"text": text, "logprobs": logprobs}
     assert complete(client, prompt=prompt, logprobs=num_top)["text"] == text.removeprefix(prompt)
 
@@ -685,7 +686,7 @@ def test_64_clients_at_once_get_the_answers_of_each_alone(client, server):
 
 def test_drawn_requests_are_answered_or_refused(client, caplog):
     """`python -m tests.drawn_requests` sends 5,000 to a server of its own."""
-    results = send_drawn(client, 5000 if THOROUGH else 150)
+    results = send_drawn(client, 5000 if THOROUGH else 500)
     assert sum(results.values(), Counter()).keys() == {"answered", "refused"} and all(results.values())
     assert not caplog.records
 

@@ -15,7 +15,7 @@ import pytest
 from tests.abuse import TEXT, valid_body
 from tests.serving import Gate, run_server, serving, wait_until
 from tests.tiny import build_engine
-from transfusion.serving.connections import SMALL_PARTS, Server
+from transfusion.serving.connections import SMALL_PARTS, Connection, Server
 from transfusion.serving.limits import Limits
 from transfusion.serving.streams import EventStreamResponse
 
@@ -146,6 +146,20 @@ def test_a_client_that_reads_slowly_is_not_dropped():
             time.sleep(SHORT / 30)
             connection.recv(2**20)
         assert not app.is_closed.is_set()
+
+
+def test_small_writes_are_sent_at_once(server, monkeypatch):
+    """Otherwise each event of a stream waits until the one before is acknowledged."""
+    options = []
+
+    def connection_made(connection, transport):
+        made(connection, transport)
+        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    made = Connection.connection_made
+    monkeypatch.setattr(Connection, "connection_made", connection_made)
+    exchange(server.port, HEAD + b"Connection: close\r\n\r\n")
+    assert options == [1]
 
 
 # Number

@@ -8,6 +8,7 @@ from PIL import Image as Picture
 
 from tests.profile import examples
 from tests.tiny import build_engine, picture
+from transfusion.codecs import pictures
 from transfusion.codecs.pictures import PictureError, pixels_of, to_pixels
 from transfusion.inference.request import Request
 
@@ -86,3 +87,12 @@ def test_array_and_picture_are_the_same_prompt():
     images = [answer.parts[0] for (answer,) in build_engine().generate([Request(part, 1, seed=1) for part in parts])]
     for image in images:
         np.testing.assert_allclose(image, images[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("band_pixels", [1, 24, 100, 10**6])
+def test_a_picture_is_put_on_white_band_by_band(monkeypatch, band_pixels):
+    """As the whole picture at once, whatever the bands are."""
+    monkeypatch.setattr(pictures, "BAND_PIXELS", band_pixels)
+    image = Picture.fromarray(np.random.default_rng(0).integers(0, 256, (17, 24, 4), dtype=np.uint8))
+    whole = Picture.alpha_composite(Picture.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert (pixels_of(image) == np.asarray(whole)).all()

@@ -53,7 +53,7 @@ class CountingWord(str):
 @pytest.mark.parametrize("word", ["a" * 999 + "c", "ab" * 400 + "c", "a" * 400 + "b" + "a" * 400 + "c"])
 @pytest.mark.parametrize("piece", [1, 7, 100_000])
 def test_the_work_is_linear_in_the_text(word, piece):
-    matcher, text = StopMatcher([CountingWord(word)]), "aab" * 5 + "a" * 20_000 + "ab" * 5_000
+    matcher, text = StopMatcher([CountingWord(word)]), "aab" * 5 + "a" * 4_000 + "ab" * 1_000
     CountingWord.reads = 0
     for start in range(0, len(text), piece):
         assert not matcher.feed(text[start : start + piece])[1]

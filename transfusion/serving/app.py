@@ -94,19 +94,22 @@ class Service:
 
     async def complete(self, http_request: Request) -> Response:
         body = await read_json(http_request, CompletionRequest)
-        requests, echoes = await self.served.parse_completion(body)
+        requests, echoes = await self._cancel_on_disconnect(http_request, self.served.parse_completion(body))
         answer_format = CompletionFormat(self.served.names, body.logprobs is not None, echoes if body.echo else None)
         return await self._respond_with_text(http_request, requests, answer_format, body)
 
     async def generate_images(self, http_request: Request) -> Response:
         body = await read_json(http_request, ImageRequest)
-        return await self._respond_with_images(http_request, self.served.parse_image(body), body, "image_generation")
+        request = await self._cancel_on_disconnect(http_request, self.served.parse_image(body))
+        return await self._respond_with_images(http_request, request, body, "image_generation")
 
     async def edit_images(self, http_request: Request) -> Response:
         """OpenAI's form: image (one or more files), prompt, and the fields of /v1/images/generations."""
         self.served.check_edits()
         body, files = await read_form(http_request, self.served.limits.pictures)
-        request = await self._cancel_on_disconnect(http_request, self.served.parse_edit(body, files))
+        if not files:
+            raise APIError(400, "image is missing: send one or more picture files", "image")
+        request = await self._cancel_on_disconnect(http_request, self.served.parse_image(body, files))
         return await self._respond_with_images(http_request, request, body, "image_edit")
 
     async def list_models(self, _: Request) -> Response:
@@ -136,7 +139,6 @@ class Service:
         self, http_request: Request, requests: Sequence[engines.Request], answer_format: ChatFormat | CompletionFormat,
         body: ChatRequest | CompletionRequest,
     ) -> Response:  # fmt: skip
-        requests = await self.served.encode_texts(requests)
         writer = CompletionWriter(self.served.name, requests[0].seed, answer_format)
         num_choices = sum(request.num_images or 1 for request in requests)
         deadline = time.monotonic() + self.served.limits.deadline
@@ -158,7 +160,6 @@ class Service:
     async def _respond_with_images(
         self, http_request: Request, request: engines.Request, body: ImageRequest, event_prefix: str
     ) -> Response:
-        (request,) = await self.served.encode_texts([request])
         deadline = time.monotonic() + self.served.limits.deadline
         pictures = PictureWriter(body.output_format, body.output_compression, body.response_format == "url")
         writer = ImageWriter(request, format_size(request.size), event_prefix, pictures, self.served.count_patches)

@@ -1,6 +1,6 @@
 """Bodies of requests: JSON and forms to checked fields. What is costly to parse is refused before it is parsed.
 
-A large body is parsed in a thread, but `json.loads` holds the interpreter's lock, so its time is bounded by the size of its input.
+A large body is parsed in a thread, but `json.loads` holds the interpreter's lock: only less input makes its time shorter.
 """
 
 import asyncio

@@ -21,7 +21,6 @@ from transfusion.serving.logprobs import TokenNames
 from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
 
-Part = str | Text | np.ndarray
 MAX_ENCODING = 1  # texts that are tokenized at once
 
 
@@ -84,7 +83,10 @@ class ServedRun:
             Turn(ROLES[message.role], [p.text if isinstance(p, TextPart) else next(pixels) for p in message.content_parts])
             for message in body.messages
         ]
-        parts = [await self._encode(part.content, part.parse_special) for part in lay_out_prompt(turns, self.chat)]
+        parts = [
+            await self._encode(part.content, part.parse_special) if isinstance(part.content, str) else part.content
+            for part in lay_out_prompt(turns, self.chat)
+        ]
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
         common = {
@@ -131,10 +133,11 @@ class ServedRun:
             raise APIError(400, f"{parts} take {length:,} positions; {limit}", "prompt")
         return text, echo
 
-    def parse_image(self, body: ImageRequest, pictures: Sequence[np.ndarray] = ()) -> Request:
-        """One request for all images. The pictures precede the prompt, as in training."""
+    async def parse_image(self, body: ImageRequest, files: Sequence[bytes] = ()) -> Request:
+        """One request for all images. The pictures in the files precede the prompt, as in training."""
         self._check(body.model, body.n)
         self._check_text(body.prompt, "prompt")
+        self._check_pictures(len(files), "image")
         generation = self._with_image_options(self.generation, body)
         if body.partial_images and body.preview_every:
             raise APIError(400, "partial_images and preview_every are the same option: send only one", "partial_images")
@@ -144,34 +147,17 @@ class ServedRun:
         if body.partial_images:
             steps = self.num_codes[size] if self.num_codes else generation.steps
             preview_every = max(1, steps // (body.partial_images + 1))
-        parts = merge_texts([*pictures, body.prompt])
+        pictures = [await self.pictures.read(file, "image") for file in files]  # costly, so after all checks
+        texts = [await self._encode(body.prompt)] if body.prompt else []
         return Request(
-            parts, body.n or 1, choose_seed(body.seed), generation, size, preview_every,
+            (*pictures, *texts), body.n or 1, choose_seed(body.seed), generation, size, preview_every,
             negative_prompt=body.negative_prompt,
         )  # fmt: skip
 
-    async def parse_edit(self, body: ImageRequest, files: Sequence[bytes]) -> Request:
-        """As parse_image, with the pictures in these files."""
-        if not files:
-            raise APIError(400, "image is missing: send one or more picture files", "image")
-        self._check_pictures(len(files), "image")
-        self.parse_image(body)  # checks all other fields before a picture is decoded
-        return self.parse_image(body, [await self.pictures.read(file, "image") for file in files])
-
-    async def encode_texts(self, requests: Sequence[Request]) -> list[Request]:
-        """The same requests with token ids in place of texts: a long text takes long, so it is not left to the engine's
-        thread. The choices of one prompt share its parts."""
-        encoded: dict[int, tuple] = {}
-        for request in requests:
-            if id(request.parts) not in encoded:
-                encoded[id(request.parts)] = tuple([await self._encode(part) for part in request.parts])
-        return [replace(request, parts=encoded[id(request.parts)]) for request in requests]
-
-    async def _encode(self, part: Part, parse_special: bool = False) -> Part:
-        if not isinstance(part, str):
-            return part
+    async def _encode(self, text: str, parse_special: bool = False) -> Text:
+        """Its ids, as `data prepare` encodes it. A long text takes long, so it is not left to the engine's thread."""
         async with self.encoding:
-            return Text(await asyncio.to_thread(self.tokenizer.encode, part, parse_special))
+            return Text(await asyncio.to_thread(self.tokenizer.encode, text, parse_special))
 
     def check_edits(self) -> None:
         """APIError when the run cannot edit. Called before a form is read."""
@@ -236,17 +222,6 @@ class ServedRun:
 def override(generation: GenerationConfig, **options: float | None) -> GenerationConfig:
     """With those options that are not None."""
     return replace(generation, **{name: value for name, value in options.items() if value is not None})
-
-
-def merge_texts(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Joins adjacent texts and drops empty ones."""
-    merged: list[Part] = []
-    for part in parts:
-        if isinstance(part, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += part
-        elif not isinstance(part, str) or part:
-            merged.append(part)
-    return tuple(merged)
 
 
 def choose_seed(seed: int | None) -> int:
