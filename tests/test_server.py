@@ -293,7 +293,7 @@ def test_models_health_and_metrics(client, server):
         assert http.get("/health").json() == {"status": "ok"}
         before = float(re.search(r"\ntransfusion_images_total (\S+)", http.get("/metrics").text)[1])
         client.images.generate(prompt="a", n=2)
-        assert f"transfusion_images_total {before + 2}" in http.get("/metrics").text
+        wait_until(lambda: f"transfusion_images_total {before + 2}" in http.get("/metrics").text)
         metric = 'requests_total{path="/v1/images/generations",status="200"}'
         wait_until(lambda: metric in http.get("/metrics").text)  # once the last byte is sent
         page = http.get("/")

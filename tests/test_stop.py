@@ -1,7 +1,7 @@
 """Stop sequences: against the rule itself, however the text is cut, in linear work."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.profile import examples
@@ -28,6 +28,8 @@ def feed_pieces(matcher: StopMatcher, pieces: list[str]) -> tuple[str, bool]:
 
 
 @examples(1000, 200)
+@example(["aa", "ab"], ["aab"])
+@example(["ababac"], ["abac", "b" * 5])
 @given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", max_size=5), max_size=4))
 def test_a_text_ends_before_its_first_stop_word_however_it_is_cut(pieces, words):
     assert feed_pieces(StopMatcher(words), pieces) == cut_at_stop_word("".join(pieces), words)
