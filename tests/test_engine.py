@@ -514,6 +514,19 @@ def test_sampled_token_is_allowed_and_in_the_nucleus(logits, allowed, temperatur
     assert likelier / sum(weights.values()) < top_p + 1e-4  # the likelier tokens alone do not reach top_p
 
 
+@few
+@given(seeds, st.floats(0.01, 0.999), st.sampled_from((0.1, 3.0)))
+def test_nucleus_of_many_ids_is_the_one_of_all_sorted(seed, top_p, sharpness):
+    """Whether the first sorted ids reach top_p or not."""
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (sharpness * torch.randn(5000, generator=generator)).softmax(0)
+    values, ids = probabilities.sort(descending=True)
+    expected = torch.zeros(5000).index_copy(0, ids, values * (values.cumsum(0) - values < top_p))
+    nucleus = text_mode.keep_nucleus(probabilities, top_p)
+    assert (nucleus != expected).sum() <= 1  # the last one, by rounding
+    assert torch.equal(nucleus[nucleus > 0], probabilities[nucleus > 0])
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
 def test_temperature_near_zero_is_greedy(temperature):
     config = GenerationConfig(temperature=temperature)

@@ -38,7 +38,7 @@ def close(value: float):
 @few
 @given(prompts, st.sampled_from((0.0, 1.0)), st.integers(0, 5), seeds)
 def test_logprobs_of_sampled_tokens_are_those_of_an_uncached_pass(parts, temperature, num_top, seed):
-    engine = build_engine(draw_now_and_then)
+    engine = build_engine(lambda v: draw_now_and_then(v) | {v.eoi: 5.0, v.size - 1: 5.0})  # likely, but never sampled
     options = generation(engine, temperature=temperature, top_p=0.9)
     engine.submit(Request(parts, seed=seed, generation=options, logprobs=num_top))
     segments, tokens = list(prompt_segments(parts)), []

@@ -13,6 +13,7 @@ from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
 from transfusion.sequence import NO_TARGET, Chunk, Row, Vocabulary, collate
 
+NUM_SORTED = 1024  # ids that are sorted first for top_p
 MIN_TEMPERATURE = 1e-4  # below it float32 gives every token but the most likely one probability zero
 
 
@@ -46,10 +47,19 @@ def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, 
         return int(logits.argmax())
     probabilities = (logits / generation.temperature).softmax(-1)
     if generation.top_p < 1:
-        sorted_probabilities, order = probabilities.sort(descending=True)
-        in_nucleus = sorted_probabilities.cumsum(0) - sorted_probabilities < generation.top_p
-        probabilities = torch.zeros_like(probabilities).index_copy(0, order, sorted_probabilities * in_nucleus)
+        probabilities = keep_nucleus(probabilities, generation.top_p)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Probabilities (V,) with zeros outside the smallest set of the likeliest ids that has at least top_p in all (nucleus
+    sampling, 1904.09751). A part of the ids is sorted, and all only if that is not enough: a sort of 128,256 takes 25 ms."""
+    for size in (min(NUM_SORTED, len(probabilities)), len(probabilities)):
+        values, ids = probabilities.topk(size)
+        before = values.cumsum(0) - values  # (size,) total of the likelier ids
+        if before[-1] >= top_p:
+            break
+    return torch.zeros_like(probabilities).index_copy(0, ids, values * (before < top_p))
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], allowed: Tensor, num_top: int) -> list[TokenLogprob]:
