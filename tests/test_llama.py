@@ -23,8 +23,8 @@ from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import LlamaStart
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import ModelConfig
-from transfusion.data.store import open_prepared
+from transfusion.config import DataConfig, ModelConfig
+from transfusion.data.sources import fit
 from transfusion.disk import OpenError, read_json
 from transfusion.inference.engine import Request, open_run
 from transfusion.inference.text_mode import allowed_tokens
@@ -201,7 +201,7 @@ def test_names_that_are_wrong_or_contradict_are_refused(tmp_path, files, words):
 
 
 def test_chat_model_ends_its_answer_as_in_transformers(tmp_path):
-    """The likeliest token is the second of two eos ids, in the run, its export, and a run on data prepared for it."""
+    """The likeliest token is the second of two eos ids, in the run and its export. Data prepared for it keep both ids."""
     llama = tmp_path / "llama"
     theirs = write_llama(llama)
     write_named(llama, LLAMA_3, {"generation_config": {"eos_token_id": [261, 262]}})
@@ -212,21 +212,20 @@ def test_chat_model_ends_its_answer_as_in_transformers(tmp_path):
         assert theirs(tokens).logits[0, -1].argmax() == 262
     theirs.save_pretrained(llama)
     write_named(llama, LLAMA_3, {"generation_config": {"eos_token_id": [261, 262]}})
-    options = ("--training.steps", 1, *NO_LEARNING, "--init-from", llama)
-    train(tmp_path / "run", *options)
-    write_photos(tmp_path / "photos", 40)
-    tokenizer = ("--tokenizer", llama / "tokenizer.json")
-    command("data", "prepare", tmp_path / "photos", *tokenizer, "--out", tmp_path / "data")
-    train(tmp_path / "prepared", "--data", tmp_path / "data", *options)
-    for folder in (tmp_path / "run", export(tmp_path / "run", tmp_path / "exported"), tmp_path / "prepared"):
+    train(tmp_path / "run", "--training.steps", 1, *NO_LEARNING, "--init-from", llama)
+    for folder in (tmp_path / "run", export(tmp_path / "run", tmp_path / "exported")):
         engine = open_run(folder, device="cpu")
         assert engine.vocabulary.eos_ids == (261, 262)
         greedy = engine.make_generation_config(temperature=0.0, max_tokens=4)
         ((answer,),) = engine.generate([Request(("a house",), allow_images=False, generation=greedy)])
         assert (answer.parts, answer.reason) == ([], "eos")
-    command("data", "prepare", tmp_path / "photos", "--like", tmp_path / "run", "--out", tmp_path / "like")
-    for name in ("data", "like"):
-        assert open_prepared(tmp_path / name).tokenizer.markers == start.tokenizer.markers
+    write_photos(tmp_path / "photos", 40)
+    for name, options in {"data": ("--tokenizer", llama / "tokenizer.json"), "like": ("--like", tmp_path / "run")}.items():
+        command("data", "prepare", tmp_path / "photos", *options, "--out", tmp_path / name)
+        config = DataConfig(prepared=(str(tmp_path / name),), seq_len=64)
+        for tokenizer in (None, start.tokenizer):  # of a new run, and of one that starts from the language model
+            prepared = fit(config, 2, 0, tokenizer).vocabulary
+            assert (prepared.bos, prepared.eos_ids) == (vocabulary.bos, (261, 262))
 
 
 def test_float16_weights_are_read(tmp_path):
