@@ -193,7 +193,8 @@ def test_llava_is_served_as_trained(layout, data):
     turns = data.draw(st.lists(st.tuples(roles.filter(lambda role: role != "developer"), contents), min_size=1, max_size=4))
     pictures = [part for _, content in turns for part in content if isinstance(part, int)]
     if not has_marks:  # the images are in the first message of the user
-        turns = [("user", [*pictures, "which?"]), *((role, [p for p in c if isinstance(p, str)]) for role, c in turns)]
+        turns = [(role, [part for part in content if isinstance(part, str)]) for role, content in turns]
+        turns = [("system", ["be brief"])] * data.draw(st.integers(0, 1)) + [("user", [*pictures, "which?"]), *turns]
     names = {"system": ("system",), "user": ("human", "user", "Human"), "assistant": ("gpt", "model", "assistant")}
     record = {"image": pictures, "conversations": [
         {"from": data.draw(st.sampled_from(names[role])),
