@@ -138,8 +138,8 @@ def test_a_client_that_does_not_read_is_dropped():
 
 
 def test_the_time_ends_when_a_client_reads_again(monkeypatch):
-    made, initialize = [], Connection.__init__
-    monkeypatch.setattr(Connection, "__init__", lambda self, *args, **kw: (initialize(self, *args, **kw), made.append(self))[0])
+    made, connection_made = [], Connection.connection_made
+    monkeypatch.setattr(Connection, "connection_made", lambda self, it: (connection_made(self, it), made.append(self)))
     with run_server(EndlessStream(), Limits(client_timeout=1000)) as port, connect(port) as connection:
         connection.sendall(HEAD + b"\r\n")
         wait_until(lambda: made and made[0].flow.write_paused and made[0].timer)
