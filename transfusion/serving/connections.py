@@ -145,13 +145,6 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event))
         self.transport.close()
 
-    def shutdown(self) -> None:
-        """Unlike uvicorn's, does not fail when the client has sent something invalid."""
-        if self.has_request:
-            self.cycle.keep_alive = False
-        else:
-            self.transport.close()
-
     def _update(self) -> None:
         """Start the time when the connection has no request any more; stop it when it has one."""
         is_idle = self in self.pool.idle
