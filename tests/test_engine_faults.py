@@ -21,7 +21,7 @@ from transfusion.inference import engine as engine_module
 from transfusion.inference.engine import Engine
 from transfusion.inference.request import FinishEvent, ImageEvent, Request, TokenEvent
 
-some = examples(100, quick=15)
+some = examples(100, quick=10)
 few = examples(25, quick=6)
 
 
