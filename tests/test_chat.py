@@ -279,6 +279,11 @@ def test_unknown_role_is_a_fault():
     assert [part.text for part in raw.segments] == ["a", "\n", "b"]
 
 
+def test_question_and_answer_without_layout_stay_apart():
+    parts = lay_out([Turn("system", ["a"]), Turn("user", ["b", "c"]), Turn("assistant", ["d", "e"])], PLAIN)
+    assert [(part.content, part.loss) for part in parts] == [("abc", False), ("de", True)]
+
+
 def test_conversation_without_content_is_a_fault_in_any_layout():
     with pytest.raises(Fault, match="neither text nor an image"):
         to_document("messages", {"messages": [{"role": "user", "content": " "}]}, Pictures(), CHATML)
