@@ -232,6 +232,9 @@ def test_only_the_layout_is_parsed_for_special_tokens(turns, layout):
         assert all(part.content in asdict(layout).values() for part in parts if part.parse_special)
         written = [part.content for part in parts if isinstance(part.content, str) and not part.parse_special]
         assert "".join(written) == "".join(part for turn in turns for part in turn.content if isinstance(part, str))
+        learnt = [part.content for part in parts if part.loss and isinstance(part.content, str) and not part.parse_special]
+        answers = [part for turn in turns if turn.role == "assistant" for part in turn.content if isinstance(part, str)]
+        assert "".join(learnt) == "".join(answers)
         special = set(byte_level().find_special("".join(SPECIAL)))
         assert not any(special & {*byte_level().encode(text)} for text in written)
 
@@ -274,6 +277,16 @@ def test_unknown_role_is_a_fault():
     turns = [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]  # other people's keys
     raw = to_document("conversation", {"conversations": turns}, Pictures())
     assert [part.text for part in raw.segments] == ["a", "\n", "b"]
+
+
+def test_question_and_answer_without_layout_stay_apart():
+    parts = lay_out([Turn("system", ["a"]), Turn("user", ["b", "c"]), Turn("assistant", ["d", "e"])], PLAIN)
+    assert [(part.content, part.loss) for part in parts] == [("abc", False), ("de", True)]
+
+
+def test_conversation_without_content_is_a_fault_in_any_layout():
+    with pytest.raises(Fault, match="neither text nor an image"):
+        to_document("messages", {"messages": [{"role": "user", "content": " "}]}, Pictures(), CHATML)
 
 
 def test_names_of_roles():
