@@ -36,7 +36,7 @@ def draw_rows(options: Options) -> dict[str, list[Drawing]]:
                 continue
             done.add(folder)
             print(variant.name, flush=True)
-            _, rows[variant.name] = draw_scenes(open_run(folder, options.device), source, IMAGES_PER_ROW)
+            _, rows[variant.name] = draw_scenes(open_run(folder, device=options.device), source, IMAGES_PER_ROW)
     return rows
 
 

@@ -34,7 +34,9 @@ for arguments in json.loads(sys.argv[1]):
 print("results" + json.dumps(results))
 """
 OPTIONS = {"tyro", "typeguard", "docstring_parser", "typing_extensions"}  # that read options
-FILES = {"numpy", "PIL", "pyarrow", "cloudpickle", "cython_runtime", "fsspec", "absl"}  # that read images and tables
+FILES = {  # that read images and tables
+    "numpy", "PIL", "pyarrow", "cloudpickle", "cython_runtime", "fsspec", "absl", "zstandard",
+}  # fmt: skip
 
 
 def replace_name(argument: str, paths: dict[str, Path]) -> str:
@@ -68,8 +70,9 @@ WRONG = {  # arguments -> the exit code
     "generate NOWHERE three": 1, "generate NOWHERE": 2, "generate NOWHERE three --steps 0": 2,
     "generate NOWHERE a --size big": 2, "generate NOWHERE three --sampler magic": 2, "evaluate NOWHERE": 1, "evaluate": 2,
     "evaluate --from NOWHERE/results.json": 1,
-    "evaluate NOWHERE --tasks nonsense": 2, "evaluate NOWHERE --questions NOWHERE/a.jsonl": 1, "report NOWHERE": 1,
-    "report NOWHERE --devise cpu": 2, "export NOWHERE --out NEW": 1, "export NOWHERE": 2, "serve NOWHERE": 1,
+    "evaluate NOWHERE --tasks nonsense": 2, "evaluate NOWHERE --tasks choice --questions NOWHERE/a.jsonl": 1,
+    "report NOWHERE": 1, "report NOWHERE --devise cpu": 2, "export NOWHERE --out NEW": 1, "export NOWHERE": 2,
+    "serve NOWHERE": 1,
     "serve NOWHERE --port 99999": 2, "serve NOWHERE --host 0.0.0.0": 2, "serve NOWHERE --limits.max-sequences 0": 2,
     "plan 7b --memory 24": 2, "plan 7b --gpus 0": 2, "plan 7b --batch many": 2, "plan 9b": 2, "plan small --data NOWHERE": 1,
     "data fit-codec smal a": 2, "generate runs/nowhere three": 1, "evaluate RUN --data NOWHERE": 1,

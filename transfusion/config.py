@@ -433,17 +433,19 @@ class Run(Config):
 to_json = asdict  # a config as plain JSON values
 
 
-def from_json(kind: type[Config], values: dict):
-    """The config of this class that `to_json` wrote. ValueError names a field that is unknown, missing or invalid."""
+def from_json(kind: type[Config], values: dict, part: str = ""):
+    """The config of this class that `to_json` wrote. ValueError names a field that is unknown, missing or invalid.
+    `part` is its prefix for a class that has none."""
+    part = kind.part or part
     if not isinstance(values, dict):
-        raise ValueError(f"{kind.part.removesuffix('.') or 'the config'} must be an object, not a {type(values).__name__}")
+        raise ValueError(f"{part.removesuffix('.') or 'the config'} must be an object, not a {type(values).__name__}")
     hints, options = get_type_hints(kind), dict(values)
     for name in values.keys() - hints.keys():
-        raise ValueError(f"unknown field {kind.part}{name}")
+        raise ValueError(f"unknown field {part}{name}")
     for f in fields(kind):
         if f.name not in values and f.default is f.default_factory is MISSING:
-            raise ValueError(f"the field {kind.part}{f.name} is missing")
+            raise ValueError(f"the field {part}{f.name} is missing")
         inner = next((t for t in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(t)), None)
         if inner and isinstance(values.get(f.name), dict):
-            options[f.name] = from_json(inner, values[f.name])
+            options[f.name] = from_json(inner, values[f.name], f"{f.name}.")
     return kind(**options)

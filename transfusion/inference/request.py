@@ -134,10 +134,13 @@ Event = PromptEvent | TokenEvent | PreviewEvent | ImageEvent | FinishEvent
 
 
 def _with_ids(text: Text) -> Text:
+    """The same object if its ids are plain numbers already: requests for several answers share their prompt."""
     try:
-        return Text(tuple(map(index, text.tokens)))
+        ids = tuple(map(index, text.tokens))
     except TypeError:
         raise ValueError(f"the tokens of a Text must be whole numbers, not {_describe(text.tokens)}") from None
+    is_plain = type(text.tokens) is tuple and all(type(token) is int for token in text.tokens)
+    return text if is_plain else Text(ids)
 
 
 def _whole_number(name: str, value: Any, minimum: int | None = None) -> int:
