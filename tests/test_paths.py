@@ -189,11 +189,10 @@ def test_openais_client_reads_comments_and_errors(monkeypatch, engine):
     gate = Gate(engine)
     with serving(engine, Limits(deadline=2)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(model="tiny", prompt="a", max_tokens=100, stream=True)
-        gate.allow(3)
-        threading.Timer(2.5, gate.open).start()
+        gate.permits.release(3)
+        threading.Timer(2.5, gate.open).start()  # the deadline is checked between two steps
         with pytest.raises(openai.APIError, match="longer than 2 seconds"):
-            list(stream)
+            list(client.completions.create(model="tiny", prompt="a", max_tokens=100, stream=True))
 
 
 # Usage
