@@ -22,7 +22,8 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
-from transfusion.data.raw import Fault, RawDocument, RawImage
+from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawImage
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
@@ -30,6 +31,7 @@ from transfusion.seeding import uniform_from
 from transfusion.sequence import Document, Image, Text
 
 BATCH_SIZE = 32  # documents encoded at a time
+DUPLICATE_ID = "duplicate id"  # the kind of fault
 NUM_SHOWN_FAULTS = 10  # in the error that stops the work
 
 
@@ -130,7 +132,7 @@ def _build_recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequen
             "options": asdict(reader.options), "files": reader.fingerprint(),
         }  # fmt: skip
     settings = asdict(config)
-    del settings["max_faults"]  # it does not change finished shards
+    del settings["max_faults"], settings["allow_cut"]  # they do not change finished shards
     if config.like is not None:
         settings["like"] = fitting.read_like_info(Path(config.like))["codec"]["sha256"]
     if fitting.is_codec_folder(config.codec):
@@ -187,6 +189,7 @@ def _write_shards(
                 _write_shard(job, tokenizer_and_codec, path, lambda rows, before=done: on_progress(before + rows, total))
         faults = read_json(path)["faults"]
         name = job.reader.name
+        _check_cut(name, faults, config)
         num_faults[name] += len(faults)
         shown.setdefault(name, []).extend(faults[: NUM_SHOWN_FAULTS - len(shown.get(name, ()))])
         _check_faults(f"{name}, so far,", num_faults[name], records[name], shown[name], config)
@@ -200,11 +203,12 @@ def _write_shard(
     """Encode one unit and write its Arrow files, then its JSON file. An error leaves no partial file."""
     is_vq = isinstance(tokenizer_and_codec.codec, VQ)
     writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), is_vq) for split in SPLITS}
-    info = ShardInfo()
+    info, account = ShardInfo(), Account()
     try:
         done = 0
         # crop each image as it is read: the original photograph may have a hundred times the pixels
-        records = (item if isinstance(item, Fault) else tokenizer_and_codec.crop(item) for item in job.reader.read(job.unit))
+        items = job.reader.read(job.unit, account)
+        records = (item if isinstance(item, Fault) else tokenizer_and_codec.crop(item) for item in items)
         while batch := list(islice(records, BATCH_SIZE)):
             faults = [record for record in batch if isinstance(record, Fault)]
             info.faults += [{"kind": fault.kind, "where": fault.where, "message": fault.message} for fault in faults]
@@ -217,7 +221,7 @@ def _write_shard(
             done += len(batch)
             on_progress(min(done, job.unit.rows))
         digests = {writer.path.name: writer.close() for writer in writers.values()}
-        write_json(path, {**asdict(info), "sha256": digests})
+        write_json(path, {**asdict(info), "account": account.to_json(), "sha256": digests})
     except BaseException:
         for writer in writers.values():
             writer.abort()
@@ -263,6 +267,8 @@ def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Seque
         shards = [read_json(folder / reader.name / f"{job.number:05d}.json") for job in jobs if job.reader is reader]
         _skip_duplicates(shards, folder / reader.name)
         faults = [fault for shard in shards for fault in shard.pop("faults")]
+        _check_cut(reader.name, faults, config)
+        account = _close_account(reader, [shard.pop("account") for shard in shards], faults)
         records = sum(job.unit.rows for job in jobs if job.reader is reader)
         _check_faults(reader.name, len(faults), records, faults, config)
         quarantine += [{"source": reader.name, **fault} for fault in faults]
@@ -271,6 +277,7 @@ def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Seque
             raise PrepareError(f"{reader.name} has no training documents ({records} records, {len(faults)} faults)")
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,
+            "account": account.to_json(),
             "faults": dict(Counter(fault["kind"] for fault in faults).most_common()), "shards": shards,
         }  # fmt: skip
     fitted, recipe = read_json(folder / "fitted.json"), read_json(folder / "recipe.json")
@@ -280,6 +287,18 @@ def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Seque
         "format": FORMAT, **fitted, "settings": recipe["settings"], "sources": sources,
         "versions": {"transfusion": version("open-transfusion"), "pyarrow": pa.__version__},
     })  # fmt: skip
+
+
+def _close_account(reader: Reader, parts: Sequence[dict], faults: Sequence[dict]) -> Account:
+    """The account of a source, from those of its shards. Duplicate ids are only known after all shards are written."""
+    account = Account()
+    for part in parts:
+        account.add(Account.from_json(part))
+    for fault in faults:
+        if fault["kind"] == DUPLICATE_ID:
+            account.reject("records", "document", DUPLICATE_ID, fault["where"])
+    reader.close_account(account)
+    return account
 
 
 def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
@@ -303,7 +322,15 @@ def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
 
 def duplicate_id(name: str, where: str) -> dict:
     """The fault of a document whose id an earlier document has."""
-    return {"kind": "duplicate id", "where": where, "message": f"an earlier document has the same id {name!r}"}
+    return {"kind": DUPLICATE_ID, "where": where, "message": f"an earlier document has the same id {name!r}"}
+
+
+def _check_cut(source: str, faults: Sequence[dict], config: PrepareConfig) -> None:
+    """PrepareError when the rest of a file cannot be read: `max_faults` cannot limit an unknown number of records."""
+    for fault in faults:
+        if fault["kind"] == CUT_SHORT and not config.allow_cut:
+            raise PrepareError(f"{source}: {fault['where']}: {fault['message']}. An unknown number of records is missing: "
+                               "repair the file, or prepare without its rest, with --allow-cut")  # fmt: skip
 
 
 def _check_faults(source: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:

@@ -48,6 +48,9 @@ class RawDocument:
         return text, next(part.pixels for part in self.segments if isinstance(part, RawImage))
 
 
+CUT_SHORT = "cut short"  # the kind of fault after which the rest of a file is not read
+
+
 class Fault(ValueError):
     """A record that cannot become a document: the kind of fault, a message, and where it is (file and row)."""
 
