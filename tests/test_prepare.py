@@ -111,7 +111,7 @@ def test_heldout_documents_keep_their_original_images(tmp_path):
     """Of each size, in order. Images of training documents are decoded by the codec."""
     pairs = [[{"image": inline(picture(n + wide, 16 + wide, 16)[1])} for wide in (0, 16)] for n in range(100)]
     records = [{"segments": [first, {"text": "and"}, second]} for first, second in pairs]
-    records += [{"segments": [{"text": "no picture"}]}] * 100
+    records += [{"segments": [{"text": f"no picture {n}"}]} for n in range(100)]
     source = open_reader(str(write_lines(tmp_path / "two.jsonl", records)))
     prepare([source], replace(CONFIG, sizes=("16x16", "32x16"), records_per_shard=30), tmp_path / "out")
     (heldout,), (train,) = (open_raw(DataConfig(prepared=(str(tmp_path / "out"),), sources=("two",)), split)

@@ -149,8 +149,8 @@ class Loader:
 
 
 def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int) -> list[Batch]:
-    """Batches of the first held-out documents, in order, always the same. Captions of pairs are kept."""
-    config = replace(encoder.config, caption_dropout=0.0)
+    """Batches of the first held-out documents, in order, always the same. No captions and no conditions are dropped."""
+    config = replace(encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0)
     encoder = replace(encoder, config=config)
     encoded = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
     rows = pack(encoded, config.seq_len, encoder.vocabulary, seed=0)

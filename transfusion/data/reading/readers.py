@@ -76,6 +76,11 @@ class Reader:
         self.columns: set[str] = set()  # of the sampled records
         self.form = options.form if files is None else self._detect_form()
 
+    @property
+    def declares_split(self) -> bool:
+        """Whether each of its documents is declared as training or held-out."""
+        return self.files is None
+
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
         units: list[Unit] = []
@@ -105,7 +110,7 @@ class Reader:
     def _document(self, where: str, record: Any, span: Span) -> RawDocument | Fault:
         where = _printable(where)
         if isinstance(record, RawDocument):
-            return replace(record, where=where, split_group=where)
+            return replace(record, where=where)
         if isinstance(record, Fault):
             return _locate_fault(record, where)
         try:
@@ -116,8 +121,7 @@ class Reader:
             return _locate_fault(fault, where)
         except RecursionError:
             return Fault("bad JSON", "it is nested too deeply", where)
-        group = record.get("split_group") if isinstance(self.container, Coco) else None
-        return replace(document, where=where, split_group=group or document.split_group or document.name or where)
+        return replace(document, where=where)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and times of its files: it differs after any file is changed, added or renamed. For a
@@ -133,7 +137,7 @@ class Reader:
             hint = f"; the local path of this name is ./{self.address}" if os.path.exists(self.address) else ""
             return f"{self.name}: built in{hint}"
         used = used_columns(self.form, self.columns)
-        unused = sorted(self.columns - {*used, "split_group"})
+        unused = sorted(self.columns - {*used})
         line = f"{self.name}: each record is read as {self.form}" + (f" ({', '.join(used)})" if used else "")
         line += f"; columns not read: {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}" if unused else ""
         ignored = self._count_ignored()

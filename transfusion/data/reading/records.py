@@ -91,7 +91,7 @@ def to_document(form: Form, record: dict, images: ImageReader) -> RawDocument:
     name = _first_value(record, COLUMN_NAMES["id"])
     name = "" if name is None else _check_text(str(name), "id")
     if form == "conversation":  # LLaVA's ids name the image, so they are not unique
-        return RawDocument(tuple(segments), split_group=name)
+        return RawDocument(tuple(segments))
     return RawDocument(tuple(segments), pairs=pairs, name=name)
 
 
