@@ -6,6 +6,7 @@ rows of all blocks, in order, are dealt to batches and ranks. So a loader's stat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import grain
@@ -104,6 +105,13 @@ def is_edit(document: RawDocument | Document) -> bool:
 def contains_edits(source: Source) -> bool:
     """Whether one of its first `NUM_PROBED_DOCUMENTS` documents is an edit."""
     return any(is_edit(source[n]) for n in range(min(NUM_PROBED_DOCUMENTS, len(source))))
+
+
+def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarray]]:
+    """(document, caption, pixels) of the first `count` documents of pairs, one image of each. Of a held-out document this is
+    an image that is held out itself: the others have no loss (see `splits.py`)."""
+    pairs = ((n, source[n].pair) for n in range(len(source)))
+    return islice(((n, *pair) for n, pair in pairs if pair is not None), count)
 
 
 class Loader:

@@ -75,16 +75,16 @@ class Duplicates:
         self.images.extend(map(hash_pixels, pixels))
         self.perceptual.extend(map(perceptual_hash, pixels))
 
-    def lines(self) -> Iterator[str]:
-        """The counts in words: repeated documents, and different images with equal perceptual hashes."""
-        exact = len(self.documents) - len(np.unique(self.documents))
-        if exact:
-            yield f"{exact:,} exact duplicates: documents with the pixels and the text of an earlier one"
-        _, first = np.unique(self.images, return_index=True)
-        hashes = np.asarray(self.perceptual)[first]
+    def __str__(self) -> str:
+        images, first = np.unique(self.images, return_index=True)
+        hashes = np.asarray(self.perceptual, np.uint64)[first]
         hashes = hashes[hashes != 0]
-        if likely := len(hashes) - len(np.unique(hashes)):
-            yield f"{likely:,} likely duplicates: different pictures with the perceptual hash of an earlier one"
+        documents = len(self.documents) - len(np.unique(self.documents))
+        return (
+            f"duplicates: {documents:,} documents (same pixels and text as an earlier one), "
+            f"{len(self.images) - len(images):,} pictures (same pixels); likely duplicates: "
+            f"{len(hashes) - len(np.unique(hashes)):,} pictures (same perceptual hash)"
+        )
 
 
 def survey(
