@@ -25,7 +25,7 @@ from tests.profile import examples
 from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
 from transfusion.codecs import pictures
 from transfusion.data.raw import Fault, RawDocument, RawImage
-from transfusion.data.reading import containers
+from transfusion.data.reading import archives, json_files, plain_text
 from transfusion.data.reading.readers import ReaderOptions, open_reader
 from transfusion.data.reading.records import FORMS, to_document
 
@@ -222,7 +222,7 @@ def test_id_with_a_lone_surrogate_is_a_fault(folder):
 
 
 def test_passage_that_is_not_utf8_is_a_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "PASSAGE_BYTES", 4)
+    monkeypatch.setattr(plain_text, "PASSAGE_BYTES", 4)
     (tmp_path / "a.txt").write_bytes("one.\n\ngröße\n\nthree".encode("latin-1"))
     (tmp_path / "b.txt").write_text("four")
     records = read_at(tmp_path)
@@ -264,7 +264,7 @@ RECORDS = [{"text": f"Größe {n} 中", "more": [1, {"a": "]"}]} for n in range(
 
 @pytest.mark.parametrize("chunk", [7, 2**20])
 def test_truncated_list_gives_its_complete_elements_and_one_fault(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "READ_SIZE", chunk)
+    monkeypatch.setattr(json_files, "READ_SIZE", chunk)
     content = json.dumps(RECORDS, ensure_ascii=False).encode()
     path = tmp_path / "a.json"
     for cut in range(60, len(content), 3 if chunk > 7 else 11):
@@ -294,9 +294,9 @@ def test_bad_list_element_is_a_fault_and_the_rest_is_read_if_possible(element, k
 
 
 def test_endless_list_element_is_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MAX_RECORD_SIZE", 300)
-    monkeypatch.setattr(containers, "READ_SIZE", 50)
-    monkeypatch.setattr(containers._TextBuffer, "read_more", counted := count_calls(containers._TextBuffer.read_more))
+    monkeypatch.setattr(json_files, "MAX_RECORD_SIZE", 300)
+    monkeypatch.setattr(json_files, "READ_SIZE", 50)
+    monkeypatch.setattr(json_files._TextBuffer, "read_more", counted := count_calls(json_files._TextBuffer.read_more))
     path = tmp_path / "a.json"
     for element in ('{"text": "' + "x" * 10_000_000, '{"text": "' + "x" * 320 + '"}]', '{"a": [' + "0, " * 1_000_000):
         path.write_text('[{"text": "one"}, ' + element)
@@ -582,7 +582,7 @@ def test_archive_of_only_long_names_is_a_fault(tmp_path):
 
 
 def test_unusable_members_are_faults_of_their_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MAX_RECORD_SIZE", 1000)
+    monkeypatch.setattr(archives, "MAX_RECORD_SIZE", 1000)
     groups = [("a.png", GOOD), ("a.txt", b"a bird"), ("b.png", GOOD), ("b.txt", b" \n"), ("c.png", GOOD), ("c.json", b"{"),
               ("d.png", GOOD), ("d.json", b"[1]"), ("e.png", GOOD), ("f.txt", b"no picture"), ("g.png", GOOD),
               ("g.txt", b"x" * 1001), ("h.png", GOOD), ("h.txt", b"a nest")]  # fmt: skip

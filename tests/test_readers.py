@@ -18,7 +18,7 @@ from tests.documents import few, some
 from tests.fixtures import make
 from tests.reading import EXPECTED, FIXTURES, Block, other_disks, put, read, read_at, texts, write_lines
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading import containers, files
+from transfusion.data.reading import files, json_files, plain_text
 from transfusion.data.reading.readers import Reader, ReaderOptions, open_reader
 
 UNITS = (1, 2, 1000)
@@ -246,7 +246,7 @@ def add_spaces(value, data) -> str:
 def test_json_list_elements_are_read_once_for_any_read_size(records, data, chunk, bom, max_rows):
     content = ("\ufeff" if bom else "") + add_spaces(records, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "READ_SIZE", chunk)
+        patch.setattr(json_files, "READ_SIZE", chunk)
         documents = read_content("a.json", content.encode(), max_rows)
     assert texts(documents) == [record["text"] for record in records]
     assert [document.where for document in documents] == [f"a.json:{n}" for n in range(1, len(records) + 1)]
@@ -304,8 +304,8 @@ def test_joined_passages_equal_the_file(content, bom, max_rows, limits):
             read_content("a.txt", content.encode(), max_rows)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "PASSAGE_BYTES", limits[0])
-        patch.setattr(containers, "MAX_PASSAGE_BYTES", limits[1])
+        patch.setattr(plain_text, "PASSAGE_BYTES", limits[0])
+        patch.setattr(plain_text, "MAX_PASSAGE_BYTES", limits[1])
         documents = read_content("a.txt", ("\ufeff" * bom + content).encode(), max_rows)
     passages = texts(documents)
     assert "".join(passages) == content

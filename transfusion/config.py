@@ -205,6 +205,8 @@ class PrepareConfig:
     # Expected number of held-out documents of each source; each document is held out with a probability of at most 0.05.
     heldout: int = 1_000
     max_faults: float = 0.02  # Largest share of a source's records that may be skipped as faulty, from 0 to 1.
+    # Prepare a source although the rest of one of its files cannot be read, so that an unknown number of records is missing.
+    allow_cut: bool = False
     records_per_shard: int = 2048  # Number of records that are written as one shard.
 
     def __post_init__(self):

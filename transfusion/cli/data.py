@@ -89,6 +89,8 @@ def validate(args: Validate) -> None:
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
         for line in (*(f"  {number:,} {kind}" for kind, number in counts.faults.most_common()), *lines):
             print(line)
+        for line in counts.account.lines():
+            print(f"  {line}")
     if readers:
         print(duplicates)
     if args.faults:

@@ -22,7 +22,8 @@ from transfusion.config import PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.leaks import count_leaks
-from transfusion.data.raw import Fault, RawDocument, RawText
+from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.splits import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
@@ -30,6 +31,7 @@ from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
 BATCH_SIZE, MAX_BATCH_CHARS = 32, 1_000_000  # documents encoded at a time, and characters after which fewer are
+DUPLICATE_ID = "duplicate id"  # the kind of fault
 NUM_SHOWN_FAULTS = 10  # in the error that stops the work
 
 
@@ -129,7 +131,7 @@ def _build_recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequen
             "options": asdict(reader.options), "files": reader.fingerprint(),
         }  # fmt: skip
     settings = asdict(config)
-    del settings["max_faults"]  # it does not change finished shards
+    del settings["max_faults"], settings["allow_cut"]  # they do not change finished shards
     if config.like is not None:
         settings["like"] = fitting.read_like_info(Path(config.like))["codec"]["sha256"]
     if fitting.is_codec_folder(config.codec):
@@ -186,6 +188,7 @@ def _write_shards(
                 encoder.write_shard(job, path, lambda rows, before=done: on_progress(before + rows, total))
         faults = read_json(path)["faults"]
         name = job.reader.name
+        _check_cut(name, faults, config)
         num_faults[name] += len(faults)
         shown.setdefault(name, []).extend(faults[: NUM_SHOWN_FAULTS - len(shown.get(name, ()))])
         _check_faults(f"{name}, so far,", num_faults[name], records[name], shown[name], config)
@@ -204,9 +207,9 @@ class ShardEncoder:
         """Encode one unit and write its Arrow files, then its JSON file. An error leaves no partial file."""
         is_vq = isinstance(self.tokenizer_and_codec.codec, VQ)
         writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), is_vq) for split in SPLITS}
-        info, done = ShardInfo(), 0
+        info, account, done = ShardInfo(), Account(), 0
         try:
-            for records in self._read_batches(job):
+            for records in self._read_batches(job, account):
                 info.faults += [_describe_fault(record) for record in records if isinstance(record, Fault)]
                 items = [record for record in records if isinstance(record, SplitDocument)]
                 raws = [item.document for item in items]
@@ -216,16 +219,16 @@ class ShardEncoder:
                 done += len(records)
                 on_progress(min(done, job.unit.rows))
             digests = {writer.path.name: writer.close() for writer in writers.values()}
-            write_json(path, {**asdict(info), "sha256": digests})
+            write_json(path, {**asdict(info), "account": account.to_json(), "sha256": digests})
         except BaseException:
             for writer in writers.values():
                 writer.abort()
             raise
 
-    def _read_batches(self, job: ShardJob) -> Iterator[list[SplitDocument | Fault]]:
+    def _read_batches(self, job: ShardJob, account: Account) -> Iterator[list[SplitDocument | Fault]]:
         """The unit's documents with cropped images, and its faults, in batches of limited size."""
         batch, size, ids = [], 0, set()
-        for record in job.reader.read(job.unit):
+        for record in job.reader.read(job.unit, account):
             record = check_id(record, ids)
             if isinstance(record, RawDocument):
                 # crop each image as it is read: the original photograph may have a hundred times the pixels
@@ -281,6 +284,8 @@ def _write_dataset(
         shards = [read_json(folder / reader.name / f"{job.number:05d}.json") for job in jobs if job.reader is reader]
         _skip_duplicates(shards, folder / reader.name)
         faults = [fault for shard in shards for fault in shard.pop("faults")]
+        _check_cut(reader.name, faults, config)
+        account = _close_account(reader, [shard.pop("account") for shard in shards], faults)
         records = sum(job.unit.rows for job in jobs if job.reader is reader)
         _check_faults(reader.name, len(faults), records, faults, config)
         quarantine += [{"source": reader.name, **fault} for fault in faults]
@@ -290,7 +295,7 @@ def _write_dataset(
                                f"{totals['heldout']} held out): add documents, or use --heldout 0")  # fmt: skip
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,
-            "declares_split": reader.declares_split,
+            "account": account.to_json(), "declares_split": reader.declares_split,
             "faults": dict(Counter(fault["kind"] for fault in faults).most_common()), "shards": shards,
         }  # fmt: skip
     fitted, recipe = read_json(folder / "fitted.json"), read_json(folder / "recipe.json")
@@ -301,6 +306,18 @@ def _write_dataset(
         "versions": {"transfusion": version("open-transfusion"), "pyarrow": pa.__version__},
     }  # fmt: skip
     write_json(folder / "dataset.json", {**dataset, "leaks": asdict(count_leaks([(folder, dataset)]))})
+
+
+def _close_account(reader: Reader, parts: Sequence[dict], faults: Sequence[dict]) -> Account:
+    """The account of a source, from those of its shards. Duplicate ids are only known after all shards are written."""
+    account = Account()
+    for part in parts:
+        account.add(Account.from_json(part))
+    for fault in faults:
+        if fault["kind"] == DUPLICATE_ID:
+            account.reject("records", "document", DUPLICATE_ID, fault["where"])
+    reader.close_account(account)
+    return account
 
 
 def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
@@ -337,11 +354,19 @@ def check_id(record: RawDocument | Fault, seen: set[int]) -> RawDocument | Fault
 
 
 def _duplicate_id(name: str, where: str) -> Fault:
-    return Fault("duplicate id", f"an earlier document has the same id {name!r}", where)
+    return Fault(DUPLICATE_ID, f"an earlier document has the same id {name!r}", where)
 
 
 def _describe_fault(fault: Fault) -> dict:
     return {"kind": fault.kind, "where": fault.where, "message": fault.message}
+
+
+def _check_cut(source: str, faults: Sequence[dict], config: PrepareConfig) -> None:
+    """PrepareError when the rest of a file cannot be read: `max_faults` cannot limit an unknown number of records."""
+    for fault in faults:
+        if fault["kind"] == CUT_SHORT and not config.allow_cut:
+            raise PrepareError(f"{source}: {fault['where']}: {fault['message']}. An unknown number of records is missing: "
+                               "repair the file, or prepare without its rest, with --allow-cut")  # fmt: skip
 
 
 def _check_faults(source: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:

@@ -47,6 +47,9 @@ class RawDocument:
         return next(((caption.text, image.pixels) for caption, image in pairs if image.loss), None)
 
 
+CUT_SHORT = "cut short"  # the kind of fault after which the rest of a file is not read
+
+
 class Fault(ValueError):
     """A record that cannot become a document: the kind of fault, a message, and where it is (file and row)."""
 

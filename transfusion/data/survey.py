@@ -9,8 +9,9 @@ from itertools import islice
 import numpy as np
 
 from transfusion.codecs.text import Tokenizer
-from transfusion.data.prepare import check_id
+from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
 from transfusion.data.splits import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.store import PreparedFolder, StoredSource
@@ -32,6 +33,7 @@ class Survey:
     tokens: int = 0
     images: int = 0
     sizes: Counter[str] = field(default_factory=Counter)  # of images, width x height (or of latents)
+    account: Account = field(default_factory=Account)
     lengths: array = field(default_factory=lambda: array("I"))  # tokens of each document
 
     def add(self, kinds: Sequence[str], tokens: int) -> None:
@@ -97,11 +99,13 @@ def survey(
     units = reader.units(UNIT_SIZE)
     total = sum(unit.rows for unit in units)
     for unit in units:
-        for document in reader.read(unit):
+        for document in reader.read(unit, result.account):
             result.records += 1
             document = check_id(document, ids)
             if isinstance(document, Fault):
                 result.faults[document.kind] += 1
+                if document.kind == DUPLICATE_ID:
+                    result.account.reject("records", "document", DUPLICATE_ID, document.where)
                 on_fault(document)
                 continue
             _count_document(result, document, tokenizer)
@@ -110,6 +114,7 @@ def survey(
             if result.records % 256 == 0:
                 on_progress(min(result.records, total), total)
     on_progress(total, total)
+    reader.close_account(result.account)
     return result
 
 
@@ -144,6 +149,7 @@ def survey_prepared(prepared: PreparedFolder) -> list[Survey]:
             if split == "train":
                 result.faults.update(info["faults"])
                 result.records += result.faults.total()
+                result.account = Account.from_json(info["account"])
             surveys.append(result)
     return surveys
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.config import BUILT_IN, DigitsConfig, ShapesConfig
 from transfusion.data.built_in.digits import Digits
 from transfusion.data.built_in.emoji import Emoji
@@ -20,18 +21,14 @@ from transfusion.data.built_in.photographs import Photographs
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.built_in.topics import Topics
 from transfusion.data.raw import Fault, RawDocument
-from transfusion.data.reading.containers import (
-    IMAGE_SUFFIXES,
-    Coco,
-    Container,
-    ImageFolder,
-    JsonLines,
-    JsonList,
-    PlainText,
-    Span,
-    TarArchives,
-)  # fmt: skip
+from transfusion.data.reading.account import Account
+from transfusion.data.reading.archives import TarArchives
+from transfusion.data.reading.coco import Coco
+from transfusion.data.reading.container import Container, Span
 from transfusion.data.reading.files import COMPRESSIONS, Files
+from transfusion.data.reading.folders import ImageFolder
+from transfusion.data.reading.json_files import JsonLines, JsonList
+from transfusion.data.reading.plain_text import PlainText
 from transfusion.data.reading.records import FORMS, Form, detect_form, rename_columns, to_document, used_columns
 from transfusion.data.reading.tables import CsvTables, Tables
 
@@ -74,6 +71,7 @@ class Reader:
     def __init__(self, name: str, address: str, container: Container, files: Files | None, options: ReaderOptions):
         self.name, self.address, self.container, self.files, self.options = name, address, container, files, options
         self.columns: set[str] = set()  # of the sampled records
+        self.listed = Account()  # of what `units` lists
         self.form = options.form if files is None else self._detect_form()
 
     @property
@@ -83,10 +81,11 @@ class Reader:
 
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
+        self.listed = Account()
         units: list[Unit] = []
         pending: list[Span] = []
         remaining = self.options.limit
-        for span in self.container.spans(max_rows):
+        for span in self.container.spans(max_rows, self.listed):
             if remaining is not None:
                 span = replace(span, rows=min(span.rows, remaining))
                 remaining -= span.rows
@@ -99,13 +98,26 @@ class Reader:
         units += [Unit(tuple(pending))] if pending else []
         if not units:
             raise ValueError(f"{self.address} has no records")
+        self.listed.find("records", sum(unit.rows for unit in units))
         return units
 
-    def read(self, unit: Unit) -> Iterator[RawDocument | Fault]:
-        """The unit's documents in order; a fault instead of each record that cannot be read."""
+    def read(self, unit: Unit, account: Account | None = None) -> Iterator[RawDocument | Fault]:
+        """The unit's documents in order; a fault instead of each record that cannot be read. What becomes of each record is
+        counted in the account."""
+        account = account or Account()
         for span in unit.spans:
             for where, record in self.container.records(span):
-                yield self._document(where, record, span)
+                item = self._document(where, record, span)
+                if isinstance(item, Fault):
+                    account.pass_over("records", item.kind, item.where)
+                else:
+                    account.read("records", "document")
+                yield item
+
+    def close_account(self, account: Account) -> None:
+        """Add what is known from listing the files to the account of all units. After that it is closed."""
+        account.add(self.listed)
+        account.named = bytearray()
 
     def _document(self, where: str, record: Any, span: Span) -> RawDocument | Fault:
         where = _printable(where)
@@ -159,7 +171,8 @@ class Reader:
         counts: Counter[Form] = Counter()
         faults: list[Fault] = []
         columns = self.columns
-        records = (record for span in self.container.spans(NUM_SAMPLES) for record in self.container.records(span))
+        spans = self.container.spans(NUM_SAMPLES, Account())
+        records = (record for span in spans for record in self.container.records(span))
         for where, record in islice(records, NUM_SAMPLES):
             try:
                 if isinstance(record, Fault):
@@ -221,7 +234,7 @@ class BuiltInContainer:
         """What its documents depend on besides this package, for example a font."""
         return sorted(self.train.describe().items()) if hasattr(self.train, "describe") else []
 
-    def spans(self, max_rows: int) -> Iterator[Span]:
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         rows = len(self.heldout) + len(self.train)
         for first in range(0, rows, max_rows):
             yield Span("", first, min(max_rows, rows - first))

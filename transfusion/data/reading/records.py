@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading.containers import IMAGE_SUFFIXES
 
 Form = Literal["document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"]
 FORMS: tuple[str, ...] = get_args(Form)

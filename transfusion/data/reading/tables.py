@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transfusion.data.raw import Fault
-from transfusion.data.reading.containers import Span, damage_fault
+from transfusion.data.reading.account import Account
+from transfusion.data.reading.container import Span, damage_fault
 from transfusion.data.reading.files import Files, error_line
 
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
@@ -26,7 +27,7 @@ class Tables:
     files: Files
     paths: Sequence[str]
 
-    def spans(self, max_rows: int) -> Iterator[Span]:
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
             row = start = first_group = group = 0
             is_damaged = False
@@ -106,7 +107,7 @@ class CsvTables:
     files: Files
     paths: Sequence[str]
 
-    def spans(self, max_rows: int) -> Iterator[Span]:
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
             rows = sum(1 for _ in self._rows(path))
             for first in range(0, rows, max_rows):
