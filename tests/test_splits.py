@@ -277,13 +277,14 @@ def test_share_is_the_same_for_all_sources_without_declared_splits(tmp_path, mon
     for name, count in (("a", 30), ("b", 90)):
         write_photos(tmp_path / name, count, 8, 8)
     addresses = [f"{tmp_path}/a", f"{tmp_path}/b", "photographs"]
+    readers = [open_reader(address) for address in addresses]
     for heldout, expected in ((3, 0.05), (2, 4 / 120), (0, 0.0)):
-        readers = [open_reader(address) for address in addresses]
         config = replace(CONFIG, heldout=heldout, records_per_shard=64)
-        about = prepare.prepare(readers, config, tmp_path / f"out{heldout}")
-        assert about["heldout_fraction"] == expected
-        assert [about["sources"][name]["declares_split"] for name in ("a", "b", "photographs")] == [False, False, True]
-        assert about["sources"]["photographs"]["documents"] == {"train": 1, "heldout": 1}
+        assert prepare.heldout_fraction(prepare.list_jobs(readers, config), config) == expected
+    about = prepare.prepare(readers, replace(config, heldout=2), tmp_path / "out")
+    assert about["heldout_fraction"] == 4 / 120
+    assert [about["sources"][name]["declares_split"] for name in ("a", "b", "photographs")] == [False, False, True]
+    assert about["sources"]["photographs"]["documents"] == {"train": 1, "heldout": 1}
 
 
 # Declared splits
@@ -322,7 +323,8 @@ def test_leaks_between_prepared_folders_are_counted(tmp_path):
     """Each folder has its own share: what one holds out the other may train on."""
     write_photos(tmp_path / "photos", 40, 8, 8)
     for name, heldout in (("all", 0), ("some", 1000)):
-        prepare.prepare([open_reader(f"{tmp_path}/photos")], replace(CONFIG, heldout=heldout, records_per_shard=64), tmp_path / name)
+        config = replace(CONFIG, heldout=heldout, records_per_shard=64)
+        prepare.prepare([open_reader(f"{tmp_path}/photos")], config, tmp_path / name)
     folders = [open_prepared(tmp_path / name) for name in ("all", "some")]
     heldout = len(folders[1].source("photos", "heldout"))
     assert heldout > 2

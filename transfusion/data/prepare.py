@@ -53,8 +53,8 @@ def prepare(
     rank; `barrier` returns when all processes have called it. `on_progress` gets the number of records that are done, and
     their total. PrepareError or OSError when the work stops early."""
     check_not_nested(readers, folder)
-    jobs = _list_jobs(readers, config)
-    heldout_fraction = _heldout_fraction(jobs, config)
+    jobs = list_jobs(readers, config)
+    fraction = heldout_fraction(jobs, config)
     if rank == 0:
         with _wrap_os_errors("the tokenizer and the codec could not be fitted"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,16 +63,16 @@ def prepare(
                 report("fitting the tokenizer and the codec on the first documents" if config.like is None
                        else f"using the tokenizer and the codec of {config.like}")  # fmt: skip
                 streams = [partial(_read_documents, reader, jobs) for reader in readers]
-                fitting.fit(streams, config, heldout_fraction, folder)
+                fitting.fit(streams, config, fraction, folder)
     barrier()
     if not (folder / "dataset.json").exists():
         tokenizer_and_codec = fitting.open_tokenizer_and_codec(folder)
-        encoder = ShardEncoder(tokenizer_and_codec, heldout_fraction)
+        encoder = ShardEncoder(tokenizer_and_codec, fraction)
         _write_shards(jobs, config, encoder, folder, rank, world, on_progress)
         barrier()
         if rank == 0:
             with _wrap_os_errors("dataset.json could not be written"):
-                _write_dataset(readers, config, jobs, heldout_fraction, folder)
+                _write_dataset(readers, config, jobs, fraction, folder)
         barrier()
     return read_json(folder / "dataset.json")
 
@@ -96,7 +96,7 @@ def check_not_nested(readers: Sequence[Reader], folder: Path) -> None:
                 raise PrepareError(f"--out {folder} contains the source {reader.address} or is inside it: choose another")
 
 
-def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:
+def list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:
     names = Counter(reader.name for reader in readers)
     for name, count in names.items():
         if count > 1:
@@ -105,7 +105,7 @@ def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJo
             for number, unit in enumerate(reader.units(config.records_per_shard))]  # fmt: skip
 
 
-def _heldout_fraction(jobs: Sequence[ShardJob], config: PrepareConfig) -> float:
+def heldout_fraction(jobs: Sequence[ShardJob], config: PrepareConfig) -> float:
     """The share of pictures and texts that are held out. It is the same for all sources, because one picture may be in
     several of them. Sources that declare their splits do not count."""
     hashed = [job for job in jobs if not job.reader.declares_split]
@@ -275,7 +275,7 @@ class ShardInfo:
 
 
 def _write_dataset(
-    readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob], heldout_fraction: float, folder: Path
+    readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob], fraction: float, folder: Path
 ) -> None:
     """After all shards are written: skip documents with a duplicate id, count leaks, write quarantine.jsonl and
     dataset.json."""
@@ -302,7 +302,7 @@ def _write_dataset(
     lines = "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in quarantine)
     write_whole(folder / "quarantine.jsonl", lines.encode(errors="replace"))
     dataset = {
-        "format": FORMAT, **fitted, "settings": recipe["settings"], "heldout_fraction": heldout_fraction, "sources": sources,
+        "format": FORMAT, **fitted, "settings": recipe["settings"], "heldout_fraction": fraction, "sources": sources,
         "versions": {"transfusion": version("open-transfusion"), "pyarrow": pa.__version__},
     }  # fmt: skip
     write_json(folder / "dataset.json", {**dataset, "leaks": asdict(count_leaks([(folder, dataset)]))})
