@@ -41,6 +41,7 @@ from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument, RawText
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
+from transfusion.data.splits import HASH_RANGE, MAX_FRACTION, hash_pixels
 from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
@@ -111,7 +112,7 @@ def test_heldout_documents_keep_their_original_images(tmp_path):
     """Of each size, in order. Images of training documents are decoded by the codec."""
     pairs = [[{"image": inline(picture(n + wide, 16 + wide, 16)[1])} for wide in (0, 16)] for n in range(100)]
     records = [{"segments": [first, {"text": "and"}, second]} for first, second in pairs]
-    records += [{"segments": [{"text": "no picture"}]}] * 100
+    records += [{"segments": [{"text": f"no picture {n}"}]} for n in range(100)]
     source = open_reader(str(write_lines(tmp_path / "two.jsonl", records)))
     prepare([source], replace(CONFIG, sizes=("16x16", "32x16"), records_per_shard=30), tmp_path / "out")
     (heldout,), (train,) = (open_raw(DataConfig(prepared=(str(tmp_path / "out"),), sources=("two",)), split)
@@ -160,11 +161,13 @@ def test_tokenizer_and_codec_depend_only_on_training_documents(tmp_path):
     heldout = open_prepared(tmp_path / "first").source("photos", "heldout")
     assert 0 < len(heldout) < 15
     lines = (tmp_path / "photos" / "metadata.jsonl").read_text().splitlines()
+    greys = (np.full((16, 16, 3), level, np.uint8) for level in range(256))
+    another = next(pixels for pixels in greys if hash_pixels(pixels) < MAX_FRACTION * HASH_RANGE)  # held out, too
     for number in range(len(heldout)):
         row = int(heldout.where(number).rpartition(":")[2]) - 1
         record = json.loads(lines[row])
         lines[row] = json.dumps({**record, "text": "quite another matter"})
-        (tmp_path / "photos" / record["file_name"]).write_bytes(png(np.full((16, 16, 3), 7, np.uint8)))
+        (tmp_path / "photos" / record["file_name"]).write_bytes(png(another))
     (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     prepare([open_reader(f"{tmp_path}/photos")], CONFIG, tmp_path / "second")
     for name in ("tokenizer.json", "codec.safetensors"):

@@ -47,7 +47,7 @@ def check(documents: list, expected: list[dict]) -> None:
     for document, values in zip(documents, expected, strict=True):
         assert isinstance(document, RawDocument), str(document)
         fields = {name: getattr(document, name) for name in ("where", "name", "split", "pairs")}
-        assert {**fields, "split_group": document.split_group, "segments": values["segments"]} == values
+        assert {**fields, "segments": values["segments"]} == values
         assert len(document.segments) == len(values["segments"])
         for part, segment in zip(document.segments, values["segments"], strict=True):
             assert to_json(part, segment) == segment
@@ -338,7 +338,7 @@ def test_columns_option_renames_columns(tmp_path):
     assert texts(read_at(path, columns={"text": "alt"})) == ["alt 0", "alt 1", "alt 2"]
     assert [document.name for document in read_at(path)] == ["7"] * 3
     without_id = read_at(path, columns={"id": ""})
-    assert [(document.name, document.split_group) for document in without_id] == [("", f"a.jsonl:{n}") for n in (1, 2, 3)]
+    assert [(document.name, document.where) for document in without_id] == [("", f"a.jsonl:{n}") for n in (1, 2, 3)]
     (tmp_path / "bird.png").write_bytes(make.png(1))
     path = write_lines(tmp_path / "b.jsonl", {"picture_of": "bird.png", "says": "one", "caption": "two", "img": "none.png"})
     (document,) = read_at(path, columns={"image": "picture_of", "caption": "says"})

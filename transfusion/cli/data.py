@@ -64,14 +64,17 @@ def validate(args: Validate) -> None:
     """Print the faults, and write all of them to the file of --faults if it is set."""
     folders, readers = _open(args)
 
-    from transfusion.data.survey import survey
+    from transfusion.data.leaks import count_leaks
+    from transfusion.data.survey import Duplicates, survey
 
     if args.faults:
         args.faults.parent.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         folder.verify()
         print(f"{folder.folder}: all shards match their SHA-256")
-    records, total = [], 0
+    if folders:
+        print(*count_leaks([(folder.folder, folder.metadata) for folder in folders]).lines(), sep="\n")
+    records, total, duplicates = [], 0, Duplicates()
     for reader in readers:
         lines = []
 
@@ -80,7 +83,7 @@ def validate(args: Validate) -> None:
             lines.extend([f"    {fault}"] if len(lines) < NUM_SHOWN else ())
 
         with progress(f"reading {reader.name}") as on_progress:
-            counts = survey(reader, None, on_fault, on_progress)
+            counts = survey(reader, None, on_fault, on_progress, duplicates)
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
@@ -88,6 +91,8 @@ def validate(args: Validate) -> None:
             print(line)
         for line in counts.account.lines():
             print(f"  {line}")
+    if readers:
+        print(duplicates)
     if args.faults:
         args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
     if total:
@@ -146,6 +151,7 @@ def prepare(args: Prepare) -> None:
     readers = open_readers(args.reading)
 
     from transfusion.data import prepare as preparation
+    from transfusion.data.leaks import Leaks
     from transfusion.parallel import Ranks
 
     with Ranks.of_torchrun() as ranks:
@@ -167,6 +173,11 @@ def prepare(args: Prepare) -> None:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
             left_out = f"; {faults.total():,} left out ({kinds}): see {args.out / 'quarantine.jsonl'}" if faults else ""
             print_status(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
+            if not documents["heldout"]:
+                print_status(f"  warning: nothing of {name} is held out, so it has no held-out figures: add documents or "
+                             "raise --heldout")  # fmt: skip
+        for line in Leaks(**dataset["leaks"]).lines():
+            print_status(f"  {line}")
 
 
 def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:

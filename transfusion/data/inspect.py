@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image as PILImage
 
+from transfusion.data.leaks import Leaks
 from transfusion.data.raw import Fault, RawDocument, RawText
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import DecodedSource, PreparedFolder
@@ -29,6 +30,7 @@ def show_source(page: Page, reader: Reader, count: int) -> None:
 
 def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
     """Add evenly spaced documents of a prepared folder, as the model gets them: decoded from ids and latents."""
+    page.paragraph("; ".join(Leaks(**prepared.metadata["leaks"]).lines()) + ".")
     for name in prepared.names:
         info = prepared.metadata["sources"][name]
         source = DecodedSource(prepared.source(name, "train"))

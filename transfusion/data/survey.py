@@ -9,10 +9,11 @@ from itertools import islice
 import numpy as np
 
 from transfusion.codecs.text import Tokenizer
-from transfusion.data.prepare import DUPLICATE_ID, duplicate_id
+from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
+from transfusion.data.splits import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.sequence import Text
 
@@ -62,26 +63,54 @@ class Survey:
             yield "  sizes", _format_counts(self.sizes, 5) + (f" and {others:,} more" if others > 0 else "")
 
 
+@dataclass
+class Duplicates:
+    """Counts equal documents, and images that look alike, by 64-bit hashes: 8 bytes a document and 16 an image."""
+
+    documents: array = field(default_factory=lambda: array("Q"))
+    images: array = field(default_factory=lambda: array("Q"))
+    perceptual: array = field(default_factory=lambda: array("Q"))  # of each image
+
+    def add(self, document: RawDocument) -> None:
+        pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
+        self.documents.append(hash_document(document))
+        self.images.extend(map(hash_pixels, pixels))
+        self.perceptual.extend(map(perceptual_hash, pixels))
+
+    def __str__(self) -> str:
+        images, first = np.unique(self.images, return_index=True)
+        hashes = np.asarray(self.perceptual, np.uint64)[first]
+        hashes = hashes[hashes != 0]
+        documents = len(self.documents) - len(np.unique(self.documents))
+        return (
+            f"duplicates: {documents:,} documents (same pixels and text as an earlier one), "
+            f"{len(self.images) - len(images):,} pictures (same pixels); likely duplicates: "
+            f"{len(hashes) - len(np.unique(hashes)):,} pictures (same perceptual hash)"
+        )
+
+
 def survey(
     reader: Reader, tokenizer: Tokenizer | None, on_fault: Callable[[Fault], None] = lambda fault: None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None, duplicates: Duplicates | None = None,
 ) -> Survey:  # fmt: skip
-    """Read all of a source. Each fault is passed to `on_fault`; without a tokenizer no tokens are counted."""
-    result, seen = Survey(reader.name), set()
+    """Read all of a source. Each fault is passed to `on_fault`, and each document is added to `duplicates`; without a
+    tokenizer no tokens are counted."""
+    result, ids = Survey(reader.name), set()
     units = reader.units(UNIT_SIZE)
     total = sum(unit.rows for unit in units)
     for unit in units:
         for document in reader.read(unit, result.account):
             result.records += 1
-            if isinstance(document, RawDocument) and document.name and hash(document.name) in seen:
-                document = Fault(**duplicate_id(document.name, document.where))
-                result.account.reject("records", "document", DUPLICATE_ID, document.where)
+            document = check_id(document, ids)
             if isinstance(document, Fault):
                 result.faults[document.kind] += 1
+                if document.kind == DUPLICATE_ID:
+                    result.account.reject("records", "document", DUPLICATE_ID, document.where)
                 on_fault(document)
                 continue
-            seen.update([hash(document.name)] if document.name else ())
             _count_document(result, document, tokenizer)
+            if duplicates is not None:
+                duplicates.add(document)
             if result.records % 256 == 0:
                 on_progress(min(result.records, total), total)
     on_progress(total, total)

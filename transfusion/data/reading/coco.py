@@ -38,7 +38,7 @@ def find_caption_files(files: Files, paths: Sequence[str]) -> Sequence[str]:
 
 
 class Coco:
-    """COCO captions: one document per caption; the captions of one image are one split group."""
+    """COCO captions: one document per caption."""
 
     def __init__(self, files: Files, paths: Sequence[str]):
         self.files, self.paths = files, paths
@@ -77,8 +77,7 @@ def _read_coco(files: Files, path: str) -> list[Any]:
         if key is None or not isinstance(name := names.get(key), str):
             rows.append(Fault("missing image", f"annotation {number} has no image in the list of images"))
         else:
-            image, group = ListedPath(f"{folder}/{name}"), json.dumps(key)
-            rows.append({"image": image, "caption": annotation.get("caption"), "split_group": group})
+            rows.append({"image": ListedPath(f"{folder}/{name}"), "caption": annotation.get("caption")})
     return rows
 
 

@@ -20,7 +20,6 @@ from transfusion.data.built_in.topics import Topics
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.choose import choose_container
-from transfusion.data.reading.coco import Coco
 from transfusion.data.reading.container import Container, Span
 from transfusion.data.reading.files import Files, RecordImageReader
 from transfusion.data.reading.folders import PictureFolder
@@ -75,6 +74,11 @@ class Reader:
         self.columns: set[str] = set()  # that the most frequent form of the first records reads
         self.listed = Account()  # of what `units` lists
         self.form = options.form if files is None else self._detect_form()
+
+    @property
+    def declares_split(self) -> bool:
+        """Whether each of its documents is declared as training or held-out."""
+        return self.files is None
 
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
@@ -136,7 +140,7 @@ class Reader:
     ) -> Iterator[RawDocument | Fault]:
         """The documents of a record, several if it has several captions; a fault if it has none."""
         if isinstance(record, RawDocument):
-            yield replace(record, where=where, split_group=where)
+            yield replace(record, where=where)
             return
         if isinstance(record, Fault):
             yield record
@@ -153,7 +157,6 @@ class Reader:
             return
         account.find("records", len(parts) - 1)
         self._count_fields(renamed, form, account)
-        group = record.get("split_group") if isinstance(self.container, Coco) else None
         for number, part in enumerate(parts, 1):
             place = where if len(parts) == 1 else f"{where} caption {number}"
             try:
@@ -164,12 +167,11 @@ class Reader:
                 yield Fault("bad JSON", "it is nested too deeply", place)
             else:
                 account.forms[form] += 1
-                split_group = group or document.split_group or document.name or where
-                yield replace(document, where=place, split_group=split_group)
+                yield replace(document, where=place)
 
     def _count_fields(self, record: dict, form: Form, account: Account) -> None:
         """Count the values of a record, by column: what is read of it, and what is not."""
-        names = [name for name, value in record.items() if value is not None and name != "split_group"]
+        names = [name for name, value in record.items() if value is not None]
         read = read_columns(record, form)
         account.find("fields", len(names))
         account.read("fields", "value", len(read))

@@ -159,7 +159,7 @@ def to_document(form: Form, record: dict, images: ImageReader) -> RawDocument:
         _check_pairs(segments)
     name = check_text(str(record["id"]), "id") if find_column(record, "id") else ""
     if form == "conversation":  # LLaVA's ids name the image, so they are not unique
-        return RawDocument(tuple(segments), split_group=name)
+        return RawDocument(tuple(segments))
     return RawDocument(tuple(segments), pairs=pairs, name=name)
 
 
