@@ -564,7 +564,8 @@ def test_existing_path_with_an_equals_sign_is_not_a_name(tmp_path, monkeypatch):
     (("cat/1", "train/2"), "train", ["cat/1", "train/2"]),  # a class of trains
     (("cat/1", "train/2", "test/3"), "train", ["train/2"]),  # two splits: no classes
     (("train_1", "test_2"), "test", ["test_2"]), (("train_1", "other"), "train", ["other", "train_1"]),
-    (("1", "test/2"), "train", ["1"]), (("1", "test/2"), "test", ["test/2"]), (("test/1",), "train", None), (("1", "2"), "test", None),
+    (("1", "test/2"), "train", ["1"]), (("1", "test/2"), "test", ["test/2"]),
+    (("test/1",), "train", None), (("1", "2"), "test", None),
 ])  # fmt: skip
 def test_split_of_pictures(names, split, expected, tmp_path):
     for name in names:
