@@ -83,7 +83,7 @@ def sources(draw):
     """(kind, records) of a source; each record is a list of texts (numbers) and pictures (number, file format)."""
     kind = draw(st.sampled_from(source_kinds))
     if kind == "documents":
-        return kind, draw(st.lists(segments, min_size=1, max_size=9))
+        return kind, draw(st.lists(segments, min_size=4, max_size=9))
     if kind == "edits":
         return kind, list(map(list, draw(st.lists(st.tuples(files, some_texts, files), min_size=1, max_size=5))))
     return kind, [[text, file] for file, text in draw(pairs)]
