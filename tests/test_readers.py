@@ -16,9 +16,21 @@ from hypothesis import strategies as st
 
 from tests.documents import few, some
 from tests.fixtures import make
-from tests.reading import EXPECTED, FIXTURES, Block, other_disks, put, read, read_at, texts, write_lines
+from tests.reading import (
+    EXPECTED,
+    FIXTURES,
+    Block,
+    close_account,
+    other_disks,
+    put,
+    read,
+    read_at,
+    texts,
+    write_lines,
+)
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading import files, json_files, plain_text
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, ReaderOptions, open_reader
 
 UNITS = (1, 2, 1000)
@@ -197,7 +209,7 @@ def test_patterns_select_files_and_folders(root, disks, tmp_path):
 
 # Properties: every record is read once and in order, in units of any size
 
-unicode = st.text(max_size=20).filter(lambda text: text.strip())
+unicode = st.text(max_size=20).filter(lambda text: text.strip() and "." not in text)  # a.png is no text
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,
@@ -358,13 +370,22 @@ def test_form_option_sets_the_form(tmp_path):
         open_reader(str(path), ReaderOptions(form="pears"))
 
 
-def test_majority_decides_the_form_and_missing_captions_are_faults(tmp_path):
+def test_each_record_is_read_in_its_own_form(tmp_path):
+    """Whatever the first hundred are. An empty column of the most frequent form is a fault."""
     (tmp_path / "bird.png").write_bytes(make.png(1))
-    path = write_lines(tmp_path / "a.jsonl", *[{"image": "bird.png"}] * 3, {"image": "bird.png", "text": "a bird"})
-    records = read_at(path)
-    assert [getattr(record, "kind", "document") for record in records] == ["missing column"] * 3 + ["document"]
-    path = write_lines(tmp_path / "b.jsonl", {"image": "bird.png"}, *[{"text": "a bird"}] * 2)
-    assert open_reader(str(path)).form == "text"
+    pair, image, text = {"image": "bird.png", "text": "a bird"}, {"image": "bird.png"}, {"text": "only text"}
+    talk = {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello."}]}
+    for first in (pair, image, text, talk):
+        path = write_lines(tmp_path / "a.jsonl", *[first] * 120, pair, image, text, talk)
+        reader, account = open_reader(str(path)), Account()
+        documents = [document for unit in reader.units(50) for document in reader.read(unit, account)]
+        kinds = ["".join("TI"[isinstance(part, RawImage)] for part in document.segments) for document in documents[120:]]
+        assert kinds == ["TI", "I", "T", "TT"]
+        assert account.forms.total() == 124
+        assert len(account.forms) == 4
+    records = read_at(write_lines(tmp_path / "b.jsonl", *({**pair, **bad} for bad in ({}, {"image": None}, {}, {"text": ""},
+                                                                                     {"image": []}))))  # fmt: skip
+    assert [getattr(record, "kind", "") for record in records] == ["", "missing image", "", "empty caption", "missing image"]
 
 
 @pytest.mark.parametrize("title", [
@@ -397,12 +418,14 @@ def test_split_is_selected_by_file_and_folder_names(tmp_path):
     assert texts(read_at(tmp_path, split="validation")) == ["val.jsonl"]
     assert texts(read_at(tmp_path, split="test")) == ["test2017.jsonl", "trainer/test_sft-0.jsonl"]
     assert texts(read_at(tmp_path, split="test_sft")) == ["trainer/test_sft-0.jsonl"]
-    assert len(read_at(tmp_path, split="nowhere")) == 4  # no path contains it: all files are read
+    assert texts(read_at(tmp_path, split="val")) == ["val.jsonl"]
+    with pytest.raises(ValueError, match="there is no split nowhere in .*; there are test, train, validation"):
+        open_reader(str(tmp_path), ReaderOptions(split="nowhere"))
     assert texts(read_at(tmp_path / "val.jsonl")) == ["val.jsonl"]
 
 
 def test_missing_saved_split_is_an_error():
-    with pytest.raises(FileNotFoundError, match="there is no split dev in"):
+    with pytest.raises(ValueError, match="there is no split validation in .*; there are test, train"):
         open_reader(str(FIXTURES / "saved_splits"), ReaderOptions(split="dev"))
 
 
@@ -505,15 +528,24 @@ def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     (tmp_path / "00000_stats.json").write_text('{"count": 1}')
     reader = open_reader(str(tmp_path))
     assert all(isinstance(document, RawDocument) for document in read(reader))
-    assert "files not read: 1 .parquet, 1 .json" in reader.describe()
+    assert account_lines(reader)[-1] == ("files: 1 of 3 read; not read: 1 .parquet beside archives (00000.parquet); 1 .json "
+                                         "beside archives (00000_stats.json)")  # fmt: skip
 
 
-def test_describe_lists_unread_columns_and_files(tmp_path):
+def account_lines(reader: Reader) -> list[str]:
+    """The account of everything, for people. It closes."""
+    return list(close_account(reader).lines())
+
+
+def test_account_lists_unread_columns_and_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "lang": "en", "score": 3}\n')
     (tmp_path / "b.csv").write_text("text\ntwo\n")
-    line = open_reader(f"mine={tmp_path}").describe()
-    assert line == "mine: each record is read as text (text); columns not read: lang, score; files not read: 1 .csv"
-    assert "not read" not in open_reader(str(FIXTURES / "captions")).describe()  # images and their caption files
+    reader = open_reader(f"mine={tmp_path}")
+    assert reader.describe() == "mine: records are read as text (text)"
+    assert account_lines(reader) == [
+        "fields: 1 of 3 read; not read: 1 in 'lang'; 1 in 'score'",
+        "files: 1 of 2 read; not read: 1 .csv beside JSON lines (b.csv)",
+    ]
 
 
 def test_word_inside_a_name_is_not_a_split(tmp_path):

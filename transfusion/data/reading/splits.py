@@ -1,0 +1,33 @@
+"""Splits by the names of files and folders."""
+
+import re
+from functools import lru_cache
+
+SPLITS = {  # name -> words in paths
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
+}  # fmt: skip
+
+
+def canonical(split: str) -> str:
+    """The name of a split that has several: val -> validation."""
+    return next((name for name, words in SPLITS.items() if split.lower() in words), split.lower())
+
+
+@lru_cache(maxsize=4096)
+def split_of_name(name: str, split: str) -> str | None:
+    """The split that the name of a file or folder starts or ends with (and a year): inside a name a word has another
+    meaning. `split`: one more split to look for, by its canonical name."""
+    for found, words in {split: (split,), **SPLITS}.items():
+        escaped = "|".join(map(re.escape, words))
+        if re.search(rf"^({escaped})(?![a-z])|(?<![a-z])({escaped})\d*(?=\.|$)", name.lower()):
+            return found
+    return None
+
+
+def split_of_path(path: str, split: str, with_file: bool) -> str | None:
+    """The split of a path: the outermost folder that names one decides; with `with_file` also the name of the file."""
+    *folders, name = path.split("/")
+    for part in (*folders, name) if with_file else folders:
+        if found := split_of_name(part, split):
+            return found
+    return None
