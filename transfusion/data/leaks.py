@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from transfusion.data.splits import HASH_RANGE
+from transfusion.data.heldout import HASH_RANGE
 from transfusion.data.store import read_hashes
 
 NUM_NAMED = 10

@@ -21,11 +21,11 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
+from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.leaks import count_leaks
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
-from transfusion.data.splits import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text

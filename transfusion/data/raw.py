@@ -38,7 +38,7 @@ class RawDocument:
     pairs: bool = False  # alternating captions and images; the loader may swap them and drop captions
     name: str = ""  # its id in the source, if any; unique there
     where: str = ""  # file and row
-    split: str = ""  # "train" or "heldout" when its source declares it; otherwise `splits.py` decides
+    split: str = ""  # "train" or "heldout" when its source declares it; otherwise `heldout.py` decides
 
     @property
     def pair(self) -> tuple[str, np.ndarray] | None:

@@ -9,11 +9,11 @@ from itertools import islice
 import numpy as np
 
 from transfusion.codecs.text import Tokenizer
+from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
-from transfusion.data.splits import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.sequence import Text
 

@@ -23,12 +23,12 @@ from tests.profile import examples
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
+from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_document, hash_pixels, hash_text, perceptual_hash
 from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.reading.readers import open_built_in, open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
-from transfusion.data.splits import HASH_RANGE, SplitDocument, hash_document, hash_pixels, hash_text, perceptual_hash
 from transfusion.data.store import PreparedFolder, open_prepared
 from transfusion.data.survey import Duplicates, survey
 from transfusion.sequence import Document, Image, Text
