@@ -27,7 +27,8 @@ from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_document, h
 from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.data.reading.readers import open_built_in, open_reader
+from transfusion.data.reading.account import Account
+from transfusion.data.reading.readers import ReaderOptions, open_built_in, open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, open_prepared
 from transfusion.data.survey import Duplicates, survey
@@ -288,6 +289,19 @@ def test_share_is_the_same_for_all_sources_without_declared_splits(tmp_path, mon
 
 
 # Declared splits
+
+
+@pytest.mark.parametrize(("option", "rows"), [("train", (0, 3, 4, 5)), ("validation", (1, 4, 5)), ("dev", (1, 4, 5))])
+def test_rows_of_another_split_are_not_read(tmp_path, option, rows):
+    """The column `split`; any other value or none decides nothing."""
+    values = ["train", "val", "TEST", "training", "restval", None]
+    records = [{"image": inline(picture(n)[1]), "caption": str(n), "split": value} for n, value in enumerate(values)]
+    reader, account = open_reader(str(write_lines(tmp_path / "a.jsonl", records)), ReaderOptions(split=option)), Account()
+    raws = [raw for unit in reader.units(9) for raw in reader.read(unit, account)]
+    assert [raw.segments[0].text for raw in raws] == list(map(str, rows))
+    reader.close_account(account)
+    account.check()
+    assert account.tallies["records"].passed_over == {"of another split": 6 - len(rows)}
 
 
 def test_leaks_of_declared_splits_are_counted_and_named(tmp_path):

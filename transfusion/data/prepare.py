@@ -291,8 +291,8 @@ def _write_dataset(
         quarantine += [{"source": reader.name, **fault} for fault in faults]
         totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
         if not totals["train"]:
-            raise PrepareError(f"{reader.name} has no training documents ({records} records, {len(faults)} faults, "
-                               f"{totals['heldout']} held out): add documents, or use --heldout 0")  # fmt: skip
+            counts = "; ".join((f"{records:,} records", *account.lines(), f"{totals['heldout']:,} documents are held out"))
+            raise PrepareError(f"{reader.name} has no training documents ({counts}): add documents, or use --heldout 0")
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,
             "account": account.to_json(), "declares_split": reader.declares_split,
