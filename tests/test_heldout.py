@@ -23,7 +23,7 @@ from tests.profile import examples
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
-from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_document, hash_pixels, hash_text, perceptual_hash
+from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_pixels, hash_text, perceptual_hash
 from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
@@ -389,10 +389,9 @@ def test_no_condition_of_a_held_out_edit_is_dropped(tmp_path):
 @examples(60)
 @given(st.lists(st.lists(st.integers(0, 3) | st.integers(10, 12), min_size=1, max_size=3), max_size=12))
 def test_duplicates_are_those_of_python_sets(corpus):
-    """Numbers below 10 are texts, others pictures. The hashes of documents are equal if and only if all parts are."""
+    """Numbers below 10 are texts, others pictures."""
     documents = [RawDocument(tuple(RawText(text_of(n)) if n < 10 else RawImage(pixels_of(n)) for n in parts))
                  for parts in corpus]  # fmt: skip
-    assert len(set(map(hash_document, documents))) == len(set(map(tuple, corpus)))
     duplicates = Duplicates()
     for document in documents:
         duplicates.add(document)
@@ -413,15 +412,22 @@ def test_perceptual_hash_is_the_difference_hash_and_finds_most_copies():
         image, file = smooth(seed), io.BytesIO()
         image.save(file, "JPEG", quality=80)
         original = perceptual_hash(np.asarray(image))
-        grey = np.asarray(image.convert("L").resize((9, 8), PILImage.Resampling.BILINEAR)).astype(int).tolist()
-        bits = [row[n + 1] - row[n] > 4 for row in grey for n in range(8)]
-        assert original == int("".join("01"[bit] for bit in bits), 2)
+        grey = np.asarray(image).mean(2).astype(np.float32)
+        row_by_row = np.asarray(PILImage.fromarray(grey).resize((9, 8), PILImage.Resampling.BILINEAR))
+        steps = np.diff(row_by_row, axis=1).ravel()
+        is_clear = np.abs(steps - 4) > 0.3  # the weights of the resizing are rounded
+        assert [bit for bit, is_known in zip(f"{original:064b}", is_clear, strict=True) if is_known] == [
+            "01"[int(step > 4)] for step in steps[is_clear]
+        ]
+        assert is_clear.mean() > 0.9
         smaller = image.resize((64, 64), PILImage.Resampling.LANCZOS)
         copies += sum(perceptual_hash(np.asarray(copy)) == original for copy in (PILImage.open(file), smaller))
         hashes.add(original)
     assert copies > 0.6 * 80
     assert len(hashes) == 40
     assert perceptual_hash(np.full((5, 7, 1), 9, np.uint8)) == 0
+    large = np.asarray(smooth(0, 1500))
+    assert perceptual_hash(large) == perceptual_hash(large[::3, ::3])  # sampled first
 
 
 def test_likely_duplicates_are_counted(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from transfusion.data.heldout import HASH_RANGE
+from transfusion.data.heldout import HASH_RANGE, limit_of
 from transfusion.data.store import read_hashes
 
 NUM_NAMED = 10
@@ -114,7 +114,7 @@ def _read(datasets: Sequence[tuple[Path, dict]], split: str) -> Iterator[tuple[_
     """All batches of a split, each with the limit below which hashes are held out."""
     for folder, metadata in datasets:
         for name, source in metadata["sources"].items():
-            limit = HASH_RANGE if source["declares_split"] else int(metadata["heldout_fraction"] * HASH_RANGE)
+            limit = HASH_RANGE if source["declares_split"] else limit_of(metadata["heldout_fraction"])
             for batch in read_hashes(folder / name, split, source["shards"]):
                 yield _Batch.of(name, batch), limit
 

@@ -73,8 +73,9 @@ class Duplicates:
 
     def add(self, document: RawDocument) -> None:
         pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
-        self.documents.append(hash_document(document))
-        self.images.extend(map(hash_pixels, pixels))
+        hashes = list(map(hash_pixels, pixels))
+        self.documents.append(hash_document(document, hashes))
+        self.images.extend(hashes)
         self.perceptual.extend(map(perceptual_hash, pixels))
 
     def __str__(self) -> str:
