@@ -325,7 +325,7 @@ def test_leaks_of_declared_splits_are_counted_and_named(tmp_path):
 def test_documents_left_out_are_no_leaks(tmp_path):
     """Of documents with the same id only the first is kept, whatever its split."""
     records = [{"id": f"n{n % 15}", "image": to_url(encoded(n, "png")), "caption": "one"} for n in range(30)]
-    config = replace(CONFIG, max_faults=0.5)
+    config = replace(CONFIG, max_faults=0.5, records_per_shard=20)  # some in one shard, some in two
     prepared = prepare_in(tmp_path / "out", [str(write_lines(tmp_path / "a.jsonl", records))], config=config)
     expected = set(filter(is_heldout, range(15)))
     assert count_leaks([(prepared.folder, prepared.metadata)]).heldout_images == len(expected)
@@ -344,6 +344,7 @@ def test_leaks_between_prepared_folders_are_counted(tmp_path):
     assert heldout > 2
     leaks = count_leaks([(folder.folder, folder.metadata) for folder in folders])
     assert (leaks.heldout_images, leaks.images, len(leaks.named)) == (heldout, heldout, min(heldout, 10))
+    assert leaks.similar == 0  # equal ones are not only similar
 
 
 # Figures

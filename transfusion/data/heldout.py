@@ -90,9 +90,9 @@ def hash_bytes(*contents: bytes | np.ndarray) -> int:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """The difference hash (dHash) of an image (Y, X, 1 | 3) uint8. It is resized to 9 x 8 pixels, the mean of their channels;
-    each of the 64 bits is 1 if a pixel is darker than its right neighbour by more than `MIN_STEP`. It is 0 for an image
-    without such steps."""
+    """The difference hash (dHash) of an image (Y, X, 1 | 3) uint8. It is resized to 9 x 8 pixels, the mean of their
+    channels. Each of the 64 bits is 1 if a pixel is darker than its right neighbour by more than `MIN_STEP`. It is 0 for an
+    image without such steps."""
     step = max(1, min(pixels.shape[:2]) // MAX_SIDE)
     pixels = pixels[::step, ::step]
     height, width, channels = pixels.shape
