@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from PIL import Image as PILImage
 from tests.documents import same_batch
 from tests.profile import examples
 from tests.sources import inline, picture, png, write_lines, write_photos
-from transfusion.config import DataConfig, PrepareConfig
+from transfusion.config import DataConfig, EvaluationConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
 from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_pixels, hash_text, perceptual_hash
 from transfusion.data.leaks import count_leaks
@@ -32,6 +33,7 @@ from transfusion.data.reading.readers import ReaderOptions, open_built_in, open_
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, open_prepared
 from transfusion.data.survey import Duplicates, survey
+from transfusion.evaluation.suite import Suite
 from transfusion.sequence import Document, Image, Text
 
 CONFIG = PrepareConfig(tokenizer_size=260, sizes=("8x8",), codec="pixels", records_per_shard=4, max_faults=0.0)
@@ -382,6 +384,28 @@ def test_no_condition_of_a_held_out_edit_is_dropped(tmp_path):
     expected = heldout_batches(source, encoder, 99)
     assert all(same_batch(*pair) for pair in zip(heldout_batches(source, dropping, 99), expected, strict=True))
     assert sum(len(group.keys) for batch in expected for group in batch.groups) == 2 * len(source)
+
+
+class Mixed(list):
+    """A source of a text, a pair without loss, a pair and an edit."""
+
+    name = "mixed"
+
+    def __init__(self):
+        text, image, condition = RawText("red"), RawImage(pixels_of(0)), RawImage(pixels_of(1), loss=False)
+        super().__init__([RawDocument((text,)), RawDocument((text, condition), pairs=True),
+                          RawDocument((text, image), pairs=True), RawDocument((condition, text, image))])  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "tasks"), [
+    (0, {"text", "choice", "captions", "conditioning", "images", "clip", "edits"}), (3, {"edits"}),
+    (1, {"captions", "conditioning", "images", "clip", "edits"}),
+])  # fmt: skip
+def test_source_of_several_kinds_of_documents_supports_the_tasks_of_all(first, tasks):
+    source, suite = Mixed(), SimpleNamespace(config=EvaluationConfig(), engine=None)
+    del source[:first]
+    assert Suite._tasks_of_source(suite, source).keys() == tasks
+    assert [(n, caption) for n, caption, _ in read_pairs(source, 9)] == ([(2 - first, "red")] if first < 3 else [])
 
 
 # Duplicates
