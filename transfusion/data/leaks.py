@@ -28,7 +28,9 @@ class Leaks:
     def lines(self) -> Iterator[str]:
         """The numbers in words."""
         heldout = f"{self.heldout_images:,} pictures and {self.heldout_texts:,} texts are held out"
-        if not self.images + self.texts:
+        if not self.heldout_images + self.heldout_texts:
+            yield "nothing is held out"
+        elif not self.images + self.texts:
             yield f"{heldout}; none of them is trained on"
         else:
             yield f"{heldout}; {self.images:,} of the pictures and {self.texts:,} of the texts are also trained on:"
