@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -87,10 +88,8 @@ def validate(args: Validate) -> None:
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
-        for line in (*(f"  {number:,} {kind}" for kind, number in counts.faults.most_common()), *lines):
-            print(line)
-        for line in counts.account.lines():
-            print(f"  {line}")
+        print_account(counts.account, print)
+        print(*lines, sep="\n", end="\n" * bool(lines))
     if readers:
         print(duplicates)
     if args.faults:
@@ -112,7 +111,7 @@ def inspect(args: Inspect) -> None:
     for folder in folders:
         show_prepared(page, folder, args.count)
     for reader in readers:
-        show_source(page, reader, args.count)
+        print_account(show_source(page, reader, args.count), print_status)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     print_status(f"wrote {page.write(args.out)}")
 
@@ -138,6 +137,7 @@ def stats(args: Stats) -> None:
     for source in surveys:
         print(source.name)
         print(*(f"  {name:14}{value}" for name, value in source.rows()), sep="\n")
+        print_account(source.account, print)
 
 
 def prepare(args: Prepare) -> None:
@@ -152,6 +152,7 @@ def prepare(args: Prepare) -> None:
 
     from transfusion.data import prepare as preparation
     from transfusion.data.leaks import Leaks
+    from transfusion.data.reading.account import Account
     from transfusion.parallel import Ranks
 
     with Ranks.of_torchrun() as ranks:
@@ -173,11 +174,18 @@ def prepare(args: Prepare) -> None:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
             left_out = f"; {faults.total():,} left out ({kinds}): see {args.out / 'quarantine.jsonl'}" if faults else ""
             print_status(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
+            print_account(Account.from_json(source["account"]), print_status, "    ")
             if not documents["heldout"]:
                 print_status(f"  warning: nothing of {name} is held out, so it has no held-out figures: add documents or "
                              "raise --heldout")  # fmt: skip
         for line in Leaks(**dataset["leaks"]).lines():
             print_status(f"  {line}")
+
+
+def print_account(account, write: Callable[[str], None], indent: str = "  ") -> None:
+    """Print what was passed over, by reason."""
+    for line in account.lines():
+        write(indent + line)
 
 
 def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:

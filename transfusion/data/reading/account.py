@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NUM_EXAMPLES = 3  # names kept for each reason
+NUM_SHOWN_REASONS = 8  # of a kind, in the lines for people
 MAX_REASONS = 40  # of a kind; records may have any number of different columns
 OTHERS = "other reasons"
 
@@ -83,15 +84,20 @@ class Account:
                 raise ValueError(f"the account of {kind} does not close: {counts}")
 
     def lines(self) -> Iterator[str]:
-        """One line for each kind of which something is passed over, for people."""
+        """For people: of each kind of which something is passed over, how much is read, and the reasons."""
         if len(self.forms) > 1:
-            yield "forms: " + ", ".join(f"{count:,} {form}" for form, count in self.forms.most_common())
+            yield "forms of records: " + ", ".join(f"{count:,} {form}" for form, count in self.forms.most_common())
         for kind, tally in self.tallies.items():
-            reasons = [f"{count:,} {reason}{_list_examples(count, tally.examples[reason])}"
-                       for reason, count in tally.passed_over.most_common() if count]  # fmt: skip
-            reasons += [f"{tally.unexplained:,} for an unknown reason"] if tally.unexplained else []
+            reasons = [(reason, count) for reason, count in tally.passed_over.most_common() if count]
+            reasons += [("for an unknown reason", tally.unexplained)] if tally.unexplained else []
             if reasons:
-                yield f"{kind}: {tally.read.total():,} of {tally.total:,} read; not read: {'; '.join(reasons)}"
+                yield f"{kind}: {tally.read.total():,} of {tally.total:,} read; not read:"
+            for reason, count in reasons[:NUM_SHOWN_REASONS]:
+                names = tally.examples.get(reason, [])
+                more = ", ..." if count > len(names) else ""
+                yield f"  {count:,} {reason}" + (f": {', '.join(names)}{more}" if names else "")
+            if rest := sum(count for _, count in reasons[NUM_SHOWN_REASONS:]):
+                yield f"  {rest:,} for {len(reasons) - NUM_SHOWN_REASONS} more reasons"
 
     def to_json(self) -> dict[str, Any]:
         """As an object, for `from_json`."""
@@ -121,9 +127,3 @@ def _runs(flags: bytearray) -> Iterator[tuple[int, int]]:
         end = flags.find(0, first)
         end = len(flags) if end < 0 else end
         yield first, end
-
-
-def _list_examples(count: int, names: list[str]) -> str:
-    if not names:
-        return ""
-    return f" ({', '.join(names)}{', ...' if count > len(names) else ''})"

@@ -15,7 +15,7 @@ from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
 from transfusion.data.reading.json_files import JsonLines, JsonList
-from transfusion.data.reading.listing import Listing, Selection
+from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
 from transfusion.data.reading.records import describe_record, rename_columns
 from transfusion.data.reading.splits import canonical, split_of_path
@@ -112,7 +112,7 @@ class Choice:
         if self.found_splits and split_of_path(path, self.split, kind == PICTURES) not in (self.split, None):
             return "of another split"
         if KIND_OF_SUFFIX.get(suffix) == PICTURES:
-            return "of no split" if kind == PICTURES else "named by no record"
+            return "of no split" if kind == PICTURES else NAMED_BY_NONE
         if kind == PICTURES and suffix in ("txt", "caption"):
             return "without a picture of the same name"
         return f".{suffix} beside {kind}"
@@ -186,7 +186,7 @@ class Choice:
             spans = container.spans(NUM_SAMPLES, Account())
             for _, record in islice((item for span in spans for item in container.records(span)), NUM_SAMPLES):
                 is_empty = False
-                if isinstance(record, Fault) and record.kind in (CUT_SHORT, "damaged table"):
+                if isinstance(record, Fault) and record.kind == CUT_SHORT:
                     return ""
                 if not isinstance(record, Fault):
                     form, has_address = describe_record(rename_columns(record, self.columns))

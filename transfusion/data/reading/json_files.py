@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from transfusion.data.raw import Fault
+from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault, group
 from transfusion.data.reading.files import Files, error_line
@@ -102,6 +102,7 @@ class JsonList:
 
 
 _DECODER = json.JSONDecoder()
+_BRACKETS = re.compile(r'[][{}]|"(?:[^"\\]|\\.)*(?:"|$)', re.DOTALL)  # and texts, which may have brackets
 _SPACE, _SEPARATOR = re.compile("[ \n\r\t\ufeff]*"), re.compile("[ \n\r\t,]*")
 
 
@@ -122,7 +123,7 @@ class _TextBuffer:
         try:
             content = self.file.read1(max(READ_SIZE, len(self.text) - self.position))
             if not content:
-                self.end_fault = Fault("cut short", "the list has no end: the file is cut short")
+                self.end_fault = Fault(CUT_SHORT, "the list has no end: the file is cut short")
         except OSError as error:
             content, self.end_fault, self.is_damaged = b"", damage_fault(error), True
         self.text, self.position = self.text[self.position :] + self._decoder.decode(content, final=not content), 0
@@ -143,27 +144,48 @@ class _TextBuffer:
         return self.text.startswith(character, self.position)
 
     def parse_element(self) -> tuple[Any, int]:
-        """The JSON value at the current position, and the position after it; a Fault when no complete value is there."""
+        """The JSON value at the current position, and the position after it; a Fault instead of a wrong value. Where the
+        next element cannot be found either, the position does not change."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
                 if end < len(self.text):  # otherwise a number may continue
                     break
             except json.JSONDecodeError as error:
-                value, end = Fault("bad JSON", f"it is not valid JSON, the rest is not read: {error.msg}"), self.position
+                value, end = Fault("bad JSON", f"it is not valid JSON: {error.msg}"), self.position
                 if error.pos < len(self.text) - 16 and not error.msg.startswith("Unterminated"):
-                    return value, end  # more text cannot help
+                    return self._skip_element(value)  # more text cannot help
             except (ValueError, RecursionError) as error:
-                return Fault("bad JSON", f"it cannot be read, the rest is not read: {error_line(error)}"), self.position
+                return self._skip_element(Fault("bad JSON", f"it cannot be read: {error_line(error)}"))
             if len(self.text) - self.position > MAX_RECORD_SIZE or not self.read_more():
                 break
         size = (len(self.text) if end == self.position else end) - self.position
         if size > MAX_RECORD_SIZE:
-            return Fault("too large", f"it has over {MAX_RECORD_SIZE:,} characters, the rest is not read"), self.position
-        if end == self.position and (self.position == len(self.text) or self.is_damaged):
-            return self.end_fault, self.position
+            message = f"it has over {MAX_RECORD_SIZE:,} characters, the rest of the file is not read"
+            return Fault(CUT_SHORT, message), self.position
+        if end == self.position:
+            is_at_end = self.position == len(self.text) or self.is_damaged
+            return (self.end_fault, self.position) if is_at_end else self._skip_element(value)
         try:
             self.text[self.position : end].encode()
         except UnicodeEncodeError:  # lone surrogates: see the decoder
             value = Fault("wrong encoding", "it is not UTF-8")
         return value, end
+
+    def _skip_element(self, fault: Fault) -> tuple[Fault, int]:
+        """The fault of an element, and the position after its last bracket; if the next one cannot be found, a fault of the
+        rest of the file."""
+        while self.text[self.position] in "[{":
+            depth, end = 0, self.position
+            for part in _BRACKETS.finditer(self.text, self.position):
+                depth, end = depth + {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0), part.end()
+                if depth == 0:
+                    break
+            following = self.text[end : end + 1000].lstrip()
+            if depth == 0 and following:
+                if following[0] in ",]":
+                    return fault, end
+                break
+            if len(self.text) - self.position > MAX_RECORD_SIZE or not self.read_more():
+                break
+        return Fault(CUT_SHORT, f"{fault.message}; the rest of the file is not read"), self.position

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from transfusion.data.reading.account import NUM_EXAMPLES, OTHERS, Account
 
+NAMED_BY_NONE = "named by no record"  # why a picture is not read
 IGNORED_NAMES = ("README", "LICENSE")  # with any suffix
 
 
@@ -68,8 +69,10 @@ class Listing(Sequence[str]):
             number = self._label_number("picture", is_read=True)
             for index, is_named in enumerate(account.named):
                 fates[index] = number if is_named else fates[index]
+        is_partial = "records" in account.tallies and account.tallies["records"].unexplained > 0
         for (label, is_read), number in self._labels.items():
             count = fates.count(number)
+            label += " so far" if label == NAMED_BY_NONE and is_partial else ""
             if is_read and count:
                 account.read("files", label, count)
             elif number and count:
