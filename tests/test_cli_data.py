@@ -387,3 +387,34 @@ def test_peak_memory_does_not_grow_with_the_data(tmp_path):
         assert sum(open_prepared(out).metadata["sources"][str(count)]["documents"].values()) == count
     for before, after in peaks.values():
         assert after - before < 32 * 32 * 3 * (many - few)
+
+
+# Held-out data
+
+
+def test_leaks_and_duplicates_are_printed(tmp_path, capsys):
+    """By `prepare`, `validate` and `inspect`; and a warning if nothing of a source is held out."""
+    photos = write_photos(tmp_path / "photos", 60)
+    (photos / "again.png").write_bytes((photos / "0007.png").read_bytes())
+    lines = (photos / "metadata.jsonl").read_text()
+    (photos / "metadata.jsonl").write_text(lines + lines.splitlines()[7].replace("0007", "again") + "\n")
+    few = write_photos(tmp_path / "few", 2)
+    command("data", "prepare", photos, few, "--out", tmp_path / "out", "--heldout", 30, *PREPARE)
+    stderr = capsys.readouterr().err
+    heldout = re.search(r"photos: \d+ to train on, (\d+) held out", stderr)[1]
+    assert f"{heldout} pictures and 0 texts are held out; none of them is trained on" in stderr
+    assert "warning: nothing of few is held out" in stderr
+    assert "nothing of photos" not in stderr
+    command("data", "validate", photos, few, tmp_path / "out")
+    stdout = capsys.readouterr().out
+    assert f"{heldout} pictures and 0 texts are held out; none of them is trained on" in stdout
+    assert "duplicates: 3 documents (same pixels and text as an earlier one), 3 pictures (same pixels)" in stdout
+    command("data", "inspect", tmp_path / "out", "--out", tmp_path / "page.html")
+    assert "none of them is trained on" in (tmp_path / "page.html").read_text()
+
+
+def test_like_fits_no_tokenizer(folder, tmp_path, capsys):
+    command("data", "prepare", folder / "texts.jsonl", "--out", tmp_path / "out", "--like", folder / "prepared")
+    stderr = capsys.readouterr().err
+    assert "fitting" not in stderr
+    assert f"using the tokenizer and the codec of {folder / 'prepared'}" in stderr

@@ -30,6 +30,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data import prepare as preparing
+from transfusion.data.heldout import HASH_RANGE, MAX_FRACTION, hash_pixels
 from transfusion.data.loader import (
     START,
     DocumentEncoder,
@@ -44,7 +45,6 @@ from transfusion.data.raw import RawDocument, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
-from transfusion.data.splits import HASH_RANGE, MAX_FRACTION, hash_pixels
 from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json

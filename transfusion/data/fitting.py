@@ -15,8 +15,8 @@ from transfusion.codecs.pretrained import Pretrained, is_pretrained
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig, parse_size
+from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.data.splits import SplitDocument
 from transfusion.data.store import open_prepared
 from transfusion.disk import OpenError, check_codec, check_run_format, read_checked, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text, Vocabulary

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from transfusion.data.splits import HASH_RANGE
+from transfusion.data.heldout import HASH_RANGE, limit_of
 from transfusion.data.store import read_hashes
 
 NUM_NAMED = 10
@@ -28,7 +28,9 @@ class Leaks:
     def lines(self) -> Iterator[str]:
         """The numbers in words."""
         heldout = f"{self.heldout_images:,} pictures and {self.heldout_texts:,} texts are held out"
-        if not self.images + self.texts:
+        if not self.heldout_images + self.heldout_texts:
+            yield "nothing is held out"
+        elif not self.images + self.texts:
             yield f"{heldout}; none of them is trained on"
         else:
             yield f"{heldout}; {self.images:,} of the pictures and {self.texts:,} of the texts are also trained on:"
@@ -114,7 +116,7 @@ def _read(datasets: Sequence[tuple[Path, dict]], split: str) -> Iterator[tuple[_
     """All batches of a split, each with the limit below which hashes are held out."""
     for folder, metadata in datasets:
         for name, source in metadata["sources"].items():
-            limit = HASH_RANGE if source["declares_split"] else int(metadata["heldout_fraction"] * HASH_RANGE)
+            limit = HASH_RANGE if source["declares_split"] else limit_of(metadata["heldout_fraction"])
             for batch in read_hashes(folder / name, split, source["shards"]):
                 yield _Batch.of(name, batch), limit
 

@@ -109,7 +109,7 @@ def contains_edits(source: Source) -> bool:
 
 def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarray]]:
     """(document, caption, pixels) of the first `count` documents of pairs, one image of each. Of a held-out document this is
-    an image that is held out itself: the others have no loss (see `splits.py`)."""
+    an image that is held out itself: the others have no loss (see `heldout.py`)."""
     pairs = ((n, source[n].pair) for n in range(len(source)))
     return islice(((n, *pair) for n, pair in pairs if pair is not None), count)
 

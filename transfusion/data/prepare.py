@@ -21,11 +21,11 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
+from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.leaks import count_leaks
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
-from transfusion.data.splits import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
@@ -291,8 +291,8 @@ def _write_dataset(
         quarantine += [{"source": reader.name, **fault} for fault in faults]
         totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
         if not totals["train"]:
-            raise PrepareError(f"{reader.name} has no training documents ({records} records, {len(faults)} faults, "
-                               f"{totals['heldout']} held out): add documents, or use --heldout 0")  # fmt: skip
+            counts = "; ".join((f"{records:,} records", *account.lines(), f"{totals['heldout']:,} documents are held out"))
+            raise PrepareError(f"{reader.name} has no training documents ({counts}): add documents, or use --heldout 0")
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,
             "account": account.to_json(), "declares_split": reader.declares_split,

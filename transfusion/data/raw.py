@@ -38,13 +38,16 @@ class RawDocument:
     pairs: bool = False  # alternating captions and images; the loader may swap them and drop captions
     name: str = ""  # its id in the source, if any; unique there
     where: str = ""  # file and row
-    split: str = ""  # "train" or "heldout" when its source declares it; otherwise `splits.py` decides
+    split: str = ""  # "train" or "heldout" when its source declares it; otherwise `heldout.py` decides
 
     @property
     def pair(self) -> tuple[str, np.ndarray] | None:
         """The caption and the pixels of the first image with loss of a document of pairs; None when there is none."""
-        pairs = zip(self.segments[::2], self.segments[1::2], strict=True) if self.pairs else ()
-        return next(((caption.text, image.pixels) for caption, image in pairs if image.loss), None)
+        for first, second in zip(self.segments[::2], self.segments[1::2], strict=True) if self.pairs else ():
+            caption, image = (first, second) if isinstance(first, RawText) else (second, first)
+            if image.loss:
+                return caption.text, image.pixels
+        return None
 
 
 CUT_SHORT = "cut short"  # the kind of fault after which the rest of a file is not read

@@ -5,7 +5,7 @@ A prepared folder has `dataset.json` (settings, counts, hashes), `tokenizer.json
 (Arrow streams, which `datasets` also reads), and `00000.json` (their counts).
 A document is one row of `schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also keep
 their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes that
-decide the split (`splits.py`) are kept, so that leaks can be counted.
+decide the split (`heldout.py`) are kept, so that leaks can be counted.
 """
 
 import math
@@ -24,8 +24,8 @@ from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.pictures import pixels_of, read_picture, to_png
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
+from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.data.splits import SplitDocument
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 

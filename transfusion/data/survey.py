@@ -9,11 +9,11 @@ from itertools import islice
 import numpy as np
 
 from transfusion.codecs.text import Tokenizer
+from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
-from transfusion.data.splits import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.sequence import Text
 
@@ -73,8 +73,9 @@ class Duplicates:
 
     def add(self, document: RawDocument) -> None:
         pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
-        self.documents.append(hash_document(document))
-        self.images.extend(map(hash_pixels, pixels))
+        hashes = list(map(hash_pixels, pixels))
+        self.documents.append(hash_document(document, hashes))
+        self.images.extend(hashes)
         self.perceptual.extend(map(perceptual_hash, pixels))
 
     def __str__(self) -> str:

@@ -34,6 +34,7 @@ from transfusion.data.reading.records import (
     split_captions,
     to_document,
 )  # fmt: skip
+from transfusion.data.reading.splits import canonical, split_of_record
 
 MAX_BUILT_IN_HELDOUT = 500  # held-out documents of a built-in source
 NUM_SAMPLES = 100  # records that are read to detect their form
@@ -46,7 +47,7 @@ class ReaderOptions:
     form: Form | None = None  # of its records; None: detected
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> its column; "": not read
     image_root: str | None = None  # the folder that image paths are relative to
-    split: str = "train"  # when files or folders are named after splits
+    split: str = "train"  # when files, folders or records are named after splits
     limit: int | None = None  # number of records
     shapes: ShapesConfig = ShapesConfig()
 
@@ -150,6 +151,10 @@ class Reader:
             return
         try:
             renamed = rename_columns(record, self.options.columns)
+            split = canonical(self.options.split)
+            if split_of_record(renamed, split) not in (split, None):
+                account.pass_over("records", "of another split", where)
+                return
             form = self.options.form or form_among(renamed, self.form, self.columns)
             parts = split_captions(renamed, form)
         except Fault as fault:

@@ -1,7 +1,8 @@
-"""Splits by the names of files and folders."""
+"""Splits by the names of files and folders, and by the column `split` of records."""
 
 import re
 from functools import cache
+from typing import Any
 
 SPLITS = {  # name -> words in paths
     "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
@@ -32,3 +33,10 @@ def split_of_path(path: str, split: str, with_file: bool) -> str | None:
         if found := split_of_name(part, split):
             return found
     return None
+
+
+def split_of_record(record: dict[str, Any], split: str) -> str | None:
+    """The split that the column `split` of a record names, if it is a known one or `split`; None for any other value."""
+    value = record.get("split")
+    name = canonical(value) if isinstance(value, str) else None
+    return name if name in {*SPLITS, split} else None

@@ -9,15 +9,16 @@ by the hash of its text. A split that the source declares is kept.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
-from PIL import Image as Picture
 
 from transfusion.data.raw import RawDocument, RawImage, RawText
 
 MAX_FRACTION = 0.05  # largest share that is held out
-HASH_RANGE = 2**64
-MIN_STEP = 4  # grey levels; smaller differences of neighbours are noise of the compression
+HASH_RANGE = 2**64  # hashes are below it
+MIN_STEP = 4  # levels of 255; smaller differences of neighbours are noise of the compression
+MAX_SIDE = 256  # larger images are sampled before they are resized to 9 x 8 pixels
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ class SplitDocument:
         image_hashes = tuple(map(hash_pixels, pixels))
         text_hash = None if pixels else hash_text("".join(part.text for part in document.segments))
         if not document.split:
-            limit = fraction * HASH_RANGE
-            is_heldout = any(value < limit for value in (*image_hashes, *([] if pixels else [text_hash])))
+            limit = limit_of(fraction)
+            is_heldout = any(value < limit for value in image_hashes or (text_hash,))
             document = replace(document, split="heldout" if is_heldout else "train")
             if is_heldout:
                 document = _drop_loss(document, [value >= limit for value in image_hashes])
         return cls(document, image_hashes, tuple(map(perceptual_hash, pixels)), text_hash)
+
+
+def limit_of(fraction: float) -> int:
+    """Pictures and texts whose hashes are below this limit are held out."""
+    return int(fraction * HASH_RANGE)
 
 
 def _drop_loss(document: RawDocument, is_dropped: Sequence[bool]) -> RawDocument:
@@ -67,9 +73,10 @@ def hash_text(text: str) -> int:
     return hash_bytes(" ".join(text.split()).encode())
 
 
-def hash_document(document: RawDocument) -> int:
-    """A hash of all texts and images in order: equal for exact duplicates."""
-    hashes = (f"text {hash_text(part.text)}" if isinstance(part, RawText) else f"image {hash_pixels(part.pixels)}"
+def hash_document(document: RawDocument, image_hashes: Sequence[int]) -> int:
+    """A hash of all texts and images in order: equal for exact duplicates. `image_hashes`: of its images."""
+    images = iter(image_hashes)
+    hashes = (f"text {hash_text(part.text)}" if isinstance(part, RawText) else f"image {next(images)}"
               for part in document.segments)  # fmt: skip
     return hash_bytes("\n".join(hashes).encode())
 
@@ -83,8 +90,23 @@ def hash_bytes(*contents: bytes | np.ndarray) -> int:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """The difference hash (dHash) of an image (Y, X, 1 | 3) uint8: it is resized to 9 x 8 grey pixels; each of the 64 bits
-    is 1 if a pixel is darker than its right neighbour by more than `MIN_STEP`. It is 0 for an image without such steps."""
-    image = Picture.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("L")
-    grey = np.asarray(image.resize((9, 8), Picture.Resampling.BILINEAR), np.int16)
-    return int.from_bytes(np.packbits(grey[:, 1:] - grey[:, :-1] > MIN_STEP).tobytes(), "big")
+    """The difference hash (dHash) of an image (Y, X, 1 | 3) uint8. It is resized to 9 x 8 pixels, the mean of their
+    channels. Each of the 64 bits is 1 if a pixel is darker than its right neighbour by more than `MIN_STEP`. It is 0 for an
+    image without such steps."""
+    step = max(1, min(pixels.shape[:2]) // MAX_SIDE)
+    pixels = pixels[::step, ::step]
+    height, width, channels = pixels.shape
+    rows = _resize_weights(height, 8) @ pixels.reshape(height, width * channels)
+    grey = rows @ _resize_weights(width, 9, channels).T  # the sum of the channels
+    return int.from_bytes(np.packbits(grey[:, 1:] - grey[:, :-1] > MIN_STEP * channels).tobytes(), "big")
+
+
+@lru_cache
+def _resize_weights(size: int, new_size: int, repeats: int = 1) -> np.ndarray:
+    """(new_size, size * repeats): the weights of the triangle filter, each several times. They are multiples of 2^-12, so
+    all sums are exact: the hash is the same on every machine."""
+    scale = size / new_size
+    centres = (np.arange(new_size)[:, None] + 0.5) * scale
+    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres) / max(scale, 1.0))
+    rounded = np.round(weights / weights.sum(1, keepdims=True) * 2**12) / 2**12
+    return rounded.repeat(repeats, 1)
