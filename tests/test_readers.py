@@ -520,6 +520,18 @@ def test_text_with_a_url_is_read_as_text(tmp_path, record):
     assert document.segments == (RawText(record.get("text") or record["content"]),)
 
 
+def test_column_of_picture_paths_is_never_read_as_text(tmp_path):
+    (tmp_path / "bird.png").write_bytes(make.png(1))
+    records = [{"text": "bird.png"}, {"image": "bird.png", "label": "bird.png"}, {"title": "bird.png", "text": "a bird"},
+               {"view": "a bird.png", "text": "a bird"}, {"one": "bird.png", "two": "bird.png", "text": "a bird"},
+               {"text": "This is bird.png"}, {"text": "a bird", "thumbnail": "https://example.org/bird.png"}]  # fmt: skip
+    items = read_at(write_lines(tmp_path / "a.jsonl", *records))
+    kinds = [item.kind if isinstance(item, Fault) else
+             "".join("TI"[isinstance(part, RawImage)] for part in item.segments) for item in items]  # fmt: skip
+    assert kinds == ["I", "I", "TI", "T", "missing column", "T", "T"]
+    assert "one, two may all be its image: choose one with --columns image=" in str(items[4])
+
+
 def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     """Its tables only have the original URLs of the images."""
     (tmp_path / "00000.tar").write_bytes((FIXTURES / "archives").joinpath(
