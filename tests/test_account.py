@@ -41,7 +41,7 @@ def count_members(paths: Sequence[str]) -> int:
     """Members of archives that are no folders."""
     total = 0
     for path in paths:
-        with suppress(tarfile.TarError), tarfile.open(path) as archive:
+        with suppress(tarfile.TarError), tarfile.open(path, ignore_zeros=True) as archive:
             total += sum(not member.isdir() for member in archive.getmembers())
     return total
 
@@ -161,7 +161,7 @@ def test_accounts_of_parts_add_up_to_the_same():
     whole.find("fields")
     with pytest.raises(ValueError, match="the account of fields does not close: 301 there, 100 read, 200 passed over"):
         whole.check()
-    lines = ["fields: 100 of 301 read; not read:", "  42 other reasons: name 40, name 41, name 42, ..."]
+    lines = ["fields: 100 of 301 read; not read:", "  40 other reasons: name 40, name 41, name 42, ..."]
     assert list(whole.lines())[:2] == lines
 
 

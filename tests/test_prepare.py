@@ -1,6 +1,8 @@
 """Prepared data: complete, and independent of interruptions and the number of processes."""
 
 import errno
+import gzip
+import io
 import json
 import os
 import shutil
@@ -40,6 +42,7 @@ from transfusion.data.loader import (
 )  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
@@ -795,3 +798,51 @@ def test_sources_with_edits_are_detected():
 def test_documents_without_conditions_are_unchanged(segments):
     config = DataConfig(condition_text_dropout=0.5, condition_dropout=0.5)
     assert reorder_and_drop(Document(segments), config).segments == segments
+
+
+# Files that are cut short, and the account
+
+
+@pytest.mark.parametrize("name", ["gzip", "list", "table"])
+def test_a_file_that_is_cut_short_stops_prepare_whatever_its_share(name, tmp_path):
+    """One fault among hundreds of records is within max_faults, but nobody knows how many records are missing."""
+    rng = np.random.default_rng(0)
+    texts = [{"text": f"plain words {n} {rng.random()}"} for n in range(2_000)]
+    if name == "gzip":
+        content = gzip.compress("".join(json.dumps(record) + "\n" for record in texts).encode(), mtime=0)
+        path, content = tmp_path / "a.jsonl.gz", content[: len(content) // 2]
+    elif name == "list":
+        path, content = tmp_path / "a.json", json.dumps(texts)[:-1000].encode()
+    else:
+        buffer = io.BytesIO()
+        with pa.ipc.new_stream(buffer, pa.table({"text": ["a"]}).schema) as out:
+            for first in range(0, 2_000, 500):
+                out.write_table(pa.table({"text": [record["text"] for record in texts[first : first + 500]]}))
+        path, content = tmp_path / "a.arrow", buffer.getvalue()[:-9_000]
+    path.write_bytes(content)
+    sources = [open_reader(str(path)), *readers()[:1]]
+    with pytest.raises(PrepareError, match=r"An unknown number of records is missing: .* --allow-cut"):
+        prepare(sources, CONFIG, tmp_path / "out")
+    dataset = prepare(sources, replace(CONFIG, allow_cut=True), tmp_path / "out")  # it does not change the content
+    account = Account.from_json(dataset["sources"]["a"]["account"])
+    account.check()
+    assert account.tallies["records"].passed_over == {"cut short": 1}
+    assert account.tallies["records"].read["document"] > 500
+
+
+def test_account_of_prepared_data_closes_for_any_number_of_shards(tmp_path):
+    """With duplicate ids, which are known after all shards are written, and pictures that are named in different shards."""
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(png(picture(n)[1]))
+    rows = [{"id": n % 17, "image": f"{5 - n % 5}.png", "caption": f"caption {n}", "lang": "en"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"image": "no.png", "caption": "x"}]))
+    accounts = []
+    for records_per_shard in (3, 100):
+        config = replace(CONFIG, records_per_shard=records_per_shard, max_faults=0.5)
+        dataset = prepare([open_reader(f"mine={tmp_path}")], config, tmp_path.with_name(f"out-{records_per_shard}"))
+        accounts.append(dataset["sources"]["mine"]["account"])
+        Account.from_json(accounts[-1]).check()
+    assert accounts[0] == accounts[1]
+    assert accounts[0]["kinds"]["records"]["passed_over"] == {"duplicate id": 3, "missing image": 1}
+    assert accounts[0]["kinds"]["files"]["passed_over"] == {"named by no record": 1}
+    assert accounts[0]["kinds"]["fields"]["passed_over"] == {"in 'lang'": 20}

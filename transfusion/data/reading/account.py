@@ -90,14 +90,19 @@ class Account:
         for kind, tally in self.tallies.items():
             reasons = [(reason, count) for reason, count in tally.passed_over.most_common() if count]
             reasons += [("for an unknown reason", tally.unexplained)] if tally.unexplained else []
-            if reasons:
-                yield f"{kind}: {tally.read.total():,} of {tally.total:,} read; not read:"
+            shown = []
             for reason, count in reasons[:NUM_SHOWN_REASONS]:
                 names = tally.examples.get(reason, [])
                 more = ", ..." if count > len(names) else ""
-                yield f"  {count:,} {reason}" + (f": {', '.join(names)}{more}" if names else "")
+                shown.append(f"{count:,} {reason}" + (f": {', '.join(names)}{more}" if names else ""))
             if rest := sum(count for _, count in reasons[NUM_SHOWN_REASONS:]):
-                yield f"  {rest:,} for {len(reasons) - NUM_SHOWN_REASONS} more reasons"
+                shown.append(f"{rest:,} for {len(reasons) - NUM_SHOWN_REASONS} more reasons")
+            head = f"{kind}: {tally.read.total():,} of {tally.total:,} read; not read:"
+            if shown and not any(tally.examples.values()):
+                yield f"{head} {', '.join(shown)}"
+            elif shown:
+                yield head
+                yield from (f"  {line}" for line in shown)
 
     def to_json(self) -> dict[str, Any]:
         """As an object, for `from_json`."""

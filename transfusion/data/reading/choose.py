@@ -1,8 +1,11 @@
 """Which files of a source are read, and by which container; and why the others are not read."""
 
 import json
+import posixpath
+import re
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 
@@ -17,7 +20,7 @@ from transfusion.data.reading.folders import PictureFolder, find_beside, find_ca
 from transfusion.data.reading.json_files import JsonLines, JsonList
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
-from transfusion.data.reading.records import describe_record, rename_columns
+from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.splits import canonical, split_of_path
 from transfusion.data.reading.tables import CsvTables, Tables
 
@@ -62,6 +65,7 @@ class Choice:
         self._select_saved_tables()
         if self.kinds[PICTURES]:  # the .json of one picture is not a list of records
             self.kinds["JSON"] = array("Q", (n for n in self.kinds["JSON"] if not self._is_beside_picture(n)))
+            self._move_tables_in_text()
         for kind in KINDS:
             self._select_split(kind)
 
@@ -98,7 +102,7 @@ class Choice:
             container = PictureFolder(self.files, listing, indices, find_captions(self.files, listing, indices, self.split))
             container.decide()
         else:
-            container = open_container(kind, self.files, Selection(listing, indices))
+            container = open_container(kind, self._find_pictures(kind, indices[0]), Selection(listing, indices))
             for index in indices:
                 listing.decide(index, kind, is_read=True)
         for index, path in enumerate(listing):
@@ -159,6 +163,35 @@ class Choice:
                 self.listing.decide(index, "cached by the library datasets")
         self.kinds["Arrow tables"] = kept
 
+    def _move_tables_in_text(self) -> None:
+        """A .txt without a picture of its name may be a table, as in Flickr8k: its first line has names of columns."""
+        tables = []
+        for index in self.kinds[TEXTS][:NUM_SAMPLES] if not self._has_captions else ():
+            line = _first_line(self.files, self.listing.path(index)).decode("utf-8", "replace").lower()
+            names = {name.strip(' "') for name in re.split(r"[,;|\t]", line)}
+            if all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption")):
+                tables.append(index)
+        self.kinds["tables"] = array("Q", sorted([*self.kinds["tables"], *tables]))
+        self.kinds[TEXTS] = array("Q", (index for index in self.kinds[TEXTS] if index not in tables))
+
+    def _find_pictures(self, kind: str, index: int) -> Files:
+        """The files, with the folder of all pictures as the image folder if the first records name pictures that exist only
+        there, not beside the file that names them."""
+        folders = {self.listing[number].rpartition("/")[0] for number in self.kinds[PICTURES]}
+        here = self.listing[index].rpartition("/")[0]
+        if self.files.image_root or kind == "archives" or len(folders) != 1 or folders == {here}:
+            return self.files
+        (folder,) = folders
+        container = open_container(kind, self.files, [self.listing.path(index)])
+        spans = container.spans(NUM_SAMPLES, Account())
+        records = (record for span in spans for _, record in container.records(span) if isinstance(record, dict))
+        paths = (path_of_picture(rename_columns(record, self.columns)) for record in islice(records, NUM_SAMPLES))
+        names = [path for path in paths if path]
+        beside, inside = ([self.listing.find(posixpath.join(parent, name)) for name in names] for parent in (here, folder))
+        if any(found is not None for found in beside) or all(found is None for found in inside):
+            return self.files
+        return replace(self.files, image_root=posixpath.join(self.listing.root, folder))
+
     def _is_beside_picture(self, index: int) -> bool:
         """Whether a file has the name of a picture, with another suffix or with one more."""
         stem = self.listing[index].rpartition(".")[0]
@@ -193,7 +226,7 @@ class Choice:
                     forms |= {form} - {None}
                     are_addresses = are_addresses and has_address
         except NoCaptionsError:
-            return "without records or captions"
+            return "without records of a known form"
         except ValueError:  # not even JSON
             return ""
         if not forms:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.files import error_line
+from transfusion.data.reading.files import Files, error_line
 
 MAX_RECORD_SIZE = 256 * 2**20  # bytes of one file in an archive, characters of one element of a list
 BOM = codecs.BOM_UTF8
@@ -31,6 +31,8 @@ class Span:
 
 class Container(Protocol):
     """Files of one kind."""
+
+    files: Files
 
     def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         """All records in order, in spans of at most `max_rows`. What else is in the files (members of archives that belong

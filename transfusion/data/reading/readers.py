@@ -249,7 +249,7 @@ def open_reader(source: str, options: ReaderOptions = ReaderOptions()) -> Reader
     files = Files.from_address(address, options.image_root)
     listing = files.list()
     container = choose_container(files, listing, address, options.split, options.columns)
-    return Reader(name or _derive_name(address), address, container, options, files, listing)
+    return Reader(name or _derive_name(address), address, container, options, container.files, listing)
 
 
 class BuiltInContainer:

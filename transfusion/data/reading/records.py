@@ -27,7 +27,8 @@ COLUMN_NAMES = {  # our name -> names in data sets, in lower case; the first one
     "image": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "gif", "bmp", "images", "image_path",
               "image_bytes", "image_file", "image_file_name", "image_name", "img_path", "file_name", "file_names",
               "filename", "filepath", "file_path", "path", "image_url", "img_url", "photo_url", "picture_url", "url"),
-    "caption": ("caption", "captions", "text", "txt", "prompt", "description", "alt", "alt_text", "title", "label"),
+    "caption": ("caption", "captions", "text", "txt", "prompt", "description", "alt", "alt_text", "title", "comment",
+                "sentence", "label"),
     "text": ("text", "txt", "content", "body", "caption"),
     "id": ("id",),
     "source": ("source", "source_image", "source_img", "input_image", "input_images", "original_image", "raw_image"),
@@ -63,6 +64,13 @@ def describe_record(record: dict) -> tuple[Form | None, bool]:
     except Fault:
         return None, False
     return form, form in ("pair", "image") and is_address(record[find_column(record, "image")])
+
+
+def path_of_picture(record: dict) -> str | None:
+    """The path of the picture of a pair or image."""
+    form, has_address = describe_record(record)
+    value = record[find_column(record, "image")] if form in ("pair", "image") and not has_address else None
+    return value if isinstance(value, str) else None
 
 
 def form_among(record: dict, form: Form, columns: Set[str]) -> Form:
