@@ -83,6 +83,26 @@ def test_inspect_writes_a_page_of_images_and_texts(folder, tmp_path, capsys):
     assert "texts" in html
 
 
+def test_every_command_ends_with_the_account(tmp_path, capsys):
+    write_photos(tmp_path / "mine", 20)
+    (tmp_path / "mine" / "more.heic").write_bytes(b"x")
+    (tmp_path / "mine" / "0019.png").rename(tmp_path / "mine" / "other.png")
+    for arguments in (("validate",), ("stats",), ("inspect", "--out", tmp_path / "page.html"),
+                      ("prepare", "--out", tmp_path / "out", *PREPARE, "--max-faults", 0.1)):  # fmt: skip
+        verb, *options = arguments
+        if verb == "validate":
+            with pytest.raises(SystemExit):
+                command("data", verb, tmp_path / "mine")
+        else:
+            command("data", verb, tmp_path / "mine", *options)
+        captured = capsys.readouterr()
+        lines = [line.strip() for line in (captured.out + captured.err).splitlines()]
+        for line in ("records: 19 of 20 read; not read:", "1 missing image: metadata.jsonl:20", "1 .heic: more.heic",
+                     "files: 20 of 22 read; not read:", "1 named by no record: other.png"):  # fmt: skip
+            assert line in lines, verb
+    assert "1 named by no record: other.png" in (tmp_path / "page.html").read_text()
+
+
 def test_stats_counts_documents_sizes_and_tokens(folder, capsys):
     command("data", "stats", folder / "photos", folder / "texts.jsonl", folder / "prepared")
     stdout = capsys.readouterr().out

@@ -520,6 +520,18 @@ def test_text_with_a_url_is_read_as_text(tmp_path, record):
     assert document.segments == (RawText(record.get("text") or record["content"]),)
 
 
+def test_column_of_picture_paths_is_never_read_as_text(tmp_path):
+    (tmp_path / "bird.png").write_bytes(make.png(1))
+    records = [{"text": "bird.png"}, {"image": "bird.png", "label": "bird.png"}, {"title": "bird.png", "text": "a bird"},
+               {"view": "a bird.png", "text": "a bird"}, {"one": "bird.png", "two": "bird.png", "text": "a bird"},
+               {"text": "This is bird.png"}, {"text": "a bird", "thumbnail": "https://example.org/bird.png"}]  # fmt: skip
+    items = read_at(write_lines(tmp_path / "a.jsonl", *records))
+    kinds = [item.kind if isinstance(item, Fault) else
+             "".join("TI"[isinstance(part, RawImage)] for part in item.segments) for item in items]  # fmt: skip
+    assert kinds == ["I", "I", "TI", "T", "missing column", "T", "T"]
+    assert "one, two may all be its image: choose one with --columns image=" in str(items[4])
+
+
 def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     """Its tables only have the original URLs of the images."""
     (tmp_path / "00000.tar").write_bytes((FIXTURES / "archives").joinpath(
@@ -528,8 +540,10 @@ def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     (tmp_path / "00000_stats.json").write_text('{"count": 1}')
     reader = open_reader(str(tmp_path))
     assert all(isinstance(document, RawDocument) for document in read(reader))
-    assert account_lines(reader)[-1] == ("files: 1 of 3 read; not read: 1 .parquet beside archives (00000.parquet); 1 .json "
-                                         "beside archives (00000_stats.json)")  # fmt: skip
+    assert account_lines(reader)[-3:] == [
+        "files: 1 of 3 read; not read:", "  1 .parquet beside archives: 00000.parquet",
+        "  1 .json beside archives: 00000_stats.json",
+    ]  # fmt: skip
 
 
 def account_lines(reader: Reader) -> list[str]:
@@ -543,9 +557,51 @@ def test_account_lists_unread_columns_and_files(tmp_path):
     reader = open_reader(f"mine={tmp_path}")
     assert reader.describe() == "mine: records are read as text (text)"
     assert account_lines(reader) == [
-        "fields: 1 of 3 read; not read: 1 in 'lang'; 1 in 'score'",
-        "files: 1 of 2 read; not read: 1 .csv beside JSON lines (b.csv)",
-    ]
+        "fields: 1 of 3 read; not read: 1 in 'lang', 1 in 'score'",
+        "files: 1 of 2 read; not read:", "  1 .csv beside JSON lines: b.csv",
+    ]  # fmt: skip
+
+
+def test_existing_path_with_an_equals_sign_is_not_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    write_lines(tmp_path / "lr=1/a.jsonl", {"text": "here"})
+    assert (open_reader("lr=1").name, open_reader("lr=1").address) == ("lr_1", "lr=1")
+    assert open_reader("mine=lr=1").name == "mine"
+
+
+@pytest.mark.parametrize(("names", "split", "expected"), [
+    (("train/val/1", "val/train/2"), "train", ["train/val/1"]),  # the outermost folder decides
+    (("train/val/1", "val/train/2"), "dev", ["val/train/2"]),
+    (("cat/1", "train/2"), "train", ["cat/1", "train/2"]),  # a class of trains
+    (("cat/1", "train/2", "test/3"), "train", ["train/2"]),  # two splits: no classes
+    (("train_1", "test_2"), "test", ["test_2"]), (("train_1", "other"), "train", ["other", "train_1"]),
+    (("1", "test/2"), "train", ["1"]), (("1", "test/2"), "test", ["test/2"]),
+    (("test/1",), "train", None), (("1", "2"), "test", None),
+])  # fmt: skip
+def test_split_of_pictures(names, split, expected, tmp_path):
+    for name in names:
+        put(f"{tmp_path}/{name}.png", make.png(1))
+    if expected is None:
+        with pytest.raises(ValueError, match=f"there is no split {split} in .*; there are "):
+            read_at(tmp_path, split=split)
+    else:
+        assert [item.where.removesuffix(".png") for item in read_at(tmp_path, split=split)] == expected
+
+
+@pytest.mark.parametrize(("names", "split", "expected"), [
+    (("wiki", "test"), "train", ["wiki"]),  # without a name: for training
+    (("wiki", "train"), "train", ["train"]), (("test", "val"), "train", None), (("wiki",), "test", None),
+    (("train2017", "data/validation-0"), "valid", ["data/validation-0"]),
+])  # fmt: skip
+def test_split_of_lists(names, split, expected, tmp_path):
+    for name in names:
+        put(f"{tmp_path}/{name}.jsonl", json.dumps({"text": name}))
+    if expected is None:
+        with pytest.raises(ValueError, match=f"there is no split {split} in .*; there are "):
+            read_at(tmp_path, split=split)
+    else:
+        assert texts(read_at(tmp_path, split=split)) == expected
 
 
 def test_word_inside_a_name_is_not_a_split(tmp_path):

@@ -122,7 +122,9 @@ class Account:
         return account
 
     def _tally(self, kind: str) -> Tally:
-        return self.tallies.setdefault(kind, Tally())
+        if kind not in self.tallies:
+            self.tallies[kind] = Tally()
+        return self.tallies[kind]
 
 
 def _runs(flags: bytearray) -> Iterator[tuple[int, int]]:

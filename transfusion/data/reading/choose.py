@@ -126,16 +126,23 @@ class Choice:
     def _select_split(self, kind: str) -> None:
         """Keep only the files of the split, if files or folders are named after splits.
 
-        Names of pictures and texts may have any words. So these must all name a split, or two different ones; the folders of
-        pictures decide before their own names.
+        Names of pictures and texts may have any words: they count only if all of them name a split, those of texts also if
+        they name two. Of the folders of pictures one that is called like a split is enough, but train may be a class.
         """
         indices = self.kinds[kind]
         if not indices or self.files.fs.isfile(self.files.root):
             return
         for with_file in (False, True) if kind == PICTURES else (True,):
-            names = [split_of_path(self.listing[index], self.split, with_file) for index in indices]
+            names = []
+            for index in indices:
+                names.append(split_of_path(self.listing[index], self.split, with_file))
+                if kind == PICTURES and with_file and names[-1] is None:
+                    break
             found = {*names} - {None}
-            if found and (kind in RECORD_KINDS or None not in names or (len(found) > 1 and with_file == (kind == TEXTS))):
+            is_split = {
+                PICTURES: not with_file and bool(found - {"train"}), TEXTS: len(found) > 1,
+            }.get(kind, bool(found))  # fmt: skip
+            if is_split or (found and None not in names):
                 break
         else:
             names, found = [None] * len(indices), set()

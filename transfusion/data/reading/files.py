@@ -5,7 +5,9 @@ import errno
 import gzip
 import io
 import lzma
+import os
 import posixpath
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -223,11 +225,13 @@ class RecordImageReader:
             if fs is self.files.fs:
                 self.on_file(path)
             if isinstance(fs, LocalFileSystem):
-                info = fs.info(path)
-                if info["type"] != "file":  # reading a device may never end
+                info = os.stat(path)
+                if not stat.S_ISREG(info.st_mode):  # reading a device may never end
                     raise Fault("missing image", f"{_shorten(address)} is not a file")
-                if info["size"] > MAX_IMAGE_BYTES:
-                    raise Fault("too large", f"{_shorten(address)} has {info['size']:,} bytes; at most {MAX_IMAGE_BYTES:,}")
+                if info.st_size > MAX_IMAGE_BYTES:
+                    raise Fault("too large", f"{_shorten(address)} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
+                with open(path, "rb") as file:
+                    return file.read()
             return fs.cat_file(path)
         except Fault:
             raise

@@ -36,6 +36,7 @@ COLUMN_NAMES = {  # our name -> names in data sets, in lower case; the first one
     "target": ("target", "target_image", "target_img", "output_image", "edited_image", "out_image"),
 }  # fmt: skip
 AMBIGUOUS_NAMES = ("path", "url", "file_name", "file_names", "filename", "filepath", "file_path", "image_name", "photo")
+PICTURE_NAMES = {*COLUMN_NAMES["image"]} - {*AMBIGUOUS_NAMES}
 PICTURE_FIELDS = ("image", "source", "target")
 LIST_COLUMNS: dict[Form, tuple[str, ...]] = {  # of the forms that are recognised by a list; the first is that list
     "document": ("segments", "pairs"), "conversation": ("conversations",), "messages": ("messages",),
@@ -48,7 +49,7 @@ def detect_form(record: dict) -> Form:
     for form, (name, *others) in LIST_COLUMNS.items():
         if isinstance(record.get(name), list) and (form != "interleaved" or isinstance(record.get(*others), list)):
             return form
-    if all(find_column(record, field) for field in ("source", "instruction", "target")):
+    if all(find_column(record, field) for field in ("target", "source", "instruction")):
         return "editing"
     if find_column(record, "image"):
         return "pair" if find_column(record, "caption") else "image"
@@ -88,16 +89,14 @@ def form_among(record: dict, form: Form, columns: Set[str]) -> Form:
 def find_column(record: dict, field: str) -> str | None:
     """The column that is read as this field: the first of its names with a fitting value. For an image otherwise the only
     column that looks like a picture. Fault when there are several."""
-    has_other = field == "image" and any(name in record for name in COLUMN_NAMES["image"] if name not in AMBIGUOUS_NAMES)
     for name in COLUMN_NAMES[field]:
-        value = record.get(name)
-        if is_empty(value):
+        if name not in record or is_empty(value := record[name]):
             continue
         if field not in PICTURE_FIELDS:
             if field == "id" or not looks_like_picture(value):
                 return name
         elif name not in AMBIGUOUS_NAMES or looks_like_picture(value) or not isinstance(value, str | list):
-            if not (has_other and name == "url"):  # the picture itself, or nothing
+            if name != "url" or record.keys().isdisjoint(PICTURE_NAMES):  # the picture that is empty, or nothing
                 return name
     if field != "image":
         return None

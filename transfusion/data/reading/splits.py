@@ -1,7 +1,7 @@
 """Splits by the names of files and folders, and by the column `split` of records."""
 
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 SPLITS = {  # name -> words in paths
@@ -14,15 +14,16 @@ def canonical(split: str) -> str:
     return next((name for name, words in SPLITS.items() if split.lower() in words), split.lower())
 
 
-@lru_cache(maxsize=4096)
+@cache
+def _patterns(split: str) -> list[tuple[str, re.Pattern]]:
+    escaped = {name: "|".join(map(re.escape, words)) for name, words in {split: (split,), **SPLITS}.items()}
+    return [(name, re.compile(rf"^({words})(?![a-z])|(?<![a-z])({words})\d*(?=\.|$)")) for name, words in escaped.items()]
+
+
 def split_of_name(name: str, split: str) -> str | None:
     """The split that the name of a file or folder starts or ends with (and a year): inside a name a word has another
     meaning. `split`: one more split to look for, by its canonical name."""
-    for found, words in {split: (split,), **SPLITS}.items():
-        escaped = "|".join(map(re.escape, words))
-        if re.search(rf"^({escaped})(?![a-z])|(?<![a-z])({escaped})\d*(?=\.|$)", name.lower()):
-            return found
-    return None
+    return next((found for found, pattern in _patterns(split) if pattern.search(name.lower())), None)
 
 
 def split_of_path(path: str, split: str, with_file: bool) -> str | None:
