@@ -9,6 +9,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from transfusion.data.raw import Fault, RawDocument, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, ReaderOptions, open_reader
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -21,6 +22,18 @@ def read(reader: Reader, max_rows: int = 1000) -> list[RawDocument | Fault]:
 
 def read_at(source: str | Path, max_rows: int = 1000, **options) -> list[RawDocument | Fault]:
     return read(open_reader(str(source), ReaderOptions(**options)), max_rows)
+
+
+def close_account(reader: Reader, max_rows: int = 1000) -> Account:
+    """The account of all records and files of a source. ValueError when it does not close."""
+    account = Account()
+    for unit in reader.units(max_rows):
+        part = Account()
+        list(reader.read(unit, part))
+        account.add(Account.from_json(json.loads(json.dumps(part.to_json()))))  # as the shards of several processes keep it
+    reader.close_account(account)
+    account.check()
+    return account
 
 
 def texts(documents: list) -> list[str]:

@@ -83,6 +83,26 @@ def test_inspect_writes_a_page_of_images_and_texts(folder, tmp_path, capsys):
     assert "texts" in html
 
 
+def test_every_command_ends_with_the_account(tmp_path, capsys):
+    write_photos(tmp_path / "mine", 20)
+    (tmp_path / "mine" / "more.heic").write_bytes(b"x")
+    (tmp_path / "mine" / "0019.png").rename(tmp_path / "mine" / "other.png")
+    for arguments in (("validate",), ("stats",), ("inspect", "--out", tmp_path / "page.html"),
+                      ("prepare", "--out", tmp_path / "out", *PREPARE, "--max-faults", 0.1)):  # fmt: skip
+        verb, *options = arguments
+        if verb == "validate":
+            with pytest.raises(SystemExit):
+                command("data", verb, tmp_path / "mine")
+        else:
+            command("data", verb, tmp_path / "mine", *options)
+        captured = capsys.readouterr()
+        lines = [line.strip() for line in (captured.out + captured.err).splitlines()]
+        for line in ("records: 19 of 20 read; not read:", "1 missing image: metadata.jsonl:20", "1 .heic: more.heic",
+                     "files: 20 of 22 read; not read:", "1 named by no record: other.png"):  # fmt: skip
+            assert line in lines, verb
+    assert "1 named by no record: other.png" in (tmp_path / "page.html").read_text()
+
+
 def test_stats_counts_documents_sizes_and_tokens(folder, capsys):
     command("data", "stats", folder / "photos", folder / "texts.jsonl", folder / "prepared")
     stdout = capsys.readouterr().out
@@ -367,3 +387,34 @@ def test_peak_memory_does_not_grow_with_the_data(tmp_path):
         assert sum(open_prepared(out).metadata["sources"][str(count)]["documents"].values()) == count
     for before, after in peaks.values():
         assert after - before < 32 * 32 * 3 * (many - few)
+
+
+# Held-out data
+
+
+def test_leaks_and_duplicates_are_printed(tmp_path, capsys):
+    """By `prepare`, `validate` and `inspect`; and a warning if nothing of a source is held out."""
+    photos = write_photos(tmp_path / "photos", 60)
+    (photos / "again.png").write_bytes((photos / "0007.png").read_bytes())
+    lines = (photos / "metadata.jsonl").read_text()
+    (photos / "metadata.jsonl").write_text(lines + lines.splitlines()[7].replace("0007", "again") + "\n")
+    few = write_photos(tmp_path / "few", 2)
+    command("data", "prepare", photos, few, "--out", tmp_path / "out", "--heldout", 30, *PREPARE)
+    stderr = capsys.readouterr().err
+    heldout = re.search(r"photos: \d+ to train on, (\d+) held out", stderr)[1]
+    assert f"{heldout} pictures and 0 texts are held out; none of them is trained on" in stderr
+    assert "warning: nothing of few is held out" in stderr
+    assert "nothing of photos" not in stderr
+    command("data", "validate", photos, few, tmp_path / "out")
+    stdout = capsys.readouterr().out
+    assert f"{heldout} pictures and 0 texts are held out; none of them is trained on" in stdout
+    assert "duplicates: 3 documents (same pixels and text as an earlier one), 3 pictures (same pixels)" in stdout
+    command("data", "inspect", tmp_path / "out", "--out", tmp_path / "page.html")
+    assert "none of them is trained on" in (tmp_path / "page.html").read_text()
+
+
+def test_like_fits_no_tokenizer(folder, tmp_path, capsys):
+    command("data", "prepare", folder / "texts.jsonl", "--out", tmp_path / "out", "--like", folder / "prepared")
+    stderr = capsys.readouterr().err
+    assert "fitting" not in stderr
+    assert f"using the tokenizer and the codec of {folder / 'prepared'}" in stderr

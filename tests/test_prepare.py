@@ -1,6 +1,8 @@
 """Prepared data: complete, and independent of interruptions and the number of processes."""
 
 import errno
+import gzip
+import io
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data import prepare as preparing
+from transfusion.data.heldout import HASH_RANGE, MAX_FRACTION, hash_pixels
 from transfusion.data.loader import (
     START,
     DocumentEncoder,
@@ -39,6 +42,7 @@ from transfusion.data.loader import (
 )  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
@@ -111,7 +115,7 @@ def test_heldout_documents_keep_their_original_images(tmp_path):
     """Of each size, in order. Images of training documents are decoded by the codec."""
     pairs = [[{"image": inline(picture(n + wide, 16 + wide, 16)[1])} for wide in (0, 16)] for n in range(100)]
     records = [{"segments": [first, {"text": "and"}, second]} for first, second in pairs]
-    records += [{"segments": [{"text": "no picture"}]}] * 100
+    records += [{"segments": [{"text": f"no picture {n}"}]} for n in range(100)]
     source = open_reader(str(write_lines(tmp_path / "two.jsonl", records)))
     prepare([source], replace(CONFIG, sizes=("16x16", "32x16"), records_per_shard=30), tmp_path / "out")
     (heldout,), (train,) = (open_raw(DataConfig(prepared=(str(tmp_path / "out"),), sources=("two",)), split)
@@ -160,11 +164,13 @@ def test_tokenizer_and_codec_depend_only_on_training_documents(tmp_path):
     heldout = open_prepared(tmp_path / "first").source("photos", "heldout")
     assert 0 < len(heldout) < 15
     lines = (tmp_path / "photos" / "metadata.jsonl").read_text().splitlines()
+    greys = (np.full((16, 16, 3), level, np.uint8) for level in range(256))
+    another = next(pixels for pixels in greys if hash_pixels(pixels) < MAX_FRACTION * HASH_RANGE)  # held out, too
     for number in range(len(heldout)):
         row = int(heldout.where(number).rpartition(":")[2]) - 1
         record = json.loads(lines[row])
         lines[row] = json.dumps({**record, "text": "quite another matter"})
-        (tmp_path / "photos" / record["file_name"]).write_bytes(png(np.full((16, 16, 3), 7, np.uint8)))
+        (tmp_path / "photos" / record["file_name"]).write_bytes(png(another))
     (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     prepare([open_reader(f"{tmp_path}/photos")], CONFIG, tmp_path / "second")
     for name in ("tokenizer.json", "codec.safetensors"):
@@ -792,3 +798,52 @@ def test_sources_with_edits_are_detected():
 def test_documents_without_conditions_are_unchanged(segments):
     config = DataConfig(condition_text_dropout=0.5, condition_dropout=0.5)
     assert reorder_and_drop(Document(segments), config).segments == segments
+
+
+# Files that are cut short, and the account
+
+
+@pytest.mark.parametrize("name", ["gzip", "list", "table"])
+def test_a_file_that_is_cut_short_stops_prepare_whatever_its_share(name, tmp_path):
+    """One fault among hundreds of records is within max_faults, but nobody knows how many records are missing."""
+    rng = np.random.default_rng(0)
+    texts = [{"text": f"plain words {n} {rng.random()}"} for n in range(600)]
+    if name == "gzip":
+        content = gzip.compress("".join(json.dumps(record) + "\n" for record in texts).encode(), mtime=0)
+        path, content = tmp_path / "a.jsonl.gz", content[: len(content) // 2]
+    elif name == "list":
+        path, content = tmp_path / "a.json", json.dumps(texts)[:-300].encode()
+    else:
+        buffer = io.BytesIO()
+        with pa.ipc.new_stream(buffer, pa.table({"text": ["a"]}).schema) as out:
+            for first in range(0, 600, 150):
+                out.write_table(pa.table({"text": [record["text"] for record in texts[first : first + 150]]}))
+        path, content = tmp_path / "a.arrow", buffer.getvalue()[:-3_000]
+    path.write_bytes(content)
+    sources = [open_reader(str(path)), *readers()[:1]]
+    with pytest.raises(PrepareError, match=r"An unknown number of records is missing: .* --allow-cut"):
+        prepare(sources, CONFIG, tmp_path / "out")
+    dataset = prepare(sources, replace(CONFIG, allow_cut=True), tmp_path / "out")  # it does not change the content
+    account = Account.from_json(dataset["sources"]["a"]["account"])
+    account.check()
+    assert account.tallies["records"].passed_over == {"cut short": 1}
+    assert account.tallies["records"].read["document"] > 200
+
+
+def test_account_of_prepared_data_closes_for_any_number_of_shards(tmp_path):
+    """With duplicate ids, which are known after all shards are written, and pictures that are named in different shards."""
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(png(picture(n)[1]))
+    rows = [{"id": n % 17, "image": f"{5 - n % 5}.png", "caption": f"caption {n}", "lang": "en"} for n in range(20)]
+    rows.append({"image": "no.png", "caption": "x"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accounts = []
+    for records_per_shard in (3, 100):
+        config = replace(CONFIG, records_per_shard=records_per_shard, max_faults=0.5)
+        dataset = prepare([open_reader(f"mine={tmp_path}")], config, tmp_path.with_name(f"out-{records_per_shard}"))
+        accounts.append(dataset["sources"]["mine"]["account"])
+        Account.from_json(accounts[-1]).check()
+    assert accounts[0] == accounts[1]
+    assert accounts[0]["kinds"]["records"]["passed_over"] == {"duplicate id": 3, "missing image": 1}
+    assert accounts[0]["kinds"]["files"]["passed_over"] == {"named by no record": 1}
+    assert accounts[0]["kinds"]["fields"]["passed_over"] == {"in 'lang'": 20}

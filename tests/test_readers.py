@@ -16,9 +16,21 @@ from hypothesis import strategies as st
 
 from tests.documents import few, some
 from tests.fixtures import make
-from tests.reading import EXPECTED, FIXTURES, Block, other_disks, put, read, read_at, texts, write_lines
+from tests.reading import (
+    EXPECTED,
+    FIXTURES,
+    Block,
+    close_account,
+    other_disks,
+    put,
+    read,
+    read_at,
+    texts,
+    write_lines,
+)
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading import containers, files
+from transfusion.data.reading import files, json_files, plain_text
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, ReaderOptions, open_reader
 
 UNITS = (1, 2, 1000)
@@ -35,7 +47,7 @@ def check(documents: list, expected: list[dict]) -> None:
     for document, values in zip(documents, expected, strict=True):
         assert isinstance(document, RawDocument), str(document)
         fields = {name: getattr(document, name) for name in ("where", "name", "split", "pairs")}
-        assert {**fields, "split_group": document.split_group, "segments": values["segments"]} == values
+        assert {**fields, "segments": values["segments"]} == values
         assert len(document.segments) == len(values["segments"])
         for part, segment in zip(document.segments, values["segments"], strict=True):
             assert to_json(part, segment) == segment
@@ -197,7 +209,7 @@ def test_patterns_select_files_and_folders(root, disks, tmp_path):
 
 # Properties: every record is read once and in order, in units of any size
 
-unicode = st.text(max_size=20).filter(lambda text: text.strip())
+unicode = st.text(max_size=20).filter(lambda text: text.strip() and "." not in text)  # a.png is no text
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,
@@ -246,7 +258,7 @@ def add_spaces(value, data) -> str:
 def test_json_list_elements_are_read_once_for_any_read_size(records, data, chunk, bom, max_rows):
     content = ("\ufeff" if bom else "") + add_spaces(records, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "READ_SIZE", chunk)
+        patch.setattr(json_files, "READ_SIZE", chunk)
         documents = read_content("a.json", content.encode(), max_rows)
     assert texts(documents) == [record["text"] for record in records]
     assert [document.where for document in documents] == [f"a.json:{n}" for n in range(1, len(records) + 1)]
@@ -304,8 +316,8 @@ def test_joined_passages_equal_the_file(content, bom, max_rows, limits):
             read_content("a.txt", content.encode(), max_rows)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "PASSAGE_BYTES", limits[0])
-        patch.setattr(containers, "MAX_PASSAGE_BYTES", limits[1])
+        patch.setattr(plain_text, "PASSAGE_BYTES", limits[0])
+        patch.setattr(plain_text, "MAX_PASSAGE_BYTES", limits[1])
         documents = read_content("a.txt", ("\ufeff" * bom + content).encode(), max_rows)
     passages = texts(documents)
     assert "".join(passages) == content
@@ -326,7 +338,7 @@ def test_columns_option_renames_columns(tmp_path):
     assert texts(read_at(path, columns={"text": "alt"})) == ["alt 0", "alt 1", "alt 2"]
     assert [document.name for document in read_at(path)] == ["7"] * 3
     without_id = read_at(path, columns={"id": ""})
-    assert [(document.name, document.split_group) for document in without_id] == [("", f"a.jsonl:{n}") for n in (1, 2, 3)]
+    assert [(document.name, document.where) for document in without_id] == [("", f"a.jsonl:{n}") for n in (1, 2, 3)]
     (tmp_path / "bird.png").write_bytes(make.png(1))
     path = write_lines(tmp_path / "b.jsonl", {"picture_of": "bird.png", "says": "one", "caption": "two", "img": "none.png"})
     (document,) = read_at(path, columns={"image": "picture_of", "caption": "says"})
@@ -358,13 +370,22 @@ def test_form_option_sets_the_form(tmp_path):
         open_reader(str(path), ReaderOptions(form="pears"))
 
 
-def test_majority_decides_the_form_and_missing_captions_are_faults(tmp_path):
+def test_each_record_is_read_in_its_own_form(tmp_path):
+    """Whatever the first hundred are. An empty column of the most frequent form is a fault."""
     (tmp_path / "bird.png").write_bytes(make.png(1))
-    path = write_lines(tmp_path / "a.jsonl", *[{"image": "bird.png"}] * 3, {"image": "bird.png", "text": "a bird"})
-    records = read_at(path)
-    assert [getattr(record, "kind", "document") for record in records] == ["missing column"] * 3 + ["document"]
-    path = write_lines(tmp_path / "b.jsonl", {"image": "bird.png"}, *[{"text": "a bird"}] * 2)
-    assert open_reader(str(path)).form == "text"
+    pair, image, text = {"image": "bird.png", "text": "a bird"}, {"image": "bird.png"}, {"text": "only text"}
+    talk = {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello."}]}
+    for first in (pair, image, text, talk):
+        path = write_lines(tmp_path / "a.jsonl", *[first] * 120, pair, image, text, talk)
+        reader, account = open_reader(str(path)), Account()
+        documents = [document for unit in reader.units(50) for document in reader.read(unit, account)]
+        kinds = ["".join("TI"[isinstance(part, RawImage)] for part in document.segments) for document in documents[120:]]
+        assert kinds == ["TI", "I", "T", "TTT"]
+        assert account.forms.total() == 124
+        assert len(account.forms) == 4
+    records = read_at(write_lines(tmp_path / "b.jsonl", *({**pair, **bad} for bad in ({}, {"image": None}, {}, {"text": ""},
+                                                                                     {"image": []}))))  # fmt: skip
+    assert [getattr(record, "kind", "") for record in records] == ["", "missing image", "", "empty caption", "missing image"]
 
 
 @pytest.mark.parametrize("title", [
@@ -397,12 +418,14 @@ def test_split_is_selected_by_file_and_folder_names(tmp_path):
     assert texts(read_at(tmp_path, split="validation")) == ["val.jsonl"]
     assert texts(read_at(tmp_path, split="test")) == ["test2017.jsonl", "trainer/test_sft-0.jsonl"]
     assert texts(read_at(tmp_path, split="test_sft")) == ["trainer/test_sft-0.jsonl"]
-    assert len(read_at(tmp_path, split="nowhere")) == 4  # no path contains it: all files are read
+    assert texts(read_at(tmp_path, split="val")) == ["val.jsonl"]
+    with pytest.raises(ValueError, match="there is no split nowhere in .*; there are test, train, validation"):
+        open_reader(str(tmp_path), ReaderOptions(split="nowhere"))
     assert texts(read_at(tmp_path / "val.jsonl")) == ["val.jsonl"]
 
 
 def test_missing_saved_split_is_an_error():
-    with pytest.raises(FileNotFoundError, match="there is no split dev in"):
+    with pytest.raises(ValueError, match="there is no split validation in .*; there are test, train"):
         open_reader(str(FIXTURES / "saved_splits"), ReaderOptions(split="dev"))
 
 
@@ -497,6 +520,18 @@ def test_text_with_a_url_is_read_as_text(tmp_path, record):
     assert document.segments == (RawText(record.get("text") or record["content"]),)
 
 
+def test_column_of_picture_paths_is_never_read_as_text(tmp_path):
+    (tmp_path / "bird.png").write_bytes(make.png(1))
+    records = [{"text": "bird.png"}, {"image": "bird.png", "label": "bird.png"}, {"title": "bird.png", "text": "a bird"},
+               {"view": "a bird.png", "text": "a bird"}, {"one": "bird.png", "two": "bird.png", "text": "a bird"},
+               {"text": "This is bird.png"}, {"text": "a bird", "thumbnail": "https://example.org/bird.png"}]  # fmt: skip
+    items = read_at(write_lines(tmp_path / "a.jsonl", *records))
+    kinds = [item.kind if isinstance(item, Fault) else
+             "".join("TI"[isinstance(part, RawImage)] for part in item.segments) for item in items]  # fmt: skip
+    assert kinds == ["I", "I", "TI", "T", "missing column", "T", "T"]
+    assert "one, two may all be its image: choose one with --columns image=" in str(items[4])
+
+
 def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     """Its tables only have the original URLs of the images."""
     (tmp_path / "00000.tar").write_bytes((FIXTURES / "archives").joinpath(
@@ -505,15 +540,68 @@ def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     (tmp_path / "00000_stats.json").write_text('{"count": 1}')
     reader = open_reader(str(tmp_path))
     assert all(isinstance(document, RawDocument) for document in read(reader))
-    assert "files not read: 1 .parquet, 1 .json" in reader.describe()
+    assert account_lines(reader)[-3:] == [
+        "files: 1 of 3 read; not read:", "  1 .parquet beside archives: 00000.parquet",
+        "  1 .json beside archives: 00000_stats.json",
+    ]  # fmt: skip
 
 
-def test_describe_lists_unread_columns_and_files(tmp_path):
+def account_lines(reader: Reader) -> list[str]:
+    """The account of everything, for people. It closes."""
+    return list(close_account(reader).lines())
+
+
+def test_account_lists_unread_columns_and_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "lang": "en", "score": 3}\n')
     (tmp_path / "b.csv").write_text("text\ntwo\n")
-    line = open_reader(f"mine={tmp_path}").describe()
-    assert line == "mine: each record is read as text (text); columns not read: lang, score; files not read: 1 .csv"
-    assert "not read" not in open_reader(str(FIXTURES / "captions")).describe()  # images and their caption files
+    reader = open_reader(f"mine={tmp_path}")
+    assert reader.describe() == "mine: records are read as text (text)"
+    assert account_lines(reader) == [
+        "fields: 1 of 3 read; not read: 1 in 'lang', 1 in 'score'",
+        "files: 1 of 2 read; not read:", "  1 .csv beside JSON lines: b.csv",
+    ]  # fmt: skip
+
+
+def test_existing_path_with_an_equals_sign_is_not_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    write_lines(tmp_path / "lr=1/a.jsonl", {"text": "here"})
+    assert (open_reader("lr=1").name, open_reader("lr=1").address) == ("lr_1", "lr=1")
+    assert open_reader("mine=lr=1").name == "mine"
+
+
+@pytest.mark.parametrize(("names", "split", "expected"), [
+    (("train/val/1", "val/train/2"), "train", ["train/val/1"]),  # the outermost folder decides
+    (("train/val/1", "val/train/2"), "dev", ["val/train/2"]),
+    (("cat/1", "train/2"), "train", ["cat/1", "train/2"]),  # a class of trains
+    (("cat/1", "train/2", "test/3"), "train", ["train/2"]),  # two splits: no classes
+    (("train_1", "test_2"), "test", ["test_2"]), (("train_1", "other"), "train", ["other", "train_1"]),
+    (("1", "test/2"), "train", ["1"]), (("1", "test/2"), "test", ["test/2"]),
+    (("test/1",), "train", None), (("1", "2"), "test", None),
+])  # fmt: skip
+def test_split_of_pictures(names, split, expected, tmp_path):
+    for name in names:
+        put(f"{tmp_path}/{name}.png", make.png(1))
+    if expected is None:
+        with pytest.raises(ValueError, match=f"there is no split {split} in .*; there are "):
+            read_at(tmp_path, split=split)
+    else:
+        assert [item.where.removesuffix(".png") for item in read_at(tmp_path, split=split)] == expected
+
+
+@pytest.mark.parametrize(("names", "split", "expected"), [
+    (("wiki", "test"), "train", ["wiki"]),  # without a name: for training
+    (("wiki", "train"), "train", ["train"]), (("test", "val"), "train", None), (("wiki",), "test", None),
+    (("train2017", "data/validation-0"), "valid", ["data/validation-0"]),
+])  # fmt: skip
+def test_split_of_lists(names, split, expected, tmp_path):
+    for name in names:
+        put(f"{tmp_path}/{name}.jsonl", json.dumps({"text": name}))
+    if expected is None:
+        with pytest.raises(ValueError, match=f"there is no split {split} in .*; there are "):
+            read_at(tmp_path, split=split)
+    else:
+        assert texts(read_at(tmp_path, split=split)) == expected
 
 
 def test_word_inside_a_name_is_not_a_split(tmp_path):

@@ -9,7 +9,7 @@ from transfusion.config import ChatLayout
 PLAIN = ChatLayout("", "", "", "", "", "")  # of a run whose data have no conversations: only the messages themselves
 ROLES = {  # name in data and requests -> role of the layout
     "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 
 

@@ -235,9 +235,11 @@ class PrepareConfig(Config):
     codec_block: Size | None = None  # Side of a block of block_pca in pixels; if not set, 4 for images below 64, else 8.
     codec_components: Size | None = None  # Latent channels of block_pca; if not set, 6 for blocks of 4 pixels, else 8.
     fit_documents: PositiveInt = 2_000  # Number of documents of each source to which tokenizer and codec are fitted.
-    # Expected number of held-out documents of each source; each document is held out with a probability of at most 0.05.
+    # Expected number of held-out documents per source, on average; at most 0.05 of all pictures and texts are held out.
     heldout: NonNegativeInt = 1_000
     max_faults: Share = 0.02  # Largest share of a source's records that may be skipped as faulty.
+    # Prepare a source although the rest of one of its files cannot be read, so that an unknown number of records is missing.
+    allow_cut: bool = False
     records_per_shard: PositiveInt = 2048  # Number of records that are written as one shard.
     chat: ChatLayout = field(default_factory=ChatLayout)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from transfusion.data.built_in.digits import NAMES
-from transfusion.data.loader import DocumentEncoder, Source
+from transfusion.data.loader import DocumentEncoder, Source, read_pairs
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.scenes import ATTRIBUTES, draw_scenes
@@ -66,7 +66,7 @@ class Material:
     @property
     def pictured(self) -> list[Source]:
         """Sources of captioned images."""
-        return [source for source in self.sources.values() if source[0].pairs]
+        return [source for source in self.sources.values() if any(read_pairs(source, 1))]
 
     @cached_property
     def digits(self) -> list[tuple[str, list[np.ndarray]]]:
@@ -206,7 +206,8 @@ def _attention(engine: Engine, chunk: Chunk) -> np.ndarray:
 def add_scores(page: Page, material: Material) -> None:
     """The size of the held-out data, the headline scores, what they compare with, and the cost of training."""
     page.heading("How good it is")
-    words = {name: PICTURE.get(name, "picture" if source[0].pairs else "text") for name, source in material.sources.items()}
+    pictured = [source.name for source in material.pictured]
+    words = {name: PICTURE.get(name, "picture" if name in pictured else "text") for name in material.sources}
     sizes = [f"{len(material.sources[name]):,} {word}s of `{name}`" for name, word in words.items()]
     page.paragraph(f"Held-out data, not used in training: {', '.join(sizes)}.")
     figures = list(_figures(material))
@@ -357,7 +358,7 @@ def add_denoising(page: Page, material: Material) -> None:
     if not material.pictured:
         return
     source = material.pictured[0]
-    prompt = "three" if source.name == "digits" else source[0].pair[0]
+    prompt = "three" if source.name == "digits" else next(read_pairs(source, 1))[1]
     frames = denoising_frames(material.engine, prompt)
     page.heading("From noise to an image")
     page.paragraph(

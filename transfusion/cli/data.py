@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -66,14 +67,17 @@ def validate(args: Validate) -> None:
     """Print the faults, and write all of them to the file of --faults if it is set."""
     folders, readers = _open(args)
 
-    from transfusion.data.survey import survey
+    from transfusion.data.leaks import count_leaks
+    from transfusion.data.survey import Duplicates, survey
 
     if args.faults:
         args.faults.parent.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         folder.verify()
         print(f"{folder.folder}: all shards match their SHA-256")
-    records, total = [], 0
+    if folders:
+        print(*count_leaks([(folder.folder, folder.metadata) for folder in folders]).lines(), sep="\n")
+    records, total, duplicates = [], 0, Duplicates()
     for reader in readers:
         lines = []
 
@@ -82,12 +86,15 @@ def validate(args: Validate) -> None:
             lines.extend([f"    {fault}"] if len(lines) < NUM_SHOWN else ())
 
         with progress(f"reading {reader.name}") as on_progress:
-            counts = survey(reader, None, on_fault, on_progress)
+            counts = survey(reader, None, on_fault, on_progress, duplicates)
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
-        for line in (*(f"  {number:,} {kind}" for kind, number in counts.faults.most_common()), *lines):
+        print_account(counts.account, print)
+        for line in ("  the first faults:", *lines) if lines else ():
             print(line)
+    if readers:
+        print(duplicates)
     if args.faults:
         args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
     if total:
@@ -105,7 +112,7 @@ def inspect(args: Inspect) -> None:
     for folder in folders:
         show_prepared(page, folder, args.count)
     for reader in readers:
-        show_source(page, reader, args.count)
+        print_account(show_source(page, reader, args.count), print_status)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     print_status(f"wrote {page.write(args.out)}")
 
@@ -133,6 +140,7 @@ def stats(args: Stats) -> None:
     for source in surveys:
         print(source.name)
         print(*(f"  {name:14}{value}" for name, value in source.rows()), sep="\n")
+        print_account(source.account, print)
 
 
 def prepare(args: Prepare) -> None:
@@ -149,6 +157,8 @@ def prepare(args: Prepare) -> None:
     readers = open_readers(args.reading)
 
     from transfusion.data import prepare as preparation
+    from transfusion.data.leaks import Leaks
+    from transfusion.data.reading.account import Account
     from transfusion.parallel import Ranks
 
     with Ranks.of_torchrun() as ranks:
@@ -170,6 +180,18 @@ def prepare(args: Prepare) -> None:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
             left_out = f"; {faults.total():,} left out ({kinds}): see {args.out / 'quarantine.jsonl'}" if faults else ""
             print_status(f"  {name}: {documents['train']:,} to train on, {documents['heldout']:,} held out{left_out}")
+            print_account(Account.from_json(source["account"]), print_status, "    ")
+            if not documents["heldout"]:
+                print_status(f"  warning: nothing of {name} is held out, so it has no held-out figures: add documents or "
+                             "raise --heldout")  # fmt: skip
+        for line in Leaks(**dataset["leaks"]).lines():
+            print_status(f"  {line}")
+
+
+def print_account(account, write: Callable[[str], None], indent: str = "  ") -> None:
+    """Print what was passed over, by reason."""
+    for line in account.lines():
+        write(indent + line)
 
 
 def _open(args: Validate | Inspect | Stats) -> tuple[list, list]:

@@ -212,13 +212,13 @@ def _previewer(folder, heldout: list, device, ranks):
     Every rank draws, because each holds a part of the weights; the main rank writes the file."""
     from transfusion.checkpoint.open import OpenedRun
     from transfusion.codecs.pictures import contact_sheet
+    from transfusion.data.loader import read_pairs
     from transfusion.inference.engine import Engine, Request
 
-    source = next((source for source in heldout if source[0].pairs), None)
-    if source is None:
+    pairs = next((pairs for pairs in (list(read_pairs(source, PREVIEW_DOCUMENTS)) for source in heldout) if pairs), None)
+    if pairs is None:
         return None
-    texts = (source[n].segments[0].text for n in range(min(PREVIEW_DOCUMENTS, len(source))))
-    captions = list(dict.fromkeys(texts))[:NUM_PREVIEWS]
+    captions = list(dict.fromkeys(caption for _, caption, _ in pairs))[:NUM_PREVIEWS]
 
     def preview(model, step: int) -> None:
         engine = Engine(OpenedRun(**vars(folder.description), model=model, step=step, device=device))

@@ -9,6 +9,7 @@ from PIL import Image as Picture
 from PIL import ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # of their files, in lower case
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded
 BAND_PIXELS = 1_000_000  # that are put on white at once
 

@@ -15,6 +15,7 @@ from transfusion.codecs.pretrained import Pretrained, is_pretrained
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, PrepareConfig, from_json, parse_size
+from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import open_prepared
 from transfusion.disk import OpenError, check_codec, check_run_format, read_checked, read_json, write_json, write_whole
@@ -25,7 +26,7 @@ MAX_FIT_CHARS = 20_000_000  # of the text that the tokenizer is trained on
 NUM_SIZE_SAMPLES = 16  # images of a source that decide the default size and the number of channels
 MAX_DEFAULT_VOCAB, CHARS_PER_TOKEN = 8192, 64  # default tokenizer size: 256 + characters / 64, at most 8192
 
-DocumentStream = Callable[[], Iterator[RawDocument]]  # returns the first training documents of a source, from the start
+DocumentStream = Callable[[], Iterator[RawDocument]]  # returns the documents of a source, from the start
 
 
 class PrepareError(ValueError):
@@ -42,11 +43,7 @@ class TokenizerAndCodec:
 
     def crop(self, raw: RawDocument) -> RawDocument:
         """The document with its images resized and cropped to the nearest size."""
-        segments = tuple(
-            replace(part, pixels=to_pixels(part.pixels, self.sizes, self.codec.image_channels)) if isinstance(part, RawImage)
-            else part for part in raw.segments
-        )  # fmt: skip
-        return replace(raw, segments=segments)
+        return crop_images(raw, self.sizes, self.codec.image_channels)
 
     def encode(self, raws: Sequence[RawDocument]) -> list[Document]:
         """Text to ids, and cropped images to latents or codes, the images of all documents in one batch."""
@@ -61,10 +58,19 @@ class TokenizerAndCodec:
         ]  # fmt: skip
 
 
-def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) -> None:
-    """Train or load the tokenizer, fit or load the codec, on training documents only; write both and `fitted.json`.
-    PrepareError when there are no images, the codec's downsampling does not divide a size, or the tokenizer does not have
-    the special tokens of the chat layout."""
+def crop_images(raw: RawDocument, sizes: Sequence[tuple[int, int]], image_channels: int) -> RawDocument:
+    """The document with its images resized and cropped to the nearest of the sizes (width, height)."""
+    segments = tuple(
+        replace(part, pixels=to_pixels(part.pixels, sizes, image_channels)) if isinstance(part, RawImage) else part
+        for part in raw.segments
+    )  # fmt: skip
+    return replace(raw, segments=segments)
+
+
+def fit(streams: Sequence[DocumentStream], config: PrepareConfig, heldout_fraction: float, folder: Path) -> None:
+    """Train or load the tokenizer, fit or load the codec, on the first training documents of each stream; write both and
+    `fitted.json`. PrepareError when there are no images, the codec's downsampling does not divide a size, or the tokenizer
+    does not have the special tokens of the chat layout."""
     if config.like is not None:
         return _copy_tokenizer_and_codec(Path(config.like), config.chat, folder)
     sizes, image_channels = _choose_sizes(streams, config)
@@ -78,14 +84,18 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, folder: Path) 
     images: list[np.ndarray] = []
     for stream in streams:
         chars = pixels = 0
-        for raw in stream():
+        cropped = (crop_images(raw, sizes, image_channels) for raw in stream())
+        split = (SplitDocument.of(raw, heldout_fraction).document for raw in cropped)
+        for raw in islice((raw for raw in split if raw.split == "train"), config.fit_documents):
             for part in raw.segments:
                 if isinstance(part, RawText) and chars < MAX_FIT_CHARS // len(streams):
                     texts.append(part.text)
                     chars += len(part.text)
                 elif isinstance(part, RawImage) and pixels < MAX_FIT_PIXELS // len(streams):
-                    images.append(to_pixels(part.pixels, sizes, image_channels))
-                    pixels += images[-1].shape[0] * images[-1].shape[1]
+                    images.append(part.pixels)
+                    pixels += part.pixels.shape[0] * part.pixels.shape[1]
+    if not images:
+        raise PrepareError("all images of the first documents are held out: add images, or use --heldout 0")
     if config.tokenizer is None:
         tokenizer = train_tokenizer(texts, config.tokenizer_size)
     else:
@@ -210,7 +220,7 @@ def _choose_sizes(streams: Sequence[DocumentStream], config: PrepareConfig) -> t
     is the size of the first images if it is the same for all and at most 256; otherwise 256 x 256."""
     shapes: list[tuple[int, ...]] = []
     for stream in streams:
-        parts = (part for raw in stream() for part in raw.segments)
+        parts = (part for raw in islice(stream(), config.fit_documents) for part in raw.segments)
         shapes += [part.pixels.shape for part in islice((p for p in parts if isinstance(p, RawImage)), NUM_SIZE_SAMPLES)]
     if not shapes:
         raise PrepareError("none of the first documents has an image: add a source with images, or use the codec and "

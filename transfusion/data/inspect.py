@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from transfusion.chat import describe_layout
+from transfusion.data.leaks import Leaks
 from transfusion.data.raw import Fault, RawDocument, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import DecodedSource, PreparedFolder
 from transfusion.page import Page
@@ -19,17 +21,24 @@ MAX_CHARS = 1_200  # of a text that are shown
 UNIT_SIZE = 256  # records read at a time
 
 
-def show_source(page: Page, reader: Reader, count: int) -> None:
-    """Add the first records of a source to the page: documents and faults."""
+def show_source(page: Page, reader: Reader, count: int) -> Account:
+    """Add the first records of a source to the page: documents and faults. Returns the account of what is read."""
     page.heading(reader.name)
-    documents = (document for unit in reader.units(UNIT_SIZE) for document in reader.read(unit))
+    account = Account()
+    documents = (document for unit in reader.units(UNIT_SIZE) for document in reader.read(unit, account))
     first = [document if isinstance(document, Fault) else _shrink_images(document) for document in islice(documents, count)]
+    reader.close_account(account)
+    if rest := account.tallies["records"].unexplained:
+        account.pass_over("records", f"after the first {len(first):,}", count=rest)
     page.paragraph(f"The first {len(first)} records of `{reader.address}`. {reader.describe()}.")
+    page.fold("What is read, and what is not", "\n".join(account.lines()) or "Everything is read.")
     _show(page, first)
+    return account
 
 
 def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
     """Add evenly spaced documents of a prepared folder, as the model gets them: decoded from ids and latents."""
+    page.paragraph("; ".join(Leaks(**prepared.metadata["leaks"]).lines()) + ".")
     for name in prepared.names:
         info = prepared.metadata["sources"][name]
         source = DecodedSource(prepared.source(name, "train"))

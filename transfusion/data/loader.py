@@ -6,6 +6,7 @@ rows of all blocks, in order, are dealt to batches and ranks. So a loader's stat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import grain
@@ -106,6 +107,13 @@ def contains_edits(source: Source) -> bool:
     return any(is_edit(source[n]) for n in range(min(NUM_PROBED_DOCUMENTS, len(source))))
 
 
+def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarray]]:
+    """(document, caption, pixels) of the first `count` documents of pairs, one image of each. Of a held-out document this is
+    an image that is held out itself: the others have no loss (see `heldout.py`)."""
+    pairs = ((n, source[n].pair) for n in range(len(source)))
+    return islice(((n, *pair) for n, pair in pairs if pair is not None), count)
+
+
 class Loader:
     """Makes endless batches. Each comes with the state from which the next one is read."""
 
@@ -149,8 +157,8 @@ class Loader:
 
 
 def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int) -> list[Batch]:
-    """Batches of the first held-out documents, in order, always the same. Captions of pairs are kept."""
-    config = replace(encoder.config, caption_dropout=0.0)
+    """Batches of the first held-out documents, in order, always the same. No captions and no conditions are dropped."""
+    config = replace(encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0)
     encoder = replace(encoder, config=config)
     encoded = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
     rows = pack(encoded, config.seq_len, encoder.vocabulary, seed=0)

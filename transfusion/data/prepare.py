@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,15 +22,18 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
-from transfusion.data.raw import Fault, RawDocument, RawImage
+from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
+from transfusion.data.leaks import count_leaks
+from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.reading.records import CONVERSATIONS
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
-from transfusion.seeding import uniform_from
 from transfusion.sequence import Document, Image, Text
 
-BATCH_SIZE = 32  # documents encoded at a time
+BATCH_SIZE, MAX_BATCH_CHARS = 32, 1_000_000  # documents encoded at a time, and characters after which fewer are
+DUPLICATE_ID = "duplicate id"  # the kind of fault
 NUM_SHOWN_FAULTS = 10  # in the error that stops the work
 
 
@@ -42,11 +44,10 @@ class ShardJob:
     reader: Reader
     number: int
     unit: Unit
-    heldout_fraction: float  # probability that a document is held out
     chat: ChatLayout
 
-    def read(self) -> Iterator[RawDocument | Fault]:
-        return self.reader.read(self.unit, self.chat)
+    def read(self, account: Account | None = None) -> Iterator[RawDocument | Fault]:
+        return self.reader.read(self.unit, account, self.chat)
 
 
 def prepare(
@@ -59,22 +60,26 @@ def prepare(
     their total. PrepareError or OSError when the work stops early."""
     check_not_nested(readers, folder)
     config = _choose_chat(readers, config)
-    jobs = _list_jobs(readers, config)
+    jobs = list_jobs(readers, config)
+    fraction = heldout_fraction(jobs, config)
     if rank == 0:
         with _wrap_os_errors("the tokenizer and the codec could not be fitted"):
             folder.mkdir(parents=True, exist_ok=True)
             _check_recipe(folder, _build_recipe(readers, config, jobs))
             if not (folder / "fitted.json").exists():
-                report("fitting the tokenizer and the codec on the first documents")
-                fitting.fit([partial(_first_documents, reader, config, jobs) for reader in readers], config, folder)
+                report("fitting the tokenizer and the codec on the first documents" if config.like is None
+                       else f"using the tokenizer and the codec of {config.like}")  # fmt: skip
+                streams = [partial(_read_documents, reader, jobs) for reader in readers]
+                fitting.fit(streams, config, fraction, folder)
     barrier()
     if not (folder / "dataset.json").exists():
         tokenizer_and_codec = fitting.open_tokenizer_and_codec(folder)
-        _write_shards(jobs, config, tokenizer_and_codec, folder, rank, world, on_progress)
+        encoder = ShardEncoder(tokenizer_and_codec, fraction)
+        _write_shards(jobs, config, encoder, folder, rank, world, on_progress)
         barrier()
         if rank == 0:
             with _wrap_os_errors("dataset.json could not be written"):
-                _write_dataset(readers, config, jobs, folder)
+                _write_dataset(readers, config, jobs, fraction, folder)
         barrier()
     return read_json(folder / "dataset.json")
 
@@ -102,7 +107,7 @@ def _choose_chat(readers: Sequence[Reader], config: PrepareConfig) -> PrepareCon
     """The config with the chat layout of the folder `like`, if it has one. PrepareError when the command declares another
     one, or declares one without conversations to use it for."""
     is_declared = config.chat != ChatLayout()
-    if is_declared and not any(reader.form in CONVERSATIONS for reader in readers):
+    if is_declared and not any(reader.forms & {*CONVERSATIONS} for reader in readers):
         raise PrepareError("--chat has no effect: no source has conversations (the form conversation or messages)")
     chat = fitting.read_like_info(Path(config.like))["chat"] if config.like is not None else None
     if chat is None or chat == config.chat:
@@ -113,31 +118,27 @@ def _choose_chat(readers: Sequence[Reader], config: PrepareConfig) -> PrepareCon
     return replace(config, chat=chat)
 
 
-def _list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:
+def list_jobs(readers: Sequence[Reader], config: PrepareConfig) -> list[ShardJob]:
     names = Counter(reader.name for reader in readers)
     for name, count in names.items():
         if count > 1:
             raise PrepareError(f"{count} sources are called {name}: give each a different name, NAME=PATH")
-    jobs = []
-    for reader in readers:
-        units = reader.units(config.records_per_shard)
-        heldout_fraction = min(0.05, config.heldout / sum(unit.rows for unit in units))
-        jobs += [ShardJob(reader, number, unit, heldout_fraction, config.chat) for number, unit in enumerate(units)]
-    return jobs
+    return [ShardJob(reader, number, unit, config.chat) for reader in readers
+            for number, unit in enumerate(reader.units(config.records_per_shard))]  # fmt: skip
 
 
-def _choose_split(job: ShardJob, document: RawDocument) -> str:
-    """The split that its source defines; otherwise random, derived from the source's name and the document's group."""
-    if document.split:
-        return document.split
-    return SPLITS[uniform_from("heldout", job.reader.name, document.split_group) < job.heldout_fraction]
+def heldout_fraction(jobs: Sequence[ShardJob], config: PrepareConfig) -> float:
+    """The share of pictures and texts that are held out. It is the same for all sources, because one picture may be in
+    several of them. Sources that declare their splits do not count."""
+    hashed = [job for job in jobs if not job.reader.declares_split]
+    sources = len({job.reader.name for job in hashed})
+    return min(MAX_FRACTION, config.heldout * sources / max(1, sum(job.unit.rows for job in hashed)))
 
 
-def _first_documents(reader: Reader, config: PrepareConfig, jobs: Sequence[ShardJob]) -> Iterator[RawDocument]:
-    """The first training documents of a source."""
-    documents = (document for job in jobs if job.reader is reader for document in job.read()
-                 if not isinstance(document, Fault) and _choose_split(job, document) == "train")  # fmt: skip
-    return islice(documents, config.fit_documents)
+def _read_documents(reader: Reader, jobs: Sequence[ShardJob]) -> Iterator[RawDocument]:
+    """The documents of a source."""
+    records = (record for job in jobs if job.reader is reader for record in job.read())
+    return (record for record in records if not isinstance(record, Fault))
 
 
 # The recipe
@@ -152,7 +153,7 @@ def _build_recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequen
             "options": asdict(reader.options), "files": reader.fingerprint(),
         }  # fmt: skip
     settings = asdict(config)
-    del settings["max_faults"]  # it does not change finished shards
+    del settings["max_faults"], settings["allow_cut"]  # they do not change finished shards
     if config.like is not None:
         settings["like"] = fitting.read_like_info(Path(config.like))["codec"]["sha256"]
     if fitting.is_codec_folder(config.codec):
@@ -191,7 +192,7 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
 
 
 def _write_shards(
-    jobs: Sequence[ShardJob], config: PrepareConfig, tokenizer_and_codec: TokenizerAndCodec, folder: Path,
+    jobs: Sequence[ShardJob], config: PrepareConfig, encoder: "ShardEncoder", folder: Path,
     rank: int, world: int, on_progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Write the unfinished shards of this rank."""
@@ -206,9 +207,10 @@ def _write_shards(
         if not path.exists():
             with _wrap_os_errors(f"shard {job.number} of {job.reader.name} could not be written"):
                 path.parent.mkdir(exist_ok=True)
-                _write_shard(job, tokenizer_and_codec, path, lambda rows, before=done: on_progress(before + rows, total))
+                encoder.write_shard(job, path, lambda rows, before=done: on_progress(before + rows, total))
         faults = read_json(path)["faults"]
         name = job.reader.name
+        _check_cut(name, faults, config)
         num_faults[name] += len(faults)
         shown.setdefault(name, []).extend(faults[: NUM_SHOWN_FAULTS - len(shown.get(name, ()))])
         _check_faults(f"{name}, so far,", num_faults[name], records[name], shown[name], config)
@@ -216,34 +218,50 @@ def _write_shards(
         on_progress(done, total)
 
 
-def _write_shard(
-    job: ShardJob, tokenizer_and_codec: TokenizerAndCodec, path: Path, on_progress: Callable[[int], None]
-) -> None:
-    """Encode one unit and write its Arrow files, then its JSON file. An error leaves no partial file."""
-    is_vq = isinstance(tokenizer_and_codec.codec, VQ)
-    writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), is_vq) for split in SPLITS}
-    info = ShardInfo()
-    try:
-        done = 0
-        # crop each image as it is read: the original photograph may have a hundred times the pixels
-        records = (item if isinstance(item, Fault) else tokenizer_and_codec.crop(item) for item in job.read())
-        while batch := list(islice(records, BATCH_SIZE)):
-            faults = [record for record in batch if isinstance(record, Fault)]
-            info.faults += [{"kind": fault.kind, "where": fault.where, "message": fault.message} for fault in faults]
-            raws = [record for record in batch if not isinstance(record, Fault)]
-            for raw, document in zip(raws, tokenizer_and_codec.encode(raws), strict=True):
-                split = _choose_split(job, raw)
-                images = [part.pixels for part in raw.segments if isinstance(part, RawImage)] if split == "heldout" else ()
-                writers[split].add(document, raw.where, raw.name, images)
-                info.add(document, split, bool(raw.name))
-            done += len(batch)
-            on_progress(min(done, job.unit.rows))
-        digests = {writer.path.name: writer.close() for writer in writers.values()}
-        write_json(path, {**asdict(info), "sha256": digests})
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
+@dataclass(frozen=True)
+class ShardEncoder:
+    """Encodes units into shards: the tokenizer, the codec, and the share of pictures and texts that are held out."""
+
+    tokenizer_and_codec: TokenizerAndCodec
+    heldout_fraction: float
+
+    def write_shard(self, job: ShardJob, path: Path, on_progress: Callable[[int], None]) -> None:
+        """Encode one unit and write its Arrow files, then its JSON file. An error leaves no partial file."""
+        is_vq = isinstance(self.tokenizer_and_codec.codec, VQ)
+        writers = {split: ShardWriter(path.with_name(f"{split}-{path.stem}.arrow"), is_vq) for split in SPLITS}
+        info, account, done = ShardInfo(), Account(), 0
+        try:
+            for records in self._read_batches(job, account):
+                info.faults += [_describe_fault(record) for record in records if isinstance(record, Fault)]
+                items = [record for record in records if isinstance(record, SplitDocument)]
+                raws = [item.document for item in items]
+                for item, raw, document in zip(items, raws, self.tokenizer_and_codec.encode(raws), strict=True):
+                    writers[raw.split].add(document, item)
+                    info.add(document, raw.split, bool(raw.name))
+                done += len(records)
+                on_progress(min(done, job.unit.rows))
+            digests = {writer.path.name: writer.close() for writer in writers.values()}
+            write_json(path, {**asdict(info), "account": account.to_json(), "sha256": digests})
+        except BaseException:
+            for writer in writers.values():
+                writer.abort()
+            raise
+
+    def _read_batches(self, job: ShardJob, account: Account) -> Iterator[list[SplitDocument | Fault]]:
+        """The unit's documents with cropped images, and its faults, in batches of limited size."""
+        batch, size, ids = [], 0, set()
+        for record in job.read(account):
+            record = check_id(record, ids)
+            if isinstance(record, RawDocument):
+                # crop each image as it is read: the original photograph may have a hundred times the pixels
+                record = SplitDocument.of(self.tokenizer_and_codec.crop(record), self.heldout_fraction)
+                size += sum(len(part.text) for part in record.document.segments if isinstance(part, RawText))
+            batch.append(record)
+            if len(batch) == BATCH_SIZE or size >= MAX_BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
 
 @dataclass
@@ -278,54 +296,99 @@ class ShardInfo:
 # dataset.json
 
 
-def _write_dataset(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob], folder: Path) -> None:
-    """After all shards are written: skip documents with a duplicate id, write quarantine.jsonl and dataset.json."""
+def _write_dataset(
+    readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob], fraction: float, folder: Path
+) -> None:
+    """After all shards are written: skip documents with a duplicate id, count leaks, write quarantine.jsonl and
+    dataset.json."""
     sources, quarantine = {}, []
     for reader in readers:
         shards = [read_json(folder / reader.name / f"{job.number:05d}.json") for job in jobs if job.reader is reader]
         _skip_duplicates(shards, folder / reader.name)
         faults = [fault for shard in shards for fault in shard.pop("faults")]
+        _check_cut(reader.name, faults, config)
+        account = _close_account(reader, [shard.pop("account") for shard in shards], faults)
         records = sum(job.unit.rows for job in jobs if job.reader is reader)
         _check_faults(reader.name, len(faults), records, faults, config)
         quarantine += [{"source": reader.name, **fault} for fault in faults]
         totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
         if not totals["train"]:
-            raise PrepareError(f"{reader.name} has no training documents ({records} records, {len(faults)} faults)")
+            counts = "; ".join((f"{records:,} records", *account.lines(), f"{totals['heldout']:,} documents are held out"))
+            raise PrepareError(f"{reader.name} has no training documents ({counts}): add documents, or use --heldout 0")
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,
+            "account": account.to_json(), "declares_split": reader.declares_split,
             "faults": dict(Counter(fault["kind"] for fault in faults).most_common()), "shards": shards,
         }  # fmt: skip
     fitted, recipe = read_json(folder / "fitted.json"), read_json(folder / "recipe.json")
     lines = "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in quarantine)
     write_whole(folder / "quarantine.jsonl", lines.encode(errors="replace"))
-    write_json(folder / "dataset.json", {
-        "format": FORMAT, **fitted, "settings": recipe["settings"], "sources": sources,
+    dataset = {
+        "format": FORMAT, **fitted, "settings": recipe["settings"], "heldout_fraction": fraction, "sources": sources,
         "versions": {"transfusion": version("open-transfusion"), "pyarrow": pa.__version__},
-    })  # fmt: skip
+    }  # fmt: skip
+    write_json(folder / "dataset.json", {**dataset, "leaks": asdict(count_leaks([(folder, dataset)]))})
+
+
+def _close_account(reader: Reader, parts: Sequence[dict], faults: Sequence[dict]) -> Account:
+    """The account of a source, from those of its shards. Duplicate ids are only known after all shards are written."""
+    account = Account()
+    for part in parts:
+        account.add(Account.from_json(part))
+    for fault in faults:
+        if fault["kind"] == DUPLICATE_ID:
+            account.reject("records", "document", DUPLICATE_ID, fault["where"])
+    reader.close_account(account)
+    return account
 
 
 def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
-    """Keep the first document of each id. The others become faults, and their rows are listed as skipped. Documents with the
-    same id have the same split group, so the same split. Shards and rows follow the source's order."""
-    seen: set[int] = set()  # hashes: the ids themselves would need several times the memory
+    """Keep the first document of each id. The others become faults, and their rows are listed as skipped: here those whose
+    id an earlier shard has. Shards follow the source's order."""
+    seen: set[int] = set()
     for number, shard in enumerate(shards):
         shard["skipped"] = {split: [] for split in SPLITS}
+        ids: set[int] = set()
         for split in SPLITS if shard.pop("has_ids") else ():
             row = 0
             for batch in pa.ipc.open_stream(pa.memory_map(str(folder / f"{split}-{number:05d}.arrow"))):
                 for name, where in zip(batch.column("name").to_pylist(), batch.column("where").to_pylist(), strict=True):
-                    if name is not None and hash(name) in seen:
+                    key = None if name is None else hash_bytes(name.encode())
+                    if key in seen:
                         shard["skipped"][split].append(row)
-                        shard["faults"].append(duplicate_id(name, where))
-                    elif name is not None:
-                        seen.add(hash(name))
+                        shard["faults"].append(_describe_fault(_duplicate_id(name, where)))
+                    ids |= {key} - {None}
                     row += 1
             shard["documents"][split] -= len(shard["skipped"][split])
+        seen |= ids
 
 
-def duplicate_id(name: str, where: str) -> dict:
-    """The fault of a document whose id an earlier document has."""
-    return {"kind": "duplicate id", "where": where, "message": f"an earlier document has the same id {name!r}"}
+def check_id(record: RawDocument | Fault, seen: set[int]) -> RawDocument | Fault:
+    """The record, or a Fault when it has an id that is in `seen`; otherwise its id is added there. `seen` has hashes of ids:
+    the ids themselves would need several times the memory."""
+    if isinstance(record, Fault) or not record.name:
+        return record
+    key = hash_bytes(record.name.encode())
+    if key in seen:
+        return _duplicate_id(record.name, record.where)
+    seen.add(key)
+    return record
+
+
+def _duplicate_id(name: str, where: str) -> Fault:
+    return Fault(DUPLICATE_ID, f"an earlier document has the same id {name!r}", where)
+
+
+def _describe_fault(fault: Fault) -> dict:
+    return {"kind": fault.kind, "where": fault.where, "message": fault.message}
+
+
+def _check_cut(source: str, faults: Sequence[dict], config: PrepareConfig) -> None:
+    """PrepareError when the rest of a file cannot be read: `max_faults` cannot limit an unknown number of records."""
+    for fault in faults:
+        if fault["kind"] == CUT_SHORT and not config.allow_cut:
+            raise PrepareError(f"{source}: {fault['where']}: {fault['message']}. An unknown number of records is missing: "
+                               "repair the file, or prepare without its rest, with --allow-cut")  # fmt: skip
 
 
 def _check_faults(source: str, count: int, records: int, faults: Sequence[dict], config: PrepareConfig) -> None:

@@ -40,14 +40,19 @@ class RawDocument:
     pairs: bool = False  # alternating captions and images; the loader may swap them and drop captions
     name: str = ""  # its id in the source, if any; unique there
     where: str = ""  # file and row
-    split: str = ""  # "train" or "heldout" when its source defines it; otherwise `split_group` decides
-    split_group: str = ""  # documents of one group (five captions of one image) are in the same split
+    split: str = ""  # "train" or "heldout" when its source declares it; otherwise `heldout.py` decides
 
     @property
-    def pair(self) -> tuple[str, np.ndarray]:
-        """Its first text and the pixels of its first image, in either order."""
-        text = next(part.text for part in self.segments if isinstance(part, RawText))
-        return text, next(part.pixels for part in self.segments if isinstance(part, RawImage))
+    def pair(self) -> tuple[str, np.ndarray] | None:
+        """The caption and the pixels of the first image with loss of a document of pairs; None when there is none."""
+        for first, second in zip(self.segments[::2], self.segments[1::2], strict=True) if self.pairs else ():
+            caption, image = (first, second) if isinstance(first, RawText) else (second, first)
+            if image.loss:
+                return caption.text, image.pixels
+        return None
+
+
+CUT_SHORT = "cut short"  # the kind of fault after which the rest of a file is not read
 
 
 class Fault(ValueError):

@@ -4,13 +4,14 @@ A prepared folder has `dataset.json` (settings, counts, hashes), `tokenizer.json
 (records that were left out, and why), and for each source a folder of shards: `train-00000.arrow` and `heldout-00000.arrow`
 (Arrow streams, which `datasets` also reads), and `00000.json` (their counts).
 A document is one row of `schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also keep
-their original images, so generated images are compared with those and not with the codec's reconstructions.
+their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes that
+decide the split (`heldout.py`) are kept, so that leaks can be counted.
 """
 
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -24,14 +25,15 @@ from transfusion.codecs.pictures import encode_picture, pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, from_json
+from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.reading.records import CONVERSATIONS
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
-FORMAT = 3  # of a prepared folder; other formats are not supported
+FORMAT = 4  # of a prepared folder; other formats are not supported
 SPLITS = ("train", "heldout")
-MAX_BATCH_BYTES = 64 * 2**20  # bytes of latents after which a batch of documents is written
+MAX_BATCH_BYTES = 64 * 2**20  # bytes of ids, latents and images after which a batch of documents is written
 MAX_OPEN_SHARDS = 4096  # shards that stay memory-mapped
 
 SEGMENT = pa.struct([
@@ -47,11 +49,13 @@ def schema(is_vq: bool) -> pa.Schema:
         ("where", pa.string()),  # file and row of its record
         ("name", pa.string()),  # its id in the source, if any
         ("pairs", pa.bool_()),
-        ("segments", pa.list_(SEGMENT)),
-        ("tokens", pa.list_(pa.int32())),  # of all its texts, concatenated
+        ("segments", pa.large_list(SEGMENT)),
+        ("tokens", pa.large_list(pa.int32())),  # of all its texts, concatenated
         # (C, Y, X) or (Y, X) of all its images, concatenated
-        ("codes", pa.list_(pa.int32())) if is_vq else ("latents", pa.list_(pa.float16())),
-        ("original_images", pa.list_(pa.binary())),  # of a held-out document, before the codec: PNG
+        ("codes", pa.large_list(pa.int32())) if is_vq else ("latents", pa.large_list(pa.float16())),
+        ("original_images", pa.large_list(pa.large_binary())),  # of a held-out document, before the codec: PNG
+        ("image_hashes", pa.large_list(pa.uint64())), ("perceptual_hashes", pa.large_list(pa.uint64())),  # of each image
+        ("text_hash", pa.uint64()),  # of a document without images
     ])  # fmt: skip
 
 
@@ -64,22 +68,25 @@ class ShardWriter:
         self.file = self.temporary.open("wb")
         self.stream = pa.ipc.new_stream(self.file, self.schema)
         self.rows: list[tuple] = []  # values in the order of the schema
-        self.size = self.count = 0
+        self.size = 0
 
-    def add(self, document: Document, where: str, name: str, images: Sequence[np.ndarray] = ()) -> None:
-        """Add a document and, if held out, its original images (Y, X, channels) uint8."""
-        segments, tokens, contents = [], [], []
+    def add(self, document: Document, item: SplitDocument) -> None:
+        """Add a document that was encoded from `item`. A held-out one keeps its original images."""
+        raw, segments, contents = item.document, [], []
         for part in document.segments:
             if isinstance(part, Text):
-                tokens += part.tokens
                 segments.append((False, part.loss, 1.0, len(part.tokens), 0, 0))
             else:
                 contents.append(part.content.astype(self.dtype).ravel())
                 segments.append((True, part.loss, part.max_t, 0, *part.shape))
+        tokens = [np.array(part.tokens, np.int32) for part in document.segments if isinstance(part, Text)]
+        tokens = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
         values = np.concatenate(contents) if contents else np.empty(0, self.dtype)
-        pngs = [encode_picture(pixels) for pixels in images]
-        self.rows.append((where, name or None, document.pairs, segments, np.array(tokens, np.int32), values, pngs))
-        self.size, self.count = self.size + values.nbytes + sum(map(len, pngs)), self.count + 1
+        is_heldout = raw.split == "heldout"
+        pngs = [encode_picture(part.pixels) for part in raw.segments if isinstance(part, RawImage)] if is_heldout else []
+        self.rows.append((raw.where, raw.name or None, document.pairs, segments, tokens, values, pngs,
+                          item.image_hashes, item.perceptual_hashes, item.text_hash))  # fmt: skip
+        self.size += tokens.nbytes + values.nbytes + sum(map(len, pngs))
         if self.size >= MAX_BATCH_BYTES:
             self._flush()
 
@@ -100,23 +107,28 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self.rows:
-            where, name, pairs, segments, tokens, contents, images = zip(*self.rows, strict=True)
-            lengths = [len(parts) for parts in segments]
-            parts = pa.array([part for document in segments for part in document], SEGMENT)
+            where, name, pairs, segments, tokens, contents, images, *image_hashes, text_hash = zip(*self.rows, strict=True)
             columns = [
                 pa.array(where, pa.string()), pa.array(name, pa.string()), pa.array(pairs, pa.bool_()),
-                _list_array(lengths, parts),
-                _list_array(map(len, tokens), pa.array(np.concatenate(tokens))),
-                _list_array(map(len, contents), pa.array(np.concatenate(contents))),
-                _list_array(map(len, images), pa.array([png for pngs in images for png in pngs], pa.binary())),
+                _list_array(segments, _flatten(segments, SEGMENT)),
+                _list_array(tokens, pa.array(np.concatenate(tokens))),
+                _list_array(contents, pa.array(np.concatenate(contents))),
+                _list_array(images, _flatten(images, pa.large_binary())),
+                *(_list_array(hashes, _flatten(hashes, pa.uint64())) for hashes in image_hashes),
+                pa.array(text_hash, pa.uint64()),
             ]  # fmt: skip
             self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows, self.size = [], 0
 
 
-def _list_array(lengths: Iterable[int], values: pa.Array) -> pa.ListArray:
-    """The values split into lists of these lengths."""
-    return pa.ListArray.from_arrays(pa.array([0, *accumulate(lengths)], pa.int32()), values)
+def _flatten(lists: Iterable[Sequence], type: pa.DataType) -> pa.Array:
+    """The elements of all lists."""
+    return pa.array([value for values in lists for value in values], type)
+
+
+def _list_array(lists: Iterable[Sequence], values: pa.Array) -> pa.LargeListArray:
+    """The values, which are the elements of all lists, as lists of the same lengths."""
+    return pa.LargeListArray.from_arrays(pa.array([0, *accumulate(map(len, lists))], pa.int64()), values)
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,8 @@ class PreparedFolder:
 
     def chat_layout(self, names: Iterable[str] | None = None) -> ChatLayout | None:
         """The layout of the conversations in these sources (not given: all); None if they have no conversations."""
-        forms = {self.metadata["sources"][name]["form"] for name in (self.names if names is None else names)}
+        sources = [self.metadata["sources"][name] for name in (self.names if names is None else names)]
+        forms = {form for source in sources for form in source["account"]["forms"]}
         settings = self.metadata["settings"].get("chat", {})  # of older folders: the default layout
         return from_json(ChatLayout, settings) if forms & {*CONVERSATIONS} else None
 
@@ -244,13 +257,35 @@ class StoredSource:
         return self.prepared.folder / self.name / f"{self.split}-{number:05d}.arrow"
 
     def _open_shard(self, number: int) -> list["_ArrowBatch"]:
-        path = self._path(number)
-        try:
-            return [_ArrowBatch(batch) for batch in pa.ipc.open_stream(pa.memory_map(str(path)))]
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            command = f"transfusion data validate {self.prepared.folder}"
-            raise OpenError(f"cannot read {path}: {reason}; {command} checks all shards") from None
+        return [_ArrowBatch(batch) for batch in _read_batches(self._path(number))]
+
+
+def read_hashes(folder: Path, split: str, shards: Sequence[dict]) -> Iterator[pa.RecordBatch]:
+    """Where the documents of a source are from, and their hashes, in batches. `shards`: as in dataset.json. OpenError when a
+    shard is damaged."""
+    for number, shard in enumerate(shards):
+        row, skipped = 0, set(shard.get("skipped", {}).get(split, ()))
+        for batch in _read_batches(folder / f"{split}-{number:05d}.arrow"):
+            rows = range(row, row + len(batch))
+            row = rows.stop
+            if skipped.intersection(rows):
+                batch = batch.filter(pa.array(n not in skipped for n in rows))
+            yield batch.select(["where", "image_hashes", "perceptual_hashes", "text_hash"])
+
+
+def _read_batches(path: Path) -> list[pa.RecordBatch]:
+    """The record batches of a shard, memory-mapped."""
+    try:
+        batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
+        for batch in batches:
+            if not any(batch.schema.equals(schema(is_vq)) for is_vq in (False, True)):
+                raise ValueError("its columns are not those of a shard")
+            batch.validate(full=True)  # otherwise invalid offsets are followed without an error
+        return batches
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        command = f"transfusion data validate {path.parent.parent}"
+        raise OpenError(f"cannot read {path}: {reason}; {command} checks all shards") from None
 
 
 def _parse_shape(name: str) -> tuple[int, int]:
@@ -263,9 +298,6 @@ class _ArrowBatch:
     """One record batch of a shard; its columns are arrays in the mapped file."""
 
     def __init__(self, batch: pa.RecordBatch):
-        if not any(batch.schema.equals(schema(is_vq)) for is_vq in (False, True)):
-            raise ValueError("its columns are not those of a shard")
-        batch.validate(full=True)  # otherwise invalid offsets are followed without an error
         self.rows = len(batch)
         self.where = batch.column("where")
         self.pairs = batch.column("pairs").to_numpy(zero_copy_only=False)

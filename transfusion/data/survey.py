@@ -11,8 +11,10 @@ import numpy as np
 from transfusion.chat import describe_layout
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ChatLayout
-from transfusion.data.prepare import duplicate_id
+from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
+from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.sequence import Text
@@ -34,6 +36,7 @@ class Survey:
     images: int = 0
     sizes: Counter[str] = field(default_factory=Counter)  # of images, width x height (or of latents)
     chat: ChatLayout | None = None  # of its conversations
+    account: Account = field(default_factory=Account)
     lengths: array = field(default_factory=lambda: array("I"))  # tokens of each document
 
     def add(self, kinds: Sequence[str], tokens: int) -> None:
@@ -65,28 +68,59 @@ class Survey:
             yield "  sizes", _format_counts(self.sizes, 5) + (f" and {others:,} more" if others > 0 else "")
 
 
+@dataclass
+class Duplicates:
+    """Counts equal documents, and images that look alike, by 64-bit hashes: 8 bytes a document and 16 an image."""
+
+    documents: array = field(default_factory=lambda: array("Q"))
+    images: array = field(default_factory=lambda: array("Q"))
+    perceptual: array = field(default_factory=lambda: array("Q"))  # of each image
+
+    def add(self, document: RawDocument) -> None:
+        pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
+        hashes = list(map(hash_pixels, pixels))
+        self.documents.append(hash_document(document, hashes))
+        self.images.extend(hashes)
+        self.perceptual.extend(map(perceptual_hash, pixels))
+
+    def __str__(self) -> str:
+        images, first = np.unique(self.images, return_index=True)
+        hashes = np.asarray(self.perceptual, np.uint64)[first]
+        hashes = hashes[hashes != 0]
+        documents = len(self.documents) - len(np.unique(self.documents))
+        return (
+            f"duplicates: {documents:,} documents (same pixels and text as an earlier one), "
+            f"{len(self.images) - len(images):,} pictures (same pixels); likely duplicates: "
+            f"{len(hashes) - len(np.unique(hashes)):,} pictures (same perceptual hash)"
+        )
+
+
 def survey(
     reader: Reader, tokenizer: Tokenizer | None, on_fault: Callable[[Fault], None] = lambda fault: None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None, duplicates: Duplicates | None = None,
 ) -> Survey:  # fmt: skip
-    """Read all of a source. Each fault is passed to `on_fault`; without a tokenizer no tokens are counted."""
-    result, seen = Survey(reader.name), set()
+    """Read all of a source. Each fault is passed to `on_fault`, and each document is added to `duplicates`; without a
+    tokenizer no tokens are counted."""
+    result, ids = Survey(reader.name), set()
     units = reader.units(UNIT_SIZE)
     total = sum(unit.rows for unit in units)
     for unit in units:
-        for document in reader.read(unit):
+        for document in reader.read(unit, result.account):
             result.records += 1
-            if isinstance(document, RawDocument) and document.name and hash(document.name) in seen:
-                document = Fault(**duplicate_id(document.name, document.where))
+            document = check_id(document, ids)
             if isinstance(document, Fault):
                 result.faults[document.kind] += 1
+                if document.kind == DUPLICATE_ID:
+                    result.account.reject("records", "document", DUPLICATE_ID, document.where)
                 on_fault(document)
                 continue
-            seen.update([hash(document.name)] if document.name else ())
             _count_document(result, document, tokenizer)
+            if duplicates is not None:
+                duplicates.add(document)
             if result.records % 256 == 0:
                 on_progress(min(result.records, total), total)
     on_progress(total, total)
+    reader.close_account(result.account)
     return result
 
 
@@ -122,6 +156,7 @@ def survey_prepared(prepared: PreparedFolder) -> list[Survey]:
             if split == "train":
                 result.faults.update(info["faults"])
                 result.records += result.faults.total()
+                result.account = Account.from_json(info["account"])
             surveys.append(result)
     return surveys
 

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image as Picture
 
-from transfusion.data.loader import Source
+from transfusion.data.loader import Source, read_pairs
 from transfusion.evaluation.cider import MAX_N, bleu, cider, split_words
 from transfusion.inference.engine import Engine, Request
 
@@ -15,15 +15,16 @@ BATCH_SIZE = 256  # images that are captioned together
 
 
 def caption_heldout(engine: Engine, source: Source, count: int) -> dict:
-    """Greedy captions of the first `count` held-out documents of one image each: the share that is exactly right. Where
+    """Greedy captions of the first `count` held-out images, one of each document: the share that is exactly right. Where
     captions are long enough, also CIDEr-D and BLEU-4."""
-    captions, images = zip(*(source[n].pair for n in range(min(count, len(source)))), strict=True)
+    documents, captions, images = zip(*read_pairs(source, count), strict=True)
     predictions = caption_images(engine, images)
     pairs = list(zip(captions, predictions, strict=True))
     return {
         "exact": sum(caption == prediction for caption, prediction in pairs) / len(pairs),
         **word_scores(predictions, [[caption] for caption in captions]), "count": len(pairs),
-        "answers": [{"document": n, "reference": caption, "prediction": text} for n, (caption, text) in enumerate(pairs)],
+        "answers": [{"document": n, "reference": caption, "prediction": text}
+                    for n, (caption, text) in zip(documents, pairs, strict=True)],
     }  # fmt: skip
 
 

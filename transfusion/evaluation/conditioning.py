@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from transfusion import objective
-from transfusion.data.loader import Source
+from transfusion.data.loader import Source, read_pairs
 from transfusion.inference.engine import Engine
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Document, Image, Row, Text, collate, encode_document
@@ -17,8 +17,8 @@ def conditioning_gap(engine: Engine, source: Source, count: int) -> dict:
     """Image losses of the first `count` pairs, with their captions and with others', and gap = other / own - 1. The gap is 0
     for a model that ignores the caption. For image codes the loss is in nats per code. Images, timesteps and noise are the
     same for both. The other caption is the next different one; images without one are omitted."""
-    pairs = [source[n].pair for n in range(min(count, len(source)))]
-    triples = [(text, _next_different([t for t, _ in pairs], n), pixels) for n, (text, pixels) in enumerate(pairs)]
+    pairs = list(read_pairs(source, count))
+    triples = [(text, _next_different([t for _, t, _ in pairs], n), pixels) for n, (_, text, pixels) in enumerate(pairs)]
     triples = [triple for triple in triples if triple[1] is not None]
     if not triples:
         return {"count": 0}

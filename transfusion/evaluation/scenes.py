@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transfusion.data.loader import Source
+from transfusion.data.loader import Source, read_pairs
 from transfusion.evaluation.shapes import judge
 from transfusion.inference.engine import Engine, Request
 
@@ -16,7 +16,7 @@ def draw_scenes(
     engine: Engine, source: Source, count: int, seed: int = 0
 ) -> tuple[dict, list[tuple[str, np.ndarray, bool]]]:
     """One image for each of the first `count` held-out captions: the shares that are right, and (caption, pixels, right)."""
-    captions = [source[n].pair[0] for n in range(min(count, len(source)))]
+    captions = [caption for _, caption, _ in read_pairs(source, count)]
     return judge_scenes(captions, draw_captions(engine, captions, seed))
 
 

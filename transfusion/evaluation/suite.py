@@ -13,8 +13,8 @@ import numpy as np
 
 from transfusion.config import QUICK, EvaluationConfig
 from transfusion.data.built_in.topics import Topics
-from transfusion.data.loader import Source
-from transfusion.data.raw import RawText
+from transfusion.data.loader import Source, read_pairs
+from transfusion.data.raw import RawDocument, RawText
 from transfusion.data.sources import fingerprint, name_sources, open_raw
 from transfusion.evaluation.captions import caption_heldout, caption_images, word_scores
 from transfusion.evaluation.clip_score import ClipScore
@@ -41,6 +41,7 @@ from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
 
 NUM_TRAINING_IMAGES = 2_000  # of the small feature network
+NUM_PROBED_DOCUMENTS = 16  # held-out documents of a source that decide its tasks
 PROMPTS_PER_CATEGORY = 25  # of GenEval on shapes
 PACKAGES = ("open-transfusion", "torch", "numpy", "tokenizers", "transformers", "lm_eval")
 COCO = "Karpathy's dataset_coco.json, or COCO's annotations"
@@ -165,19 +166,20 @@ class Suite:
         return tasks
 
     def _tasks_of_source(self, source: Source) -> dict[str, Task]:
-        """Tasks that a source supports, by its name or by its first document."""
-        first, count, engine = source[0], min(self.config.count, len(source)), self.engine
-        if all(isinstance(part, RawText) for part in first.segments):
+        """Tasks that a source supports, by its name or by its first documents."""
+        first = [source[n] for n in range(min(NUM_PROBED_DOCUMENTS, len(source)))]
+        count, engine, tasks = min(self.config.count, len(source)), self.engine, {}
+        if any(map(is_text, first)):
             is_topics = source.name == "topics"
-            return {
+            tasks |= {
                 "text": lambda: heldout_topics(engine) if is_topics else bits_per_byte(engine, _texts(source, count)),
                 "choice": lambda: self._choice(Topics("heldout").texts if is_topics else _texts(source, len(source))),
             }  # fmt: skip
-        if is_edit(first):
-            return {"edits": lambda: edit_heldout(engine, source, count, self.config.seed)}
-        if not first.pairs:
-            return {}
-        tasks = {
+        if any(map(is_edit, first)):
+            tasks["edits"] = lambda: edit_heldout(engine, source, count, self.config.seed)
+        if all(document.pair is None for document in first):
+            return tasks
+        tasks |= {
             "captions": lambda: caption_heldout(engine, source, len(source) if source.name == "digits" else count),
             "conditioning": lambda: conditioning_gap(engine, source, count),
             "images": lambda: self._images(source, count),
@@ -200,8 +202,7 @@ class Suite:
     def _draw(self, source: Source) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
         """Held-out captions, an image drawn from each, and the real images; drawn once for all tasks."""
         if source.name not in self.drawn:
-            pairs = [source[n].pair for n in range(min(self.config.count, len(source)))]
-            captions, real = map(list, zip(*pairs, strict=True))
+            _, captions, real = map(list, zip(*read_pairs(source, self.config.count), strict=True))
             self.drawn[source.name] = captions, draw_captions(self.engine, captions, self.config.seed), real
         return self.drawn[source.name]
 
@@ -210,7 +211,7 @@ class Suite:
         extractor = self.extractor
         if extractor is None:
             train = next(it for it in open_raw(self.engine.run.data, "train") if it.name == source.name)
-            captions, images = zip(*(train[n].pair for n in range(min(NUM_TRAINING_IMAGES, len(train)))), strict=True)
+            _, captions, images = zip(*read_pairs(train, NUM_TRAINING_IMAGES), strict=True)
             extractor = SmallFeatureNetwork(source.name, images, captions, self.config.seed)
         self.networks[f"{source.name} images"] = extractor.name
         _, drawn, real = self._draw(source)
@@ -222,7 +223,7 @@ class Suite:
         return {"network": self.clip.name, "score": self.clip(drawn, captions), "score_of_real": self.clip(real, captions)}
 
     def _geneval_of_shapes(self, source: Source) -> dict:
-        prompts = shapes_prompts((source[n].pair[0] for n in range(len(source))), PROMPTS_PER_CATEGORY)
+        prompts = shapes_prompts((caption for _, caption, _ in read_pairs(source, len(source))), PROMPTS_PER_CATEGORY)
         return draw_geneval(self.engine, prompts, detect_objects, self.config.seed)[0]
 
     def _geneval(self) -> dict:
@@ -269,9 +270,14 @@ class Suite:
 
 
 def _texts(source: Source, count: int) -> list[str]:
-    """The first texts of a source that holds only text."""
-    documents = (source[n] for n in range(min(count, len(source))))
-    return ["".join(part.text for part in document.segments if isinstance(part, RawText)) for document in documents]
+    """The texts of the first documents of text alone."""
+    documents = (document for n in range(len(source)) if is_text(document := source[n]))
+    return ["".join(part.text for part in document.segments) for document in islice(documents, count)]
+
+
+def is_text(raw: RawDocument) -> bool:
+    """Whether all its segments are text."""
+    return all(isinstance(part, RawText) for part in raw.segments)
 
 
 def _version(package: str) -> str | None:

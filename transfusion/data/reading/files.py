@@ -5,9 +5,11 @@ import errno
 import gzip
 import io
 import lzma
+import os
 import posixpath
+import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -20,10 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from transfusion.codecs.pictures import PictureError, pixels_of, read_picture
 from transfusion.data.raw import Fault
+from transfusion.data.reading.listing import Listing, reason_of_name, walk
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-IGNORED_NAMES = ("README", "LICENSE")  # with any suffix
 MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
+MODIFIED = ("mtime", "ETag", "LastModified", "last_commit")  # names of the modification time in file systems
 BUFFER_SIZE = 2**16  # bytes of one request to a file system
 BAD_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # of strings that cannot be paths
 
@@ -72,21 +75,34 @@ class Files:
     def is_local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
 
-    def list(self) -> list[str]:
-        """All files, sorted by path, without hidden files and folders, README and LICENSE."""
+    @property
+    def folder(self) -> str:
+        """The folder that relative paths of messages start from."""
         if "*" in self.root:
-            return sorted(path for path in self.fs.glob(self.root) if self.fs.isfile(path))
-        if self.fs.isfile(self.root):
-            return [self.root]
-        return sorted(path for path in self.fs.find(self.root) if not _is_hidden(self.relative_path(path)))
+            return posixpath.dirname(self.root.partition("*")[0])
+        return posixpath.dirname(self.root) if self.fs.isfile(self.root) else self.root
 
-    def versions(self) -> Iterator[tuple[str, Any, Any]]:
-        """Path, size and modification time of every file: different after any change."""
-        infos = {} if "*" in self.root else self.fs.find(self.root, detail=True)
-        for path in self.list():
-            info = infos.get(path) or self.fs.info(path)
-            modified = next((info[name] for name in ("mtime", "ETag", "LastModified", "last_commit") if name in info), "")
-            yield self.relative_path(path), info.get("size"), str(modified)
+    def list(self) -> Listing:
+        """All files. Those of hidden files and folders, README and LICENSE are not to be read."""
+        if "*" in self.root:
+            paths = [path for path in self.fs.glob(self.root) if self.fs.isfile(path)]
+            return Listing(self.folder, ((self.relative_path(path), "") for path in sorted(paths)))
+        if self.fs.isfile(self.root):
+            return Listing(self.folder, [(posixpath.basename(self.root), "")])
+        if self.is_local:
+            return Listing(self.root, walk(self.root))
+        relative = (path[len(self.root) :].lstrip("/") for path in self.fs.find(self.root))
+        return Listing(self.root, ((path, reason_of_name(path)) for path in relative))
+
+    def versions(self, listing: Listing) -> Iterator[tuple[str, Any, Any]]:
+        """Path, size and modification time of every file to be read: different after any change."""
+        infos = {} if "*" in self.root or self.is_local else self.fs.find(self.root, detail=True)
+        for index in range(len(listing)):
+            path = listing.path(index)
+            if not reason_of_name(listing[index]) and not path.endswith("/"):
+                info = infos.get(path) or self.fs.info(path)
+                modified = next((info[name] for name in MODIFIED if name in info), "")
+                yield self.relative_path(path), info.get("size"), str(modified)
 
     def relative_path(self, path: str) -> str:
         """The path relative to the source's folder, for messages."""
@@ -112,6 +128,9 @@ class Files:
 
     def read(self, path: str) -> bytes:
         """The whole decompressed content of a file."""
+        if self.is_local and not path.lower().endswith(tuple(COMPRESSIONS)):
+            with open(path, "rb") as file:  # without the buffers of `open`: a folder has many small files
+                return file.read()
         with self.open(path) as file:
             return file.read()
 
@@ -122,9 +141,9 @@ class Files:
         """The file for Arrow: memory-mapped if local, otherwise read."""
         return pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
 
-    def image_reader(self, path: str) -> "RecordImageReader":
-        """A reader of the images that records of this file name."""
-        return RecordImageReader(self, self.image_root or posixpath.dirname(path))
+    def image_reader(self, path: str, on_file: Callable[[str], None] = lambda path: None) -> "RecordImageReader":
+        """A reader of the images that records of this file name; `on_file` gets the path of each that is read."""
+        return RecordImageReader(self, self.image_root or posixpath.dirname(path), on_file)
 
 
 class _RawFile(io.RawIOBase):
@@ -167,12 +186,15 @@ class RecordImageReader:
 
     files: Files
     folder: str
+    on_file: Callable[[str], None]
 
     def read(self, value: Any) -> np.ndarray:
         """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`. Fault
         when it does not exist or is not an image; OSError when a disk or a network fails."""
+        name = "its image"
         if isinstance(value, dict):
-            value = next((value[name] for name in ("bytes", "path", "url") if value.get(name) is not None), None)
+            name = _shorten(path) if isinstance(path := value.get("path"), str) and path else name
+            value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
         if isinstance(value, ListedPath):
             name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
         elif isinstance(value, str) and value.startswith("data:"):
@@ -180,7 +202,7 @@ class RecordImageReader:
         elif isinstance(value, str):
             name, content = _shorten(value), self._fetch(value)
         elif isinstance(value, bytes | bytearray | memoryview):
-            name, content = "its image", bytes(value)
+            content = bytes(value)
         else:
             raise Fault("missing image", f"an image must be bytes, a path or a URL, not {str(value)[:40]!r}")
         try:
@@ -200,12 +222,16 @@ class RecordImageReader:
         """The content at a path relative to the record, at a URL, or at a listed path."""
         try:
             fs, path = (self.files.fs, address) if is_listed else self._locate(address)
+            if fs is self.files.fs:
+                self.on_file(path)
             if isinstance(fs, LocalFileSystem):
-                info = fs.info(path)
-                if info["type"] != "file":  # reading a device may never end
+                info = os.stat(path)
+                if not stat.S_ISREG(info.st_mode):  # reading a device may never end
                     raise Fault("missing image", f"{_shorten(address)} is not a file")
-                if info["size"] > MAX_IMAGE_BYTES:
-                    raise Fault("too large", f"{_shorten(address)} has {info['size']:,} bytes; at most {MAX_IMAGE_BYTES:,}")
+                if info.st_size > MAX_IMAGE_BYTES:
+                    raise Fault("too large", f"{_shorten(address)} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
+                with open(path, "rb") as file:
+                    return file.read()
             return fs.cat_file(path)
         except Fault:
             raise
@@ -236,12 +262,6 @@ class RecordImageReader:
         if path.startswith("../"):
             raise Fault("missing image", f"{_shorten(address)} is outside the folder of the data")
         return self.files.fs, protocol + separator + path
-
-
-def _is_hidden(path: str) -> bool:
-    *folders, name = path.split("/")
-    hidden = name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders)
-    return hidden or name.partition(".")[0].upper() in IGNORED_NAMES
 
 
 @contextmanager

@@ -4,11 +4,9 @@ A unit is a number of records that one process prepares into one shard. Units de
 """
 
 import hashlib
-import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -20,27 +18,24 @@ from transfusion.data.built_in.photographs import Photographs
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.built_in.topics import Topics
 from transfusion.data.raw import Fault, RawDocument
-from transfusion.data.reading.containers import (
-    IMAGE_SUFFIXES,
-    Coco,
-    Container,
-    ImageFolder,
-    JsonLines,
-    JsonList,
-    PlainText,
-    Span,
-    TarArchives,
+from transfusion.data.reading.account import Account
+from transfusion.data.reading.choose import choose_container
+from transfusion.data.reading.container import Container, Span
+from transfusion.data.reading.files import Files, RecordImageReader
+from transfusion.data.reading.folders import PictureFolder
+from transfusion.data.reading.listing import Listing, printable
+from transfusion.data.reading.records import (
+    FORMS,
+    Form,
+    detect_form,
+    form_among,
+    read_columns,
+    rename_columns,
+    split_captions,
+    to_document,
 )  # fmt: skip
-from transfusion.data.reading.files import COMPRESSIONS, Files
-from transfusion.data.reading.records import FORMS, Form, detect_form, rename_columns, to_document, used_columns
-from transfusion.data.reading.tables import CsvTables, Tables
+from transfusion.data.reading.splits import canonical, split_of_record
 
-SUFFIXES = {  # the first kind of which a folder has files is read
-    "tar": ("tar", "tgz"), "parquet": ("parquet",), "arrow": ("arrow",), "jsonl": ("jsonl", "ndjson"),
-    "csv": ("csv", "tsv"), "json": ("json",), "images": IMAGE_SUFFIXES, "text": ("txt", "text", "md", "rst"),
-}  # fmt: skip
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")  # names of splits in paths
-SPLIT_ALIASES = {"train": ("training",), "validation": ("valid", "val", "dev")}
 MAX_BUILT_IN_HELDOUT = 500  # held-out documents of a built-in source
 NUM_SAMPLES = 100  # records that are read to detect their form
 
@@ -52,7 +47,7 @@ class ReaderOptions:
     form: Form | None = None  # of its records; None: detected
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> its column; "": not read
     image_root: str | None = None  # the folder that image paths are relative to
-    split: str = "train"  # when files or folders are named after splits
+    split: str = "train"  # when files, folders or records are named after splits
     limit: int | None = None  # number of records
     shapes: ShapesConfig = ShapesConfig()
 
@@ -71,17 +66,29 @@ class Unit:
 class Reader:
     """A source of documents. `name` is its name in a data set and in the configuration of a run."""
 
-    def __init__(self, name: str, address: str, container: Container, files: Files | None, options: ReaderOptions):
-        self.name, self.address, self.container, self.files, self.options = name, address, container, files, options
-        self.columns: set[str] = set()  # of the sampled records
+    def __init__(
+        self, name: str, address: str, container: Container, options: ReaderOptions, files: Files | None = None,
+        listing: Listing | None = None,
+    ):  # fmt: skip
+        self.name, self.address, self.container, self.options = name, address, container, options
+        self.files, self.listing = files, listing
+        self.forms: set[Form | None] = {options.form}  # of the first records
+        self.columns: set[str] = set()  # that the most frequent one reads
+        self.listed = Account()  # of what `units` lists
         self.form = options.form if files is None else self._detect_form()
+
+    @property
+    def declares_split(self) -> bool:
+        """Whether each of its documents is declared as training or held-out."""
+        return self.files is None
 
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
+        self.listed = Account()
         units: list[Unit] = []
         pending: list[Span] = []
         remaining = self.options.limit
-        for span in self.container.spans(max_rows):
+        for span in self.container.spans(max_rows, self.listed):
             if remaining is not None:
                 span = replace(span, rows=min(span.rows, remaining))
                 remaining -= span.rows
@@ -94,103 +101,146 @@ class Reader:
         units += [Unit(tuple(pending))] if pending else []
         if not units:
             raise ValueError(f"{self.address} has no records")
+        self.listed.find("records", sum(unit.rows for unit in units))
         return units
 
-    def read(self, unit: Unit, chat: ChatLayout = ChatLayout()) -> Iterator[RawDocument | Fault]:  # noqa: B008 (frozen)
-        """The unit's documents in order; a fault instead of each record that cannot be read. `chat`: see `to_document`."""
+    def read(
+        self, unit: Unit, account: Account | None = None, chat: ChatLayout = ChatLayout()  # noqa: B008 (frozen)
+    ) -> Iterator[RawDocument | Fault]:
+        """The unit's documents in order; a fault instead of each record that cannot be read. What becomes of each record is
+        counted in the account. `chat`: see `to_document`."""
+        account = Account() if account is None else account
         for span in unit.spans:
+            images = self._image_reader(span, account)
             for where, record in self.container.records(span):
-                yield self._document(where, record, span, chat)
+                for item in self._read_record(printable(where), record, images, account, chat):
+                    if isinstance(item, Fault):
+                        item = Fault(item.kind, printable(item.message), item.where or printable(where))
+                        account.pass_over("records", item.kind, item.where)
+                    else:
+                        account.read("records", "document")
+                    yield item
 
-    def _document(self, where: str, record: Any, span: Span, chat: ChatLayout) -> RawDocument | Fault:
-        where = _printable(where)
+    def close_account(self, account: Account) -> None:
+        """Add what is known from listing the files to the account of all units. After that it is closed."""
+        account.add(self.listed)
+        if self.listing is not None:
+            self.listing.count(account)
+        account.named = bytearray()
+
+    def _image_reader(self, span: Span, account: Account) -> RecordImageReader | None:
+        """A reader of the images of a span's records; the account notes which files they name."""
+        def name_file(path: str) -> None:
+            if (index := self.listing.index_of(path)) is not None:
+                account.name_file(index)
+
+        if self.files is None:
+            return None
+        on_file: Callable[[str], None] = (lambda path: None) if isinstance(self.container, PictureFolder) else name_file
+        return self.files.image_reader(span.path or self.files.root + "/.", on_file)
+
+    def _read_record(
+        self, where: str, record: Any, images: RecordImageReader | None, account: Account, chat: ChatLayout
+    ) -> Iterator[RawDocument | Fault]:
+        """The documents of a record, several if it has several captions; a fault if it has none."""
         if isinstance(record, RawDocument):
-            return replace(record, where=where, split_group=where)
+            yield replace(record, where=where)
+            return
         if isinstance(record, Fault):
-            return _locate_fault(record, where)
+            yield record
+            return
+        if record.get("status") == "failed_to_download" and "key" in record:  # written by img2dataset
+            account.pass_over("records", "not downloaded by img2dataset", where)
+            return
         try:
             renamed = rename_columns(record, self.options.columns)
-            images = self.files.image_reader(span.path or self.files.root + "/.")
-            document = to_document(self.form, renamed, images, chat)
+            split = canonical(self.options.split)
+            if split_of_record(renamed, split) not in (split, None):
+                account.pass_over("records", "of another split", where)
+                return
+            form = self.options.form or form_among(renamed, self.form, self.columns)
+            parts = split_captions(renamed, form)
         except Fault as fault:
-            return _locate_fault(fault, where)
-        except RecursionError:
-            return Fault("bad JSON", "it is nested too deeply", where)
-        group = record.get("split_group") if isinstance(self.container, Coco) else None
-        return replace(document, where=where, split_group=group or document.split_group or document.name or where)
+            yield fault
+            return
+        account.find("records", len(parts) - 1)
+        self._count_fields(renamed, form, account)
+        for number, part in enumerate(parts, 1):
+            place = where if len(parts) == 1 else f"{where} caption {number}"
+            try:
+                document = to_document(form, part, images, chat)
+            except Fault as fault:
+                yield Fault(fault.kind, fault.message, place)
+            except RecursionError:
+                yield Fault("bad JSON", "it is nested too deeply", place)
+            else:
+                account.forms[form] += 1
+                yield replace(document, where=place)
+
+    def _count_fields(self, record: dict, form: Form, account: Account) -> None:
+        """Count the values of a record, by column: what is read of it, and what is not."""
+        names = [name for name, value in record.items() if value is not None]
+        read = read_columns(record, form)
+        account.find("fields", len(names))
+        account.read("fields", "value", len(read))
+        for name in names:
+            if name not in read:
+                account.pass_over("fields", f"in {printable(name)[:40]!r}")
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and times of its files: it differs after any file is changed, added or renamed. For a
         built-in source: over the font or the Python version that its documents depend on."""
         digest = hashlib.sha256()
-        for version in (self.files or self.container).versions():
+        for version in self.container.versions() if self.files is None else self.files.versions(self.listing):
             digest.update(repr(version).encode())
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """How it is read, and which columns and files are not read, in one line."""
+        """How it is read, in one line."""
         if self.files is None:
             hint = f"; the local path of this name is ./{self.address}" if os.path.exists(self.address) else ""
             return f"{self.name}: built in{hint}"
-        used = used_columns(self.form, self.columns)
-        unused = sorted(self.columns - {*used, "split_group"})
-        line = f"{self.name}: each record is read as {self.form}" + (f" ({', '.join(used)})" if used else "")
-        line += f"; columns not read: {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}" if unused else ""
-        ignored = self._count_ignored()
-        kinds = ", ".join(f"{count:,} .{suffix}" for suffix, count in ignored.most_common(6))
-        return _printable(line + (f"; files not read: {kinds}" if ignored else ""))
-
-    def _count_ignored(self) -> Counter[str]:
-        """Number of readable files that are not read, by suffix. Images that records may name do not count."""
-        used = set(getattr(self.container, "paths", ()))
-        excluded = set() if isinstance(self.container, ImageFolder) else set(IMAGE_SUFFIXES)
-        if isinstance(self.container, ImageFolder) and self.container.captions == "text":
-            excluded.add("txt")
-        suffixes = (_suffix(path) for path in self.files.list() if path not in used)
-        readable = {suffix for kind in SUFFIXES.values() for suffix in kind} - excluded
-        return Counter(suffix for suffix in suffixes if suffix in readable)
+        columns = f" ({', '.join(map(printable, sorted(self.columns)))})" if self.columns else ""
+        return f"{self.name}: records are read as {self.form}{columns}"
 
     def _detect_form(self) -> Form:
         """The configured form, or the most frequent one of the first records. ValueError when no record has a form."""
         counts: Counter[Form] = Counter()
+        columns: dict[Form, set[str]] = {}
         faults: list[Fault] = []
-        columns = self.columns
-        records = (record for span in self.container.spans(NUM_SAMPLES) for record in self.container.records(span))
+        all_columns: set[str] = set()
+        spans = self.container.spans(NUM_SAMPLES, Account())
+        records = (record for span in spans for record in self.container.records(span))
         for where, record in islice(records, NUM_SAMPLES):
             try:
                 if isinstance(record, Fault):
                     raise record
-                columns.update(record)
-                counts[self.options.form or detect_form(rename_columns(record, self.options.columns))] += 1
+                all_columns.update(record)
+                renamed = rename_columns(record, self.options.columns)
+                form = self.options.form or detect_form(renamed)
+                counts[form] += 1
+                columns.setdefault(form, set(read_columns(renamed, form)) - {"id"})
             except Fault as fault:
-                faults.append(_locate_fault(fault, _printable(where)))
-        missing = [name for name in self.options.columns.values() if name and name not in columns]
-        if self.options.form is not None and not missing:
-            return self.options.form
-        if columns and missing:
-            raise ValueError(f"{self.address} has no column {missing[0]!r}, only {_printable(', '.join(sorted(columns)))}")
-        if not counts:
+                faults.append(Fault(fault.kind, printable(fault.message), printable(where)))
+        missing = [name for name in self.options.columns.values() if name and name not in all_columns]
+        if all_columns and missing:
+            existing = printable(", ".join(sorted(all_columns)))
+            raise ValueError(f"{self.address} has no column {missing[0]!r}, only {existing}")
+        if self.options.form is None and not counts:
             if faults:
                 raise ValueError(f"{self.address}: no record can be read; the first fault: {faults[0]}")
             raise ValueError(f"{self.address} has no records")
-        form = counts.most_common(1)[0][0]
-        return "pair" if form == "image" and counts["pair"] else form  # images without a caption are then faults
-
-
-def _locate_fault(fault: Fault, where: str) -> Fault:
-    return Fault(fault.kind, _printable(fault.message), where)
-
-
-def _printable(text: str) -> str:
-    """One line of text: names of files and columns may have any characters."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+        form = self.options.form or counts.most_common(1)[0][0]
+        self.forms = {form, *counts}
+        self.columns = columns.get(form, set())
+        return form
 
 
 def open_reader(source: str, options: ReaderOptions = ReaderOptions()) -> Reader:  # noqa: B008 (frozen)
     """A reader of `[name=]source`: a path, an fsspec address, `owner/name` on the hub, or one of `BUILT_IN`. ValueError or
     OSError, in one line, when it does not exist or is not supported."""
     name, equals, address = source.partition("=")
-    if not equals or "/" in name or "." in name:
+    if not equals or "/" in name or "." in name or os.path.exists(source):
         name, address = "", source
     if name and not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"{name!r} is not a valid source name: use letters, digits, - and _")
@@ -199,10 +249,11 @@ def open_reader(source: str, options: ReaderOptions = ReaderOptions()) -> Reader
     if options.form is not None and options.form not in FORMS:
         raise ValueError(f"there is no form {options.form!r}; use one of {', '.join(FORMS)}")
     if address in BUILT_IN:
-        return Reader(name or address, address, BuiltInContainer(address, options), None, options)
+        return Reader(name or address, address, BuiltInContainer(address, options), options)
     files = Files.from_address(address, options.image_root)
-    container = _open_container(files, address, options)
-    return Reader(name or _derive_name(address), address, container, files, options)
+    listing = files.list()
+    container = choose_container(files, listing, address, options.split, options.columns)
+    return Reader(name or _derive_name(address), address, container, options, container.files, listing)
 
 
 class BuiltInContainer:
@@ -217,7 +268,7 @@ class BuiltInContainer:
         """What its documents depend on besides this package, for example a font."""
         return sorted(self.train.describe().items()) if hasattr(self.train, "describe") else []
 
-    def spans(self, max_rows: int) -> Iterator[Span]:
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         rows = len(self.heldout) + len(self.train)
         for first in range(0, rows, max_rows):
             yield Span("", first, min(max_rows, rows - first))
@@ -255,137 +306,3 @@ def _derive_name(address: str) -> str:
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in last.split(".")[0])
     name = name.strip("_") or "data"
     return f"my_{name}" if name in BUILT_IN else name
-
-
-def _open_container(files: Files, address: str, options: ReaderOptions) -> Container:
-    """The container for the kind of these files: by their suffixes, and for JSON by their content."""
-    if files.exists(f"{files.root}/dataset_dict.json"):  # several splits, written by `save_to_disk`
-        files = replace(files, root=f"{files.root}/{options.split}")
-        if not files.exists(files.root):
-            raise FileNotFoundError(f"there is no split {options.split} in {address}")
-    paths = files.list()
-    kinds: dict[str, list[str]] = {kind: [] for kind in SUFFIXES}
-    for path in paths:
-        for kind, suffixes in SUFFIXES.items():
-            if _suffix(path) in suffixes:
-                kinds[kind].append(path)
-    kinds = {kind: _select_split(files, listed, kind, options.split) for kind, listed in kinds.items() if listed}
-    if "arrow" in kinds:
-        kinds["arrow"] = _select_saved(files, kinds["arrow"])
-        kinds.pop("json", None)  # state.json
-    if "images" in kinds and "json" in kinds and not any(_has_records(files, path) for path in kinds["json"]):
-        kinds.pop("json")  # settings of another program
-    if "images" in kinds and not kinds.keys() - {"images", "text"}:
-        return ImageFolder(files, kinds["images"], _find_captions(files, kinds))
-    if not kinds:
-        suffixes = ", ".join(sorted({f".{_suffix(path)}" for path in paths})[:8])
-        raise ValueError(f"{address} has no supported files (only {suffixes})" if paths else f"{address} has no files")
-    match next(iter(kinds)):
-        case "parquet" | "arrow" as kind:
-            return Tables(files, kinds[kind])
-        case "tar":
-            return TarArchives(files, kinds["tar"])
-        case "jsonl":
-            return JsonLines(files, kinds["jsonl"])
-        case "csv":
-            return CsvTables(files, kinds["csv"])
-        case "json":
-            return _open_json(files, kinds["json"])
-        case _:
-            return PlainText(files, kinds["text"])
-
-
-def _open_json(files: Files, paths: Sequence[str]) -> Container:
-    """Lists of records, COCO's annotations, or one object per line; the content of the first file decides."""
-    first_lines = ((path, _first_line(files, path)) for path in paths)
-    path, line = next((pair for pair in first_lines if pair[1]), (paths[0], b""))
-    if line.startswith(b"["):
-        return JsonList(files, paths)
-    try:
-        if isinstance(record := json.loads(line), dict) and "annotations" not in record:
-            return JsonLines(files, paths)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        content = json.loads(files.read(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{files.relative_path(path)} is not valid JSON: {error}") from None
-    lists = isinstance(content, dict) and [content.get("annotations"), content.get("images")]
-    if not lists or not all(isinstance(value, list) for value in lists):
-        raise ValueError(f"{files.relative_path(path)} has neither a list of records nor COCO annotations")
-    captions = [path for path in paths if path.rpartition("/")[2].startswith("captions")]  # not files of boxes
-    return Coco(files, captions or paths)
-
-
-def _has_records(files: Files, path: str) -> bool:
-    """Whether a JSON file has a list, a record of any form, or COCO's annotations."""
-    line = _first_line(files, path)
-    try:
-        detect_form(json.loads(line))
-    except (Fault, AttributeError):
-        return line.startswith(b"[") or b'"annotations"' in line
-    except (ValueError, RecursionError):
-        return line.startswith(b"[") or b'"annotations"' in files.read(path)
-    return True
-
-
-def _first_line(files: Files, path: str) -> bytes:
-    """The first line of a file that is not blank; if it starts a list, perhaps only its beginning."""
-    line = b""
-    with files.open(path) as file:
-        while not line and (content := file.read1(2**16)):
-            line = content.lstrip(b" \n\r\t\xef\xbb\xbf")
-        if not line.startswith(b"[") and b"\n" not in line:
-            line += file.readline()
-    return line.partition(b"\n")[0]
-
-
-def _suffix(path: str) -> str:
-    name = path.rpartition("/")[2].lower()
-    for suffix in COMPRESSIONS:
-        if suffix != ".tgz":
-            name = name.removesuffix(suffix)
-    return name.rpartition(".")[2] if "." in name else ""
-
-
-def _select_split(files: Files, paths: list[str], kind: str, split: str) -> list[str]:
-    """The files whose path contains the split's name; all files when none does. Image and text file names may contain any
-    word: they are selected only when every path contains a split's name."""
-
-    def has_any(path: str, words: Sequence[str]) -> bool:
-        """Whether a part of the path starts or ends with a word (and a year). Inside a part it has another meaning."""
-        name = files.relative_path(path).lower()
-        escaped = map(re.escape, map(str.lower, words))
-        patterns = (rf"(^|/){word}(?![a-z])|(?<![a-z]){word}\d*(?=\.|/|$)" for word in escaped)
-        return any(re.search(pattern, name) for pattern in patterns)
-
-    is_whole = files.fs.isfile(files.root) or (
-        kind in ("images", "text") and not all(has_any(path, (*SPLITS, split)) for path in paths)
-    )
-    selected = [path for path in paths if has_any(path, (split, *SPLIT_ALIASES.get(split, ())))]
-    return paths if is_whole or not selected else selected
-
-
-def _find_captions(files: Files, kinds: Mapping[str, list[str]]) -> str:
-    """Where the captions of an image folder are (see `ImageFolder`)."""
-    stems = {path.rpartition(".")[0] for path in kinds.get("text", ()) if path.endswith(".txt")}
-    if any(path.rpartition(".")[0] in stems for path in kinds["images"]):
-        return "text"
-    folders = {files.relative_path(path).rpartition("/")[0].rpartition("/")[2] for path in kinds["images"]}
-    return "" if "" in folders or folders <= {*SPLITS} else "folder"
-
-
-def _select_saved(files: Files, paths: list[str]) -> list[str]:
-    """The tables of a saved data set, without the cache files next to them. ValueError when it was saved with an index of
-    rows: without it, order and rows would be wrong."""
-    state_path = f"{files.root}/state.json"
-    if not files.exists(state_path):
-        return paths
-    try:
-        state = json.loads(files.read(state_path))
-        names = {f"{files.root}/{entry['filename']}" for entry in state["_data_files"]}
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{files.root}/state.json is damaged: save the data set again") from None
-    if state.get("_indices_data_files"):
-        raise ValueError(f"{files.root} was saved with an index of rows: call flatten_indices() before save_to_disk")
-    return [path for path in paths if path in names]

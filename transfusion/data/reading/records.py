@@ -3,64 +3,141 @@
 A record is a dict, from any kind of file. `detect_form` finds its form from its columns, `to_document` reads it.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Literal, get_args
 
-import numpy as np
-
-from transfusion.chat import ROLES, Turn, lay_out
+from transfusion.chat import Turn, lay_out
 from transfusion.config import ChatLayout
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading.containers import IMAGE_SUFFIXES
+from transfusion.data.reading.conversations import read_conversation, read_messages
+from transfusion.data.reading.values import (
+    ImageReader,
+    check_text,
+    get_list,
+    get_value,
+    is_address,
+    is_empty,
+    list_columns,
+    looks_like_picture,
+    nonempty_text,
+    short_repr,
+)  # fmt: skip
 
 Form = Literal["document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"]
 FORMS: tuple[str, ...] = get_args(Form)
 CONVERSATIONS: tuple[Form, ...] = ("conversation", "messages")  # these have a chat layout
-COLUMN_NAMES = {  # our name -> names in data sets; the first one present is read
-    "image": ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "gif", "bmp", "image_path", "image_bytes",
-              "file_name", "filename", "path", "url"),
-    "caption": ("caption", "text", "txt", "prompt", "description", "alt", "title", "label"),
+COLUMN_NAMES = {  # our name -> names in data sets, in lower case; the first one with a value is read
+    "image": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "gif", "bmp", "images", "image_path",
+              "image_bytes", "image_file", "image_file_name", "image_name", "img_path", "file_name", "file_names",
+              "filename", "filepath", "file_path", "path", "image_url", "img_url", "photo_url", "picture_url", "url"),
+    "caption": ("caption", "captions", "text", "txt", "prompt", "description", "alt", "alt_text", "title", "comment",
+                "sentence", "label"),
     "text": ("text", "txt", "content", "body", "caption"),
     "id": ("id",),
     "source": ("source", "source_image", "source_img", "input_image", "input_images", "original_image", "raw_image"),
     "instruction": ("instruction", "edit_prompt", "edit", "prompt", "caption"),
     "target": ("target", "target_image", "target_img", "output_image", "edited_image", "out_image"),
 }  # fmt: skip
-AMBIGUOUS_NAMES = ("path", "url", "file_name", "filename")  # images only if the value has an image suffix
-IMAGE_MARK = "<image>"  # the position of an image in a conversation
-
-
-class ImageReader(Protocol):
-    """Reads the images of records."""
-
-    def read(self, value: Any) -> np.ndarray:
-        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, a path or a URL. Fault when it cannot be read."""
-        ...
+AMBIGUOUS_NAMES = ("path", "url", "file_name", "file_names", "filename", "filepath", "file_path", "image_name", "photo")
+PICTURE_NAMES = {*COLUMN_NAMES["image"]} - {*AMBIGUOUS_NAMES}
+PICTURE_FIELDS = ("image", "source", "target")
+LIST_COLUMNS: dict[Form, tuple[str, ...]] = {  # of the forms that are recognised by a list; the first is that list
+    "document": ("segments", "pairs"), "conversation": ("conversations",), "messages": ("messages",),
+    "mmc4": ("text_list", "image_info"), "interleaved": ("texts", "images"),
+}  # fmt: skip
 
 
 def detect_form(record: dict) -> Form:
     """The form of a record. Fault when its columns fit no form."""
-
-    def has(*names: str) -> bool:
-        return all(_first_value(record, COLUMN_NAMES[name]) is not None for name in names)
-
-    if isinstance(record.get("segments"), list):
-        return "document"
-    if isinstance(record.get("conversations"), list):
-        return "conversation"
-    if isinstance(record.get("messages"), list):
-        return "messages"
-    if isinstance(record.get("text_list"), list):
-        return "mmc4"
-    if isinstance(record.get("images"), list) and isinstance(record.get("texts"), list):
-        return "interleaved"
-    if has("source", "instruction", "target"):
+    for form, (name, *others) in LIST_COLUMNS.items():
+        if isinstance(record.get(name), list) and (form != "interleaved" or isinstance(record.get(*others), list)):
+            return form
+    if all(find_column(record, field) for field in ("target", "source", "instruction")):
         return "editing"
-    if has("image"):
-        return "pair" if has("caption") else "image"
-    if has("text"):
+    if find_column(record, "image"):
+        return "pair" if find_column(record, "caption") else "image"
+    if find_column(record, "text"):
         return "text"
-    raise Fault("missing column", f"it has neither a text nor an image column, only: {_list_columns(record)}")
+    raise Fault("missing column", f"it has neither a text nor an image column, only: {list_columns(record)}")
+
+
+def describe_record(record: dict) -> tuple[Form | None, bool]:
+    """Its form, if it has one, and whether its image must be fetched from an address."""
+    try:
+        form = detect_form(record)
+    except Fault:
+        return None, False
+    return form, form in ("pair", "image") and is_address(record[find_column(record, "image")])
+
+
+def path_of_picture(record: dict) -> str | None:
+    """The path of the picture of a pair or image."""
+    form, has_address = describe_record(record)
+    value = record[find_column(record, "image")] if form in ("pair", "image") and not has_address else None
+    return value if isinstance(value, str) else None
+
+
+def form_among(record: dict, form: Form, columns: Set[str]) -> Form:
+    """The form of a record among records of `form`, which have these columns: its own form. But a record in which some of
+    the columns are empty or wrong, so that it looks like a text or an image, is a bad record of `form`."""
+    try:
+        own = detect_form(record)
+    except Fault:
+        if columns <= record.keys() and any(is_empty(record[name]) for name in columns):
+            return form
+        raise
+    if own == form or own not in ("text", "image") or not columns <= record.keys():
+        return own
+    return own if columns <= {*read_columns(record, own)} else form
+
+
+def find_column(record: dict, field: str) -> str | None:
+    """The column that is read as this field: the first of its names with a fitting value. For an image otherwise the only
+    column that looks like a picture. Fault when there are several."""
+    for name in COLUMN_NAMES[field]:
+        if name not in record or is_empty(value := record[name]):
+            continue
+        if field not in PICTURE_FIELDS:
+            if field == "id" or not looks_like_picture(value):
+                return name
+        elif name not in AMBIGUOUS_NAMES or looks_like_picture(value) or not isinstance(value, str | list):
+            if name != "url" or record.keys().isdisjoint(PICTURE_NAMES):  # the picture that is empty, or nothing
+                return name
+    if field != "image":
+        return None
+    pictures = [name for name, value in record.items() if name not in COLUMN_NAMES["image"] and looks_like_picture(value)
+                and not is_address(value)]  # fmt: skip
+    if len(pictures) > 1:
+        raise Fault("missing column", f"{list_columns(pictures)} may all be its image: choose one with --columns image=")
+    return pictures[0] if pictures else None
+
+
+def read_columns(record: dict, form: Form) -> list[str]:
+    """The columns of a record that are read."""
+    fields = {"pair": ("image", "caption", "id"), "editing": ("source", "instruction", "target", "id"),
+              "text": ("text", "id"), "image": ("image", "id")}.get(form, ("id",))  # fmt: skip
+    names = [find_column(record, field) for field in fields]
+    if form in CONVERSATIONS:
+        names.append(find_column(record, "image"))
+    return [name for name in (*LIST_COLUMNS.get(form, ()), *names) if name and not is_empty(record.get(name))]
+
+
+def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
+    """The record with columns renamed as {our name: column name}; an empty column name removes a column. Names of columns
+    are in lower case."""
+    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))}
+    chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    others = {key.lower(): value for key, value in record.items() if isinstance(key, str)}
+    return {**{key: value for key, value in others.items() if key not in replaced}, **chosen}
+
+
+def split_captions(record: dict, form: Form) -> list[dict]:
+    """One record for each caption of a picture that has a list of them."""
+    name = find_column(record, "caption") if form == "pair" else None
+    captions = record[name] if name else None
+    if not isinstance(captions, list):
+        return [record]
+    return [{**record, name: caption} for caption in captions]
 
 
 def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout()) -> RawDocument:  # noqa: B008
@@ -71,17 +148,18 @@ def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout 
         case "document":
             segments, pairs = _read_segments(record, images), record.get("pairs") or False
             if not isinstance(pairs, bool):
-                raise Fault("bad segment", f"pairs must be true or false, not {_short_repr(pairs)}")
+                raise Fault("bad segment", f"pairs must be true or false, not {short_repr(pairs)}")
         case "pair":
-            segments, pairs = _read_pair(record, images), True
+            segments = _read_pair(record, images)
+            pairs = len(segments) == 2
         case "text":
-            segments = [RawText(_nonempty_text(_get_field(record, "text"), "text"))]
+            segments = [RawText(nonempty_text(_get_field(record, "text"), "text"))]
         case "image":
-            segments = [RawImage(images.read(_get_field(record, "image")))]
+            segments = [RawImage(images.read(value)) for value in _list_images(record) or [_get_field(record, "image")]]
         case "conversation":
-            segments = _to_segments(_read_conversation(record, images), chat)
+            segments = _lay_out(read_conversation(record, _list_images(record), images), chat)
         case "messages":
-            segments = _to_segments(_read_messages(record, images), chat)
+            segments = _lay_out(read_messages(record, _list_images(record), images), chat)
         case "interleaved":
             segments = _read_interleaved(record, images)
         case "mmc4":
@@ -92,36 +170,10 @@ def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout 
         raise Fault("empty document", "it has neither text nor an image")
     if pairs:
         _check_pairs(segments)
-    name = _first_value(record, COLUMN_NAMES["id"])
-    name = "" if name is None else _check_text(str(name), "id")
+    name = check_text(str(record["id"]), "id") if find_column(record, "id") else ""
     if form == "conversation":  # LLaVA's ids name the image, so they are not unique
-        return RawDocument(tuple(segments), split_group=name)
+        return RawDocument(tuple(segments))
     return RawDocument(tuple(segments), pairs=pairs, name=name)
-
-
-def used_columns(form: Form, columns: Collection[str]) -> list[str]:
-    """Those of the columns that a form reads."""
-    match form:
-        case "pair":
-            fields = ("image", "caption", "id")
-        case "text" | "image":
-            fields = (form, "id")
-        case "editing":
-            fields = ("source", "instruction", "target", "id")
-        case "conversation":
-            return [name for name in ("conversations", *COLUMN_NAMES["image"], "images") if name in columns]
-        case _:
-            names = ("segments", "pairs", "messages", "texts", "images", "text_list", "image_info", "id")
-            return [name for name in names if name in columns]
-    present = (next((name for name in COLUMN_NAMES[field] if name in columns), None) for field in fields)
-    return [name for name in present if name is not None]
-
-
-def rename_columns(record: dict, columns: dict[str, str]) -> dict:
-    """The record with columns renamed as {our name: column name}; an empty column name removes a column."""
-    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))}
-    others = {key: value for key, value in record.items() if key not in replaced}
-    return {**others, **{ours: record[theirs] for ours, theirs in columns.items() if theirs in record}}
 
 
 # The forms
@@ -130,87 +182,30 @@ def rename_columns(record: dict, columns: dict[str, str]) -> dict:
 def _read_segments(record: dict, images: ImageReader) -> list[RawText | RawImage]:
     """This package's form: {"segments": [{"text": ...}, {"image": ..., "loss": false, "max_t": 0.5}], "pairs": false}."""
     segments = []
-    for number, part in enumerate(_get_list(record, "segments"), 1):
+    for number, part in enumerate(get_list(record, "segments"), 1):
         if isinstance(part, dict):
             part = {key: value for key, value in part.items() if value is not None}  # in tables every column is present
         if not isinstance(part, dict) or ("text" in part) == ("image" in part):
-            raise Fault("bad segment", f"segment {number} must have either text or image, not {_short_repr(part)}")
+            raise Fault("bad segment", f"segment {number} must have either text or image, not {short_repr(part)}")
         loss, max_t = part.get("loss", True), part.get("max_t", 1.0)
         if not isinstance(loss, bool):
-            raise Fault("bad segment", f"segment {number}: loss must be true or false, not {_short_repr(loss)}")
+            raise Fault("bad segment", f"segment {number}: loss must be true or false, not {short_repr(loss)}")
         if isinstance(max_t, bool) or not isinstance(max_t, int | float) or not 0 <= max_t <= 1:
-            raise Fault("bad segment", f"segment {number}: max_t must be between 0 and 1, not {_short_repr(max_t)}")
+            raise Fault("bad segment", f"segment {number}: max_t must be between 0 and 1, not {short_repr(max_t)}")
         if "text" in part:
-            segments.append(RawText(_nonempty_text(part["text"], "text"), loss))
+            segments.append(RawText(nonempty_text(part["text"], "text"), loss))
         else:
             segments.append(RawImage(images.read(part["image"]), loss, float(max_t)))
     return segments
 
 
 def _read_pair(record: dict, images: ImageReader) -> list[RawText | RawImage]:
-    caption = _nonempty_text(_get_field(record, "caption"), "caption")
-    return [RawText(caption), RawImage(images.read(_get_field(record, "image")))]
+    caption = nonempty_text(_get_field(record, "caption"), "caption")
+    values = _list_images(record) or [_get_field(record, "image")]
+    return [RawText(caption), *(RawImage(images.read(value)) for value in values)]
 
 
-def _read_conversation(record: dict, images: ImageReader) -> list[Turn]:
-    """LLaVA and ShareGPT: the model's text is in the loss; images are conditions at the positions of marks."""
-    value = _first_value(record, (*COLUMN_NAMES["image"], "images"))
-    values = [] if value is None else list(value) if isinstance(value, list) else [value]
-    messages = _get_list(record, "conversations")
-    texts = [_check_text(_get(message, "value", "content"), "text") for message in messages]
-    marks = sum(text.count(IMAGE_MARK) for text in texts)
-    if marks != len(values) and (marks or not messages):
-        raise Fault("lists of different lengths", f"{marks} times {IMAGE_MARK} for {len(values)} images")
-    pixels = (RawImage(images.read(value), loss=False, max_t=0.0) for value in values)
-    turns = []
-    for message, text in zip(messages, texts, strict=True):
-        first, *others = text.split(IMAGE_MARK)
-        content: list[str | RawImage] = [first.strip("\n") if others else first]
-        for part in others:
-            content += [next(pixels), part.strip("\n")]
-        turns.append(Turn(_get_role(message, "from", "role"), content))
-    if not marks and turns:  # the images are first in the first message of the user
-        asked = next((turn for turn in turns if turn.role == "user"), turns[0])
-        asked.content[:0] = pixels
-    return turns
-
-
-def _read_messages(record: dict, images: ImageReader) -> list[Turn]:
-    """OpenAI: the assistant's text and images are in the loss; those of the user and the system are conditions. An image
-    part without content takes the next of the record's `images`, as in TRL's data sets."""
-    turns = []
-    remaining = iter(record.get("images") if isinstance(record.get("images"), list) else ())
-    for message in _get_list(record, "messages"):
-        role, parts = _get_role(message, "role"), _get(message, "content")
-        loss, content = role == "assistant", []
-        if not isinstance(parts, str | list):
-            raise Fault("bad segment", f"the content of a message must be text or a list, not {_short_repr(parts)}")
-        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
-            kind = _get(part, "type")
-            if kind == "text":
-                content.append(_check_text(_get(part, "text"), "text"))
-            elif kind in ("image_url", "image"):
-                value = next(remaining, None) if part.get(kind) is None else part[kind]
-                if value is None:
-                    raise Fault("lists of different lengths", "its messages have more image parts than it has images")
-                content.append(RawImage(images.read(value), loss, 1.0 if loss else 0.0))
-            else:
-                raise Fault("bad segment", f"a part of a message must be text or image_url, not {_short_repr(kind)}")
-        turns.append(Turn(role, content))
-    if next(remaining, None) is not None:
-        raise Fault("lists of different lengths", "it has more images than its messages have image parts")
-    return turns
-
-
-def _get_role(message: Any, *names: str) -> str:
-    """The role of a message in the chat layout. Fault when there is no such role."""
-    role = _get(message, *names)
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise Fault("bad segment", f"the role of a message must be one of {', '.join(ROLES)}, not {_short_repr(role)}")
-    return ROLES[role.lower()]
-
-
-def _to_segments(turns: Sequence[Turn], chat: ChatLayout) -> list[RawText | RawImage]:
+def _lay_out(turns: Sequence[Turn], chat: ChatLayout) -> list[RawText | RawImage]:
     return [
         RawText(part.content, part.loss, part.parse_special) if isinstance(part.content, str) else part.content
         for part in lay_out(turns, chat)
@@ -219,31 +214,31 @@ def _to_segments(turns: Sequence[Turn], chat: ChatLayout) -> list[RawText | RawI
 
 def _read_interleaved(record: dict, images: ImageReader) -> list[RawText | RawImage]:
     """OBELICS: two lists of the same length; at each index either the text or the image is present."""
-    texts, values = _get_list(record, "texts"), _get_list(record, "images")
+    texts, values = get_list(record, "texts"), get_list(record, "images")
     if len(texts) != len(values):
         raise Fault("lists of different lengths", f"{len(texts)} texts and {len(values)} images")
     segments: list[RawText | RawImage] = []
     for number, (text, value) in enumerate(zip(texts, values, strict=True), 1):
         if (text is None or text == "") == (value is None or value == ""):
             raise Fault("bad segment", f"item {number} must be either a text or an image")
-        segments.append(RawText(_check_text(text, "text")) if value in (None, "") else RawImage(images.read(value)))
+        segments.append(RawText(check_text(text, "text")) if value in (None, "") else RawImage(images.read(value)))
     return segments
 
 
 def _read_mmc4(record: dict, images: ImageReader) -> list[RawText | RawImage]:
     """MMC4: sentences, and images that are each inserted before the matching sentence."""
-    texts = _get_list(record, "text_list")
-    infos = [] if record.get("image_info") is None else _get_list(record, "image_info")
+    texts = get_list(record, "text_list")
+    infos = [] if record.get("image_info") is None else get_list(record, "image_info")
     by_index: dict[int, list[Any]] = {}
     for info in infos:
-        index = _get(info, "matched_text_index")
+        index = get_value(info, "matched_text_index")
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(texts):
-            raise Fault("lists of different lengths", f"matched_text_index {_short_repr(index)} for {len(texts)} texts")
-        by_index.setdefault(index, []).append(_get(info, "image_name", "raw_url", "image"))
+            raise Fault("lists of different lengths", f"matched_text_index {short_repr(index)} for {len(texts)} texts")
+        by_index.setdefault(index, []).append(get_value(info, "image_name", "raw_url", "image"))
     segments: list[RawText | RawImage] = []
     for number, text in enumerate(texts):
         segments += [RawImage(images.read(value)) for value in by_index.get(number, ())]
-        segments.append(RawText(_check_text(text, "text") + (" " if number + 1 < len(texts) else "")))
+        segments.append(RawText(check_text(text, "text") + (" " if number + 1 < len(texts) else "")))
     return _merge_texts(segments)
 
 
@@ -254,7 +249,7 @@ def _read_editing(record: dict, images: ImageReader) -> list[RawText | RawImage]
     if not sources:
         raise Fault("missing image", "the list of source images is empty")
     segments: list[RawText | RawImage] = [RawImage(images.read(value), loss=False, max_t=0.0) for value in sources]
-    segments.append(RawText(_nonempty_text(_get_field(record, "instruction"), "instruction"), loss=False))
+    segments.append(RawText(nonempty_text(_get_field(record, "instruction"), "instruction"), loss=False))
     return [*segments, RawImage(images.read(_get_field(record, "target")))]
 
 
@@ -262,17 +257,16 @@ def _read_editing(record: dict, images: ImageReader) -> list[RawText | RawImage]
 
 
 def _merge_texts(segments: Sequence[RawText | RawImage]) -> list[RawText | RawImage]:
-    """Merge neighbouring texts with the same loss; remove empty texts and one line break at the end."""
+    """Neighbouring texts as one; without empty texts, and without one line break at the end."""
     merged: list[RawText | RawImage] = []
     for part in segments:
-        last = merged[-1] if merged else None
-        if isinstance(part, RawText) and isinstance(last, RawText) and last.loss == part.loss:
-            merged[-1] = RawText(last.text + part.text, part.loss)
+        if isinstance(part, RawText) and merged and isinstance(merged[-1], RawText):
+            merged[-1] = RawText(merged[-1].text + part.text)
         elif not isinstance(part, RawText) or part.text:
             merged.append(part)
     if merged and isinstance(merged[-1], RawText):
         text = merged[-1].text.removesuffix("\n")
-        merged = [*merged[:-1], RawText(text, merged[-1].loss)] if text else merged[:-1]
+        merged[-1:] = [RawText(text)] if text else []
     return merged
 
 
@@ -283,82 +277,20 @@ def _check_pairs(segments: Sequence[RawText | RawImage]) -> None:
 
 
 def _get_field(record: dict, field: str) -> Any:
-    """The value of the first column with one of the field's names. Fault if all are empty or missing."""
-    names = COLUMN_NAMES[field]
-    value = _first_value(record, names)
-    if value is None:
+    """The value of the column with one of the field's names. Fault if all are empty or missing."""
+    name = find_column(record, field)
+    if name is None:
+        names = COLUMN_NAMES[field]
         if present := [name for name in names if name in record]:
-            raise Fault(f"empty {field}", f"its {present[0]} is empty")
-        raise Fault("missing column", f"no {field} ({', '.join(names[:4])}, ...) among its columns: {_list_columns(record)}")
-    return value
+            kind = "missing image" if field in PICTURE_FIELDS else f"empty {field}"
+            is_wrong = not is_empty(record[present[0]])
+            raise Fault(kind, f"its {present[0]} is {'not the name of a picture' if is_wrong else 'empty'}")
+        raise Fault("missing column", f"no {field} ({', '.join(names[:4])}, ...) among its columns: {list_columns(record)}")
+    return record[name]
 
 
-def _first_value(record: dict, names: Sequence[str]) -> Any:
-    return next((record[n] for n in names if record.get(n) is not None and _may_be_value(n, record[n])), None)
-
-
-_IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-
-
-def _may_be_value(name: str, value: Any) -> bool:
-    """Whether a column can be read: text pages also have a url, so ambiguous columns need an image suffix."""
-    if name not in AMBIGUOUS_NAMES or not isinstance(value, str):
-        return True
-    return value.partition("?")[0].lower().endswith(_IMAGE_ENDINGS)
-
-
-def _get_list(record: dict, name: str) -> list:
-    value = record.get(name)
-    if not isinstance(value, list):
-        raise Fault("missing column", f"{name} must be a list, not {_short_repr(value)}")
-    return value
-
-
-def _get(part: Any, *names: str) -> Any:
-    """The value of the first of these keys of an object. Fault when it is missing."""
-    value = _first_value(part, names) if isinstance(part, dict) else None
-    if value is None:
-        raise Fault("bad segment", f"{names[0]} is missing in {_short_repr(part)}")
-    return value
-
-
-def _nonempty_text(value: Any, field: str) -> str:
-    """A text that is not blank. Fault when it is."""
-    text = _check_text(value, field)
-    if not text.strip():
-        raise Fault(f"empty {field}", f"its {field} is empty")
-    return text
-
-
-def _check_text(value: Any, field: str) -> str:
-    """A text that can be encoded as UTF-8. Fault when it is not text, or has a lone surrogate."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise Fault("wrong encoding", f"its {field} is not UTF-8 at byte {error.start}") from None
-    if not isinstance(value, str):
-        raise Fault("bad segment", f"its {field} must be text, not {_short_repr(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Fault("wrong encoding", f"its {field} has half of a surrogate pair") from None
-    return value
-
-
-def _list_columns(record: dict) -> str:
-    return ", ".join(map(str, _first_names(record))) or "it has no columns"
-
-
-def _first_names(names: Any, limit: int = 12) -> Iterator[str]:
-    for number, name in enumerate(names):
-        if number == limit:
-            yield "..."
-            return
-        yield name
-
-
-def _short_repr(value: Any) -> str:
-    """A value for messages, shortened."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _list_images(record: dict) -> list[Any]:
+    """The values of the record's image column, which may be a list."""
+    name = find_column(record, "image")
+    value = record[name] if name else []
+    return [item for item in value if not is_empty(item)] if isinstance(value, list) else [value]

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transfusion.data.raw import Fault
-from transfusion.data.reading.containers import Span, damage_fault
+from transfusion.data.raw import CUT_SHORT, Fault
+from transfusion.data.reading.account import Account
+from transfusion.data.reading.container import Span, damage_fault
 from transfusion.data.reading.files import Files, error_line
 
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
@@ -26,7 +27,7 @@ class Tables:
     files: Files
     paths: Sequence[str]
 
-    def spans(self, max_rows: int) -> Iterator[Span]:
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
             row = start = first_group = group = 0
             is_damaged = False
@@ -50,7 +51,7 @@ class Tables:
                 yield self.files.format_row(span.path, row), record
                 row += 1
         except ARROW_ERRORS as error:
-            yield self.files.format_row(span.path, row), damage_fault(error, "damaged table")
+            yield self.files.format_row(span.path, row), damage_fault(error)
 
     def _sizes(self, path: str) -> Iterator[int]:
         """Number of rows of each row group or record batch."""
@@ -62,7 +63,7 @@ class Tables:
             yield from (metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
 
     def _parquet(self, span: Span) -> Iterator[tuple[int, dict | Fault]]:
-        """(row, record). The rest of a damaged row group is one Fault."""
+        """(row, record). Each row in the rest of a damaged row group is a Fault."""
         with self.files.open(span.path) as file:
             table, start = pq.ParquetFile(file), span.first
             for group in range(span.offset, table.metadata.num_row_groups):
@@ -73,7 +74,8 @@ class Tables:
                             yield row, record
                             row += 1
                 except ARROW_ERRORS as error:
-                    yield row, damage_fault(error, "damaged table")
+                    fault = damage_fault(error, "damaged table")
+                    yield from ((number, fault) for number in range(row, start + table.metadata.row_group(group).num_rows))
                 start += table.metadata.row_group(group).num_rows
                 if start >= span.first + span.rows:
                     return
@@ -106,7 +108,7 @@ class CsvTables:
     files: Files
     paths: Sequence[str]
 
-    def spans(self, max_rows: int) -> Iterator[Span]:
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
             rows = sum(1 for _ in self._rows(path))
             for first in range(0, rows, max_rows):
@@ -127,9 +129,9 @@ class CsvTables:
                     else:
                         yield record
         except UnicodeDecodeError as error:
-            yield Fault("wrong encoding", f"it is not UTF-8, the rest is not read: {error.reason}")
+            yield Fault(CUT_SHORT, f"it is not UTF-8, the rest of the file is not read: {error.reason}")
         except (csv.Error, OSError) as error:
-            yield damage_fault(error, "damaged table")
+            yield damage_fault(error)
 
 
 def _is_parquet(path: str) -> bool:

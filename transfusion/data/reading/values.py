@@ -1,0 +1,106 @@
+"""Values of records and the faults of wrong ones."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from transfusion.codecs.pictures import IMAGE_SUFFIXES
+from transfusion.data.raw import Fault
+
+UNSUPPORTED_SUFFIXES = ("jfif", "jpe", "tif", "tiff", "avif", "heic", "heif", "jxl", "svg")
+PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES))
+PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM")
+MAX_PATH = 1024  # characters of a path of a picture
+
+
+class ImageReader(Protocol):
+    """Reads the images of records."""
+
+    def read(self, value: Any) -> np.ndarray:
+        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, a path or a URL. Fault when it cannot be read."""
+        ...
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is only a placeholder: tables have every column in every row, and pandas writes NaN."""
+    return value is None or (not value if isinstance(value, str | list | dict) else value != value)  # NaN is not itself
+
+
+def looks_like_picture(value: Any) -> bool:
+    """Whether a value is the path or address of a picture, its content, or a list of these."""
+    if isinstance(value, str):
+        if len(value) > MAX_PATH or not (path := value.partition("?")[0].lower()).endswith(PICTURE_ENDINGS):
+            return False
+        has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
+        return has_name and ("/" in value or not any(map(str.isspace, value.strip())))
+    if isinstance(value, bytes):
+        return value.startswith(PICTURE_STARTS)
+    if isinstance(value, dict):
+        parts = (value.get("bytes"), value.get("path"))
+        return any(isinstance(part, str | bytes) and looks_like_picture(part) for part in parts)
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str | bytes | dict) and looks_like_picture(item) for item in value)
+    return False
+
+
+def is_address(value: Any) -> bool:
+    """Whether a picture must be fetched from an address."""
+    return isinstance(value, str) and "://" in value
+
+
+def get_list(record: dict, name: str) -> list:
+    value = record.get(name)
+    if not isinstance(value, list):
+        raise Fault("missing column", f"{name} must be a list, not {short_repr(value)}")
+    return value
+
+
+def get_value(part: Any, *names: str) -> Any:
+    """The value of the first of these keys of an object. Fault when it is missing."""
+    value = next((part[name] for name in names if part.get(name) is not None), None) if isinstance(part, dict) else None
+    if value is None:
+        raise Fault("bad segment", f"{names[0]} is missing in {short_repr(part)}")
+    return value
+
+
+def nonempty_text(value: Any, field: str) -> str:
+    """A text that is not blank. Fault when it is."""
+    text = check_text(value, field)
+    if not text.strip():
+        raise Fault(f"empty {field}", f"its {field} is empty")
+    return text
+
+
+def check_text(value: Any, field: str) -> str:
+    """A text that can be encoded as UTF-8. Fault when it is not text, or has a lone surrogate."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise Fault("wrong encoding", f"its {field} is not UTF-8 at byte {error.start}") from None
+    if not isinstance(value, str):
+        raise Fault("bad segment", f"its {field} must be text, not {short_repr(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Fault("wrong encoding", f"its {field} has half of a surrogate pair") from None
+    return value
+
+
+def list_columns(record: dict) -> str:
+    return ", ".join(map(str, _first_names(record))) or "it has no columns"
+
+
+def _first_names(names: Any, limit: int = 12) -> Iterator[str]:
+    for number, name in enumerate(names):
+        if number == limit:
+            yield "..."
+            return
+        yield name
+
+
+def short_repr(value: Any) -> str:
+    """A value for messages, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
