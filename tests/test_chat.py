@@ -444,6 +444,18 @@ def test_eos_may_end_an_answer(folder, tmp_path):
     assert description.vocabulary.other_eos_ids == () and description.chat == layout
 
 
+def test_source_with_a_few_conversations_has_the_layout(folder, tmp_path):
+    lines = [(folder / name).read_text().splitlines(keepends=True) for name in ("texts.jsonl", "talks.jsonl")]
+    (tmp_path / "mixed.jsonl").write_text("".join([*lines[0], *lines[1][:3]]))
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_json())
+    mixed = prepared_with(tmp_path, tmp_path / "out", "mixed", chat=CHATML)
+    assert mixed.metadata["sources"]["mixed"]["form"] == "text" and mixed.chat_layout() == CHATML
+    end = byte_level().find_special("<|im_end|>")[0]
+    source = mixed.source("mixed", "train")
+    tokens = [[id_ for part in source[n].segments if isinstance(part, Text) for id_ in part.tokens] for n in range(27)]
+    assert [ids.count(end) for ids in tokens] == [0] * 24 + [5] * 3
+
+
 def test_layout_without_conversations_is_refused(folder, tmp_path):
     with pytest.raises(PrepareError, match="--chat has no effect: no source has conversations"):
         prepared_with(folder, tmp_path / "out", "texts", chat=CHATML)

@@ -60,6 +60,13 @@ def test_validate_passes_intact_data(folder, capsys):
     assert "all shards match their SHA-256" in capsys.readouterr().out
 
 
+def test_validate_of_nothing_fails(folder, tmp_path, capsys):
+    """All records are passed over for a reason that is no fault."""
+    path = write_lines(tmp_path / "others.jsonl", [{"text": "a", "split": "test"}, {"text": "b", "split": "test"}])
+    assert "transfusion: others: no documents" in fails(capsys, 1, "data", "validate", folder / "texts.jsonl", path)
+    command("data", "validate", path, "--split", "test")
+
+
 def test_validate_reports_a_changed_byte_in_prepared_data(folder, tmp_path, capsys):
     shutil.copytree(folder / "prepared", tmp_path / "out")
     path = tmp_path / "out" / "photos" / "train-00000.arrow"

@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.profile import examples
+from tests.reading import read_at
 from tests.sources import write_photos
 from tests.test_cli import command, fails
 from transfusion.codecs.pictures import to_pixels
+from transfusion.config import PrepareConfig
 from transfusion.data import crops
 from transfusion.data.crops import cut_crops, gather_images
+from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import ReaderOptions, open_reader
+from transfusion.data.store import open_prepared
 
 sides = st.integers(1, 24)
 
@@ -119,6 +123,23 @@ def test_duplicate_image_is_used_once_and_faults_are_reported(tmp_path):
 def test_heldout_images_of_a_source_are_marked(tmp_path):
     gathered = gather_images([open_reader("digits", ReaderOptions(limit=60))], (16, 16), 1, 100, tmp_path)
     assert gathered.heldout == (0, 1, 2)  # one in twenty of the first documents
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_codec_is_not_trained_on_what_prepare_holds_out(crops, tmp_path):
+    """Images of another size than the codec's; some occur twice."""
+    photos = write_photos(tmp_path / "photos", 80, 20, 24)
+    for n in range(20):
+        (photos / f"{n + 60:04d}.png").write_bytes((photos / f"{n:04d}.png").read_bytes())
+    gathered = gather_images([open_reader(str(photos))], (16, 16), 3, 1000, tmp_path, crops=crops)
+    config = PrepareConfig(tokenizer_size=260, sizes=("16x16",), codec="pixels")
+    prepare([open_reader(str(photos))], config, tmp_path / "out")
+    source = open_prepared(tmp_path / "out").source("photos", "heldout")
+    heldout = {to_pixels(source.original_images(n)[0], [(16, 16)], 3).tobytes() for n in range(len(source))}
+    assert 0 < len(heldout) < 12
+    raws = {document.segments[1].pixels.tobytes(): document.segments[1].pixels for document in read_at(photos)}
+    expected = [to_pixels(raw, [(16, 16)], 3).tobytes() in heldout for raw in raws.values() for _ in range(max(1, crops))]
+    assert gathered.heldout == tuple(np.flatnonzero(expected))
 
 
 def test_truncated_image_file_is_an_error(tmp_path):

@@ -71,6 +71,21 @@ def is_heldout(number: int) -> bool:
     return hash_pixels(pixels_of(number)) < SHARE * HASH_RANGE
 
 
+@pytest.mark.parametrize("chat", [
+    ChatLayout(), ChatLayout("", "\n\n", "### Question:\n", "\n\n", "### Answer:\n", "\n\n"),
+    ChatLayout("<s>", "</s>\n", "<u>", "</u>\n", "<a>", "</a>\n"),
+])  # fmt: skip
+def test_layout_does_not_change_the_fate_of_a_conversation(chat, tmp_path):
+    """Nor is it the fate of another text: the messages alone, as plain text, have the same."""
+    talks = [{"messages": [{"role": "user", "content": f"{n} or {n + 1}?"}, {"role": "assistant", "content": f"It is {n}."}]}
+             for n in range(40)]  # fmt: skip
+    reader = open_reader(str(write_lines(tmp_path / "a.jsonl", talks)))
+    (unit,) = reader.units(100)
+    items = [SplitDocument.of(document, SHARE) for document in reader.read(unit, chat=chat)]
+    assert [item.text_hash for item in items] == [hash_text(f"{n} or {n + 1}? It is {n}.") for n in range(40)]
+    assert {item.document.split for item in items} == {"train", "heldout"}
+
+
 # One fate
 
 FORMS = ("png", "bmp", "webp", "grey")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.documents import few, some
 from tests.fixtures import make
+from tests.layouts import tar
 from tests.reading import (
     EXPECTED,
     FIXTURES,
@@ -399,6 +400,20 @@ def test_limit_reads_the_first_records(title):
             reader = open_reader(f"{FIXTURES}/{expected['source']}", ReaderOptions(limit=limit))
             assert sum(unit.rows for unit in reader.units(max_rows)) == limit
             check(read(reader, max_rows), expected["documents"][:limit])
+
+
+@pytest.mark.parametrize("max_rows", UNITS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_archive_whose_pictures_and_captions_are_apart_has_faults(first, max_rows, tmp_path):
+    """Of each key, what is read second is a fault; whatever is between them is read."""
+    members = [[(f"{n}.png", make.png(n)) for n in range(5)], [(f"{n}.txt", f"caption {n}") for n in range(5)]]
+    between = [("x.png", make.png(9)), ("x.txt", "caption x")]
+    (tmp_path / "a.tar").write_bytes(tar([*members[first], *between, *members[1 - first]]))
+    items = read_at(tmp_path / "a.tar", max_rows)
+    faults = [(item.where, item.kind) for item in items if isinstance(item, Fault)]
+    assert faults == [(f"a.tar:{n}", "repeated key") for n in range(5)]
+    kinds = ["".join("TI"[isinstance(part, RawImage)] for part in item.segments) for item in items[:6]]
+    assert kinds == ["IT"[first]] * 5 + ["TI"] and isinstance(items[6], Fault)
 
 
 def test_limit_may_end_inside_a_row_group(tmp_path):

@@ -58,7 +58,7 @@ class FitCodec:
     max_images: PositiveInt = 50_000
     """Largest number of images, or crops, to train on."""
     crops: NonNegativeInt = 0
-    """Random crops of each image, held-out ones too unless the source holds out images; 0 takes the centre, resized."""
+    """Random crops of each image, held-out ones too if no image is held out; 0 takes the centre, resized."""
     device: Device = "auto"
 
 

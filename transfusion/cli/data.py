@@ -25,7 +25,7 @@ NUM_SHOWN = 10  # faults of each source that are printed
 
 @dataclass(frozen=True)
 class Validate:
-    """Read all records and list the unusable ones by file and row. Exit code 1 when there is one."""
+    """Read all records and list the unusable ones by file and row. Exit code 1 when there is one, or no document."""
 
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     faults: Path | None = None
@@ -77,7 +77,7 @@ def validate(args: Validate) -> None:
         print(f"{folder.folder}: all shards match their SHA-256")
     if folders:
         print(*count_leaks([(folder.folder, folder.metadata) for folder in folders]).lines(), sep="\n")
-    records, total, duplicates = [], 0, Duplicates()
+    records, total, empty, duplicates = [], 0, [], Duplicates()
     for reader in readers:
         lines = []
 
@@ -89,6 +89,7 @@ def validate(args: Validate) -> None:
             counts = survey(reader, None, on_fault, on_progress, duplicates)
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
+        empty += [] if documents else [counts.name]
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
         print_account(counts.account, print)
         for line in ("  the first faults:", *lines) if lines else ():
@@ -97,6 +98,8 @@ def validate(args: Validate) -> None:
         print(duplicates)
     if args.faults:
         args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
+    if empty and not total:
+        fail(ValueError(f"{', '.join(empty)}: no documents"), 1)
     if total:
         fail(ValueError(f"{total:,} faults{f', all in {args.faults}' if args.faults else ''}"), 1)
 

@@ -11,8 +11,10 @@ from typing import BinaryIO
 import numpy as np
 
 from transfusion.codecs.pictures import to_pixels
+from transfusion.data.heldout import MAX_FRACTION, hash_pixels, limit_of
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading.readers import Reader
+from transfusion.data.store import SPLITS
 from transfusion.disk import read_json, write_json
 from transfusion.seeding import derive_seed
 
@@ -34,8 +36,9 @@ def gather_images(
     on_fault: Callable[[Fault], None] = lambda fault: None,
 ) -> GatheredImages:  # fmt: skip
     """All different images of some sources, at most `max_images`, in the folder's `pictures.u8`. Each is cut to size (width,
-    height), or `crops` random crops are taken of it. When there are too many, records are skipped evenly. Each fault is
-    passed to `on_fault`. A folder with the images is not read again; ValueError when it was made with other settings."""
+    height), or `crops` random crops are taken of it. When there are too many, records are skipped evenly. Images are held
+    out as the source declares, or by the same hashes as in `prepare` with this size. Each fault is passed to `on_fault`. A
+    folder with the images is not read again; ValueError when it was made with other settings."""
     width, height = size
     sources = [{"options": asdict(reader.options), "files": reader.fingerprint()} for reader in readers]
     built_in = [reader.address for reader in readers if reader.files is None]
@@ -116,9 +119,11 @@ class _ImageWriter:
             if digest in self.seen:
                 continue
             self.seen.add(digest)
-            images = cut_crops(part.pixels, self.number, self.size, self.channels, self.crops)
+            whole = to_pixels(part.pixels, [self.size], self.channels)
+            split = document.split or SPLITS[hash_pixels(whole) < limit_of(MAX_FRACTION)]
+            images = cut_crops(part.pixels, self.number, self.size, self.channels, self.crops) if self.crops else [whole]
             for image in islice(images, self.max_images - self.count):
                 file.write(image.tobytes())
-                self.heldout += [self.count] if document.split == "heldout" else []
+                self.heldout += [self.count] if split == "heldout" else []
                 self.count += 1
             self.number += 1

@@ -17,6 +17,7 @@ from transfusion.data.reading.json_files import parse_object
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
 READ_SUFFIXES = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
 KEY_TWICE = "with a key that was read: members of one key must be neighbours"
+REPEATED = "an earlier record has this key: members of one key must be neighbours"
 BESIDE_ANOTHER = "beside another one of the same kind and key"
 END = bytes(tarfile.BLOCKSIZE)  # the mark of an archive's end is two of these
 
@@ -64,7 +65,7 @@ class TarArchives:
     record. Only images, .txt, .caption, .cls and .json are read; other members (for example pickles) are not.
 
     If that leaves nothing of a key to be read, its members have dots in their names (`22.05.jpg`, `22.05.txt`): then the key
-    ends at the last dot. A key that returns later is not read again. Archives that are appended to an archive are read. In a
+    ends at the last dot. A key that returns later is a fault. Archives that are appended to an archive are read. In a
     truncated archive the last record may lack members, so it is not read.
     """
 
@@ -73,24 +74,29 @@ class TarArchives:
 
     def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
-            row, count, offset, seen = 0, 0, 0, set()  # count: records of the next span, which starts at offset
+            row, count, offset, is_repeated, seen = 0, 0, 0, False, set()  # count: records of the next span, from offset on
             for group in self._groups(path, 0, read=False):
                 digest = blake2b(group.key.encode(errors="replace"), digest_size=8).digest()
                 is_twice = bool(group.contents) and digest in seen
                 self._count_members(path, group, is_twice, account)
-                if count and (count == max_rows or is_twice):
-                    yield Span(path, row, count, offset)
+                if not group.contents and not group.fault:
+                    continue
+                if count and (count == max_rows or is_twice != is_repeated):
+                    yield Span(path, row, count, offset, is_repeated)
                     row, count = row + count, 0
-                if (group.contents or group.fault) and not is_twice:
-                    seen.add(digest)
-                    offset, count = group.offset if not count else offset, count + 1
+                seen.add(digest)
+                offset, count, is_repeated = offset if count else group.offset, count + 1, is_twice
             if count:
-                yield Span(path, row, count, offset)
+                yield Span(path, row, count, offset, is_repeated)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         groups = (group for group in self._groups(span.path, span.offset, read=True) if group.contents or group.fault)
         for _, group in zip(range(span.rows), groups, strict=False):
-            yield f"{self.files.relative_path(span.path)}:{group.key}".rstrip(":"), group.fault or _build_record(group)
+            where = f"{self.files.relative_path(span.path)}:{group.key}".rstrip(":")
+            if span.is_repeated:
+                yield where, Fault("repeated key", f"{', '.join(group.names.values())}: {REPEATED}")
+            else:
+                yield where, group.fault or _build_record(group)
 
     def _count_members(self, path: str, group: Group, is_twice: bool, account: Account) -> None:
         archive = self.files.relative_path(path)

@@ -27,6 +27,7 @@ class Span:
     first: int  # row of the first, counted from 0
     rows: int
     offset: int = 0  # of its start, in a unit of the container
+    is_repeated: bool = False  # records of an archive whose keys earlier ones have
 
 
 class Container(Protocol):
