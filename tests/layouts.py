@@ -206,9 +206,9 @@ LAYOUTS = [
     Layout(CHATS, "ShareGPT", '`{"conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}`, empty image fields',
            "the turns of `gpt` are in the loss",
            {"a.jsonl": [{"image": image,
-                         "conversations": turns("Which bird?", "A robin.", keys=keys, roles=("human", "gpt"))}
-                        for image, keys in (("", ("from", "value")), (None, ("role", "content")), ([], ("from", "value")))]},
-           [ANSWER] * 3),
+                         "conversations": turns("Which bird?", "A robin.", keys=keys, roles=("human", role))}
+                        for image, keys, role in (("", ("from", "value"), "gpt"), (None, ("role", "content"), "chatgpt"),
+                                                  ([], ("from", "value"), "bot"))]}, [ANSWER] * 3),
     Layout(CHATS, "OpenAI messages", '`{"messages": [{"role": "user", "content": [{"type": "image_url", ...}, {"type": '
            '"text", ...}]}, ...]}`', "the assistant's text and images are in the loss",
            {"a.jsonl": [{"messages": turns([{"type": "image_url", "image_url": {"url": "1.png"}},
