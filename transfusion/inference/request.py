@@ -133,6 +133,12 @@ class FinishEvent:
 Event = PromptEvent | TokenEvent | PreviewEvent | ImageEvent | FinishEvent
 
 
+def raise_if_failed(event: Event) -> None:
+    """RuntimeError for the end of a sample that failed."""
+    if isinstance(event, FinishEvent) and event.reason == "error":
+        raise RuntimeError(f"request {event.request_id} failed: {event.message}")
+
+
 def _with_ids(text: Text) -> Text:
     """The same object if its ids are plain numbers already: requests for several answers share their prompt."""
     try:
