@@ -62,6 +62,10 @@ class Request:
         for name, minimum in (("num_images", 1), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 values[name] = _whole_number(name, getattr(self, name), minimum)
+        if size is not None and self.num_images is None:
+            raise ValueError("size has no effect without num_images")
+        if self.num_images is not None and not self.allow_images:
+            raise ValueError("allow_images is False, and num_images asks for images: leave one of them out")
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
