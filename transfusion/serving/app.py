@@ -146,7 +146,7 @@ class Service:
         async def collect() -> Response:
             with self.scheduler.submit(requests, deadline) as handle:
                 reader = EventReader(handle, body.stop, self.served.count_patches, has_text=body.max_tokens != 0)
-                return JSONResponse(await writer.collect(reader, num_choices))
+                return Response(await writer.collect(reader, num_choices), media_type="application/json")
 
         async def stream() -> AsyncIterator[str]:
             with self.scheduler.submit(requests, deadline) as handle:
