@@ -9,14 +9,14 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from unittest.mock import Mock
 
 import pytest
-from starlette.responses import Response
 
 from tests.abuse import TEXT, valid_body
 from tests.serving import Gate, run_server, serving, wait_until
 from tests.tiny import build_engine
-from transfusion.serving.connections import MIN_READ_BYTES, SMALL_PARTS, Connection, Server
+from transfusion.serving.connections import MIN_READ_BYTES, SMALL_PARTS, Connection, ConnectionPool, Server
 from transfusion.serving.limits import Limits
 from transfusion.serving.streams import EventStreamResponse
 
@@ -147,39 +147,16 @@ def test_the_time_ends_when_a_client_reads_again(monkeypatch):
         wait_until(lambda: connection.recv(2**20) and made[0].timer is None)
 
 
-def test_a_slow_client_may_read_a_long_answer(monkeypatch):
-    """Each time is enough if it has read a good part in it; if not, the connection is closed."""
-    made, connection_made = [], Connection.connection_made
-    monkeypatch.setattr(Connection, "connection_made", lambda self, it: (connection_made(self, it), made.append(self)))
-    body = b"x" * 40 * 2**20
-    with run_server(LongAnswer(body), Limits(client_timeout=1000)) as port, connect(port) as connection:
-        connection.sendall(HEAD + b"Connection: close\r\n\r\n")
-        wait_until(lambda: made and made[0].transport.get_write_buffer_size() and made[0].timer)
-        unsent, timer = made[0].transport.get_write_buffer_size(), made[0].timer
-        received = len(connection.recv(2**16))
-        wait_until(lambda: read_more(connection) and unsent - made[0].transport.get_write_buffer_size() >= MIN_READ_BYTES)
-        made[0].loop.call_soon_threadsafe(timer._run)
-        wait_until(lambda: made[0].timer not in (timer, None))  # the time begins again
-        timer = made[0].timer
-        made[0].loop.call_soon_threadsafe(timer._run)  # nothing was read in it
-        assert received < len(body) and not read_all(connection).endswith(body)
-        wait_until(lambda: made[0].timer is None)
-
-
-def read_more(connection: socket.socket) -> bytes:
-    return connection.recv(2**20)
-
-
-class LongAnswer:
-    """An application whose answer is this body, written at once."""
-
-    def __init__(self, body: bytes):
-        self.body = body
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "lifespan":
-            return await answer_lifespan(receive, send)
-        await Response(self.body)(scope, receive, send)
+@pytest.mark.parametrize(("read", "is_closed"), [(MIN_READ_BYTES, False), (MIN_READ_BYTES - 1, True), (0, True)])
+def test_a_slow_client_may_read_a_long_answer(read, is_closed):
+    """The time begins again for a client that has read a good part in it; another one is disconnected."""
+    connection, loop, unsent = Connection.__new__(Connection), asyncio.new_event_loop(), 40 * 2**20
+    connection.loop, connection.timer, connection.pool = loop, None, ConnectionPool(Limits(client_timeout=1000))
+    connection.transport = Mock(get_write_buffer_size=Mock(return_value=unsent - read))
+    connection._on_timeout(unsent)
+    assert connection.transport.abort.called == is_closed
+    assert (connection.timer is None) == is_closed
+    loop.close()
 
 
 def test_small_writes_are_sent_at_once(server, monkeypatch):

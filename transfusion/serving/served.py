@@ -90,7 +90,8 @@ class ServedRun:
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
         common = {
-            "generation": generation, "preview_every": body.preview_every or 0, "negative_prompt": body.negative_prompt,
+            "generation": generation, "preview_every": body.preview_every or 0,
+            "negative_prompt": await self._encode(body.negative_prompt or ""),
             "logprobs": body.top_logprobs if body.logprobs else None,
         }  # fmt: skip
         if modalities == {"image"}:
@@ -151,7 +152,7 @@ class ServedRun:
         texts = [await self._encode(body.prompt)] if body.prompt else []
         return Request(
             (*pictures, *texts), body.n or 1, choose_seed(body.seed), generation, size, preview_every,
-            negative_prompt=body.negative_prompt,
+            negative_prompt=await self._encode(body.negative_prompt or ""),
         )  # fmt: skip
 
     async def _encode(self, text: str, parse_special: bool = False) -> Text:
