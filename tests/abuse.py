@@ -123,7 +123,7 @@ INVALID_VALUES = {  # by field, for every path that has it
     "size": words | wrong_texts | st.sampled_from(["0x0", "8x", "99999x99999", "-8x8", "8x8x8", "1e3x8", "٨x٨"]),
     "partial_images": words | st.integers(4) | st.integers(max_value=-1),
     "modalities": words | st.just([]) | st.lists(words, min_size=1, max_size=2),
-    "prompt": st.none() | st.integers() | st.floats() | st.sampled_from([[], [1, 2], [[1]], "y" * 50_000]),
+    "prompt": st.none() | st.integers() | st.floats() | st.sampled_from([[], [-1], [[2**20]], [1, "a"], "y" * 50_000]),
     "messages": words | st.none() | st.lists(words | st.integers() | st.none(), max_size=3)
     | st.sampled_from([[{"role": "user"}, 1], [{"role": "user", "content": "z" * 50_000}]])
     | st.builds(lambda role, content: [{"role": role, "content": content}], words, words)

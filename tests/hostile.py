@@ -93,6 +93,8 @@ def json_bodies(limit: int) -> list[bytes]:
         b"{" + b",".join(b'"%d":0' % n for n in range(limit // 12)) + b"}",
     ]  # fmt: skip
     strings = [b"a" * limit, rb"\n" * (limit // 2), rb"\u4e2d" * (limit // 6), "中".encode() * (limit // 3)]
+    wrong = [b'{"messages":[],"tools":"%b"}', b'{"messages":[{"role":"user","content":[{"type":"%b"}]}]}']
+    wide += [body % (words * (limit // 2)) for body in wrong for words in (b"x ", "é".encode())]
     strings.append(b",[{" * (limit // 3))
     return [deep, *wide, *[b'{"messages":[{"role":"user","content":"%b"}]}' % string for string in strings]]
 
@@ -173,7 +175,7 @@ def picture_bombs(port: int) -> None:
         encode_picture("RGBA", largest, "PNG"), encode_picture("LA", largest, "PNG"), encode_picture("RGB", largest, "JPEG"),
         encode_picture("RGBA", largest, "WEBP", lossless=True), encode_picture("P", largest, "GIF"),
         encode_picture("1", (9000, 9000), "PNG"), encode_picture("RGB", (15_999_999, 1), "BMP")[:1000],
-        encode_picture("L", (2, 8_000_000), "PNG"),
+        encode_picture("L", (2, 8_000_000), "PNG"), encode_picture("I;16", largest, "PNG"),
     ]  # fmt: skip
     requests = []
     for picture in pictures:
@@ -192,6 +194,14 @@ def longest_prompts(port: int) -> None:
             prompt = (text * length)[:length]
             requests += [post_json(TEXT, prompt=prompt, max_tokens=1), post_json(DRAW, prompt=prompt, steps=1)]
     exchange_all(port, requests)
+
+
+def log_probabilities(port: int) -> None:
+    """The most that one request can ask for: with alternatives, of eight prompts as long as a row."""
+    answer = exchange(port, GET.replace(b"health", b"v1/models") + b"Connection: close\r\n\r\n")
+    model = re.search(rb'"seq_len":(\d+)', answer)
+    prompts = [[5] * (min(int(model[1] if model else 1024), 4000) - 1)] * 8
+    exchange_all(port, [post_json(TEXT, prompt=prompts, max_tokens=0, echo=True, logprobs=20)] * 8)
 
 
 def disconnects(port: int) -> None:
@@ -219,5 +229,5 @@ def not_http(port: int) -> None:
 
 KINDS: list[Callable[[int], None]] = [
     long_stops, costly_json, many_parts, slow_headers, slow_bodies, slow_readers, huge_headers, costly_forms, pipelines,
-    tiny_chunks, picture_bombs, longest_prompts, disconnects, not_http, half_open,
+    tiny_chunks, picture_bombs, longest_prompts, log_probabilities, disconnects, not_http, half_open,
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.hostile import json_bodies
 from tests.profile import examples
-from transfusion.serving import bodies
+from transfusion.serving import bodies, errors
 from transfusion.serving.bodies import MAX_DEPTH, MAX_DIGITS, MAX_MARKS, MAX_VALUES, check_structure, parse_json
 from transfusion.serving.errors import APIError
 from transfusion.serving.schemas import ChatRequest, CompletionRequest
@@ -97,6 +97,25 @@ def test_what_is_refused(body, words):
     with pytest.raises(APIError) as caught:
         parse_json(body, CompletionRequest)
     assert (caught.value.status, words in caught.value.message) == (400, True), caught.value.message
+
+
+def test_a_long_value_is_not_written_into_the_error(monkeypatch):
+    """Neither as JSON nor split into words: both hold the interpreter's lock, and the message keeps 40 characters of it."""
+    written, original = [], errors.json.dumps
+    for field in "tools", "temperature":
+        body = json.dumps({"messages": [{"role": "user", "content": "a"}], field: "x " * 10**5}).encode()
+        with monkeypatch.context() as patch, pytest.raises(APIError, match=field) as caught:
+            patch.setattr(errors.json, "dumps", lambda value, **options: written.append(value) or original(value, **options))
+            parse_json(body, ChatRequest)
+        assert len(caught.value.message) < 100
+    assert all(len(value) < 100 for value in written)
+    message = SplitOnce("the tag " + "x " * 10**5)
+    errors.from_validation_errors([{"type": "union_tag_invalid", "msg": message, "loc": ("messages",), "input": {}}])
+
+
+class SplitOnce(str):
+    def split(self):
+        raise AssertionError("a long text is split")
 
 
 def test_what_is_accepted():

@@ -131,6 +131,27 @@ def test_images_are_numbered_after_the_largest_number(tmp_path):
     assert (tmp_path / "1001.png").read_bytes() == b"of another call"
 
 
+def test_calls_at_one_time_are_all_recorded(tmp_path):
+    a, b = (OutputFolder(tmp_path, overwrite=False) for _ in range(2))
+    assert [folder.save(np.zeros((2, 2, 1), np.uint8)) for folder in (a, b)] == ["000.png", "001.png"]
+    a.add({"seed": 1})
+    b.add({"seed": 2})
+    assert [call["seed"] for call in calls_of(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1, 1)])
+def test_images_of_one_row_or_column_are_saved(tmp_path, shape):
+    name = OutputFolder(tmp_path, overwrite=False).save(np.full(shape, 7, np.uint8))
+    assert Picture.open(tmp_path / name).size == shape[1::-1]
+
+
+def test_prompt_that_is_not_utf8_is_one_line(run, tmp_path, capsys):
+    for options in (("\udcff",), ("three", "--negative-prompt", "\udcff")):
+        line = fails(capsys, 2, "generate", run, *options, "--num-images", 1, "--out", tmp_path / "out")
+        assert "is not valid Unicode" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_overwrite_replaces_only_what_generate_wrote(run, tmp_path, capsys):
     kept = "notes.png", "0012.png", "000.jpg", "run.json"
     for name in (*kept, "005.png", "output.json"):

@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import string
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +45,7 @@ from transfusion.evaluation.multiple_choice import Question, answer_questions
 from transfusion.inference.engine import Engine, Request, open_run
 from transfusion.inference.request import TokenLogprob
 from transfusion.sequence import Vocabulary
+from transfusion.serving import answers
 from transfusion.serving.hosts import parse_origin
 from transfusion.serving.limits import Limits
 from transfusion.serving.logprobs import CompletionLogprobs, TokenNames
@@ -589,6 +591,39 @@ def test_eos_has_a_log_probability_in_completions_alone():
         assert join_chunks(client, prompt="ab", echo=True, logprobs=1, max_tokens=1)["logprobs"] == choice["logprobs"]
         (choice,) = ask(client, CHAT, logprobs=True).json()["choices"]
         assert (choice["logprobs"]["content"], choice["message"]["content"]) == ([], "")
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+def test_many_log_probabilities_do_not_stop_the_event_loop(client, monkeypatch, fields):
+    """Those of long prompts take seconds: they are written in a thread."""
+    loops, original = [], CompletionLogprobs.format
+
+    def write(logprobs, entries):
+        loops.extend([asyncio._get_running_loop()] if len(entries) > 1 else [])
+        return original(logprobs, entries)
+
+    monkeypatch.setattr(CompletionLogprobs, "format", write)
+    body = {"prompt": [[5] * 50] * 2, "echo": True, "logprobs": 20, "max_tokens": 0}
+    assert client.post(TEXT, json=body | fields).status_code == 200
+    assert loops == [None, None]
+
+
+def test_other_threads_run_while_an_answer_is_written():
+    done, turns = threading.Event(), []
+
+    def take_turns():
+        while not done.wait(1e-4):
+            turns.append(1)
+
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    wait_until(lambda: turns)
+    before = len(turns)
+    answers.write_json({"logprobs": [[n / 7] for n in range(100_000)]})
+    num_turns = len(turns) - before
+    done.set()
+    thread.join()
+    assert num_turns > 5
 
 
 def test_of_tokens_with_one_name_the_most_likely_is_shown():

@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from unittest.mock import Mock
 
 import pytest
 
 from tests.abuse import TEXT, valid_body
 from tests.serving import Gate, run_server, serving, wait_until
 from tests.tiny import build_engine
-from transfusion.serving.connections import SMALL_PARTS, Connection, Server
+from transfusion.serving.connections import MIN_READ_BYTES, SMALL_PARTS, Connection, ConnectionPool, Server
 from transfusion.serving.limits import Limits
 from transfusion.serving.streams import EventStreamResponse
 
@@ -144,6 +145,18 @@ def test_the_time_ends_when_a_client_reads_again(monkeypatch):
         connection.sendall(HEAD + b"\r\n")
         wait_until(lambda: made and made[0].flow.write_paused and made[0].timer)
         wait_until(lambda: connection.recv(2**20) and made[0].timer is None)
+
+
+@pytest.mark.parametrize(("read", "is_closed"), [(MIN_READ_BYTES, False), (MIN_READ_BYTES - 1, True), (0, True)])
+def test_a_slow_client_may_read_a_long_answer(read, is_closed):
+    """The time begins again for a client that has read a good part in it; another one is disconnected."""
+    connection, loop, unsent = Connection.__new__(Connection), asyncio.new_event_loop(), 40 * 2**20
+    connection.loop, connection.timer, connection.pool = loop, None, ConnectionPool(Limits(client_timeout=1000))
+    connection.transport = Mock(get_write_buffer_size=Mock(return_value=unsent - read))
+    connection._on_timeout(unsent)
+    assert connection.transport.abort.called == is_closed
+    assert (connection.timer is None) == is_closed
+    loop.close()
 
 
 def test_small_writes_are_sent_at_once(server, monkeypatch):

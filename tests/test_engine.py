@@ -246,7 +246,7 @@ requests_ = st.tuples(
 
 def request_of(engine: Engine, spec) -> Request:
     parts, num, size, seed, changes = spec
-    return Request(tuple(parts), num, seed, generation(engine, **changes), size)
+    return Request(tuple(parts), num, seed, generation(engine, **changes), size if num else None)
 
 
 @some

@@ -25,8 +25,8 @@ some = examples(100, quick=10)
 few = examples(25, quick=6)
 
 
-class Fault(Exception):
-    """Raised by a part that fails in these tests."""
+class Fault(BaseException):
+    """Raised by a part that fails in these tests. Not an Exception: nor is a panic of a library in Rust."""
 
 
 @contextmanager
@@ -264,6 +264,23 @@ def test_refused_request_leaves_nothing_behind_in_generate():
 
 
 # The server
+
+
+def test_request_that_cannot_be_started_is_answered_by_500():
+    engine = build_engine()
+    encode = engine.opened.tokenizer.encode
+
+    def fail(text: str, parse_special: bool = False):
+        if text == "b":
+            raise Fault("a secret")
+        return encode(text, parse_special)
+
+    with serving(engine) as server, server.client() as client, mock.patch.object(engine.opened.tokenizer, "encode", fail):
+        answer = client.post("/v1/images/generations", json={"prompt": "a", "negative_prompt": "b"})
+        assert answer.status_code == 500
+        assert "the request could not be started" in answer.text
+        assert "secret" not in answer.text
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
 def test_failing_request_is_answered_by_500_and_the_others_are_not_disturbed():

@@ -352,7 +352,7 @@ requests_ = st.tuples(illustrated, st.none() | st.integers(1, 2), st.sampled_fro
 
 def request_of(engine: Engine, spec) -> Request:
     parts, num, size, seed, changes = spec
-    return Request(tuple(parts), num, seed, generation(engine, **changes), size)
+    return Request(tuple(parts), num, seed, generation(engine, **changes), size if num else None)
 
 
 @some

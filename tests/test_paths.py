@@ -1,5 +1,6 @@
 """Paths and methods, hosts, streams of waiting requests, usage, and the access log."""
 
+import io
 import json
 import logging
 import re
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from tests.abuse import CHAT, DRAW, EDIT, TEXT, assert_clear_error, form_request, make_picture, valid_body
 from tests.lazy import Lazy
 from tests.serving import Gate, serving, wait_until
-from transfusion.cli.serve import listen
+from transfusion.cli.serve import AccessLog, listen
 from transfusion.inference.engine import Engine, open_run
 from transfusion.serving import streams
 from transfusion.serving.app import PAGE_PATHS
@@ -246,6 +248,24 @@ def test_the_access_log_has_a_line_for_each_request_and_no_secrets(caplog, engin
         ["GET", "/v1/models", "200"], ["POST", TEXT, "200"], ["POST", TEXT, "401"], ["GET", "/a%0Ab%1B%5B31m%20c", "404"],
     ]  # fmt: skip
     assert not re.search("secre|private", "".join(lines))
+
+
+def test_a_log_that_nobody_reads_ends_with_one_line(caplog):
+    """As after `serve --access-log | head -1`: logging would print a traceback for each request."""
+    logger, stderr, handler = logging.getLogger("transfusion.access"), io.StringIO(), AccessLog(ClosedPipe())
+    caplog.set_level(logging.INFO, logger.name)
+    logger.addHandler(handler)
+    with redirect_stderr(stderr):
+        for _ in range(3):
+            logger.info("GET /health")
+    lines = [record.getMessage() for record in caplog.records if record.name != logger.name]
+    assert lines == ["the access log ends: [Errno 32] Broken pipe"]
+    assert handler not in logger.handlers and "Traceback" not in stderr.getvalue()
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
 
 
 def test_without_the_option_there_is_no_access_log(server, client, caplog):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from tests.profile import examples
-from tests.tiny import save
+from tests.tiny import build_engine, save
 from transfusion import cli
 from transfusion.checkpoint.save import create_run_folder
 from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
@@ -25,7 +25,7 @@ from transfusion.data.sources import fit
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import build
 from transfusion.page import Axis, Cell, Line, Page
-from transfusion.report import write_report
+from transfusion.report import denoising_frames, write_report
 
 HOSTILE = "<script>alert(1)</script> \"a\" 'b' &amp; <img src=x onerror=alert(2)> </pre></style> `code<b>`"
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
@@ -235,6 +235,15 @@ def test_report_embeds_the_drawings_and_the_scans(digits):
 def test_report_is_deterministic(digits):
     folder, _, html = digits
     assert write_report(folder, open_run(folder, device="cpu")).read_text() == html
+
+
+@pytest.mark.parametrize("call_number", [1, 3])
+def test_failed_image_is_not_a_shorter_strip(call_number):
+    engine, calls = build_engine(), iter(range(100))
+    predict = engine._predict
+    engine._predict = lambda sequences: 1 / 0 if next(calls) == call_number - 1 else predict(sequences)
+    with pytest.raises(RuntimeError, match="request 1 failed: ZeroDivisionError"):
+        denoising_frames(engine, "a")
 
 
 def test_command_of_the_report_trains_an_equal_run(digits, monkeypatch):

@@ -49,6 +49,28 @@ def test_any_field_is_taken_or_refused_in_one_line(fields):
     assert_no_slot_is_lost(engine)
 
 
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_odd_value_of_a_field_is_taken_or_refused(field):
+    engine = build_engine()
+    for value in ODD_VALUES:
+        if field == "num_images" and value is HUGE:
+            continue
+        fields = {"parts": "a", "generation": GenerationConfig("ddim", steps=1, max_tokens=1), field: value}
+        for num_images in (fields.get("num_images"), 1):
+            try:
+                engine.submit(Request(**fields | {"num_images": num_images}))
+            except ValueError as error:
+                assert len(str(error).splitlines()) == 1
+        run_to_end(engine)
+
+
+@pytest.mark.parametrize("fields", [{"parts": "a\ud800"}, {"negative_prompt": "\udcff"}])
+def test_text_that_is_not_unicode_is_one_line(fields):
+    """A shell passes bytes that are not UTF-8 as lone surrogates."""
+    with pytest.raises(ValueError, match=r"^'.*\\ud.*' is not valid Unicode \(it has a lone surrogate\)$"):
+        build_engine().submit(Request(**{"parts": "a", "num_images": 1} | fields))
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"generation": {}}, r"generation must be a GenerationConfig \(engine.make_generation_config.* makes one\), not {}"),
     ({"parts": 3}, "parts must be texts and pictures, not 3"), ({"parts": ("a", 3)}, "parts must be texts and pictures"),
@@ -60,6 +82,8 @@ def test_any_field_is_taken_or_refused_in_one_line(fields):
     ({"preview_every": -1}, "preview_every must be at least 0"), ({"logprobs": -1}, "logprobs must be at least 0"),
     ({"allow_images": None}, "allow_images must be True or False, not None"), ({"prompt_logprobs": 1}, "True or False"),
     ({"negative_prompt": ("a",)}, "negative_prompt must be a text"),
+    ({"size": (4, 4)}, "size has no effect without num_images"),
+    ({"num_images": 1, "allow_images": False}, "allow_images is False, and num_images asks for images"),
 ])  # fmt: skip
 def test_wrong_types_are_refused_where_the_request_is_made(fields, message):
     with pytest.raises(ValueError, match=message):

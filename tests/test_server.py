@@ -1,5 +1,6 @@
 """The server: OpenAI's client, requests that join and leave the batch, limits, access, and the command."""
 
+import asyncio
 import base64
 import io
 import json
@@ -46,6 +47,7 @@ from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
 from transfusion.serving.hosts import is_local
 from transfusion.serving.limits import Limits
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, StrictModel
+from transfusion.serving.served import ServedRun
 
 openai = Lazy("openai")
 
@@ -452,7 +454,8 @@ def test_requests_above_a_limit_are_refused(server):
             (DRAW, {"n": 9}, "n must be at most 8"), (DRAW, {"steps": 1001}, "steps must be at most 1000"),
             (TEXT, {"max_tokens": 40_000}, "max_tokens must be at most 32,768"),
             (TEXT, {"prompt": "ab" * 1025}, "2,050 characters"),
-            (TEXT, {"prompt": ["a"] * 9}, "n must be at most 8"), (TEXT, {"prompt": "a" * 70}, "positions"),
+            (TEXT, {"prompt": ["a"] * 9}, "the request has 9 prompts with 1 choices each: it may have 8 in all"),
+            (TEXT, {"prompt": "a" * 70}, "positions"),
             (DRAW, {"size": "1024x1024"}, "size 1024x1024 is not supported: send 8x8"),
             (DRAW, {"partial_images": 1}, "need stream: true"),
             (CHAT, {"messages": [{"role": "user"}]}, "the request is empty"),
@@ -613,6 +616,19 @@ def test_a_request_past_its_deadline_fails(engine, stream):
         wait_until(server.is_idle)
 
 
+def test_the_deadline_begins_when_a_request_arrives(engine, monkeypatch):
+    """Not when its pictures are decoded and its text is tokenized: both may wait for other requests."""
+    with serving(engine, Limits(deadline=0.3)) as server, server.client() as client:
+        original = ServedRun.parse_completion
+
+        async def parse(served, body):
+            await asyncio.sleep(0.5)
+            return await original(served, body)
+
+        monkeypatch.setattr(ServedRun, "parse_completion", parse)
+        assert client.post(TEXT, json=valid_body(TEXT)).status_code == 504
+
+
 def test_a_failed_step_fails_only_its_requests(opened):
     engine = Engine(opened)
     engine.step = lambda: 1 / 0
@@ -738,6 +754,7 @@ def test_the_readmes_requests_work_and_sigterm_finishes_responses(run, tmp_path,
     (("--limits.shutdown-grace", "inf"), {}, "--limits.shutdown-grace must be"),
     (("--limits.shutdown-grace", "nan"), {}, "--limits.shutdown-grace must be"),
     (("--host", "no.such.host.invalid", "--api-key", "a"), {}, "cannot listen at no.such.host.invalid"),
+    (("--host", "a..b", "--api-key", "a"), {}, "cannot listen at a..b, port 8000: this is not the name of a host"),
     (("--port", "99999"), {}, "--port must be between 0 and 65,535"), (("--port", "x"), {}, "port"),
 ])  # fmt: skip
 def test_serve_reports_errors_in_one_line(run, capsys, monkeypatch, options, environment, words):

@@ -14,7 +14,8 @@ from transfusion.data.loader import DocumentEncoder, Source, read_pairs
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.scenes import ATTRIBUTES, draw_scenes
-from transfusion.inference.engine import Engine, PreviewEvent, Request
+from transfusion.inference.engine import Engine
+from transfusion.inference.request import PreviewEvent, Request, raise_if_failed
 from transfusion.page import Cell, Line, Page
 from transfusion.runs import named_run
 from transfusion.sequence import NO_TARGET, Chunk, Document, encode_document
@@ -371,10 +372,12 @@ def add_denoising(page: Page, material: Material) -> None:
 
 
 def denoising_frames(engine: Engine, prompt: str) -> list[PreviewEvent]:
-    """At most `FRAMES` evenly spaced steps of the image that is drawn from a prompt."""
+    """At most `FRAMES` evenly spaced steps of the image that is drawn from a prompt. RuntimeError if the sample fails."""
     request_id, previews = engine.submit(Request(parts=(prompt,), num_images=1, preview_every=1)), []
     while any(sequence.request_id == request_id for sequence in engine.sequences):
-        previews += [event for event in engine.step() if isinstance(event, PreviewEvent)]
+        for event in engine.step():
+            raise_if_failed(event)
+            previews += [event] if isinstance(event, PreviewEvent) else []
     return [previews[n] for n in np.unique(np.linspace(0, len(previews) - 1, FRAMES).round().astype(int))]
 
 

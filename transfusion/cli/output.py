@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as Picture
 
 from transfusion.cli.screen import UsageError
+from transfusion.codecs.pictures import encode_picture
 from transfusion.disk import read_json, write_json
 
 
@@ -19,10 +19,14 @@ class OutputFolder:
         path.mkdir(parents=True, exist_ok=True)
         for file in [*self._images(), self.index] if overwrite else ():
             file.unlink(missing_ok=True)
-        self.calls = read_json(self.index).get("calls") if self.index.exists() else []
-        if not isinstance(self.calls, list):
-            raise UsageError(f"{self.index} was not written by generate: give another --out, or --overwrite to replace it")
+        self._read_calls()  # an unusable folder is refused before anything is generated
         self.next_number = max((int(file.stem) + 1 for file in self._images()), default=0)
+
+    def _read_calls(self) -> list[dict]:
+        calls = read_json(self.index).get("calls") if self.index.exists() else []
+        if not isinstance(calls, list):
+            raise UsageError(f"{self.index} was not written by generate: give another --out, or --overwrite to replace it")
+        return calls
 
     def _images(self) -> list[Path]:
         return [file for file in self.path.glob("*.png") if re.fullmatch(r"\d{3}|[1-9]\d{3,9}", file.stem, re.ASCII)]
@@ -34,12 +38,11 @@ class OutputFolder:
             self.next_number += 1
             try:
                 with (self.path / name).open("xb") as file:  # another call may write into the same folder
-                    Picture.fromarray(pixels.squeeze()).save(file, "png")
+                    file.write(encode_picture(pixels))
                 return name
             except FileExistsError:
                 continue
 
     def add(self, call: dict) -> None:
-        """Add the entry of a call to output.json."""
-        self.calls.append(call)
-        write_json(self.index, {"calls": self.calls})
+        """Add the entry of a call to output.json, which another call may have changed meanwhile."""
+        write_json(self.index, {"calls": [*self._read_calls(), call]})

@@ -65,7 +65,7 @@ def serve(arguments: list[str]) -> None:
         raise UsageError(f"--allow-origin {error}") from None
     engine = open_run(run, args.weights, args.device)
     if args.access_log:
-        logging.getLogger("transfusion.access").addHandler(logging.StreamHandler(sys.stdout))
+        logging.getLogger("transfusion.access").addHandler(AccessLog(sys.stdout))
         logging.getLogger("transfusion.access").setLevel("INFO")
     with listen(args.host, args.port) as server_socket:
         server = Server(build_app(engine, args.limits, key, origins), args.limits)
@@ -76,10 +76,19 @@ def serve(arguments: list[str]) -> None:
         server.run(sockets=[server_socket])
 
 
+class AccessLog(logging.StreamHandler):
+    """Ends with one line when it cannot be written, as when its reader has left: logging prints a traceback each time."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger(record.name).removeHandler(self)
+        logging.getLogger(__name__).error("the access log ends: %s", sys.exc_info()[1])
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. UsageError when address or port is not available."""
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UsageError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host can be like this
+        reason = getattr(error, "strerror", None) or "this is not the name of a host"
+        raise UsageError(f"cannot listen at {host}, port {port}: {reason}") from None

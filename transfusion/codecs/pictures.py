@@ -52,7 +52,8 @@ def pixels_of(image: Picture.Image) -> np.ndarray:
         raise PictureError(f"a picture of mode {image.mode} has no defined colours: convert it to L, I;16 or RGB")
     if image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.uint16)  # (Y, X); convert() would saturate
-        values = np.where(values == image.info.get("transparency"), 0xFFFF, values)
+        if (transparent := image.info.get("transparency")) is not None:  # a comparison with None takes a second
+            values = np.where(values == transparent, 0xFFFF, values)
         return (values >> 8).astype(np.uint8)[..., None]
     if "transparency" in image.info or image.mode[-1] in "Aa":
         image = _on_white((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))

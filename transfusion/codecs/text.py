@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from transfusion.disk import CONFIG, OpenError, read_json
+from transfusion.fields import short_repr
 
 SPELLINGS = {  # of the special tokens that `sequence` uses, where no file names them
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
@@ -135,9 +136,13 @@ class Tokenizer:
 
     def encode(self, text: str, parse_special: bool = False) -> tuple[int, ...]:
         """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads
-        run meanwhile: encode_batch releases the interpreter's lock, `encode` does not."""
+        run meanwhile: encode_batch releases the interpreter's lock, `encode` does not. ValueError for text with a lone
+        surrogate."""
         tokenizer = self._special_parser if parse_special else self._tokenizer
-        (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+        try:
+            (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+        except TypeError:  # the library does not name the reason
+            raise ValueError(f"{short_repr(text)} is not valid Unicode (it has a lone surrogate)") from None
         if parse_special or not self._special_ids.intersection(encoding.ids):
             return tuple(encoding.ids)
         ids: list[int] = []  # word-level models find special tokens in the text: encode those character by character

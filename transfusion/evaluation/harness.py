@@ -25,7 +25,7 @@ from lm_eval.utils import warning_once
 
 from transfusion.evaluation.likelihood import likelihoods, rolling_likelihood
 from transfusion.inference.engine import Engine, open_run
-from transfusion.inference.request import FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
+from transfusion.inference.request import ImageEvent, PreviewEvent, Request, TokenEvent, raise_if_failed
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Text
 
@@ -114,20 +114,25 @@ class HarnessModel(LM):
 
     def _generate(self, batch: Sequence[tuple[Request, list[str]]]) -> list[str]:
         """The text of each request, up to its first stop string."""
-        stops = {self.engine.submit(request): stops for request, stops in batch}
-        texts = dict.fromkeys(stops, "")
-        while self.engine.sequences:
-            for event in self.engine.step():
-                if isinstance(event, PreviewEvent | ImageEvent):
-                    self.engine.cancel(event.request_id)
-                elif isinstance(event, TokenEvent):
-                    text = texts[event.request_id] = texts[event.request_id] + event.text
-                    ends = [text.index(stop) for stop in stops[event.request_id] if stop in text]
-                    if ends:
-                        texts[event.request_id] = text[: min(ends)]
+        stops, texts = {}, {}
+        try:
+            for request, strings in batch:
+                request_id = self.engine.submit(request)
+                stops[request_id], texts[request_id] = strings, ""
+            while self.engine.sequences:
+                for event in self.engine.step():
+                    raise_if_failed(event)
+                    if isinstance(event, PreviewEvent | ImageEvent):
                         self.engine.cancel(event.request_id)
-                elif isinstance(event, FinishEvent) and event.reason == "error":
-                    raise RuntimeError(f"a text could not be generated: {event.message}")
+                    elif isinstance(event, TokenEvent):
+                        text = texts[event.request_id] = texts[event.request_id] + event.text
+                        ends = [text.index(stop) for stop in stops[event.request_id] if stop in text]
+                        if ends:
+                            texts[event.request_id] = text[: min(ends)]
+                            self.engine.cancel(event.request_id)
+        finally:
+            for request_id in stops:
+                self.engine.cancel(request_id)
         return list(texts.values())
 
     def _to_request(self, context: str, options: dict, seed: int) -> Request:

@@ -38,6 +38,7 @@ from transfusion.inference.request import (
     Request,
     TokenEvent,
     TokenLogprob,
+    raise_if_failed,
 )
 from transfusion.inference.samplers import get_sampler
 from transfusion.inference.state import Decode, Draw, Prefill, SequenceState
@@ -47,6 +48,7 @@ from transfusion.sequence import EMPTY_CHUNK, Chunk, Document, Image, Text, enco
 
 log = logging.getLogger(__name__)
 
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
 MAX_LOGITS = 2**28  # float32 numbers of the logits of one forward pass: 1 GiB
 
 
@@ -126,8 +128,7 @@ class Engine:
                 answers[self._start(sequence)] = Answers(Answer() for _ in range(request.num_images or 1))
             while self.sequences:
                 for event in self.step():
-                    if isinstance(event, FinishEvent) and event.reason == "error":
-                        raise RuntimeError(f"request {event.request_id} failed: {event.message}")
+                    raise_if_failed(event)
                     answers[event.request_id][event.sample_index].add(event)
         finally:
             for request_id in answers:
@@ -245,7 +246,9 @@ class Engine:
         lengths = list(self.cache.lengths)
         try:
             results = forward(sequences)
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:  # a panic of a library in Rust, such as tokenizers, is no Exception
             self.cache.lengths = lengths
             if len(sequences) == 1:
                 return self._end_with_error(sequences[0], error, events)
@@ -262,10 +265,12 @@ class Engine:
         """An exception in this context ends the sequence."""
         try:
             yield
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:  # see `_advance`
             self._end_with_error(sequence, error, events)
 
-    def _end_with_error(self, sequence: SequenceState, error: Exception, events: list[Event]) -> None:
+    def _end_with_error(self, sequence: SequenceState, error: BaseException, events: list[Event]) -> None:
         """End a sequence, and the samples that would have forked from it."""
         log.error("request %d failed", sequence.request_id, exc_info=error)
         message = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -22,7 +22,7 @@ class Request:
     of a size that the run supports). One str is one part.
     num_images: this many samples of one image each (boi is forced), of `size` (width, height) in pixels. Not set: one
     sample of free text, which ends with eos and draws where the model samples a boi, unless allow_images is False.
-    negative_prompt: text in place of the empty prompt in the unconditional branch of guidance.
+    negative_prompt: text (str or `Text`) in place of the empty prompt in the unconditional branch of guidance.
     preview_every: denoising steps (or codes) between two PreviewEvents; 0: no previews.
     logprobs: TokenEvents have the log probability of their token, and this many alternatives. None: they have none.
     prompt_logprobs: a PromptEvent has the log probabilities of the prompt, each with `logprobs` alternatives.
@@ -35,7 +35,7 @@ class Request:
     size: tuple[int, int] | None = None  # default: the run's first
     preview_every: int = 0
     allow_images: bool = True
-    negative_prompt: str | None = None
+    negative_prompt: str | Text | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
 
@@ -46,8 +46,9 @@ class Request:
         if not isinstance(self.generation, GenerationConfig | None):
             fix = "engine.make_generation_config(...)"
             raise ValueError(f"generation must be a GenerationConfig ({fix} makes one), not {_describe(self.generation)}")
-        if not isinstance(self.negative_prompt, str | None):
+        if not isinstance(self.negative_prompt, str | Text | None):
             raise ValueError(f"negative_prompt must be a text, not {_describe(self.negative_prompt)}")
+        negative = _with_ids(self.negative_prompt) if isinstance(self.negative_prompt, Text) else self.negative_prompt
         size = self.size
         if size is not None:
             if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
@@ -55,13 +56,18 @@ class Request:
             size = tuple(_whole_number("size", side, 1) for side in size)
         values = {
             "parts": tuple(_with_ids(part) if isinstance(part, Text) else part for part in parts),
-            "size": size, "seed": _whole_number("seed", self.seed),
+            "negative_prompt": None if negative in ("", Text(())) else negative, "size": size,
+            "seed": _whole_number("seed", self.seed),
             "preview_every": _whole_number("preview_every", self.preview_every, 0),
             **{name: _truth_value(name, getattr(self, name)) for name in ("allow_images", "prompt_logprobs")},
         }  # fmt: skip
         for name, minimum in (("num_images", 1), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 values[name] = _whole_number(name, getattr(self, name), minimum)
+        if size is not None and self.num_images is None:
+            raise ValueError("size has no effect without num_images")
+        if self.num_images is not None and not self.allow_images:
+            raise ValueError("allow_images is False, and num_images asks for images: leave one of them out")
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -131,6 +137,12 @@ class FinishEvent:
 
 
 Event = PromptEvent | TokenEvent | PreviewEvent | ImageEvent | FinishEvent
+
+
+def raise_if_failed(event: Event) -> None:
+    """RuntimeError for the end of a sample that failed."""
+    if isinstance(event, FinishEvent) and event.reason == "error":
+        raise RuntimeError(f"request {event.request_id} failed: {event.message}")
 
 
 def _with_ids(text: Text) -> Text:

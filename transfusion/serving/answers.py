@@ -3,6 +3,7 @@
 Text is in `content`, images are in `images`; `parts` gives their order. In a stream the order is that of the chunks.
 """
 
+import asyncio
 import json
 import secrets
 import time
@@ -19,6 +20,8 @@ from transfusion.serving.pictures import PictureWriter
 from transfusion.serving.scheduler import RequestHandle
 from transfusion.serving.served import Echo
 from transfusion.serving.stop import StopMatcher
+
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 Output = str | ImageEvent | PreviewEvent | PromptEvent | FinishEvent
 FINISH_REASONS = {"eos": "stop", "image": "stop", "stop": "stop", "length": "length"}
@@ -193,25 +196,33 @@ class CompletionWriter:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def collect(self, reader: EventReader, num_choices: int) -> dict:
+    async def collect(self, reader: EventReader, num_choices: int) -> str:
+        """The body of the answer. Log probabilities can be many, so a thread writes it."""
         builders = [ChoiceBuilder() for _ in range(num_choices)]
         async for choice, output, logprobs in reader:
             await builders[choice].add(output, logprobs)
-        choices = [
-            self._build_choice(index, self.format.build_choice(index, builder), builder.logprobs, builder.finish_reason)
-            for index, builder in enumerate(builders)
-        ]
-        return self._head(self.format.object_name) | {"choices": choices, "usage": reader.usage}
+
+        def write() -> str:
+            choices = [
+                self._build_choice(index, self.format.build_choice(index, builder), builder.logprobs, builder.finish_reason)
+                for index, builder in enumerate(builders)
+            ]
+            return write_json(self._head(self.format.object_name) | {"choices": choices, "usage": reader.usage})
+
+        return await asyncio.to_thread(write)
 
     async def stream(self, reader: EventReader, include_usage: bool) -> AsyncIterator[str]:
         def chunk(**body) -> str:
             return format_event(self._head(self.format.chunk_name) | ({"usage": None} if include_usage else {}) | body)
 
+        def open_choice(choice: int, body: dict, logprobs: Sequence[TokenLogprob]) -> str:
+            return chunk(choices=[self._build_choice(choice, body, logprobs)])
+
         opened = set()
         async for choice, output, logprobs in reader:
             is_prompt = isinstance(output, PromptEvent)
             if choice not in opened and (body := self.format.open_choice(choice)) is not None:
-                yield chunk(choices=[self._build_choice(choice, body, logprobs if is_prompt else ())])
+                yield await asyncio.to_thread(open_choice, choice, body, logprobs if is_prompt else ())
             opened.add(choice)
             if not is_prompt:
                 reason = FINISH_REASONS[output.reason] if isinstance(output, FinishEvent) else None
@@ -287,8 +298,13 @@ async def make_image_part(pixels: np.ndarray) -> dict:
     return {"type": "image_url", "image_url": {"url": await PictureWriter().to_data_url(pixels)}}
 
 
+def write_json(body: dict) -> str:
+    """Piece by piece: `json.dumps` holds the interpreter's lock until all is written."""
+    return "".join(JSON.iterencode(body))
+
+
 def format_event(body: dict) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {write_json(body)}\n\n"
 
 
 def format_named_event(name: str, body: dict) -> str:

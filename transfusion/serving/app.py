@@ -1,7 +1,6 @@
 """The HTTP application: an engine behind OpenAI's API, and the page."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -141,12 +140,12 @@ class Service:
     ) -> Response:  # fmt: skip
         writer = CompletionWriter(self.served.name, requests[0].seed, answer_format)
         num_choices = sum(request.num_images or 1 for request in requests)
-        deadline = time.monotonic() + self.served.limits.deadline
+        deadline = http_request.scope["arrival"] + self.served.limits.deadline
 
         async def collect() -> Response:
             with self.scheduler.submit(requests, deadline) as handle:
                 reader = EventReader(handle, body.stop, self.served.count_patches, has_text=body.max_tokens != 0)
-                return JSONResponse(await writer.collect(reader, num_choices))
+                return Response(await writer.collect(reader, num_choices), media_type="application/json")
 
         async def stream() -> AsyncIterator[str]:
             with self.scheduler.submit(requests, deadline) as handle:
@@ -160,7 +159,7 @@ class Service:
     async def _respond_with_images(
         self, http_request: Request, request: engines.Request, body: ImageRequest, event_prefix: str
     ) -> Response:
-        deadline = time.monotonic() + self.served.limits.deadline
+        deadline = http_request.scope["arrival"] + self.served.limits.deadline
         pictures = PictureWriter(body.output_format, body.output_compression, body.response_format == "url")
         writer = ImageWriter(request, format_size(request.size), event_prefix, pictures, self.served.count_patches)
         max_previews = None if body.preview_every else body.partial_images or 0

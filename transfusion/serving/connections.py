@@ -24,6 +24,7 @@ READ_BYTES = 16 * 2**10  # at once from one connection: parsing them takes littl
 SMALL_PARTS, MIN_MEAN_BYTES = 512, 256  # a body may arrive in this many parts of any size; then their mean size counts
 ACCEPTS_PER_TURN = 64  # of the event loop, before these connections are counted
 LISTEN_BACKLOG = 1024  # connections that wait in the operating system
+MIN_READ_BYTES = 256 * 2**10  # that a client must read of a long answer in each client_timeout
 MAX_THREADS = 2  # for work beside the event loop; each one more would take time from the loop, and keep memory
 SECONDS_BETWEEN_REPORTS = 60
 INVALID_REQUEST = "the request is not valid HTTP/1.1, its header is too long, or its body arrives in too many small parts"
@@ -86,7 +87,7 @@ class ConnectionPool:
 
 class Connection(H11Protocol):
     """uvicorn's connection, with time limits. It is closed after `client_timeout` seconds without a complete request header
-    since it was opened or since its last answer, and after as many seconds in which its client does not read."""
+    since it was opened or since its last answer, and after as many seconds in which its client reads too little."""
 
     def __init__(self, *args, pool: ConnectionPool, **kwargs):
         super().__init__(*args, **kwargs)
@@ -157,7 +158,15 @@ class Connection(H11Protocol):
 
     def _start_timer(self) -> None:
         self._stop_timer()
-        self.timer = self.loop.call_later(self.pool.client_timeout, self.transport.abort)
+        unsent = self.transport.get_write_buffer_size()
+        self.timer = self.loop.call_later(self.pool.client_timeout, self._on_timeout, unsent)
+
+    def _on_timeout(self, unsent: int) -> None:
+        """unsent: the bytes of answers that were not sent when the time began."""
+        if unsent - self.transport.get_write_buffer_size() < MIN_READ_BYTES:
+            self.transport.abort()
+        else:
+            self._start_timer()
 
     def _stop_timer(self) -> None:
         if self.timer is not None:

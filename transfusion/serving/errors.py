@@ -30,7 +30,9 @@ class APIError(Exception):
 
 def show(value: object) -> str:
     """A short value as JSON, for messages; nothing for a long one."""
-    text = json.dumps(value, default=str) if isinstance(value, str | int | float) else ""
+    if not isinstance(value, str | int | float) or isinstance(value, str) and len(value) > MAX_SHOWN_CHARS:
+        return ""  # before it is written: that would take long
+    text = json.dumps(value, default=str)
     return text if len(text) <= MAX_SHOWN_CHARS else ""
 
 
@@ -42,7 +44,7 @@ def sanitize(text: str) -> str:
 def from_validation_errors(errors: Sequence[Mapping]) -> APIError:
     """pydantic's errors as one sentence. If a field has several types, the error with the deepest location is reported."""
     error = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
-    error_type, reason, location = error["type"], " ".join(error["msg"].split()), error["loc"]
+    error_type, reason, location = error["type"], " ".join(error["msg"][:MAX_MESSAGE_CHARS].split()), error["loc"]
     if error_type == "field":  # of `schemas`, about a field of the object at this location
         field = _format_location((*location, error["ctx"]["field"]), True)
         return APIError(400, f"{field} {reason}", field, "unsupported_value")

@@ -2,6 +2,7 @@
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
+from functools import cache
 
 from transfusion.codecs.text import Tokenizer
 from transfusion.inference.request import TokenLogprob
@@ -9,19 +10,21 @@ from transfusion.sequence import Vocabulary
 
 
 class TokenNames:
-    """The texts of token ids. A token of some bytes of a character is written as "bytes:\\\\xe2\\\\x82"."""
+    """The texts of token ids; each is computed once. A token of some bytes of a character is written as
+    "bytes:\\\\xe2\\\\x82"."""
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer):
         self.tokenizer, self.num_text_tokens = tokenizer, vocabulary.num_text_tokens
         self.bos, self.eos_ids = vocabulary.bos, vocabulary.eos_ids
         self.markers = {vocabulary.bos: "<bos>", vocabulary.eos: "<eos>", vocabulary.eoi: "<eoi>", vocabulary.pad: "<pad>"}
         self.markers |= {id_: f"<boi {x}x{y}>" for (y, x), id_ in vocabulary.boi.items()}
+        self.bytes_of, self.name = cache(self._bytes_of), cache(self._name)
 
-    def bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> bytes:
         """What it adds to a text. Nothing for bos, eos and other special tokens."""
         return self.tokenizer.token_bytes(token) if token < self.num_text_tokens else b""
 
-    def name(self, token: int) -> str:
+    def _name(self, token: int) -> str:
         content = self.bytes_of(token)
         if not content:
             return self.markers.get(token) or self.tokenizer.token_name(token)

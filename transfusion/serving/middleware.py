@@ -110,6 +110,7 @@ class RequestContext:
     def __init__(self, middleware: LimitsMiddleware, scope: Scope, receive: Receive, send: Send):
         self.middleware, self.scope, self._receive, self._send = middleware, scope, receive, send
         self.started, self.is_complete, self.status = time.monotonic(), False, 500
+        scope["arrival"] = self.started  # for the deadline
         self.received_bytes = self.sent_bytes = 0
         max_bytes = middleware.limits.body_bytes
         self.max_bytes = max_bytes if scope["path"] in PICTURE_PATHS else min(max_bytes, MAX_TEXT_BODY_BYTES)

@@ -184,7 +184,7 @@ class Scheduler:
             self.running[sub.request_id] = sub
         except ValueError as error:
             self._fail(sub.handle, APIError(400, str(error)))
-        except Exception:
+        except BaseException:  # a panic of a library in Rust, such as tokenizers, is no Exception
             log.exception("a request could not be started")
             self._fail(sub.handle, APIError(500, "the request could not be started because of an error in the server"))
 

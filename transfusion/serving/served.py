@@ -90,7 +90,8 @@ class ServedRun:
         generation = self._with_image_options(self._with_text_options(self.generation, body), body)
         modalities, n = set(body.modalities or ("text",)), body.n or 1
         common = {
-            "generation": generation, "preview_every": body.preview_every or 0, "negative_prompt": body.negative_prompt,
+            "generation": generation, "preview_every": body.preview_every or 0,
+            "negative_prompt": await self._encode(body.negative_prompt or ""),
             "logprobs": body.top_logprobs if body.logprobs else None,
         }  # fmt: skip
         if modalities == {"image"}:
@@ -100,7 +101,7 @@ class ServedRun:
 
     async def parse_completion(self, body: CompletionRequest) -> tuple[list[Request], list[Echo]]:
         """One request for each choice of each prompt, and what their answers repeat of the prompt."""
-        self._check(body.model, (body.n or 1) * len(body.prompt))
+        self._check(body.model, body.n, len(body.prompt))
         prompts = [await self._read_prompt(prompt, body.max_tokens != 0) for prompt in body.prompt]
         generation = self._with_text_options(self.generation, body)
         seeds = derive_seeds(choose_seed(body.seed), body.n or 1)
@@ -151,7 +152,7 @@ class ServedRun:
         texts = [await self._encode(body.prompt)] if body.prompt else []
         return Request(
             (*pictures, *texts), body.n or 1, choose_seed(body.seed), generation, size, preview_every,
-            negative_prompt=body.negative_prompt,
+            negative_prompt=await self._encode(body.negative_prompt or ""),
         )  # fmt: skip
 
     async def _encode(self, text: str, parse_special: bool = False) -> Text:
@@ -169,11 +170,15 @@ class ServedRun:
             message = f"there is no model {show(name[:40])} here: use {show(self.name)}"
             raise APIError(404, message, "model", "model_not_found")
 
-    def _check(self, model: str | None, n: int | None) -> None:
+    def _check(self, model: str | None, n: int | None, num_prompts: int = 1) -> None:
         if model is not None:
             self.check_model(model)
-        if (n or 1) > self.limits.max_n:
-            raise APIError(400, f"n must be at most {self.limits.max_n}, for all prompts together", "n")
+        n, max_n = n or 1, self.limits.max_n
+        if num_prompts > 1 and n * num_prompts > max_n:
+            message = f"the request has {num_prompts} prompts with {n} choices each: it may have {max_n} in all"
+            raise APIError(400, message, "prompt")
+        if n > max_n:
+            raise APIError(400, f"n must be at most {max_n}", "n")
 
     def _check_text(self, text: str, param: str) -> None:
         max_chars = self.limits.prompt_chars_per_position * self.max_positions
