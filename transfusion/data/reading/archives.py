@@ -16,6 +16,7 @@ from transfusion.data.reading.json_files import parse_object
 
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
 READ_SUFFIXES = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
+KEY_TWICE = "with a key that was read: members of one key must be neighbours"
 BESIDE_ANOTHER = "beside another one of the same kind and key"
 END = bytes(tarfile.BLOCKSIZE)  # the mark of an archive's end is two of these
 
@@ -96,7 +97,7 @@ class TarArchives:
         account.find("members", len(group.contents) + len(group.passed_over))
         for suffix, name in group.names.items():
             if is_twice:
-                account.pass_over("members", "with a key that was read", f"{archive}:{name}")
+                account.pass_over("members", KEY_TWICE, f"{archive}:{name}")
             else:
                 account.read("members", f".{suffix}")
         for name, reason in group.passed_over:

@@ -200,10 +200,12 @@ class Choice:
         return replace(self.files, image_root=posixpath.join(self.listing.root, folder))
 
     def _is_beside_picture(self, index: int) -> bool:
-        """Whether a file has the name of a picture, with another suffix or with one more."""
-        stem = self.listing[index].rpartition(".")[0]
-        if suffix_of(stem) in IMAGE_SUFFIXES and self.listing.find(stem) is not None:
-            return True
+        """Whether a file has the name of a picture, with another suffix or with more of them."""
+        stem = longer = self.listing[index].rpartition(".")[0]
+        while "." in longer.rpartition("/")[2]:
+            if suffix_of(longer) in IMAGE_SUFFIXES and self.listing.find(longer) is not None:
+                return True
+            longer = longer.rpartition(".")[0]
         for step in (-1, 1):
             number = index + step
             while 0 <= number < len(self.listing) and (other := self.listing[number]).startswith(stem + "."):

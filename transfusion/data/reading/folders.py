@@ -43,7 +43,7 @@ class PictureFolder:
             if self.captions == "beside":
                 record = self._read_caption(index)
             elif self.captions == "folder":
-                record = {"caption": REPEATS.sub("", _folder_name(self.listing[index])).replace("_", " ")}
+                record = {"caption": _folder_caption(self.listing[index])}
             yield self.files.relative_path(path), record if isinstance(record, Fault) else {**record, "image": image}
 
     def decide(self) -> None:
@@ -57,10 +57,11 @@ class PictureFolder:
                     self.listing.decide(beside, "beside another caption of the same picture")
 
     def _read_caption(self, index: int) -> dict[str, Any] | Fault:
-        """The caption from a text, or the fields of a .json."""
+        """The caption from a text, or the fields of a .json; without one, the name of a folder with a number of repeats."""
         beside = find_beside(self.listing, index)
         if not beside:
-            return {"caption": None}
+            path = self.listing[index]
+            return {"caption": _folder_caption(path) if REPEATS.match(_folder_name(path)) else None}
         path = self.listing.path(beside[0])
         content = self.files.read(path)
         if not path.lower().endswith(".json"):
@@ -102,6 +103,10 @@ def find_captions(files: Files, listing: Listing, indices: Sequence[int], split:
         return ""
     is_class = len(names) > 1 or REPEATS.match(*names) or split_of_path(listing[indices[0]], split, with_file=False)
     return "folder" if is_class else ""
+
+
+def _folder_caption(path: str) -> str:
+    return REPEATS.sub("", _folder_name(path)).replace("_", " ")
 
 
 def _folder_name(path: str) -> str:

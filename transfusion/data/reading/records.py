@@ -76,14 +76,16 @@ def path_of_picture(record: dict) -> str | None:
 
 def form_among(record: dict, form: Form, columns: Set[str]) -> Form:
     """The form of a record among records of `form`, which have these columns: its own form. But a record in which some of
-    the columns are empty, so that it looks like a text or an image, is a bad record of `form`."""
+    the columns are empty or wrong, so that it looks like a text or an image, is a bad record of `form`."""
     try:
         own = detect_form(record)
     except Fault:
-        if columns <= record.keys():
+        if columns <= record.keys() and any(is_empty(record[name]) for name in columns):
             return form
         raise
-    return form if own in ("text", "image") and columns <= record.keys() else own
+    if own == form or own not in ("text", "image") or not columns <= record.keys():
+        return own
+    return own if columns <= {*read_columns(record, own)} else form
 
 
 def find_column(record: dict, field: str) -> str | None:
@@ -256,7 +258,8 @@ def _get_field(record: dict, field: str) -> Any:
         names = COLUMN_NAMES[field]
         if present := [name for name in names if name in record]:
             kind = "missing image" if field in PICTURE_FIELDS else f"empty {field}"
-            raise Fault(kind, f"its {present[0]} is empty")
+            is_wrong = not is_empty(record[present[0]])
+            raise Fault(kind, f"its {present[0]} is {'not the name of a picture' if is_wrong else 'empty'}")
         raise Fault("missing column", f"no {field} ({', '.join(names[:4])}, ...) among its columns: {list_columns(record)}")
     return record[name]
 
