@@ -48,10 +48,13 @@ class Dialect:
                 cells = next(reader)
             except StopIteration:
                 return
-            except (csv.Error, UnicodeDecodeError) as error:
+            except csv.Error as error:
                 cells = lines.explain(error)
+            wrong_encoding = lines.wrong_encoding
             where = lines.end_row(is_bad=isinstance(cells, Fault))
-            if cells and (isinstance(cells, Fault) or len(cells) > 1 or cells[0].strip()):
+            if wrong_encoding:
+                yield *where, Fault("wrong encoding", f"the row is not UTF-8: {wrong_encoding}")
+            elif cells and (isinstance(cells, Fault) or len(cells) > 1 or cells[0].strip()):
                 yield *where, cells
 
 
@@ -62,6 +65,7 @@ class Lines:
         self.file, self.number, self.offset = file, number, offset  # of the next row: its first line, and its byte offset
         self._row: list[bytes] = []  # the lines that were taken for the current row
         self._again: deque[bytes] = deque()  # lines behind the first one of a bad row
+        self.wrong_encoding = ""  # why a line of the current row is not UTF-8
 
     def __iter__(self) -> "Lines":
         return self
@@ -71,7 +75,12 @@ class Lines:
         if not line:
             raise StopIteration
         self._row.append(line)
-        return (line if self.offset or len(self._row) > 1 else line.removeprefix(BOM)).decode()
+        line = line if self.offset or len(self._row) > 1 else line.removeprefix(BOM)
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            self.wrong_encoding = error.reason
+            return line.decode(errors="replace")  # with all delimiters and quotes
 
     def end_row(self, is_bad: bool) -> tuple[int, int]:
         """Line number and byte offset of the row that was read. The lines behind the first one of a bad row come again."""
@@ -82,15 +91,15 @@ class Lines:
         self.number += len(self._row)
         self.offset += sum(map(len, self._row))
         self._row.clear()
+        self.wrong_encoding = ""
         return where
 
-    def explain(self, error: csv.Error | UnicodeDecodeError) -> Fault:
+    def explain(self, error: csv.Error) -> Fault:
         """The fault of the current row."""
-        if isinstance(error, UnicodeDecodeError):
-            return Fault("wrong encoding", f"the row is not UTF-8: {error.reason}")
         if str(error) == "unexpected end of data" and len(self._row) == 1 and not self._row[0].endswith(b"\n"):
             return Fault(CUT_SHORT, "the file ends inside a cell in quotes")
-        return Fault("damaged table", f"the row cannot be read: {error}")
+        reason = "a carriage return outside of quotes" if "new-line character" in str(error) else error
+        return Fault("damaged table", f"the row cannot be read: {reason}")
 
 
 @dataclass(frozen=True)
