@@ -150,6 +150,12 @@ def test_missing_image_is_a_fault_for_any_value(case, folder):
     check_between(folder, [{"image": MISSING[case], "caption": "a bird"}], "missing image")
 
 
+@pytest.mark.parametrize("value", [None, "", [], [None], "none.png", ["none.png"]])
+def test_missing_image_of_a_record_without_text_is_a_fault(value, folder):
+    path = write_lines(folder / "mixed.jsonl", {"image": "good.png"}, {"image": value}, {"image": "good.png"})
+    assert kinds(read_at(path)) == kinds(read_at(path, form="image")) == ["", "missing image", ""]
+
+
 def test_damaged_data_url_is_a_fault(folder):
     inline = "data:image/png;base64," + base64.b64encode(GOOD).decode()
     damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=",

@@ -89,7 +89,8 @@ def validate(args: Validate) -> None:
         total += faults
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
         print_account(counts.account, print)
-        print(*lines, sep="\n", end="\n" * bool(lines))
+        for line in ("  the first faults:", *lines) if lines else ():
+            print(line)
     if readers:
         print(duplicates)
     if args.faults:

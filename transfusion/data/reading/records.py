@@ -153,7 +153,7 @@ def to_document(form: Form, record: dict, images: ImageReader) -> RawDocument:
         case "text":
             segments = [RawText(nonempty_text(_get_field(record, "text"), "text"))]
         case "image":
-            segments = [RawImage(images.read(value)) for value in _list_images(record)]
+            segments = [RawImage(images.read(value)) for value in _list_images(record) or [_get_field(record, "image")]]
         case "conversation":
             segments = read_conversation(record, _list_images(record), images)
         case "messages":
