@@ -151,6 +151,9 @@ def test_quotes_are_characters_where_the_dialect_has_none(tmp_path):
     rows = ['"a ""b"""\tx1', '"two\nlines"\tx2', "plain\tx3"]
     path = write(tmp_path, table("text\tid", *rows), "b.tsv")
     assert texts(read_at(path)) == ['a "b"', "two\nlines", "plain"]
+    rows = ['"one"|"1"', '"says "two""|"2"', '"three"|"3"']
+    path = write(tmp_path, table("text|id", *rows), "c.csv")
+    assert [text for _, text in outcomes(path)] == ["one", "damaged table", "three"]
 
 
 def test_equal_names_of_columns_do_not_replace_each_other(tmp_path):

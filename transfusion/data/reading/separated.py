@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ SAMPLE_SIZE, SAMPLE_ROWS = 2**18, 200  # bytes and rows that show the dialect
 MAX_CELL = 32 * 2**20  # characters
 MAX_LINE = 4 * MAX_CELL  # bytes
 MAX_NAME = 60  # characters of a column's name
+ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
 
 csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
@@ -163,9 +165,7 @@ def find_dialect(sample: bytes, delimiters: str = DELIMITERS) -> Dialect:
     dialect = best.dialect
     if dialect.delimiter in "\t|":
         raw = _Sample.read(Dialect(dialect.delimiter, has_quotes=False), sample, is_cut)
-        has_inner_quote = any('"' in cell and not cell.startswith('"') for row in raw.rows for cell in row)
-        if raw.score > best.score or (raw.score == best.score and has_inner_quote):  # otherwise such a cell is in quotes
-            best = raw
+        best = best if _has_quotes(best, raw) else raw
     behind = [cell for row in best.rows for cell in row[1:] if cell]
     if behind and sum(cell.startswith(" ") for cell in behind) > 0.9 * len(behind):
         best = _Sample.read(Dialect(dialect.delimiter, best.dialect.has_quotes, has_spaces=True), sample, is_cut)
@@ -207,6 +207,16 @@ class _Sample:
     def score(self) -> int:
         """How well the dialect fits, if it gives several columns."""
         return len(self.rows) - self.num_others if self.width > 1 else -len(self.rows)
+
+
+def _has_quotes(quoted: _Sample, raw: _Sample) -> bool:
+    """Whether quotes enclose cells, from the same rows read with and without quotes. Where they do, a cell with a quote
+    inside is itself in quotes."""
+    cells = [cell for row in raw.rows for cell in row if '"' in cell]
+    if not quoted.num_others:
+        return len(quoted.rows) < len(raw.rows) or bool(raw.num_others) or all(cell.startswith('"') for cell in cells)
+    num_enclosed = sum(bool(ENCLOSED.fullmatch(cell)) for cell in cells)
+    return 2 * num_enclosed >= len(cells)
 
 
 def _is_known(name: str) -> bool:

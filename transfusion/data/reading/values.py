@@ -11,7 +11,7 @@ import numpy as np
 from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import Fault
 
-UNSUPPORTED_SUFFIXES = ("jfif", "jpe", "tif", "tiff", "avif", "heic", "heif", "jxl", "svg")
+UNSUPPORTED_SUFFIXES = ("heic", "heif", "jxl", "svg")
 PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES))
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM")
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
