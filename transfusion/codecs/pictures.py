@@ -92,7 +92,7 @@ def _pass_warnings(on_note: Callable[[str], None] | None) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        on_note(_reason(warning.message))
+        on_note(_reason(warning.message).partition(". ")[0])  # numbers may follow, which would make many notes
 
 
 def _ignore(note: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transfusion.codecs.pictures import PictureError, read_picture, to_pixels, to_png
+from transfusion.codecs.pictures import WEB_FORMATS, PictureError, read_picture, to_pixels, to_png
 from transfusion.serving.errors import APIError
 
 MAX_DECODING = 2  # pictures that are decoded at once: each may use hundreds of megabytes for a moment
@@ -28,7 +28,7 @@ class PictureReader:
     def _read(self, source: str | bytes, param: str) -> np.ndarray:
         try:
             encoded = source if isinstance(source, bytes) else _decode_data_url(source)
-            return to_pixels(read_picture(encoded, "it", self.max_pixels), self.sizes, self.image_channels)
+            return to_pixels(read_picture(encoded, "it", self.max_pixels, WEB_FORMATS), self.sizes, self.image_channels)
         except PictureError as error:
             raise APIError(400, f"{param} cannot be used: {error}", param, "invalid_image") from None
 

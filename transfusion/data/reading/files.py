@@ -163,9 +163,13 @@ class Files:
         """The file for Arrow: memory-mapped if local, otherwise read."""
         return pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
 
-    def image_reader(self, path: str, on_file: Callable[[str], None] = lambda path: None) -> "RecordImageReader":
-        """A reader of the images that records of this file name; `on_file` gets the path of each that is read."""
-        return RecordImageReader(self, self.image_root or posixpath.dirname(path), on_file)
+    def image_reader(
+        self, path: str, on_file: Callable[[str], None] = lambda path: None,
+        on_note: Callable[[str, str], None] = lambda note, name: None,
+    ) -> "RecordImageReader":  # fmt: skip
+        """A reader of the images that records of this file name; `on_file` gets the path of each that is read, `on_note`
+        what is wrong with an image that is read, and its name, if it has one."""
+        return RecordImageReader(self, self.image_root or posixpath.dirname(path), on_file, on_note)
 
 
 @dataclass(frozen=True)
@@ -182,13 +186,14 @@ class RecordImageReader:
     files: Files
     folder: str
     on_file: Callable[[str], None]
+    on_note: Callable[[str, str], None]
 
     def read(self, value: Any) -> np.ndarray:
         """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`. Fault
         when it does not exist or is not an image; OSError when a disk or a network fails."""
-        name = "its image"
+        name = ""
         if isinstance(value, dict):
-            name = _shorten(path) if isinstance(path := value.get("path"), str) and path else name
+            name = _shorten(path) if isinstance(path := value.get("path"), str) else ""
             value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
         if isinstance(value, ListedPath):
             name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
@@ -201,7 +206,7 @@ class RecordImageReader:
         else:
             raise Fault("missing image", f"an image must be bytes, a path or a URL, not {str(value)[:40]!r}")
         try:
-            return pixels_of(read_picture(content, name))
+            return pixels_of(read_picture(content, name or "its image", on_note=lambda note: self.on_note(note, name)))
         except PictureError as error:
             raise Fault("unreadable image", str(error)) from None
 

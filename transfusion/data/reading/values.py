@@ -13,7 +13,7 @@ from transfusion.data.raw import Fault
 
 UNSUPPORTED_SUFFIXES = ("heic", "heif", "jxl", "svg")
 PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES))
-PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM")
+PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 TEXT_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED.pattern})[\s,]*+)++\]\s*", re.DOTALL)
 MAX_PATH = 1024  # characters of a path of a picture
