@@ -40,7 +40,8 @@ def profile(primaries: dict[str, tuple[float, float, float]], gamma: float, spac
 
     curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
     description = b"desc" + bytes(4) + struct.pack(">I", 6) + b"plain\0" + bytes(78)
-    tags = {b"desc": description + bytes(-len(description) % 4), b"wtpt": b"XYZ " + bytes(4) + bytes.fromhex("0000f6d6000100000000d32d")}
+    white = b"XYZ " + bytes(4) + bytes.fromhex("0000f6d6000100000000d32d")
+    tags = {b"desc": description + bytes(-len(description) % 4), b"wtpt": white}
     if space == b"GRAY":
         tags[b"kTRC"] = curve
     for name, values in primaries.items():

@@ -58,7 +58,7 @@ def read_picture(
         except DECODING_ERRORS as error:
             raise PictureError(f"cannot read the image {name}: {_reason(error)}") from None
         try:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         except DECODING_ERRORS as error:
             (on_note or _ignore)(f"EXIF data ignored: {_reason(error)}")
         return _to_srgb(image, on_note or _ignore)
@@ -158,7 +158,8 @@ def pixels_of(image: Picture.Image) -> np.ndarray:
     if "transparency" in image.info or image.mode[-1] in "Aa":
         image = _on_white((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
     mode = "L" if image.mode in ("1", "L") else "RGB"
-    return np.asarray(image.convert(mode), dtype=np.uint8).reshape(height, width, len(mode))
+    image = image if image.mode == mode else image.convert(mode)
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, len(mode))
 
 
 def _on_white(image: Picture.Image) -> Picture.Image:
