@@ -110,7 +110,9 @@ def _batch_records(batch: pa.RecordBatch, is_valid: bool) -> Iterator[dict | Fau
         if not is_valid:  # Arrow does not check mapped files: invalid offsets would read any memory
             batch.validate(full=True)
         size, is_valid, records = BATCH_SIZE, True, batch.to_pylist() if len(batch) <= BATCH_SIZE else []
-    except Exception as error:  # each type has its own exceptions
+    except (pa.ArrowException, ValueError, ArithmeticError, LookupError) as error:
+        if isinstance(error, MemoryError):  # pa.ArrowMemoryError is no fault of the data
+            raise
         if len(batch) == 1:
             kind = "wrong encoding" if "utf" in str(error).lower() else "damaged table"
             yield Fault(kind, f"the row cannot be read: {error_line(error)}")
