@@ -278,3 +278,18 @@ def test_spans_of_a_compressed_file_may_be_read_in_any_order(places, suffix):
         for offset, size in places:
             with files.open(path, offset) as file:
                 assert file.read(size) == content[offset : offset + size]
+
+
+@pytest.mark.parametrize("size", [100, 999, 20_000])
+def test_last_content_is_kept_and_no_more_than_two_windows(size, monkeypatch):
+    monkeypatch.setattr(streams, "WINDOW", 1000)
+    monkeypatch.setattr(streams, "BUFFER_SIZE", 300)
+    content = bytes(n % 251 for n in range(size))
+    stream = streams.Decompressed(streams.RawFile(io.BytesIO(content), "a"))
+    for end in range(0, size, 70):
+        stream.seek(end)
+        assert min(end, 1000) <= end - stream.start <= 2300
+        place = max(0, end - 1000)
+        stream.seek(place)
+        assert content[place:].startswith(stream.read(20))
+        stream.seek(end)
