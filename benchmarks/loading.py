@@ -1,4 +1,5 @@
-"""Data loading on one core from prepared data, against the consumption of a GPU: 256-patch images and text, 1:1.
+"""Data loading on one core from prepared data, against the consumption of a GPU: 256-patch images and text, 1:1. Then the
+reading of sources (`reading.py`).
 
 Images of 256x256 pixels are latents of 8x32x32 (256 patches of 32 numbers, in float16). Rows have 4,096 positions. The
 consumption of a GPU is computed, not measured: 40 % of an H100's 989 TFLOP/s.
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image as PILImage
 
+from benchmarks import reading
 from benchmarks.timing import Figure, Setting
 from transfusion import objective
 from transfusion.config import DataConfig, DiffusionConfig, PrepareConfig
@@ -54,14 +56,15 @@ def measure(setting: Setting) -> Iterator[Figure]:
         yield Figure("filled positions of rows of 4,096", 100 * positions / (len(sample) * ROWS * config.seq_len), "%")
         images = sum(batch.image_count for batch in sample) * 258 / positions
         yield Figure("  of these in images", 100 * images, "%")
-        reading = positions_per_second(lambda: next(batches)[0], seconds)
-        yield Figure("read and packed, one core", reading, "positions/s")
+        speed = positions_per_second(lambda: next(batches)[0], seconds)
+        yield Figure("read and packed, one core", speed, "positions/s")
         noising = positions_per_second(lambda: add_noise(next(batches)[0]), seconds)
         yield Figure("  with t and noise sampled", noising, "positions/s")
         for name, model in SIZES.items():
             consumption = MFU * H100_FLOPS / (count_training_flops(sample[0], model) / sample[0].positions)
             label = f"  consumed by an H100 at 40 % with {name}"
             yield Figure(label, consumption, "positions/s", consumption / noising, "one core, with noise")
+    yield from reading.measure(setting)
 
 
 @contextmanager

@@ -90,9 +90,10 @@ BROKEN = {
     "huge.png": (header(20000, 10000), "too many pixels"),
     "large.png": (header(9000, 8000), "9000x8000 pixels"),
     "flat.png": (header(0, 5), "cannot read|not an image|no pixels"),
-    "page.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
+    "page.svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is a file of SVG"),
+    "phone.png": (b"\0\0\0\x18ftypheic\0\0\0\0", "is a file of HEIC"),
     "film.png": (b"RIFF\x24\x00\x00\x00AVI LIST", "is not an image"),
-    "tiff.png": (encoded(noise(2), "TIFF"), "is not an image"),  # not a supported format
+    "map.png": (encoded(noise(2), "PPM"), "is not an image"),  # not a supported format
 }  # fmt: skip
 
 

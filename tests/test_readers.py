@@ -639,7 +639,7 @@ def test_image_folder_may_have_a_csv(tmp_path):
     for max_rows in (1, 2, 1000):
         documents = read_at(tmp_path, max_rows)
         assert texts(documents) == captions
-        assert [document.where for document in documents] == ["metadata.csv:2", "metadata.csv:3", "metadata.csv:4"]
+        assert [document.where for document in documents] == ["metadata.csv:2", "metadata.csv:3", "metadata.csv:5"]
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a,b\n1.png\n2.png,three\n")
     assert [getattr(record, "kind", "") for record in read_at(tmp_path)] == ["damaged table", "damaged table", ""]
 

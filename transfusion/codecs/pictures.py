@@ -1,45 +1,146 @@
 """Image files to pixels of a size that a run supports. The size in the header is checked before anything is decoded."""
 
-from collections.abc import Sequence
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as Picture
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # of their files, in lower case
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = (*WEB_FORMATS, "TIFF", "AVIF")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")  # in lower case
+OTHER_FORMATS = {  # that are not read -> a pattern at the start of their files
+    "HEIC": b"....ftyphei", "HEIF": b"....ftypmif1", "JPEG XL": b"\xff\x0a", "JPEG XL ": b"....JXL ", "SVG": b"<svg",
+    "ZIP": b"PK\x03\x04", "HTML": b"<!doctype html", "PDF": b"%PDF",
+}  # fmt: skip
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded
 BAND_PIXELS = 1_000_000  # that are put on white at once
+DECODING_ERRORS = (  # that Pillow raises on damaged files
+    OSError, ValueError, SyntaxError, LookupError, ArithmeticError, TypeError, EOFError, RuntimeError, struct.error,
+    zlib.error,
+)  # fmt: skip
+PROFILE_MODES = {"L": "RGB", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # -> the mode in sRGB
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes: drawing programs write megabytes
 
 
 class PictureError(ValueError):
     """A file is not an image that can be read; the message is one line."""
 
 
-def read_picture(source: Path | bytes, name: str = "", max_pixels: int | None = None) -> Picture.Image:
-    """The image in a file, or in its bytes (with a name for messages), rotated as its EXIF data say. PictureError when it is
-    missing, not an image, truncated or too large. Of an animation the first frame is read."""
+def read_picture(
+    source: Path | bytes, name: str = "", max_pixels: int | None = None, formats: Sequence[str] = FORMATS,
+    on_note: Callable[[str], None] | None = None,
+) -> Picture.Image:  # fmt: skip
+    """The image in a file, or in its bytes (with a name for messages), rotated as its EXIF data say, its colours converted
+    to sRGB if it has a colour profile. Of an animation the first frame is read.
+
+    PictureError when it is missing, not an image of these formats, truncated or too large. `on_note` gets what is wrong with
+    an image that is read, such as damaged EXIF data; without it Python shows Pillow's warnings.
+    """
     name, max_pixels = name or str(source), max_pixels or MAX_PIXELS
+    content = source if isinstance(source, bytes) else _read_file(source)
+    with _pass_warnings(on_note):
+        try:
+            image = _decode(content, name, max_pixels, formats)
+        except PictureError:
+            raise
+        except UnidentifiedImageError:
+            raise PictureError(f"{name} {_describe(content)} ({', '.join(formats)})") from None
+        except Picture.DecompressionBombError:
+            raise PictureError(f"{name} has too many pixels; the limit is {max_pixels:,} pixels") from None
+        except DECODING_ERRORS as error:
+            raise PictureError(f"cannot read the image {name}: {_reason(error)}") from None
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except DECODING_ERRORS as error:
+            (on_note or _ignore)(f"EXIF data ignored: {_reason(error)}")
+        return _to_srgb(image, on_note or _ignore)
+
+
+def _read_file(path: Path) -> bytes:
     try:
-        with Picture.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            if not width * height:
-                raise PictureError(f"{name} has no pixels")
-            if width * height > max_pixels:
-                raise PictureError(f"{name} has {width}x{height} pixels; the limit is {max_pixels:,} pixels")
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except PictureError:
-        raise
-    except UnidentifiedImageError:
-        raise PictureError(f"{name} is not an image ({', '.join(FORMATS)})") from None
-    except Picture.DecompressionBombError:
-        raise PictureError(f"{name} has too many pixels; the limit is {max_pixels:,} pixels") from None
-    except Exception as error:  # decoders raise many types on damaged files
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or "it is damaged"
-        raise PictureError(f"cannot read the image {name}: {reason}") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot read the image {path}: {error.strerror or error}") from None
+
+
+def _decode(content: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> Picture.Image:
+    with Picture.open(BytesIO(content), formats=formats) as image:
+        width, height = image.size
+        if not width * height:
+            raise PictureError(f"{name} has no pixels")
+        if width * height > max_pixels:
+            raise PictureError(f"{name} has {width}x{height} pixels; the limit is {max_pixels:,} pixels")
+        image.load()
+        return image
+
+
+@contextmanager
+def _pass_warnings(on_note: Callable[[str], None] | None) -> Iterator[None]:
+    """Pass Pillow's warnings to `on_note`. Without it nothing is caught: that would change the filters of all threads."""
+    if on_note is None:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        on_note(_reason(warning.message).partition(". ")[0])  # numbers may follow, which would make many notes
+
+
+def _ignore(note: str) -> None:
+    pass
+
+
+def _reason(error: Exception | Warning) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(reason.partition("\n")[0].split()) or "it is damaged"
+
+
+def _describe(content: bytes) -> str:
+    """What a file is that is not a supported image."""
+    start = content[:16]
+    for name, pattern in OTHER_FORMATS.items():
+        part = start[pattern.count(b".") : len(pattern)].lower()
+        if part and part == pattern.lstrip(b".").lower():
+            return f"is a file of {name.strip()}, not an image of a supported format"
+    return "is not an image"
+
+
+# Colours
+
+
+def _to_srgb(image: Picture.Image, on_note: Callable[[str], None]) -> Picture.Image:
+    """The colours of an image with a profile in sRGB. A profile that cannot belong to the image is ignored."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in PROFILE_MODES:
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    try:
+        transform = _build_transform(profile, image.mode)
+        converted = transform.apply(image) if transform else image
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        on_note(f"colour profile ignored: {_reason(error)}")
+        return image
+    return converted.convert("L") if image.mode == "L" else converted
+
+
+@lru_cache(16)
+def _build_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """To sRGB; None for a profile that is sRGB already."""
+    opened = ImageCms.ImageCmsProfile(BytesIO(profile))
+    if mode != "L" and "srgb" in ImageCms.getProfileDescription(opened).lower():
+        return None
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    return ImageCms.ImageCmsTransform(opened, srgb, mode, PROFILE_MODES[mode])
 
 
 def pixels_of(image: Picture.Image) -> np.ndarray:
@@ -58,7 +159,8 @@ def pixels_of(image: Picture.Image) -> np.ndarray:
     if "transparency" in image.info or image.mode[-1] in "Aa":
         image = _on_white((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
     mode = "L" if image.mode in ("1", "L") else "RGB"
-    return np.asarray(image.convert(mode), dtype=np.uint8).reshape(height, width, len(mode))
+    image = image if image.mode == mode else image.convert(mode)
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, len(mode))
 
 
 def _on_white(image: Picture.Image) -> Picture.Image:

@@ -41,9 +41,9 @@ class Survey:
 
     def add(self, kinds: Sequence[str], tokens: int) -> None:
         """Count a document: the kinds of its segments ("text", "image"), and its number of tokens."""
-        content = {"text only" if set(kinds) == {"text"} else "images only" if "text" not in kinds else
-                   "one text, one image" if len(kinds) == 2 else "interleaved"}  # fmt: skip
-        self.documents.update(content)
+        content = ("text only" if "image" not in kinds else "images only" if "text" not in kinds else
+                   "one text, one image" if len(kinds) == 2 else "interleaved")  # fmt: skip
+        self.documents[content] += 1
         self.texts += kinds.count("text")
         self.images += kinds.count("image")
         self.tokens += tokens
@@ -131,7 +131,9 @@ def _count_document(result: Survey, document: RawDocument, tokenizer: Tokenizer 
         sum(len(tokenizer.encode(part.text, part.parse_special)) for part in texts) if tokenizer else 0,
     )
     result.characters += sum(len(part.text) for part in texts)
-    result.sizes.update("{1}x{0}".format(*p.pixels.shape) for p in document.segments if isinstance(p, RawImage))
+    for part in document.segments:
+        if isinstance(part, RawImage):
+            result.sizes["{1}x{0}".format(*part.pixels.shape)] += 1
 
 
 def survey_stored(stored: StoredSource) -> Survey:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from transfusion.codecs.pictures import PictureError, encode_picture, read_picture, to_pixels
+from transfusion.codecs.pictures import WEB_FORMATS, PictureError, encode_picture, read_picture, to_pixels
 from transfusion.serving.errors import APIError
 from transfusion.serving.memory import release_memory
 
@@ -34,7 +34,7 @@ class PictureReader:
     def _read(self, source: str | bytes, param: str) -> np.ndarray:
         try:
             encoded = source if isinstance(source, bytes) else _decode_data_url(source)
-            return to_pixels(read_picture(encoded, "it", self.max_pixels), self.sizes, self.image_channels)
+            return to_pixels(read_picture(encoded, "it", self.max_pixels, WEB_FORMATS), self.sizes, self.image_channels)
         except PictureError as error:
             raise APIError(400, f"{param} cannot be used: {error}", param, "invalid_image") from None
         finally:

@@ -5,7 +5,7 @@ records). Of each kind, what is read and what is passed over add up to what ther
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,37 @@ class Tally:
         """What there is, minus what is read or passed over: 0 when the account closes."""
         return self.total - self.read.total() - self.passed_over.total()
 
+    def pass_over(self, reason: str, names: Sequence[str], count: int) -> None:
+        if reason not in self.passed_over and len(self.passed_over) >= MAX_REASONS:
+            reason = OTHERS
+        self.passed_over[reason] += count
+        examples = self.examples.setdefault(reason, [])
+        examples += names[: NUM_EXAMPLES - len(examples)]
+
+    def add(self, other: "Tally") -> None:
+        self.total += other.total
+        self.read.update(other.read)
+        for reason, count in other.passed_over.items():
+            self.pass_over(reason, other.examples.get(reason, ()), count)
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {"total": self.total, "read": dict(self.read), "passed_over": dict(self.passed_over)}
+        return {**counts, "examples": self.examples}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Tally":
+        return cls(values["total"], Counter(values["read"]), Counter(values["passed_over"]), values["examples"])
+
+    def reasons(self) -> Iterator[str]:
+        """Each reason with its count and the first names, most frequent first."""
+        reasons = [(reason, count) for reason, count in self.passed_over.most_common() if count]
+        reasons += [("for an unknown reason", self.unexplained)] if self.unexplained else []
+        for reason, count in reasons[:NUM_SHOWN_REASONS]:
+            names = self.examples.get(reason, [])
+            yield f"{count:,} {reason}" + (f": {', '.join(names)}{', ...' * (count > len(names))}" if names else "")
+        if rest := sum(count for _, count in reasons[NUM_SHOWN_REASONS:]):
+            yield f"{rest:,} for {len(reasons) - NUM_SHOWN_REASONS} more reasons"
+
 
 class Account:
     """Counts of a source, or of a part of it. `find` counts things where they are listed; `read` and `pass_over` count them
@@ -37,6 +68,7 @@ class Account:
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}
         self.forms: Counter[str] = Counter()  # of the documents
+        self.notes = Tally()  # what is wrong with pictures that are read, as reasons
         self.named = bytearray()  # for each file of the source's listing: 1 if a record names it
 
     def find(self, kind: str, count: int = 1) -> None:
@@ -48,17 +80,17 @@ class Account:
 
     def pass_over(self, kind: str, reason: str, *names: str, count: int = 1) -> None:
         """`count` things are not read for this reason; `names`: of some of them."""
-        tally = self._tally(kind)
-        if reason not in tally.passed_over and len(tally.passed_over) >= MAX_REASONS:
-            reason = OTHERS
-        tally.passed_over[reason] += count
-        examples = tally.examples.setdefault(reason, [])
-        examples += names[: NUM_EXAMPLES - len(examples)]
+        self._tally(kind).pass_over(reason, names, count)
 
     def reject(self, kind: str, label: str, reason: str, name: str) -> None:
         """Something that was counted as read is passed over after all."""
         self._tally(kind).read[label] -= 1
         self.pass_over(kind, reason, name)
+
+    def note(self, reason: str, name: str) -> None:
+        """Something is wrong with a picture that is read, such as its EXIF data."""
+        self.notes.total += 1
+        self.notes.pass_over(reason, (name,), 1)
 
     def name_file(self, index: int) -> None:
         """A record names the file with this index in the source's listing."""
@@ -67,10 +99,8 @@ class Account:
 
     def add(self, other: "Account") -> None:
         for kind, tally in other.tallies.items():
-            self.find(kind, tally.total)
-            self._tally(kind).read.update(tally.read)
-            for reason, count in tally.passed_over.items():
-                self.pass_over(kind, reason, *tally.examples.get(reason, ()), count=count)
+            self._tally(kind).add(tally)
+        self.notes.add(other.notes)
         self.forms.update(other.forms)
         for first, end in _runs(other.named):
             self.named.extend(bytes(max(0, end - len(self.named))))
@@ -88,34 +118,30 @@ class Account:
         if len(self.forms) > 1:
             yield "forms of records: " + ", ".join(f"{count:,} {form}" for form, count in self.forms.most_common())
         for kind, tally in self.tallies.items():
-            reasons = [(reason, count) for reason, count in tally.passed_over.most_common() if count]
-            reasons += [("for an unknown reason", tally.unexplained)] if tally.unexplained else []
-            shown = []
-            for reason, count in reasons[:NUM_SHOWN_REASONS]:
-                names = tally.examples.get(reason, [])
-                more = ", ..." if count > len(names) else ""
-                shown.append(f"{count:,} {reason}" + (f": {', '.join(names)}{more}" if names else ""))
-            if rest := sum(count for _, count in reasons[NUM_SHOWN_REASONS:]):
-                shown.append(f"{rest:,} for {len(reasons) - NUM_SHOWN_REASONS} more reasons")
+            shown = list(tally.reasons())
             head = f"{kind}: {tally.read.total():,} of {tally.total:,} read; not read:"
             if shown and not any(tally.examples.values()):
                 yield f"{head} {', '.join(shown)}"
             elif shown:
                 yield head
                 yield from (f"  {line}" for line in shown)
+        if notes := list(self.notes.reasons()):
+            yield "notes on pictures that are read:"
+            yield from (f"  {line}" for line in notes)
 
     def to_json(self) -> dict[str, Any]:
         """As an object, for `from_json`."""
-        kinds = {kind: {"total": tally.total, "read": dict(tally.read), "passed_over": dict(tally.passed_over),
-                        "examples": tally.examples} for kind, tally in self.tallies.items()}  # fmt: skip
-        return {"kinds": kinds, "forms": dict(self.forms), "named": list(_runs(self.named))}
+        kinds = {kind: tally.to_json() for kind, tally in self.tallies.items()}
+        return {
+            "kinds": kinds, "notes": self.notes.to_json(), "forms": dict(self.forms), "named": list(_runs(self.named)),
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Account":
         account = cls()
         for kind, tally in values["kinds"].items():
-            account.tallies[kind] = Tally(tally["total"], Counter(tally["read"]), Counter(tally["passed_over"]),
-                                          tally["examples"])  # fmt: skip
+            account.tallies[kind] = Tally.from_json(tally)
+        account.notes = Tally.from_json(values["notes"])
         account.forms.update(values["forms"])
         for first, end in values["named"]:
             account.named.extend(bytes(first - len(account.named)) + b"\1" * (end - first))

@@ -11,8 +11,9 @@ from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault
-from transfusion.data.reading.files import BUFFER_SIZE, Files
+from transfusion.data.reading.files import Files
 from transfusion.data.reading.json_files import parse_object
+from transfusion.data.reading.streams import BUFFER_SIZE
 
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
 READ_SUFFIXES = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")

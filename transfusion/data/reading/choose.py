@@ -21,8 +21,9 @@ from transfusion.data.reading.json_files import JsonLines, JsonList
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
 from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
+from transfusion.data.reading.separated import SeparatedValues
 from transfusion.data.reading.splits import canonical, split_of_path
-from transfusion.data.reading.tables import CsvTables, Tables
+from transfusion.data.reading.tables import Tables
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
     "archives": ("tar", "tgz"), "Parquet tables": ("parquet",), "Arrow tables": ("arrow",),
@@ -266,7 +267,7 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
         case "JSON lines":
             return JsonLines(files, paths)
         case "tables":
-            return CsvTables(files, paths)
+            return SeparatedValues(files, paths)
         case "JSON":
             return _open_json(files, paths)
         case _:

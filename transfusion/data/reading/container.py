@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.files import Files, error_line
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.streams import error_line
 
 MAX_RECORD_SIZE = 256 * 2**20  # bytes of one file in an archive, characters of one element of a list
 BOM = codecs.BOM_UTF8

@@ -2,16 +2,13 @@
 
 import base64
 import errno
-import gzip
 import io
-import lzma
 import os
 import posixpath
 import stat
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import fsspec
@@ -23,11 +20,11 @@ from fsspec.implementations.local import LocalFileSystem
 from transfusion.codecs.pictures import PictureError, pixels_of, read_picture
 from transfusion.data.raw import Fault
 from transfusion.data.reading.listing import Listing, reason_of_name, walk
+from transfusion.data.reading.streams import BUFFER_SIZE, Decompressed, RawFile, as_os_error, error_line
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
 MODIFIED = ("mtime", "ETag", "LastModified", "last_commit")  # names of the modification time in file systems
-BUFFER_SIZE = 2**16  # bytes of one request to a file system
 BAD_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # of strings that cannot be paths
 
 
@@ -38,6 +35,7 @@ class Files:
     fs: fsspec.AbstractFileSystem
     root: str
     image_root: str | None = None  # the folder that image paths are relative to; None: the folder of their record's file
+    _open: dict[str, Decompressed] = field(default_factory=dict, repr=False, compare=False)  # the compressed file read last
 
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
@@ -45,7 +43,7 @@ class Files:
         if there are no such files. A path that exists on this disk is never looked up on the hub."""
         fs, root = _connect(address)
         if "*" in root:
-            with _as_os_error(address):
+            with as_os_error(address):
                 paths = fs.glob(root)
             if not paths:
                 raise FileNotFoundError(f"no file matches {address}")
@@ -60,7 +58,7 @@ class Files:
             if not exists:
                 raise FileNotFoundError(f"{address} does not exist, neither on this disk nor on the hub")
         else:
-            with _as_os_error(address):
+            with as_os_error(address):
                 exists = fs.exists(root)
             if not exists:
                 raise FileNotFoundError(f"{address} does not exist")
@@ -118,13 +116,37 @@ class Files:
     def open(self, path: str, offset: int = 0) -> Iterator[BinaryIO]:
         """The decompressed content of a file, from a byte offset. Damaged content raises a plain OSError without errno; a
         failed disk or network raises any other OSError."""
-        compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix)), None)
-        with _as_os_error(self.relative_path(path)):
-            raw = self.fs.open(path, "rb", compression=compression)
-        with raw, io.BufferedReader(_RawFile(raw, self.relative_path(path)), BUFFER_SIZE) as file:
-            if offset:
-                file.seek(offset)
-            yield file
+        is_compressed = path.lower().endswith(tuple(COMPRESSIONS))
+        with self._open_compressed(path, offset) if is_compressed else self._open_raw(path) as raw:
+            file = io.BufferedReader(raw, BUFFER_SIZE)
+            try:
+                if offset or is_compressed:
+                    file.seek(offset)
+                yield file
+            finally:
+                file.detach()
+
+    def _open_raw(self, path: str, compression: str | None = None) -> RawFile:
+        with as_os_error(self.relative_path(path)):
+            return RawFile(self.fs.open(path, "rb", compression=compression), self.relative_path(path))
+
+    @contextmanager
+    def _open_compressed(self, path: str, offset: int) -> Iterator[Decompressed]:
+        """A compressed file, to be read from this offset. It stays open until another one is read: the next span usually
+        starts where this one ends, and a new decoder would have to start from the first byte."""
+        compression = next(kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix))
+        stream = self._open.pop(path, None)
+        if stream is None or offset < stream.start:
+            stream = Decompressed(self._open_raw(path, compression))
+        try:
+            yield stream
+        finally:
+            while self._open:
+                self._open.popitem()[1].close()
+            if stream.is_damaged:
+                stream.close()
+            else:
+                self._open[path] = stream
 
     def read(self, path: str) -> bytes:
         """The whole decompressed content of a file."""
@@ -141,36 +163,13 @@ class Files:
         """The file for Arrow: memory-mapped if local, otherwise read."""
         return pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
 
-    def image_reader(self, path: str, on_file: Callable[[str], None] = lambda path: None) -> "RecordImageReader":
-        """A reader of the images that records of this file name; `on_file` gets the path of each that is read."""
-        return RecordImageReader(self, self.image_root or posixpath.dirname(path), on_file)
-
-
-class _RawFile(io.RawIOBase):
-    """An fsspec file as a Python raw file: some fsspec files do not support `readline` with a limit."""
-
-    def __init__(self, file: Any, name: str):
-        self.file, self.name = file, name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with _as_os_error(self.name):  # read1 returns what was decompressed before the damage
-            content = getattr(self.file, "read1", self.file.read)(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        with _as_os_error(self.name):
-            self.file.seek(offset, whence)
-            return self.file.tell()
-
-    def tell(self) -> int:
-        return self.file.tell()
+    def image_reader(
+        self, path: str, on_file: Callable[[str], None] = lambda path: None,
+        on_note: Callable[[str, str], None] = lambda note, name: None,
+    ) -> "RecordImageReader":  # fmt: skip
+        """A reader of the images that records of this file name; `on_file` gets the path of each that is read, `on_note`
+        what is wrong with an image that is read, and its name, if it has one."""
+        return RecordImageReader(self, self.image_root or posixpath.dirname(path), on_file, on_note)
 
 
 @dataclass(frozen=True)
@@ -187,13 +186,14 @@ class RecordImageReader:
     files: Files
     folder: str
     on_file: Callable[[str], None]
+    on_note: Callable[[str, str], None]
 
     def read(self, value: Any) -> np.ndarray:
         """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`. Fault
         when it does not exist or is not an image; OSError when a disk or a network fails."""
-        name = "its image"
+        name = ""
         if isinstance(value, dict):
-            name = _shorten(path) if isinstance(path := value.get("path"), str) and path else name
+            name = _shorten(path) if isinstance(path := value.get("path"), str) else ""
             value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
         if isinstance(value, ListedPath):
             name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
@@ -206,7 +206,7 @@ class RecordImageReader:
         else:
             raise Fault("missing image", f"an image must be bytes, a path or a URL, not {str(value)[:40]!r}")
         try:
-            return pixels_of(read_picture(content, name))
+            return pixels_of(read_picture(content, name or "its image", on_note=lambda note: self.on_note(note, name)))
         except PictureError as error:
             raise Fault("unreadable image", str(error)) from None
 
@@ -262,25 +262,6 @@ class RecordImageReader:
         if path.startswith("../"):
             raise Fault("missing image", f"{_shorten(address)} is outside the folder of the data")
         return self.files.fs, protocol + separator + path
-
-
-@contextmanager
-def _as_os_error(name: str) -> Iterator[None]:
-    """Turn exceptions of compressions and protocols into the OSErrors that `Files.open` documents."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise OSError(f"the compression of {name} is damaged: {error_line(error)}") from None
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # each protocol has its own exceptions
-        raise ConnectionError(f"cannot read {name}: {error_line(error)}") from None
-
-
-def error_line(error: Exception) -> str:
-    """The message of an exception in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _shorten(address: str) -> str:

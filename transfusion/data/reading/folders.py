@@ -74,15 +74,11 @@ class PictureFolder:
 
 def find_beside(listing: Listing, index: int) -> list[int]:
     """The files with the caption of a picture, the one to be read first. They are its neighbours: paths are sorted."""
-    path = listing[index]
-    stem, found = path.rpartition(".")[0] + ".", {}
-    for step in (-1, 1):
-        number = index + step
-        while 0 <= number < len(listing) and (other := listing[number]).startswith(stem):
-            middle, _, suffix = other[len(stem) :].rpartition(".")
-            if suffix.lower() in CAPTION_SUFFIXES and middle in ("", path[len(stem) :]):
-                found[CAPTION_SUFFIXES.index(suffix.lower()), middle] = number
-            number += step
+    found = {}
+    for number, rest in listing.siblings(index):
+        middle, _, suffix = rest.rpartition(".")
+        if suffix.lower() in CAPTION_SUFFIXES and (not middle or listing[index].endswith(f".{middle}")):
+            found[CAPTION_SUFFIXES.index(suffix.lower()), middle] = number
     return [found[key] for key in sorted(found)]
 
 

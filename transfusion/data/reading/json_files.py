@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault, group
-from transfusion.data.reading.files import Files, error_line
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.streams import error_line
 
 READ_SIZE = 2**20  # bytes read at a time
 

@@ -53,6 +53,17 @@ class Listing(Sequence[str]):
         is_inside = whole_path.startswith(f"{self.root}/")
         return self.find(whole_path[len(self.root) + 1 :]) if is_inside else None
 
+    def siblings(self, index: int) -> Iterator[tuple[int, str]]:
+        """The other files whose paths begin with this one up to its last dot: their indices, and the rest of their paths."""
+        names, ends = self._names, self._ends
+        start, end = ends[index : index + 2]
+        stem = names[start : names.rfind(b".", start, end) + 1]
+        for step in (-1, 1) if stem else ():
+            number = index + step
+            while 0 <= number < len(self) and names.startswith(stem, ends[number], ends[number + 1]):
+                yield number, names[ends[number] + len(stem) : ends[number + 1]].decode("utf-8", "surrogateescape")
+                number += step
+
     def is_undecided(self, index: int) -> bool:
         return not self._fates[index]
 

@@ -111,7 +111,8 @@ class Reader:
         counted in the account. `chat`: see `to_document`."""
         account = Account() if account is None else account
         for span in unit.spans:
-            images = self._image_reader(span, account)
+            notes: list[tuple[str, str]] = []  # on images of the current record, with their names
+            images = self._image_reader(span, account, notes)
             for where, record in self.container.records(span):
                 for item in self._read_record(printable(where), record, images, account, chat):
                     if isinstance(item, Fault):
@@ -120,6 +121,9 @@ class Reader:
                     else:
                         account.read("records", "document")
                     yield item
+                while notes:
+                    note, name = notes.pop()
+                    account.note(note, printable(name or where))
 
     def close_account(self, account: Account) -> None:
         """Add what is known from listing the files to the account of all units. After that it is closed."""
@@ -128,8 +132,8 @@ class Reader:
             self.listing.count(account)
         account.named = bytearray()
 
-    def _image_reader(self, span: Span, account: Account) -> RecordImageReader | None:
-        """A reader of the images of a span's records; the account notes which files they name."""
+    def _image_reader(self, span: Span, account: Account, notes: list[tuple[str, str]]) -> RecordImageReader | None:
+        """A reader of the images of a span's records; the account lists which files they name."""
         def name_file(path: str) -> None:
             if (index := self.listing.index_of(path)) is not None:
                 account.name_file(index)
@@ -137,7 +141,7 @@ class Reader:
         if self.files is None:
             return None
         on_file: Callable[[str], None] = (lambda path: None) if isinstance(self.container, PictureFolder) else name_file
-        return self.files.image_reader(span.path or self.files.root + "/.", on_file)
+        return self.files.image_reader(span.path or self.files.root + "/.", on_file, lambda *note: notes.append(note))
 
     def _read_record(
         self, where: str, record: Any, images: RecordImageReader | None, account: Account, chat: ChatLayout

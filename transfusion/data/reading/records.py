@@ -20,6 +20,7 @@ from transfusion.data.reading.values import (
     list_columns,
     looks_like_picture,
     nonempty_text,
+    parse_texts,
     short_repr,
 )  # fmt: skip
 
@@ -132,9 +133,10 @@ def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
 
 
 def split_captions(record: dict, form: Form) -> list[dict]:
-    """One record for each caption of a picture that has a list of them."""
+    """One record for each caption of a picture that has a list of them, which in a table may be written as text."""
     name = find_column(record, "caption") if form == "pair" else None
     captions = record[name] if name else None
+    captions = parse_texts(captions) or captions if isinstance(captions, str) else captions
     if not isinstance(captions, list):
         return [record]
     return [{**record, name: caption} for caption in captions]

@@ -1,7 +1,5 @@
-"""Tables to records: Parquet and Arrow, as the hub and Hugging Face's `save_to_disk` write them, and CSV."""
+"""Tables to records: Parquet and Arrow, as the hub and Hugging Face's `save_to_disk` write them."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transfusion.data.raw import CUT_SHORT, Fault
+from transfusion.data.raw import Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import Span, damage_fault
-from transfusion.data.reading.files import Files, error_line
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.streams import error_line
 
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
 BATCH_SIZE = 16  # rows converted to records at a time: each may have an image
@@ -101,39 +100,6 @@ class Tables:
         yield from batches
 
 
-@dataclass(frozen=True)
-class CsvTables:
-    """Comma- or tab-separated text with a header, such as an image folder's `metadata.csv`; read from the start."""
-
-    files: Files
-    paths: Sequence[str]
-
-    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
-        for path in self.paths:
-            rows = sum(1 for _ in self._rows(path))
-            for first in range(0, rows, max_rows):
-                yield Span(path, first, min(max_rows, rows - first))
-
-    def records(self, span: Span) -> Iterator[tuple[str, Any]]:
-        for row, record in enumerate(islice(self._rows(span.path), span.first, span.first + span.rows), span.first):
-            yield self.files.format_row(span.path, row + 1), record  # the first line is the header
-
-    def _rows(self, path: str) -> Iterator[dict | Fault]:
-        """The records of a file; where it is damaged, the last item is a Fault."""
-        separator = "\t" if ".tsv" in path.lower() else ","
-        try:
-            with self.files.open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-                for record in csv.DictReader(text, delimiter=separator, strict=True):
-                    if None in record or None in record.values():
-                        yield Fault("damaged table", "it has more or fewer columns than the header")
-                    else:
-                        yield record
-        except UnicodeDecodeError as error:
-            yield Fault(CUT_SHORT, f"it is not UTF-8, the rest of the file is not read: {error.reason}")
-        except (csv.Error, OSError) as error:
-            yield damage_fault(error)
-
-
 def _is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
@@ -144,7 +110,9 @@ def _batch_records(batch: pa.RecordBatch, is_valid: bool) -> Iterator[dict | Fau
         if not is_valid:  # Arrow does not check mapped files: invalid offsets would read any memory
             batch.validate(full=True)
         size, is_valid, records = BATCH_SIZE, True, batch.to_pylist() if len(batch) <= BATCH_SIZE else []
-    except Exception as error:  # each type has its own exceptions
+    except (pa.ArrowException, ValueError, ArithmeticError, LookupError) as error:
+        if isinstance(error, MemoryError):  # pa.ArrowMemoryError is no fault of the data
+            raise
         if len(batch) == 1:
             kind = "wrong encoding" if "utf" in str(error).lower() else "damaged table"
             yield Fault(kind, f"the row cannot be read: {error_line(error)}")

@@ -1,5 +1,8 @@
 """Values of records and the faults of wrong ones."""
 
+import ast
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -8,9 +11,11 @@ import numpy as np
 from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import Fault
 
-UNSUPPORTED_SUFFIXES = ("jfif", "jpe", "tif", "tiff", "avif", "heic", "heif", "jxl", "svg")
+UNSUPPORTED_SUFFIXES = ("heic", "heif", "jxl", "svg")
 PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES))
-PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM")
+PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
+TEXT_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED.pattern})[\s,]*+)++\]\s*", re.DOTALL)
 MAX_PATH = 1024  # characters of a path of a picture
 
 
@@ -42,6 +47,20 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str | bytes | dict) and looks_like_picture(item) for item in value)
     return False
+
+
+def parse_texts(value: str) -> list[str] | None:
+    """The texts of a list that was written as text, by JSON, Python or NumPy; None for any other text."""
+    if not value.startswith("[") or not TEXT_LIST.fullmatch(value):
+        return None
+    try:
+        return json.loads(value)
+    except ValueError:
+        pass
+    try:
+        return [ast.literal_eval(text) for text in QUOTED.findall(value)]  # NumPy writes no commas
+    except (SyntaxError, ValueError):
+        return None
 
 
 def is_address(value: Any) -> bool:

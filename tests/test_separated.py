@@ -1,0 +1,295 @@
+"""Separated values: every dialect gives the rows that pandas and `csv` write, and a bad row costs one row."""
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pandas
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.profile import examples
+from tests.reading import read_at, texts
+from tests.sources import picture, png
+from transfusion.data.raw import Fault
+from transfusion.data.reading import separated, streams
+from transfusion.data.reading.readers import open_reader
+from transfusion.data.reading.separated import find_dialect
+from transfusion.data.reading.values import parse_texts
+
+PIXELS = png(picture(0)[1])
+sizes = st.sampled_from((1, 2, 3, 1000))
+cells = st.text(st.sampled_from('ab ,;|\t"\'\n\r\r[é猫\\#'), max_size=12)
+plain = st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"), exclude_characters='\t|;,"')
+plain_cells = st.text(plain, max_size=12)
+
+
+def write(folder: Path, content: str | bytes, name: str = "a.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def outcomes(source: Path, max_rows: int = 1000, **options) -> list[tuple[str, str]]:
+    """File and row of each record, and its text, or the kind of its fault."""
+    records = read_at(source, max_rows, **options)
+    return [(item.where, item.kind if isinstance(item, Fault) else text)
+            for item, text in zip(records, texts(records), strict=True)]  # fmt: skip
+
+
+def table(header: str, *rows: str) -> str:
+    return "\n".join((header, *rows)) + "\n"
+
+
+@examples(300, 40)
+@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=6), st.sampled_from(",;\t|"), st.booleans(), st.booleans(),
+       st.sampled_from((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)), st.sampled_from("\n \r\n".split(" ")),
+       sizes)  # fmt: skip
+def test_rows_written_by_pandas_are_read(rows, delimiter, bom, with_index, quoting, end, max_rows):
+    if quoting == csv.QUOTE_MINIMAL:  # carriage returns are then written without quotes, which nothing can read
+        rows = [(text.replace("\r", ""), other.replace("\r", "")) for text, other in rows]
+    frame = pandas.DataFrame([(f"{number}{text}", f"x{other}") for number, (text, other) in enumerate(rows)],
+                             columns=["text", "other"])  # fmt: skip
+    content = frame.to_csv(sep=delimiter, index=with_index, quoting=quoting, lineterminator=end)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), content.encode("utf-8-sig" if bom else "utf-8"))
+        records = read_at(path, max_rows)
+        lines = [1 + before.count("\n") for before in _contents_before_rows(frame, delimiter, with_index, quoting, end)]
+    assert texts(records) == list(frame["text"])
+    assert [record.where for record in records] == [f"a.csv:{line}" for line in lines]
+
+
+def _contents_before_rows(frame, delimiter, with_index, quoting, end) -> list[str]:
+    return [frame[:size].to_csv(sep=delimiter, index=with_index, quoting=quoting, lineterminator=end)
+            for size in range(len(frame))]  # fmt: skip
+
+
+@examples(200, 40)
+@given(st.lists(st.tuples(plain_cells, plain_cells, plain_cells), min_size=1, max_size=8), st.sampled_from(",;\t|"),
+       st.booleans(), st.booleans(), sizes)  # fmt: skip
+def test_header_and_spaces_behind_delimiters_are_found(rows, delimiter, has_spaces, has_header, max_rows):
+    rows = [(f"{number}.png", f"one {caption.strip()}", f"a much longer caption {longest.strip()}")
+            for number, (_, caption, longest) in enumerate(rows)]  # fmt: skip
+    lines = [("image", "comment_number", "caption")] * has_header + rows
+    content = "".join((delimiter + " " * has_spaces).join(cells) + "\n" for cells in lines)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, *_ in rows:
+            (Path(folder) / name).write_bytes(PIXELS)
+        records = read_at(write(Path(folder), content), max_rows)
+    assert texts(records) == [longest for *_, longest in rows]
+    assert [record.where for record in records] == [f"a.csv:{n + has_header}" for n in range(1, len(rows) + 1)]
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 1000])
+def test_bad_row_costs_one_row(tmp_path, max_rows):
+    good = [f"{n},plain words number {n}" for n in range(40)]
+    bad = {
+        3: '3,"he said "hi" to me"', 7: '7,"never closed', 11: "11,a,b", 12: "12", 20: '20,"has ""two"" quotes"',
+        21: '21,"two\nlines"', 25: '25,"closed" too early', 39: '39,"open at the end',
+    }  # fmt: skip
+    path = write(tmp_path, table("id,text", *(bad.get(n, row) for n, row in enumerate(good))))
+    damaged = "damaged table"
+    expected = [row.partition(",")[2] for row in good]
+    for number in (3, 7, 11, 12, 25, 39):
+        expected[number] = damaged
+    expected[20], expected[21] = 'has "two" quotes', "two\nlines"
+    lines = [n + 2 + (n > 21) for n in range(40)]
+    assert outcomes(path, max_rows) == [(f"a.csv:{line}", text) for line, text in zip(lines, expected, strict=True)]
+
+
+def test_stray_quote_hides_nothing_behind_it(tmp_path):
+    """The reduced case: 6,000 rows, of which one has quotes in quotes."""
+    good = [f"{n},plain words number {n}" for n in range(6000)]
+    good[60] = '60,"he said "hi" to me"'
+    found = outcomes(write(tmp_path, table("id,text", *good)), 2048)
+    assert [(where, text) for where, text in found if text == "damaged table"] == [("a.csv:62", "damaged table")]
+    assert len(found) == 6000
+
+
+def test_rows_are_named_by_their_first_lines(tmp_path):
+    write(tmp_path, PIXELS, "a.png")
+    path = write(tmp_path, 'image,caption\na.png,"one\nsecond line"\n\n\nnone.png,two\n   \na.png,three')
+    expected = [("a.csv:2", "one\nsecond line"), ("a.csv:6", "missing image"), ("a.csv:8", "three")]
+    assert all(outcomes(path, max_rows) == expected for max_rows in (1, 2, 1000))
+
+
+def test_row_that_is_not_utf8_is_one_fault(tmp_path):
+    path = write(tmp_path, b"text,n\none,1\ncaf\xe9,2\n\"two\xe9\nlines\",3\nlast,4\n")
+    assert [text for _, text in outcomes(path)] == ["one", "wrong encoding", "wrong encoding", "last"]
+
+
+def test_file_that_ends_in_a_quoted_cell_is_cut_short(tmp_path):
+    assert [text for _, text in outcomes(write(tmp_path, 'text,n\none,1\n"two and'))] == ["one", "cut short"]
+
+
+def test_cells_of_any_length_are_read(tmp_path):
+    long = "word " * 60_000
+    path = write(tmp_path, f'text,n\n"{long}",1\n{long},2\nshort,3\n')
+    assert texts(read_at(path)) == [long, long, "short"]
+
+
+def test_endless_cell_is_one_fault(tmp_path, monkeypatch):
+    limit = csv.field_size_limit(1000)
+    try:
+        path = write(tmp_path, table("text,n", '"open,1', *(f"{n},{n}" for n in range(400))))
+        assert [text for _, text in outcomes(path)] == ["damaged table", *map(str, range(400))]
+    finally:
+        csv.field_size_limit(limit)
+
+
+def test_quotes_are_characters_where_the_dialect_has_none(tmp_path):
+    """As in Conceptual Captions: tabs, no header, and captions that begin or end with quotes."""
+    rows = ['he said "hi"\tx1', '"hi" he said\tx2', '"open\tx3', 'a 5" nail\tx4', '"whole"\tx5']
+    path = write(tmp_path, table("text\tid", *rows), "a.tsv")
+    assert texts(read_at(path)) == [row.partition("\t")[0] for row in rows]
+    rows = ['"a ""b"""\tx1', '"two\nlines"\tx2', "plain\tx3"]
+    path = write(tmp_path, table("text\tid", *rows), "b.tsv")
+    assert texts(read_at(path)) == ['a "b"', "two\nlines", "plain"]
+    rows = ['"one"|"1"', '"says "two""|"2"', '"three"|"3"']
+    path = write(tmp_path, table("text|id", *rows), "c.csv")
+    assert [text for _, text in outcomes(path)] == ["one", "damaged table", "three"]
+
+
+def test_equal_names_of_columns_do_not_replace_each_other(tmp_path):
+    reader = open_reader(str(write(tmp_path, "text,text\none,two\n")))
+    (span,) = reader.container.spans(1, None)
+    assert dict(reader.container.records(span)) == {"a.csv:2": {"text": "one", "text.1": "two"}}
+
+
+def test_one_column_may_have_any_delimiter(tmp_path):
+    assert texts(read_at(write(tmp_path, 'text\na, b\n"c; d"\ne\tf | g\n'))) == ["a, b", "c; d", "e\tf | g"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [('["a dog", "it\'s"]', ["a dog", "it's"]), ("['a dog', \"it's\"]", ["a dog", "it's"]),
+     ("['a dog'\n 'a cat']", ["a dog", "a cat"]), ("['it\\'s', ]", ["it's"]), ("[sic] a dog", None), ("[]", None),
+     ("['\\x']", None), ("['a'] b", None), ("[" + "'a', " * 50_000, None), ("['" + "\\" * 100_000, None)],
+)  # fmt: skip
+def test_list_of_texts_may_be_written_as_text(cell, expected):
+    assert parse_texts(cell) == expected
+
+
+def test_lists_of_captions_in_cells_are_several_captions(tmp_path):
+    write(tmp_path, PIXELS, "a.png")
+    frame = pandas.DataFrame({"image": ["a.png", "a.png"], "captions": [["one", "it's two"], "[sic] three"]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    assert outcomes(tmp_path / "a.csv") == [
+        ("a.csv:2 caption 1", "one"), ("a.csv:2 caption 2", "it's two"), ("a.csv:3", "[sic] three"),
+    ]  # fmt: skip
+
+
+def test_dialect_is_the_same_when_the_sample_ends_in_a_row(tmp_path, monkeypatch):
+    content = table("text\tid", *(f'"line one of {n}\nline two\nline three"\t{n}' for n in range(30))).encode()
+    for size in range(40, 400, 7):
+        monkeypatch.setattr(separated, "SAMPLE_SIZE", size)
+        assert find_dialect(content[:size]).has_quotes, size
+
+
+# Linear time
+
+
+def compressed(suffix: str, content: bytes) -> bytes:
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix, bytes)(content)
+
+
+def archive(rows: int) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(rows):
+            info = tarfile.TarInfo(f"{number:05d}.json")
+            content = f'{{"text": "{number} {"word " * 60}"}}'.encode()
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+CONTENTS = {
+    ".csv": "".join(["text,n\n", *(f"{n} {'word ' * 60},{n}\n" for n in range(1500))]).encode(),
+    ".jsonl": "".join(f'{{"text": "{n} {"word " * 60}"}}\n' for n in range(1500)).encode(),
+    ".json": ("[" + ",".join(f'{{"text": "{n} {"word " * 60}"}}' for n in range(1500)) + "]").encode(),
+    ".txt": "".join(f"{n} {'word ' * 60}\n\n" for n in range(1500)).encode(),
+    ".tar": archive(600),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_compressed_file_is_decompressed_once_for_any_number_of_spans(kind, suffix, tmp_path, monkeypatch):
+    """Once to list the records and once to read them, and the first records for the form and the dialect."""
+    decompressed = count_bytes(monkeypatch)
+    path = write(tmp_path, compressed(suffix, CONTENTS[kind]), f"a{kind}{suffix}")
+    reader = open_reader(str(path))
+    units = reader.units(20)
+    documents = [document for unit in units for document in reader.read(unit)]
+    assert len(units) > 5 or kind == ".txt"
+    assert not any(isinstance(document, Fault) for document in documents)
+    size = len(CONTENTS[kind])
+    assert decompressed() <= 2 * size + 8 * 2**18
+    middle = len(units) // 2
+    again = [document for unit in units[middle:] for document in reader.read(unit)]  # as a preparation that resumes
+    assert texts(again) == texts(documents)[-len(again) :]
+    assert decompressed() <= 3 * size + 8 * 2**18
+
+
+def count_bytes(monkeypatch):
+    """A function that returns how many bytes were decompressed since now."""
+    sizes, original = [], streams.Decompressed._decompress
+
+    def decompress(stream) -> int:
+        sizes.append(original(stream))
+        return sizes[-1]
+
+    monkeypatch.setattr(streams.Decompressed, "_decompress", decompress)
+    return lambda: sum(sizes)
+
+
+def test_each_line_of_a_table_is_read_once_for_any_number_of_spans(tmp_path, monkeypatch):
+    lines, original = [0], separated.Lines.__next__
+
+    def read_line(self) -> str:
+        lines[0] += 1
+        return original(self)
+
+    monkeypatch.setattr(separated.Lines, "__next__", read_line)
+    path = write(tmp_path, CONTENTS[".csv"])
+    reader = open_reader(str(path))
+    lines[0] = 0
+    assert sum(1 for unit in reader.units(10) for _ in reader.read(unit)) == 1500
+    assert lines[0] <= 2 * 1501 + 2 * 150 + separated.SAMPLE_ROWS * 8
+
+
+@examples(200, 40)
+@given(st.lists(st.tuples(st.integers(0, 60_000), st.integers(0, 3000)), max_size=12),
+       st.sampled_from((".gz", ".bz2", ".xz")))  # fmt: skip
+def test_spans_of_a_compressed_file_may_be_read_in_any_order(places, suffix):
+    content = bytes(n % 251 for n in range(60_000))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "WINDOW", 2000)
+        patch.setattr(streams, "BUFFER_SIZE", 500)
+        path = str(write(Path(folder), compressed(suffix, content), f"a.txt{suffix}"))
+        files = open_reader(path).files
+        for offset, size in places:
+            with files.open(path, offset) as file:
+                assert file.read(size) == content[offset : offset + size]
+
+
+@pytest.mark.parametrize("size", [100, 999, 20_000])
+def test_last_content_is_kept_and_no_more_than_two_windows(size, monkeypatch):
+    monkeypatch.setattr(streams, "WINDOW", 1000)
+    monkeypatch.setattr(streams, "BUFFER_SIZE", 300)
+    content = bytes(n % 251 for n in range(size))
+    stream = streams.Decompressed(streams.RawFile(io.BytesIO(content), "a"))
+    for end in range(0, size, 70):
+        stream.seek(end)
+        assert min(end, 1000) <= end - stream.start <= 2300
+        place = max(0, end - 1000)
+        stream.seek(place)
+        assert content[place:].startswith(stream.read(20))
+        stream.seek(end)

@@ -1,0 +1,269 @@
+"""Separated values to records: rows of text with commas, semicolons, tabs or bars between the cells."""
+
+import csv
+import io
+import re
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, BinaryIO
+
+from transfusion.data.raw import CUT_SHORT, Fault
+from transfusion.data.reading.account import Account
+from transfusion.data.reading.container import BOM, Span, damage_fault, group
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.records import COLUMN_NAMES, LIST_COLUMNS
+from transfusion.data.reading.values import is_address, looks_like_picture
+
+DELIMITERS = "\t|;,"  # text has commas more often than the others
+NO_DELIMITER = "\x1f"  # of a file with one column: no text has this character
+SAMPLE_SIZE, SAMPLE_ROWS = 2**18, 200  # bytes and rows that show the dialect
+MAX_CELL = 32 * 2**20  # characters
+MAX_LINE = 4 * MAX_CELL  # bytes
+MAX_NAME = 60  # characters of a column's name
+ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
+KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
+
+csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the rows of a file are written."""
+
+    delimiter: str
+    has_quotes: bool = True  # cells may be in quotes; otherwise a quote is a character like any other
+    has_spaces: bool = False  # behind the delimiters
+    has_header: bool = True
+    columns: tuple[str, ...] = ()
+
+    def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
+        """(line number from 0, byte offset, cells) of each row that is not blank. A row that cannot be read is a Fault; the
+        next row starts in the line behind its first one, because an open quote may have swallowed any number of rows."""
+        quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
+        reader = csv.reader(
+            lines, delimiter=self.delimiter, quoting=quoting, skipinitialspace=self.has_spaces, strict=True
+        )  # fmt: skip
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                cells = lines.explain(error)
+            wrong_encoding = lines.wrong_encoding
+            where = lines.end_row(is_bad=isinstance(cells, Fault))
+            if wrong_encoding:
+                yield *where, Fault("wrong encoding", f"the row is not UTF-8: {wrong_encoding}")
+            elif cells and (isinstance(cells, Fault) or len(cells) > 1 or cells[0].strip()):
+                yield *where, cells
+
+
+class Lines:
+    """The lines of a file, for `csv.reader`, which takes as many as a row has."""
+
+    def __init__(self, file: BinaryIO, number: int = 0, offset: int = 0):
+        self.file, self.number, self.offset = file, number, offset  # of the next row: its first line, and its byte offset
+        self._row: list[bytes] = []  # the lines that were taken for the current row
+        self._again: deque[bytes] = deque()  # lines behind the first one of a bad row
+        self.wrong_encoding = ""  # why a line of the current row is not UTF-8
+
+    def __iter__(self) -> "Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else self.file.readline(MAX_LINE)
+        if not line:
+            raise StopIteration
+        self._row.append(line)
+        line = line if self.offset or len(self._row) > 1 else line.removeprefix(BOM)
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            self.wrong_encoding = error.reason
+            return line.decode(errors="replace")  # with all delimiters and quotes
+
+    def end_row(self, is_bad: bool) -> tuple[int, int]:
+        """Line number and byte offset of the row that was read. The lines behind the first one of a bad row come again."""
+        where = self.number, self.offset
+        if is_bad:
+            self._again.extendleft(reversed(self._row[1:]))
+            del self._row[1:]
+        self.number += len(self._row)
+        self.offset += sum(map(len, self._row))
+        self._row.clear()
+        self.wrong_encoding = ""
+        return where
+
+    def explain(self, error: csv.Error) -> Fault:
+        """The fault of the current row."""
+        if str(error) == "unexpected end of data" and len(self._row) == 1 and not self._row[0].endswith(b"\n"):
+            return Fault(CUT_SHORT, "the file ends inside a cell in quotes")
+        reason = "a carriage return outside of quotes" if "new-line character" in str(error) else error
+        return Fault("damaged table", f"the row cannot be read: {reason}")
+
+
+@dataclass(frozen=True)
+class SeparatedValues:
+    """Tables as text: `.csv` and `.tsv`. The first rows of a file show its dialect; each row is named by its first line."""
+
+    files: Files
+    paths: Sequence[str]
+    _dialects: dict[str, Dialect] = field(default_factory=dict, repr=False, compare=False)  # of the file that was read last
+
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
+        for path in self.paths:
+            yield from group(path, ((line, offset) for line, offset, _ in self._rows(path)), max_rows)
+
+    def records(self, span: Span) -> Iterator[tuple[str, Any]]:
+        columns = self._dialect(span.path).columns
+        for line, _, cells in islice(self._rows(span.path, span.first, span.offset), span.rows):
+            if isinstance(cells, list) and len(cells) != len(columns):
+                cells = Fault("damaged table", f"the row has {len(cells)} columns, the table {len(columns)}")
+            record = cells if isinstance(cells, Fault) else dict(zip(columns, cells, strict=True))
+            yield self.files.format_row(span.path, line), record
+
+    def _rows(self, path: str, line: int = 0, offset: int = 0) -> Iterator[tuple[int, int, list[str] | Fault]]:
+        """The rows of a file without its header. Where the file is damaged, the last item is a Fault."""
+        try:
+            dialect = self._dialect(path)
+            with self.files.open(path, offset) as file:
+                is_header = dialect.has_header and not offset
+                for row in dialect.read(Lines(file, line, offset)):
+                    line, offset, cells = row
+                    if is_header and isinstance(cells, list):
+                        is_header = False
+                    else:
+                        yield row
+        except OSError as error:
+            yield line, offset, damage_fault(error)
+
+    def _dialect(self, path: str) -> Dialect:
+        """The dialect of a file. It is kept for the next span: a compressed file would have to be read from its start."""
+        if path not in self._dialects:
+            sample = b""
+            try:
+                with self.files.open(path) as file:
+                    while len(sample) < SAMPLE_SIZE and (content := file.read1(SAMPLE_SIZE - len(sample))):
+                        sample += content
+            except OSError as error:
+                damage_fault(error)  # raises errors of a disk; damage is reported where the rows are read
+            self._dialects.clear()
+            self._dialects[path] = find_dialect(sample, "\t" if ".tsv" in path.lower() else DELIMITERS)
+        return self._dialects[path]
+
+
+def find_dialect(sample: bytes, delimiters: str = DELIMITERS) -> Dialect:
+    """The dialect of a table, from its beginning."""
+    if is_cut := len(sample) == SAMPLE_SIZE:
+        sample = sample[: sample.rfind(b"\n") + 1] or sample
+    options = [_Sample.read(Dialect(delimiter), sample, is_cut) for delimiter in delimiters]
+    best = max(options, key=lambda option: (option.num_known, option.score))
+    if best.width < 2:
+        best = _Sample.read(Dialect(NO_DELIMITER), sample, is_cut)
+    dialect = best.dialect
+    if dialect.delimiter in "\t|":
+        raw = _Sample.read(Dialect(dialect.delimiter, has_quotes=False), sample, is_cut)
+        best = best if _has_quotes(best, raw) else raw
+    behind = [cell for row in best.rows for cell in row[1:] if cell]
+    if behind and sum(cell.startswith(" ") for cell in behind) > 0.9 * len(behind):
+        best = _Sample.read(Dialect(dialect.delimiter, best.dialect.has_quotes, has_spaces=True), sample, is_cut)
+    dialect, rows = best.dialect, best.rows
+    has_header = bool(rows) and _is_header(rows[0])
+    columns = _unique(rows[0]) if has_header else _name_columns(rows)
+    return Dialect(dialect.delimiter, dialect.has_quotes, dialect.has_spaces, has_header, columns)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The first rows of a file, read in a dialect."""
+
+    dialect: Dialect
+    rows: Sequence[list[str]]  # as wide as the first one
+    num_others: int  # rows that are wider or narrower, or cannot be read
+
+    @classmethod
+    def read(cls, dialect: Dialect, sample: bytes, is_cut: bool) -> "_Sample":
+        file, rows = io.BytesIO(sample), []
+        for _, _, cells in islice(dialect.read(Lines(file)), SAMPLE_ROWS):
+            if is_cut and isinstance(cells, Fault) and file.tell() == len(sample):
+                break  # the end of a cell in quotes is behind the sample
+            rows.append(cells)
+        width = next((len(cells) for cells in rows if isinstance(cells, list)), 0)
+        alike = [cells for cells in rows if isinstance(cells, list) and len(cells) == width]
+        return cls(dialect, alike, len(rows) - len(alike))
+
+    @property
+    def width(self) -> int:
+        return len(self.rows[0]) if self.rows else 0
+
+    @property
+    def num_known(self) -> int:
+        """Names of columns that are known, in the first row, if it has several."""
+        return sum(map(_is_known, self.rows[0])) if self.width > 1 else 0
+
+    @property
+    def score(self) -> int:
+        """How well the dialect fits, if it gives several columns."""
+        return len(self.rows) - self.num_others if self.width > 1 else -len(self.rows)
+
+
+def _has_quotes(quoted: _Sample, raw: _Sample) -> bool:
+    """Whether quotes enclose cells, from the same rows read with and without quotes. Where they do, a cell with a quote
+    inside is itself in quotes."""
+    cells = [cell for row in raw.rows for cell in row if '"' in cell]
+    if not quoted.num_others:
+        return len(quoted.rows) < len(raw.rows) or bool(raw.num_others) or all(cell.startswith('"') for cell in cells)
+    num_enclosed = sum(bool(ENCLOSED.fullmatch(cell)) for cell in cells)
+    return 2 * num_enclosed >= len(cells)
+
+
+def _is_known(name: str) -> bool:
+    return name.strip().lower() in KNOWN_NAMES
+
+
+def _is_header(row: Sequence[str]) -> bool:
+    """Whether a first row has names of columns: known ones, or any words, but no picture, address, number or long text."""
+    if any(map(_is_known, row)):
+        return True
+    cells = [cell.strip() for cell in row]
+    is_name = [cell and len(cell) <= MAX_NAME and not (_is_picture(cell) or _is_number(cell)) for cell in cells]
+    return all(is_name) and len({*cells}) == len(cells)
+
+
+def _is_picture(cell: str) -> bool:
+    return looks_like_picture(cell) or is_address(cell)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _unique(row: Sequence[str]) -> tuple[str, ...]:
+    """The names of columns. Equal ones are numbered, as pandas does: otherwise the last one would replace the others."""
+    names, counts = [], Counter()
+    for cell in row:
+        name = cell.strip()
+        names.append(f"{name}.{counts[name]}" if counts[name] else name)
+        counts[name] += 1
+    return tuple(names)
+
+
+def _name_columns(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Names for columns without a header: the first with pictures or addresses is `image`, and of the others the one with
+    the longest cells is `caption`, or `text` without pictures."""
+    columns = list(zip(*rows, strict=True))
+    names = [f"column {number}" for number in range(1, len(columns) + 1)]
+    images = [n for n, cells in enumerate(columns) if all(map(_is_picture, cells))]
+    others = [n for n in range(len(columns)) if n not in images]
+    for n in images[:1]:
+        names[n] = "image"
+    if others:
+        longest = max(others, key=lambda n: sum(map(len, columns[n])))
+        names[longest] = "caption" if images else "text"
+    return tuple(names)
