@@ -25,7 +25,9 @@ SMALL_PARTS, MIN_MEAN_BYTES = 512, 256  # a body may arrive in this many parts o
 ACCEPTS_PER_TURN = 64  # of the event loop, before these connections are counted
 LISTEN_BACKLOG = 1024  # connections that wait in the operating system
 MIN_READ_BYTES = 256 * 2**10  # that a client must read of a long answer in each client_timeout
-MAX_THREADS = 2  # for work beside the event loop; each one more would take time from the loop, and keep memory
+# One thread does all costly work beside the event loop: parsing, pictures, texts. From several threads, calls of C that hold
+# the interpreter's lock could follow each other, and the loop would wait for all. One thread also keeps less memory.
+NUM_WORKERS = 1
 SECONDS_BETWEEN_REPORTS = 60
 INVALID_REQUEST = "the request is not valid HTTP/1.1, its header is too long, or its body arrives in too many small parts"
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -48,7 +50,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
-        loop.set_default_executor(ThreadPoolExecutor(MAX_THREADS, "bodies and texts"))
+        loop.set_default_executor(ThreadPoolExecutor(NUM_WORKERS, "bodies, pictures and texts"))
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(LISTEN_BACKLOG)  # asyncio uses one number for this and for ACCEPTS_PER_TURN

@@ -5,7 +5,6 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -17,19 +16,17 @@ from transfusion.serving.memory import release_memory
 
 STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 BASE64_FILLERS = b" \t\r\n\f="
-MAX_DECODING = 1  # pictures that are decoded at once: each may use hundreds of megabytes, and a processor, for a moment
 
 
 class PictureReader:
-    """Decodes pictures, in threads, to pixels (Y, X, channels) uint8 of a size that the run supports."""
+    """Decodes pictures, beside the event loop, to pixels (Y, X, channels) uint8 of a size that the run supports."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], image_channels: int, max_pixels: int):
         self.sizes, self.image_channels, self.max_pixels = sizes, image_channels, max_pixels
-        self.threads = ThreadPoolExecutor(MAX_DECODING, "pictures")
 
     async def read(self, source: str | bytes, param: str) -> np.ndarray:
         """From a data: URL or a file's bytes. APIError: another kind of URL, damaged, not a known format, or too large."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, self._read, source, param)
+        return await asyncio.to_thread(self._read, source, param)
 
     def _read(self, source: str | bytes, param: str) -> np.ndarray:
         try:

@@ -21,8 +21,6 @@ from transfusion.serving.logprobs import TokenNames
 from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
 
-MAX_ENCODING = 1  # texts that are tokenized at once
-
 
 @dataclass(frozen=True)
 class Echo:
@@ -50,7 +48,6 @@ class ServedRun:
         }  # fmt: skip
         self.created = int(time.time())
         self.tokenizer, self.names = engine.opened.tokenizer, TokenNames(engine.vocabulary, engine.opened.tokenizer)
-        self.encoding = asyncio.Semaphore(MAX_ENCODING)
         self.pictures = PictureReader(self.sizes, engine.opened.codec.image_channels, limits.pixels)
         self._patch_side = engine.opened.codec.downsampling * engine.vocabulary.patch_size  # in pixels
         num_codes = {(x, y): (x // self._patch_side) * (y // self._patch_side) for x, y in self.sizes}
@@ -157,8 +154,7 @@ class ServedRun:
 
     async def _encode(self, text: str, parse_special: bool = False) -> Text:
         """Its ids, as `data prepare` encodes it. A long text takes long, so it is not left to the engine's thread."""
-        async with self.encoding:
-            return Text(await asyncio.to_thread(self.tokenizer.encode, text, parse_special))
+        return Text(await asyncio.to_thread(self.tokenizer.encode, text, parse_special))
 
     def check_edits(self) -> None:
         """APIError when the run cannot edit. Called before a form is read."""
