@@ -266,7 +266,7 @@ def test_refused_request_leaves_nothing_behind_in_generate():
 # The server
 
 
-def test_request_that_cannot_be_started_is_answered_by_500():
+def test_text_that_cannot_be_encoded_is_answered_by_500():
     engine = build_engine()
     encode = engine.opened.tokenizer.encode
 
@@ -278,7 +278,24 @@ def test_request_that_cannot_be_started_is_answered_by_500():
     with serving(engine) as server, server.client() as client, mock.patch.object(engine.opened.tokenizer, "encode", fail):
         answer = client.post("/v1/images/generations", json={"prompt": "a", "negative_prompt": "b"})
         assert answer.status_code == 500
-        assert "the request could not be started" in answer.text
+        assert "a text could not be encoded" in answer.json()["error"]["message"]
+        assert "secret" not in answer.text
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_request_that_cannot_be_started_is_answered_by_500():
+    engine = build_engine()
+    prepare = engine._prepare
+
+    def fail(request):
+        if request.seed == 13:
+            raise Fault("a secret")
+        return prepare(request)
+
+    with serving(engine) as server, server.client() as client, mock.patch.object(engine, "_prepare", fail):
+        answer = client.post("/v1/completions", json={"prompt": "a", "seed": 13})
+        assert answer.status_code == 500
+        assert "the request could not be started" in answer.json()["error"]["message"]
         assert "secret" not in answer.text
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 

@@ -226,7 +226,7 @@ def test_texts_reach_the_engine_as_token_ids(server, client, monkeypatch):
     monkeypatch.setattr(server.engine.opened.tokenizer, "encode", recorded_encode)
     for path in CHAT, TEXT, DRAW:
         assert client.post(path, json=valid_body(path)).status_code == 200
-    assert {name.partition("_")[0] for name in threads} == {"bodies and texts"} and len(threads) >= 3
+    assert {name.partition("_")[0] for name in threads} == {"bodies, pictures and texts"} and len(threads) >= 3
 
 
 # The access log

@@ -1,6 +1,7 @@
 """The run that is served: its description, and API requests as requests to its engine."""
 
 import asyncio
+import logging
 import math
 import re
 import secrets
@@ -20,6 +21,8 @@ from transfusion.serving.limits import Limits
 from transfusion.serving.logprobs import TokenNames
 from transfusion.serving.pictures import PictureReader
 from transfusion.serving.schemas import ChatRequest, CompletionRequest, ImageOptions, ImageRequest, TextOptions, TextPart
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,13 @@ class ServedRun:
 
     async def _encode(self, text: str, parse_special: bool = False) -> Text:
         """Its ids, as `data prepare` encodes it. A long text takes long, so it is not left to the engine's thread."""
-        return Text(await asyncio.to_thread(self.tokenizer.encode, text, parse_special))
+        try:
+            return Text(await asyncio.to_thread(self.tokenizer.encode, text, parse_special))
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic in the tokenizers library is no Exception
+            log.exception("a text could not be encoded")
+            raise APIError(500, "a text could not be encoded because of an error in the server") from None
 
     def check_edits(self) -> None:
         """APIError when the run cannot edit. Called before a form is read."""
