@@ -242,7 +242,7 @@ def test_passage_that_is_not_utf8_is_a_fault(tmp_path, monkeypatch):
 
 DEEP = "[" * 100_000
 BAD_LINES = {
-    "no JSON": (b'{"text": ', "bad JSON"), "words": (b"two words", "bad JSON"), "a list": (b'["text"]', "bad JSON"),
+    "no JSON": (b'{"text": }', "bad JSON"), "words": (b"two words", "bad JSON"), "a list": (b'["text"]', "bad JSON"),
     "text": (b'"text"', "bad JSON"), "a number": (b"5", "bad JSON"), "null": (b"null", "bad JSON"),
     "not UTF-8": ('{"text": "größe"}'.encode("latin-1"), "wrong encoding"),
     "two records": (b'{"text": "a"} {"text": "b"}', "bad JSON"), "brackets": (DEEP.encode(), "bad JSON"),
@@ -687,6 +687,18 @@ def test_truncated_compressed_file_gives_its_complete_records(name, content, kin
             assert kinds(records[-1:]) == [kind]
             assert texts(records[:-1]) == expected[: len(records) - 1]
         assert len(records) > 300
+
+
+@pytest.mark.parametrize(("end", "kind"), [
+    ('{"text": "ab', "cut short"), ('{"text": "é'.encode()[:-1], "cut short"), ('{"text": "a", ', "cut short"),
+    ("{", "cut short"), ('{"text": "ab\n', "bad JSON"), ('{"text": nothing}', "bad JSON"), ("ab", "bad JSON"),
+    ('{"text": "ab"}', ""),
+])  # fmt: skip
+def test_json_lines_that_end_inside_an_object_are_cut_short(end, kind, tmp_path):
+    end = end if isinstance(end, bytes) else end.encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + end)
+    for max_rows in (1, 1000):
+        assert outcomes(read_at(tmp_path, max_rows)) == [("a.jsonl:1", ""), ("a.jsonl:2", kind)]
 
 
 def test_wrong_checksum_is_a_fault_after_all_records(tmp_path):

@@ -547,6 +547,29 @@ def test_column_of_picture_paths_is_never_read_as_text(tmp_path):
     assert "one, two may all be its image: choose one with --columns image=" in str(items[4])
 
 
+def test_columns_whose_names_differ_only_in_case_are_counted(tmp_path):
+    records = [{"Text": "other", "text": "this"}, {"text": "this", "TEXT": ""}, {"Text": "this", "TEXT": "other"}]
+    reader = open_reader(str(write_lines(tmp_path / "a.jsonl", *records)))
+    assert texts(read(reader)) == ["this"] * 3
+    assert account_lines(reader) == ["fields: 3 of 6 read; not read: 2 in 'TEXT', 1 in 'Text'"]
+
+
+def test_captions_of_a_record_with_an_id_have_different_ids(tmp_path):
+    (tmp_path / "bird.png").write_bytes(make.png(1))
+    records = [{"id": "b", "image": "bird.png", "captions": captions} for captions in (["one", "two"], ["three"])]
+    documents = read_at(write_lines(tmp_path / "a.jsonl", *records))
+    assert [document.name for document in documents] == ["b caption 1", "b caption 2", "b"]
+
+
+def test_pictures_of_coco_are_counted_however_their_path_is_written(tmp_path):
+    for name in ("images/1.png", "images/2.png"):
+        put(f"{tmp_path}/{name}", make.png(1))
+    images = [{"id": 1, "file_name": "./1.png"}, {"id": 2, "file_name": "x/..//2.png"}]
+    annotations = [{"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "two"}]
+    put(f"{tmp_path}/annotations/captions.json", json.dumps({"images": images, "annotations": annotations}, indent=1))
+    assert close_account(open_reader(str(tmp_path))).tallies["files"].read == {"JSON": 1, "picture": 2}
+
+
 def test_img2dataset_folder_is_read_from_its_archives(tmp_path):
     """Its tables only have the original URLs of the images."""
     (tmp_path / "00000.tar").write_bytes((FIXTURES / "archives").joinpath(
@@ -608,6 +631,9 @@ def test_split_of_pictures(names, split, expected, tmp_path):
     (("wiki", "test"), "train", ["wiki"]),  # without a name: for training
     (("wiki", "train"), "train", ["train"]), (("test", "val"), "train", None), (("wiki",), "test", None),
     (("train2017", "data/validation-0"), "valid", ["data/validation-0"]),
+    (("cc3m-train-0000", "cc3m-validation-0000"), "train", ["cc3m-train-0000"]),  # shards, as of WebDataset and `datasets`
+    (("imdb-test-00000-of-00002", "imdb-train-00000-of-00002"), "test", ["imdb-test-00000-of-00002"]),
+    (("data_dev_v2", "data_train_v2.1"), "dev", ["data_dev_v2"]),
 ])  # fmt: skip
 def test_split_of_lists(names, split, expected, tmp_path):
     for name in names:
@@ -695,3 +721,11 @@ def test_messages_may_have_their_images_in_a_separate_list(tmp_path):
     assert [type(part) for part in good.segments] == [RawImage, RawText, RawImage, RawText, RawText]
     assert [part.loss for part in good.segments] == [False, False, False, False, True]
     assert {too_few.kind, too_many.kind} == {"lists of different lengths"}
+
+
+@pytest.mark.parametrize("column", ["image", "images", "img", "image_path", "file_name", "picture"])
+def test_mark_in_a_message_is_an_image_of_any_image_column(column, tmp_path):
+    (tmp_path / "a.png").write_bytes(make.png(1))
+    messages = [{"role": "user", "content": "See <image> there"}, {"role": "assistant", "content": "A robin."}]
+    (document,) = read_at(write_lines(tmp_path / "a.jsonl", {"messages": messages, column: "a.png"}))
+    assert [getattr(part, "text", None) for part in document.segments] == ["See ", None, " there", "\n", "A robin."]

@@ -293,3 +293,18 @@ def test_last_content_is_kept_and_no_more_than_two_windows(size, monkeypatch):
         stream.seek(place)
         assert content[place:].startswith(stream.read(20))
         stream.seek(end)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_line_with_the_separator_is_no_row(delimiter, bom, tmp_path):
+    """Excel reads and writes it."""
+    content = f"sep={delimiter}\r\ntext{delimiter}other\r\none{delimiter}x\r\ntwo{delimiter}y\r\n"
+    assert outcomes(write(tmp_path, bom + content.encode()), 1) == [("a.csv:3", "one"), ("a.csv:4", "two")]
+
+
+def test_first_row_with_a_picture_is_no_header(tmp_path):
+    """Even if its caption is a name that columns have."""
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(PIXELS)
+    assert outcomes(write(tmp_path, "0.png,text\n1.png,dog\n")) == [("a.csv:1", "text"), ("a.csv:2", "dog")]

@@ -1,6 +1,7 @@
 """COCO's annotations to records."""
 
 import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def _read_coco(files: Files, path: str) -> list[Any]:
         if key is None or not isinstance(name := names.get(key), str):
             rows.append(Fault("missing image", f"annotation {number} has no image in the list of images"))
         else:
-            rows.append({"image": ListedPath(f"{folder}/{name}"), "caption": annotation.get("caption")})
+            rows.append({"image": ListedPath(f"{folder}/{posixpath.normpath(name)}"), "caption": annotation.get("caption")})
     return rows
 
 

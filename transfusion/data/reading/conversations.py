@@ -24,7 +24,7 @@ def read_conversation(record: dict, values: Sequence[Any], images: ImageReader) 
 def read_messages(record: dict, values: Sequence[Any], images: ImageReader) -> list[Turn]:
     """{"messages": [{"role": ..., "content": ...}]}: the assistant's text and images are in the loss; those of others are
     conditions. A mark without a list of images is text."""
-    has_images = any(record.get(name) is not None for name in ("image", "images"))
+    has_images = bool(values) or any(record.get(name) is not None for name in ("image", "images"))
     return _read_turns(get_list(record, "messages"), values, images, has_images)
 
 

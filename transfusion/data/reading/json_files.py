@@ -30,7 +30,7 @@ class JsonLines:
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         lines = self._lines(span.path, span.first, span.offset)
         for _, (row, _, line) in zip(range(span.rows), lines, strict=False):
-            yield self.files.format_row(span.path, row), line if isinstance(line, Fault) else parse_object(line)
+            yield self.files.format_row(span.path, row), line if isinstance(line, Fault) else _parse_line(line)
 
     def _lines(self, path: str, row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, bytes | Fault]]:
         """(row, byte offset, line). Where decompression fails, the last item is a Fault."""
@@ -42,6 +42,14 @@ class JsonLines:
                     row, offset = row + 1, offset + len(line)
         except OSError as error:
             yield row, offset, damage_fault(error)
+
+
+def _parse_line(line: bytes) -> dict | Fault:
+    """A JSON object, or a Fault. An object without its last bracket in a line without its line break is cut short."""
+    value, content = parse_object(line), line.removeprefix(BOM).strip()
+    if isinstance(value, Fault) and line[-1:] != b"\n" and content.startswith(b"{") and not content.endswith(b"}"):
+        return Fault(CUT_SHORT, "the file ends inside a JSON object")
+    return value
 
 
 def parse_object(content: bytes | str) -> dict | Fault:

@@ -128,18 +128,25 @@ def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
     are in lower case."""
     replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))}
     chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
-    others = {key.lower(): value for key, value in record.items() if isinstance(key, str)}
+    others: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(key, str):  # of names that differ only in case, one is in lower case
+            others[key if key.lower() in others or (key.lower() in record and key != key.lower()) else key.lower()] = value
     return {**{key: value for key, value in others.items() if key not in replaced}, **chosen}
 
 
 def split_captions(record: dict, form: Form) -> list[dict]:
-    """One record for each caption of a picture that has a list of them, which in a table may be written as text."""
+    """One record for each caption of a picture that has a list of them, which in a table may be written as text. Ids of
+    several captions are numbered."""
     name = find_column(record, "caption") if form == "pair" else None
     captions = record[name] if name else None
     captions = parse_texts(captions) or captions if isinstance(captions, str) else captions
     if not isinstance(captions, list):
         return [record]
-    return [{**record, name: caption} for caption in captions]
+    records = [{**record, name: caption} for caption in captions]
+    if len(records) > 1 and find_column(record, "id"):
+        records = [{**part, "id": f"{record['id']} caption {number}"} for number, part in enumerate(records, 1)]
+    return records
 
 
 def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout()) -> RawDocument:  # noqa: B008

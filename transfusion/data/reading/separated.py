@@ -23,6 +23,7 @@ MAX_CELL = 32 * 2**20  # characters
 MAX_LINE = 4 * MAX_CELL  # bytes
 MAX_NAME = 60  # characters of a column's name
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
+SEPARATOR_LINE = re.compile("sep=.", re.I)  # the first line of some tables
 KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
 
 csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
@@ -56,6 +57,8 @@ class Dialect:
             where = lines.end_row(is_bad=isinstance(cells, Fault))
             if wrong_encoding:
                 yield *where, Fault("wrong encoding", f"the row is not UTF-8: {wrong_encoding}")
+            elif where[1] == 0 and isinstance(cells, list) and SEPARATOR_LINE.fullmatch(self.delimiter.join(cells)):
+                continue  # written by Excel
             elif cells and (isinstance(cells, Fault) or len(cells) > 1 or cells[0].strip()):
                 yield *where, cells
 
@@ -225,10 +228,12 @@ def _is_known(name: str) -> bool:
 
 def _is_header(row: Sequence[str]) -> bool:
     """Whether a first row has names of columns: known ones, or any words, but no picture, address, number or long text."""
-    if any(map(_is_known, row)):
-        return True
     cells = [cell.strip() for cell in row]
-    is_name = [cell and len(cell) <= MAX_NAME and not (_is_picture(cell) or _is_number(cell)) for cell in cells]
+    if any(map(_is_picture, cells)):
+        return False
+    if any(map(_is_known, cells)):
+        return True
+    is_name = [cell and len(cell) <= MAX_NAME and not _is_number(cell) for cell in cells]
     return all(is_name) and len({*cells}) == len(cells)
 
 

@@ -17,12 +17,13 @@ def canonical(split: str) -> str:
 @cache
 def _patterns(split: str) -> list[tuple[str, re.Pattern]]:
     escaped = {name: "|".join(map(re.escape, words)) for name, words in {split: (split,), **SPLITS}.items()}
-    return [(name, re.compile(rf"^({words})(?![a-z])|(?<![a-z])({words})\d*(?=\.|$)")) for name, words in escaped.items()]
+    end = r"\d*([-_.]v?\d+(-of-\d+)?)*(\.|$)"  # a year, a shard or a version may follow
+    return [(name, re.compile(rf"^({words})(?![a-z])|(?<![a-z])({words}){end}")) for name, words in escaped.items()]
 
 
 def split_of_name(name: str, split: str) -> str | None:
-    """The split that the name of a file or folder starts or ends with (and a year): inside a name a word has another
-    meaning. `split`: one more split to look for, by its canonical name."""
+    """The split that the name of a file or folder starts or ends with, before the number of a shard, a version or a
+    year: inside a name a word has another meaning. `split`: one more split to look for, by its canonical name."""
     return next((found for found, pattern in _patterns(split) if pattern.search(name.lower())), None)
 
 
