@@ -238,6 +238,15 @@ def test_passage_that_is_not_utf8_is_a_fault(tmp_path, monkeypatch):
     assert texts(records)[::2] == ["one.\n\n", "three"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_text_in_utf_16_is_a_fault(encoding, tmp_path):
+    (tmp_path / "bird.png").write_bytes(encoded(noise(1, 8, 8)))
+    (tmp_path / "bird.txt").write_bytes("a red bird\n".encode(encoding))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_bytes("a red bird\n".encode(encoding))
+    assert kinds(read_at(tmp_path)) == kinds(read_at(tmp_path / "texts")) == ["wrong encoding"]
+
+
 # JSON
 
 DEEP = "[" * 100_000
