@@ -94,14 +94,14 @@ def nonempty_text(value: Any, field: str) -> str:
 def check_text(value: Any, field: str) -> str:
     """A text that can be encoded as UTF-8. Fault when it is not text, has a lone surrogate, or is UTF-16."""
     if isinstance(value, bytes):
+        if 3 * value.count(0) > len(value):  # UTF-16 without a byte order mark is valid UTF-8
+            raise Fault("wrong encoding", f"over a third of its {field} is zeros, as in UTF-16: save it as UTF-8")
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
             raise Fault("wrong encoding", f"its {field} is not UTF-8 at byte {error.start}") from None
     if not isinstance(value, str):
         raise Fault("bad segment", f"its {field} must be text, not {short_repr(value)}")
-    if 3 * value.count("\0") > len(value):  # UTF-16 without a byte order mark is valid UTF-8
-        raise Fault("wrong encoding", f"over a third of its {field} is zeros, as in UTF-16: save it as UTF-8")
     try:
         value.encode()
     except UnicodeEncodeError:
