@@ -720,7 +720,7 @@ def test_64_clients_at_once_get_the_answers_of_each_alone(client, server):
 
 
 def test_drawn_requests_are_answered_or_refused(client, caplog):
-    """`python -m tests.drawn_requests` sends 5,000 to a server of its own."""
+    """`python -m tests.drawn_requests` starts a server and sends it 5,000."""
     results = send_drawn(client, 5000 if THOROUGH else 500)
     assert sum(results.values(), Counter()).keys() == {"answered", "refused"} and all(results.values())
     assert not caplog.records

@@ -82,7 +82,7 @@ def test_the_time_does_not_restart_with_each_byte(server, first):
 
 
 def test_the_rest_of_a_refused_body_is_not_awaited_longer(server):
-    """The answer is sent; the client goes on with its body for ever."""
+    """The answer is sent, although the client never stops sending its body."""
     with connect(server.port) as connection:
         connection.sendall(b"POST /none HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
         end = time.monotonic() + 30

@@ -63,7 +63,7 @@ def test_odd_configurations_are_constructed_or_refused_in_one_line():
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_field_refuses_another_type(cls):
-    """Also a class that forgets to call the check, or a field without an annotation of its own."""
+    """Also of a class that does not call the check."""
     for f in fields(cls):
         with pytest.raises(ValueError, match=f"{cls.part}{f.name} must be "):
             cls(**{**configurations.required(cls), f.name: object()})

@@ -158,7 +158,7 @@ def write_named(folder: Path, special: tuple[str, ...], files: dict[str, dict]) 
 
 @pytest.mark.parametrize("model", NAMED)
 def test_markers_are_those_that_the_folder_names(tmp_path, model):
-    """As transformers reads the folder; it has no union of all eos, so each of its own is among them."""
+    """As transformers reads the folder. It does not join all eos ids: each of those that it has must be among ours."""
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     special, files, expected = NAMED[model]

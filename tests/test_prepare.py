@@ -805,7 +805,7 @@ def test_documents_without_conditions_are_unchanged(segments):
 
 @pytest.mark.parametrize("name", ["gzip", "list", "table"])
 def test_a_file_that_is_cut_short_stops_prepare_whatever_its_share(name, tmp_path):
-    """One fault among hundreds of records is within max_faults, but nobody knows how many records are missing."""
+    """One fault among hundreds of records is within max_faults, but the number of missing records is unknown."""
     rng = np.random.default_rng(0)
     texts = [{"text": f"plain words {n} {rng.random()}"} for n in range(600)]
     if name == "gzip":

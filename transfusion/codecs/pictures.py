@@ -16,10 +16,10 @@ from PIL import ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FORMATS = (*WEB_FORMATS, "TIFF", "AVIF")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")  # in lower case
-OTHER_FORMATS = {  # that are not read -> a pattern at the start of their files
-    "HEIC": b"....ftyphei", "HEIF": b"....ftypmif1", "JPEG XL": b"\xff\x0a", "JPEG XL ": b"....JXL ", "SVG": b"<svg",
-    "ZIP": b"PK\x03\x04", "HTML": b"<!doctype html", "PDF": b"%PDF",
-}  # fmt: skip
+OTHER_FORMATS = (  # that are not read: name, and what their files have at an offset
+    ("HEIC", 4, b"ftyphei"), ("HEIF", 4, b"ftypmif1"), ("JPEG XL", 0, b"\xff\x0a"), ("JPEG XL", 4, b"JXL "),
+    ("SVG", 0, b"<svg"), ("ZIP", 0, b"PK\x03\x04"), ("HTML", 0, b"<!doctype html"), ("PDF", 0, b"%PDF"),
+)  # fmt: skip
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded
 BAND_PIXELS = 1_000_000  # that are put on white at once
 DECODING_ERRORS = (  # that Pillow raises on damaged files
@@ -107,10 +107,9 @@ def _reason(error: Exception | Warning) -> str:
 def _describe(content: bytes) -> str:
     """What a file is that is not a supported image."""
     start = content[:16]
-    for name, pattern in OTHER_FORMATS.items():
-        part = start[pattern.count(b".") : len(pattern)].lower()
-        if part and part == pattern.lstrip(b".").lower():
-            return f"is a file of {name.strip()}, not an image of a supported format"
+    for name, offset, mark in OTHER_FORMATS:
+        if start[offset : offset + len(mark)].lower() == mark.lower():
+            return f"is a file of {name}, not an image of a supported format"
     return "is not an image"
 
 

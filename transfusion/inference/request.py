@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from transfusion.config import GenerationConfig
+from transfusion.fields import short_repr
 from transfusion.sequence import Text
 
 Part = str | Text | np.ndarray | Picture.Image
@@ -42,17 +43,17 @@ class Request:
     def __post_init__(self):
         parts = (self.parts,) if isinstance(self.parts, Part) else self.parts
         if not isinstance(parts, Sequence) or not all(isinstance(part, Part) for part in parts):
-            raise ValueError(f"parts must be texts and pictures, not {_describe(self.parts)}")
+            raise ValueError(f"parts must be texts and pictures, not {short_repr(self.parts)}")
         if not isinstance(self.generation, GenerationConfig | None):
             fix = "engine.make_generation_config(...)"
-            raise ValueError(f"generation must be a GenerationConfig ({fix} makes one), not {_describe(self.generation)}")
+            raise ValueError(f"generation must be a GenerationConfig ({fix} makes one), not {short_repr(self.generation)}")
         if not isinstance(self.negative_prompt, str | Text | None):
-            raise ValueError(f"negative_prompt must be a text, not {_describe(self.negative_prompt)}")
+            raise ValueError(f"negative_prompt must be a text, not {short_repr(self.negative_prompt)}")
         negative = _with_ids(self.negative_prompt) if isinstance(self.negative_prompt, Text) else self.negative_prompt
         size = self.size
         if size is not None:
             if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
-                raise ValueError(f"size must be (width, height), not {_describe(size)}")
+                raise ValueError(f"size must be (width, height), not {short_repr(size)}")
             size = tuple(_whole_number("size", side, 1) for side in size)
         values = {
             "parts": tuple(_with_ids(part) if isinstance(part, Text) else part for part in parts),
@@ -150,7 +151,7 @@ def _with_ids(text: Text) -> Text:
     try:
         ids = tuple(map(index, text.tokens))
     except TypeError:
-        raise ValueError(f"the tokens of a Text must be whole numbers, not {_describe(text.tokens)}") from None
+        raise ValueError(f"the tokens of a Text must be whole numbers, not {short_repr(text.tokens)}") from None
     is_plain = type(text.tokens) is tuple and all(type(token) is int for token in text.tokens)
     return text if is_plain else Text(ids)
 
@@ -162,7 +163,7 @@ def _whole_number(name: str, value: Any, minimum: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise ValueError(f"{name} must be a whole number, not {_describe(value)}")
+        raise ValueError(f"{name} must be a whole number, not {short_repr(value)}")
     if minimum is not None and number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, not {number}")
     return number
@@ -170,11 +171,5 @@ def _whole_number(name: str, value: Any, minimum: int | None = None) -> int:
 
 def _truth_value(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool):
-        raise ValueError(f"{name} must be True or False, not {_describe(value)}")
+        raise ValueError(f"{name} must be True or False, not {short_repr(value)}")
     return bool(value)
-
-
-def _describe(value: Any) -> str:
-    """A value of a wrong type, in at most one line."""
-    text = repr(value).partition("\n")[0]
-    return text if len(text) <= 60 else f"{text[:60]}... ({type(value).__name__})"
