@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -99,3 +100,23 @@ def precision(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(previous)
+
+
+def run_as_threads(world: int, work: Callable[[int, Callable[[], object]], object]) -> None:
+    """Call work(rank, barrier) in one thread for each rank; raises the first of their errors."""
+    barrier, errors = threading.Barrier(world), []
+
+    def run(rank: int) -> None:
+        try:
+            work(rank, barrier.wait)
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        raise error

@@ -3,7 +3,6 @@
 import base64
 import io
 import tarfile
-import threading
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +20,7 @@ from PIL import Image as PILImage
 
 from tests.documents import same_batch
 from tests.profile import examples
+from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
@@ -161,22 +161,7 @@ def prepare_in(
             patch.setattr(fitting.TokenizerAndCodec, "crop", crop_or_stop)
             prepare.prepare(readers, config, folder)
             raise KeyboardInterrupt  # finished before
-    barrier, errors = threading.Barrier(world), []
-
-    def work(rank: int) -> None:
-        try:
-            prepare.prepare(readers, config, folder, rank, world, barrier.wait)
-        except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        raise error
+    run_as_threads(world, lambda rank, barrier: prepare.prepare(readers, config, folder, rank, world, barrier))
     return open_prepared(folder)
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import threading
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer as Engine
 
 from tests.documents import contents, contents_of, same_batch
 from tests.profile import THOROUGH, examples
+from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos, write_texts
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
@@ -292,21 +292,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_result_does_not_depend_on_the_number_of_processes(tmp_path, world):
     expected = files_of(reference())  # before the threads start: they share the cached source folder
-    barrier, errors = threading.Barrier(world), []
-
-    def work(rank: int) -> None:
-        try:
-            prepare(readers(), CONFIG, tmp_path / "out", rank, world, barrier.wait)
-        except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    run_as_threads(world, lambda rank, barrier: prepare(readers(), CONFIG, tmp_path / "out", rank, world, barrier))
     assert files_of(tmp_path / "out") == expected
 
 

@@ -115,7 +115,7 @@ class Connection(H11Protocol):
         self._stop_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Unlike uvicorn's, does not restart the time: a client could send a header byte by byte for ever."""
+        """Unlike uvicorn's, does not restart the time: a client could send a header byte by byte without end."""
         self.conn.receive_data(data)
         self.handle_events()
 

@@ -157,6 +157,8 @@ class ServedRun:
 
     async def _encode(self, text: str, parse_special: bool = False) -> Text:
         """Its ids, as `data prepare` encodes it. A long text takes long, so it is not left to the engine's thread."""
+        if not text:
+            return Text(())  # at once: the worker may be busy
         try:
             return Text(await asyncio.to_thread(self.tokenizer.encode, text, parse_special))
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
