@@ -101,8 +101,8 @@ def merge_emoji(drawings: Iterable[Drawing]) -> dict[Emoji, str]:
 
 
 def assign_splits(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
-    """(concept, style) -> "train", "cell" or "concept" (held out). The concept's name decides, so that a new style or emoji
-    changes nothing for the others."""
+    """(concept, style) -> "train", "cell" or "concept" (held out). The name and styles of a concept decide: other concepts
+    change nothing."""
     styles = defaultdict(list)
     for cell in cells:
         styles[cell.concept].append(cell.style)
