@@ -13,7 +13,6 @@ from typing import Any
 
 from transfusion.config import BUILT_IN, ChatLayout, DigitsConfig, ShapesConfig
 from transfusion.data.built_in.digits import Digits
-from transfusion.data.built_in.emoji import Emoji
 from transfusion.data.built_in.photographs import Photographs
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.built_in.topics import Topics
@@ -296,8 +295,6 @@ def open_built_in(
             return Shapes(level=shapes.level, size=shapes.size, split=split)
         case "topics":
             return Topics(split)
-        case "emoji":
-            return Emoji(split)
         case "photographs":
             return Photographs(split)
         case _:
