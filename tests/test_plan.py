@@ -1,17 +1,16 @@
 """`plan` against measurements of a training step: bytes of weights, saved activations and shards."""
 
 import json
-import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import MemoryCounter
 from tests.profile import THOROUGH
 from tests.test_cli import command, fails
 from transfusion import objective, plan
@@ -21,40 +20,11 @@ from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
 from transfusion.paper import PAPER
 from transfusion.parallel import Ranks, parallelize
-from transfusion.plan import BF16, FP32, LOGIT_BYTES
+from transfusion.plan import BF16, FP32
 from transfusion.runs import NAMES, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
 SAVED_ERROR, PEAK_ERROR = 0.05, 0.1  # relative; the plan ignores indices, noise, timesteps and tensors freed early
-
-
-class MemoryCounter(TorchDispatchMode):
-    """Counts the bytes of all storages that are created inside it and not yet freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.current = self.peak = 0
-        self.storages = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self.storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.current)
-        return output
-
-    def _add(self, storage):
-        if self.storages.get(id(storage)) is not storage:
-            self.storages[id(storage)] = storage
-            self.current += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int):
-        self.current -= size
 
 
 def one_row(length: int = 512, parallel: ParallelConfig = ParallelConfig(compile=False), **model) -> Run:  # noqa: B008
@@ -80,8 +50,10 @@ def measure(run: Run) -> tuple[int, int]:
 
 def planned(run: Run) -> tuple[int, int]:
     """The same from the plan for fp32, without gradients."""
-    saved, logits = plan.count_activations(run, FP32), plan.count_logits(run)
-    return saved + logits * FP32 // LOGIT_BYTES, saved + max(logits, plan.count_block_backward(run, FP32))
+    saved, positions = plan.count_activations(run, FP32), plan.typical_row(run.model, run.data.seq_len).text_count
+    gradients = FP32 * run.model.width * (run.model.vocab_size + positions)  # of the head and its input
+    with mock.patch.object(plan, "CHUNK", objective.CPU_CHUNK):
+        return saved + gradients, saved + max(plan.count_loss(run, FP32), plan.count_block_backward(run, FP32))
 
 
 # Memory

@@ -153,9 +153,8 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
     part = f"fp32, 1/{shards} of them" if shards > 1 else "fp32"
     gathered = "bf16: all but blocks, two blocks; their gradients" if shards > 1 else "bf16: copies of all weights"
     saved = "inputs of blocks only" if run.parallel.activation_checkpointing else "all of them"
-    logits = f"the logits of {estimate.text_positions:,} text positions"
     block = "one block, recomputed" if run.parallel.activation_checkpointing else "one block"
-    largest = logits if estimate.logits == memory.backward else block
+    largest = "a chunk of the logits" if estimate.loss == memory.backward else block
     figures = {
         "weights": (memory.weights, part), "gradients": (memory.gradients, part),
         "AdamW's two moments": (memory.moments, part), "moving average": (memory.ema, part),
@@ -223,7 +222,7 @@ def _notes(plans: list, args: PlanOptions) -> Iterator[str]:
 
 def _to_json(estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
-    names = ("image", "text_positions", "logits", "flops", "usual_flops", "usual_mfu", "fits",
+    names = ("image", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
         "run": estimate.run.name, "machines": asdict(estimate.machines),
