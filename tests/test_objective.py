@@ -125,8 +125,9 @@ def test_chunked_loss_and_gradients_equal_those_of_all_logits(tokens, chunk, z_l
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_chunked_loss_in_bfloat16_is_as_accurate_as_from_all_logits(weight_dtype):
-    """Against float64: float32 weights under autocast, and bfloat16 weights as FSDP gathers them."""
-    *tensors, target = loss_inputs(4 * objective.CPU_CHUNK, 3, weight_dtype)
+    """Against float64: float32 weights under autocast, and bfloat16 weights as FSDP gathers them. The gradient of the head
+    is a sum over chunks in float32."""
+    *tensors, target = loss_inputs(16 * objective.CPU_CHUNK, 3, weight_dtype)
 
     def results(dtype: torch.dtype, loss: Callable) -> list[Tensor]:
         hidden, lm_head = (tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors)
@@ -144,7 +145,7 @@ def test_chunked_loss_in_bfloat16_is_as_accurate_as_from_all_logits(weight_dtype
     ours, plain = results(weight_dtype, lambda *args: next_token_loss(*args)[::-1]), results(weight_dtype, of_all_logits)
     assert ours[0].dtype == torch.float32
     errors = [[float((a - b).norm() / b.norm()) for a, b in zip(values, exact, strict=True)] for values in (ours, plain)]
-    assert all(error < max(0.01, 1.1 * other) for error, other in zip(*errors, strict=True)), errors
+    assert all(error < 1.1 * other for error, other in zip(*errors, strict=True)), errors
 
 
 def test_logits_are_never_all_in_memory(monkeypatch):
