@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import attention, compare, fixtures, training, worker
+from benchmarks import attention, compare, fixtures, loss, training, worker
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.timing import Figure, Setting, format_number, time_alternately
 from benchmarks.training import train_and_read_memory
@@ -136,6 +136,13 @@ def test_different_attention_output_is_an_error():
     plain = packed_mask(torch.zeros_like(batch.document_ids), batch.image_ids)
     with pytest.raises(RuntimeError, match="output differs"):
         attention.check_close(attention.forward_backward(plain.attend, *tensors), expected)
+
+
+def test_different_gradients_of_the_loss_are_an_error():
+    gradients = [torch.ones(2, 3), torch.ones(4, 3)]
+    loss.check_close(gradients, [gradient.clone() for gradient in gradients])
+    with pytest.raises(RuntimeError, match="gradient of lm_head differs"):
+        loss.check_close(gradients, [gradients[0], 1.001 * gradients[1]])
 
 
 # The comparison
