@@ -60,15 +60,18 @@ def planned(run: Run) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "scales", [{}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}], ids=str
-)
-def test_weights_gradients_moments_and_ema_are_exact(scales):
+    "changes", [
+        {}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}, {"optimizer": "muon"},
+        {"optimizer": "muon", "image_lr_scale": 0.0},
+    ], ids=str,
+)  # fmt: skip
+def test_weights_gradients_moments_and_ema_are_exact(changes):
     run = named_run("shapes")
-    run = replace(run, training=replace(run.training, **scales))
+    run = replace(run, training=replace(run.training, **changes))
     model, ema = build(run.model, 0), build(run.model, 0)
     freeze(model, run.training.lr_scales)
     sum(parameter.sum() for parameter in model.parameters()).backward()
-    optimizer = build_optimizer(model, run.training)
+    optimizer = build_optimizer(model, run.training, kind=run.training.optimizer)
     optimizer.step()
     moments = [value for name, value in optimizer_tensors(model, optimizer).items() if not name.endswith("step")]
     memory = plan.plan(run, Machines()).memory

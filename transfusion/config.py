@@ -266,12 +266,14 @@ class TrainingConfig(Config, part="training."):
     """Optimizer, learning rate and intervals of training (section 4.1 and appendix)."""
 
     steps: PositiveInt = 250_000  # Number of optimizer steps.
-    learning_rate: NonNegativeFloat = 3e-4  # Peak learning rate of AdamW.
+    # Optimizer of all weights, or muon (not in the paper): Muon for the matrices of the blocks, AdamW for all others.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: NonNegativeFloat = 3e-4  # Peak learning rate.
     min_learning_rate: NonNegativeFloat = 1.5e-5  # Learning rate at the last step, after cosine decay.
     warmup_steps: NonNegativeInt = 4_000  # Steps in which the learning rate rises linearly from 0.
     betas: tuple[Decay, Decay] = (0.9, 0.95)  # AdamW's decay rates of the two moments.
     eps: Epsilon = 1e-8  # AdamW's epsilon.
-    weight_decay: NonNegativeFloat = 0.1  # AdamW's weight decay of matrices.
+    weight_decay: NonNegativeFloat = 0.1  # Weight decay of matrices, times the learning rate in every step.
     max_grad_norm: PositiveFloat = 1.0  # Gradients with a larger norm are scaled down to it.
     ema_decay: Decay = 0.9999  # Decay per step of the moving average of the weights.
     text_lr_scale: NonNegativeFloat = 1.0  # Multiplies the learning rate of token embedding and head; 0 freezes them.

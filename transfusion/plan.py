@@ -86,10 +86,8 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on disk: weights and moving average, and two moments of trained weights."""
-        training = self.run.training
-        scales = training.transformer_lr_scale, training.text_lr_scale, training.image_lr_scale  # as in self.parameters
-        return FP32 * sum((4 if scale else 2) * n for scale, n in zip(scales, self.parameters.values(), strict=True))
+        """Bytes on disk: weights and moving average, and moments of trained weights."""
+        return 2 * FP32 * sum(self.parameters.values()) + estimate_memory(self.run, replace(self.machines, gpus=1)).moments
 
 
 def plan(run: Run, machines: Machines) -> Plan:
@@ -150,13 +148,16 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     scales = {"block": run.training.transformer_lr_scale, "norm": run.training.transformer_lr_scale,
               "patches": run.training.image_lr_scale, "embeddings": run.training.text_lr_scale}  # fmt: skip
     weights, trained = sum(parts.values()), sum(size for part, size in parts.items() if scales[part])
+    moments = 2 * trained
+    if run.training.optimizer == "muon" and scales["block"]:  # one for the matrices of blocks
+        moments -= FP32 * run.model.layers * count_shard([shape for shape in shapes["block"] if len(shape) == 2], ranks)
     root, block = count_shard(rest, 1), count_shard(shapes["block"], 1)
     if ranks == 1:
         gathered = BF16 * (root + block * run.model.layers)  # autocast's copies, freed after the backward pass
     else:  # a block and the prefetched next one; gradients of a block are reduced in fp32
         gathered = 2 * BF16 * root + (2 * BF16 + BF16 + FP32) * block
     return Memory(
-        weights=weights, gradients=trained, moments=2 * trained, ema=weights, gathered=gathered,
+        weights=weights, gradients=trained, moments=moments, ema=weights, gathered=gathered,
         activations=count_activations(run), backward=max(count_loss(run), count_block_backward(run)),
     )  # fmt: skip
 

@@ -154,10 +154,11 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
     gathered = "bf16: all but blocks, two blocks; their gradients" if shards > 1 else "bf16: copies of all weights"
     saved = "inputs of blocks only" if run.parallel.activation_checkpointing else "all of them"
     block = "one block, recomputed" if run.parallel.activation_checkpointing else "one block"
+    moments = "AdamW's two moments" if run.training.optimizer == "adamw" else "moments of Muon and AdamW"
     largest = "a chunk of the logits" if estimate.loss == memory.backward else block
     figures = {
         "weights": (memory.weights, part), "gradients": (memory.gradients, part),
-        "AdamW's two moments": (memory.moments, part), "moving average": (memory.ema, part),
+        moments: (memory.moments, part), "moving average": (memory.ema, part),
         "weights gathered for use": (memory.gathered, gathered),
         "activations": (memory.activations, f"{run.data.rows} rows of {run.data.seq_len:,}, {saved}"),
         "backward pass, largest": (memory.backward, f"{largest}, with gradients"),

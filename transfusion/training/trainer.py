@@ -43,7 +43,7 @@ class Trainer:
         self.model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
         self.ema = self._build(compiled=False, source=self.model).requires_grad_(False)
         freeze(self.model, run.training.lr_scales)
-        self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales)
+        self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales, run.training.optimizer)
         preview_every = run.training.preview_every if on_preview else 0
         self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, preview_every)
 
