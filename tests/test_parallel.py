@@ -147,6 +147,21 @@ def test_two_ranks_train_frozen_parts_like_one_process(pair, tmp_path, frozen):
     assert_same(other_outcome, outcome, 0)
 
 
+def train_with_muon(ranks: Ranks, folder: Path, run: Run) -> Outcome:
+    """In float64, also torch's orthogonalisation, which is in bfloat16."""
+    with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.double):
+        return train(ranks, folder, run, torch.float64)
+
+
+def test_two_ranks_with_muon_train_like_one_process(pair, tmp_path):
+    """In bfloat16 they agree as little as bfloat16 and float64 do: within a tenth of an update."""
+    runs = [a_run(rows, steps=3, warmup_steps=1, optimizer="muon") for rows in (4, 2)]
+    expected = train_with_muon(SINGLE_PROCESS, tmp_path / "one", runs[0])
+    outcome, other_outcome = pair(train_with_muon, tmp_path / "two", runs[1])
+    assert_same(outcome, expected, 1e-9)
+    assert_same(other_outcome, outcome, 0)
+
+
 def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray]:
     """The first weights of a run from this source, gathered from all ranks."""
     start = open_start(kind, str(source))
