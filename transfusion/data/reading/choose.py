@@ -17,7 +17,7 @@ from transfusion.data.reading.coco import Coco, NoCaptionsError, find_caption_fi
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
-from transfusion.data.reading.json_files import JsonLines, JsonList
+from transfusion.data.reading.json_files import JsonFiles, first_line
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
 from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
@@ -175,7 +175,7 @@ class Choice:
         """A .txt without a picture of its name may be a table, as in Flickr8k: its first line has names of columns."""
         tables = []
         for index in self.kinds[TEXTS][:NUM_SAMPLES] if not self._has_captions else ():
-            line = _first_line(self.files, self.listing.path(index)).decode("utf-8", "replace").lower()
+            line = first_line(self.files, self.listing.path(index))[0].decode("utf-8", "replace").lower()
             names = {name.strip(' "') for name in re.split(r"[,;|\t]", line)}
             if all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption")):
                 tables.append(index)
@@ -265,7 +265,7 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
         case "Parquet tables" | "Arrow tables":
             return Tables(files, paths)
         case "JSON lines":
-            return JsonLines(files, paths)
+            return JsonFiles(files, paths)
         case "tables":
             return SeparatedValues(files, paths)
         case "JSON":
@@ -275,28 +275,15 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
 
 
 def _open_json(files: Files, paths: Sequence[str]) -> Container:
-    """Lists of records, COCO's annotations, or one object per line; the content of the first file decides."""
-    first_lines = ((path, _first_line(files, path)) for path in paths)
-    path, line = next((pair for pair in first_lines if pair[1]), (paths[0], b""))
-    if line.startswith(b"["):
-        return JsonList(files, paths)
+    """COCO's annotations, or records; the first file that is not empty decides."""
+    first_lines = ((path, *first_line(files, path)) for path in paths)
+    path, line, is_only_line = next((found for found in first_lines if found[1]), (paths[0], b"", True))
     try:
-        if isinstance(record := json.loads(line), dict) and "annotations" not in record:
-            return JsonLines(files, paths)
+        is_record = line.startswith(b"[") or (isinstance(record := json.loads(line), dict) and "annotations" not in record)
     except (ValueError, RecursionError):
-        pass
-    return Coco(files, find_caption_files(files, paths))
-
-
-def _first_line(files: Files, path: str) -> bytes:
-    """The first line of a file that is not blank; if it starts a list, perhaps only its beginning."""
-    line = b""
-    with files.open(path) as file:
-        while not line and (content := file.read1(2**16)):
-            line = content.lstrip(b" \n\r\t\xef\xbb\xbf")
-        if not line.startswith(b"[") and b"\n" not in line:
-            line += file.readline()
-    return line.partition(b"\n")[0]
+        is_record = False
+    captions = () if is_record else find_caption_files(files, paths)
+    return Coco(files, captions) if captions else JsonFiles(files, paths)
 
 
 def read_saved_tables(files: Files, folder: str) -> set[str] | None:
