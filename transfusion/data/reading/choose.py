@@ -26,7 +26,7 @@ from transfusion.data.reading.splits import canonical, split_of_path
 from transfusion.data.reading.tables import Tables
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
-    "archives": ("tar", "tgz"), "Parquet tables": ("parquet",), "Arrow tables": ("arrow",),
+    "archives": ("tar", "tgz"), "Parquet tables": ("parquet",), "Arrow tables": ("arrow", "feather"),
     "JSON lines": ("jsonl", "ndjson"), "tables": ("csv", "tsv"), "JSON": ("json",),
 }  # fmt: skip
 PICTURES, TEXTS = "pictures", "texts"

@@ -16,6 +16,8 @@ from transfusion.data.reading.files import Files
 from transfusion.data.reading.streams import error_line
 
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
+ARROW_FILE_START = b"ARROW1"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 BATCH_SIZE = 16  # rows converted to records at a time: each may have an image
 
 
@@ -90,14 +92,21 @@ class Tables:
                 return
 
     def _batches(self, path: str) -> Iterator[pa.RecordBatch]:
+        """The batches of a file, of a stream, or of joined streams. ArrowInvalid where a stream has no mark of its end: Arrow
+        reads one that is cut between two batches like a whole one."""
         source = self.files.open_arrow(path)
-        try:
-            batches = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
+        if source.read(len(ARROW_FILE_START)) == ARROW_FILE_START:
             file = pa.ipc.open_file(source)
-            batches = map(file.get_batch, range(file.num_record_batches))
-        yield from batches
+            yield from map(file.get_batch, range(file.num_record_batches))
+            return
+        source.seek(0)
+        while True:
+            yield from pa.ipc.open_stream(source)
+            source.seek(source.tell() - len(END_OF_STREAM))
+            if source.read(len(END_OF_STREAM)) != END_OF_STREAM:
+                raise pa.ArrowInvalid("the stream has no end mark")
+            if source.tell() == source.size():
+                return
 
 
 def _is_parquet(path: str) -> bool:
