@@ -65,9 +65,10 @@ class TarArchives:
     """WebDataset: a tar archive in which consecutive members with the same key (their name up to the first dot) are one
     record. Only images, .txt, .caption, .cls and .json are read; other members (for example pickles) are not.
 
-    If that leaves nothing of a key to be read, its members have dots in their names (`22.05.jpg`, `22.05.txt`): then the key
-    ends at the last dot. A key that returns later is a fault. Archives that are appended to an archive are read. In a
-    truncated archive the last record may lack members, so it is not read.
+    If that leaves nothing of a key to be read, its members have dots in their names. `0.input.jpg` and `0.outputs.txt`, with
+    one word between the dots, are a record; of others (`22.05.jpg`, `22.05.txt`) the key ends at the last dot. A key that
+    returns later is a fault. Archives that are appended to an archive are read. In a truncated archive the last record may
+    lack members, so it is not read.
     """
 
     files: Files
@@ -204,9 +205,12 @@ def _group(members: Sequence[Member], others: Sequence[tuple[str, str]]) -> list
     be read, one for each beginning up to the last dot."""
     groups: list[Group] = []
     has_dots = not any(_suffix(member.name) in READ_SUFFIXES for member in members)
+    are_words = has_dots and _are_picture_and_text([_suffix(member.name) for member in members])
     for member in members:
         key, suffix = member.key, _suffix(member.name)
-        if has_dots:
+        if are_words:
+            suffix = suffix.rpartition(".")[2]
+        elif has_dots:
             folder, _, last = member.name.rpartition("/")
             stem, _, suffix = last.rpartition(".")
             key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
@@ -216,6 +220,13 @@ def _group(members: Sequence[Member], others: Sequence[tuple[str, str]]) -> list
     groups = groups or [Group("", 0)]
     groups[-1].passed_over += others
     return groups
+
+
+def _are_picture_and_text(suffixes: Sequence[str]) -> bool:
+    """Whether these are one picture and one text, each with another word before its suffix: input.jpg, outputs.txt."""
+    words, _, ends = zip(*(suffix.rpartition(".") for suffix in suffixes), strict=True)
+    is_pair = sorted((end in IMAGE_SUFFIXES, end in TEXT_SUFFIXES) for end in ends) == [(False, True), (True, False)]
+    return is_pair and words[0] != words[1] and all(map(str.isalpha, words))
 
 
 def _suffix(name: str) -> str:

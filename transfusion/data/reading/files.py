@@ -22,9 +22,8 @@ from transfusion.data.raw import Fault
 from transfusion.data.reading.listing import Listing, reason_of_name, walk
 from transfusion.data.reading.streams import (
     BUFFER_SIZE,
-    BYTE_ORDER_MARKS,
     HEAD_SIZE,
-    POINTER_START,
+    POINTER_ERROR,
     Decoded,
     RawFile,
     Recoded,
@@ -32,7 +31,9 @@ from transfusion.data.reading.streams import (
     check_content,
     encoding_of,
     error_line,
+    is_pointer,
 )  # fmt: skip
+from transfusion.data.reading.values import possible_paths
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
@@ -169,7 +170,7 @@ class Files:
         if self.is_local and not path.lower().endswith(tuple(COMPRESSIONS)):
             with open(path, "rb") as file:  # without the buffers of `open`: a folder has many small files
                 content = file.read()
-            if not content.startswith((POINTER_START, *BYTE_ORDER_MARKS)):
+            if not is_pointer(content) and encoding_of(content) is None:
                 return content
         with self.open(path) as file:
             return file.read()
@@ -220,8 +221,8 @@ class RecordImageReader:
             name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
         elif isinstance(value, str) and value.startswith("data:"):
             name, content = "data:", _decode_data_url(value)
-        elif isinstance(value, str):
-            name, content = _shorten(value), self._fetch(value)
+        elif isinstance(value, str) or type(value) is int:  # the name of a picture may be a number
+            name, content = _shorten(str(value)), self._fetch(str(value))
         elif isinstance(value, bytes | bytearray | memoryview):
             content = bytes(value)
         else:
@@ -229,7 +230,7 @@ class RecordImageReader:
         try:
             return pixels_of(read_picture(content, name or "its image", on_note=lambda note: self.on_note(note, name)))
         except PictureError as error:
-            raise Fault("unreadable image", str(error)) from None
+            raise Fault("unreadable image", POINTER_ERROR.format(name) if is_pointer(content) else str(error)) from None
 
     def exists(self, address: str) -> bool:
         """Whether there is a file at this path or URL."""
@@ -282,7 +283,9 @@ class RecordImageReader:
         path = posixpath.normpath(posixpath.join(folder, address))
         if path.startswith("../"):
             raise Fault("missing image", f"{_shorten(address)} is outside the folder of the data")
-        return self.files.fs, protocol + separator + path
+        first, *others = possible_paths(protocol + separator + path)
+        fs = self.files.fs
+        return fs, next((other for other in others if fs.exists(other)), first) if others and not fs.exists(first) else first
 
 
 def _shorten(address: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 BUFFER_SIZE = 2**16  # bytes of one request to a file system
 WINDOW = 4 * 2**20  # bytes of decoded content that can be read again: a reader stops behind the next span's start
 HEAD_SIZE = 64  # bytes of a file that show whether it is in UTF-16 or a pointer
-POINTER_START = b"version https://git-lfs.github.com/spec/"  # of a file that Git LFS has not downloaded
+POINTER_ERROR = "{} is a Git LFS pointer without its content: run git lfs pull"
 BYTE_ORDER_MARKS = {  # that of UTF-32 starts with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -157,10 +157,15 @@ def encoding_of(head: bytes) -> str | None:
     return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
 
 
+def is_pointer(head: bytes) -> bool:
+    """Whether Git LFS has not downloaded the content of a file that starts with `head`."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def check_content(head: bytes, name: str) -> None:
     """OSError when a file is only a pointer to its content."""
-    if head.startswith(POINTER_START):
-        raise OSError(f"{name} is a Git LFS pointer without its content: run git lfs pull")
+    if is_pointer(head):
+        raise OSError(POINTER_ERROR.format(name))
 
 
 def error_line(error: Exception) -> str:

@@ -92,8 +92,8 @@ class Tables:
                 return
 
     def _batches(self, path: str) -> Iterator[pa.RecordBatch]:
-        """The batches of a file, of a stream, or of joined streams. ArrowInvalid where a stream has no mark of its end: Arrow
-        reads one that is cut between two batches like a whole one."""
+        """The batches of a file, of a stream, or of joined streams. ArrowInvalid where a stream has no mark of its end: to
+        Arrow one that is cut between two batches looks whole."""
         source = self.files.open_arrow(path)
         if source.read(len(ARROW_FILE_START)) == ARROW_FILE_START:
             file = pa.ipc.open_file(source)

@@ -17,6 +17,7 @@ PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 TEXT_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED.pattern})[\s,]*+)++\]\s*", re.DOTALL)
 MAX_PATH = 1024  # characters of a path of a picture
+CAPTION_NUMBER = re.compile(r"#\d+$")  # behind the name of a picture: bird.jpg#0, as in Flickr8k
 
 
 class ImageReader(Protocol):
@@ -35,7 +36,8 @@ def is_empty(value: Any) -> bool:
 def looks_like_picture(value: Any) -> bool:
     """Whether a value is the path or address of a picture, its content, or a list of these."""
     if isinstance(value, str):
-        if len(value) > MAX_PATH or not (path := value.partition("?")[0].lower()).endswith(PICTURE_ENDINGS):
+        path = CAPTION_NUMBER.sub("", value.partition("?")[0].lower()) if len(value) <= MAX_PATH else ""
+        if not path.endswith(PICTURE_ENDINGS):
             return False
         has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
         return has_name and ("/" in value or not any(map(str.isspace, value.strip())))
@@ -47,6 +49,17 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str | bytes | dict) and looks_like_picture(item) for item in value)
     return False
+
+
+def possible_paths(path: str) -> Iterator[str]:
+    """Where the picture of this name may be: there, without the number of a caption, or with a suffix, which Kaggle's tables
+    omit."""
+    yield path
+    if CAPTION_NUMBER.search(path):
+        yield CAPTION_NUMBER.sub("", path)
+    elif not path.lower().endswith(PICTURE_ENDINGS):
+        for suffix in IMAGE_SUFFIXES:
+            yield from (f"{path}.{suffix}", f"{path}.{suffix.upper()}")
 
 
 def parse_texts(value: str) -> list[str] | None:
