@@ -109,7 +109,8 @@ class Choice:
         else:
             container = open_container(kind, self._find_pictures(kind, indices[0]), Selection(listing, indices))
             for index in indices:
-                listing.decide(index, kind, is_read=True)
+                is_read = not isinstance(container, Coco) or listing.path(index) in container.paths
+                listing.decide(index, kind if is_read else "beside COCO's captions", is_read)
         for index, path in enumerate(listing):
             if listing.is_undecided(index):
                 listing.decide(index, self._reason_beside(kind, path))
@@ -184,7 +185,7 @@ class Choice:
             dialect = find_dialect(line)
             names = {name.lower() for name in dialect.columns}
             has_pairs = all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption"))
-            if has_pairs and (dialect.has_header or b" " in line):  # otherwise numbers or labels
+            if has_pairs and (dialect.header or b" " in line):  # otherwise numbers or labels
                 tables.append(index)
         self.kinds["tables"] = array("Q", sorted([*self.kinds["tables"], *tables]))
         self.kinds[TEXTS] = array("Q", (index for index in self.kinds[TEXTS] if index not in tables))
@@ -258,8 +259,8 @@ class Choice:
             return ""
         if not forms:
             return "empty" if is_empty else "without records of a known form"
-        if self._has_captions and forms == {"text"}:
-            return "with texts beside pictures with captions"
+        if self._has_captions and forms in ({"text"}, {"image"}):
+            return f"with {forms.pop()}s beside pictures with captions"
         if self._has_captions and are_addresses and forms <= {"pair", "image"}:
             return "with addresses of pictures, which are read from this folder"
         return ""
@@ -314,7 +315,9 @@ def read_saved_tables(files: Files, folder: str) -> set[str] | None:
         names = {entry["filename"] for entry in state["_data_files"]}
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{files.relative_path(path)} is damaged: save the data set again") from None
+    name = files.relative_path(folder)
+    if missing := [table for table in sorted(names) if not files.exists(f"{folder}/{table}")]:
+        raise ValueError(f"{name} lacks {missing[0]}, which its state.json names: copy the folder again")
     if state.get("_indices_data_files"):
-        name = files.relative_path(folder)
         raise ValueError(f"{name} was saved with an index of rows: call flatten_indices() before save_to_disk")
     return names

@@ -20,8 +20,8 @@ class NoCaptionsError(ValueError):
 
 
 def find_caption_files(files: Files, paths: Sequence[str]) -> Sequence[str]:
-    """Those of the files that may have captions, none if the first has no annotations. NoCaptionsError when it has others,
-    ValueError when it is no JSON."""
+    """Those of the files that may have captions; none if the first is something else. NoCaptionsError when it has other
+    annotations."""
     named = {path: path.rpartition("/")[2] for path in paths}
     possible = [path for path, name in named.items() if not name.startswith(OTHER_ANNOTATIONS)]
     captions = [path for path in possible if named[path].startswith("captions")] or possible
@@ -29,8 +29,11 @@ def find_caption_files(files: Files, paths: Sequence[str]) -> Sequence[str]:
         raise NoCaptionsError(f"{files.relative_path(paths[0])} has COCO annotations without captions")
     try:
         content = json.loads(files.read(captions[0]).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{files.relative_path(captions[0])} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError):
+        return ()
+    except OSError as error:
+        damage_fault(error)  # raises errors of a disk
+        return ()
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not isinstance(content.get("images"), list):
         return ()

@@ -213,6 +213,14 @@ class JsonList:
             while True:
                 text.skip_all(_SEPARATOR)
                 if text.starts_with("]"):
+                    text.skip(text.position + 1)
+                    text.skip_all(_SPACE)
+                    if text.starts_with("["):  # lists were joined
+                        text.skip(text.position + 1)
+                        continue
+                    if text.is_damaged or text.position < len(text.text):
+                        fault = Fault(CUT_SHORT, "what is behind the end of the list is not read")
+                        yield row, text.offset, text.end_fault if text.is_damaged else fault
                     return
                 value, end = text.parse_element()
                 yield row, text.offset, value

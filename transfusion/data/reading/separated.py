@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
@@ -14,7 +14,7 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import BOM, Span, damage_fault, group
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.records import COLUMN_NAMES, LIST_COLUMNS
-from transfusion.data.reading.values import is_address, looks_like_picture
+from transfusion.data.reading.values import is_address, looks_like_picture, unique_names
 
 DELIMITERS = "\t|;,"  # text has commas more often than the others
 NO_DELIMITER = "\x1f"  # of a file with one column: no text has this character
@@ -37,13 +37,14 @@ class Dialect:
     delimiter: str
     has_quotes: bool = True  # cells may be in quotes; otherwise a quote is a character like any other
     has_spaces: bool = False  # behind the delimiters
-    has_header: bool = True
-    columns: tuple[str, ...] = ()  # () while the dialect is not known: rows may have any number of cells
+    header: Sequence[str] = ()  # the cells of the row with the names of columns; () without one
+    columns: Sequence[str] = ()  # () while the dialect is not known: rows may have any number of cells
     num_comments: int = 0  # lines that begin with # before the first row
 
     def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
-        """(line number from 0, byte offset, cells) of each row that is not blank. A row that cannot be read is a Fault; the
-        next row starts in the line behind its first one, because an open quote may have swallowed any number of rows."""
+        """(line number from 0, byte offset, cells) of each row that is neither blank nor the header, which joined tables have
+        again. A row that cannot be read is a Fault; the next row starts in the line behind its first one, because an open
+        quote may have swallowed any number of rows."""
         if not lines.offset:
             lines.skip(self.num_comments)
         quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
@@ -57,6 +58,9 @@ class Dialect:
                 return
             except csv.Error as error:
                 cells = lines.explain(error)
+            if self.header and cells == self.header:
+                lines.end_row(is_bad=False)
+                continue
             if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and any(map(str.strip, cells)):
                 cells = lines.explain_width(len(cells), len(self.columns))
             wrong_encoding = lines.wrong_encoding
@@ -156,13 +160,9 @@ class SeparatedValues:
         try:
             dialect = self._dialect(path)
             with self.files.open(path, offset) as file:
-                is_header = dialect.has_header and not offset
                 for row in dialect.read(Lines(file, line, offset)):
-                    line, offset, cells = row
-                    if is_header and isinstance(cells, list):
-                        is_header = False
-                    else:
-                        yield row
+                    line, offset, _ = row
+                    yield row
         except OSError as error:
             yield line, offset, damage_fault(error)
 
@@ -190,8 +190,8 @@ def find_dialect(sample: bytes, delimiters: str = DELIMITERS) -> Dialect:
     if num_comments and best.width < 2:  # texts that begin with #
         best = _find_quoting(sample, delimiters, is_cut, 0)
     dialect, rows = best.dialect, best.rows
-    has_header = bool(rows) and _is_header(rows[0])
-    return replace(dialect, has_header=has_header, columns=_unique(rows[0]) if has_header else _name_columns(rows))
+    header = rows[0] if rows and _is_header(rows[0]) else ()
+    return replace(dialect, header=header, columns=_name_cells(header) if header else _name_columns(rows))
 
 
 def _find_quoting(sample: bytes, delimiters: str, is_cut: bool, num_comments: int) -> "_Sample":
@@ -297,15 +297,11 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _unique(row: Sequence[str]) -> tuple[str, ...]:
-    """The names of columns. Equal ones are numbered, as pandas does: otherwise the last one would replace the others. NumPy
-    writes a # before the first one."""
-    names, counts = [], Counter()
-    for number, cell in enumerate(row, 1):
-        name = cell.strip("# ") if number == 1 and _is_known(cell) else cell.strip() or f"column {number}"
-        names.append(f"{name}.{counts[name]}" if counts[name] else name)
-        counts[name] += 1
-    return tuple(names)
+def _name_cells(header: Sequence[str]) -> list[str]:
+    """The names of columns in a header. NumPy writes a # before the first one."""
+    first, *others = header
+    names = [first.strip("# ") if _is_known(first) else first.strip(), *map(str.strip, others)]
+    return unique_names(name or f"column {number}" for number, name in enumerate(names, 1))
 
 
 def _name_columns(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import Span, damage_fault
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.streams import error_line
+from transfusion.data.reading.values import unique_names
 
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
 ARROW_FILE_START = b"ARROW1"
@@ -115,6 +116,8 @@ def _is_parquet(path: str) -> bool:
 
 def _batch_records(batch: pa.RecordBatch, is_valid: bool) -> Iterator[dict | Fault]:
     """The rows as records, several at a time; one at a time where any is damaged, so that only that one is lost."""
+    if len({*batch.schema.names}) < batch.num_columns:
+        batch = batch.rename_columns(unique_names(batch.schema.names))
     try:
         if not is_valid:  # Arrow does not check mapped files: invalid offsets would read any memory
             batch.validate(full=True)

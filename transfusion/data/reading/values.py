@@ -3,7 +3,8 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,10 +53,12 @@ def looks_like_picture(value: Any) -> bool:
 
 
 def possible_paths(path: str) -> Iterator[str]:
-    """Where the picture of this name may be: there, without the number of a caption, or with a suffix, which Kaggle's tables
-    omit."""
+    """Where the picture of this name may be: there, in a folder of Windows, without the number of a caption, or with a
+    suffix, which Kaggle's tables omit."""
     yield path
-    if CAPTION_NUMBER.search(path):
+    if "\\" in path:
+        yield from possible_paths(path.replace("\\", "/"))
+    elif CAPTION_NUMBER.search(path):
         yield CAPTION_NUMBER.sub("", path)
     elif not path.lower().endswith(PICTURE_ENDINGS):
         for suffix in IMAGE_SUFFIXES:
@@ -120,6 +123,15 @@ def check_text(value: Any, field: str) -> str:
     except UnicodeEncodeError:
         raise Fault("wrong encoding", f"its {field} has half of a surrogate pair") from None
     return value
+
+
+def unique_names(columns: Iterable[str]) -> list[str]:
+    """The names of columns. Equal ones are numbered, as pandas does: in a record the last one would replace the others."""
+    names, counts = [], Counter()
+    for name in columns:
+        names.append(f"{name}.{counts[name]}" if counts[name] else name)
+        counts[name] += 1
+    return names
 
 
 def list_columns(record: dict) -> str:
