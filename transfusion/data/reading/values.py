@@ -37,7 +37,10 @@ def is_empty(value: Any) -> bool:
 def looks_like_picture(value: Any) -> bool:
     """Whether a value is the path or address of a picture, its content, or a list of these."""
     if isinstance(value, str):
-        path = CAPTION_NUMBER.sub("", value.partition("?")[0].lower()) if len(value) <= MAX_PATH else ""
+        if len(value) > MAX_PATH:
+            return False
+        path = value.partition("?")[0].lower()
+        path = CAPTION_NUMBER.sub("", path) if "#" in path else path
         if not path.endswith(PICTURE_ENDINGS):
             return False
         has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
