@@ -303,7 +303,7 @@ def read_saved_tables(files: Files, folder: str) -> set[str] | None:
     """The names of the tables of a data set that `save_to_disk` wrote into this folder; None for another folder. ValueError
     when it was saved with an index of rows: without it, order and rows would be wrong."""
     path = f"{folder}/state.json"
-    if not files.exists(path):
+    if not files.is_file(path):
         return None
     try:
         state = json.loads(files.read(path))

@@ -95,5 +95,5 @@ def _find_folder(files: Files, path: str, names: Sequence[Any]) -> str:
     inner = (split, "", "images", f"images/{split}")
     usual = [f"{base}/{name}".rstrip("/") for base in (parent, folder) for name in inner]
     first = [name for name in names if isinstance(name, str)][:NUM_SAMPLES]
-    counts = [sum(files.exists(f"{candidate}/{name}") for name in first) for candidate in usual]
+    counts = [sum(files.is_file(f"{candidate}/{name}") for name in first) for candidate in usual]
     return usual[counts.index(max(counts))] if any(counts) else folder

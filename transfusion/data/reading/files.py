@@ -21,8 +21,10 @@ from transfusion.codecs.pictures import PictureError, pixels_of, read_picture
 from transfusion.data.raw import Fault
 from transfusion.data.reading.listing import Listing, reason_of_name, walk
 from transfusion.data.reading.streams import BUFFER_SIZE, Decompressed, RawFile, as_os_error, error_line
+from transfusion.data.reading.values import is_inline_picture
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+IMAGE_KEYS = ("bytes", "data", "path", "url")  # of an image that is an object; the first with a value is read
 MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
 MODIFIED = ("mtime", "ETag", "LastModified", "last_commit")  # names of the modification time in file systems
 BAD_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # of strings that cannot be paths
@@ -62,6 +64,8 @@ class Files:
                 exists = fs.exists(root)
             if not exists:
                 raise FileNotFoundError(f"{address} does not exist")
+        if isinstance(fs, LocalFileSystem) and "*" not in root and not os.path.isfile(root) and not os.path.isdir(root):
+            raise FileNotFoundError(f"{address} is neither a file nor a folder: save its content as a file")
         image_path = None
         if image_root is not None:
             image_fs, image_path = _connect(image_root)
@@ -156,8 +160,8 @@ class Files:
         with self.open(path) as file:
             return file.read()
 
-    def exists(self, path: str) -> bool:
-        return self.fs.exists(path)
+    def is_file(self, path: str) -> bool:
+        return self.fs.isfile(path)
 
     def open_arrow(self, path: str):
         """The file for Arrow: memory-mapped if local, otherwise read."""
@@ -189,16 +193,17 @@ class RecordImageReader:
     on_note: Callable[[str, str], None]
 
     def read(self, value: Any) -> np.ndarray:
-        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`. Fault
-        when it does not exist or is not an image; OSError when a disk or a network fails."""
+        """(Y, X, 3 | 1) uint8 of bytes, base64, a data: URL, a path, a URL, an object with one of these as `bytes`, `data`,
+        `path` or `url`, or a `ListedPath`. Fault when it does not exist or is not an image; OSError when a disk or a network
+        fails."""
         name = ""
         if isinstance(value, dict):
             name = _shorten(path) if isinstance(path := value.get("path"), str) else ""
-            value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
+            value = next((value[key] for key in IMAGE_KEYS if value.get(key) is not None), None)
         if isinstance(value, ListedPath):
             name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
-        elif isinstance(value, str) and value.startswith("data:"):
-            name, content = "data:", _decode_data_url(value)
+        elif isinstance(value, str) and (value.startswith("data:") or is_inline_picture(value)):
+            name, content = name or "an image in base64", _decode_base64(value)
         elif isinstance(value, str):
             name, content = _shorten(value), self._fetch(value)
         elif isinstance(value, bytes | bytearray | memoryview):
@@ -209,14 +214,6 @@ class RecordImageReader:
             return pixels_of(read_picture(content, name or "its image", on_note=lambda note: self.on_note(note, name)))
         except PictureError as error:
             raise Fault("unreadable image", str(error)) from None
-
-    def exists(self, address: str) -> bool:
-        """Whether there is a file at this path or URL."""
-        try:
-            fs, path = self._locate(address)
-            return fs.exists(path)
-        except (Fault, OSError):
-            return False
 
     def _fetch(self, address: str, is_listed: bool = False) -> bytes:
         """The content at a path relative to the record, at a URL, or at a listed path."""
@@ -280,12 +277,12 @@ def _connect(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{address}: {error_line(error)}") from None
 
 
-def _decode_data_url(address: str) -> bytes:
-    """The bytes of a data: URL."""
-    head, _, body = address.partition(",")
-    if not head.endswith(";base64"):
+def _decode_base64(value: str) -> bytes:
+    """The bytes of base64, alone or in a data: URL."""
+    head, comma, body = value.rpartition(",")
+    if comma and not head.endswith(";base64"):
         raise Fault("missing image", "a data: URL must be in base64")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)
     except ValueError:
-        raise Fault("unreadable image", "the base64 of a data: URL is damaged") from None
+        raise Fault("unreadable image", "the base64 of an image is damaged") from None

@@ -16,6 +16,9 @@ PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTE
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 TEXT_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED.pattern})[\s,]*+)++\]\s*", re.DOTALL)
+BASE64_PICTURE = re.compile(  # JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF
+    r"(?:/9j/|iVBORw0KGgo|R0lGOD[dl]h|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA[A-Za-z0-9+/]GZ0eXBhdmlm)[A-Za-z0-9+/\s]{40,}+={0,2}+\s*"
+)
 MAX_PATH = 1024  # characters of a path of a picture
 
 
@@ -35,6 +38,8 @@ def is_empty(value: Any) -> bool:
 def looks_like_picture(value: Any) -> bool:
     """Whether a value is the path or address of a picture, its content, or a list of these."""
     if isinstance(value, str):
+        if is_inline_picture(value):
+            return True
         if len(value) > MAX_PATH or not (path := value.partition("?")[0].lower()).endswith(PICTURE_ENDINGS):
             return False
         has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
@@ -47,6 +52,11 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str | bytes | dict) and looks_like_picture(item) for item in value)
     return False
+
+
+def is_inline_picture(value: str) -> bool:
+    """Whether a text is the content of a picture: a data: URL, or base64 alone."""
+    return value.startswith("data:image/") or BASE64_PICTURE.fullmatch(value) is not None
 
 
 def parse_texts(value: str) -> list[str] | None:
@@ -79,7 +89,7 @@ def get_value(part: Any, *names: str) -> Any:
     """The value of the first of these keys of an object. Fault when it is missing."""
     value = next((part[name] for name in names if part.get(name) is not None), None) if isinstance(part, dict) else None
     if value is None:
-        raise Fault("bad segment", f"{names[0]} is missing in {short_repr(part)}")
+        raise Fault("bad segment", f"{' or '.join(names)} is missing in {short_repr(part)}")
     return value
 
 
