@@ -19,7 +19,7 @@ from tests.reading import EXPECTED, FIXTURES, close_account, read
 from transfusion.data.raw import Fault
 from transfusion.data.reading.account import MAX_REASONS, Account
 from transfusion.data.reading.archives import TarArchives
-from transfusion.data.reading.listing import Listing, walk
+from transfusion.data.reading.listing import NOT_A_FILE, Listing, walk
 from transfusion.data.reading.readers import ReaderOptions, open_reader
 
 GOOD = png(1)
@@ -186,6 +186,21 @@ def test_linked_folders_are_entered_once(tmp_path):
     }  # fmt: skip
     assert dict(walk(str(root))) == expected
     assert list(Listing(str(root), walk(str(root)))) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "1.caption", "1.png.txt", "1.json", "2.png", "metadata.jsonl", "state.json"])
+def test_pipe_in_a_folder_is_never_opened(name, tmp_path):
+    """Reading a pipe without a writer never ends; a link to nothing cannot be read."""
+    for number, make in enumerate((lambda path: path.symlink_to(tmp_path / "none"), os.mkfifo)):
+        root = tmp_path / str(number)
+        root.mkdir()
+        (root / "1.png").write_bytes(GOOD)
+        make(root / name)
+        account = check_account(root)
+        assert account.tallies["files"].passed_over == {NOT_A_FILE: 1} and account.forms == {"image": 1}
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(OSError, match="a.jsonl is neither a file nor a folder: save its content as a file"):
+        open_reader(str(tmp_path / "a.jsonl"))
 
 
 @few

@@ -29,7 +29,7 @@ from transfusion.config import ChatLayout, DataConfig, PrepareConfig, to_json
 from transfusion.data.fitting import TokenizerAndCodec
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import Fault
-from transfusion.data.reading.readers import open_reader
+from transfusion.data.reading.readers import NUM_SAMPLES, ReaderOptions, open_reader
 from transfusion.data.reading.records import to_document
 from transfusion.data.sources import chat_layout
 from transfusion.data.store import open_prepared
@@ -472,6 +472,16 @@ def test_source_with_a_few_conversations_has_the_layout(folder, tmp_path):
 def test_layout_without_conversations_is_refused(folder, tmp_path):
     with pytest.raises(PrepareError, match="--chat has no effect: no source has conversations"):
         prepared_with(folder, tmp_path / "out", "texts", chat=CHATML)
+
+
+def test_conversation_behind_any_number_of_other_records_has_the_layout(folder, tmp_path):
+    """The form of a source is decided by its first records, not that of each record."""
+    lines = [(folder / name).read_text().splitlines(keepends=True) for name in ("texts.jsonl", "talks.jsonl")]
+    (tmp_path / "mixed.jsonl").write_text("".join([*(lines[0] * 10)[: 2 * NUM_SAMPLES], lines[1][0]]))
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_json())
+    assert prepared_with(tmp_path, tmp_path / "out", "mixed", chat=CHATML).chat_layout() == CHATML
+    reader, first = (open_reader(str(tmp_path / "mixed.jsonl"), ReaderOptions(limit=limit)) for limit in (None, NUM_SAMPLES))
+    assert reader.has_conversations() and not first.has_conversations()
 
 
 def test_older_folder_has_the_default_layout(folder, tmp_path):

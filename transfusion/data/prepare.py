@@ -27,7 +27,6 @@ from transfusion.data.leaks import count_leaks
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
-from transfusion.data.reading.records import CONVERSATIONS
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
@@ -107,7 +106,7 @@ def _choose_chat(readers: Sequence[Reader], config: PrepareConfig) -> PrepareCon
     """The config with the chat layout of the folder `like`, if it has one. PrepareError when the command declares another
     one, or declares one without conversations to use it for."""
     is_declared = config.chat != ChatLayout()
-    if is_declared and not any(reader.forms & {*CONVERSATIONS} for reader in readers):
+    if is_declared and not any(reader.has_conversations() for reader in readers):
         raise PrepareError("--chat has no effect: no source has conversations (the form conversation or messages)")
     chat = fitting.read_like_info(Path(config.like))["chat"] if config.like is not None else None
     if chat is None or chat == config.chat:

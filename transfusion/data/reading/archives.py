@@ -149,7 +149,7 @@ class Grouping:
 
     def __init__(self) -> None:
         self.group: Group | None = None  # the open one
-        self.ahead: list[Member] = []  # or, before it is known where their key ends, members with one key up to the first dot
+        self.ahead: list[Member] = []  # members with one key up to the first dot, before it is known where it ends
 
     @property
     def start(self) -> tuple[str, int] | None:

@@ -25,8 +25,10 @@ from transfusion.data.reading.files import Files, RecordImageReader
 from transfusion.data.reading.folders import PictureFolder
 from transfusion.data.reading.listing import Listing, printable
 from transfusion.data.reading.records import (
+    CONVERSATIONS,
     FORMS,
     Form,
+    describe_record,
     detect_form,
     form_among,
     read_columns,
@@ -72,7 +74,7 @@ class Reader:
     ):  # fmt: skip
         self.name, self.address, self.container, self.options = name, address, container, options
         self.files, self.listing = files, listing
-        self.forms: set[Form | None] = {options.form}  # of the first records
+        self.forms: set[Form] = set()  # of the first records
         self.columns: set[str] = set()  # that the most frequent one reads
         self.listed = Account()  # of what `units` lists
         self.form = options.form if files is None else self._detect_form()
@@ -199,6 +201,19 @@ class Reader:
             digest.update(repr(version).encode())
         return digest.hexdigest()
 
+    def has_conversations(self) -> bool:
+        """Whether a record is read as a conversation. If the first records do not show one, all are searched."""
+        if self.options.form is not None or self.files is None:
+            return self.form in CONVERSATIONS
+        if not self.forms.isdisjoint(CONVERSATIONS):
+            return True
+        records = (record for _, record in islice(self._records(), self.options.limit) if isinstance(record, dict))
+        return any(describe_record(rename_columns(record, self.options.columns))[0] in CONVERSATIONS for record in records)
+
+    def _records(self) -> Iterator[tuple[str, Any]]:
+        """(where, record or fault) of all of them, read in small spans: for as many of the first ones as are needed."""
+        return (item for span in self.container.spans(NUM_SAMPLES, Account()) for item in self.container.records(span))
+
     def describe(self) -> str:
         """How it is read, in one line."""
         if self.files is None:
@@ -213,9 +228,7 @@ class Reader:
         columns: dict[Form, set[str]] = {}
         faults: list[Fault] = []
         all_columns: set[str] = set()
-        spans = self.container.spans(NUM_SAMPLES, Account())
-        records = (record for span in spans for record in self.container.records(span))
-        for where, record in islice(records, NUM_SAMPLES):
+        for where, record in islice(self._records(), NUM_SAMPLES):
             try:
                 if isinstance(record, Fault):
                     raise record
@@ -235,7 +248,7 @@ class Reader:
                 raise ValueError(f"{self.address}: no record can be read; the first fault: {faults[0]}")
             raise ValueError(f"{self.address} has no records")
         form = self.options.form or counts.most_common(1)[0][0]
-        self.forms = {form, *counts}
+        self.forms = {*counts}
         self.columns = columns.get(form, set())
         return form
 
