@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ LAYOUTS = [
                                             {"type": "text", "text": "Which bird?"}], "A robin.")}], "1.png": P},
            [f"#|{ANSWER}"]),
     Layout(CHATS, "LLaMA-Factory, ms-swift, TRL", '`{"messages": [{"role": "user", "content": "<image>Which bird?"}, ...], '
-           '"images": ["bird.jpg"]}`', "each mark, or image part without content, is the next of `images`",
+           '"images": ["bird.jpg"]}`', "each mark, or image part without content, is the place of the next of `images`",
            {"a.jsonl": [{"messages": turns("<image>Which bird?", "A robin."), "images": ["1.png"]},
                         {"messages": turns("<image><image>Which bird?", "A robin."), "images": ["1.png", "1.png"]},
                         {"messages": turns("Which bird?", "A robin."), "images": ["1.png"]},
@@ -225,6 +226,25 @@ LAYOUTS = [
                         {"messages": turns("<image>Which bird?", "A robin."), "images": []}], "1.png": P},
            [f"#|{ANSWER}", f"#|#|{ANSWER}", f"#|{ANSWER}", ANSWER, f"#|{ANSWER}", "lists of different lengths"],
            {"records: lists of different lengths": 1}),
+    Layout(CHATS, "other marks", "`<Image>`, `<ImageHere>`, `<image_placeholder>`; with a number `<image 1>`, `<image_1>`",
+           "the next of `images`, or the one with this number",
+           {"a.jsonl": [{"messages": turns(f"{mark}\nWhich bird?", "A robin."), "images": ["1.png"]}
+                        for mark in ("<Image>", "<ImageHere>", "<image 1>", "<image_1>", "<|image_1|>", "<image_0>")],
+            "1.png": P}, [f"#|{ANSWER}"] * 6),
+    Layout(CHATS, "images in the messages", "a mark beside an image part, a message that is a picture in base64, "
+           '`{"type": "image", "source": {"data": ...}}`', "an image, at the mark if there is one",
+           {"a.jsonl": [{"messages": turns(content, "A robin.")} for content in (
+               [{"type": "image_url", "image_url": {"url": "1.png"}}, {"type": "text", "text": "<image>\nWhich bird?"}],
+               [{"type": "image", "source": {"type": "base64", "data": b64encode(P).decode()}},
+                {"type": "text", "text": "Which bird?"}])] + [
+                {"messages": turns(f"data:image/png;base64,{b64encode(P).decode()}", "A robin.")}], "1.png": P},
+           [f"#|{ANSWER}", f"#|{ANSWER}", "#|\n|A robin."]),
+    Layout(CHATS, "videos and audio", '`<video>` with `{"videos": ["a.mp4"]}`, parts `{"type": "input_audio", ...}`',
+           "a fault: unsupported media",
+           {"a.jsonl": [{"messages": turns("<video>What?", "A robin."), "videos": ["a.mp4"]},
+                        {"messages": turns("Which bird?", "A robin."), "videos": []},
+                        {"messages": turns([{"type": "input_audio", "input_audio": {}}], "A robin.")}]},
+           ["unsupported media", ANSWER, "unsupported media"], {"records: unsupported media": 2}),
     Layout(CHATS, "Qwen", "`Picture 1: <img>bird.jpg</img>` in the text, or parts `{\"image\": ...}`, `{\"text\": ...}`",
            "images are conditions, the assistant's text is in the loss",
            {"a.jsonl": [{"messages": turns([{"image": "1.png"}, {"text": "Which bird?"}], "A robin.")},

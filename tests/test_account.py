@@ -17,7 +17,7 @@ from tests.documents import few
 from tests.fixtures.make import png
 from tests.reading import EXPECTED, FIXTURES, close_account, read
 from transfusion.data.raw import Fault
-from transfusion.data.reading.account import MAX_REASONS, Account
+from transfusion.data.reading.account import MAX_REASONS, Account, counted
 from transfusion.data.reading.archives import TarArchives
 from transfusion.data.reading.listing import NOT_A_FILE, Listing, walk
 from transfusion.data.reading.readers import ReaderOptions, open_reader
@@ -163,6 +163,11 @@ def test_accounts_of_parts_add_up_to_the_same():
         whole.check()
     lines = ["fields: 100 of 301 read; not read:", "  40 other reasons: name 40, name 41, name 42, ..."]
     assert list(whole.lines())[:2] == lines
+
+
+def test_one_thing_is_not_plural():
+    counts = [counted(number, "picture") for number in (0, 1, 2, 1204)]
+    assert counts == ["0 pictures", "1 picture", "2 pictures", "1,204 pictures"]
 
 
 # Walking

@@ -466,8 +466,8 @@ def test_likely_duplicates_are_counted(tmp_path):
     duplicates = Duplicates()
     survey(open_reader(str(path)), None, duplicates=duplicates)
     assert str(duplicates) == (
-        "duplicates: 1 documents (same pixels and text as an earlier one), 1 pictures (same pixels); likely duplicates: "
-        "1 pictures (same perceptual hash)"
+        "duplicates: 1 document (same pixels and text as an earlier one), 1 picture (same pixels); likely duplicates: "
+        "1 picture (same perceptual hash)"
     )
     prepared = prepare_in(tmp_path / "out", [str(path)], config=replace(CONFIG, sizes=("96x96",)))
     leaks = count_leaks([(prepared.folder, prepared.metadata)])

@@ -68,6 +68,7 @@ def validate(args: Validate) -> None:
     folders, readers = _open(args)
 
     from transfusion.data.leaks import count_leaks
+    from transfusion.data.reading.account import counted
     from transfusion.data.survey import Duplicates, survey
 
     if args.faults:
@@ -90,7 +91,8 @@ def validate(args: Validate) -> None:
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
         empty += [] if documents else [counts.name]
-        print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
+        numbers = {"record": counts.records, "document": documents, "fault": faults}
+        print(f"{counts.name}: {', '.join(counted(number, noun) for noun, number in numbers.items())}")
         print_account(counts.account, print)
         for line in ("  the first faults:", *lines) if lines else ():
             print(line)
@@ -101,7 +103,7 @@ def validate(args: Validate) -> None:
     if empty and not total:
         fail(ValueError(f"{', '.join(empty)}: no documents"), 1)
     if total:
-        fail(ValueError(f"{total:,} faults{f', all in {args.faults}' if args.faults else ''}"), 1)
+        fail(ValueError(f"{counted(total, 'fault')}{f', all in {args.faults}' if args.faults else ''}"), 1)
 
 
 def inspect(args: Inspect) -> None:

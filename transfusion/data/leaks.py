@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from transfusion.data.heldout import HASH_RANGE, limit_of
+from transfusion.data.reading.account import counted
 from transfusion.data.store import read_hashes
 
 NUM_NAMED = 10
@@ -27,7 +28,7 @@ class Leaks:
 
     def lines(self) -> Iterator[str]:
         """The numbers in words."""
-        heldout = f"{self.heldout_images:,} pictures and {self.heldout_texts:,} texts are held out"
+        heldout = f"{counted(self.heldout_images, 'picture')} and {counted(self.heldout_texts, 'text')} are held out"
         if not self.heldout_images + self.heldout_texts:
             yield "nothing is held out"
         elif not self.images + self.texts:
@@ -36,9 +37,9 @@ class Leaks:
             yield f"{heldout}; {self.images:,} of the pictures and {self.texts:,} of the texts are also trained on:"
             yield from (f"  {name}" for name in self.named)
         if self.similar:
-            yield f"{self.similar:,} held-out pictures look like training pictures (equal perceptual hashes)"
+            yield f"{counted(self.similar, 'held-out picture')} with the perceptual hash of a training picture"
         if self.shared:
-            yield f"{self.shared:,} other pictures of held-out documents are also trained on; no figure includes them"
+            yield f"{counted(self.shared, 'other picture')} of held-out documents also trained on; no figure includes these"
 
 
 def count_leaks(datasets: Sequence[tuple[Path, dict]]) -> Leaks:

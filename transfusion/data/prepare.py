@@ -25,7 +25,7 @@ from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.leaks import count_leaks
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
-from transfusion.data.reading.account import Account
+from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
@@ -312,7 +312,8 @@ def _write_dataset(
         quarantine += [{"source": reader.name, **fault} for fault in faults]
         totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
         if not totals["train"]:
-            counts = "; ".join((f"{records:,} records", *account.lines(), f"{totals['heldout']:,} documents are held out"))
+            heldout = f"{counted(totals['heldout'], 'document')} held out"
+            counts = "; ".join((counted(records, "record"), *account.lines(), heldout))
             raise PrepareError(f"{reader.name} has no training documents ({counts}): add documents, or use --heldout 0")
         sources[reader.name] = {
             "address": reader.address, "form": reader.form, "records": records, "documents": totals,

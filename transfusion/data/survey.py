@@ -14,7 +14,7 @@ from transfusion.config import ChatLayout
 from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading.account import Account
+from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.sequence import Text
@@ -57,7 +57,7 @@ class Survey:
         yield "documents", f"{self.documents.total():,}: {_format_counts(self.documents)}"
         if self.chat is not None:
             yield "chat layout", describe_layout(self.chat)
-        yield "texts", f"{self.texts:,}" + (f", {self.characters:,} characters" if self.characters else "")
+        yield "texts", f"{self.texts:,}" + (f", {counted(self.characters, 'character')}" if self.characters else "")
         yield "tokens", f"{self.tokens:,}"
         if self.lengths:
             median, p95, longest = np.percentile(self.lengths, (50, 95, 100))
@@ -89,9 +89,9 @@ class Duplicates:
         hashes = hashes[hashes != 0]
         documents = len(self.documents) - len(np.unique(self.documents))
         return (
-            f"duplicates: {documents:,} documents (same pixels and text as an earlier one), "
-            f"{len(self.images) - len(images):,} pictures (same pixels); likely duplicates: "
-            f"{len(hashes) - len(np.unique(hashes)):,} pictures (same perceptual hash)"
+            f"duplicates: {counted(documents, 'document')} (same pixels and text as an earlier one), "
+            f"{counted(len(self.images) - len(images), 'picture')} (same pixels); likely duplicates: "
+            f"{counted(len(hashes) - len(np.unique(hashes)), 'picture')} (same perceptual hash)"
         )
 
 
