@@ -36,8 +36,8 @@ IMAGE_KINDS = ("image", "image_url", "input_image")
 IMAGE_FIELDS = ("image", "image_url", "url", "path", "source")  # the content of such a part
 MEDIA = re.compile(r"(input_)?(video|audio)(s|_url|_path)?")  # kinds of parts, and columns of records; not supported
 MEDIA_MARK = re.compile(r"""
-    (?:\A|\n)\s*<(?:video|audio)>\s*\Z | \A\s*<(?:video|audio)>  # elsewhere in a text it is the element of HTML
-    | <\|(?:video|audio)(?:_\d+|_pad)?\|> | <(?:video|audio)>\S+\.\w+</(?:video|audio)>
+    \A\s*<(?:video|audio)> | \n[ \t]*<(?:video|audio)>\s*\Z  # elsewhere in a text it is the element of HTML
+    | <\|(?:video|audio)(?:_\d+|_pad)?\|> | <(?:video|audio)>\S{1,1000}\.\w{2,4}</(?:video|audio)>
 """, re.VERBOSE | re.IGNORECASE)  # fmt: skip
 
 # a text, the value of an image, or the place of one of the record's images: the number in its mark, or None
