@@ -240,13 +240,13 @@ def test_compressed_file_is_decompressed_once_for_any_number_of_spans(kind, suff
 
 def count_bytes(monkeypatch):
     """A function that returns how many bytes were decompressed since now."""
-    sizes, original = [], streams.Decompressed._decompress
+    sizes, original = [], streams.Decoded._decode
 
     def decompress(stream) -> int:
         sizes.append(original(stream))
         return sizes[-1]
 
-    monkeypatch.setattr(streams.Decompressed, "_decompress", decompress)
+    monkeypatch.setattr(streams.Decoded, "_decode", decompress)
     return lambda: sum(sizes)
 
 
@@ -285,7 +285,7 @@ def test_last_content_is_kept_and_no_more_than_two_windows(size, monkeypatch):
     monkeypatch.setattr(streams, "WINDOW", 1000)
     monkeypatch.setattr(streams, "BUFFER_SIZE", 300)
     content = bytes(n % 251 for n in range(size))
-    stream = streams.Decompressed(streams.RawFile(io.BytesIO(content), "a"))
+    stream = streams.Decoded(streams.RawFile(io.BytesIO(content), "a"))
     for end in range(0, size, 70):
         stream.seek(end)
         assert min(end, 1000) <= end - stream.start <= 2300

@@ -61,9 +61,8 @@ class Group:
     def includes(self, member: Member) -> bool:
         return member.key(self.at_last_dot) == self.key
 
-    def add(self, member: Member, read_content: Callable[[], bytes | Fault | None]) -> None:
+    def add(self, member: Member, suffix: str, read_content: Callable[[], bytes | Fault | None]) -> None:
         """Add a member; of several pictures, texts or .json with this key one is read."""
-        suffix = member.suffix(self.at_last_dot)
         kind = next((kind for kind in (IMAGE_SUFFIXES, TEXT_SUFFIXES, ("json",)) if suffix in kind), ())
         rival = next((name for name in self.contents if name in kind), None)
         if not kind:
@@ -82,10 +81,11 @@ class TarArchives:
     """WebDataset: a tar archive in which consecutive members with the same key (their name up to the first dot) are one
     record. Only images, .txt, .caption, .cls and .json are read; other members (for example pickles) are not.
 
-    If that leaves nothing of a key to be read, its members have dots in their names (`22.05.jpg`, `22.05.txt`): then the key
-    ends at the last dot. At most `MAX_AHEAD` members and `MAX_BYTES_AHEAD` decide this, so that memory is bounded if all
-    members have the same beginning. A key that returns later is a fault. Archives that are appended to an archive are read.
-    In a truncated archive the last record may lack members, so it is not read.
+    If that leaves nothing of a key to be read, its members have dots in their names. `0.input.jpg` and `0.outputs.txt`, with
+    one word between the dots, are a record; of others (`22.05.jpg`, `22.05.txt`) the key ends at the last dot. At most
+    `MAX_AHEAD` members and `MAX_BYTES_AHEAD` decide this, so that memory is bounded if all members have the same beginning.
+    A key that returns later is a fault. Archives that are appended to an archive are read. In a truncated archive the last
+    record may lack members, so it is not read.
     """
 
     files: Files
@@ -166,7 +166,7 @@ class Grouping:
         if not (self.group.includes(member) if self.group else self.ahead and self.ahead[0].key() == member.key()):
             yield from self.close()
         if self.group:
-            self.group.add(member, read_content)
+            self.group.add(member, member.suffix(self.group.at_last_dot), read_content)
         else:
             self.ahead.append(member)
             self.ahead[-1] = replace(member, content=read_content())
@@ -188,12 +188,12 @@ class Grouping:
             yield self._take_group()
 
     def _open(self, at_last_dot: bool) -> None:
-        """Open a group with the first members that are ahead."""
-        first = self.ahead[0]
-        self.group = Group(first.key(at_last_dot), first.offset, at_last_dot)
+        """Open a group with the first members that are ahead. `at_last_dot`: none of them has a readable suffix."""
+        first, is_pair = self.ahead[0], at_last_dot and _are_picture_and_text(self.ahead)
+        self.group = Group(first.key(at_last_dot and not is_pair), first.offset, at_last_dot and not is_pair)
         size = next((n for n, member in enumerate(self.ahead) if not self.group.includes(member)), len(self.ahead))
         for member in self.ahead[:size]:
-            self.group.add(member, lambda member=member: member.content)
+            self.group.add(member, member.suffix(at_last_dot), lambda member=member: member.content)
         del self.ahead[:size]
 
     def _take_group(self) -> Group:
@@ -260,6 +260,15 @@ def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | Fau
     if info.size > MAX_RECORD_SIZE:
         return Fault("too large", f"{info.name} has {info.size:,} bytes; at most {MAX_RECORD_SIZE:,}")
     return archive.extractfile(info).read()
+
+
+def _are_picture_and_text(members: Sequence[Member]) -> bool:
+    """Whether these are one picture and one text, each with another word before its suffix: input.jpg, outputs.txt."""
+    if len(members) != 2:
+        return False
+    (first, _, end), (second, _, other_end) = (member.suffix().rpartition(".") for member in members)
+    is_pair = any(a in IMAGE_SUFFIXES and b in TEXT_SUFFIXES for a, b in ((end, other_end), (other_end, end)))
+    return is_pair and first != second and first.isalpha() and second.isalpha()
 
 
 def _build_record(group: Group) -> dict | Fault:

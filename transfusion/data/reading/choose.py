@@ -2,7 +2,6 @@
 
 import json
 import posixpath
-import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,32 +16,37 @@ from transfusion.data.reading.coco import Coco, NoCaptionsError, find_caption_fi
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
-from transfusion.data.reading.json_files import JsonLines, JsonList
+from transfusion.data.reading.json_files import JsonFiles, first_line
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
 from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
-from transfusion.data.reading.separated import SeparatedValues
+from transfusion.data.reading.separated import SeparatedValues, find_dialect
 from transfusion.data.reading.splits import canonical, split_of_path
 from transfusion.data.reading.tables import Tables
+from transfusion.data.reading.values import possible_paths
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
-    "archives": ("tar", "tgz"), "Parquet tables": ("parquet",), "Arrow tables": ("arrow",),
-    "JSON lines": ("jsonl", "ndjson"), "tables": ("csv", "tsv"), "JSON": ("json",),
+    "archives": ("tar", "tgz"), "Parquet tables": ("parquet",), "Arrow tables": ("arrow", "feather"),
+    "JSON lines": ("jsonl", "ndjson"), "tables": ("csv", "tsv", "token"), "JSON": ("json",),
 }  # fmt: skip
 PICTURES, TEXTS = "pictures", "texts"
 KINDS = {**RECORD_KINDS, PICTURES: IMAGE_SUFFIXES, TEXTS: ("txt", "text", "md", "rst")}
 KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
 NUM_SAMPLES = 20  # records of a file that show what it is
+MAX_PICTURE_FOLDERS = 100  # in which the pictures of the first records are looked for
 NUM_SAMPLE_PICTURES = 1_000  # pictures of a folder that show whether captions are beside them
 
 
-def choose_container(files: Files, listing: Listing, address: str, split: str, columns: Mapping[str, str]) -> Container:
-    """The container of a source. What becomes of each file is decided in the listing. ValueError when none can be read."""
+def choose_container(
+    files: Files, listing: Listing, address: str, split: str, columns: Mapping[str, str]
+) -> tuple[Container, Mapping[str, str]]:
+    """The container of a source, and the columns, with that of the names of pictures if its values are known only from the
+    pictures. What becomes of each file is decided in the listing. ValueError when none can be read."""
     choice = Choice(files, listing, split, columns)
     container = choice.choose()
     if container is None:
         raise ValueError(choice.describe_failure(address))
-    return container
+    return container, choice.columns
 
 
 class Choice:
@@ -105,7 +109,8 @@ class Choice:
         else:
             container = open_container(kind, self._find_pictures(kind, indices[0]), Selection(listing, indices))
             for index in indices:
-                listing.decide(index, kind, is_read=True)
+                is_read = not isinstance(container, Coco) or listing.path(index) in container.paths
+                listing.decide(index, kind if is_read else "beside COCO's captions", is_read)
         for index, path in enumerate(listing):
             if listing.is_undecided(index):
                 listing.decide(index, self._reason_beside(kind, path))
@@ -172,33 +177,46 @@ class Choice:
         self.kinds["Arrow tables"] = kept
 
     def _move_tables_in_text(self) -> None:
-        """A .txt without a picture of its name may be a table, as in Flickr8k: its first line has names of columns."""
+        """A .txt without a picture of its name may be a table, as in Flickr8k: its first line has names of columns, or the
+        name of a picture and a text."""
         tables = []
         for index in self.kinds[TEXTS][:NUM_SAMPLES] if not self._has_captions else ():
-            line = _first_line(self.files, self.listing.path(index)).decode("utf-8", "replace").lower()
-            names = {name.strip(' "') for name in re.split(r"[,;|\t]", line)}
-            if all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption")):
+            line, _ = first_line(self.files, self.listing.path(index))
+            dialect = find_dialect(line)
+            names = {name.lower() for name in dialect.columns}
+            has_pairs = all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption"))
+            if has_pairs and (dialect.header or b" " in line):  # otherwise numbers or labels
                 tables.append(index)
         self.kinds["tables"] = array("Q", sorted([*self.kinds["tables"], *tables]))
         self.kinds[TEXTS] = array("Q", (index for index in self.kinds[TEXTS] if index not in tables))
 
     def _find_pictures(self, kind: str, index: int) -> Files:
-        """The files, with the folder of all pictures as the image folder if the first records name pictures that exist only
-        there, not beside the file that names them."""
+        """The files, with the only folder that has the pictures of the first records as the image folder, if they are not
+        beside the file that names them. Which column has their names may be known only from the pictures."""
         folders = {self.listing[number].rpartition("/")[0] for number in self.kinds[PICTURES]}
-        here = self.listing[index].rpartition("/")[0]
-        if self.files.image_root or kind == "archives" or len(folders) != 1 or folders == {here}:
+        if self.files.image_root or kind == "archives" or not 0 < len(folders) <= MAX_PICTURE_FOLDERS:
             return self.files
-        (folder,) = folders
+        here = self.listing[index].rpartition("/")[0]
         container = open_container(kind, self.files, [self.listing.path(index)])
         spans = container.spans(NUM_SAMPLES, Account())
-        records = (record for span in spans for _, record in container.records(span) if isinstance(record, dict))
-        paths = (path_of_picture(rename_columns(record, self.columns)) for record in islice(records, NUM_SAMPLES))
-        names = [path for path in paths if path]
-        beside, inside = ([self.listing.find(posixpath.join(parent, name)) for name in names] for parent in (here, folder))
-        if any(found is not None for found in beside) or all(found is None for found in inside):
+        items = (record for span in spans for _, record in container.records(span))
+        records = [record for record in islice(items, NUM_SAMPLES) if isinstance(record, dict)]
+        renamed = [rename_columns(record, self.columns) for record in records]
+        names = [name for record in renamed if (name := path_of_picture(record))]
+        if not names and records and all(describe_record(record)[0] == "text" for record in renamed):
+            for column in records[0]:
+                values = [str(record.get(column) or "") for record in records]
+                if any(all(self._has_picture(folder, name) for name in values) for folder in (here, *folders)):
+                    self.columns, names = {**self.columns, "image": column}, values
+                    break
+        found = {folder for folder in (here, *folders) if any(self._has_picture(folder, name) for name in names)}
+        if here in found or len(found) != 1:
             return self.files
-        return replace(self.files, image_root=posixpath.join(self.listing.root, folder))
+        return replace(self.files, image_root=posixpath.join(self.listing.root, *found))
+
+    def _has_picture(self, folder: str, name: str) -> bool:
+        path = posixpath.normpath(posixpath.join(folder, name))
+        return bool(name) and any(self.listing.find(path) is not None for path in possible_paths(path))
 
     def _is_beside_picture(self, index: int) -> bool:
         """Whether a file has the name of a picture, with another suffix or with more of them."""
@@ -241,8 +259,8 @@ class Choice:
             return ""
         if not forms:
             return "empty" if is_empty else "without records of a known form"
-        if self._has_captions and forms == {"text"}:
-            return "with texts beside pictures with captions"
+        if self._has_captions and forms in ({"text"}, {"image"}):
+            return f"with {forms.pop()}s beside pictures with captions"
         if self._has_captions and are_addresses and forms <= {"pair", "image"}:
             return "with addresses of pictures, which are read from this folder"
         return ""
@@ -265,7 +283,7 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
         case "Parquet tables" | "Arrow tables":
             return Tables(files, paths)
         case "JSON lines":
-            return JsonLines(files, paths)
+            return JsonFiles(files, paths)
         case "tables":
             return SeparatedValues(files, paths)
         case "JSON":
@@ -275,28 +293,15 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
 
 
 def _open_json(files: Files, paths: Sequence[str]) -> Container:
-    """Lists of records, COCO's annotations, or one object per line; the content of the first file decides."""
-    first_lines = ((path, _first_line(files, path)) for path in paths)
-    path, line = next((pair for pair in first_lines if pair[1]), (paths[0], b""))
-    if line.startswith(b"["):
-        return JsonList(files, paths)
+    """COCO's annotations, or records; the first file that is not empty decides."""
+    first_lines = ((path, *first_line(files, path)) for path in paths)
+    path, line, is_only_line = next((found for found in first_lines if found[1]), (paths[0], b"", True))
     try:
-        if isinstance(record := json.loads(line), dict) and "annotations" not in record:
-            return JsonLines(files, paths)
+        is_record = line.startswith(b"[") or (isinstance(record := json.loads(line), dict) and "annotations" not in record)
     except (ValueError, RecursionError):
-        pass
-    return Coco(files, find_caption_files(files, paths))
-
-
-def _first_line(files: Files, path: str) -> bytes:
-    """The first line of a file that is not blank; if it starts a list, perhaps only its beginning."""
-    line = b""
-    with files.open(path) as file:
-        while not line and (content := file.read1(2**16)):
-            line = content.lstrip(b" \n\r\t\xef\xbb\xbf")
-        if not line.startswith(b"[") and b"\n" not in line:
-            line += file.readline()
-    return line.partition(b"\n")[0]
+        is_record = False
+    captions = () if is_record else find_caption_files(files, paths)
+    return Coco(files, captions) if captions else JsonFiles(files, paths)
 
 
 def read_saved_tables(files: Files, folder: str) -> set[str] | None:
@@ -310,7 +315,9 @@ def read_saved_tables(files: Files, folder: str) -> set[str] | None:
         names = {entry["filename"] for entry in state["_data_files"]}
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{files.relative_path(path)} is damaged: save the data set again") from None
+    name = files.relative_path(folder)
+    if missing := [table for table in sorted(names) if not files.is_file(f"{folder}/{table}")]:
+        raise ValueError(f"{name} lacks {missing[0]}, which its state.json names: copy the folder again")
     if state.get("_indices_data_files"):
-        name = files.relative_path(folder)
         raise ValueError(f"{name} was saved with an index of rows: call flatten_indices() before save_to_disk")
     return names

@@ -20,7 +20,8 @@ class NoCaptionsError(ValueError):
 
 
 def find_caption_files(files: Files, paths: Sequence[str]) -> Sequence[str]:
-    """Those of the files that may have captions. NoCaptionsError when the first has none, ValueError when it is no JSON."""
+    """Those of the files that may have captions; none if the first is something else. NoCaptionsError when it has other
+    annotations."""
     named = {path: path.rpartition("/")[2] for path in paths}
     possible = [path for path, name in named.items() if not name.startswith(OTHER_ANNOTATIONS)]
     captions = [path for path in possible if named[path].startswith("captions")] or possible
@@ -28,11 +29,14 @@ def find_caption_files(files: Files, paths: Sequence[str]) -> Sequence[str]:
         raise NoCaptionsError(f"{files.relative_path(paths[0])} has COCO annotations without captions")
     try:
         content = json.loads(files.read(captions[0]).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{files.relative_path(captions[0])} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError):
+        return ()
+    except OSError as error:
+        damage_fault(error)  # raises errors of a disk
+        return ()
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not isinstance(content.get("images"), list):
-        raise NoCaptionsError(f"{files.relative_path(captions[0])} has neither a list of records nor COCO annotations")
+        return ()
     if annotations and not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
         raise NoCaptionsError(f"{files.relative_path(captions[0])} has COCO annotations without captions")
     return captions

@@ -20,8 +20,20 @@ from fsspec.implementations.local import LocalFileSystem
 from transfusion.codecs.pictures import PictureError, pixels_of, read_picture
 from transfusion.data.raw import Fault
 from transfusion.data.reading.listing import Listing, reason_of_name, walk
-from transfusion.data.reading.streams import BUFFER_SIZE, Decompressed, RawFile, as_os_error, error_line
-from transfusion.data.reading.values import is_inline_picture
+from transfusion.data.reading.streams import (
+    BUFFER_SIZE,
+    HEAD_SIZE,
+    POINTER_ERROR,
+    Decoded,
+    RawFile,
+    Recoded,
+    as_os_error,
+    check_content,
+    encoding_of,
+    error_line,
+    is_pointer,
+)  # fmt: skip
+from transfusion.data.reading.values import is_inline_picture, possible_paths
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 IMAGE_KEYS = ("bytes", "data", "path", "url")  # of an image that is an object; the first with a value is read
@@ -37,7 +49,7 @@ class Files:
     fs: fsspec.AbstractFileSystem
     root: str
     image_root: str | None = None  # the folder that image paths are relative to; None: the folder of their record's file
-    _open: dict[str, Decompressed] = field(default_factory=dict, repr=False, compare=False)  # the compressed file read last
+    _open: dict[str, Decoded] = field(default_factory=dict, repr=False, compare=False)  # the decoded file read last
 
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
@@ -118,54 +130,63 @@ class Files:
 
     @contextmanager
     def open(self, path: str, offset: int = 0) -> Iterator[BinaryIO]:
-        """The decompressed content of a file, from a byte offset. Damaged content raises a plain OSError without errno; a
-        failed disk or network raises any other OSError."""
-        is_compressed = path.lower().endswith(tuple(COMPRESSIONS))
-        with self._open_compressed(path, offset) if is_compressed else self._open_raw(path) as raw:
-            file = io.BufferedReader(raw, BUFFER_SIZE)
-            try:
-                if offset or is_compressed:
-                    file.seek(offset)
-                yield file
-            finally:
-                file.detach()
+        """The content of a file from a byte offset, decompressed, and UTF-16 as UTF-8. Damaged content and a pointer of Git
+        LFS raise a plain OSError without errno; a failed disk or network raises any other OSError.
 
-    def _open_raw(self, path: str, compression: str | None = None) -> RawFile:
-        with as_os_error(self.relative_path(path)):
-            return RawFile(self.fs.open(path, "rb", compression=compression), self.relative_path(path))
-
-    @contextmanager
-    def _open_compressed(self, path: str, offset: int) -> Iterator[Decompressed]:
-        """A compressed file, to be read from this offset. It stays open until another one is read: the next span usually
-        starts where this one ends, and a new decoder would have to start from the first byte."""
-        compression = next(kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix))
+        Decoded content stays open until other content is decoded: the next span usually starts where this one ends, and a
+        new decoder would have to start from the first byte."""
         stream = self._open.pop(path, None)
         if stream is None or offset < stream.start:
-            stream = Decompressed(self._open_raw(path, compression))
+            stream = self._open_stream(path)
+        file = io.BufferedReader(stream, BUFFER_SIZE)
         try:
-            yield stream
+            file.seek(offset)
+            yield file
         finally:
-            while self._open:
-                self._open.popitem()[1].close()
-            if stream.is_damaged:
-                stream.close()
-            else:
+            file.detach()
+            if isinstance(stream, Decoded):
+                while self._open:
+                    self._open.popitem()[1].close()
+            if isinstance(stream, Decoded) and not stream.is_damaged:
                 self._open[path] = stream
+            else:
+                stream.close()
+
+    def _open_stream(self, path: str) -> RawFile | Decoded:
+        compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix)), None)
+        name = self.relative_path(path)
+        with as_os_error(name):
+            raw = RawFile(self.fs.open(path, "rb", compression=compression), name)
+        stream = Decoded(raw) if compression else raw
+        try:
+            head = stream.read(HEAD_SIZE)
+            check_content(head, name)
+            stream.seek(0)
+        except BaseException:
+            stream.close()
+            raise
+        encoding = encoding_of(head)
+        return Decoded(Recoded(stream, encoding, name)) if encoding else stream
 
     def read(self, path: str) -> bytes:
-        """The whole decompressed content of a file."""
+        """The whole content of a file; errors as of `open`."""
         if self.is_local and not path.lower().endswith(tuple(COMPRESSIONS)):
             with open(path, "rb") as file:  # without the buffers of `open`: a folder has many small files
-                return file.read()
+                content = file.read()
+            if not is_pointer(content) and encoding_of(content) is None:
+                return content
         with self.open(path) as file:
             return file.read()
 
     def is_file(self, path: str) -> bool:
         return self.fs.isfile(path)
 
-    def open_arrow(self, path: str):
-        """The file for Arrow: memory-mapped if local, otherwise read."""
-        return pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
+    def open_arrow(self, path: str) -> pa.NativeFile:
+        """The file for Arrow: memory-mapped if local, otherwise read. OSError for a pointer of Git LFS."""
+        source = pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
+        check_content(source.read(HEAD_SIZE), self.relative_path(path))
+        source.seek(0)
+        return source
 
     def image_reader(
         self, path: str, on_file: Callable[[str], None] = lambda path: None,
@@ -204,8 +225,8 @@ class RecordImageReader:
             name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
         elif isinstance(value, str) and (value.startswith("data:") or is_inline_picture(value)):
             name, content = name or "an image in base64", _decode_base64(value)
-        elif isinstance(value, str):
-            name, content = _shorten(value), self._fetch(value)
+        elif isinstance(value, str) or type(value) is int:  # the name of a picture may be a number
+            name, content = _shorten(str(value)), self._fetch(str(value))
         elif isinstance(value, bytes | bytearray | memoryview):
             content = bytes(value)
         else:
@@ -213,7 +234,7 @@ class RecordImageReader:
         try:
             return pixels_of(read_picture(content, name or "its image", on_note=lambda note: self.on_note(note, name)))
         except PictureError as error:
-            raise Fault("unreadable image", str(error)) from None
+            raise Fault("unreadable image", POINTER_ERROR.format(name) if is_pointer(content) else str(error)) from None
 
     def _fetch(self, address: str, is_listed: bool = False) -> bytes:
         """The content at a path relative to the record, at a URL, or at a listed path."""
@@ -258,7 +279,9 @@ class RecordImageReader:
         path = posixpath.normpath(posixpath.join(folder, address))
         if path.startswith("../"):
             raise Fault("missing image", f"{_shorten(address)} is outside the folder of the data")
-        return self.files.fs, protocol + separator + path
+        first, *others = possible_paths(protocol + separator + path)
+        fs = self.files.fs
+        return fs, next((other for other in others if fs.exists(other)), first) if others and not fs.exists(first) else first
 
 
 def _shorten(address: str) -> str:

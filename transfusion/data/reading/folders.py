@@ -8,7 +8,7 @@ from typing import Any
 from transfusion.data.raw import Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import strip_caption
-from transfusion.data.reading.container import Span
+from transfusion.data.reading.container import Span, damage_fault
 from transfusion.data.reading.files import Files, ListedPath
 from transfusion.data.reading.json_files import parse_object
 from transfusion.data.reading.listing import Listing
@@ -63,7 +63,10 @@ class PictureFolder:
             path = self.listing[index]
             return {"caption": _folder_caption(path) if REPEATS.match(_folder_name(path)) else None}
         path = self.listing.path(beside[0])
-        content = self.files.read(path)
+        try:
+            content = self.files.read(path)
+        except OSError as error:
+            return damage_fault(error)
         if not path.lower().endswith(".json"):
             return {"caption": strip_caption(content)}
         fields = parse_object(content)

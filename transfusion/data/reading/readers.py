@@ -269,7 +269,8 @@ def open_reader(source: str, options: ReaderOptions = ReaderOptions()) -> Reader
         return Reader(name or address, address, BuiltInContainer(address, options), options)
     files = Files.from_address(address, options.image_root)
     listing = files.list()
-    container = choose_container(files, listing, address, options.split, options.columns)
+    container, columns = choose_container(files, listing, address, options.split, options.columns)
+    options = replace(options, columns=columns)
     return Reader(name or _derive_name(address), address, container, options, container.files, listing)
 
 

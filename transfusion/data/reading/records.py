@@ -126,7 +126,7 @@ def read_columns(record: dict, form: Form) -> list[str]:
 def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
     """The record with columns renamed as {our name: column name}; an empty column name removes a column. Names of columns
     are in lower case."""
-    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))}
+    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))} | {*map(str.lower, columns.values())}
     chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     others: dict[str, Any] = {}
     for key, value in record.items():

@@ -3,7 +3,8 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ BASE64_PICTURE = re.compile(  # JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF
     r"(?:/9j/|iVBORw0KGgo|R0lGOD[dl]h|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA[A-Za-z0-9+/]GZ0eXBhdmlm)[A-Za-z0-9+/\s]{40,}+={0,2}+\s*"
 )
 MAX_PATH = 1024  # characters of a path of a picture
+CAPTION_NUMBER = re.compile(r"#\d+$")  # behind the name of a picture: bird.jpg#0, as in Flickr8k
 
 
 class ImageReader(Protocol):
@@ -40,7 +42,8 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, str):
         if is_inline_picture(value):
             return True
-        if len(value) > MAX_PATH or not (path := value.partition("?")[0].lower()).endswith(PICTURE_ENDINGS):
+        path = CAPTION_NUMBER.sub("", value.partition("?")[0].lower()) if len(value) <= MAX_PATH else ""
+        if not path.endswith(PICTURE_ENDINGS):
             return False
         has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
         return has_name and ("/" in value or not any(map(str.isspace, value.strip())))
@@ -57,6 +60,19 @@ def looks_like_picture(value: Any) -> bool:
 def is_inline_picture(value: str) -> bool:
     """Whether a text is the content of a picture: a data: URL, or base64 alone."""
     return value.startswith("data:image/") or BASE64_PICTURE.fullmatch(value) is not None
+
+
+def possible_paths(path: str) -> Iterator[str]:
+    """Where the picture of this name may be: there, in a folder of Windows, without the number of a caption, or with a
+    suffix, which Kaggle's tables omit."""
+    yield path
+    if "\\" in path:
+        yield from possible_paths(path.replace("\\", "/"))
+    elif CAPTION_NUMBER.search(path):
+        yield CAPTION_NUMBER.sub("", path)
+    elif not path.lower().endswith(PICTURE_ENDINGS):
+        for suffix in IMAGE_SUFFIXES:
+            yield from (f"{path}.{suffix}", f"{path}.{suffix.upper()}")
 
 
 def parse_texts(value: str) -> list[str] | None:
@@ -117,6 +133,15 @@ def check_text(value: Any, field: str) -> str:
     except UnicodeEncodeError:
         raise Fault("wrong encoding", f"its {field} has half of a surrogate pair") from None
     return value
+
+
+def unique_names(columns: Iterable[str]) -> list[str]:
+    """The names of columns. Equal ones are numbered, as pandas does: in a record the last one would replace the others."""
+    names, counts = [], Counter()
+    for name in columns:
+        names.append(f"{name}.{counts[name]}" if counts[name] else name)
+        counts[name] += 1
+    return names
 
 
 def list_columns(record: dict) -> str:
