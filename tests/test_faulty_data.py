@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fixtures.make import encoded, noise, png, write_tar
+from tests.layouts import tar
 from tests.profile import examples
 from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
 from transfusion.codecs import pictures
@@ -663,6 +666,71 @@ def test_truncated_arrow_stream_gives_its_complete_batches_and_one_fault(max_row
             assert actual == [*complete, (f"a.arrow:{3 * batches + 1}", "cut short"), *others]
 
 
+@pytest.mark.parametrize("max_rows", [1, 1000])
+def test_joined_arrow_streams_are_read_and_bytes_behind_them_are_a_fault(max_rows, tmp_path):
+    content = b""
+    for number in range(2):
+        table, buffer = pa.table({"text": [f"{number} {n}" for n in range(3)]}), io.BytesIO()
+        with pa.ipc.new_stream(buffer, table.schema) as out:
+            out.write_table(table, max_chunksize=2)
+        content += buffer.getvalue()
+    for extra, kind in ((b"", []), (b"abc", ["cut short"]), (bytes(64), ["cut short"])):
+        (tmp_path / "a.arrow").write_bytes(content + extra)
+        records = read_at(tmp_path, max_rows)
+        assert kinds(records) == [""] * 6 + kind
+        assert texts(records[:6]) == [f"{number} {n}" for number in range(2) for n in range(3)]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_of_equal_names_do_not_replace_each_other(suffix, tmp_path):
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(str(path), table.schema) as out:
+            out.write_table(table)
+    assert texts(read_at(path)) == ["one"]
+
+
+def test_saved_data_set_without_one_of_its_tables_is_an_error(tmp_path):
+    shutil.copytree(FIXTURES / "saved", tmp_path / "saved")
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    state["_data_files"].append({"filename": "data-00001-of-00002.arrow"})
+    (tmp_path / "saved/state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"lacks data-00001-of-00002.arrow, which its state.json names"):
+        open_reader(str(tmp_path / "saved"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt", "a.md", "a.tar", "a.parquet", "a.arrow"])
+def test_pointer_of_git_lfs_is_no_content(name, tmp_path):
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises((ValueError, OSError), match="Git LFS pointer without its content: run git lfs pull"):
+        open_reader(str(tmp_path))
+    good = {"csv": b"text,n\none,1\n", "tsv": b"text\tn\none\t1\n", "json": b'[{"text": "one"}]',
+            "jsonl": b'{"text": "one"}', "tar": tar([("1.txt", "one")])}.get(name[2:], b"one")  # fmt: skip
+    if name.endswith(("parquet", "arrow")):
+        write_table = pq.write_table if name.endswith("parquet") else pyarrow.feather.write_feather
+        write_table(pa.table({"text": ["one"]}), tmp_path / f"b{name[1:]}")
+    else:
+        (tmp_path / f"b{name[1:]}").write_bytes(good)
+    records = read_at(tmp_path)
+    assert "cut short" in kinds(records)
+    assert len(records) == 2
+
+
+def test_pointers_of_captions_and_pictures_are_faults(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(POINTER if name == "a" else encoded(noise(1, 8, 8)))
+        (tmp_path / f"{name}.txt").write_bytes(POINTER if name == "b" else b"one")
+    faults = read_at(tmp_path)
+    assert kinds(faults) == ["unreadable image", "cut short", ""]
+    assert all("run git lfs pull" in str(fault) for fault in faults[:2])
+
+
 def test_table_without_captions_is_images_or_faults_by_form(tmp_path):
     pq.write_table(pa.table({"image": [GOOD, GOOD]}), tmp_path / "a.parquet")
     assert kinds(read_at(tmp_path)) == ["", ""]
@@ -737,9 +805,9 @@ def test_coco_annotations_without_an_image_are_faults(folder):
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     records = read_at(folder / "captions.json")
     assert kinds(records) == ["", *["missing image"] * 6, "empty caption", "bad segment", "missing image", ""]
-    assert [record.where for record in records] == [f"captions.json:annotation {n}" for n in range(1, 12)]
+    assert [record.where for record in records] == [f"captions.json:{n}" for n in range(1, 12)]
     (folder / "captions_z.json").write_text("{")
-    assert kinds(read_at(folder))[-1] == "bad JSON"
+    assert kinds(read_at(folder))[-1] == "cut short"
     for second in ('{"images": null, "annotations": null}', '{"images": [], "annotations": {}}'):
         (folder / "captions_z.json").write_text(second)
         assert kinds(read_at(folder))[-1] == ""  # passed over: the account names it

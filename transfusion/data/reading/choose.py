@@ -12,7 +12,6 @@ from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
-from transfusion.data.reading.coco import Coco, NoCaptionsError, find_caption_files
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
@@ -109,8 +108,7 @@ class Choice:
         else:
             container = open_container(kind, self._find_pictures(kind, indices[0]), Selection(listing, indices))
             for index in indices:
-                is_read = not isinstance(container, Coco) or listing.path(index) in container.paths
-                listing.decide(index, kind if is_read else "beside COCO's captions", is_read)
+                listing.decide(index, kind, is_read=True)
         for index, path in enumerate(listing):
             if listing.is_undecided(index):
                 listing.decide(index, self._reason_beside(kind, path))
@@ -242,21 +240,16 @@ class Choice:
         """Why a file with records is not read although other files can be, or "": a log, or the list of addresses that the
         pictures beside it come from. A damaged file is read, so that its damage is reported."""
         forms, are_addresses, is_empty = set(), True, True
-        try:
-            container = open_container(kind, self.files, [self.listing.path(index)])
-            spans = container.spans(NUM_SAMPLES, Account())
-            for _, record in islice((item for span in spans for item in container.records(span)), NUM_SAMPLES):
-                is_empty = False
-                if isinstance(record, Fault) and record.kind == CUT_SHORT:
-                    return ""
-                if not isinstance(record, Fault):
-                    form, has_address = describe_record(rename_columns(record, self.columns))
-                    forms |= {form} - {None}
-                    are_addresses = are_addresses and has_address
-        except NoCaptionsError:
-            return "without records of a known form"
-        except ValueError:  # not even JSON
-            return ""
+        container = open_container(kind, self.files, [self.listing.path(index)])
+        spans = container.spans(NUM_SAMPLES, Account())
+        for _, record in islice((item for span in spans for item in container.records(span)), NUM_SAMPLES):
+            is_empty = False
+            if isinstance(record, Fault) and record.kind == CUT_SHORT:
+                return ""
+            if not isinstance(record, Fault):
+                form, has_address = describe_record(rename_columns(record, self.columns))
+                forms |= {form} - {None}
+                are_addresses = are_addresses and has_address
         if not forms:
             return "empty" if is_empty else "without records of a known form"
         if self._has_captions and forms in ({"text"}, {"image"}):
@@ -276,32 +269,18 @@ def suffix_of(path: str) -> str:
 
 
 def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
-    """The container of files of one kind. ValueError when a .json has no records."""
+    """The container of files of one kind."""
     match kind:
         case "archives":
             return TarArchives(files, paths)
         case "Parquet tables" | "Arrow tables":
             return Tables(files, paths)
-        case "JSON lines":
+        case "JSON lines" | "JSON":
             return JsonFiles(files, paths)
         case "tables":
             return SeparatedValues(files, paths)
-        case "JSON":
-            return _open_json(files, paths)
         case _:
             return PlainText(files, paths)
-
-
-def _open_json(files: Files, paths: Sequence[str]) -> Container:
-    """COCO's annotations, or records; the first file that is not empty decides."""
-    first_lines = ((path, *first_line(files, path)) for path in paths)
-    path, line, is_only_line = next((found for found in first_lines if found[1]), (paths[0], b"", True))
-    try:
-        is_record = line.startswith(b"[") or (isinstance(record := json.loads(line), dict) and "annotations" not in record)
-    except (ValueError, RecursionError):
-        is_record = False
-    captions = () if is_record else find_caption_files(files, paths)
-    return Coco(files, captions) if captions else JsonFiles(files, paths)
 
 
 def read_saved_tables(files: Files, folder: str) -> set[str] | None:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
+from transfusion.data.reading.coco import OTHER_ANNOTATIONS, is_coco, no_captions, read_coco
 from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Container, Span, damage_fault, group
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.json_objects import unwrap
@@ -17,6 +18,7 @@ from transfusion.data.reading.streams import error_line
 from transfusion.data.reading.values import short_repr
 
 READ_SIZE = 2**20  # bytes read at a time
+LINES_SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.|$)")
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict:
@@ -55,14 +57,12 @@ class JsonFiles:
 
 def _find_layout(path: str, line: bytes, is_only_line: bool) -> "type[JsonLines | JsonList | JsonObjects]":
     """How a file is written whose first line that is not blank is `line`. The lines of a .jsonl are records, unless the
-    first has only a bracket."""
+    first has only a bracket; those of a .json, if the first has a whole object and is not the only one."""
+    line = line.strip()
     if line.startswith(b"["):
         return JsonList
-    if line.strip() == b"{":
-        return JsonObjects
-    is_json = re.search(r"\.json(\.|$)", path.lower())
-    is_record = line.startswith(b"{") and isinstance(parse_object(line), dict)
-    return (JsonObjects if is_only_line or not is_record else JsonLines) if is_json else JsonLines
+    has_lines = line != b"{" if LINES_SUFFIX.search(path.lower()) else line.endswith(b"}") and not is_only_line
+    return JsonLines if has_lines else JsonObjects
 
 
 def first_line(files: Files, path: str) -> tuple[bytes, bool]:
@@ -137,7 +137,8 @@ def _not_an_object(value: Any) -> Fault:
 
 
 class JsonObjects:
-    """One JSON object, or several, over any number of lines. A single object may be several records: see `unwrap`."""
+    """One JSON object, or several, over any number of lines. A single object may be several records: COCO's annotations, and
+    see `unwrap`."""
 
     def __init__(self, files: Files, paths: Sequence[str]):
         self.files, self.paths = files, paths
@@ -155,13 +156,17 @@ class JsonObjects:
 
     def _rows(self, path: str) -> list[Any]:
         if self._cache[0] != path:
-            values = list(self._values(path))
-            rows = unwrap(*values) if len(values) == 1 and isinstance(values[0], dict) else values
-            self._cache = path, [row if isinstance(row, dict | Fault) else _not_an_object(row) for row in rows]
+            first, *others = values = list(self._values(path))
+            if not others and isinstance(first, dict):
+                values = read_coco(self.files, path, first) if is_coco(first) else unwrap(first)
+            self._cache = path, [value if isinstance(value, dict | Fault) else _not_an_object(value) for value in values]
         return self._cache[1]
 
     def _values(self, path: str) -> Iterator[Any]:
         """The values of a file; where the rest cannot be read, the last one is a Fault."""
+        if path.rpartition("/")[2].startswith(OTHER_ANNOTATIONS):  # these are large
+            yield no_captions()
+            return
         try:
             text = self.files.read(path).decode("utf-8-sig").strip()
         except OSError as error:

@@ -75,7 +75,7 @@ def path_of_picture(record: dict) -> str | None:
     """The path of the picture of a pair or image."""
     form, has_address = describe_record(record)
     value = record[find_column(record, "image")] if form in ("pair", "image") and not has_address else None
-    return value if isinstance(value, str) else None
+    return str(value) if isinstance(value, str | int) else None  # Kaggle's names are numbers
 
 
 def form_among(record: dict, form: Form, columns: Set[str]) -> Form:

@@ -42,8 +42,8 @@ class Dialect:
     num_comments: int = 0  # lines that begin with # before the first row
 
     def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
-        """(line number from 0, byte offset, cells) of each row that is neither blank nor the header, which joined tables have
-        again. A row that cannot be read is a Fault; the next row starts in the line behind its first one, because an open
+        """(line number from 0, byte offset, cells) of each row that is neither blank nor the header, which joined tables
+        repeat. A row that cannot be read is a Fault; the next row starts in the line behind its first one, because an open
         quote may have swallowed any number of rows."""
         if not lines.offset:
             lines.skip(self.num_comments)
