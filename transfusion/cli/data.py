@@ -91,11 +91,17 @@ def validate(args: Validate) -> None:
         total += faults
         empty += [] if documents else [counts.name]
         print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
+        if splits := reader.describe_splits():
+            print(f"  {splits}")
+        if heldout := counts.splits["heldout"]:
+            print(f"  {documents - heldout:,} documents are for training, {heldout:,} are held out")
         print_account(counts.account, print)
         for line in ("  the first faults:", *lines) if lines else ():
             print(line)
     if readers:
         print(duplicates)
+    if in_both := duplicates.in_both_splits():
+        print(in_both)
     if args.faults:
         args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
     if empty and not total:

@@ -75,6 +75,9 @@ class Choice:
 
     def choose(self) -> dict[str, Container]:
         kind, indices = self._choose_kind()
+        if not indices and self.has_heldout and (other := heldout_split(self.found_splits)):
+            self.split, self.read_splits, self.has_heldout = other, {other}, False  # a column may name rows to train on
+            kind, indices = self._choose_kind()
         if not indices:
             return {}
         groups = self.splits[kind]
@@ -90,9 +93,8 @@ class Choice:
     def describe_failure(self, address: str) -> str:
         if not self.suffixes:
             return f"{address} has no files"
-        found = {name for groups in self.splits.values() for name in groups} - {""}
-        if found:
-            return describe_missing_split(self.split, address, found)
+        if self.found_splits:
+            return describe_missing_split(self.split, address, self.found_splits)
         return f"{address} has no supported files (only {', '.join(sorted(f'.{suffix}' for suffix in self.suffixes)[:8])})"
 
     def _choose_kind(self) -> tuple[str, Sequence[int]]:
@@ -115,8 +117,8 @@ class Choice:
             container = PictureFolder(self.files, listing, indices, find_captions(self.files, listing, indices, self.split))
             container.decide()
         else:
-            pictures = self._find_pictures(kind, indices[0], self._files_of(PICTURES, split))
-            container = open_container(kind, pictures, Selection(listing, indices))
+            pictures = self._files_of(PICTURES, split) or self.splits[PICTURES].get("", ())
+            container = open_container(kind, self._find_pictures(kind, indices[0], pictures), Selection(listing, indices))
             for index in indices:
                 listing.decide(index, kind, is_read=True)
         return container
@@ -135,8 +137,7 @@ class Choice:
     def _reason_beside(self, kind: str, path: str) -> str:
         """Why a file that is not of the kind that is read is not read."""
         suffix = suffix_of(path)
-        has_splits = any(name for groups in self.splits.values() for name in groups)
-        if has_splits and split_of_path(path, self.split, kind == PICTURES) not in {*self.read_splits, None}:
+        if self.found_splits and split_of_path(path, self.split, kind == PICTURES) not in {*self.read_splits, None}:
             return "of another split"
         if KIND_OF_SUFFIX.get(suffix) == PICTURES:
             return "of no split" if kind == PICTURES else NAMED_BY_NONE
@@ -146,10 +147,15 @@ class Choice:
 
     # Splits
 
+    @cached_property
+    def found_splits(self) -> set[str]:
+        """The splits that names of files or folders name."""
+        return {name for groups in self.splits.values() for name in groups} - {""}
+
     def _files_of(self, kind: str, split: str) -> Sequence[int]:
-        """The files of a split. Files without one are for training if no others are; of only such files the records decide."""
+        """The files of a split. Files without one are for training if no others are; if none has one, records decide."""
         groups = self.splits[kind]
-        is_nameless = split not in groups and (split == "train" or groups.keys() == {""})
+        is_nameless = split not in groups and (split == "train" or split not in self.found_splits)
         return groups.get("" if is_nameless else split, ())
 
     def _group_by_split(self, kind: str) -> dict[str, Sequence[int]]:
