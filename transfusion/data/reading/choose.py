@@ -75,8 +75,8 @@ class Choice:
 
     def choose(self) -> dict[str, Container]:
         kind, indices = self._choose_kind()
-        if not indices and self.has_heldout and (other := heldout_split(self.found_splits)):
-            self.split, self.read_splits, self.has_heldout = other, {other}, False  # a column may name rows to train on
+        if not indices and self.has_heldout and len(self.found_splits) == 1:  # a column may name rows to train on
+            (self.split,), self.read_splits, self.has_heldout = self.found_splits, self.found_splits, False
             kind, indices = self._choose_kind()
         if not indices:
             return {}
@@ -155,7 +155,7 @@ class Choice:
     def _files_of(self, kind: str, split: str) -> Sequence[int]:
         """The files of a split. Files without one are for training if no others are; if none has one, records decide."""
         groups = self.splits[kind]
-        is_nameless = split not in groups and (split == "train" or split not in self.found_splits)
+        is_nameless = split not in groups and (split == "train" or not self.found_splits)
         return groups.get("" if is_nameless else split, ())
 
     def _group_by_split(self, kind: str) -> dict[str, Sequence[int]]:

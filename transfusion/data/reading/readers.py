@@ -83,6 +83,7 @@ class Reader:
         """`containers`: by the split of their files, "" without one."""
         self.name, self.address, self.containers, self.options = name, address, containers, options
         self.files, self.listing = files, listing
+        self.split = options.split and canonical(options.split)
         self.forms: set[Form | None] = {options.form}  # of the first records
         self.columns: set[str] = set()  # that the most frequent one reads
         self.has_split_column = False  # in the first records
@@ -97,18 +98,16 @@ class Reader:
 
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
-        self.listed = Account()
-        units = [
-            unit for split, limit in self._limits().items()
-            for unit in self._units_of(self.containers[split], split, max_rows, limit)
-        ]  # fmt: skip
+        listed = Account()
+        units = [unit for split, limit in self._limits().items() for unit in self._units_of(split, max_rows, limit, listed)]
         if not units:
             raise ValueError(f"{self.address} has no records")
-        self.listed.find("records", sum(unit.rows for unit in units))
+        listed.find("records", sum(unit.rows for unit in units))
+        self.listed = listed
         found = self._find_splits(units)
-        self.uses = uses_of_splits(found, self.options.split)
+        self.uses = uses_of_splits(found, self.split)
         if self.files is not None and all(self.uses.get(split, "heldout") == "heldout" for split in found):
-            raise ValueError(describe_missing_split(self.options.split or "train", self.address, found))
+            raise ValueError(describe_missing_split(self.split or "train", self.address, found))
         return units
 
     def _limits(self) -> dict[str, int | None]:
@@ -117,11 +116,11 @@ class Reader:
         heldout = 0 if limit is None or not others else min(limit - 1, -(-limit // 20))
         return {first: None if limit is None else limit - heldout, **dict.fromkeys(others, limit and heldout)}
 
-    def _units_of(self, container: Container, split: str, max_rows: int, limit: int | None) -> Iterator[Unit]:
-        pending: list[Span] = []
-        remaining = limit
-        # with a limit record by record: what comes behind it is not listed, so it is not in the account
-        for span in container.spans(max_rows if limit is None else 1, self.listed) if limit != 0 else ():
+    def _units_of(self, split: str, max_rows: int, limit: int | None, listed: Account) -> Iterator[Unit]:
+        """The units of one container. With a limit it is listed record by record: what is behind the limit is not in the
+        account."""
+        container, pending, remaining = self.containers[split], [], limit
+        for span in container.spans(max_rows if limit is None else 1, listed) if limit != 0 else ():
             if remaining is not None:
                 span = replace(span, rows=min(span.rows, remaining))
                 remaining -= span.rows
@@ -153,19 +152,17 @@ class Reader:
         """The splits of all records. A column of splits must be read to the end: the last rows may be those held out."""
         spans = [(unit, span) for unit in units for span in unit.spans]
         found = {self._split_of({}, unit.split or span.split) for unit, span in spans}
-        if self.has_split_column and self.options.split not in (*found, "train", ALL):
+        if self.has_split_column and self.split not in (*found, "train", ALL):
             found = {
-                self._split_of(record if isinstance(record, dict) else {}, unit.split or span.split)
+                self._split_of({} if isinstance(record, Fault) else rename_columns(record, self.options.columns),
+                               unit.split or span.split)
                 for unit, span in spans for _, record in unit.container.records(span)
             }  # fmt: skip
         return found
 
     def _split_of(self, record: dict, split: str) -> str:
-        """The split of a record, or that of its file or folder."""
-        if self.options.split == ALL:
-            return ""
-        wanted = canonical(self.options.split or "train")
-        return split_of_record(rename_columns(record, self.options.columns), wanted) or split
+        """The split of a record, or `split`, that of its file or folder."""
+        return "" if self.split == ALL else split_of_record(record, self.split or "train") or split
 
     def describe_splits(self) -> str:
         """What its splits are for, or "" if they need no words. Known after `units`."""
@@ -173,7 +170,7 @@ class Reader:
         if heldout:
             return f"the split {heldout} is held out"
         name = self.address.rstrip("/").rpartition("/")[2]
-        only = canonical(self.options.split or split_of_name(name, "train", is_anywhere=True) or ALL)
+        only = self.split or split_of_name(name, "train", is_anywhere=True) or ALL
         return "" if only in ("train", ALL) else f"only the split {only} is read, and it is for training"
 
     def read(
@@ -231,11 +228,11 @@ class Reader:
         if record.get("status") == "failed_to_download" and "key" in record:  # written by img2dataset
             account.pass_over("records", "not downloaded by img2dataset", where)
             return
-        if (split := self._split_of(record, split)) not in self.uses:
+        renamed = rename_columns(record, self.options.columns)
+        if (split := self._split_of(renamed, split)) not in self.uses:
             account.pass_over("records", "of another split", where)
             return
         try:
-            renamed = rename_columns(record, self.options.columns)
             form = self.options.form or form_among(renamed, self.form, self.columns)
             parts = split_captions(renamed, form)
         except Fault as fault:
@@ -297,7 +294,7 @@ class Reader:
                     raise record
                 all_columns.update(record)
                 renamed = rename_columns(record, self.options.columns)
-                self.has_split_column |= split_of_record(renamed, canonical(self.options.split or "train")) is not None
+                self.has_split_column |= split_of_record(renamed, self.split or "train") is not None
                 form = self.options.form or detect_form(renamed)
                 counts[form] += 1
                 columns.setdefault(form, set(read_columns(renamed, form)) - {"id"})
