@@ -23,7 +23,7 @@ from transfusion.data.heldout import HASH_RANGE, hash_pixels, hash_text
 from transfusion.data.leaks import count_leaks
 from transfusion.data.raw import RawDocument
 from transfusion.data.reading.readers import ReaderOptions, open_reader
-from transfusion.data.reading.splits import split_of_name, split_of_record
+from transfusion.data.reading.splits import split_of_name, split_of_record, splits_of_folders
 from transfusion.data.store import PreparedFolder, open_prepared
 from transfusion.sequence import Image, Text, Vocabulary
 
@@ -139,6 +139,20 @@ def check_counts(prepared: PreparedFolder) -> None:
 
 
 # Names
+
+
+@pytest.mark.parametrize(("names", "splits"), [
+    ({"test_tube", "dog", "dev_board"}, {}), ({"test_tube", "train_tube"}, {"test_tube": "test", "train_tube": "train"}),
+    ({"Train_images", "val2017", "dog"}, {"Train_images": "train", "val2017": "validation"}),
+    ({"training-set", "10_dog", "testing"}, {"training-set": "train", "testing": "test"}), ({"hard"}, {}),
+])  # fmt: skip
+def test_splits_of_folders_of_pictures(names, splits, tmp_path):
+    assert splits_of_folders(names, "train") == splits
+    write(tmp_path, {f"{name}/{n}.png": P for n, name in enumerate(names)})
+    documents = read_at(tmp_path, split=None if "train" in splits.values() or not splits else "all")
+    is_split = {"train"} < {*splits.values()}
+    assert len(documents) == (len(splits) if is_split else len(names))
+    assert {document.split for document in documents} == ({"train", "heldout"} if is_split else {""})
 
 
 @pytest.mark.parametrize(("name", "split", "is_inside"), [

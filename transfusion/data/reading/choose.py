@@ -22,7 +22,14 @@ from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
 from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.separated import SeparatedValues
-from transfusion.data.reading.splits import ALL, canonical, describe_missing_split, heldout_split, split_of_path
+from transfusion.data.reading.splits import (
+    ALL,
+    canonical,
+    describe_missing_split,
+    heldout_split,
+    split_of_path,
+    splits_of_folders,
+)  # fmt: skip
 from transfusion.data.reading.tables import Tables
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
@@ -168,25 +175,32 @@ class Choice:
         indices = self.kinds[kind]
         if not indices or self.split == ALL or self.files.fs.isfile(self.files.root):
             return {"": indices} if indices else {}
-        for with_file, is_anywhere in {PICTURES: ((False, False), (True, False)), TEXTS: ((True, False),)}.get(
-            kind, ((True, True), (True, False))
-        ):
-            names = []
-            for index in indices:
-                names.append(split_of_path(self.listing[index], self.split, with_file, is_anywhere))
-                if kind == PICTURES and with_file and names[-1] is None:
-                    break
+        for way in {PICTURES: ("folder", "file"), TEXTS: ("file",)}.get(kind, ("anywhere", "file")):
+            names = self._name_splits(indices, way)
             found = {*names} - {None}
-            is_split = (
-                bool(found - {"train"}) if is_anywhere or not with_file
-                else {PICTURES: False, TEXTS: len(found) > 1}.get(kind, bool(found))
-            )  # fmt: skip
-            if is_split or (found and None not in names and not is_anywhere):
+            is_of_all = bool(found) and None not in names
+            is_split = {
+                ("folder", PICTURES): is_of_all or bool(found - {"train"}), ("file", PICTURES): is_of_all,
+                ("file", TEXTS): is_of_all or len(found) > 1, ("anywhere", kind): bool(found - {"train"}),
+            }.get((way, kind), bool(found))  # fmt: skip
+            if is_split:
                 groups = {name or "": array("Q") for name in names}
                 for index, name in zip(indices, names, strict=True):
                     groups[name or ""].append(index)
                 return groups
         return {"": indices}
+
+    def _name_splits(self, indices: Sequence[int], way: str) -> list[str | None]:
+        """The split of each file: by its folders, or by its whole path, where a word counts at the ends of a name ("file")
+        or anywhere in it."""
+        if way != "folder":
+            return [split_of_path(self.listing[index], self.split, with_file=True, is_anywhere=way == "anywhere")
+                    for index in indices]  # fmt: skip
+        parts = {folder: folder.split("/") for folder in {self.listing[index].rpartition("/")[0] for index in indices}}
+        splits = splits_of_folders({part for folders in parts.values() for part in folders}, self.split)
+        found = {folder: next((splits[part] for part in folders if part in splits), None)
+                 for folder, folders in parts.items()}  # fmt: skip
+        return [found[self.listing[index].rpartition("/")[0]] for index in indices]
 
     # Other files
 

@@ -1,7 +1,7 @@
 """Splits by the names of files and folders and by columns of records, and what each split is for."""
 
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from functools import cache, lru_cache
 from typing import Any
 
@@ -9,6 +9,7 @@ SPLITS = {  # name -> words in paths and columns; restval: Karpathy's name of a 
     "train": ("train", "training", "restval"), "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }  # fmt: skip
+GENERIC = re.compile(r"((image|img|picture|pic|photo|data|set|split|file|v)s?|[-_.\d ])*")  # words in names of folders
 COLUMNS = ("split", "set", "partition", "subset")  # of records; the first one that names a split decides
 ALL = "all"  # --split all: splits are not distinguished
 
@@ -60,6 +61,18 @@ def split_of_path(path: str, split: str, with_file: bool, is_anywhere: bool = Fa
         if found := split_of_name(part, split, is_anywhere):
             return found
     return None
+
+
+def splits_of_folders(names: Iterable[str], split: str) -> dict[str, str]:
+    """Folder -> split. Of folders with pictures test_tube is a class, not a split. So other words in a name must mean
+    nothing, as in test_images, or be in the name of another split too."""
+    splits_of_rest: dict[str, set[str]] = {}  # the name without the word -> splits
+    found = {name: found for name in names if (found := split_of_name(name, split))}
+    rests = {name: re.sub("|".join(map(re.escape, sorted({*SPLITS.get(of, ()), of}, key=len)[::-1])), "", name.lower())
+             for name, of in found.items()}  # fmt: skip
+    for name, rest in rests.items():
+        splits_of_rest.setdefault(rest, set()).add(found[name])
+    return {name: of for name, of in found.items() if GENERIC.fullmatch(rests[name]) or len(splits_of_rest[rests[name]]) > 1}
 
 
 def split_of_record(record: dict[str, Any], split: str) -> str | None:
