@@ -20,8 +20,8 @@ FOLDERS, RECORDS, ARCHIVES, CHATS, TEXTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """`files` are written, and read as `documents`: the texts of each, and "#" for an image. What is passed over, by kind
-    and reason, is exactly `passed_over` (fields apart)."""
+    """`files` are written, and read as `documents`: the texts of each, "#" for an image, and "(held out)" if it is declared
+    so. What is passed over, by kind and reason, is exactly `passed_over` (fields apart)."""
 
     section: str
     data: str  # first column of the table
@@ -134,9 +134,12 @@ LAYOUTS = [
                        "files: .zip": 1, "files: .heic": 1, "files: without a picture of the same name": 1,
                        "files: without a suffix": 1, "files: hidden": 2, "files: empty": 1, "files: README or LICENSE": 1}),
     Layout(FOLDERS, "splits in folders or file names", "`train/`, `training/`; `val/`, `valid/`, `dev/`; `test/`",
-           "the split of `--split` (default: train); the outermost folder decides",
+           "train is for training, validation (or else test) is held out; the outermost folder decides",
+           {f"{split}/{name}/{split}_{name}.png": P for split in ("train", "val", "test") for name in ("train", "bus")},
+           ["bus|#", "train|#", "bus|# (held out)", "train|# (held out)"], {"files: of another split": 2}),
+    Layout(FOLDERS, "... with `--split train`", "`train/`, `val/`", "only this split",
            {f"{split}/{name}/{split}_{name}.png": P for split in ("train", "val") for name in ("train", "bus")},
-           ["bus|#", "train|#"], {"files: of another split": 2}),
+           ["bus|#", "train|#"], {"files: of another split": 2}, {"split": "train"}),
     Layout(FOLDERS, "linked folders", "`photos -> /disk/photos`", "as real folders; a link to listed files is not entered",
            {"a/1.png": P, "a/1.txt": "one", "b": Path("a"), "c": Path(".")}, ["one|#"],
            {"files: linked folder, listed already": 2}),
@@ -179,7 +182,16 @@ LAYOUTS = [
     Layout(RECORDS, "a Hugging Face data set", "a folder from `save_to_disk`, or of `.parquet`, or its id",
            "by its columns; a class label becomes its name",
            {"data/train-00000-of-00001.parquet": [{"text": "one"}], "data/test-00000-of-00001.parquet": [{"text": "two"}]},
-           ["one"], {"files: of another split": 1}),
+           ["one", "two (held out)"]),
+    Layout(RECORDS, "splits inside file names", "`flickr_train_29k.jsonl`, `flickr_val_1k.jsonl`, `flickr_test_1k.jsonl`",
+           "by their split, as above",
+           {f"flickr_{split}_1k.jsonl": [{"text": split}] for split in ("train", "val", "test")},
+           ["train", "val (held out)"], {"files: of another split": 1}),
+    Layout(RECORDS, "a column `split`, `set`, `partition` or `subset`", '`{"text": "...", "split": "val"}`',
+           "by their split, as above; Karpathy's `restval` is for training, and so are other values",
+           {"a.jsonl": [{"text": value, "Partition": value}
+                        for value in ("train", "restval", "other", "val", "test-dev", "testA", "train2014")]},
+           ["train", "restval", "other", "val (held out)", "train2014"], {"records: of another split": 2}),
     Layout(RECORDS, "OBELICS", '`{"texts": ["The bird", null], "images": [null, "bird.jpg"]}`', "interleaved",
            {"a.jsonl": [{"texts": ["The bird", None], "images": [None, "1.png"]}], "1.png": P}, ["The bird|#"]),
     Layout(RECORDS, "MMC4", '`{"text_list": [...], "image_info": [{"image_name": "bird.jpg", "matched_text_index": 1}]}`',
@@ -202,6 +214,11 @@ LAYOUTS = [
     Layout(ARCHIVES, "a word before each suffix", "members `000.input.jpg` and `000.outputs.txt`", "a pair",
            {"a.tar": [("0.input.png", P), ("0.outputs.txt", "one"), ("1.input.png", P), ("1.outputs.txt", "two")]},
            ["one|#", "two|#"]),
+    Layout(ARCHIVES, "folders in an archive that are named after splits", "members `train/dog/0.jpg`, `val/dog/1.jpg`",
+           "by their split, as above", {"a.tar": [
+               (f"x/{split}/dog/{n}.{suffix}", content) for split, n in (("val", 1), ("train", 0), ("val", 2), ("test", 3))
+               for suffix, content in (("png", P), ("txt", f"{split} {n}"))]},
+           ["val 1|# (held out)", "train 0|#", "val 2|# (held out)"], {"records: of another split": 1}),
     Layout(ARCHIVES, "joined archives", "`cat 0.tar 1.tar > all.tar`", "the records of all",
            {"a.tar": [[("0.png", P), ("0.txt", "one")], [("1.png", P), ("1.txt", "two")]]}, ["one|#", "two|#"]),
     Layout(ARCHIVES, "img2dataset, format `files`", "`00000/000000000.jpg`, `.txt` and `.json`, `00000.parquet`",

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -293,9 +294,11 @@ def test_share_is_the_same_for_all_sources_without_declared_splits(tmp_path, mon
 # Declared splits
 
 
-@pytest.mark.parametrize(("option", "rows"), [("train", (0, 3, 4, 5)), ("validation", (1, 4, 5)), ("dev", (1, 4, 5))])
+@pytest.mark.parametrize(("option", "rows"), [
+    ("train", (0, 3, 4, 5)), ("validation", (1,)), ("dev", (1,)), ("all", range(6)), (None, (0, 1, 3, 4, 5)),
+])  # fmt: skip
 def test_rows_of_another_split_are_not_read(tmp_path, option, rows):
-    """The column `split`; any other value or none decides nothing."""
+    """The column `split`. Without a value a row is for training."""
     values = ["train", "val", "TEST", "training", "restval", None]
     records = [{"image": inline(picture(n)[1]), "caption": str(n), "split": value} for n, value in enumerate(values)]
     reader, account = open_reader(str(write_lines(tmp_path / "a.jsonl", records)), ReaderOptions(split=option)), Account()
@@ -303,10 +306,11 @@ def test_rows_of_another_split_are_not_read(tmp_path, option, rows):
     assert [raw.segments[0].text for raw in raws] == list(map(str, rows))
     reader.close_account(account)
     account.check()
-    assert account.tallies["records"].passed_over == {"of another split": 6 - len(rows)}
+    assert account.tallies["records"].passed_over.total() == 6 - len(rows)
+    assert [raw.split for raw in raws] == [["train", "heldout"][n == 1] if option is None else "" for n in rows]
 
 
-def test_leaks_of_declared_splits_are_counted_and_named(tmp_path):
+def test_training_copies_of_declared_held_out_documents_are_left_out(tmp_path):
     """`photographs` and `topics` declare what is held out; other sources may have the same pictures and texts."""
     (flower,), text = open_built_in("photographs", "heldout"), open_built_in("topics", "heldout")[3].segments[0].text
     write_lines(tmp_path / "mine.jsonl", [
@@ -317,11 +321,14 @@ def test_leaks_of_declared_splits_are_counted_and_named(tmp_path):
     config = replace(CONFIG, sizes=("16x16",), heldout=0, records_per_shard=2048)
     about = prepare.prepare(readers, config, tmp_path / "out")
     leaks = about["leaks"]
-    assert (leaks["heldout_images"], leaks["images"], leaks["texts"], leaks["shared"]) == (1, 1, 1, 0)
-    assert leaks["named"] == [
-        "the picture of mine: mine.jsonl:1 is held out in photographs: heldout:0",
-        "the text of mine: mine.jsonl:2 is held out in topics: heldout:3",
+    assert (leaks["heldout_images"], leaks["images"], leaks["texts"], leaks["shared"]) == (1, 0, 0, 0)
+    lines = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert [(fault["source"], fault["where"], fault["kind"], fault["message"]) for fault in lines] == [
+        ("mine", "mine.jsonl:1", "also held out", "its picture is held out in photographs: heldout:0"),
+        ("mine", "mine.jsonl:2", "also held out", "its text is held out in topics: heldout:3"),
     ]
+    assert about["sources"]["mine"]["documents"] == {"train": 20, "heldout": 0}
+    assert about["sources"]["mine"]["account"]["kinds"]["records"]["passed_over"] == {"also held out": 2}
 
 
 def test_documents_left_out_are_no_leaks(tmp_path):

@@ -391,14 +391,15 @@ def test_each_record_is_read_in_its_own_form(tmp_path):
 
 
 @pytest.mark.parametrize("title", [
-    "JSON lines of text", "parquet with image bytes", "an Arrow file", "webdataset archives", "plain text", "COCO captions",
-    "an image folder without captions", "LLaVA's conversations",
+    "JSON lines of text", "parquet with image bytes", "an Arrow file", "webdataset archives", "plain text",
+    "COCO captions, training split", "an image folder without captions", "LLaVA's conversations",
 ])  # fmt: skip
 def test_limit_reads_the_first_records(title):
     expected = EXPECTED[title]
     for limit in (1, 2, 3):
         for max_rows in UNITS:
-            reader = open_reader(f"{FIXTURES}/{expected['source']}", ReaderOptions(limit=limit))
+            options = ReaderOptions(**expected["options"], limit=limit)
+            reader = open_reader(f"{FIXTURES}/{expected['source']}", options)
             assert sum(unit.rows for unit in reader.units(max_rows)) == limit
             check(read(reader, max_rows), expected["documents"][:limit])
 
@@ -430,7 +431,9 @@ def test_split_is_selected_by_file_and_folder_names(tmp_path):
     for name in ("train.jsonl", "val.jsonl", "test2017.jsonl", "trainer/test_sft-0.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_lines(tmp_path / name, {"text": name})
-    assert texts(read_at(tmp_path)) == ["train.jsonl"]
+    assert texts(read_at(tmp_path)) == ["train.jsonl", "val.jsonl"]
+    assert texts(read_at(tmp_path, split="train")) == ["train.jsonl"]
+    assert len(read_at(tmp_path, split="all")) == 4
     assert texts(read_at(tmp_path, split="validation")) == ["val.jsonl"]
     assert texts(read_at(tmp_path, split="test")) == ["test2017.jsonl", "trainer/test_sft-0.jsonl"]
     assert texts(read_at(tmp_path, split="test_sft")) == ["trainer/test_sft-0.jsonl"]

@@ -93,11 +93,17 @@ def validate(args: Validate) -> None:
         empty += [] if documents else [counts.name]
         numbers = {"record": counts.records, "document": documents, "fault": faults}
         print(f"{counts.name}: {', '.join(counted(number, noun) for noun, number in numbers.items())}")
+        if splits := reader.describe_splits():
+            print(f"  {splits}")
+        if heldout := counts.splits["heldout"]:
+            print(f"  {counted(documents - heldout, 'document')} for training, {heldout:,} held out")
         print_account(counts.account, print)
         for line in ("  the first faults:", *lines) if lines else ():
             print(line)
     if readers:
         print(duplicates)
+    if in_both := duplicates.in_both_splits():
+        print(in_both)
     if args.faults:
         args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
     if empty and not total:

@@ -30,6 +30,7 @@ class Survey:
     records: int = 0
     faults: Counter[str] = field(default_factory=Counter)  # by kind
     documents: Counter[str] = field(default_factory=Counter)  # by the segments in them
+    splits: Counter[str] = field(default_factory=Counter)  # documents by their declared split, "" without one
     texts: int = 0
     characters: int = 0
     tokens: int = 0
@@ -70,11 +71,13 @@ class Survey:
 
 @dataclass
 class Duplicates:
-    """Counts equal documents, and images that look alike, by 64-bit hashes: 8 bytes a document and 16 an image."""
+    """Counts equal documents, and images that look alike, by 64-bit hashes: 9 bytes a document and 17 an image."""
 
     documents: array = field(default_factory=lambda: array("Q"))
     images: array = field(default_factory=lambda: array("Q"))
     perceptual: array = field(default_factory=lambda: array("Q"))  # of each image
+    heldout_documents: bytearray = field(default_factory=bytearray)  # 1 if the source declares it as held out
+    heldout_images: bytearray = field(default_factory=bytearray)
 
     def add(self, document: RawDocument) -> None:
         pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
@@ -82,6 +85,8 @@ class Duplicates:
         self.documents.append(hash_document(document, hashes))
         self.images.extend(hashes)
         self.perceptual.extend(map(perceptual_hash, pixels))
+        self.heldout_documents.append(document.split == "heldout")
+        self.heldout_images.extend(self.heldout_documents[-1:] * len(pixels))
 
     def __str__(self) -> str:
         images, first = np.unique(self.images, return_index=True)
@@ -93,6 +98,15 @@ class Duplicates:
             f"{counted(len(self.images) - len(images), 'picture')} (same pixels); likely duplicates: "
             f"{counted(len(hashes) - len(np.unique(hashes)), 'picture')} (same perceptual hash)"
         )
+
+    def in_both_splits(self) -> str:
+        """How many pictures and documents are held out and for training, or "" without any."""
+        images, documents = (
+            len(np.intersect1d(*(np.array(hashes, np.uint64)[np.array(flags, bool) == value] for value in (False, True))))
+            for hashes, flags in ((self.images, self.heldout_images), (self.documents, self.heldout_documents))
+        )  # fmt: skip
+        counts = f"{images:,} pictures and {documents:,} documents are held out and also for training"
+        return f"{counts}: prepare leaves their training documents out" if images + documents else ""
 
 
 def survey(
@@ -130,6 +144,7 @@ def _count_document(result: Survey, document: RawDocument, tokenizer: Tokenizer 
         ["image" if isinstance(part, RawImage) else "text" for part in document.segments],
         sum(len(tokenizer.encode(part.text, part.parse_special)) for part in texts) if tokenizer else 0,
     )
+    result.splits[document.split] += 1
     result.characters += sum(len(part.text) for part in texts)
     for part in document.segments:
         if isinstance(part, RawImage):

@@ -13,6 +13,7 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.json_files import parse_object
+from transfusion.data.reading.splits import split_of_path
 from transfusion.data.reading.streams import BUFFER_SIZE
 
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
@@ -85,7 +86,7 @@ class TarArchives:
     one word between the dots, are a record; of others (`22.05.jpg`, `22.05.txt`) the key ends at the last dot. At most
     `MAX_AHEAD` members and `MAX_BYTES_AHEAD` decide this, so that memory is bounded if all members have the same beginning.
     A key that returns later is a fault. Archives that are appended to an archive are read. In a truncated archive the last
-    record may lack members, so it is not read.
+    record may lack members, so it is not read. The records of a span have one split.
     """
 
     files: Files
@@ -93,20 +94,21 @@ class TarArchives:
 
     def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
-            row, count, offset, is_repeated, seen = 0, 0, 0, False, set()  # count: records of the next span, from offset on
+            row, count, offset, kind, seen = 0, 0, 0, (False, ""), set()  # count: records of the next span, from offset on
             for group in self._groups(path, 0, read=False):
                 digest = blake2b(group.key.encode(errors="replace"), digest_size=8).digest()
                 is_twice = bool(group.contents) and digest in seen
-                self._count_members(path, group, is_twice, account)
-                if not group.contents and not group.fault:
-                    continue
-                if count and (count == max_rows or is_twice != is_repeated):
-                    yield Span(path, row, count, offset, is_repeated)
+                next_kind = (is_twice, split_of_path(group.key, "train", with_file=False) or "")
+                has_record = bool(group.contents or group.fault)
+                if has_record and count and (count == max_rows or next_kind != kind):
+                    yield Span(path, row, count, offset, *kind)
                     row, count = row + count, 0
-                seen.add(digest)
-                offset, count, is_repeated = offset if count else group.offset, count + 1, is_twice
+                self._count_members(path, group, is_twice, account)  # after the yield: a limit may end the list there
+                if has_record:
+                    seen.add(digest)
+                    offset, count, kind = offset if count else group.offset, count + 1, next_kind
             if count:
-                yield Span(path, row, count, offset, is_repeated)
+                yield Span(path, row, count, offset, *kind)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         groups = (group for group in self._groups(span.path, span.offset, read=True) if group.contents or group.fault)
