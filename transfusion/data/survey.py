@@ -11,7 +11,7 @@ import numpy as np
 from transfusion.chat import describe_layout
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ChatLayout
-from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
+from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hashes
 from transfusion.data.prepare import DUPLICATE_ID, check_id
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.account import Account
@@ -20,6 +20,7 @@ from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.sequence import Text
 
 UNIT_SIZE = 2048  # records of a unit, at most
+MAX_PENDING, MAX_PENDING_BYTES = 64, 2**20  # documents, and bytes of their pixels, that are hashed together
 
 
 @dataclass
@@ -75,15 +76,26 @@ class Duplicates:
     documents: array = field(default_factory=lambda: array("Q"))
     images: array = field(default_factory=lambda: array("Q"))
     perceptual: array = field(default_factory=lambda: array("Q"))  # of each image
+    _pending: list[RawDocument] = field(default_factory=list)  # not hashed yet: together is faster than one by one
+    _pending_bytes: int = 0  # of their pixels
 
     def add(self, document: RawDocument) -> None:
-        pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
+        self._pending.append(document)
+        self._pending_bytes += sum(part.pixels.nbytes for part in document.segments if isinstance(part, RawImage))
+        if len(self._pending) >= MAX_PENDING or self._pending_bytes >= MAX_PENDING_BYTES:
+            self._hash_pending()
+
+    def _hash_pending(self) -> None:
+        pixels = [part.pixels for document in self._pending for part in document.segments if isinstance(part, RawImage)]
         hashes = list(map(hash_pixels, pixels))
-        self.documents.append(hash_document(document, hashes))
         self.images.extend(hashes)
-        self.perceptual.extend(map(perceptual_hash, pixels))
+        self.perceptual.extend(perceptual_hashes(pixels))
+        remaining = iter(hashes)
+        self.documents.extend(hash_document(document, remaining) for document in self._pending)
+        self._pending, self._pending_bytes = [], 0
 
     def __str__(self) -> str:
+        self._hash_pending()
         images, first = np.unique(self.images, return_index=True)
         hashes = np.asarray(self.perceptual, np.uint64)[first]
         hashes = hashes[hashes != 0]
