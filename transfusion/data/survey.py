@@ -11,16 +11,15 @@ import numpy as np
 from transfusion.chat import describe_layout
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ChatLayout
-from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hashes
 from transfusion.data.prepare import DUPLICATE_ID, check_id
-from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.raw import Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import PreparedFolder, StoredSource
+from transfusion.data.summaries import Summarizer, Summary
 from transfusion.sequence import Text
 
 UNIT_SIZE = 2048  # records of a unit, at most
-MAX_PENDING, MAX_PENDING_BYTES = 64, 2**20  # documents, and bytes of their pixels, that are hashed together
 
 
 @dataclass
@@ -76,26 +75,13 @@ class Duplicates:
     documents: array = field(default_factory=lambda: array("Q"))
     images: array = field(default_factory=lambda: array("Q"))
     perceptual: array = field(default_factory=lambda: array("Q"))  # of each image
-    _pending: list[RawDocument] = field(default_factory=list)  # not hashed yet: together is faster than one by one
-    _pending_bytes: int = 0  # of their pixels
 
-    def add(self, document: RawDocument) -> None:
-        self._pending.append(document)
-        self._pending_bytes += sum(part.pixels.nbytes for part in document.segments if isinstance(part, RawImage))
-        if len(self._pending) >= MAX_PENDING or self._pending_bytes >= MAX_PENDING_BYTES:
-            self._hash_pending()
-
-    def _hash_pending(self) -> None:
-        pixels = [part.pixels for document in self._pending for part in document.segments if isinstance(part, RawImage)]
-        hashes = list(map(hash_pixels, pixels))
-        self.images.extend(hashes)
-        self.perceptual.extend(perceptual_hashes(pixels))
-        remaining = iter(hashes)
-        self.documents.extend(hash_document(document, remaining) for document in self._pending)
-        self._pending, self._pending_bytes = [], 0
+    def add(self, document: Summary) -> None:
+        self.documents.append(document.document_hash)
+        self.images.extend(document.image_hashes)
+        self.perceptual.extend(document.perceptual_hashes)
 
     def __str__(self) -> str:
-        self._hash_pending()
         images, first = np.unique(self.images, return_index=True)
         hashes = np.asarray(self.perceptual, np.uint64)[first]
         hashes = hashes[hashes != 0]
@@ -110,42 +96,34 @@ class Duplicates:
 def survey(
     reader: Reader, tokenizer: Tokenizer | None, on_fault: Callable[[Fault], None] = lambda fault: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None, duplicates: Duplicates | None = None,
+    processes: int = 1,
 ) -> Survey:  # fmt: skip
-    """Read all of a source. Each fault is passed to `on_fault`, and each document is added to `duplicates`; without a
-    tokenizer no tokens are counted."""
+    """Read all of a source, by at most this many processes. Each fault is passed to `on_fault`, and each document is added
+    to `duplicates`; without a tokenizer no tokens are counted."""
     result, ids = Survey(reader.name), set()
     units = reader.units(UNIT_SIZE)
     total = sum(unit.rows for unit in units)
-    for unit in units:
-        for document in reader.read(unit, result.account):
-            result.records += 1
-            document = check_id(document, ids)
-            if isinstance(document, Fault):
-                result.faults[document.kind] += 1
-                if document.kind == DUPLICATE_ID:
-                    result.account.reject("records", "document", DUPLICATE_ID, document.where)
-                on_fault(document)
-                continue
-            _count_document(result, document, tokenizer)
-            if duplicates is not None:
-                duplicates.add(document)
-            if result.records % 256 == 0:
-                on_progress(min(result.records, total), total)
+    summarizer = Summarizer(reader, tokenizer, hashes=duplicates is not None)
+    for document in summarizer.read(units, result.account, processes):
+        result.records += 1
+        document = check_id(document, ids)
+        if isinstance(document, Fault):
+            result.faults[document.kind] += 1
+            if document.kind == DUPLICATE_ID:
+                result.account.reject("records", "document", DUPLICATE_ID, document.where)
+            on_fault(document)
+            continue
+        result.add(document.kinds, document.tokens)
+        result.characters += document.characters
+        for height, width in document.sizes:
+            result.sizes[f"{width}x{height}"] += 1
+        if duplicates is not None:
+            duplicates.add(document)
+        if result.records % 256 == 0:
+            on_progress(min(result.records, total), total)
     on_progress(total, total)
     reader.close_account(result.account)
     return result
-
-
-def _count_document(result: Survey, document: RawDocument, tokenizer: Tokenizer | None) -> None:
-    texts = [part for part in document.segments if isinstance(part, RawText)]
-    result.add(
-        ["image" if isinstance(part, RawImage) else "text" for part in document.segments],
-        sum(len(tokenizer.encode(part.text, part.parse_special)) for part in texts) if tokenizer else 0,
-    )
-    result.characters += sum(len(part.text) for part in texts)
-    for part in document.segments:
-        if isinstance(part, RawImage):
-            result.sizes["{1}x{0}".format(*part.pixels.shape)] += 1
 
 
 def survey_stored(stored: StoredSource) -> Survey:

@@ -82,6 +82,11 @@ class Reader:
         """Whether each of its documents is declared as training or held-out."""
         return self.files is None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its files are on this machine's disks."""
+        return self.files is not None and self.files.is_local
+
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
         self.listed = Account()
