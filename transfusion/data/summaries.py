@@ -5,7 +5,9 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 from transfusion.codecs.text import Tokenizer
 from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hashes
@@ -17,8 +19,7 @@ SECONDS_ALONE = 1.0  # before more processes are started: each needs about half 
 BATCH_SIZE, BATCH_BYTES = 64, 2**20  # documents, and bytes of their pixels, that are hashed together
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """What is counted of a document."""
 
     where: str  # file and row
@@ -70,15 +71,23 @@ class Summarizer:
             yield record if isinstance(record, Fault) else self._summarize_one(record, image_hashes, perceptual)
 
     def _summarize_one(self, document: RawDocument, image_hashes: Iterator[int], perceptual: Iterator[int]) -> Summary:
-        texts = [part for part in document.segments if isinstance(part, RawText)]
-        shapes = tuple(part.pixels.shape[:2] for part in document.segments if isinstance(part, RawImage))
-        tokens = sum(len(self.tokenizer.encode(part.text, part.parse_special)) for part in texts) if self.tokenizer else 0
-        kinds = tuple("text" if isinstance(part, RawText) else "image" for part in document.segments)
-        hashes = ()
-        if self.hashes:
-            own = tuple(next(image_hashes) for _ in shapes)
-            hashes = (own, tuple(next(perceptual) for _ in shapes), hash_document(document, iter(own)))
-        return Summary(document.where, document.name, kinds, sum(len(p.text) for p in texts), tokens, shapes, *hashes)
+        kinds, sizes, characters, tokens = [], [], 0, 0
+        for part in document.segments:
+            if isinstance(part, RawText):
+                kinds.append("text")
+                characters += len(part.text)
+                tokens += len(self.tokenizer.encode(part.text, part.parse_special)) if self.tokenizer else 0
+            else:
+                kinds.append("image")
+                sizes.append(part.pixels.shape[:2])
+        summary = Summary(document.where, document.name, tuple(kinds), characters, tokens, tuple(sizes))
+        if not self.hashes:
+            return summary
+        own = tuple(islice(image_hashes, len(sizes)))
+        return summary._replace(
+            image_hashes=own, perceptual_hashes=tuple(islice(perceptual, len(sizes))),
+            document_hash=hash_document(document, iter(own)),
+        )  # fmt: skip
 
     def _read_in_processes(self, units: Sequence[Unit], account: Account, processes: int) -> Iterator[Summary | Fault]:
         """Process n of N reads the units n, n + N, ... and waits when it is a unit ahead, so memory is bounded."""

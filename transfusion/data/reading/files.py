@@ -23,6 +23,7 @@ from transfusion.data.reading.listing import Listing, reason_of_name, walk
 from transfusion.data.reading.streams import BUFFER_SIZE, Decompressed, RawFile, as_os_error, error_line
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSED_SUFFIXES = tuple(COMPRESSIONS)
 MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
 MODIFIED = ("mtime", "ETag", "LastModified", "last_commit")  # names of the modification time in file systems
 BAD_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # of strings that cannot be paths
@@ -116,7 +117,7 @@ class Files:
     def open(self, path: str, offset: int = 0) -> Iterator[BinaryIO]:
         """The decompressed content of a file, from a byte offset. Damaged content raises a plain OSError without errno; a
         failed disk or network raises any other OSError."""
-        is_compressed = path.lower().endswith(tuple(COMPRESSIONS))
+        is_compressed = path.lower().endswith(COMPRESSED_SUFFIXES)
         with self._open_compressed(path, offset) if is_compressed else self._open_raw(path) as raw:
             file = io.BufferedReader(raw, BUFFER_SIZE)
             try:
@@ -150,8 +151,8 @@ class Files:
 
     def read(self, path: str) -> bytes:
         """The whole decompressed content of a file."""
-        if self.is_local and not path.lower().endswith(tuple(COMPRESSIONS)):
-            with open(path, "rb") as file:  # without the buffers of `open`: a folder has many small files
+        if self.is_local and not path.lower().endswith(COMPRESSED_SUFFIXES):
+            with open(path, "rb", buffering=0) as file:  # not by `open` above: a folder has many small files
                 return file.read()
         with self.open(path) as file:
             return file.read()
@@ -230,7 +231,7 @@ class RecordImageReader:
                     raise Fault("missing image", f"{_shorten(address)} is not a file")
                 if info.st_size > MAX_IMAGE_BYTES:
                     raise Fault("too large", f"{_shorten(address)} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
-                with open(path, "rb") as file:
+                with open(path, "rb", buffering=0) as file:
                     return file.read()
             return fs.cat_file(path)
         except Fault:

@@ -177,14 +177,14 @@ class Reader:
         for number, part in enumerate(parts, 1):
             place = where if len(parts) == 1 else f"{where} caption {number}"
             try:
-                document = to_document(form, part, images, chat)
+                document = to_document(form, part, images, chat, place)
             except Fault as fault:
                 yield Fault(fault.kind, fault.message, place)
             except RecursionError:
                 yield Fault("bad JSON", "it is nested too deeply", place)
             else:
                 account.forms[form] += 1
-                yield replace(document, where=place)
+                yield document
 
     def _count_fields(self, record: dict, form: Form, account: Account) -> None:
         """Count the values of a record, by column: what is read of it, and what is not."""
