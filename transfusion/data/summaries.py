@@ -1,6 +1,7 @@
 """Documents without their content: what `survey` counts of each. Read by one process or several, with the same result."""
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,14 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import Reader, Unit
 
 SECONDS_ALONE = 1.0  # before more processes are started: each needs about half a second to import the readers
+MAX_PROCESSES = 8  # each has about 100 MB, and the names of all files
 BATCH_SIZE, BATCH_BYTES = 64, 2**20  # documents, and bytes of their pixels, that are hashed together
+
+
+def count_processes() -> int:
+    """The number of cores that this process may use, but at most `MAX_PROCESSES`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_PROCESSES)
 
 
 class Summary(NamedTuple):

@@ -19,7 +19,7 @@ from transfusion.data.store import PreparedFolder, StoredSource
 from transfusion.data.summaries import Summarizer, Summary
 from transfusion.sequence import Text
 
-UNIT_SIZE = 2048  # records of a unit, at most
+UNIT_SIZE = 512  # records of a unit, at most
 
 
 @dataclass
