@@ -1,6 +1,9 @@
 """`survey` reads a source in one process or in several, with the same result."""
 
+import bz2
+import gzip
 import json
+import lzma
 import multiprocessing
 import os
 import signal
@@ -83,12 +86,22 @@ def test_a_killed_process_is_an_error(several_processes, tmp_path):
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.data)
+def compressed(name: str, compress) -> Layout:
+    content = compress(b"".join(b'{"text": "%d"}\n' % number for number in range(5)))
+    return Layout("", name, "", "", {name: content}, [])
+
+
+COMPRESSED = [compressed("a.jsonl.gz", gzip.compress), compressed("a.jsonl.bz2", bz2.compress),
+              compressed("a.jsonl.xz", lzma.compress)]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *COMPRESSED], ids=lambda layout: layout.data)
 def test_reader_of_every_layout_can_be_sent(layout: Layout, tmp_path):
+    """Also after it has been used."""
     write(tmp_path, layout.files)
     reader = open_reader(str(tmp_path), ReaderOptions(**layout.options))
-    sent = send(reader)
-    assert read_all(sent) == read_all(reader)
+    result = read_all(reader)
+    assert read_all(send(reader)) == result
 
 
 def send(value):

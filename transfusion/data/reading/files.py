@@ -38,6 +38,9 @@ class Files:
     image_root: str | None = None  # the folder that image paths are relative to; None: the folder of their record's file
     _open: dict[str, Decompressed] = field(default_factory=dict, repr=False, compare=False)  # the compressed file read last
 
+    def __reduce__(self) -> tuple:
+        return Files, (self.fs, self.root, self.image_root)  # another process opens its own files
+
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
         """The files at a path (* matches any characters), an fsspec address, or `owner/name` on Hugging Face's hub. OSError
