@@ -25,7 +25,7 @@ from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
-from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_pixels, hash_text, perceptual_hash
+from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_pixels, hash_text, perceptual_hashes
 from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
@@ -438,6 +438,10 @@ def smooth(seed: int, side: int = 96) -> PILImage.Image:
     return PILImage.fromarray(pixels).resize((side, side), PILImage.Resampling.BICUBIC)
 
 
+def perceptual_hash(pixels: np.ndarray) -> int:
+    return perceptual_hashes([pixels])[0]
+
+
 def test_perceptual_hash_is_the_difference_hash_and_finds_most_copies():
     copies, hashes = 0, set()
     for seed in range(40):
@@ -460,6 +464,15 @@ def test_perceptual_hash_is_the_difference_hash_and_finds_most_copies():
     assert perceptual_hash(np.full((5, 7, 1), 9, np.uint8)) == 0
     large = np.asarray(smooth(0, 1500))
     assert perceptual_hash(large) == perceptual_hash(large[::3, ::3])  # sampled first
+
+
+def test_perceptual_hashes_of_many_images_are_those_of_each():
+    """Of any shapes, in any order; the reference sums in float64, with Pillow's triangle filter."""
+    rng = np.random.default_rng(0)
+    shapes = [(8, 9, 3), (64, 64, 3), (64, 64, 1), (1, 1, 3), (700, 300, 3), (1, 40_000, 1), (40_000, 1, 3)]
+    images = [rng.integers(0, 256, shapes[n % len(shapes)], np.uint8) for n in rng.permutation(3 * len(shapes))]
+    assert perceptual_hashes(images) == [perceptual_hash(pixels) for pixels in images]
+    assert perceptual_hashes([]) == []
 
 
 def test_likely_duplicates_are_counted(tmp_path):

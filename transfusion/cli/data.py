@@ -69,6 +69,7 @@ def validate(args: Validate) -> None:
 
     from transfusion.data.leaks import count_leaks
     from transfusion.data.reading.account import counted
+    from transfusion.data.summaries import count_processes
     from transfusion.data.survey import Duplicates, survey
 
     if args.faults:
@@ -87,7 +88,7 @@ def validate(args: Validate) -> None:
             lines.extend([f"    {fault}"] if len(lines) < NUM_SHOWN else ())
 
         with progress(f"reading {reader.name}") as on_progress:
-            counts = survey(reader, None, on_fault, on_progress, duplicates)
+            counts = survey(reader, None, on_fault, on_progress, duplicates, count_processes())
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
         empty += [] if documents else [counts.name]
@@ -137,6 +138,7 @@ def stats(args: Stats) -> None:
 
     from transfusion.codecs.text import Tokenizer
     from transfusion.data.fitting import train_tokenizer
+    from transfusion.data.summaries import count_processes
     from transfusion.data.survey import first_texts, survey, survey_prepared
 
     if args.tokenizer is not None:
@@ -147,7 +149,7 @@ def stats(args: Stats) -> None:
     surveys = [source for folder in folders for source in survey_prepared(folder)]
     for reader in readers:
         with progress(f"reading {reader.name}") as on_progress:
-            surveys.append(survey(reader, tokenizer, on_progress=on_progress))
+            surveys.append(survey(reader, tokenizer, on_progress=on_progress, processes=count_processes()))
     for source in surveys:
         print(source.name)
         print(*(f"  {name:14}{value}" for name, value in source.rows()), sep="\n")

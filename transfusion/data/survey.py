@@ -11,15 +11,15 @@ import numpy as np
 from transfusion.chat import describe_layout
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ChatLayout
-from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.prepare import DUPLICATE_ID, check_id
-from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.raw import Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import PreparedFolder, StoredSource
+from transfusion.data.summaries import Summarizer, Summary
 from transfusion.sequence import Text
 
-UNIT_SIZE = 2048  # records of a unit, at most
+UNIT_SIZE = 512  # records of a unit, at most
 
 
 @dataclass
@@ -79,14 +79,12 @@ class Duplicates:
     heldout_documents: bytearray = field(default_factory=bytearray)  # 1 if the source declares it as held out
     heldout_images: bytearray = field(default_factory=bytearray)
 
-    def add(self, document: RawDocument) -> None:
-        pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
-        hashes = list(map(hash_pixels, pixels))
-        self.documents.append(hash_document(document, hashes))
-        self.images.extend(hashes)
-        self.perceptual.extend(map(perceptual_hash, pixels))
+    def add(self, document: Summary) -> None:
+        self.documents.append(document.document_hash)
+        self.images.extend(document.image_hashes)
+        self.perceptual.extend(document.perceptual_hashes)
         self.heldout_documents.append(document.split == "heldout")
-        self.heldout_images.extend(self.heldout_documents[-1:] * len(pixels))
+        self.heldout_images.extend(self.heldout_documents[-1:] * len(document.image_hashes))
 
     def __str__(self) -> str:
         images, first = np.unique(self.images, return_index=True)
@@ -112,43 +110,35 @@ class Duplicates:
 def survey(
     reader: Reader, tokenizer: Tokenizer | None, on_fault: Callable[[Fault], None] = lambda fault: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None, duplicates: Duplicates | None = None,
+    processes: int = 1,
 ) -> Survey:  # fmt: skip
-    """Read all of a source. Each fault is passed to `on_fault`, and each document is added to `duplicates`; without a
-    tokenizer no tokens are counted."""
+    """Read all of a source, by at most this many processes. Each fault is passed to `on_fault`, and each document is added
+    to `duplicates`; without a tokenizer no tokens are counted."""
     result, ids = Survey(reader.name), set()
     units = reader.units(UNIT_SIZE)
     total = sum(unit.rows for unit in units)
-    for unit in units:
-        for document in reader.read(unit, result.account):
-            result.records += 1
-            document = check_id(document, ids)
-            if isinstance(document, Fault):
-                result.faults[document.kind] += 1
-                if document.kind == DUPLICATE_ID:
-                    result.account.reject("records", "document", DUPLICATE_ID, document.where)
-                on_fault(document)
-                continue
-            _count_document(result, document, tokenizer)
-            if duplicates is not None:
-                duplicates.add(document)
-            if result.records % 256 == 0:
-                on_progress(min(result.records, total), total)
+    summarizer = Summarizer(reader, tokenizer, hashes=duplicates is not None)
+    for document in summarizer.read(units, result.account, processes):
+        result.records += 1
+        document = check_id(document, ids)
+        if isinstance(document, Fault):
+            result.faults[document.kind] += 1
+            if document.kind == DUPLICATE_ID:
+                result.account.reject("records", "document", DUPLICATE_ID, document.where)
+            on_fault(document)
+            continue
+        result.add(document.kinds, document.tokens)
+        result.splits[document.split] += 1
+        result.characters += document.characters
+        for height, width in document.sizes:
+            result.sizes[f"{width}x{height}"] += 1
+        if duplicates is not None:
+            duplicates.add(document)
+        if result.records % 256 == 0:
+            on_progress(min(result.records, total), total)
     on_progress(total, total)
     reader.close_account(result.account)
     return result
-
-
-def _count_document(result: Survey, document: RawDocument, tokenizer: Tokenizer | None) -> None:
-    texts = [part for part in document.segments if isinstance(part, RawText)]
-    result.add(
-        ["image" if isinstance(part, RawImage) else "text" for part in document.segments],
-        sum(len(tokenizer.encode(part.text, part.parse_special)) for part in texts) if tokenizer else 0,
-    )
-    result.splits[document.split] += 1
-    result.characters += sum(len(part.text) for part in texts)
-    for part in document.segments:
-        if isinstance(part, RawImage):
-            result.sizes["{1}x{0}".format(*part.pixels.shape)] += 1
 
 
 def survey_stored(stored: StoredSource) -> Survey:

@@ -37,6 +37,7 @@ from transfusion.data.reading.values import is_inline_picture, possible_paths
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 IMAGE_KEYS = ("bytes", "data", "path", "url")  # of an image that is an object; the first with a value is read
+COMPRESSED_SUFFIXES = tuple(COMPRESSIONS)
 MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
 MODIFIED = ("mtime", "ETag", "LastModified", "last_commit")  # names of the modification time in file systems
 BAD_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # of strings that cannot be paths
@@ -50,6 +51,9 @@ class Files:
     root: str
     image_root: str | None = None  # the folder that image paths are relative to; None: the folder of their record's file
     _open: dict[str, Decoded] = field(default_factory=dict, repr=False, compare=False)  # the decoded file read last
+
+    def __reduce__(self) -> tuple:
+        return Files, (self.fs, self.root, self.image_root)  # another process opens its own files
 
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
@@ -170,8 +174,8 @@ class Files:
 
     def read(self, path: str) -> bytes:
         """The whole content of a file; errors as of `open`."""
-        if self.is_local and not path.lower().endswith(tuple(COMPRESSIONS)):
-            with open(path, "rb") as file:  # without the buffers of `open`: a folder has many small files
+        if self.is_local and not path.lower().endswith(COMPRESSED_SUFFIXES):
+            with open(path, "rb", buffering=0) as file:  # not by `open` above: a folder has many small files
                 content = file.read()
             if not is_pointer(content) and encoding_of(content) is None:
                 return content
@@ -248,7 +252,7 @@ class RecordImageReader:
                     raise Fault("missing image", f"{_shorten(address)} is not a file")
                 if info.st_size > MAX_IMAGE_BYTES:
                     raise Fault("too large", f"{_shorten(address)} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
-                with open(path, "rb") as file:
+                with open(path, "rb", buffering=0) as file:
                     return file.read()
             return fs.cat_file(path)
         except Fault:

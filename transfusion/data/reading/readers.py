@@ -98,6 +98,11 @@ class Reader:
         """Whether each of its documents is declared as training or held-out. Known after `units`."""
         return self.files is None or "heldout" in self.uses.values()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its files are on this machine's disks."""
+        return self.files is not None and self.files.is_local
+
     def units(self, max_rows: int) -> list[Unit]:
         """All records in order, in units of about `max_rows` records at most. ValueError if there are no records."""
         listed = Account()
@@ -245,14 +250,14 @@ class Reader:
         for number, part in enumerate(parts, 1):
             place = where if len(parts) == 1 else f"{where} caption {number}"
             try:
-                document = to_document(form, part, images, chat)
+                document = to_document(form, part, images, chat, place)
             except Fault as fault:
                 yield Fault(fault.kind, fault.message, place)
             except RecursionError:
                 yield Fault("bad JSON", "it is nested too deeply", place)
             else:
                 account.forms[form] += 1
-                yield replace(document, where=place, split=self.uses[split])
+                yield replace(document, split=self.uses[split])
 
     def _count_fields(self, record: dict, form: Form, account: Account) -> None:
         """Count the values of a record, by column: what is read of it, and what is not."""

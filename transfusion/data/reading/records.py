@@ -4,6 +4,7 @@ A record is a dict, from any kind of file. `detect_form` finds its form from its
 """
 
 from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from transfusion.chat import Turn, lay_out
@@ -95,8 +96,8 @@ def form_among(record: dict, form: Form, columns: Set[str]) -> Form:
 def find_column(record: dict, field: str) -> str | None:
     """The column that is read as this field: the first of its names with a fitting value. For an image otherwise the only
     column that looks like a picture. Fault when there are several."""
-    for name in COLUMN_NAMES[field]:
-        if name not in record or is_empty(value := record[name]):
+    for name in _present_names(field, tuple(record)):
+        if is_empty(value := record[name]):
             continue
         if field not in PICTURE_FIELDS:
             if field == "id" or not looks_like_picture(value):
@@ -111,6 +112,12 @@ def find_column(record: dict, field: str) -> str | None:
     if len(pictures) > 1:
         raise Fault("missing column", f"{list_columns(pictures)} may all be its image: choose one with --columns image=")
     return pictures[0] if pictures else None
+
+
+@lru_cache(4096)
+def _present_names(field: str, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a field that are among these columns: usually the same for all records."""
+    return tuple(name for name in COLUMN_NAMES[field] if name in columns)
 
 
 def read_columns(record: dict, form: Form) -> list[str]:
@@ -149,9 +156,11 @@ def split_captions(record: dict, form: Form) -> list[dict]:
     return records
 
 
-def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout()) -> RawDocument:  # noqa: B008
-    """The document of a record; `chat` is the layout of conversations. Fault when a part of it is missing, empty, or cannot
-    be read."""
+def to_document(
+    form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout(), where: str = ""  # noqa: B008 (frozen)
+) -> RawDocument:
+    """The document of a record; `chat` is the layout of conversations, `where` its file and row. Fault when a part of it is
+    missing, empty, or cannot be read."""
     pairs = False
     match form:
         case "document":
@@ -181,8 +190,8 @@ def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout 
         _check_pairs(segments)
     name = check_text(str(record["id"]), "id") if find_column(record, "id") else ""
     if form == "conversation":  # LLaVA's ids name the image, so they are not unique
-        return RawDocument(tuple(segments))
-    return RawDocument(tuple(segments), pairs=pairs, name=name)
+        name = ""
+    return RawDocument(tuple(segments), pairs=pairs, name=name, where=where)
 
 
 # The forms
