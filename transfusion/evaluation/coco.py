@@ -55,7 +55,7 @@ def check_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | 
     """OpenError names the first image that is missing."""
     files = Files.from_address(str(path), folder).image_reader(str(path.resolve()))
     for image in captioned:
-        if not files.exists(image.path):
+        if not files.is_file(image.path):
             raise OpenError(f"{path}: there is no image {image.path}")
 
 
