@@ -14,13 +14,13 @@ from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
 from transfusion.data.reading.coco import Coco, NoCaptionsError, find_caption_files
+from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
 from transfusion.data.reading.json_files import JsonLines, JsonList
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
-from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.separated import SeparatedValues
 from transfusion.data.reading.splits import canonical, split_of_path
 from transfusion.data.reading.tables import Tables

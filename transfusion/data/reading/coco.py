@@ -8,7 +8,8 @@ from typing import Any
 from transfusion.data.raw import Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import Span, damage_fault
-from transfusion.data.reading.files import Files, ListedPath
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.images import ListedPath
 from transfusion.data.reading.json_files import parse_object
 
 NUM_SAMPLES = 10  # pictures that show where the pictures of a file are

@@ -20,11 +20,7 @@ from transfusion.data.built_in.topics import Topics
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.choose import choose_container
-from transfusion.data.reading.container import Container, Span
-from transfusion.data.reading.files import Files, RecordImageReader
-from transfusion.data.reading.folders import PictureFolder
-from transfusion.data.reading.listing import Listing, printable
-from transfusion.data.reading.records import (
+from transfusion.data.reading.columns import (
     CONVERSATIONS,
     FORMS,
     Form,
@@ -33,10 +29,15 @@ from transfusion.data.reading.records import (
     form_among,
     read_columns,
     rename_columns,
-    split_captions,
-    to_document,
 )  # fmt: skip
+from transfusion.data.reading.container import Container, Span
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.folders import PictureFolder
+from transfusion.data.reading.images import RecordImageReader
+from transfusion.data.reading.listing import Listing
+from transfusion.data.reading.records import split_captions, to_document
 from transfusion.data.reading.splits import canonical, split_of_record
+from transfusion.data.reading.values import printable
 
 MAX_BUILT_IN_HELDOUT = 500  # held-out documents of a built-in source
 NUM_SAMPLES = 100  # records that are read to detect their form
@@ -143,7 +144,8 @@ class Reader:
         if self.files is None:
             return None
         on_file: Callable[[str], None] = (lambda path: None) if isinstance(self.container, PictureFolder) else name_file
-        return self.files.image_reader(span.path or self.files.root + "/.", on_file, lambda *note: notes.append(note))
+        path = span.path or f"{self.files.root}/."
+        return RecordImageReader.of(self.files, path, on_file, lambda *note: notes.append(note))
 
     def _read_record(
         self, where: str, record: Any, images: RecordImageReader | None, account: Account, chat: ChatLayout
