@@ -29,8 +29,9 @@ from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_line
 from transfusion.codecs import pictures
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading import archives, json_files, plain_text
+from transfusion.data.reading.columns import FORMS
 from transfusion.data.reading.readers import ReaderOptions, open_reader
-from transfusion.data.reading.records import FORMS, to_document
+from transfusion.data.reading.records import to_document
 
 GOOD = png(1)
 PAIR = {"image": "good.png", "caption": "a bird"}

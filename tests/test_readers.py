@@ -121,14 +121,14 @@ def test_other_file_systems_give_the_same_documents(root, disks):
 
 def test_hub_data_set_is_read_by_name(disks, monkeypatch):
     put_fixtures("memory://hub/owner")
-    connect = files._connect
+    connect = files.connect
     addresses = []
 
     def connect_to_hub(address):
         addresses.append(address)
         return connect(address.replace("hf://datasets/", "memory://hub/"))
 
-    monkeypatch.setattr(files, "_connect", connect_to_hub)
+    monkeypatch.setattr(files, "connect", connect_to_hub)
     for title in ("a folder as the hub has it", "webdataset archives", "an image folder with metadata.jsonl"):
         source = EXPECTED[title]["source"]
         reader = open_reader(f"owner/{source}")
@@ -142,8 +142,8 @@ def test_local_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
         assert not address.startswith("hf://")
         return connect(address)
 
-    connect = files._connect
-    monkeypatch.setattr(files, "_connect", connect_locally)
+    connect = files.connect
+    monkeypatch.setattr(files, "connect", connect_locally)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner/name.jsonl").write_text('{"text": "here"}')
@@ -155,14 +155,14 @@ def test_local_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), RuntimeError("the client's own\n\nway"), OSError()])
 def test_missing_network_is_a_one_line_error(error, monkeypatch, tmp_path):
-    connect = files._connect
+    connect = files.connect
 
     def unreachable(address):
         if address.startswith("hf://"):
             raise error
         return connect(address)
 
-    monkeypatch.setattr(files, "_connect", unreachable)
+    monkeypatch.setattr(files, "connect", unreachable)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError) as raised:
         open_reader("owner/name")

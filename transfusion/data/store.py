@@ -27,7 +27,7 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, from_json
 from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.data.reading.records import CONVERSATIONS
+from transfusion.data.reading.columns import CONVERSATIONS
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 

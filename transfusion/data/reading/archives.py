@@ -10,11 +10,12 @@ from typing import Any, BinaryIO
 from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault
+from transfusion.data.reading.container import MAX_RECORD_SIZE, Span, damage_fault
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.json_files import parse_object
 from transfusion.data.reading.splits import split_of_path
 from transfusion.data.reading.streams import BUFFER_SIZE
+from transfusion.data.reading.values import strip_caption
 
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
 READ_SUFFIXES = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
@@ -288,8 +289,3 @@ def _build_record(group: Group) -> dict | Fault:
         elif suffix in TEXT_SUFFIXES:
             record["caption"] = strip_caption(content)
     return record
-
-
-def strip_caption(content: bytes) -> bytes:
-    """The content of a text file without byte order mark and surrounding white space."""
-    return content.removeprefix(BOM).strip()

@@ -12,13 +12,13 @@ from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
+from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
 from transfusion.data.reading.json_files import JsonFiles, first_line
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
-from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.separated import SeparatedValues, find_dialect
 from transfusion.data.reading.splits import (
     ALL,

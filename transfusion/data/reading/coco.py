@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from transfusion.data.raw import Fault
-from transfusion.data.reading.files import Files, ListedPath
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.images import ListedPath
 
 NUM_SAMPLES = 10  # pictures that show where the pictures of a file are
 OTHER_ANNOTATIONS = ("instances_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # files without captions

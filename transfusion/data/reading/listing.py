@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from transfusion.data.reading.account import NUM_EXAMPLES, OTHERS, Account
+from transfusion.data.reading.values import printable
 
 NAMED_BY_NONE = "named by no record"  # why a picture is not read
 NOT_A_FILE = "neither a file nor a folder"  # a pipe, a device, a link to nothing: reading one may never end
@@ -202,12 +203,6 @@ def reason_of_name(path: str) -> str:
     if name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders):
         return "hidden"
     return "README or LICENSE" if name.partition(".")[0].upper() in IGNORED_NAMES else ""
-
-
-def printable(text: str) -> str:
-    """One line of text that can be encoded: names of files and columns may have any characters."""
-    text = text.encode(errors="replace").decode()
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _encode(path: str) -> bytes:

@@ -21,11 +21,7 @@ from transfusion.data.built_in.topics import Topics
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.choose import choose_containers
-from transfusion.data.reading.container import Container, Span
-from transfusion.data.reading.files import Files, RecordImageReader
-from transfusion.data.reading.folders import PictureFolder, find_beside
-from transfusion.data.reading.listing import Listing, printable
-from transfusion.data.reading.records import (
+from transfusion.data.reading.columns import (
     CONVERSATIONS,
     FORMS,
     Form,
@@ -34,9 +30,13 @@ from transfusion.data.reading.records import (
     form_among,
     read_columns,
     rename_columns,
-    split_captions,
-    to_document,
 )  # fmt: skip
+from transfusion.data.reading.container import Container, Span
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.folders import PictureFolder, find_beside
+from transfusion.data.reading.images import RecordImageReader
+from transfusion.data.reading.listing import Listing
+from transfusion.data.reading.records import split_captions, to_document
 from transfusion.data.reading.splits import (
     ALL,
     canonical,
@@ -45,6 +45,7 @@ from transfusion.data.reading.splits import (
     split_of_record,
     uses_of_splits,
 )  # fmt: skip
+from transfusion.data.reading.values import printable
 
 MAX_BUILT_IN_HELDOUT = 500  # held-out documents of a built-in source
 NUM_SAMPLES = 100  # records that are read to detect their form
@@ -220,7 +221,8 @@ class Reader:
             return None
         files, is_folder = container.files, isinstance(container, PictureFolder)
         on_file: Callable[[str], None] = (lambda path: None) if is_folder else name_file
-        return files.image_reader(span.path or files.root + "/.", on_file, lambda *note: notes.append(note))
+        path = span.path or f"{files.root}/."
+        return RecordImageReader.of(files, path, on_file, lambda *note: notes.append(note))
 
     def _read_record(
         self, where: str, record: Any, split: str, images: RecordImageReader | None, account: Account, chat: ChatLayout

@@ -1,6 +1,7 @@
 """Values of records and the faults of wrong ones."""
 
 import ast
+import codecs
 import json
 import re
 from collections import Counter
@@ -144,6 +145,11 @@ def unique_names(columns: Iterable[str]) -> list[str]:
     return names
 
 
+def strip_caption(content: bytes) -> bytes:
+    """The content of a text file without byte order mark and surrounding white space."""
+    return content.removeprefix(codecs.BOM_UTF8).strip()
+
+
 def list_columns(record: dict) -> str:
     return ", ".join(map(str, _first_names(record))) or "it has no columns"
 
@@ -154,6 +160,12 @@ def _first_names(names: Any, limit: int = 12) -> Iterator[str]:
             yield "..."
             return
         yield name
+
+
+def printable(text: str) -> str:
+    """One line of text that can be encoded: names of files and columns may have any characters."""
+    text = text.encode(errors="replace").decode()
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def short_repr(value: Any) -> str:
