@@ -61,6 +61,12 @@ def test_suffix_of_lines_does_not_decide(name, way, tmp_path):
     assert texts(read_at(tmp_path)) == ["one", "two"]
 
 
+def test_bad_first_line_of_a_jsonl_costs_one_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\n{"text": "two"}\n')
+    fault, document = read_at(tmp_path)
+    assert (fault.kind, texts([document])) == ("bad JSON", ["two"])
+
+
 @pytest.mark.parametrize("max_rows", [1, 1000])
 def test_files_of_one_folder_may_be_written_in_different_ways(tmp_path, max_rows):
     for number, write_records in enumerate(WAYS.values()):
@@ -133,6 +139,9 @@ def test_captions_of_coco_may_be_beside_other_json(others, tmp_path):
     assert sorted(texts(read_at(tmp_path))) == ["one", "one", "three", "two", "two"]
     examples = {"without records of a known form": ["boxes.json", "instances_0.json"]}
     assert close_account(reader).tallies["files"].examples == examples
+    for name in ("boxes.json", "instances_0.json"):
+        with pytest.raises(ValueError, match=f"the first fault: {name}:1: it has COCO annotations without captions"):
+            open_reader(str(tmp_path / name))
 
 
 def test_settings_do_not_hide_captioned_pictures(tmp_path):

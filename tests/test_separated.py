@@ -336,8 +336,8 @@ def test_first_row_with_a_picture_is_no_header(tmp_path):
 
 @pytest.mark.parametrize("comments", ["# made by hand\n", "# 1. it's \"quoted, and\n#\n#two\n", "\ufeff# bom\n", ""])
 @pytest.mark.parametrize(("rows", "expected"), [
-    ("text;n\none, #1;1\n#two;2\n", ["one, #1", "#two"]), ("# text,n\none,1\n", ["one"]), ("#text\tn\none\t1\n", ["one"]),
-    ("1,a longer text\n#2,another text\n", ["a longer text", "another text"]),
+    ("text;n\none, #1;1\n#two;2\n", ["one, #1", "#two"]), ("# n,text\n1000,one\n", ["one"]),
+    ("#n\ttext\n1000\tone\n", ["one"]), ("1,a longer text\n#2,another text\n", ["a longer text", "another text"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("max_rows", [1, 1000])
 def test_lines_of_comments_before_the_first_row_are_skipped(comments, rows, expected, max_rows, tmp_path):
