@@ -94,7 +94,7 @@ def validate(args: Validate) -> None:
         if splits := reader.describe_splits():
             print(f"  {splits}")
         if heldout := counts.splits["heldout"]:
-            print(f"  {documents - heldout:,} documents are for training, {heldout:,} are held out")
+            print(f"  {documents - heldout:,} documents for training, {heldout:,} held out")
         print_account(counts.account, print)
         for line in ("  the first faults:", *lines) if lines else ():
             print(line)
