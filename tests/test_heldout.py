@@ -25,7 +25,16 @@ from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
-from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_pixels, hash_text, perceptual_hashes
+from transfusion.data.heldout import (
+    HASH_RANGE,
+    MAX_SIDE,
+    MIN_STEP,
+    SplitDocument,
+    _resize_weights,
+    hash_pixels,
+    hash_text,
+    perceptual_hashes,
+)  # fmt: skip
 from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
@@ -33,6 +42,7 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import ReaderOptions, open_built_in, open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, open_prepared
+from transfusion.data.summaries import Summarizer
 from transfusion.data.survey import Duplicates, survey
 from transfusion.evaluation.suite import Suite
 from transfusion.sequence import Document, Image, Text
@@ -425,8 +435,8 @@ def test_duplicates_are_those_of_python_sets(corpus):
     documents = [RawDocument(tuple(RawText(text_of(n)) if n < 10 else RawImage(pixels_of(n)) for n in parts))
                  for parts in corpus]  # fmt: skip
     duplicates = Duplicates()
-    for document in documents:
-        duplicates.add(document)
+    for summary in Summarizer(None, None, hashes=True).summarize(documents):
+        duplicates.add(summary)
     used = [n for parts in corpus for n in parts if n >= 10]
     numbers = len(corpus) - len(set(map(tuple, corpus))), len(used) - len(set(used)), 0
     assert [int(word) for word in str(duplicates).split() if word.isdigit()] == list(numbers)
@@ -466,13 +476,23 @@ def test_perceptual_hash_is_the_difference_hash_and_finds_most_copies():
     assert perceptual_hash(large) == perceptual_hash(large[::3, ::3])  # sampled first
 
 
-def test_perceptual_hashes_of_many_images_are_those_of_each():
-    """Of any shapes, in any order; the reference sums in float64, with Pillow's triangle filter."""
+def test_perceptual_hashes_of_many_images_are_those_of_each_in_exact_arithmetic():
+    """Of any shapes in any order. Sums of float32 would differ from the reference if they were rounded."""
     rng = np.random.default_rng(0)
-    shapes = [(8, 9, 3), (64, 64, 3), (64, 64, 1), (1, 1, 3), (700, 300, 3), (1, 40_000, 1), (40_000, 1, 3)]
-    images = [rng.integers(0, 256, shapes[n % len(shapes)], np.uint8) for n in rng.permutation(3 * len(shapes))]
-    assert perceptual_hashes(images) == [perceptual_hash(pixels) for pixels in images]
+    shapes = [(8, 9, 3), (64, 64, 3), (64, 64, 1), (1, 1, 3), (700, 300, 3), (1, 40_000, 1), (40_000, 2, 3)]
+    images = [rng.integers(200, 256, shapes[n % len(shapes)], np.uint8) for n in rng.permutation(3 * len(shapes))]
+    assert perceptual_hashes(images) == list(map(exact_hash, images))
     assert perceptual_hashes([]) == []
+
+
+def exact_hash(pixels: np.ndarray) -> int:
+    """The same with integers: weights in units of 2^-12."""
+    step = max(1, min(pixels.shape[:2]) // MAX_SIDE)
+    height, width, channels = (pixels := pixels[::step, ::step].astype(int)).shape
+    rows, columns = (_resize_weights(*sizes) * 2**12 for sizes in ((height, 8), (width, 9)))
+    grey = np.einsum("ay,yxc,bx->ab", rows.astype(int), pixels, columns.astype(int), optimize=True)
+    bits = grey[:, 1:] - grey[:, :-1] > MIN_STEP * channels * 2**24
+    return int("".join("01"[int(bit)] for bit in bits.ravel()), 2)
 
 
 def test_likely_duplicates_are_counted(tmp_path):
