@@ -103,7 +103,7 @@ class Duplicates:
             len(np.intersect1d(*(np.array(hashes, np.uint64)[np.array(flags, bool) == value] for value in (False, True))))
             for hashes, flags in ((self.images, self.heldout_images), (self.documents, self.heldout_documents))
         )  # fmt: skip
-        counts = f"{images:,} pictures and {documents:,} documents are held out and also for training"
+        counts = f"{counted(images, 'picture')} and {counted(documents, 'document')} are held out and also for training"
         return f"{counts}: prepare leaves their training documents out" if images + documents else ""
 
 
