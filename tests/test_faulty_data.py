@@ -29,8 +29,9 @@ from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_line
 from transfusion.codecs import pictures
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading import archives, json_files, plain_text
+from transfusion.data.reading.columns import FORMS
 from transfusion.data.reading.readers import ReaderOptions, open_reader
-from transfusion.data.reading.records import FORMS, to_document
+from transfusion.data.reading.records import to_document
 
 GOOD = png(1)
 PAIR = {"image": "good.png", "caption": "a bird"}
@@ -162,7 +163,7 @@ def test_missing_image_of_a_record_without_text_is_a_fault(value, folder):
 
 def test_damaged_data_url_is_a_fault(folder):
     inline = "data:image/png;base64," + base64.b64encode(GOOD).decode()
-    damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=",
+    damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=A",
                "data:image/png;base64,", inline[:-24] + "A" * 24 + "===="]  # fmt: skip
     check_between(folder, [{"image": url, "caption": "a bird"} for url in damaged], "unreadable image")
 
@@ -364,11 +365,12 @@ def test_json_lines_in_a_json_file_may_have_a_long_first_line(tmp_path):
 
 # Forms
 
+HELLO = {"role": "assistant", "content": "Hello!"}
 TURNS = [{"from": "human", "value": "Which <image>?"}, {"from": "gpt", "value": "A robin."}]
 GOOD_RECORDS = {
     "document": {"segments": [{"text": "a bird"}, {"image": "good.png"}]},
     "conversation": {"image": "good.png", "conversations": TURNS},
-    "messages": {"messages": [{"role": "user", "content": "Hello!"}]}, "interleaved": {"texts": ["a"], "images": [None]},
+    "messages": {"messages": [HELLO]}, "interleaved": {"texts": ["a"], "images": [None]},
     "mmc4": {"text_list": ["a"], "image_info": []},
     "editing": {"source": "good.png", "instruction": "turn it", "target": "good.png"},
 }  # fmt: skip
@@ -406,12 +408,17 @@ BAD_FORMS = {
         ("wrong encoding", {"conversations": [{"from": "human", "value": "\ud800"}]}),
     ],
     "messages": [
-        ("bad segment", {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": "a.mp4"}]}]}),
+        *(("unsupported media", {"messages": [{"role": "user", "content": [{"type": kind, kind: "a.mp4"}]}]})
+          for kind in ("video", "video_url", "audio", "audio_url", "input_audio")),
+        *(("unsupported media", {"messages": [{"role": "user", "content": text}]}) for text in (
+            "<video>\nWhich bird?", "Which bird?\n<audio>", "<|video_1|>", "<|video_pad|>Which?", "<video>a.mp4</video>")),
+        *(("unsupported media", {"messages": [HELLO], name: ["a.mp4"]}) for name in ("video", "videos", "audio", "audios")),
+        ("empty answer", {"messages": [{"role": "user", "content": "Hello!"}]}),
+        ("empty answer", {"messages": [HELLO, {"role": "assistant", "content": " "}]}),
         ("bad segment", {"messages": [{"role": "user", "content": 5}]}),
         ("bad segment", {"messages": [{"role": "user", "content": {"type": "text"}}]}),
         ("bad segment", {"messages": [{"role": "user", "content": ["Hello!"]}]}),
         ("bad segment", {"messages": [{"content": "Hello!"}]}), ("empty document", {"messages": []}),
-        ("empty document", {"messages": [{"role": "user", "content": " "}]}),
     ],
     "document": [
         ("bad segment", {"segments": [{"text": "a", "image": "good.png"}]}), ("bad segment", {"segments": [{}]}),

@@ -179,8 +179,8 @@ def test_quotes_are_characters_where_the_dialect_has_none(tmp_path):
 
 def test_equal_names_of_columns_do_not_replace_each_other(tmp_path):
     reader = open_reader(str(write(tmp_path, "text,text\none,two\n")))
-    (span,) = reader.container.spans(1, None)
-    assert dict(reader.container.records(span)) == {"a.csv:2": {"text": "one", "text.1": "two"}}
+    (span,) = reader.containers[""].spans(1, None)
+    assert dict(reader.containers[""].records(span)) == {"a.csv:2": {"text": "one", "text.1": "two"}}
 
 
 def test_one_column_may_have_any_delimiter(tmp_path):

@@ -12,15 +12,22 @@ from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
+from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
 from transfusion.data.reading.json_files import JsonFiles, first_line
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
-from transfusion.data.reading.records import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.separated import SeparatedValues, find_dialect
-from transfusion.data.reading.splits import canonical, split_of_path
+from transfusion.data.reading.splits import (
+    ALL,
+    canonical,
+    describe_missing_split,
+    heldout_split,
+    split_of_path,
+    splits_of_folders,
+)  # fmt: skip
 from transfusion.data.reading.tables import Tables
 from transfusion.data.reading.values import possible_paths
 
@@ -37,25 +44,27 @@ MAX_PICTURE_FOLDERS = 100  # in which the pictures of the first records are look
 NUM_SAMPLE_PICTURES = 1_000  # pictures of a folder that show whether captions are beside them
 
 
-def choose_container(
-    files: Files, listing: Listing, address: str, split: str, columns: Mapping[str, str]
-) -> tuple[Container, Mapping[str, str]]:
-    """The container of a source, and the columns, with that of the names of pictures if its values are known only from the
+def choose_containers(
+    files: Files, listing: Listing, address: str, split: str | None, columns: Mapping[str, str]
+) -> tuple[dict[str, Container], Mapping[str, str]]:
+    """The containers of a source by their split, "" without one: of `split`, or if it is None of the split to train on and
+    the split that is held out. And the columns, with that of the names of pictures if its values are known only from the
     pictures. What becomes of each file is decided in the listing. ValueError when none can be read."""
     choice = Choice(files, listing, split, columns)
-    container = choice.choose()
-    if container is None:
+    containers = choice.choose()
+    if not containers:
         raise ValueError(choice.describe_failure(address))
-    return container, choice.columns
+    return containers, choice.columns
 
 
 class Choice:
-    """The files of a source by kind, and which of them are read."""
+    """The files of a source by kind and split, and which of them are read."""
 
-    def __init__(self, files: Files, listing: Listing, split: str, columns: Mapping[str, str]):
-        self.files, self.listing, self.split, self.columns = files, listing, canonical(split), columns
-        self.found_splits: set[str] = set()
-        self.has_other_names = False  # whether files are not read because their names contain no split
+    def __init__(self, files: Files, listing: Listing, split: str | None, columns: Mapping[str, str]):
+        self.files, self.listing, self.columns = files, listing, columns
+        self.has_heldout = split is None  # whether the split that is held out is also read
+        self.split = canonical(split or "train")
+        self.read_splits = {self.split}
         self.suffixes: set[str] = set()  # of all files
         self.kinds = {kind: array("Q") for kind in KINDS}  # indices of files
         for index, path in enumerate(listing):
@@ -71,54 +80,73 @@ class Choice:
         if self.kinds[PICTURES]:  # the .json of one picture is not a list of records
             self.kinds["JSON"] = array("Q", (n for n in self.kinds["JSON"] if not self._is_beside_picture(n)))
             self._move_tables_in_text()
-        for kind in KINDS:
-            self._select_split(kind)
+        self.splits = {kind: self._group_by_split(kind) for kind in KINDS}  # kind -> split, "" without one -> indices
 
-    def choose(self) -> Container | None:
-        kinds = [kind for kind in RECORD_KINDS if self.kinds[kind]]
-        for kind in kinds:
-            indices = self.kinds[kind]
-            if len(kinds) > 1 or self.kinds[PICTURES]:
-                reasons = [(index, self._reason_to_pass_over(kind, index)) for index in indices]
-                for index, reason in reasons:
-                    if reason:
-                        self.listing.decide(index, reason)
-                indices = [index for index, reason in reasons if not reason]
+    def choose(self) -> dict[str, Container]:
+        kind, indices = self._choose_kind()
+        if not indices and self.has_heldout and len(self.found_splits) == 1:  # a column may name rows to train on
+            (self.split,), self.read_splits, self.has_heldout = self.found_splits, self.found_splits, False
+            kind, indices = self._choose_kind()
+        if not indices:
+            return {}
+        groups = self.splits[kind]
+        containers = {self.split if self.split in groups else "": self._open(kind, self.split, indices)}
+        if self.has_heldout and (heldout := heldout_split(groups.keys())):
+            self.read_splits.add(heldout)
+            indices = self._without_logs(kind, groups[heldout]) if kind in RECORD_KINDS else groups[heldout]
             if indices:
-                return self._open(kind, indices)
-        if self.kinds[PICTURES]:
-            return self._open(PICTURES, self.kinds[PICTURES])
-        if kinds:  # the reader shows why there is no record
-            return self._open(kinds[0], self.kinds[kinds[0]])
-        return self._open(TEXTS, self.kinds[TEXTS]) if self.kinds[TEXTS] else None
+                containers[heldout] = self._open(kind, heldout, indices)
+        self._decide_others(kind)
+        return containers
 
     def describe_failure(self, address: str) -> str:
         if not self.suffixes:
             return f"{address} has no files"
-        if self.found_splits or self.has_other_names:
-            existing = ", ".join(sorted(self.found_splits)) or "no files or folders that are named after a split"
-            return f"there is no split {self.split} in {address}; there are {existing}"
+        if self.found_splits:
+            return describe_missing_split(self.split, address, self.found_splits)
         return f"{address} has no supported files (only {', '.join(sorted(f'.{suffix}' for suffix in self.suffixes)[:8])})"
 
-    def _open(self, kind: str, indices: Sequence[int]) -> Container:
-        """The container of these files; decides what becomes of all files."""
+    def _choose_kind(self) -> tuple[str, Sequence[int]]:
+        """The kind of files that is read, and the files to train on; no files if none can be read."""
+        pictures, texts = (self._files_of(kind, self.split) for kind in (PICTURES, TEXTS))
+        kinds = {kind: indices for kind in RECORD_KINDS if (indices := self._files_of(kind, self.split))}
+        for kind, indices in kinds.items():
+            if len(kinds) > 1 or pictures:
+                indices = self._without_logs(kind, indices)
+            if indices:
+                return kind, indices
+        if pictures:
+            return PICTURES, pictures
+        return next(iter(kinds.items()), (TEXTS, texts))  # without a record the reader shows why
+
+    def _open(self, kind: str, split: str, indices: Sequence[int]) -> Container:
+        """The container of the files of a split."""
         listing = self.listing
         if kind == PICTURES:
             container = PictureFolder(self.files, listing, indices, find_captions(self.files, listing, indices, self.split))
             container.decide()
         else:
-            container = open_container(kind, self._find_pictures(kind, indices[0]), Selection(listing, indices))
+            pictures = self._files_of(PICTURES, split) or self.splits[PICTURES].get("", ())
+            container = open_container(kind, self._find_pictures(kind, indices[0], pictures), Selection(listing, indices))
             for index in indices:
                 listing.decide(index, kind, is_read=True)
-        for index, path in enumerate(listing):
-            if listing.is_undecided(index):
-                listing.decide(index, self._reason_beside(kind, path))
         return container
+
+    def _decide_others(self, kind: str) -> None:
+        """What becomes of the files that are not read."""
+        for other, groups in self.splits.items():
+            for name, indices in groups.items() if other != PICTURES else ():  # records may name any picture
+                is_read = name in self.read_splits or (not name and self._files_of(other, self.split) is groups[""])
+                for index in indices if not is_read else ():
+                    self.listing.decide(index, "of another split" if name else "of no split")
+        for index, path in enumerate(self.listing):
+            if self.listing.is_undecided(index):
+                self.listing.decide(index, self._reason_beside(kind, path))
 
     def _reason_beside(self, kind: str, path: str) -> str:
         """Why a file that is not of the kind that is read is not read."""
         suffix = suffix_of(path)
-        if self.found_splits and split_of_path(path, self.split, kind == PICTURES) not in (self.split, None):
+        if self.found_splits and split_of_path(path, self.split, kind == PICTURES) not in {*self.read_splits, None}:
             return "of another split"
         if KIND_OF_SUFFIX.get(suffix) == PICTURES:
             return "of no split" if kind == PICTURES else NAMED_BY_NONE
@@ -128,36 +156,53 @@ class Choice:
 
     # Splits
 
-    def _select_split(self, kind: str) -> None:
-        """Keep only the files of the split, if files or folders are named after splits.
+    @cached_property
+    def found_splits(self) -> set[str]:
+        """The splits that names of files or folders name."""
+        return {name for groups in self.splits.values() for name in groups} - {""}
 
-        Names of pictures and texts may have any words: they count only if all of them name a split, those of texts also if
-        they name two. Of the folders of pictures one that is called like a split is enough, but train may be a class.
+    def _files_of(self, kind: str, split: str) -> Sequence[int]:
+        """The files of a split. Files without one are for training if no others are; if none has one, records decide."""
+        groups = self.splits[kind]
+        is_nameless = split not in groups and (split == "train" or not self.found_splits)
+        return groups.get("" if is_nameless else split, ())
+
+    def _group_by_split(self, kind: str) -> dict[str, Sequence[int]]:
+        """The files by their split, "" without one, if files or folders are named after splits.
+
+        One file that is called like a split is enough, but a word inside a name, or train as a folder of pictures, counts
+        only beside another split. Names of pictures and texts may have any words: they count only if all of them name a
+        split, those of texts also if they name two.
         """
         indices = self.kinds[kind]
-        if not indices or self.files.fs.isfile(self.files.root):
-            return
-        for with_file in (False, True) if kind == PICTURES else (True,):
-            names = []
-            for index in indices:
-                names.append(split_of_path(self.listing[index], self.split, with_file))
-                if kind == PICTURES and with_file and names[-1] is None:
-                    break
+        if not indices or self.split == ALL or self.files.fs.isfile(self.files.root):
+            return {"": indices} if indices else {}
+        for way in {PICTURES: ("folder", "file"), TEXTS: ("file",)}.get(kind, ("anywhere", "file")):
+            names = self._name_splits(indices, way)
             found = {*names} - {None}
+            is_of_all = bool(found) and None not in names
             is_split = {
-                PICTURES: not with_file and bool(found - {"train"}), TEXTS: len(found) > 1,
-            }.get(kind, bool(found))  # fmt: skip
-            if is_split or (found and None not in names):
-                break
-        else:
-            names, found = [None] * len(indices), set()
-        self.found_splits |= found
-        self.has_other_names |= self.split != "train" and not found
-        wanted = None if self.split == "train" and "train" not in found else self.split  # without a name: for training
-        self.kinds[kind] = array("Q", (index for index, name in zip(indices, names, strict=True) if name == wanted))
-        for index, name in zip(indices, names, strict=True):
-            if name != wanted and kind != PICTURES:  # records may name any picture
-                self.listing.decide(index, "of another split" if name else "of no split")
+                ("folder", PICTURES): is_of_all or bool(found - {"train"}), ("file", PICTURES): is_of_all,
+                ("file", TEXTS): is_of_all or len(found) > 1, ("anywhere", kind): bool(found - {"train"}),
+            }.get((way, kind), bool(found))  # fmt: skip
+            if is_split:
+                groups = {name or "": array("Q") for name in names}
+                for index, name in zip(indices, names, strict=True):
+                    groups[name or ""].append(index)
+                return groups
+        return {"": indices}
+
+    def _name_splits(self, indices: Sequence[int], way: str) -> list[str | None]:
+        """The split of each file: by its folders, or by its whole path, where a word counts at the ends of a name ("file")
+        or anywhere in it."""
+        if way != "folder":
+            return [split_of_path(self.listing[index], self.split, with_file=True, is_anywhere=way == "anywhere")
+                    for index in indices]  # fmt: skip
+        parts = {folder: folder.split("/") for folder in {self.listing[index].rpartition("/")[0] for index in indices}}
+        splits = splits_of_folders({part for folders in parts.values() for part in folders}, self.split)
+        found = {folder: next((splits[part] for part in folders if part in splits), None)
+                 for folder, folders in parts.items()}  # fmt: skip
+        return [found[self.listing[index].rpartition("/")[0]] for index in indices]
 
     # Other files
 
@@ -189,10 +234,10 @@ class Choice:
         self.kinds["tables"] = array("Q", sorted([*self.kinds["tables"], *tables]))
         self.kinds[TEXTS] = array("Q", (index for index in self.kinds[TEXTS] if index not in tables))
 
-    def _find_pictures(self, kind: str, index: int) -> Files:
+    def _find_pictures(self, kind: str, index: int, pictures: Sequence[int]) -> Files:
         """The files, with the only folder that has the pictures of the first records as the image folder, if they are not
         beside the file that names them. Which column has their names may be known only from the pictures."""
-        folders = {self.listing[number].rpartition("/")[0] for number in self.kinds[PICTURES]}
+        folders = {self.listing[number].rpartition("/")[0] for number in pictures}
         if self.files.image_root or kind == "archives" or not 0 < len(folders) <= MAX_PICTURE_FOLDERS:
             return self.files
         here = self.listing[index].rpartition("/")[0]
@@ -236,6 +281,16 @@ class Choice:
     def _has_captions(self) -> bool:
         """Whether pictures have files with captions beside them."""
         return any(find_beside(self.listing, index) for index in islice(self.kinds[PICTURES], NUM_SAMPLE_PICTURES))
+
+    def _without_logs(self, kind: str, indices: Sequence[int]) -> Sequence[int]:
+        """The files with records that are to be read; decides what becomes of the others."""
+        kept = array("Q")
+        for index in indices:
+            if reason := self._reason_to_pass_over(kind, index):
+                self.listing.decide(index, reason)
+            else:
+                kept.append(index)
+        return kept
 
     def _reason_to_pass_over(self, kind: str, index: int) -> str:
         """Why a file with records is not read although other files can be, or "": a log, or the list of addresses that the
@@ -288,7 +343,7 @@ def read_saved_tables(files: Files, folder: str) -> set[str] | None:
     """The names of the tables of a data set that `save_to_disk` wrote into this folder; None for another folder. ValueError
     when it was saved with an index of rows: without it, order and rows would be wrong."""
     path = f"{folder}/state.json"
-    if not files.exists(path):
+    if not files.is_file(path):
         return None
     try:
         state = json.loads(files.read(path))
@@ -296,7 +351,7 @@ def read_saved_tables(files: Files, folder: str) -> set[str] | None:
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{files.relative_path(path)} is damaged: save the data set again") from None
     name = files.relative_path(folder)
-    if missing := [table for table in sorted(names) if not files.exists(f"{folder}/{table}")]:
+    if missing := [table for table in sorted(names) if not files.is_file(f"{folder}/{table}")]:
         raise ValueError(f"{name} lacks {missing[0]}, which its state.json names: copy the folder again")
     if state.get("_indices_data_files"):
         raise ValueError(f"{name} was saved with an index of rows: call flatten_indices() before save_to_disk")

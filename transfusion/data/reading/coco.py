@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from transfusion.data.raw import Fault
-from transfusion.data.reading.files import Files, ListedPath
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.images import ListedPath
 
 NUM_SAMPLES = 10  # pictures that show where the pictures of a file are
 OTHER_ANNOTATIONS = ("instances_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # files without captions
@@ -49,5 +50,5 @@ def _find_folder(files: Files, path: str, names: Sequence[Any]) -> str:
     inner = (split, "", "images", f"images/{split}")
     usual = [f"{base}/{name}".rstrip("/") for base in (parent, folder) for name in inner]
     first = [name for name in names if isinstance(name, str)][:NUM_SAMPLES]
-    counts = [sum(files.exists(f"{candidate}/{name}") for name in first) for candidate in usual]
+    counts = [sum(files.is_file(f"{candidate}/{name}") for name in first) for candidate in usual]
     return usual[counts.index(max(counts))] if any(counts) else folder

@@ -3,7 +3,7 @@
 import posixpath
 from typing import Any
 
-from transfusion.data.reading.records import COLUMN_NAMES, LIST_COLUMNS
+from transfusion.data.reading.columns import COLUMN_NAMES, LIST_COLUMNS
 from transfusion.data.reading.splits import SPLITS, canonical
 from transfusion.data.reading.values import looks_like_picture
 

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
+from transfusion.data.reading.columns import COLUMN_NAMES, LIST_COLUMNS
 from transfusion.data.reading.container import BOM, Span, damage_fault, group
 from transfusion.data.reading.files import Files
-from transfusion.data.reading.records import COLUMN_NAMES, LIST_COLUMNS
 from transfusion.data.reading.values import is_address, looks_like_picture, unique_names
 
 DELIMITERS = "\t|;,"  # text has commas more often than the others
