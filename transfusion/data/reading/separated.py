@@ -126,7 +126,7 @@ class Lines:
 
     def explain_width(self, width: int, expected: int) -> Fault:
         """The fault of the current row, which has the wrong number of cells."""
-        message = f"the row has {width} columns, the table {expected}"
+        message = f"the table has {expected} columns, the row {width}"
         if width < expected and self._is_last_line:
             return Fault(CUT_SHORT, f"{message}: the file ends inside a row")
         return Fault("damaged table", message)
