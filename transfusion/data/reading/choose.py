@@ -38,6 +38,7 @@ RECORD_KINDS = {  # the first kind of which a folder has files with records is r
 PICTURES, TEXTS = "pictures", "texts"
 KINDS = {**RECORD_KINDS, PICTURES: IMAGE_SUFFIXES, TEXTS: ("txt", "text", "md", "rst")}
 KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
+MAX_FIRST_LINE = 4096  # bytes of a text that show whether it is a table
 NUM_SAMPLES = 20  # records of a file that show what it is
 MAX_PICTURE_FOLDERS = 100  # in which the pictures of the first records are looked for
 NUM_SAMPLE_PICTURES = 1_000  # pictures of a folder that show whether captions are beside them
@@ -225,7 +226,7 @@ class Choice:
         tables = []
         for index in self.kinds[TEXTS][:NUM_SAMPLES] if not self._has_captions else ():
             line, _ = first_line(self.files, self.listing.path(index))
-            dialect = find_dialect(line)
+            dialect = find_dialect(line[:MAX_FIRST_LINE])
             names = {name.lower() for name in dialect.columns}
             has_pairs = all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption"))
             if has_pairs and (dialect.header or b" " in line):  # otherwise numbers or labels

@@ -115,7 +115,7 @@ def read_columns(record: dict, form: Form) -> list[str]:
 def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
     """The record with columns renamed as {our name: column name}; an empty column name removes a column. Names of columns
     are in lower case."""
-    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))} | {*map(str.lower, columns.values())}
+    replaced = {name for ours, theirs in columns.items() for name in (*COLUMN_NAMES.get(ours, (ours,)), theirs.lower())}
     chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     others: dict[str, Any] = {}
     for key, value in record.items():

@@ -126,7 +126,7 @@ class Lines:
 
     def explain_width(self, width: int, expected: int) -> Fault:
         """The fault of the current row, which has the wrong number of cells."""
-        message = f"the row has {width} columns, the table {expected}"
+        message = f"the table has {expected} columns, the row {width}"
         if width < expected and self._is_last_line:
             return Fault(CUT_SHORT, f"{message}: the file ends inside a row")
         return Fault("damaged table", message)
@@ -152,7 +152,8 @@ class SeparatedValues:
         columns = self._dialect(span.path).columns
         for line, _, cells in islice(self._rows(span.path, span.first, span.offset), span.rows):
             if isinstance(cells, list):
-                cells = {name: None if cell in MISSING else cell for name, cell in zip(columns, cells, strict=True)}
+                cells = cells if MISSING.isdisjoint(cells) else [None if cell in MISSING else cell for cell in cells]
+                cells = dict(zip(columns, cells, strict=True))
             yield self.files.format_row(span.path, line), cells
 
     def _rows(self, path: str, line: int = 0, offset: int = 0) -> Iterator[tuple[int, int, list[str] | Fault]]:

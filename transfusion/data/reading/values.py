@@ -43,7 +43,10 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, str):
         if is_inline_picture(value):
             return True
-        path = CAPTION_NUMBER.sub("", value.partition("?")[0].lower()) if len(value) <= MAX_PATH else ""
+        if len(value) > MAX_PATH:
+            return False
+        path = value.partition("?")[0].lower()
+        path = CAPTION_NUMBER.sub("", path) if "#" in path else path
         if not path.endswith(PICTURE_ENDINGS):
             return False
         has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
