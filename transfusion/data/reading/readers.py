@@ -179,7 +179,9 @@ class Reader:
             return f"the split {heldout} is held out"
         name = self.address.rstrip("/").rpartition("/")[2]
         only = self.split or split_of_name(name, "train", is_anywhere=True) or ALL
-        return "" if only in ("train", ALL) else f"only the split {only} is read, and it is for training"
+        if only in ("train", ALL):
+            return ""
+        return f"only the split {only} is read, and it is for training; in one source with train it is held out"
 
     def read(
         self, unit: Unit, account: Account | None = None, chat: ChatLayout = ChatLayout()  # noqa: B008 (frozen)
