@@ -86,6 +86,18 @@ def test_a_killed_process_is_an_error(several_processes, tmp_path):
     assert multiprocessing.active_children() == []
 
 
+def test_processes_end_when_reading_stops_early(several_processes, tmp_path):
+    """Also those that do nothing: they would end by themselves when they send."""
+    write_source(tmp_path)
+    reader = open_reader(str(tmp_path))
+    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
+    next(items)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGSTOP)
+    items.close()
+    assert multiprocessing.active_children() == []
+
+
 def compressed(name: str, compress) -> Layout:
     content = compress(b"".join(b'{"text": "%d"}\n' % number for number in range(5)))
     return Layout("", name, "", "", {name: content}, [])

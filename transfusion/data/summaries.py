@@ -117,7 +117,7 @@ class Summarizer:
         finally:
             for process, receiver in workers:
                 receiver.close()
-                process.terminate()
+                process.kill()  # it only reads
                 process.join()
 
 
