@@ -18,6 +18,7 @@ PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTE
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 TEXT_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED.pattern})[\s,]*+)++\]\s*", re.DOTALL)
+DATA_URL = re.compile(r"data:image/[\w.+-]+[;,]")
 BASE64_PICTURE = re.compile(  # JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF
     r"(?:/9j/|iVBORw0KGgo|R0lGOD[dl]h|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA[A-Za-z0-9+/]GZ0eXBhdmlm)[A-Za-z0-9+/\s]{40,}+={0,2}+\s*"
 )
@@ -63,7 +64,7 @@ def looks_like_picture(value: Any) -> bool:
 
 def is_inline_picture(value: str) -> bool:
     """Whether a text is the content of a picture: a data: URL, or base64 alone."""
-    return value.startswith("data:image/") or BASE64_PICTURE.fullmatch(value) is not None
+    return DATA_URL.match(value) is not None or BASE64_PICTURE.fullmatch(value) is not None
 
 
 def possible_paths(path: str) -> Iterator[str]:
