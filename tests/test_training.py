@@ -389,7 +389,7 @@ def test_ema_is_a_moving_average_that_soon_replaces_the_start(values, decay):
     expected = 1e3
     for step, value in enumerate(values):
         nn.init.constant_(model.weight, value)
-        update_ema(ema, model, step, decay)
+        update_ema(ema, model, step, decay, torch.tensor(True))
         step_decay = min(decay, (1 + step) / (10 + step))
         expected = step_decay * expected + (1 - step_decay) * value
         assert ema.weight.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion.config import TrainingConfig
+from transfusion.parallel import get_shard
 
 
 def build_optimizer(
@@ -46,11 +47,23 @@ def get_learning_rate(step: int, config: TrainingConfig) -> float:
     return config.min_learning_rate + decay * (config.learning_rate - config.min_learning_rate)
 
 
+def update_weights(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """`optimizer.step()` if `applied`, () bool. Fused optimizers read it on the device (as with a GradScaler)."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = 1 - applied.float()
+        optimizer.step()
+    elif applied:
+        optimizer.step()
+
+
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start."""
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applied: Tensor | bool = True) -> None:
+    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start.
+    Nothing changes unless `applied`, () bool, which is not read on the CPU."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averages, values = ([get_shard(p) for p in network.parameters()] for network in (ema, model))
+    weight = torch.as_tensor((1 - decay) * applied, dtype=averages[0].dtype, device=averages[0].device)
+    torch._foreach_lerp_(averages, values, [weight] * len(values))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
