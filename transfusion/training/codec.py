@@ -137,18 +137,18 @@ class CodecTrainer:
             values |= {"discriminator_norm": self._backward(self.discriminator, loss), "discriminator": loss.item()}
         values = dict(zip(values, self.ranks.sum(*(value / self.ranks.world for value in values.values())), strict=True))
         losses = dict(values)
-        verdict = guard.judge(torch.tensor([grad_norm, *losses.values()], device=self.device)).tolist()
-        if not verdict[0]:
+        verdict = guard.judge(torch.tensor([grad_norm, *losses.values()], device=self.device))
+        if applied := verdict[0] == 0:
             for optimizer in self._optimizers(adversarial):
                 optimizer.step()
-            update_ema(self.ema, self.network, number, config.ema_decay)
+            update_ema(self.ema, self.network, number, config.ema_decay, applied)
             if self.codebook_reviver is not None:
                 values |= self.codebook_reviver.update(number, *map(self._gather_latents, (output.latents, output.codes)))
         for optimizer in self._optimizers(adversarial):
             optimizer.zero_grad()
 
         def read() -> dict[str, float]:
-            guard.report(number + 1, verdict, grad_norm, losses, {"pictures": [int(i) for _, i in batch.chosen]})
+            guard.report(number + 1, verdict.tolist(), grad_norm, losses, {"pictures": [int(i) for _, i in batch.chosen]})
             return values | {"gradient_norm": grad_norm}
 
         return read

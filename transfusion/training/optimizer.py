@@ -50,19 +50,19 @@ def get_learning_rate(step: int, config: TrainingConfig) -> float:
 def update_weights(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     """`optimizer.step()` if `applied`, () bool. Fused optimizers read it on the device (as with a GradScaler)."""
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = 1 - applied.float()
+        optimizer.found_inf = (~applied).to(torch.float32)
         optimizer.step()
     elif applied:
         optimizer.step()
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applied: Tensor | bool = True) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applied: Tensor) -> None:
     """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start.
     Nothing changes unless `applied`, () bool, which is not read on the CPU."""
     decay = min(decay, (1 + step) / (10 + step))
     averages, values = ([get_shard(p) for p in network.parameters()] for network in (ema, model))
-    weight = torch.as_tensor((1 - decay) * applied, dtype=averages[0].dtype, device=averages[0].device)
+    weight = applied.to(averages[0].dtype) * (1 - decay)
     torch._foreach_lerp_(averages, values, [weight] * len(values))
 
 
