@@ -24,14 +24,14 @@ from tests.profile import THOROUGH, examples, few_samples
 from tests.tiny import begin_run, prepared, small_run
 from transfusion.checkpoint.open import OpenedRun, find_newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.save import SaveError, Saver
-from transfusion.config import DataConfig, DigitsConfig, ModelConfig, Run, TrainingConfig
+from transfusion.config import DataConfig, DigitsConfig, FaultToleranceConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import open_sources
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import SINGLE_PROCESS, Ranks
-from transfusion.training.guard import TrainingError
+from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.metrics import MetricsWriter, read_metrics
-from transfusion.training.optimizer import get_learning_rate, update_ema
+from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema
 from transfusion.training.trainer import Trainer
 
 some = examples(60)
@@ -344,6 +344,53 @@ def test_heldout_losses_are_of_the_ema_and_do_not_change_it(tmp_path):
 
 
 # One step
+
+
+def test_step_never_waits_for_the_device(tmp_path):
+    """On the meta device, where reading a value raises an error."""
+    trainer = new_trainer(tmp_path, small_run(accumulate=2))
+    micro_batches, _ = next(trainer.batches(None))
+    meta = torch.device("meta")
+    trainer.device, trainer.model, trainer.ema = meta, trainer.model.to(meta), trainer.ema.to(meta)
+    trainer.optimizer = build_optimizer(trainer.model, trainer.run.training)
+    trainer.optimizer.defaults["fused"], trainer.optimizer.step = True, lambda: None  # PyTorch has none for this device
+    guard = Guard(FaultToleranceConfig(skip_spikes_above=3.0), tmp_path, SINGLE_PROCESS, meta)
+    read = trainer.step(0, micro_batches, trainer.count(micro_batches), guard)
+    assert trainer.optimizer.found_inf.device == meta
+    with pytest.raises(NotImplementedError, match="meta"):
+        read()
+
+
+@pytest.mark.parametrize(("checkpoint_every", "expected"), [
+    (100, "queue 1, queue 2, read 1, queue 3, read 2, queue 4, read 3, read 4"),
+    (2, "queue 1, queue 2, read 1, read 2, save 2, queue 3, queue 4, read 3, read 4, save 4"),
+])  # fmt: skip
+def test_step_is_read_after_the_next_is_queued_and_before_a_checkpoint(tmp_path, checkpoint_every, expected):
+    trainer, events = new_trainer(tmp_path, small_run(4, checkpoint_every=checkpoint_every, validate_every=100)), []
+    original_step, original_save = trainer.step, trainer.loop._save
+
+    def step(number, *args):
+        read = original_step(number, *args)
+        events.append(f"queue {number + 1}")
+        return lambda: events.append(f"read {number + 1}") or read()
+
+    trainer.step = step
+    trainer.loop._save = lambda saver: events.append(f"save {trainer.loop.progress.step}") or original_save(saver)
+    trainer.train()
+    assert ", ".join(event for event in events if checkpoint_every == 2 or "save" not in event) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path, monkeypatch, device):
+    """Batch and noise, all tensors."""
+    trainer, pinned = new_trainer(tmp_path, small_run(accumulate=2)), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    trainer.device = torch.device(device)
+    micro_batches, _ = next(trainer.batches(None))
+    parts = [part for batch, noise in micro_batches for part in (batch, *batch.groups, *noise)]
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 20
+    assert [id(tensor) for tensor in tensors if device == "cuda"] == [id(tensor) for tensor in pinned]
 
 
 @some

@@ -91,7 +91,10 @@ class Trainer:
             micro_batches = []
             for _ in range(self.run.training.accumulate):
                 batch, state = next(batches)
-                micro_batches.append((batch, objective.sample_noise(batch, self.run.diffusion)))
+                noise_samples = objective.sample_noise(batch, self.run.diffusion)
+                if self.device.type == "cuda":
+                    batch, noise_samples = batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
+                micro_batches.append((batch, noise_samples))
             yield micro_batches, [state.block, state.row]
 
     def count(self, micro_batches: MicroBatches) -> tuple[int, ...]:
