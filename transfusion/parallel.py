@@ -71,7 +71,7 @@ def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
     if values.device.type != "cuda":
         return values.tolist
     copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def read() -> list[float]:
         copied.synchronize()
