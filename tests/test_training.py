@@ -31,7 +31,7 @@ from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.metrics import MetricsWriter, read_metrics
-from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema
+from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema, update_weights
 from transfusion.training.trainer import Trainer
 
 some = examples(60)
@@ -359,6 +359,20 @@ def test_step_never_waits_for_the_device(tmp_path):
     assert trainer.optimizer.found_inf.device == meta
     with pytest.raises(NotImplementedError, match="meta"):
         read()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_update_is_a_step_of_the_optimizer_or_changes_nothing(fused):
+    """Also in its first step, and no gradient of a rejected update reaches the moments."""
+    weights = [torch.ones(3, 4, requires_grad=True) for _ in range(2)]
+    ours, plain = (torch.optim.AdamW([weight], lr=0.1, fused=fused) for weight in weights)
+    for gradient in (math.nan, 1.0, math.inf, 5.0, 2.0):
+        weights[0].grad, is_applied = torch.full((3, 4), gradient), gradient in (1.0, 2.0)
+        update_weights(ours, torch.tensor(is_applied))
+        if is_applied:
+            weights[1].grad = weights[0].grad.clone()
+            plain.step()
+        assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(("checkpoint_every", "expected"), [

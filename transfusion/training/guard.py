@@ -68,10 +68,11 @@ class Guard:
         num_skips, mean, std = verdict
         if not num_skips:
             return
-        reason = f"the gradient norm {norm:.3g} is a spike (mean {mean:.3g}, standard deviation {std:.2g})"
-        for name, value in (*losses.items(), ("gradient", norm))[::-1]:
-            if not math.isfinite(value):
-                reason = f"the {name.replace('_', ' ')} is not finite"
+        not_finite = [name for name, value in (losses | {"gradient": norm}).items() if not math.isfinite(value)]
+        if not_finite:
+            reason = f"the {not_finite[0].replace('_', ' ')} is not finite"
+        else:
+            reason = f"the gradient norm {norm:.3g} is a spike (mean {mean:.3g}, standard deviation {std:.2g})"
         path = self.folder / "faults" / f"step-{step:06d}.json"
         values = losses | {"gradient_norm": norm}
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

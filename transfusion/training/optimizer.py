@@ -49,7 +49,7 @@ def get_learning_rate(step: int, config: TrainingConfig) -> float:
 
 def update_weights(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     """`optimizer.step()` if `applied`, () bool. Fused optimizers read it on the device (as with a GradScaler)."""
-    if optimizer.defaults["fused"]:
+    if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~applied).to(torch.float32)
         optimizer.step()
     elif applied:
