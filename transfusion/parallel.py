@@ -66,20 +66,6 @@ def lower_weights(model: nn.Module, device: torch.device) -> None:
             module.to(precision(device))
 
 
-def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
-    """A function that returns these values (n,), and waits for nothing that is queued on the device after this call."""
-    if values.device.type != "cuda":
-        return values.tolist
-    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(values.device))
-
-    def read() -> list[float]:
-        copied.synchronize()
-        return copy.tolist()
-
-    return read
-
-
 class Ranks:
     """The processes of one run: this process's rank, their number (`world`), and collective operations.
 
@@ -204,6 +190,25 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 
 
+def get_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # importing DTensor takes a second
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """A function that returns these values (n,), and waits for nothing that is queued on the device after this call."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 def _create_store(torchrun_store: dist.Store, rank: int) -> dist.Store:
     """A new key-value store on rank 0, for the process group. torchrun's own store keeps the addresses of ended processes
     over a restart, and new processes would connect to those. It only passes on the port of the new store."""
@@ -219,11 +224,6 @@ def _create_store(torchrun_store: dist.Store, rank: int) -> dist.Store:
         except dist.DistError:  # the port of rank 0 before the restart
             if time.monotonic() > deadline:
                 raise
-
-
-def get_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # importing DTensor takes a second
 
 
 def _exit_with_parent() -> None:
