@@ -346,8 +346,9 @@ def test_heldout_losses_are_of_the_ema_and_do_not_change_it(tmp_path):
 # One step
 
 
-def test_step_never_waits_for_the_device(tmp_path):
-    """On the meta device, where reading a value raises an error."""
+def test_step_never_waits_for_the_device(tmp_path, monkeypatch):
+    """On the meta device, where reading a value raises an error, and for which there is no autocast."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
     trainer = new_trainer(tmp_path, small_run(accumulate=2))
     micro_batches, _ = next(trainer.batches(None))
     meta = torch.device("meta")
