@@ -1,7 +1,6 @@
 """Training steps of every named run that fits the device: positions per second, share of the peak FLOP/s, and memory."""
 
 import gc
-import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -118,15 +117,14 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
 
 
 def make_stepper(trainer: Trainer, reads: list[MicroBatches]) -> Callable[[], object]:
-    """A function that runs the trainer's step on the next of these reads. RuntimeError if a gradient is not finite."""
+    """A function that runs the trainer's step on the next of these reads. TrainingError if a gradient is not finite."""
     next_reads, steps = cycle(reads), count()
 
-    def accepts_update(step: int, norm: float, *_) -> bool:
-        if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient of step {step} is not finite")
-        return True
+    def step() -> None:
+        read = next(next_reads)
+        trainer.step(next(steps), read, trainer.count(read), trainer.loop.guard)()
 
-    return lambda: trainer.step(next(steps), next(next_reads), accepts_update)
+    return step
 
 
 def make_causal(read: MicroBatches) -> MicroBatches:

@@ -23,6 +23,10 @@ class NoiseSample:
     t: Tensor
     noise: Tensor
 
+    def pin_memory(self) -> "NoiseSample":
+        """In pinned (page-locked) memory."""
+        return NoiseSample(self.t.pin_memory(), self.noise.pin_memory())
+
 
 @dataclass
 class Losses:

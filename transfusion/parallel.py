@@ -5,7 +5,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import cached_property
 
@@ -69,8 +69,9 @@ def lower_weights(model: nn.Module, device: torch.device) -> None:
 class Ranks:
     """The processes of one run: this process's rank, their number (`world`), and collective operations.
 
-    The collectives here use the CPU (gloo), so they never wait for a GPU. A single process is rank 0 of 1; its collectives
-    return their input. All of them raise ConnectionError when another rank has stopped.
+    Collectives of numbers use the CPU (gloo), so they never wait for a GPU; those of tensors use the tensor's device. A
+    single process is rank 0 of 1; its collectives return their input. All of them raise ConnectionError when another rank
+    has stopped.
     """
 
     def __init__(self, rank: int = 0, world: int = 1):
@@ -116,9 +117,14 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, value: bool) -> bool:
-        """True on all ranks when `value` is true on at least one."""
-        return self.sum(float(value))[0] > 0
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (n,), summed over all ranks by the device's own backend, which no rank waits for on CUDA."""
+        if self.world == 1:
+            return values
+        with self.catching_peer_failure():
+            total = values.double()
+            dist.all_reduce(total)
+        return total
 
     def broadcast(self, value):
         """Rank 0's value, on all ranks."""
@@ -184,6 +190,25 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 
 
+def get_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # importing DTensor takes a second
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """A function that returns these values (n,), and waits for nothing that is queued on the device after this call."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 def _create_store(torchrun_store: dist.Store, rank: int) -> dist.Store:
     """A new key-value store on rank 0, for the process group. torchrun's own store keeps the addresses of ended processes
     over a restart, and new processes would connect to those. It only passes on the port of the new store."""
@@ -211,14 +236,14 @@ def _exit_with_parent() -> None:
 
 def parallelize(
     model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, mesh: DeviceMesh | None, compiled: bool,
-    methods: Sequence[str] = (),
+    methods: Sequence[str] = (), trained: bool = True,
 ) -> None:  # fmt: skip
     """Compile and shard a model that is on the meta device, in place. mesh None: a single process.
 
     FSDP2: each block is a unit, and so is the rest; every rank holds its part of weights, gradients, moments and EMA.
     Gradients are summed, not averaged: losses are divided by the counts of all ranks. On CUDA weights are gathered and used
     in bfloat16, and gradients are reduced in float32. Each block is compiled separately, for one shape of rows. `methods`
-    are other forward methods of the model that gather weights too.
+    are other forward methods of the model that gather weights too. A model that is not `trained` has no backward passes.
     """
     if compiled:
         for block in blocks:
@@ -231,7 +256,10 @@ def parallelize(
     # Inputs keep their dtype: bfloat16 would round t to one of 256 values.
     policy = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False)
     for unit in (*blocks, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # The last block and the rest come first in the backward pass: their gathered weights stay, else they are gathered
+        # twice in a row. Without a backward pass nothing would free them.
+        is_used_next = trained and unit in (blocks[-1], model)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_used_next)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     for method in methods:

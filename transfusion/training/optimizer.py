@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion.config import TrainingConfig
+from transfusion.parallel import get_shard
 
 BLOCKS = "transformer.blocks."  # names of the parameters of blocks begin with it
 
@@ -75,11 +76,23 @@ def get_learning_rate(step: int, config: TrainingConfig) -> float:
     return config.min_learning_rate + decay * (config.learning_rate - config.min_learning_rate)
 
 
+def update_weights(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """`optimizer.step()` if `applied`, () bool. Fused optimizers read it on the device (as with a GradScaler)."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~applied).to(torch.float32)
+        optimizer.step()
+    elif applied:
+        optimizer.step()
+
+
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start."""
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applied: Tensor) -> None:
+    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start.
+    Nothing changes unless `applied`, () bool, which is not read on the CPU."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averages, values = ([get_shard(p) for p in network.parameters()] for network in (ema, model))
+    weight = applied.to(averages[0].dtype) * (1 - decay)
+    torch._foreach_lerp_(averages, values, [weight] * len(values))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW) -> dict[str, torch.Tensor]:
