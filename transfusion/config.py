@@ -314,7 +314,7 @@ class FaultToleranceConfig(Config, part="fault_tolerance."):
 
 @dataclass(frozen=True)
 class ParallelConfig(Config, part="parallel."):
-    """How the work is computed and distributed. Results depend on it only by rounding, and a resumed run may change these."""
+    """How the work is computed and distributed. Results depend on it only by rounding; a resumed run may change these."""
 
     shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
     activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, about a third slower.
