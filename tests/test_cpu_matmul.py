@@ -18,11 +18,10 @@ from transfusion.config import ParallelConfig
 from transfusion.model import mask as mask_module
 from transfusion.model.attention import attention
 from transfusion.model.mask import MAX_PLAIN_KEYS, packed_mask
-from transfusion.parallel import CPUINFO, cpu_flags, fast_matmul, lower_precision, onednn_is_faster
+from transfusion.parallel import CPUINFO, cpu_flags, fast_matmul, has_cpu_bfloat16, lower_precision, onednn_is_faster
 
 CPU = torch.device("cpu")
 HAS_AMX = "amx_tile" in cpu_flags(CPUINFO)  # oneDNN would compute in bfloat16
-HAS_BFLOAT16 = bool(parallel.BFLOAT16_FLAGS & cpu_flags(CPUINFO))
 
 
 def is_on() -> bool:
@@ -226,7 +225,7 @@ def test_gradient_differs_only_by_rounding(measured_cpu, tmp_path, checkpointing
     assert 0 < relative_distance(actual, expected) < 2e-6
 
 
-@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 instructions")
+@pytest.mark.skipif(not has_cpu_bfloat16(), reason="this CPU has no bfloat16 instructions")
 def test_bfloat16_trains_as_well(tmp_path):
     run, losses = small_run(steps=30), {}
     for choice in ("default", "bfloat16"):

@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 CPUINFO = Path("/proc/cpuinfo")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD, Intel, ARM
 MAX_ONEDNN_ERROR = 1e-6  # of a float32 product, relative to its norm
 COMPILE_BACKEND = "inductor"  # of torch.compile; tests use a lighter one
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -55,7 +54,7 @@ def precision(device: torch.device, cpu_matmul: str = "auto") -> torch.dtype:
     """Dtype of matrix products: bfloat16 on CUDA devices that support it, else float32; on a CPU bfloat16 on request.
     ValueError when the CPU has no instructions for it: it would be 20 times slower than float32."""
     if device.type == "cpu" and cpu_matmul == "bfloat16":
-        if not BFLOAT16_FLAGS & cpu_flags(CPUINFO):
+        if not has_cpu_bfloat16():
             raise ValueError("parallel.cpu_matmul bfloat16: this CPU has no bfloat16 instructions; use auto or default")
         return torch.bfloat16
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -79,7 +78,7 @@ def fast_matmul(device: torch.device, cpu_matmul: str = "auto") -> Iterator[None
     """Context in which the float32 products of the whole process go to oneDNN, on CPUs where it is faster than MKL. For
     forward and backward passes of training: products of a few rows, as in decoding, are slower in oneDNN."""
     is_used = device.type == "cpu" and cpu_matmul == "auto" and onednn_is_faster()
-    with _onednn_matmul() if is_used else contextlib.nullcontext():
+    with onednn_matmul() if is_used else contextlib.nullcontext():
         yield
 
 
@@ -96,7 +95,8 @@ def onednn_is_faster() -> bool:
 
 
 @contextlib.contextmanager
-def _onednn_matmul() -> Iterator[None]:
+def onednn_matmul() -> Iterator[None]:
+    """Context in which the float32 products of the whole process go to oneDNN; with AMX they are in bfloat16."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
@@ -110,8 +110,13 @@ def _onednn_error() -> float:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
-    with _onednn_matmul():
+    with onednn_matmul():
         return ((a @ b - exact).norm() / exact.norm()).item()
+
+
+def has_cpu_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags(CPUINFO))  # of Intel and AMD, Intel, ARM
 
 
 def cpu_flags(cpuinfo: Path) -> set[str]:
