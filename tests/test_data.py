@@ -204,7 +204,9 @@ def test_batches_are_the_rows_of_the_blocks_in_order():
         assert same_batch(batch, collate(rows[3 * n : 3 * n + 3], 96, reader.encoder.vocabulary))
 
 
-def test_block_contains_each_of_its_documents_once():
+@pytest.mark.parametrize("together", [1, 5, 32, 64])
+def test_block_contains_each_of_its_documents_once(monkeypatch, together):
+    monkeypatch.setattr("transfusion.data.loader.ENCODED_TOGETHER", together)
     reader = loader()
     for block in (0, 3):
         entries = [reader.stream[n] for n in range(32 * block, 32 * block + 32)]
@@ -243,7 +245,8 @@ def test_document_key_depends_on_seed_source_epoch_and_id():
 
 
 @some
-@given(st.lists(st.tuples(st.text("a<s>/ é", max_size=12), st.booleans(), st.booleans()), max_size=9), st.integers(1, 4))
+@given(st.lists(st.tuples(st.sampled_from(("", "a", "é <s>", "<s>", "<s> a<s>")), st.booleans(), st.booleans()), max_size=9),
+       st.integers(1, 4))  # fmt: skip
 def test_documents_encoded_together_equal_each_alone(texts, per_document):
     """With and without special tokens in the text, in any order, beside images and documents that are encoded already."""
     tokenizer = Tokenizer.train(["abc"], 256)
@@ -261,6 +264,7 @@ def test_documents_encoded_together_equal_each_alone(texts, per_document):
         for part, encoded in zip(document.segments, result.segments, strict=True):
             if isinstance(part, RawText):
                 assert encoded.tokens == special.tokenizer.encode(part.text, part.parse_special)
+                assert encoded.tokens.count(engine.token_to_id("<s>")) == part.text.count("<s>") * part.parse_special
                 assert encoded.loss == part.loss
 
 
