@@ -15,14 +15,24 @@ from tokenizers import decoders as decoding
 
 from tests.documents import CHANNELS, SHAPES
 from tests.profile import examples
-from tests.tiny import SIZES, Latents, build_engine, picture, prompt_segments, tokenizer, uncached
+from tests.tiny import (
+    SIZES,
+    Latents,
+    build_engine,
+    picture,
+    prompt_segments,
+    run_sampler,
+    start_sampler,
+    tokenizer,
+    uncached,
+)
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DiffusionConfig, GenerationConfig
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.answer import Answer
 from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
-from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.inference.samplers import SamplingSchedule
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Document, Image, Text, encode_document
 
@@ -75,10 +85,9 @@ def assert_same_answers(answers, expected_answers) -> None:
 
 
 def assert_no_slot_is_lost(engine: Engine) -> None:
-    """No sequence is left, and every slot is free, except the ones that hold bos and boi."""
+    """No sequence is left, and every slot is free."""
     assert not engine.sequences
-    used = list(engine.uncond_prefix_slots.values())
-    assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
+    assert sorted(engine.cache.free) == list(range(len(engine.cache.lengths)))
 
 
 # Cached equals uncached
@@ -148,8 +157,9 @@ def check_against_uncached(engine: Engine, parts, events) -> None:
             tokens = []
     chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, add_eos=False)
     logits = uncached(engine, [*segments, Text(tuple(tokens))])[0]
-    uncond_calls = [call for call in engine.model.calls if call.slots[0] in engine.uncond_prefix_slots.values()]
-    text_calls = [call for call in engine.model.calls if call.kind in ("prefill", "decode") and call not in uncond_calls]
+    text_calls = [
+        call for call in engine.model.calls if call.kind in ("prefill", "decode") and not call.is_uncond_prefix(vocabulary)
+    ]
     # Every token and marker was written to the cache once, in order; also sampled bois, and eois (B3, B5).
     assert torch.cat([call.tokens[0] for call in text_calls]).tolist() == chunk.tokens.tolist()
     assert torch.cat([call.position_ids[0] for call in text_calls]).tolist() == list(range(len(chunk)))
@@ -198,18 +208,15 @@ def test_image_equals_the_sampler_with_guided_uncached_predictions(parts, size, 
     segments = prompt_segments(parts)
     first = next(call for call in engine.model.calls if call.kind.startswith("draw"))
     latent_range = engine.latent_range if clipped else None
-    schedule = SamplingSchedule(options.steps, engine.run.diffusion, latent_range, torch.Generator())
-    sampler = get_sampler(options.sampler, engine.run.diffusion.noise_schedule)(first.x_t[0][:1], schedule)
-    x_t, t = next(sampler)
-    while True:
+    schedule = SamplingSchedule(options.steps, engine.run.diffusion)
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         image = Image(x_t[0].numpy())
-        cond = uncached(engine, [*segments, image], t.item())[1]
-        uncond = uncached(engine, [image], t.item())[1]
-        try:
-            x_t, t = sampler.send((uncond + scale * (cond - uncond))[None])
-        except StopIteration as finished:
-            expected = finished.value[0].numpy().transpose(1, 2, 0)
-            break
+        cond, uncond = (uncached(engine, [*prefix, image], t.item())[1] for prefix in (segments, ()))
+        return (uncond + scale * (cond - uncond))[None]
+
+    x0, _ = run_sampler(start_sampler(options.sampler, first.x_t[0][:1], schedule, latent_range), predict)
+    expected = x0[0].numpy().transpose(1, 2, 0)
     np.testing.assert_allclose(event.pixels, expected, rtol=0, atol=1e-4)
     assert event.pixels.shape[1::-1] == size
 
@@ -366,7 +373,7 @@ def test_without_guidance_there_is_one_branch(parts, size):
     engine.generate([
         Request(tuple(parts), 1, size=size, generation=options), Request(tuple(parts), generation=options)
     ])  # fmt: skip
-    assert not engine.uncond_prefix_slots
+    assert not engine.uncond_prefixes
     assert all(len(call.slots) <= 2 for call in engine.model.calls)
     assert not any(call.tokens.tolist() == [[engine.vocabulary.bos, b]] for call in engine.model.calls
                    for b in engine.vocabulary.boi.values())  # fmt: skip
@@ -496,45 +503,6 @@ def test_markers_padding_and_unused_ids_are_never_sampled(parts, seed, temperatu
 
 
 @some
-@given(
-    st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6), st.sets(st.integers(0, 5), min_size=1),
-    st.just(0.0) | st.floats(0.1, 3), st.floats(0.01, 1), seeds,
-)  # fmt: skip
-def test_sampled_token_is_allowed_and_in_the_nucleus(logits, allowed, temperature, top_p, seed):
-    values = torch.tensor(logits)
-    mask = torch.tensor([n in allowed for n in range(6)])
-    config = GenerationConfig(temperature=temperature, top_p=top_p)
-    token = text_mode.sample_token(values, mask, config, torch.Generator().manual_seed(seed))
-    assert token in allowed
-    if temperature == 0:
-        assert logits[token] == max(logits[n] for n in allowed)
-        return
-    weights = {n: np.exp((values[n].item() - max(logits)) / temperature) for n in allowed}
-    likelier = sum(w for w in weights.values() if w > weights[token] * 1.0001)  # a tolerance for ties in float32
-    assert likelier / sum(weights.values()) < top_p + 1e-4  # the likelier tokens alone do not reach top_p
-
-
-@few
-@given(seeds, st.floats(0.01, 0.999), st.sampled_from((0.1, 3.0)))
-def test_nucleus_of_many_ids_is_the_one_of_all_sorted(seed, top_p, sharpness):
-    """Whether the first sorted ids reach top_p or not."""
-    generator = torch.Generator().manual_seed(seed)
-    probabilities = (sharpness * torch.randn(5000, generator=generator)).softmax(0)
-    values, ids = probabilities.sort(descending=True)
-    expected = torch.zeros(5000).index_copy(0, ids, values * (values.cumsum(0) - values < top_p))
-    nucleus = text_mode.keep_nucleus(probabilities, top_p)
-    assert (nucleus != expected).sum() <= 1  # the last one, by rounding
-    assert torch.equal(nucleus[nucleus > 0], probabilities[nucleus > 0])
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
-def test_temperature_near_zero_is_greedy(temperature):
-    config = GenerationConfig(temperature=temperature)
-    values, mask = torch.tensor([3.0, -20.0, 5.0, 30.0]), torch.tensor([True, True, True, False])
-    assert text_mode.sample_token(values, mask, config, torch.Generator()) == 2
-
-
-@some
 @given(prompts, st.integers(1, 9), st.integers(0, 40), st.booleans(), seeds)
 def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_positions, with_images, seed):
     prompt = encode_document(Document(prompt_segments(parts)), build_engine().vocabulary, add_eos=False)
@@ -544,7 +512,7 @@ def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_posit
     assert sum(isinstance(event, TokenEvent | ImageEvent) for event in events) <= max_tokens
     for call in engine.model.calls:
         assert call.position_ids.max() < engine.max_positions
-        assert call.mask_keys <= engine.max_positions
+        assert call.num_keys <= engine.max_positions
     if with_images:
         assert events[-1].reason == "length"
 
@@ -559,7 +527,7 @@ def test_prompt_and_image_may_fill_the_context_exactly(parts, size):
     exact = build_engine(context=needed)
     (answers,) = exact.generate([Request(tuple(parts), 2, size=size)])
     assert [answer.reason for answer in answers] == ["image", "image"]
-    assert max(call.mask_keys for call in exact.model.calls) == needed
+    assert max(call.num_keys for call in exact.model.calls) == needed
     too_small = build_engine(context=needed - 1)
     with pytest.raises(ValueError, match=f"{needed} positions.*{needed - 1}"):
         too_small.submit(Request(tuple(parts), 2, size=size))

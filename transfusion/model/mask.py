@@ -28,12 +28,15 @@ class Mask:
         with a mask has no fast kernel on CUDA."""
         return self.lo.device.type == "cuda" and self.lo.shape[1] == self.num_keys and self.num_keys % BLOCK_SIZE == 0
 
-    def prepare(self) -> None:
-        """Build the mask of `attend` once for all layers, and compile flex_attention before any compiled block runs. First
-        traced from inside a compiled block, dynamo inlines the eager version, which materialises the L x L scores."""
+    def prepare(self, dtype: torch.dtype = torch.float32) -> None:
+        """Build the mask of `attend` once for all layers, for queries of this dtype, and compile flex_attention before any
+        compiled block runs. First traced from inside a compiled block, dynamo inlines the eager version, which materialises
+        the L x L scores."""
         if self.uses_flex:
             _compiled_flex()
-        _ = self.block_mask if self.uses_flex else self.attn_bias
+            _ = self.block_mask
+        else:
+            self.attn_bias = self.attn_bias.to(dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h)."""
@@ -51,7 +54,7 @@ class Mask:
 
     @cached_property
     def attn_bias(self) -> Tensor:
-        """(B, 1, Lq, Lk) float32, 0 or -inf: additive bias for SDPA, built once for all layers."""
+        """(B, 1, Lq, Lk) float32, 0 or -inf: additive bias for SDPA, built once for all layers. `prepare` casts it."""
         return torch.zeros(self.dense.shape, device=self.lo.device).masked_fill_(~self.dense, -torch.inf)
 
     @cached_property
