@@ -8,13 +8,15 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from benchmarks import attention, codec, compare, decoding, drawing, loading, training
+from benchmarks import attention, codec, compare, decoding, drawing, loading, sampling, training
 from benchmarks.timing import TABLE_HEAD, Setting, describe_machine, load_average
 from transfusion.disk import write_json
 from transfusion.parallel import pick_device
 
-Part = Literal["training", "attention", "decoding", "drawing", "loading", "codec", "compare"]
-PARTS = dict(zip(get_args(Part), (training, attention, decoding, drawing, loading, codec, compare), strict=True))
+Part = Literal["training", "attention", "decoding", "sampling", "drawing", "loading", "codec", "compare"]
+PARTS = dict(
+    zip(get_args(Part), (training, attention, decoding, sampling, drawing, loading, codec, compare), strict=True)
+)
 
 
 @dataclass
