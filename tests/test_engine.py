@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,11 +29,13 @@ from tests.tiny import (
 )
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DiffusionConfig, GenerationConfig
+from transfusion.inference import cache as cache_module
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.answer import Answer
 from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
 from transfusion.inference.samplers import SamplingSchedule
+from transfusion.model.mask import Mask, cached_mask
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Document, Image, Text, encode_document
 
@@ -377,6 +380,66 @@ def test_without_guidance_there_is_one_branch(parts, size):
     assert all(len(call.slots) <= 2 for call in engine.model.calls)
     assert not any(call.tokens.tolist() == [[engine.vocabulary.bos, b]] for call in engine.model.calls
                    for b in engine.vocabulary.boi.values())  # fmt: skip
+
+
+@few
+@given(st.lists(requests_, min_size=1, max_size=3), st.sampled_from((0, 2, 100)))
+def test_attention_without_a_mask_equals_masked_attention(specs, max_runs):
+    """For rows of equal lengths, of several lengths, and for slots that are not adjacent."""
+    engine, masked = build_engine(draw_now_and_then, kv_heads=2), build_engine(draw_now_and_then, kv_heads=2)
+    answers = []
+    for each, limit in ((engine, max_runs), (masked, -1)):
+        held = [each.cache.acquire() for _ in range(4)]
+        for slot in held[::2]:  # gaps between the slots of the requests
+            each.cache.release(slot)
+        with mock.patch.object(cache_module, "MAX_RUNS", limit):
+            answers.append(each.generate([request_of(each, spec) for spec in specs]))
+    for request_answers, expected in zip(*answers, strict=True):
+        assert_same_answers(request_answers, expected)
+
+
+@pytest.mark.parametrize("requests", [[Request(("a",), 16)], [Request((word,), 1) for word in "abcdefgh"]])
+def test_images_of_prompts_with_equal_lengths_are_drawn_without_a_mask_from_adjacent_slots(requests):
+    """Also with guidance, whose second branches are shorter, and in a new engine, which has read no bos and boi yet."""
+    engine = build_engine()
+    for request in requests:
+        engine.submit(request)
+    with mock.patch.object(image_mode, "cached_mask", side_effect=AssertionError):
+        run_to_end(engine)
+    num_images = sum(request.num_images for request in requests)
+    for call in engine.model.calls:
+        if call.kind.startswith("draw"):
+            assert call.slots == list(range(2 * num_images))
+
+
+def test_causal_images_and_prompts_need_a_mask():
+    """The test above is only valid if masks are created elsewhere."""
+    engine = build_engine(image_attention="causal")
+    with mock.patch.object(image_mode, "cached_mask", side_effect=AssertionError("created")):
+        with pytest.raises(RuntimeError, match="created"):
+            engine.generate([Request(("a",), 1)])
+    with mock.patch.object(text_mode, "cached_mask", side_effect=AssertionError("created")):
+        with pytest.raises(RuntimeError, match="created"):
+            engine.generate([Request(("a",), 1)])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mask_is_cast_once_and_not_in_every_layer(autocast):
+    engine = build_engine()
+    model = engine.model.model if autocast else engine.model.model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        view = engine.cache.view([engine.cache.acquire(), engine.cache.acquire()], 3)
+        mask, zeros = cached_mask(view.lengths, 3), torch.zeros(2, 3, dtype=torch.int64)
+        biases, attend = set(), Mask.attend
+
+        def record(mask, q, k, v):
+            assert mask.attn_bias.dtype == q.dtype == torch.bfloat16
+            biases.add(mask.attn_bias.data_ptr())
+            return attend(mask, q, k, v)
+
+        with mock.patch.object(Mask, "attend", record), torch.no_grad():
+            model.forward_cached(zeros, view.position_ids, mask, view, zeros.new_zeros(0), [], [], [])
+    assert len(biases) == 1
 
 
 # Seeds

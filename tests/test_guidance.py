@@ -17,7 +17,7 @@ from tests.test_engine import assert_no_slot_is_lost, assert_same_answers, draw_
 from tests.tiny import SIZES, build_engine, picture, prompt_segments, run_sampler, start_sampler, uncached
 from transfusion.config import DiffusionConfig, GenerationConfig, from_json, to_json
 from transfusion.inference.engine import Engine, ImageEvent, Request, TokenEvent
-from transfusion.inference.image_mode import guide
+from transfusion.inference.image_mode import Branch, BranchRows, guide
 from transfusion.inference.samplers import SamplingSchedule
 from transfusion.sequence import Document, Image, Text, encode_document
 
@@ -90,6 +90,23 @@ def test_rescaled_guidance_equals_diffusers(seed, scale, rescale):
 def test_rescaled_zero_predictions_are_zero():
     """An untrained model predicts 0: its last layer starts at zero."""
     assert torch.equal(guide(torch.zeros(2, 3, 4, 4), [3.0, 1.0], rescale=0.7), torch.zeros(3, 4, 4))
+
+
+@few
+@given(
+    st.lists(st.tuples(st.sampled_from([(), (3.0,), (3.0, 1.5), (0.0, 2.0)]), st.sampled_from((0.0, 0.3, 1.0))), min_size=1,
+             max_size=4), seeds,
+)  # fmt: skip
+def test_images_with_any_numbers_of_branches_are_guided_together(specs, seed):
+    """Each gets exactly what it gets alone."""
+    branches = [[Branch(0, scale) for scale in (*scales_, 1.0)] for scales_, _ in specs]
+    rows, rescale = BranchRows(branches), [factor for _, factor in specs]
+    predictions = torch.randn(len(rows.slots), 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+    guided = rows.guide(predictions, rescale)
+    for n, (scales_, factor) in enumerate(specs):
+        own = [predictions[row] for row, image in enumerate(rows.images) if image == n]
+        assert torch.equal(guided[n], guide(own, [*scales_, 1.0], factor))
+        assert len(own) == len(branches[n])
 
 
 # Separate scales for text and images
