@@ -324,6 +324,7 @@ def test_indivisible_batch_is_reported(capsys):
     (["--memory", "80"], "not '80'"), (["--memory", "0GB"], "not '0GB'"), (["--memory=-1GB"], "not '-1GB'"),
     (["--memory", "9" * 400 + "GB"], "--memory takes a size"), (["--batch", "many"], "--batch takes a number of positions"),
     (["--batch", "2M", "--training.accumulate", "3"], "--batch decides training.accumulate: give only one of them"),
+    (["--parallel.cpu-matmul", "bfloat16"], "--parallel.cpu-matmul has no effect on a plan, which is for GPUs"),
     (["--gpus-per-machine", "4"], "--gpus-per-machine has no effect without --parallel.shard hybrid"),
     (["--mfu", "40"], "--mfu must be between 0.001 and 1"), (["--tflops", "0"], "--tflops must be at least 0.001"),
     (["--gpus", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),

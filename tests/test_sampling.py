@@ -59,6 +59,20 @@ def test_frequencies_are_those_of_the_sorted_nucleus(num_ids, sharpness, top_p, 
     assert ((frequencies - expected).abs() <= 6 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
 
 
+def test_sample_after_a_rejected_one_is_independent():
+    """Two likely ids follow many that are outside of the nucleus and have half of the probability."""
+    logits = torch.tensor([0.49 / 40] * 40 + [0.255] * 2).log()
+    tokens = sample_tokens([logits] * 2000, [GenerationConfig(top_p=0.5)] * 2000, range(2000))
+    assert set(tokens) == {40, 41}
+    assert abs(tokens.count(40) - 1000) < 150  # six standard deviations and more
+
+
+def test_top_p_1_rejects_nothing():
+    """Although rounded probabilities may be more than 1 in all."""
+    probabilities = torch.tensor([[1.0, 0.5]]).expand(200, 2)
+    assert set(text_mode._sample_nuclei(probabilities, [1.0] * 200, range(200))) == {0, 1}
+
+
 @few
 @given(seeds, top_ps, st.sampled_from((0.1, 3.0)))
 def test_nucleus_of_many_ids_is_the_sorted_one(seed, top_p, sharpness):

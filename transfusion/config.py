@@ -314,11 +314,14 @@ class FaultToleranceConfig(Config, part="fault_tolerance."):
 
 @dataclass(frozen=True)
 class ParallelConfig(Config, part="parallel."):
-    """How the work is distributed. The result does not depend on it, and a resumed run may change these."""
+    """How the work is computed and distributed. Results depend on it only by rounding; a resumed run may change these."""
 
     shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
     activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, about a third slower.
     compile: bool | None = None  # Compile the blocks with torch.compile; on CUDA only if not set.
+    # Matrix products of training on a CPU: auto is float32 by oneDNN on AMD CPUs with AVX512 and otherwise default, which is
+    # float32 by torch's own choice; bfloat16 is faster and less exact, and the CPU must have instructions for it.
+    cpu_matmul: Literal["auto", "default", "bfloat16"] = "auto"
 
 
 SAMPLERS = {  # name -> the noise schedules it supports; inference/samplers.py has a function of the same name

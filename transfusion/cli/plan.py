@@ -89,6 +89,8 @@ def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tupl
         raise UsageError("--batch decides training.accumulate: give only one of them")
     if args.gpus_per_machine != PlanOptions.gpus_per_machine and run.parallel.shard == "full":
         raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
+    if run.parallel.cpu_matmul != before.parallel.cpu_matmul:
+        raise UsageError("--parallel.cpu-matmul has no effect on a plan, which is for GPUs")
     for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
     if is_named and (run.data.sources or run.data.prepared):

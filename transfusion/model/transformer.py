@@ -80,7 +80,7 @@ class _RMSNormFunction(torch.autograd.Function):
         grad_normed = grad * normed
         along = (grad_normed @ weight)[..., None] / normed.shape[-1]  # (..., 1)
         # RMSNorm is scale-invariant: remove the component of the gradient along x.
-        grad_x = torch.addcmul(grad * weight, normed, along, value=-1) * inv_rms
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(inv_rms)
         grad_weight = grad_normed.reshape(-1, grad_normed.shape[-1]).sum(0)
         return grad_x, grad_weight, None
 

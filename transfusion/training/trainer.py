@@ -11,7 +11,7 @@ from transfusion.config import Run
 from transfusion.data.loader import Loader, LoaderState
 from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.objective import NoiseSample
-from transfusion.parallel import SINGLE_PROCESS, Ranks, lower_precision, parallelize
+from transfusion.parallel import SINGLE_PROCESS, Ranks, fast_matmul, lower_precision, parallelize, precision
 from transfusion.sequence import Batch
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import build_optimizer, freeze, get_learning_rate, optimizer_tensors, update_ema
@@ -38,6 +38,7 @@ class Trainer:
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
+        precision(device, run.parallel.cpu_matmul)  # ValueError when this CPU does not support it
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
         self.model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
@@ -108,11 +109,12 @@ class Trainer:
         """Add up the gradients of this rank's share of the loss. Returns the sums of its losses, (3,)."""
         sums = torch.zeros(3, device=self.device)
         for batch, noise_samples in micro_batches:
-            with lower_precision(self.device):
-                losses = objective.compute_losses(
-                    self.model, batch.to(self.device), noise_samples, self.run.diffusion, self.run.model.z_loss
-                )
-            objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
+            with fast_matmul(self.device, self.run.parallel.cpu_matmul):
+                with lower_precision(self.device, self.run.parallel.cpu_matmul):
+                    losses = objective.compute_losses(
+                        self.model, batch.to(self.device), noise_samples, self.run.diffusion, self.run.model.z_loss
+                    )
+                objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
             sums = sums + losses.sums
         return sums
 
@@ -136,7 +138,7 @@ class Trainer:
             index = first + self.ranks.rank
             batch = batches[min(index, len(batches) - 1)]
             noise_samples = objective.sample_noise_on_grid(batch, HELDOUT_GRID)
-            with lower_precision(self.device):
+            with lower_precision(self.device, self.run.parallel.cpu_matmul):
                 losses = objective.compute_losses(self.ema, batch.to(self.device), noise_samples, self.run.diffusion)
             if index < len(batches):
                 sums += losses.sums.cpu()
