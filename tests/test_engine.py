@@ -470,6 +470,18 @@ def test_texts_depend_on_the_seed():
     assert len({str(parts) for parts in texts}) == 3
 
 
+def test_every_token_has_its_own_seed():
+    engine, used, sample_tokens = build_engine(lambda v: {v.eos: -1e4}), [], text_mode.sample_tokens
+
+    def record(logits, generations, seeds, allowed):
+        used.extend(seeds)
+        return sample_tokens(logits, generations, seeds, allowed)
+
+    with mock.patch.object(text_mode, "sample_tokens", record):
+        engine.generate([Request(("a",), seed=seed) for seed in range(3)])
+    assert len(set(used)) == len(used) > 30
+
+
 @few
 @given(seeds)
 def test_images_of_one_sequence_have_different_noise(seed):
