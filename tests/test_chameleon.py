@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -190,6 +191,18 @@ def test_pictures_of_the_prompt_are_part_of_the_seed():
     seeds = [sequence.phase.image.seed for sequence in engine.sequences]
     assert seeds[1] == seeds[3]
     assert len(set(seeds[:3])) == 3
+
+
+def test_every_code_has_its_own_seed():
+    engine, used, sample_tokens = build_engine(temperature=1.0), [], text_mode.sample_tokens
+
+    def record(logits, generations, seeds, allowed=None):
+        used.extend(seeds)
+        return sample_tokens(logits, generations, seeds, allowed)
+
+    with mock.patch.object(text_mode, "sample_tokens", record):
+        engine.generate([Request(("a",), num_images=2, size=(4, 4))])
+    assert len(set(used)) == len(used) == 2 * 16
 
 
 def test_text_after_an_image_depends_on_it():
