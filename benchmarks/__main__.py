@@ -8,13 +8,14 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from benchmarks import attention, before, codec, compare, decoding, drawing, loading, loss, training
+from benchmarks import attention, before, codec, compare, decoding, drawing, loading, loss, sampling, training
 from benchmarks.timing import TABLE_HEAD, Setting, describe_machine, load_average
 from transfusion.disk import write_json
 from transfusion.parallel import pick_device
 
-Part = Literal["training", "attention", "loss", "decoding", "drawing", "loading", "codec", "compare"]
-PARTS = dict(zip(get_args(Part), (training, attention, loss, decoding, drawing, loading, codec, compare), strict=True))
+Part = Literal["training", "attention", "loss", "decoding", "sampling", "drawing", "loading", "codec", "compare"]
+MODULES = training, attention, loss, decoding, sampling, drawing, loading, codec, compare
+PARTS = dict(zip(get_args(Part), MODULES, strict=True))
 
 
 @dataclass

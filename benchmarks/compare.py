@@ -28,6 +28,7 @@ from transfusion.data.loader import START, LoaderState
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
 from transfusion.parallel import onednn_is_faster, pick_device
+from transfusion.runs import named_run
 from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.trainer import Trainer
 
@@ -193,8 +194,9 @@ class OurModel:
         return seconds
 
     def draw(self, passes: int | None = None) -> dict:
-        """Draw one image after a prompt. `passes`: 1 for the prompt and 2 per step; None: the default settings."""
-        default = GenerationConfig()
+        """Draw one image after a prompt. `passes`: 1 for the prompt and 2 per step; None: the default settings of a run on
+        own data."""
+        default = named_run("small").generation
         generation = default if passes is None else GenerationConfig("ddim", steps=(passes - 1) // 2)
         self.passes, start = 0, time.perf_counter()
         self.engine.generate([Request(("a" * PROMPT_LENGTH,), num_images=1, generation=generation)])

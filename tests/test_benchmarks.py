@@ -269,7 +269,7 @@ def test_comparison_reports_both_workers(tmp_path, tiny_model, monkeypatch):
     assert ours[0].ratio == pytest.approx(ours[0].value / by_peer[0])
     assert ours[1].ratio == pytest.approx(2.0 / ours[1].value)
     heads = [figure.beside for figure in figures if figure.what.startswith("drawing")]
-    assert heads == ["7 forward passes", "7 and 501 forward passes"]
+    assert heads == ["7 forward passes", "7 and 41 forward passes"]
     memory = [figure for figure in figures if "memory" in figure.what]
     assert memory[0].value is None and memory[0].beside
 

@@ -38,13 +38,15 @@ class Mask:
         goes_to_onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         return goes_to_onednn and self.lo.device.type == "cpu" and self.num_keys <= MAX_PLAIN_KEYS
 
-    def prepare(self) -> None:
-        """Decide the kernel and build the mask of `attend` once for all layers, and compile flex_attention before any
-        compiled block runs. First traced from inside a compiled block, dynamo inlines the eager version, which materialises
-        the L x L scores."""
+    def prepare(self, dtype: torch.dtype = torch.float32) -> None:
+        """Decide the kernel and build the mask of `attend` once for all layers, for queries of this dtype, and compile
+        flex_attention before any compiled block runs. First traced from inside a compiled block, dynamo inlines the eager
+        version, which materialises the L x L scores."""
         if self.uses_flex:
             _compiled_flex()
-        _ = self.uses_plain_products, self.block_mask if self.uses_flex else self.attn_bias
+            _ = self.block_mask
+        else:
+            _, self.attn_bias = self.uses_plain_products, self.attn_bias.to(dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h)."""
@@ -64,7 +66,7 @@ class Mask:
 
     @cached_property
     def attn_bias(self) -> Tensor:
-        """(B, 1, Lq, Lk) float32, 0 or -inf: additive bias for SDPA, built once for all layers."""
+        """(B, 1, Lq, Lk) float32, 0 or -inf: additive bias for SDPA, built once for all layers. `prepare` casts it."""
         return torch.zeros(self.dense.shape, device=self.lo.device).masked_fill_(~self.dense, -torch.inf)
 
     @cached_property

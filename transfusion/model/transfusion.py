@@ -61,11 +61,12 @@ class Transfusion(nn.Module):
         return self._predict(batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index, head)
 
     def forward_cached(
-        self, tokens: Tensor, position_ids: Tensor, mask: Mask, cache: Cache, text_index: Tensor,
+        self, tokens: Tensor, position_ids: Tensor, mask: Mask | None, cache: Cache, text_index: Tensor,
         x_t: list[Tensor], t: list[Tensor], image_index: list[Tensor],
     ) -> Prediction:  # fmt: skip
         """New positions after those in the cache: tokens and position_ids (B, L); logits at text_index (T,) into B * L;
-        x_t and t as in `forward`, at the positions image_index (N, P) into B * L."""
+        x_t and t as in `forward`, at the positions image_index (N, P) into B * L. Without a mask they attend to all
+        positions of their row."""
         return self._predict(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
 
     def _predict(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, head=F.linear) -> Prediction:
