@@ -41,7 +41,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
     yield Figure(f"{positions:,} positions, {vocab_size:,} ids, width {WIDTH}", beside="head and loss, forward and backward")
     yield Figure("  time in chunks", 1e3 * seconds["chunks"], "ms", ratio, "all logits at once")
     ratio = memory["all logits"] / memory["chunks"]
-    yield Figure("  memory beyond the gradients", memory["chunks"], "MiB", ratio, "less than all logits at once")
+    yield Figure("  memory beyond the gradients", memory["chunks"], "MiB", ratio, "less than all logits")
 
 
 def measure_memory(function: Callable[[], list[Tensor]], setting: Setting) -> float:
