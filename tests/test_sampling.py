@@ -125,6 +125,12 @@ def test_temperature_near_zero_is_greedy(temperature):
     assert sample_tokens([values], [GenerationConfig(temperature=temperature)], [0], [mask]) == [2]
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 1e-12, 1e-13, 1e-300])
+def test_top_p_near_zero_is_greedy(top_p):
+    values, config = torch.tensor([3.0, 5.0, 4.9, 2.0]), GenerationConfig(top_p=top_p)
+    assert sample_tokens([values] * 20, [config] * 20, range(20)) == [1] * 20
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(value, temperature):

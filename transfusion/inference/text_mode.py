@@ -90,7 +90,7 @@ def _sample_nuclei(probabilities: Tensor, top_ps: Sequence[float], seeds: Sequen
     tokens, rows = [0] * len(seeds), list(range(len(seeds)))
     weights = (probabilities * ONE).long()  # (R, V) of the remaining rows
     # With top_p 1 nothing is rejected, although the rounded probabilities may be more than 1 in all.
-    limits = weights.new_tensor([int(top_p * ONE) if top_p < 1 else 2 * ONE for top_p in top_ps])  # (R,)
+    limits = weights.new_tensor([max(1, int(top_p * ONE)) if top_p < 1 else 2 * ONE for top_p in top_ps])  # (R,)
     for attempt in count():
         ends = weights.cumsum(-1)  # (R, V) inverse transform sampling
         totals = ends[:, -1].tolist()
