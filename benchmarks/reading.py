@@ -1,20 +1,25 @@
 """Reading of sources: whether the time of a record depends on their number, and a folder of pictures beside Pillow alone."""
 
+import concurrent.futures
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import sys
 import tarfile
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
-from benchmarks.timing import ROOT, Figure, Setting, time_alternately
+from benchmarks.timing import Figure, Setting, time_alternately
 from transfusion.data.reading.readers import open_reader
+from transfusion.data.summaries import count_processes
 from transfusion.data.survey import UNIT_SIZE, Duplicates, survey
 
 TEXT = "some words of a caption " * 4
@@ -36,19 +41,30 @@ def measure(setting: Setting) -> Iterator[Figure]:
             yield Figure(f"{many:,} records of {kind}", of_many * 1e6, "us/record", of_few / of_many, f"{few:,} records")
             for path in paths:
                 path.unlink()
-        small, large = setting.pick((12_500, 50_000), (20, 40))
-        for count in (small, large):
-            write_pictures(folder / f"{count}", count)
-        pictures = folder / f"{large}"
-        seconds = time_alternately(
-            {"Pillow": lambda: decode(pictures), "survey": lambda: survey(open_reader(str(pictures)), None),
-             "duplicates": lambda: str(survey_duplicates(pictures))}, setting.pick(3, 1), setting.device, warmup=1,
-        )  # fmt: skip
-        for name, label in (("survey", "stats of"), ("duplicates", "validate")):
-            time, ratio = seconds[name] / large * 1e6, seconds["Pillow"] / seconds[name]
-            yield Figure(f"{label} {large:,} pairs", time, "us/picture", ratio, "decoding them with Pillow")
-        growth = peak_memory(pictures) - peak_memory(folder / f"{small}")
-        yield Figure("  memory for one more picture", max(growth / (large - small), 0.01), "bytes")
+        yield from _measure_pictures(setting, folder)
+
+
+def _measure_pictures(setting: Setting, folder: Path) -> Iterator[Figure]:
+    small, large = setting.pick((12_500, 50_000), (20, 40))
+    few, many = folder / f"{small}", folder / f"{large}"
+    for path, count in ((few, small), (many, large)):
+        write_pictures(path, count)
+    processes = count_processes()
+    seconds = time_alternately(
+        {"Pillow": lambda: decode(many), "stats": lambda: survey(open_reader(str(many)), None),
+         "few": lambda: validate(few), "one": lambda: validate(many), "all": lambda: validate(many, processes)},
+        setting.pick(3, 1), setting.device, warmup=1,
+    )  # fmt: skip
+    labels = {"stats": "stats of {} pairs, one process", "one": "validate {} pairs, one process",
+              "all": f"validate {{}} pairs, {processes} processes"}  # fmt: skip
+    for name, label in labels.items():
+        time, ratio = seconds[name] / large * 1e6, seconds["Pillow"] / seconds[name]
+        yield Figure(label.format(f"{large:,}"), time, "us/picture", ratio, "decoding them with Pillow")
+    of_few, of_many = seconds["few"] / small, seconds["one"] / large
+    yield Figure("  compared with few", of_many * 1e6, "us/picture", of_few / of_many, f"{small:,} pairs")
+    names = ("  memory of one more picture, resident", "  memory of one more picture, of Python")
+    for name, value in zip(names, in_process(measure_memory, few, many), strict=True):
+        yield Figure(name, value / (large - small), "bytes")
 
 
 def read(path: Path) -> None:
@@ -67,22 +83,44 @@ def decode(folder: Path) -> None:
                     image.load()
 
 
-def survey_duplicates(folder: Path) -> Duplicates:
-    duplicates = Duplicates()
-    survey(open_reader(str(folder)), None, duplicates=duplicates)
-    return duplicates
+def validate(folder: Path, processes: int = 1) -> tuple:
+    """What `transfusion data validate` computes."""
+    reader, duplicates = open_reader(str(folder)), Duplicates()
+    return reader, survey(reader, None, duplicates=duplicates, processes=processes), duplicates, str(duplicates)
 
 
-def peak_memory(folder: Path) -> int:
-    """The peak memory in bytes of a process that validates a folder."""
-    command = [sys.executable, "-m", "transfusion", "data", "validate", str(folder)]
-    with open(os.devnull, "wb") as null:
-        actions = [(os.POSIX_SPAWN_DUP2, null.fileno(), stream) for stream in (1, 2)]
-        process = os.posix_spawn(sys.executable, command, {**os.environ, "PYTHONPATH": str(ROOT)}, file_actions=actions)
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        raise ChildProcessError(f"{' '.join(command)} failed with status {status}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def measure_memory(few: Path, many: Path) -> tuple[int, int]:
+    """How many bytes more it needs to validate the larger folder: resident at the end, and the peak of Python's objects.
+
+    C libraries allocate only the first, and the second is exact. The results are kept until both are measured.
+    """
+    results, resident, peaks = [validate(few)], [resident_memory()], []  # the first one imports and fills caches
+    for folder in (few, many):
+        results.append(validate(folder))
+        resident.append(resident_memory())
+    before, after_few, after_many = resident
+    results.clear()
+    for folder in (few, many):
+        tracemalloc.start()
+        validate(folder)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    return (after_many - after_few) - (after_few - before), peaks[1] - peaks[0]
+
+
+def in_process(function: Callable, *arguments: object) -> Any:
+    """The result of a function in a fresh process."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def resident_memory() -> int:
+    """The resident memory of this process in bytes; without /proc its peak."""
+    if os.path.exists("/proc/self/statm"):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Files

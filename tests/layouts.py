@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ FOLDERS, RECORDS, ARCHIVES, CHATS, TEXTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """`files` are written, and read as `documents`: the texts of each, and "#" for an image. What is passed over, by kind
-    and reason, is exactly `passed_over` (fields apart)."""
+    """`files` are written, and read as `documents`: the texts of each, "#" for an image, and "(held out)" if it is declared
+    so. What is passed over, by kind and reason, is exactly `passed_over` (fields apart)."""
 
     section: str
     data: str  # first column of the table
@@ -114,6 +115,16 @@ LAYOUTS = [
     Layout(FOLDERS, "captions in one table, pictures in one folder (Flickr8k)",
            "`captions.txt` or `.csv` with the columns `image` and `caption`, pictures in `Images/`", "one pair per caption",
            {"captions.txt": "image,caption\n1.png,one\n1.png,two\n", "Images/1.png": P}, ["one|#", "two|#"]),
+    Layout(FOLDERS, "tokens of Flickr8k and Flickr30k", "`results.token` or a `.txt` with lines `bird.jpg#0`, tab, caption",
+           "one pair per caption",
+           {"flickr.token": "1.png#0\tA dog, black .\n1.png#1\tTwo dogs .\n", "results.csv": "image_name| comment_number| "
+            "comment\n1.png| 0| A cat .\n", "text.txt": "1.png#0\tA bird .\n", "images/1.png": P},
+           ["A dog, black .|#", "Two dogs .|#", "A cat .|#", "A bird .|#"]),
+    Layout(FOLDERS, "names of pictures without suffix (Kaggle)",
+           "a table with a column `image_id` or any other name, values `0001`, pictures `train/0001.jpg`",
+           "a pair, if the first values of a column all name pictures of one folder",
+           {"labels.csv": "n,image_id,caption\n1,07,one\n2,ab.c,two\n", "photos/07.png": P, "photos/ab.c.PNG": P,
+            "other/9.png": P}, ["one|#", "two|#"], {"files: named by no record": 1}),
     Layout(FOLDERS, "captioned pictures beside logs, tables and other files", "`log.jsonl`, `tags.csv`, `more.zip`, `.heic`",
            "the pictures; the account names the other files",
            {"1.png": P, "1.txt": "one", "log.jsonl": [{"step": 1, "loss": 0.5}], "tags.csv": "tag,count\nred,3\n",
@@ -123,9 +134,12 @@ LAYOUTS = [
                        "files: .zip": 1, "files: .heic": 1, "files: without a picture of the same name": 1,
                        "files: without a suffix": 1, "files: hidden": 2, "files: empty": 1, "files: README or LICENSE": 1}),
     Layout(FOLDERS, "splits in folders or file names", "`train/`, `training/`; `val/`, `valid/`, `dev/`; `test/`",
-           "the split of `--split` (default: train); the outermost folder decides",
+           "train is for training, validation (or else test) is held out; the outermost folder decides",
+           {f"{split}/{name}/{split}_{name}.png": P for split in ("train", "val", "test") for name in ("train", "bus")},
+           ["bus|#", "train|#", "bus|# (held out)", "train|# (held out)"], {"files: of another split": 2}),
+    Layout(FOLDERS, "... with `--split train`", "`train/`, `val/`", "only this split",
            {f"{split}/{name}/{split}_{name}.png": P for split in ("train", "val") for name in ("train", "bus")},
-           ["bus|#", "train|#"], {"files: of another split": 2}),
+           ["bus|#", "train|#"], {"files: of another split": 2}, {"split": "train"}),
     Layout(FOLDERS, "linked folders", "`photos -> /disk/photos`", "as real folders; a link to listed files is not entered",
            {"a/1.png": P, "a/1.txt": "one", "b": Path("a"), "c": Path(".")}, ["one|#"],
            {"files: linked folder, listed already": 2}),
@@ -141,6 +155,19 @@ LAYOUTS = [
            {"a.jsonl": [{"image_file_name": "1.png", "text": "one"}, {"filepath": "1.png", "alt_text": "two"},
                         {"view": "1.png", "TEXT": "three"}, {"images": ["1.png"], "caption": "four"}], "1.png": P},
            ["one|#", "two|#", "three|#", "four|#"]),
+    Layout(RECORDS, "open_clip's tables", "columns `filepath` and `title`, a tab between them, in a `.csv` or `.tsv`",
+           "a pair", {"a.csv": "filepath\ttitle\nx/1.png\tone, a bird\nx/1.png\ttwo\n", "x/1.png": P},
+           ["one, a bird|#", "two|#"]),
+    Layout(RECORDS, "JSON of any shape", "a list; objects over one or several lines; `{\"data\": [{...}, ...]}`; "
+           "`{\"bird.jpg\": \"a red bird\"}`; pandas' `to_json` with any `orient` but `values`; Karpathy's splits",
+           "the records, in each file by its shape",
+           {"a.json": '[{"image": "1.png", "caption": "one"}]',
+            "b.json": json.dumps({"image": "1.png", "caption": "two"}, indent=1),
+            "c.json": {"image": {"0": "1.png"}, "caption": {"0": "three"}}, "d.json": {"1.png": ["four", "five"]},
+            "e.json": {"images": [{"filename": "1.png", "split": "train", "sentences": [{"raw": "six"}]}]}, "1.png": P},
+           ["one|#", "two|#", "three|#", "four|#", "five|#", "six|#"]),
+    Layout(RECORDS, "UTF-16 with a byte order mark", "Excel's Unicode text, files of PowerShell", "as UTF-8",
+           {"a.csv": "text\tn\none 猫\t1\n".encode("utf-16")}, ["one 猫"]),
     Layout(RECORDS, "several pictures or captions in one record",
            '`{"file_names": ["1.png", "2.png"], "text": "two views"}`, `{"image": "1.png", "captions": ["one", "two"]}`',
            "the text and all pictures; one pair per caption",
@@ -155,7 +182,16 @@ LAYOUTS = [
     Layout(RECORDS, "a Hugging Face data set", "a folder from `save_to_disk`, or of `.parquet`, or its id",
            "by its columns; a class label becomes its name",
            {"data/train-00000-of-00001.parquet": [{"text": "one"}], "data/test-00000-of-00001.parquet": [{"text": "two"}]},
-           ["one"], {"files: of another split": 1}),
+           ["one", "two (held out)"]),
+    Layout(RECORDS, "splits inside file names", "`flickr_train_29k.jsonl`, `flickr_val_1k.jsonl`, `flickr_test_1k.jsonl`",
+           "by their split, as above",
+           {f"flickr_{split}_1k.jsonl": [{"text": split}] for split in ("train", "val", "test")},
+           ["train", "val (held out)"], {"files: of another split": 1}),
+    Layout(RECORDS, "a column `split`, `set`, `partition` or `subset`", '`{"text": "...", "split": "val"}`',
+           "by their split, as above; Karpathy's `restval` is for training, and so are other values",
+           {"a.jsonl": [{"text": value, "Partition": value}
+                        for value in ("train", "restval", "other", "val", "test-dev", "testA", "train2014")]},
+           ["train", "restval", "other", "val (held out)", "train2014"], {"records: of another split": 2}),
     Layout(RECORDS, "OBELICS", '`{"texts": ["The bird", null], "images": [null, "bird.jpg"]}`', "interleaved",
            {"a.jsonl": [{"texts": ["The bird", None], "images": [None, "1.png"]}], "1.png": P}, ["The bird|#"]),
     Layout(RECORDS, "MMC4", '`{"text_list": [...], "image_info": [{"image_name": "bird.jpg", "matched_text_index": 1}]}`',
@@ -175,6 +211,14 @@ LAYOUTS = [
             "members: with a key that was read: members of one key must be neighbours": 1,
             "records: empty caption": 1, "records: missing image": 1,
             "records: unreadable image": 1, "records: repeated key": 1}),
+    Layout(ARCHIVES, "a word before each suffix", "members `000.input.jpg` and `000.outputs.txt`", "a pair",
+           {"a.tar": [("0.input.png", P), ("0.outputs.txt", "one"), ("1.input.png", P), ("1.outputs.txt", "two")]},
+           ["one|#", "two|#"]),
+    Layout(ARCHIVES, "folders in an archive that are named after splits", "members `train/dog/0.jpg`, `val/dog/1.jpg`",
+           "by their split, as above", {"a.tar": [
+               (f"x/{split}/dog/{n}.{suffix}", content) for split, n in (("val", 1), ("train", 0), ("val", 2), ("test", 3))
+               for suffix, content in (("png", P), ("txt", f"{split} {n}"))]},
+           ["val 1|# (held out)", "train 0|#", "val 2|# (held out)"], {"records: of another split": 1}),
     Layout(ARCHIVES, "joined archives", "`cat 0.tar 1.tar > all.tar`", "the records of all",
            {"a.tar": [[("0.png", P), ("0.txt", "one")], [("1.png", P), ("1.txt", "two")]]}, ["one|#", "two|#"]),
     Layout(ARCHIVES, "img2dataset, format `files`", "`00000/000000000.jpg`, `.txt` and `.json`, `00000.parquet`",
@@ -215,7 +259,7 @@ LAYOUTS = [
                                             {"type": "text", "text": "Which bird?"}], "A robin.")}], "1.png": P},
            [f"#|{ANSWER}"]),
     Layout(CHATS, "LLaMA-Factory, ms-swift, TRL", '`{"messages": [{"role": "user", "content": "<image>Which bird?"}, ...], '
-           '"images": ["bird.jpg"]}`', "each mark, or image part without content, is the next of `images`",
+           '"images": ["bird.jpg"]}`', "each mark, or image part without content, is the place of the next of `images`",
            {"a.jsonl": [{"messages": turns("<image>Which bird?", "A robin."), "images": ["1.png"]},
                         {"messages": turns("<image><image>Which bird?", "A robin."), "images": ["1.png", "1.png"]},
                         {"messages": turns("Which bird?", "A robin."), "images": ["1.png"]},
@@ -225,6 +269,25 @@ LAYOUTS = [
                         {"messages": turns("<image>Which bird?", "A robin."), "images": []}], "1.png": P},
            [f"#|{ANSWER}", f"#|#|{ANSWER}", f"#|{ANSWER}", ANSWER, f"#|{ANSWER}", "lists of different lengths"],
            {"records: lists of different lengths": 1}),
+    Layout(CHATS, "other marks", "`<Image>`, `<ImageHere>`, `<image_placeholder>`; with a number `<image 1>`, `<image_1>`",
+           "the next of `images`, or the one with this number",
+           {"a.jsonl": [{"messages": turns(f"{mark}\nWhich bird?", "A robin."), "images": ["1.png"]}
+                        for mark in ("<Image>", "<ImageHere>", "<image 1>", "<image_1>", "<|image_1|>", "<image_0>")],
+            "1.png": P}, [f"#|{ANSWER}"] * 6),
+    Layout(CHATS, "images in the messages", "a mark beside an image part, a message that is a picture in base64, "
+           '`{"type": "image", "source": {"data": ...}}`', "an image, at the mark if there is one",
+           {"a.jsonl": [{"messages": turns(content, "A robin.")} for content in (
+               [{"type": "image_url", "image_url": {"url": "1.png"}}, {"type": "text", "text": "<image>\nWhich bird?"}],
+               [{"type": "image", "source": {"type": "base64", "data": b64encode(P).decode()}},
+                {"type": "text", "text": "Which bird?"}])] + [
+                {"messages": turns(f"data:image/png;base64,{b64encode(P).decode()}", "A robin.")}], "1.png": P},
+           [f"#|{ANSWER}", f"#|{ANSWER}", "#|\n|A robin."]),
+    Layout(CHATS, "videos and audio", '`<video>` with `{"videos": ["a.mp4"]}`, parts `{"type": "input_audio", ...}`',
+           "a fault: unsupported media",
+           {"a.jsonl": [{"messages": turns("<video>What?", "A robin."), "videos": ["a.mp4"]},
+                        {"messages": turns("Which bird?", "A robin."), "videos": []},
+                        {"messages": turns([{"type": "input_audio", "input_audio": {}}], "A robin.")}]},
+           ["unsupported media", ANSWER, "unsupported media"], {"records: unsupported media": 2}),
     Layout(CHATS, "Qwen", "`Picture 1: <img>bird.jpg</img>` in the text, or parts `{\"image\": ...}`, `{\"text\": ...}`",
            "images are conditions, the assistant's text is in the loss",
            {"a.jsonl": [{"messages": turns([{"image": "1.png"}, {"text": "Which bird?"}], "A robin.")},

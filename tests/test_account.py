@@ -17,9 +17,9 @@ from tests.documents import few
 from tests.fixtures.make import png
 from tests.reading import EXPECTED, FIXTURES, close_account, read
 from transfusion.data.raw import Fault
-from transfusion.data.reading.account import MAX_REASONS, Account
+from transfusion.data.reading.account import MAX_REASONS, Account, counted
 from transfusion.data.reading.archives import TarArchives
-from transfusion.data.reading.listing import Listing, walk
+from transfusion.data.reading.listing import NOT_A_FILE, Listing, walk
 from transfusion.data.reading.readers import ReaderOptions, open_reader
 
 GOOD = png(1)
@@ -56,10 +56,10 @@ def check_account(source: Path, max_rows: int = 1000, **options) -> Account:
     faults = [item.kind for item in documents if isinstance(item, Fault)]
     records = account.tallies["records"]
     assert records.read["document"] == account.forms.total() == len(documents) - len(faults)
-    not_documents = records.passed_over.total() - records.passed_over["not downloaded by img2dataset"]
-    assert not_documents == len(faults)
-    if isinstance(reader.container, TarArchives):
-        assert totals.get("members", 0) == count_members(reader.container.paths)
+    no_faults = sum(records.passed_over[reason] for reason in ("not downloaded by img2dataset", "of another split"))
+    assert records.passed_over.total() - no_faults == len(faults)
+    archives = [container.paths for container in reader.containers.values() if isinstance(container, TarArchives)]
+    assert totals.get("members", 0) == sum(map(count_members, archives))
     assert all("unknown" not in line for line in account.lines())
     return account
 
@@ -165,6 +165,11 @@ def test_accounts_of_parts_add_up_to_the_same():
     assert list(whole.lines())[:2] == lines
 
 
+def test_one_thing_is_not_plural():
+    counts = [counted(number, "picture") for number in (0, 1, 2, 1204)]
+    assert counts == ["0 pictures", "1 picture", "2 pictures", "1,204 pictures"]
+
+
 # Walking
 
 
@@ -186,6 +191,21 @@ def test_linked_folders_are_entered_once(tmp_path):
     }  # fmt: skip
     assert dict(walk(str(root))) == expected
     assert list(Listing(str(root), walk(str(root)))) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "1.caption", "1.png.txt", "1.json", "2.png", "metadata.jsonl", "state.json"])
+def test_pipe_in_a_folder_is_never_opened(name, tmp_path):
+    """Reading a pipe without a writer never ends; a link to nothing cannot be read."""
+    for number, make in enumerate((lambda path: path.symlink_to(tmp_path / "none"), os.mkfifo)):
+        root = tmp_path / str(number)
+        root.mkdir()
+        (root / "1.png").write_bytes(GOOD)
+        make(root / name)
+        account = check_account(root)
+        assert account.tallies["files"].passed_over == {NOT_A_FILE: 1} and account.forms == {"image": 1}
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(OSError, match="a.jsonl is neither a file nor a folder: save its content as a file"):
+        open_reader(str(tmp_path / "a.jsonl"))
 
 
 @few

@@ -29,7 +29,7 @@ from transfusion.config import ChatLayout, DataConfig, PrepareConfig, to_json
 from transfusion.data.fitting import TokenizerAndCodec
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import Fault
-from transfusion.data.reading.readers import open_reader
+from transfusion.data.reading.readers import NUM_SAMPLES, ReaderOptions, open_reader
 from transfusion.data.reading.records import to_document
 from transfusion.data.sources import chat_layout
 from transfusion.data.store import open_prepared
@@ -112,6 +112,12 @@ contents = st.lists(texts | st.integers(0, NUM_PICTURES - 1), max_size=4)
 conversations = st.lists(st.tuples(roles, contents), min_size=1, max_size=5)
 
 
+def fill_answers(turns: list[tuple[str, Content]]) -> list[tuple[str, Content]]:
+    """The turns with a word in answers that are blank: these are faults."""
+    return [(role, content) if role != "assistant" or any(isinstance(part, int) or part.strip() for part in content)
+            else (role, [*content, "a bird"]) for role, content in turns]  # fmt: skip
+
+
 def asks_last(turns: list[tuple[str, Content]]) -> bool:
     """Is the last content not of the assistant? Otherwise an answer without prefix would continue it."""
     asked = [role for role, content in turns for part in content if part != ""]
@@ -169,7 +175,7 @@ def check_served_as_trained(form: str, record: dict, messages: list[dict], answe
 @pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece_like])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @examples(200, quick=20)
-@given(conversations, texts.filter(bool))
+@given(conversations.map(fill_answers), texts.filter(str.strip))
 def test_messages_are_served_as_trained(layout, tokenizer, turns, answer):
     record = {"messages": [
         *(to_message(role, content, lambda n: {"type": "image", "image": n}) for role, content in turns),
@@ -178,7 +184,6 @@ def test_messages_are_served_as_trained(layout, tokenizer, turns, answer):
     messages = [
         to_message(role, content, lambda n: {"type": "image_url", "image_url": {"url": url(n)}}) for role, content in turns
     ]
-    assume(answer.strip() or any(isinstance(part, int) or part.strip() for _, content in turns for part in content))
     engine = engine_of(layout, tokenizer())
     assume(layout != PLAIN or asks_last(turns))
     check_served_as_trained("messages", record, messages, answer, engine, layout)
@@ -195,6 +200,7 @@ def test_llava_is_served_as_trained(layout, data):
     if not has_marks:  # the images are in the first message of the user
         turns = [(role, [part for part in content if isinstance(part, str)]) for role, content in turns]
         turns = [("system", ["be brief"])] * data.draw(st.integers(0, 1)) + [("user", [*pictures, "which?"]), *turns]
+    turns = fill_answers(turns)
     names = {"system": ("system",), "user": ("human", "user", "Human"), "assistant": ("gpt", "model", "assistant")}
     record = {"image": pictures, "conversations": [
         {"from": data.draw(st.sampled_from(names[role])),
@@ -286,7 +292,13 @@ def test_question_and_answer_without_layout_stay_apart():
 
 def test_conversation_without_content_is_a_fault_in_any_layout():
     with pytest.raises(Fault, match="neither text nor an image"):
-        to_document("messages", {"messages": [{"role": "user", "content": " "}]}, Pictures(), CHATML)
+        to_document("messages", {"messages": []}, Pictures(), CHATML)
+    question = {"role": "user", "content": "a"}
+    for messages in ([question], [question, {"role": "gpt", "content": " \n"}],
+                     [{"role": "assistant", "content": []}, {"role": "assistant", "content": "b"}]):  # fmt: skip
+        with pytest.raises(Fault, match="assistant") as raised:
+            to_document("messages", {"messages": messages}, Pictures(), CHATML)
+        assert raised.value.kind == "empty answer"
 
 
 def test_names_of_roles():
@@ -308,7 +320,8 @@ def test_conversation_that_edits_an_image_is_an_edit():
         def image(number: int) -> dict:
             return {"type": "image", "image": number}
 
-        return {"messages": [to_message("user", content, image), to_message(last_role, [2], image)]}
+        between = [] if last_role == "assistant" else [{"role": "assistant", "content": "into which?"}]
+        return {"messages": [to_message("user", content, image), *between, to_message(last_role, [2], image)]}
 
     for values, expected in [
         (record("assistant", 0, "make it blue"), True), (record("user", 0, "make it blue"), False),
@@ -459,6 +472,16 @@ def test_source_with_a_few_conversations_has_the_layout(folder, tmp_path):
 def test_layout_without_conversations_is_refused(folder, tmp_path):
     with pytest.raises(PrepareError, match="--chat has no effect: no source has conversations"):
         prepared_with(folder, tmp_path / "out", "texts", chat=CHATML)
+
+
+def test_conversation_behind_any_number_of_other_records_has_the_layout(folder, tmp_path):
+    """The form of a source is decided by its first records, not that of each record."""
+    lines = [(folder / name).read_text().splitlines(keepends=True) for name in ("texts.jsonl", "talks.jsonl")]
+    (tmp_path / "mixed.jsonl").write_text("".join([*(lines[0] * 10)[: 2 * NUM_SAMPLES], lines[1][0]]))
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_json())
+    assert prepared_with(tmp_path, tmp_path / "out", "mixed", chat=CHATML).chat_layout() == CHATML
+    reader, first = (open_reader(str(tmp_path / "mixed.jsonl"), ReaderOptions(limit=limit)) for limit in (None, NUM_SAMPLES))
+    assert reader.has_conversations() and not first.has_conversations()
 
 
 def test_older_folder_has_the_default_layout(folder, tmp_path):

@@ -22,6 +22,7 @@ from tests.sources import picture, png, write_lines, write_photos
 from tests.test_cli import TINY_FITTED, command, fails
 from tests.test_prepare import files_of
 from transfusion.cli import main
+from transfusion.data.reading.account import counted
 from transfusion.data.store import open_prepared
 
 PREPARE = ("--tokenizer-size", 300, "--records-per-shard", 16)
@@ -49,7 +50,7 @@ def test_validate_lists_faults_by_file_and_row(folder, tmp_path, capsys):
         main(["data", "validate", *sources, "--faults", str(faults)])
     captured = capsys.readouterr()
     assert caught.value.code == 1
-    assert "photos: 120 records, 119 documents, 1 faults" in captured.out
+    assert "photos: 120 records, 119 documents, 1 fault" in captured.out
     assert "metadata.jsonl:8: cannot read the image 0007.png" in captured.out
     assert "texts: 90 records, 90 documents, 0 faults" in captured.out
     assert [json.loads(line)["where"] for line in faults.read_text().splitlines()] == ["metadata.jsonl:8"]
@@ -62,9 +63,8 @@ def test_validate_passes_intact_data(folder, capsys):
 
 def test_validate_of_nothing_fails(folder, tmp_path, capsys):
     """All records are passed over for a reason that is no fault."""
-    path = write_lines(tmp_path / "others.jsonl", [{"text": "a", "split": "test"}, {"text": "b", "split": "test"}])
+    path = write_lines(tmp_path / "others.jsonl", [{"key": "1", "text": "a", "status": "failed_to_download"}] * 2)
     assert "transfusion: others: no documents" in fails(capsys, 1, "data", "validate", folder / "texts.jsonl", path)
-    command("data", "validate", path, "--split", "test")
 
 
 def test_validate_reports_a_changed_byte_in_prepared_data(folder, tmp_path, capsys):
@@ -409,12 +409,12 @@ def test_leaks_and_duplicates_are_printed(tmp_path, capsys):
     command("data", "prepare", photos, few, "--out", tmp_path / "out", "--heldout", 30, *PREPARE)
     stderr = capsys.readouterr().err
     heldout = re.search(r"photos: \d+ to train on, (\d+) held out", stderr)[1]
-    assert f"{heldout} pictures and 0 texts are held out; none of them is trained on" in stderr
+    assert f"{counted(int(heldout), 'picture')} and 0 texts are held out; none of them is trained on" in stderr
     assert "warning: nothing of few is held out" in stderr
     assert "nothing of photos" not in stderr
     command("data", "validate", photos, few, tmp_path / "out")
     stdout = capsys.readouterr().out
-    assert f"{heldout} pictures and 0 texts are held out; none of them is trained on" in stdout
+    assert f"{counted(int(heldout), 'picture')} and 0 texts are held out; none of them is trained on" in stdout
     assert "duplicates: 3 documents (same pixels and text as an earlier one), 3 pictures (same pixels)" in stdout
     command("data", "inspect", tmp_path / "out", "--out", tmp_path / "page.html")
     assert "none of them is trained on" in (tmp_path / "page.html").read_text()

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -15,19 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fixtures.make import encoded, noise, png, write_tar
+from tests.layouts import tar
 from tests.profile import examples
 from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
 from transfusion.codecs import pictures
 from transfusion.data.raw import Fault, RawDocument, RawImage
 from transfusion.data.reading import archives, json_files, plain_text
+from transfusion.data.reading.columns import FORMS
 from transfusion.data.reading.readers import ReaderOptions, open_reader
-from transfusion.data.reading.records import FORMS, to_document
+from transfusion.data.reading.records import to_document
 
 GOOD = png(1)
 PAIR = {"image": "good.png", "caption": "a bird"}
@@ -159,7 +163,7 @@ def test_missing_image_of_a_record_without_text_is_a_fault(value, folder):
 
 def test_damaged_data_url_is_a_fault(folder):
     inline = "data:image/png;base64," + base64.b64encode(GOOD).decode()
-    damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=",
+    damaged = [inline[:-3], inline[:40] + "é" + inline[41:], inline[:40] + "!" + inline[41:], inline + "\n\n=A",
                "data:image/png;base64,", inline[:-24] + "A" * 24 + "===="]  # fmt: skip
     check_between(folder, [{"image": url, "caption": "a bird"} for url in damaged], "unreadable image")
 
@@ -238,8 +242,8 @@ def test_passage_that_is_not_utf8_is_a_fault(tmp_path, monkeypatch):
     assert texts(records)[::2] == ["one.\n\n", "three"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_text_in_utf_16_is_a_fault(encoding, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_text_in_utf_16_without_its_mark_is_a_fault(encoding, tmp_path):
     (tmp_path / "bird.png").write_bytes(encoded(noise(1, 8, 8)))
     (tmp_path / "bird.txt").write_bytes("a red bird\n".encode(encoding))
     (tmp_path / "texts").mkdir()
@@ -337,15 +341,15 @@ def test_file_without_records_among_others_is_a_fault(tmp_path):
     for name, content in (("a.json", ""), ("b.json", '[{"text": "one"}]'), ("c.json", '{"a": [{"text": "two"}]}'),
                           ("d.json", "\ufeff \n [ ]"), ("e.json", "x"), ("f.json", '[{"text": "three"}]')):  # fmt: skip
         (tmp_path / name).write_text(content, encoding="utf-8")
-    assert outcomes(read_at(tmp_path)) == [("a.json:1", "bad JSON"), ("b.json:1", ""), ("c.json:1", "bad JSON"),
+    assert outcomes(read_at(tmp_path)) == [("a.json:1", "bad JSON"), ("b.json:1", ""), ("c.json:1", ""),
                                            ("e.json:1", "bad JSON"), ("f.json:1", "")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "message"), [
     ("", "is not valid JSON"), ("two words", "is not valid JSON"), ('{"a": ' + DEEP, "is not valid JSON"),
-    ('{"annotations": []}', "neither a list"), ('{\n"text": "spread over lines"}', "neither a list"),
-    ("[]", "has no records"), ("[5]", "no record can be read"),
-    ("\xff", "is not valid JSON"), ("{", "is not valid JSON"),
+    ('{"annotations": []}', "neither a text"), ('{\n"this": "spread over lines"}', "neither a text"),
+    ("[]", "has no records"), ("[5]", "no record can be read"), ("5", "not 5"),
+    ("\xff", "is not UTF-8"), ("{", "is not valid JSON"),
 ])  # fmt: skip
 def test_json_file_without_records_is_a_one_line_error(content, message, tmp_path):
     (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
@@ -361,11 +365,12 @@ def test_json_lines_in_a_json_file_may_have_a_long_first_line(tmp_path):
 
 # Forms
 
+HELLO = {"role": "assistant", "content": "Hello!"}
 TURNS = [{"from": "human", "value": "Which <image>?"}, {"from": "gpt", "value": "A robin."}]
 GOOD_RECORDS = {
     "document": {"segments": [{"text": "a bird"}, {"image": "good.png"}]},
     "conversation": {"image": "good.png", "conversations": TURNS},
-    "messages": {"messages": [{"role": "user", "content": "Hello!"}]}, "interleaved": {"texts": ["a"], "images": [None]},
+    "messages": {"messages": [HELLO]}, "interleaved": {"texts": ["a"], "images": [None]},
     "mmc4": {"text_list": ["a"], "image_info": []},
     "editing": {"source": "good.png", "instruction": "turn it", "target": "good.png"},
 }  # fmt: skip
@@ -403,12 +408,17 @@ BAD_FORMS = {
         ("wrong encoding", {"conversations": [{"from": "human", "value": "\ud800"}]}),
     ],
     "messages": [
-        ("bad segment", {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": "a.mp4"}]}]}),
+        *(("unsupported media", {"messages": [{"role": "user", "content": [{"type": kind, kind: "a.mp4"}]}]})
+          for kind in ("video", "video_url", "audio", "audio_url", "input_audio")),
+        *(("unsupported media", {"messages": [{"role": "user", "content": text}]}) for text in (
+            "<video>\nWhich bird?", "Which bird?\n<audio>", "<|video_1|>", "<|video_pad|>Which?", "<video>a.mp4</video>")),
+        *(("unsupported media", {"messages": [HELLO], name: ["a.mp4"]}) for name in ("video", "videos", "audio", "audios")),
+        ("empty answer", {"messages": [{"role": "user", "content": "Hello!"}]}),
+        ("empty answer", {"messages": [HELLO, {"role": "assistant", "content": " "}]}),
         ("bad segment", {"messages": [{"role": "user", "content": 5}]}),
         ("bad segment", {"messages": [{"role": "user", "content": {"type": "text"}}]}),
         ("bad segment", {"messages": [{"role": "user", "content": ["Hello!"]}]}),
         ("bad segment", {"messages": [{"content": "Hello!"}]}), ("empty document", {"messages": []}),
-        ("empty document", {"messages": [{"role": "user", "content": " "}]}),
     ],
     "document": [
         ("bad segment", {"segments": [{"text": "a", "image": "good.png"}]}), ("bad segment", {"segments": [{}]}),
@@ -648,13 +658,78 @@ def test_truncated_arrow_stream_gives_its_complete_batches_and_one_fault(max_row
             out.write_batch(batch)
             ends.append(buffer.tell())
     (tmp_path / "b.arrow").write_bytes(buffer.getvalue())
-    for batches, end in enumerate(ends[:-1], 1):
-        for extra in (3, 50, 500):  # bytes of the next batch
+    for batches, end in enumerate(ends, 1):
+        for extra in (0, 3, 50, 500) if end < ends[-1] else (0, 3, 7):  # bytes of the next batch, or of the end mark
             (tmp_path / "a.arrow").write_bytes(buffer.getvalue()[: end + extra])
             complete = [(f"a.arrow:{n}", "") for n in range(1, 3 * batches + 1)]
             others = [(f"b.arrow:{n}", "") for n in range(1, 10)]
             actual = outcomes(read_at(tmp_path, max_rows))
             assert actual == [*complete, (f"a.arrow:{3 * batches + 1}", "cut short"), *others]
+
+
+@pytest.mark.parametrize("max_rows", [1, 1000])
+def test_joined_arrow_streams_are_read_and_bytes_behind_them_are_a_fault(max_rows, tmp_path):
+    content = b""
+    for number in range(2):
+        table, buffer = pa.table({"text": [f"{number} {n}" for n in range(3)]}), io.BytesIO()
+        with pa.ipc.new_stream(buffer, table.schema) as out:
+            out.write_table(table, max_chunksize=2)
+        content += buffer.getvalue()
+    for extra, kind in ((b"", []), (b"abc", ["cut short"]), (bytes(64), ["cut short"])):
+        (tmp_path / "a.arrow").write_bytes(content + extra)
+        records = read_at(tmp_path, max_rows)
+        assert kinds(records) == [""] * 6 + kind
+        assert texts(records[:6]) == [f"{number} {n}" for number in range(2) for n in range(3)]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_of_equal_names_do_not_replace_each_other(suffix, tmp_path):
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(str(path), table.schema) as out:
+            out.write_table(table)
+    assert texts(read_at(path)) == ["one"]
+
+
+def test_saved_data_set_without_one_of_its_tables_is_an_error(tmp_path):
+    shutil.copytree(FIXTURES / "saved", tmp_path / "saved")
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    state["_data_files"].append({"filename": "data-00001-of-00002.arrow"})
+    (tmp_path / "saved/state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"lacks data-00001-of-00002.arrow, which its state.json names"):
+        open_reader(str(tmp_path / "saved"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt", "a.md", "a.tar", "a.parquet", "a.arrow"])
+def test_pointer_of_git_lfs_is_no_content(name, tmp_path):
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises((ValueError, OSError), match="Git LFS pointer without its content: run git lfs pull"):
+        open_reader(str(tmp_path))
+    good = {"csv": b"text,n\none,1\n", "tsv": b"text\tn\none\t1\n", "json": b'[{"text": "one"}]',
+            "jsonl": b'{"text": "one"}', "tar": tar([("1.txt", "one")])}.get(name[2:], b"one")  # fmt: skip
+    if name.endswith(("parquet", "arrow")):
+        write_table = pq.write_table if name.endswith("parquet") else pyarrow.feather.write_feather
+        write_table(pa.table({"text": ["one"]}), tmp_path / f"b{name[1:]}")
+    else:
+        (tmp_path / f"b{name[1:]}").write_bytes(good)
+    records = read_at(tmp_path)
+    assert "cut short" in kinds(records)
+    assert len(records) == 2
+
+
+def test_pointers_of_captions_and_pictures_are_faults(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(POINTER if name == "a" else encoded(noise(1, 8, 8)))
+        (tmp_path / f"{name}.txt").write_bytes(POINTER if name == "b" else b"one")
+    faults = read_at(tmp_path)
+    assert kinds(faults) == ["unreadable image", "cut short", ""]
+    assert all("run git lfs pull" in str(fault) for fault in faults[:2])
 
 
 def test_table_without_captions_is_images_or_faults_by_form(tmp_path):
@@ -731,9 +806,9 @@ def test_coco_annotations_without_an_image_are_faults(folder):
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     records = read_at(folder / "captions.json")
     assert kinds(records) == ["", *["missing image"] * 6, "empty caption", "bad segment", "missing image", ""]
-    assert [record.where for record in records] == [f"captions.json:annotation {n}" for n in range(1, 12)]
+    assert [record.where for record in records] == [f"captions.json:{n}" for n in range(1, 12)]
     (folder / "captions_z.json").write_text("{")
-    assert kinds(read_at(folder))[-1] == "bad JSON"
+    assert kinds(read_at(folder))[-1] == "cut short"
     for second in ('{"images": null, "annotations": null}', '{"images": [], "annotations": {}}'):
         (folder / "captions_z.json").write_text(second)
         assert kinds(read_at(folder))[-1] == ""  # passed over: the account names it

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -24,7 +25,16 @@ from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
-from transfusion.data.heldout import HASH_RANGE, SplitDocument, hash_pixels, hash_text, perceptual_hash
+from transfusion.data.heldout import (
+    HASH_RANGE,
+    MAX_SIDE,
+    MIN_STEP,
+    SplitDocument,
+    _resize_weights,
+    hash_pixels,
+    hash_text,
+    perceptual_hashes,
+)  # fmt: skip
 from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
@@ -32,6 +42,7 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import ReaderOptions, open_built_in, open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, open_prepared
+from transfusion.data.summaries import Summarizer
 from transfusion.data.survey import Duplicates, survey
 from transfusion.evaluation.suite import Suite
 from transfusion.sequence import Document, Image, Text
@@ -293,9 +304,11 @@ def test_share_is_the_same_for_all_sources_without_declared_splits(tmp_path, mon
 # Declared splits
 
 
-@pytest.mark.parametrize(("option", "rows"), [("train", (0, 3, 4, 5)), ("validation", (1, 4, 5)), ("dev", (1, 4, 5))])
+@pytest.mark.parametrize(("option", "rows"), [
+    ("train", (0, 3, 4, 5)), ("validation", (1,)), ("dev", (1,)), ("all", range(6)), (None, (0, 1, 3, 4, 5)),
+])  # fmt: skip
 def test_rows_of_another_split_are_not_read(tmp_path, option, rows):
-    """The column `split`; any other value or none decides nothing."""
+    """The column `split`. Without a value a row is for training."""
     values = ["train", "val", "TEST", "training", "restval", None]
     records = [{"image": inline(picture(n)[1]), "caption": str(n), "split": value} for n, value in enumerate(values)]
     reader, account = open_reader(str(write_lines(tmp_path / "a.jsonl", records)), ReaderOptions(split=option)), Account()
@@ -303,10 +316,11 @@ def test_rows_of_another_split_are_not_read(tmp_path, option, rows):
     assert [raw.segments[0].text for raw in raws] == list(map(str, rows))
     reader.close_account(account)
     account.check()
-    assert account.tallies["records"].passed_over == {"of another split": 6 - len(rows)}
+    assert account.tallies["records"].passed_over.total() == 6 - len(rows)
+    assert [raw.split for raw in raws] == [["train", "heldout"][n == 1] if option is None else "" for n in rows]
 
 
-def test_leaks_of_declared_splits_are_counted_and_named(tmp_path):
+def test_training_copies_of_declared_held_out_documents_are_left_out(tmp_path):
     """`photographs` and `topics` declare what is held out; other sources may have the same pictures and texts."""
     (flower,), text = open_built_in("photographs", "heldout"), open_built_in("topics", "heldout")[3].segments[0].text
     write_lines(tmp_path / "mine.jsonl", [
@@ -317,11 +331,14 @@ def test_leaks_of_declared_splits_are_counted_and_named(tmp_path):
     config = replace(CONFIG, sizes=("16x16",), heldout=0, records_per_shard=2048)
     about = prepare.prepare(readers, config, tmp_path / "out")
     leaks = about["leaks"]
-    assert (leaks["heldout_images"], leaks["images"], leaks["texts"], leaks["shared"]) == (1, 1, 1, 0)
-    assert leaks["named"] == [
-        "the picture of mine: mine.jsonl:1 is held out in photographs: heldout:0",
-        "the text of mine: mine.jsonl:2 is held out in topics: heldout:3",
+    assert (leaks["heldout_images"], leaks["images"], leaks["texts"], leaks["shared"]) == (1, 0, 0, 0)
+    lines = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert [(fault["source"], fault["where"], fault["kind"], fault["message"]) for fault in lines] == [
+        ("mine", "mine.jsonl:1", "also held out", "its picture is held out in photographs: heldout:0"),
+        ("mine", "mine.jsonl:2", "also held out", "its text is held out in topics: heldout:3"),
     ]
+    assert about["sources"]["mine"]["documents"] == {"train": 20, "heldout": 0}
+    assert about["sources"]["mine"]["account"]["kinds"]["records"]["passed_over"] == {"also held out": 2}
 
 
 def test_documents_left_out_are_no_leaks(tmp_path):
@@ -418,8 +435,8 @@ def test_duplicates_are_those_of_python_sets(corpus):
     documents = [RawDocument(tuple(RawText(text_of(n)) if n < 10 else RawImage(pixels_of(n)) for n in parts))
                  for parts in corpus]  # fmt: skip
     duplicates = Duplicates()
-    for document in documents:
-        duplicates.add(document)
+    for summary in Summarizer(None, None, hashes=True).summarize(documents):
+        duplicates.add(summary)
     used = [n for parts in corpus for n in parts if n >= 10]
     numbers = len(corpus) - len(set(map(tuple, corpus))), len(used) - len(set(used)), 0
     assert [int(word) for word in str(duplicates).split() if word.isdigit()] == list(numbers)
@@ -429,6 +446,10 @@ def smooth(seed: int, side: int = 96) -> PILImage.Image:
     """A smooth random picture."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return PILImage.fromarray(pixels).resize((side, side), PILImage.Resampling.BICUBIC)
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    return perceptual_hashes([pixels])[0]
 
 
 def test_perceptual_hash_is_the_difference_hash_and_finds_most_copies():
@@ -455,6 +476,25 @@ def test_perceptual_hash_is_the_difference_hash_and_finds_most_copies():
     assert perceptual_hash(large) == perceptual_hash(large[::3, ::3])  # sampled first
 
 
+def test_perceptual_hashes_of_many_images_are_those_of_each_in_exact_arithmetic():
+    """Of any shapes in any order."""
+    rng = np.random.default_rng(0)
+    shapes = [(8, 9, 3), (64, 64, 3), (64, 64, 1), (1, 1, 3), (700, 300, 3), (1, 40_000, 1), (40_000, 2, 3)]
+    images = [rng.integers(200, 256, shapes[n % len(shapes)], np.uint8) for n in rng.permutation(3 * len(shapes))]
+    assert perceptual_hashes(images) == list(map(exact_hash, images))
+    assert perceptual_hashes([]) == []
+
+
+def exact_hash(pixels: np.ndarray) -> int:
+    """The same with integers: weights in units of 2^-12."""
+    step = max(1, min(pixels.shape[:2]) // MAX_SIDE)
+    height, width, channels = (pixels := pixels[::step, ::step].astype(int)).shape
+    rows, columns = (_resize_weights(*sizes) * 2**12 for sizes in ((height, 8), (width, 9)))
+    grey = np.einsum("ay,yxc,bx->ab", rows.astype(int), pixels, columns.astype(int), optimize=True)
+    bits = grey[:, 1:] - grey[:, :-1] > MIN_STEP * channels * 2**24
+    return int("".join("01"[int(bit)] for bit in bits.ravel()), 2)
+
+
 def test_likely_duplicates_are_counted(tmp_path):
     """By `validate` within a source, by `prepare` between held-out and training pictures. Flat pictures are all alike."""
     originals = (np.asarray(smooth(seed)) // 2 for seed in range(99))
@@ -466,8 +506,8 @@ def test_likely_duplicates_are_counted(tmp_path):
     duplicates = Duplicates()
     survey(open_reader(str(path)), None, duplicates=duplicates)
     assert str(duplicates) == (
-        "duplicates: 1 documents (same pixels and text as an earlier one), 1 pictures (same pixels); likely duplicates: "
-        "1 pictures (same perceptual hash)"
+        "duplicates: 1 document (same pixels and text as an earlier one), 1 picture (same pixels); likely duplicates: "
+        "1 picture (same perceptual hash)"
     )
     prepared = prepare_in(tmp_path / "out", [str(path)], config=replace(CONFIG, sizes=("96x96",)))
     leaks = count_leaks([(prepared.folder, prepared.metadata)])

@@ -17,7 +17,8 @@ def test_layout_is_read_as_documented(layout: Layout, max_rows, tmp_path):
     write(tmp_path, layout.files)
     items = read(open_reader(str(tmp_path), ReaderOptions(**layout.options)), max_rows)
     documents = [item.kind if isinstance(item, Fault) else
-                 "|".join("#" if isinstance(part, RawImage) else part.text for part in item.segments) for item in items]
+                 "|".join("#" if isinstance(part, RawImage) else part.text for part in item.segments) +
+                 " (held out)" * (item.split == "heldout") for item in items]  # fmt: skip
     assert documents == layout.documents
     account = check_account(tmp_path, max_rows, **layout.options)
     passed_over = {f"{kind}: {reason}": count for kind, tally in account.tallies.items() if kind != "fields"

@@ -121,14 +121,14 @@ def test_other_file_systems_give_the_same_documents(root, disks):
 
 def test_hub_data_set_is_read_by_name(disks, monkeypatch):
     put_fixtures("memory://hub/owner")
-    connect = files._connect
+    connect = files.connect
     addresses = []
 
     def connect_to_hub(address):
         addresses.append(address)
         return connect(address.replace("hf://datasets/", "memory://hub/"))
 
-    monkeypatch.setattr(files, "_connect", connect_to_hub)
+    monkeypatch.setattr(files, "connect", connect_to_hub)
     for title in ("a folder as the hub has it", "webdataset archives", "an image folder with metadata.jsonl"):
         source = EXPECTED[title]["source"]
         reader = open_reader(f"owner/{source}")
@@ -142,8 +142,8 @@ def test_local_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
         assert not address.startswith("hf://")
         return connect(address)
 
-    connect = files._connect
-    monkeypatch.setattr(files, "_connect", connect_locally)
+    connect = files.connect
+    monkeypatch.setattr(files, "connect", connect_locally)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner/name.jsonl").write_text('{"text": "here"}')
@@ -155,14 +155,14 @@ def test_local_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), RuntimeError("the client's own\n\nway"), OSError()])
 def test_missing_network_is_a_one_line_error(error, monkeypatch, tmp_path):
-    connect = files._connect
+    connect = files.connect
 
     def unreachable(address):
         if address.startswith("hf://"):
             raise error
         return connect(address)
 
-    monkeypatch.setattr(files, "_connect", unreachable)
+    monkeypatch.setattr(files, "connect", unreachable)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError) as raised:
         open_reader("owner/name")
@@ -391,14 +391,15 @@ def test_each_record_is_read_in_its_own_form(tmp_path):
 
 
 @pytest.mark.parametrize("title", [
-    "JSON lines of text", "parquet with image bytes", "an Arrow file", "webdataset archives", "plain text", "COCO captions",
-    "an image folder without captions", "LLaVA's conversations",
+    "JSON lines of text", "parquet with image bytes", "an Arrow file", "webdataset archives", "plain text",
+    "COCO captions, training split", "an image folder without captions", "LLaVA's conversations",
 ])  # fmt: skip
 def test_limit_reads_the_first_records(title):
     expected = EXPECTED[title]
     for limit in (1, 2, 3):
         for max_rows in UNITS:
-            reader = open_reader(f"{FIXTURES}/{expected['source']}", ReaderOptions(limit=limit))
+            options = ReaderOptions(**expected["options"], limit=limit)
+            reader = open_reader(f"{FIXTURES}/{expected['source']}", options)
             assert sum(unit.rows for unit in reader.units(max_rows)) == limit
             check(read(reader, max_rows), expected["documents"][:limit])
 
@@ -430,7 +431,9 @@ def test_split_is_selected_by_file_and_folder_names(tmp_path):
     for name in ("train.jsonl", "val.jsonl", "test2017.jsonl", "trainer/test_sft-0.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_lines(tmp_path / name, {"text": name})
-    assert texts(read_at(tmp_path)) == ["train.jsonl"]
+    assert texts(read_at(tmp_path)) == ["train.jsonl", "val.jsonl"]
+    assert texts(read_at(tmp_path, split="train")) == ["train.jsonl"]
+    assert len(read_at(tmp_path, split="all")) == 4
     assert texts(read_at(tmp_path, split="validation")) == ["val.jsonl"]
     assert texts(read_at(tmp_path, split="test")) == ["test2017.jsonl", "trainer/test_sft-0.jsonl"]
     assert texts(read_at(tmp_path, split="test_sft")) == ["trainer/test_sft-0.jsonl"]

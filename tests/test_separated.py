@@ -124,6 +124,27 @@ def test_row_that_is_not_utf8_is_one_fault(tmp_path):
     assert [text for _, text in outcomes(path)] == ["one", "wrong encoding", "wrong encoding", "last"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("max_rows", [1, 1000])
+def test_row_without_all_cells_and_line_break_is_cut_short(encoding, max_rows, tmp_path):
+    content = "id,text,n\n1,one,1\n2,two,2"
+    for end in range(content.index("2,"), len(content)):
+        complete = [("a.csv:2", "one")]
+        last = [("a.csv:3", "cut short" if content[:end].count(",") < 6 else "two")] if content[end - 1] != "\n" else []
+        path = write(tmp_path, content[:end].encode(encoding))
+        assert outcomes(path, max_rows) == complete + last
+        if last and content[end - 1] != ",":  # a line break is the writer's: the row is wrong, not cut
+            path = write(tmp_path, f"{content[:end]}\n".encode(encoding))
+            assert outcomes(path, max_rows) == complete + [("a.csv:3", last[0][1].replace("cut short", "damaged table"))]
+
+
+def test_file_of_carriage_returns_is_cut_short(tmp_path):
+    """All rows are one line, and one fault would hide them all."""
+    write(tmp_path, "text,n\none,1\n", "a.csv")
+    write(tmp_path, "text,n\rtwo,2\rthree,3\r", "b.csv")
+    assert outcomes(tmp_path) == [("a.csv:2", "one"), ("b.csv:1", "cut short")]
+
+
 def test_file_that_ends_in_a_quoted_cell_is_cut_short(tmp_path):
     assert [text for _, text in outcomes(write(tmp_path, 'text,n\none,1\n"two and'))] == ["one", "cut short"]
 
@@ -158,8 +179,8 @@ def test_quotes_are_characters_where_the_dialect_has_none(tmp_path):
 
 def test_equal_names_of_columns_do_not_replace_each_other(tmp_path):
     reader = open_reader(str(write(tmp_path, "text,text\none,two\n")))
-    (span,) = reader.container.spans(1, None)
-    assert dict(reader.container.records(span)) == {"a.csv:2": {"text": "one", "text.1": "two"}}
+    (span,) = reader.containers[""].spans(1, None)
+    assert dict(reader.containers[""].records(span)) == {"a.csv:2": {"text": "one", "text.1": "two"}}
 
 
 def test_one_column_may_have_any_delimiter(tmp_path):
@@ -240,13 +261,13 @@ def test_compressed_file_is_decompressed_once_for_any_number_of_spans(kind, suff
 
 def count_bytes(monkeypatch):
     """A function that returns how many bytes were decompressed since now."""
-    sizes, original = [], streams.Decompressed._decompress
+    sizes, original = [], streams.Decoded._decode
 
     def decompress(stream) -> int:
         sizes.append(original(stream))
         return sizes[-1]
 
-    monkeypatch.setattr(streams.Decompressed, "_decompress", decompress)
+    monkeypatch.setattr(streams.Decoded, "_decode", decompress)
     return lambda: sum(sizes)
 
 
@@ -285,7 +306,7 @@ def test_last_content_is_kept_and_no_more_than_two_windows(size, monkeypatch):
     monkeypatch.setattr(streams, "WINDOW", 1000)
     monkeypatch.setattr(streams, "BUFFER_SIZE", 300)
     content = bytes(n % 251 for n in range(size))
-    stream = streams.Decompressed(streams.RawFile(io.BytesIO(content), "a"))
+    stream = streams.Decoded(streams.RawFile(io.BytesIO(content), "a"))
     for end in range(0, size, 70):
         stream.seek(end)
         assert min(end, 1000) <= end - stream.start <= 2300
@@ -308,3 +329,69 @@ def test_first_row_with_a_picture_is_no_header(tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(PIXELS)
     assert outcomes(write(tmp_path, "0.png,text\n1.png,dog\n")) == [("a.csv:1", "text"), ("a.csv:2", "dog")]
+
+
+# Other first and last rows
+
+
+@pytest.mark.parametrize("comments", ["# made by hand\n", "# 1. it's \"quoted, and\n#\n#two\n", "\ufeff# bom\n", ""])
+@pytest.mark.parametrize(("rows", "expected"), [
+    ("text;n\none, #1;1\n#two;2\n", ["one, #1", "#two"]), ("# n,text\n1000,one\n", ["one"]),
+    ("#n\ttext\n1000\tone\n", ["one"]), ("1,a longer text\n#2,another text\n", ["a longer text", "another text"]),
+])  # fmt: skip
+@pytest.mark.parametrize("max_rows", [1, 1000])
+def test_lines_of_comments_before_the_first_row_are_skipped(comments, rows, expected, max_rows, tmp_path):
+    found = outcomes(write(tmp_path, comments + rows), max_rows)
+    assert [text for _, text in found] == expected
+    lines = (comments + rows).splitlines()
+    assert found[-1][0] == f"a.csv:{len(lines)}"
+
+
+def test_texts_with_a_hash_are_no_comments(tmp_path):
+    assert [text for _, text in outcomes(write(tmp_path, "text\n#one\n#two\n"))] == ["#one", "#two"]
+    assert [text for _, text in outcomes(write(tmp_path, "#one,1\n#two,2\n"))] == ["#one", "#two"]
+
+
+def test_header_of_joined_tables_is_no_row(tmp_path):
+    path = write(tmp_path, "id,text,\n1,one,\nid,text,\n2,two,\n")
+    assert all(outcomes(path, max_rows) == [("a.csv:2", "one"), ("a.csv:4", "two")] for max_rows in (1, 1000))
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT, "NULL", "\\N"])
+@pytest.mark.parametrize("na_rep", ["", "nan", "NULL", "N/A", "<NA>", "None"])
+def test_missing_captions_are_faults(missing, na_rep, tmp_path):
+    write(tmp_path, PIXELS, "1.png")
+    frame = pandas.DataFrame({"image": ["1.png"] * 3, "caption": ["a nan, or None", missing, "NULLs"]})
+    path = write(tmp_path, frame.to_csv(na_rep=na_rep))
+    assert [text for _, text in outcomes(path)] == ["a nan, or None", "empty caption", "NULLs"]
+
+
+@pytest.mark.parametrize("rows", [
+    ["1.png,one; two", "2.png,three; four"], ["1.png;one, two", "2.png;three, four"], ["1.png|a, b; c", "2.png|d, e; f"],
+])  # fmt: skip
+def test_delimiter_beside_pictures_is_that_of_the_columns(rows):
+    assert find_dialect("\n".join(rows).encode()).delimiter == rows[0][len("1.png")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.csv", "text,n\none 猫,1\n\"two\n𝄞\",2\n"), ("a.tsv", "text\tn\none 猫\t1\ntwo\t2\n"),
+    ("a.jsonl", '{"text": "one 猫"}\n\n{"text": "two 𝄞"}\n'), ("a.json", '[{"text": "one 猫"},\n{"text": "two"}]'),
+    ("b.json", '{\n"text": "one 猫"}'), ("a.txt", "one 猫\r\n\r\ntwo"), ("a.csv.gz", "text,n\none,1\n"),
+])  # fmt: skip
+def test_byte_order_mark_shows_the_encoding(name, content, encoding, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "WINDOW", 16)
+    monkeypatch.setattr(streams, "BUFFER_SIZE", 7)
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    for max_rows in (1, 1000):
+        expected = outcomes(write(tmp_path, pack(content.encode()), name), max_rows)
+        assert outcomes(write(tmp_path, pack(f"\ufeff{content}".encode(encoding)), name), max_rows) == expected
+    assert not any(kind == "cut short" for _, kind in expected)
+
+
+def test_caption_in_utf_16_is_read_and_damage_costs_one_record(tmp_path):
+    for name, caption in (("a", "one 猫".encode("utf-16")), ("b", "two".encode("utf-16")[:-1]), ("c", b"three"),
+                          ("d", b"\xff\xfe\0\xd8")):  # fmt: skip
+        write(tmp_path, PIXELS, f"{name}.png")
+        write(tmp_path, caption, f"{name}.txt")
+    assert [text for _, text in outcomes(tmp_path)] == ["one 猫", "cut short", "three", "wrong encoding"]

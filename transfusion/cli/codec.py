@@ -81,6 +81,7 @@ def fit_codec(arguments: list[str]) -> None:
         raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
     readers = open_readers(args.reading)
 
+    from transfusion.data.reading.account import counted
     from transfusion.parallel import Ranks, pick_device
     from transfusion.training.codec import CodecTrainer
 
@@ -89,8 +90,9 @@ def fit_codec(arguments: list[str]) -> None:
     with Ranks.of_torchrun(device) as ranks:
         gathered = _gather(args, readers, size) if ranks.is_main else None
         if gathered:
-            skipped = f"; {gathered.faults:,} records skipped" if gathered.faults else ""
-            print_status(f"{len(gathered.images):,} different {'crops' if args.crops else 'images'} of {args.size}{skipped}")
+            skipped = f"; {counted(gathered.faults, 'record')} skipped" if gathered.faults else ""
+            noun = "different crop" if args.crops else "different image"
+            print_status(f"{counted(len(gathered.images), noun)} of {args.size}{skipped}")
         ranks.barrier()
         gathered = gathered or _gather(args, readers, size)
         trainer = CodecTrainer(args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance,

@@ -68,6 +68,8 @@ def validate(args: Validate) -> None:
     folders, readers = _open(args)
 
     from transfusion.data.leaks import count_leaks
+    from transfusion.data.reading.account import counted
+    from transfusion.data.summaries import count_processes
     from transfusion.data.survey import Duplicates, survey
 
     if args.faults:
@@ -86,22 +88,29 @@ def validate(args: Validate) -> None:
             lines.extend([f"    {fault}"] if len(lines) < NUM_SHOWN else ())
 
         with progress(f"reading {reader.name}") as on_progress:
-            counts = survey(reader, None, on_fault, on_progress, duplicates)
+            counts = survey(reader, None, on_fault, on_progress, duplicates, count_processes())
         documents, faults = counts.documents.total(), counts.faults.total()
         total += faults
         empty += [] if documents else [counts.name]
-        print(f"{counts.name}: {counts.records:,} records, {documents:,} documents, {faults:,} faults")
+        numbers = {"record": counts.records, "document": documents, "fault": faults}
+        print(f"{counts.name}: {', '.join(counted(number, noun) for noun, number in numbers.items())}")
+        if splits := reader.describe_splits():
+            print(f"  {splits}")
+        if heldout := counts.splits["heldout"]:
+            print(f"  {counted(documents - heldout, 'document')} for training, {heldout:,} held out")
         print_account(counts.account, print)
         for line in ("  the first faults:", *lines) if lines else ():
             print(line)
     if readers:
         print(duplicates)
+    if in_both := duplicates.in_both_splits():
+        print(in_both)
     if args.faults:
         args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
     if empty and not total:
         fail(ValueError(f"{', '.join(empty)}: no documents"), 1)
     if total:
-        fail(ValueError(f"{total:,} faults{f', all in {args.faults}' if args.faults else ''}"), 1)
+        fail(ValueError(f"{counted(total, 'fault')}{f', all in {args.faults}' if args.faults else ''}"), 1)
 
 
 def inspect(args: Inspect) -> None:
@@ -129,6 +138,7 @@ def stats(args: Stats) -> None:
 
     from transfusion.codecs.text import Tokenizer
     from transfusion.data.fitting import train_tokenizer
+    from transfusion.data.summaries import count_processes
     from transfusion.data.survey import first_texts, survey, survey_prepared
 
     if args.tokenizer is not None:
@@ -139,7 +149,7 @@ def stats(args: Stats) -> None:
     surveys = [source for folder in folders for source in survey_prepared(folder)]
     for reader in readers:
         with progress(f"reading {reader.name}") as on_progress:
-            surveys.append(survey(reader, tokenizer, on_progress=on_progress))
+            surveys.append(survey(reader, tokenizer, on_progress=on_progress, processes=count_processes()))
     for source in surveys:
         print(source.name)
         print(*(f"  {name:14}{value}" for name, value in source.rows()), sep="\n")

@@ -29,8 +29,8 @@ class Reading:
     """Other names of columns, for example caption=blip_caption image=jpg; id= alone means that there is no such column."""
     pictures: str | None = None
     """Folder of the images that a file names; the file's own folder if not set."""
-    split: str = "train"
-    """Split to read, where files or folders are named after splits."""
+    split: str | None = None
+    """The only split to read, or all; if not set, train for training, and validation or test as the held-out documents."""
     limit: PositiveInt | None = None
     """Largest number of records to read of each source; all if not set."""
     shapes_size: SceneSize = 32

@@ -159,7 +159,7 @@ def pixels_of(image: Picture.Image) -> np.ndarray:
         image = _on_white((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
     mode = "L" if image.mode in ("1", "L") else "RGB"
     image = image if image.mode == mode else image.convert(mode)
-    return np.asarray(image, dtype=np.uint8).reshape(height, width, len(mode))
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, len(mode))
 
 
 def _on_white(image: Picture.Image) -> Picture.Image:

@@ -51,7 +51,8 @@ def gather_images(
             writer.write(readers, file, on_progress)
         if not writer.count:
             raise ValueError(f"{', '.join(reader.address for reader in readers)}: no image could be read")
-        write_json(path, {"recipe": recipe, "count": writer.count, "faults": writer.faults, "heldout": writer.heldout})
+        counts = {"count": writer.count, "faults": writer.faults, "heldout": sorted(writer.heldout)}
+        write_json(path, {"recipe": recipe, **counts})
     info = read_json(path)
     if info.get("recipe") != json.loads(json.dumps(recipe)):
         raise ValueError(f"{folder} was started with other images or settings: choose another --out")
@@ -89,8 +90,8 @@ class _ImageWriter:
     def __init__(self, size: tuple[int, int], channels: int, max_images: int, crops: int, on_fault: Callable[[Fault], None]):
         self.size, self.channels, self.max_images, self.crops, self.on_fault = size, channels, max_images, crops, on_fault
         self.count = self.number = self.faults = 0
-        self.heldout: list[int] = []
-        self.seen: set[bytes] = set()  # digests of images: one with several captions is written once
+        self.heldout: set[int] = set()
+        self.seen: dict[bytes, range] = {}  # digest of an image -> its crops: one with several captions is written once
 
     def write(self, readers: Sequence[Reader], file: BinaryIO, on_progress: Callable[[int, int], None]) -> None:
         units = [(reader, unit) for reader in readers for unit in reader.units(UNIT_SIZE)]
@@ -117,13 +118,16 @@ class _ImageWriter:
                 continue
             digest = hashlib.sha256(np.asarray(part.pixels).tobytes()).digest()
             if digest in self.seen:
+                if document.split == "heldout":  # also where it is a training image
+                    self.heldout.update(self.seen[digest])
                 continue
-            self.seen.add(digest)
+            first = self.count
             whole = to_pixels(part.pixels, [self.size], self.channels)
             split = document.split or SPLITS[hash_pixels(whole) < limit_of(MAX_FRACTION)]
             images = cut_crops(part.pixels, self.number, self.size, self.channels, self.crops) if self.crops else [whole]
             for image in islice(images, self.max_images - self.count):
                 file.write(image.tobytes())
-                self.heldout += [self.count] if split == "heldout" else []
                 self.count += 1
+            self.seen[digest] = range(first, self.count)
+            self.heldout.update(self.seen[digest] if split == "heldout" else ())
             self.number += 1

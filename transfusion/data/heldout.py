@@ -7,7 +7,7 @@ by the hash of its text; the texts of a chat layout count as white space. A spli
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -44,7 +44,7 @@ class SplitDocument:
             document = replace(document, split="heldout" if is_heldout else "train")
             if is_heldout:
                 document = _drop_loss(document, [value >= limit for value in image_hashes])
-        return cls(document, image_hashes, tuple(map(perceptual_hash, pixels)), text_hash)
+        return cls(document, image_hashes, tuple(perceptual_hashes(pixels)), text_hash)
 
 
 def limit_of(fraction: float) -> int:
@@ -74,12 +74,10 @@ def hash_text(text: str) -> int:
     return hash_bytes(" ".join(text.split()).encode())
 
 
-def hash_document(document: RawDocument, image_hashes: Sequence[int]) -> int:
-    """A hash of all texts and images in order: equal for exact duplicates. `image_hashes`: of its images."""
-    images = iter(image_hashes)
-    hashes = (f"text {hash_text(part.text)}" if isinstance(part, RawText) else f"image {next(images)}"
-              for part in document.segments)  # fmt: skip
-    return hash_bytes("\n".join(hashes).encode())
+def hash_document(document: RawDocument, image_hashes: Iterator[int]) -> int:
+    """A hash of all texts and images in order: equal for exact duplicates. It takes the hashes of its images."""
+    parts = [" ".join(p.text.split()) if isinstance(p, RawText) else next(image_hashes) for p in document.segments]
+    return hash_bytes(repr(parts).encode())
 
 
 def hash_bytes(*contents: bytes | np.ndarray) -> int:
@@ -90,22 +88,30 @@ def hash_bytes(*contents: bytes | np.ndarray) -> int:
     return int.from_bytes(digest.digest()[:8], "big")
 
 
-def perceptual_hash(pixels: np.ndarray) -> int:
-    """The difference hash (dHash) of an image (Y, X, 1 | 3) uint8. It is resized to 9 x 8 pixels, the mean of their
+def perceptual_hashes(images: Sequence[np.ndarray]) -> list[int]:
+    """The difference hash (dHash) of each image (Y, X, 1 | 3) uint8. It is resized to 9 x 8 pixels, the mean of their
     channels. Each of the 64 bits is 1 if a pixel is darker than its right neighbour by more than `MIN_STEP`. It is 0 for an
-    image without such steps."""
-    step = max(1, min(pixels.shape[:2]) // MAX_SIDE)
-    pixels = pixels[::step, ::step]
-    height, width, channels = pixels.shape
-    rows = _resize_weights(height, 8) @ pixels.reshape(height, width * channels)
-    grey = rows @ _resize_weights(width, 9, channels).T  # the sum of the channels
-    return int.from_bytes(np.packbits(grey[:, 1:] - grey[:, :-1] > MIN_STEP * channels).tobytes(), "big")
+    image without such steps. Images of one shape are resized together, which is twice as fast for small ones."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for number, pixels in enumerate(images):
+        shapes.setdefault(pixels.shape, []).append(number)
+    hashes = [0] * len(images)
+    for (height, width, channels), numbers in shapes.items():
+        step = max(1, min(height, width) // MAX_SIDE)
+        pixels = np.stack([images[number][::step, ::step] for number in numbers])
+        count, height, width, _ = pixels.shape
+        rows = _resize_weights(height, 8).astype(np.float32) @ pixels.reshape(count, height, width * channels)
+        grey = (rows.reshape(count * 8, -1) @ _resize_weights(width, 9, channels).T).reshape(count, 8, 9)  # sum of channels
+        bits = np.packbits((grey[..., 1:] - grey[..., :-1] > MIN_STEP * channels).reshape(count, 64), axis=1)
+        for number, value in zip(numbers, bits.view(">u8")[:, 0].tolist(), strict=True):
+            hashes[number] = value
+    return hashes
 
 
 @lru_cache
 def _resize_weights(size: int, new_size: int, repeats: int = 1) -> np.ndarray:
     """(new_size, size * repeats): the weights of the triangle filter, each several times. They are multiples of 2^-12, so
-    all sums are exact: the hash is the same on every machine."""
+    all sums are exact, over rows (20 bits) even in float32: the hash is the same on every machine."""
     scale = size / new_size
     centres = (np.arange(new_size)[:, None] + 0.5) * scale
     weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres) / max(scale, 1.0))

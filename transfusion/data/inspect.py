@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from transfusion.chat import describe_layout
 from transfusion.data.leaks import Leaks
 from transfusion.data.raw import Fault, RawDocument, RawText
-from transfusion.data.reading.account import Account
+from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import DecodedSource, PreparedFolder
 from transfusion.page import Page
@@ -30,7 +30,7 @@ def show_source(page: Page, reader: Reader, count: int) -> Account:
     reader.close_account(account)
     if rest := account.tallies["records"].unexplained:
         account.pass_over("records", f"after the first {len(first):,}", count=rest)
-    page.paragraph(f"The first {len(first)} records of `{reader.address}`. {reader.describe()}.")
+    page.paragraph(f"The first {counted(len(first), 'record')} of `{reader.address}`. {reader.describe()}.")
     page.fold("What is read, and what is not", "\n".join(account.lines()) or "Everything is read.")
     _show(page, first)
     return account
@@ -46,8 +46,9 @@ def show_prepared(page: Page, prepared: PreparedFolder, count: int) -> None:
         page.heading(name)
         num_faults = sum(info["faults"].values())
         page.paragraph(
-            f"{len(indices)} of {len(source):,} training documents, evenly spaced. {info['documents']['heldout']:,} more "
-            f"are held out; {num_faults:,} of {info['records']:,} records were left out. Images are decoded by the codec."
+            f"{len(indices)} of {counted(len(source), 'training document')}, evenly spaced; held out: "
+            f"{info['documents']['heldout']:,}; left out: {num_faults:,} of {counted(info['records'], 'record')}. "
+            "Images are decoded by the codec."
         )
         if layout := prepared.chat_layout([name]):
             page.paragraph(f"Chat layout: {describe_layout(layout)}. Its special tokens are not shown below.")
@@ -86,7 +87,7 @@ def _show(page: Page, documents: Sequence[RawDocument | Fault]) -> None:
             loss = "in the loss" if part.loss else "not in the loss"
             if isinstance(part, RawText):
                 rest = len(part.text) - MAX_CHARS
-                text = part.text[:MAX_CHARS] + (f" ... and {rest:,} more characters" if rest > 0 else "")
+                text = part.text[:MAX_CHARS] + (f" ... and {counted(rest, 'more character')}" if rest > 0 else "")
                 parts.append((text, f"text, {loss}"))
             else:
                 no_noise = ", without noise" if part.max_t == 0 else ""

@@ -1,6 +1,6 @@
-"""Held-out pictures and texts that are also trained on: counted and named from the hashes of prepared data."""
+"""Held-out pictures and texts that are also in training documents: found by the hashes of prepared data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from transfusion.data.heldout import HASH_RANGE, limit_of
+from transfusion.data.reading.account import counted
 from transfusion.data.store import read_hashes
 
 NUM_NAMED = 10
@@ -15,7 +16,7 @@ NUM_NAMED = 10
 
 @dataclass(frozen=True)
 class Leaks:
-    """Numbers of different pictures and texts by their hashes. Without declared splits `images` and `texts` are 0."""
+    """Numbers of different pictures and texts by their hashes. Of one prepared folder `images` and `texts` are 0."""
 
     heldout_images: int
     heldout_texts: int  # documents of text alone
@@ -27,7 +28,7 @@ class Leaks:
 
     def lines(self) -> Iterator[str]:
         """The numbers in words."""
-        heldout = f"{self.heldout_images:,} pictures and {self.heldout_texts:,} texts are held out"
+        heldout = f"{counted(self.heldout_images, 'picture')} and {counted(self.heldout_texts, 'text')} are held out"
         if not self.heldout_images + self.heldout_texts:
             yield "nothing is held out"
         elif not self.images + self.texts:
@@ -36,38 +37,68 @@ class Leaks:
             yield f"{heldout}; {self.images:,} of the pictures and {self.texts:,} of the texts are also trained on:"
             yield from (f"  {name}" for name in self.named)
         if self.similar:
-            yield f"{self.similar:,} held-out pictures look like training pictures (equal perceptual hashes)"
+            yield f"{counted(self.similar, 'held-out picture')} with the perceptual hash of a training picture"
         if self.shared:
-            yield f"{self.shared:,} other pictures of held-out documents are also trained on; no figure includes them"
+            yield f"{counted(self.shared, 'other picture')} of held-out documents also trained on; no figure includes these"
 
 
 def count_leaks(datasets: Sequence[tuple[Path, dict]]) -> Leaks:
     """The leaks between the sources of prepared folders: their paths, and the contents of their dataset.json."""
     images, others, perceptual, texts = ([np.empty(0, np.uint64)] for _ in range(4))
-    for batch, limit in _read(datasets, "heldout"):
-        is_heldout = batch.images < np.uint64(limit) if limit < HASH_RANGE else np.ones(len(batch.images), bool)
-        images.append(batch.images[is_heldout])
-        perceptual.append(batch.perceptual[is_heldout])
-        others.append(batch.images[~is_heldout])
+    for batch in _read(datasets, "heldout"):
+        images.append(batch.images[batch.is_heldout])
+        perceptual.append(batch.perceptual[batch.is_heldout])
+        others.append(batch.images[~batch.is_heldout])
         texts.append(batch.texts)
     images, first = np.unique(np.concatenate(images), return_index=True)
     perceptual = np.concatenate(perceptual)[first]
     found_images, found_others, found_texts, found_perceptual = (
         _Lookup(values) for values in (images, np.concatenate(others), np.concatenate(texts), perceptual)
     )
-    leaks: dict[tuple[str, int], str] = {}  # kind and hash -> file and row in the training split
-    for batch, _ in _read(datasets, "train"):
+    leaks: dict[tuple[str, int], Copy] = {}  # kind and hash -> the first of them
+    for batch in _read(datasets, "train"):
         found_others.mark(batch.images)
         found_perceptual.mark(batch.perceptual)
-        for kind, lookup, values in (("picture", found_images, batch.images), ("text", found_texts, batch.texts)):
-            for n in np.flatnonzero(lookup.mark(values)) if len(leaks) < NUM_NAMED else ():
-                leaks.setdefault((kind, int(values[n])), batch.where(kind, n))
-    leaks = dict(list(leaks.items())[:NUM_NAMED])
+        for copy in batch.copies(found_images, found_texts):
+            if len(leaks) < NUM_NAMED:
+                leaks.setdefault((copy.kind, copy.hash), copy)
     is_similar = (perceptual != 0) & np.isin(perceptual, found_perceptual.values[found_perceptual.found])
     return Leaks(
         len(images), len(found_texts.values), int(found_images.found.sum()), int(found_texts.found.sum()),
-        int((is_similar & ~found_images.found).sum()), int(found_others.found.sum()), tuple(_name(datasets, leaks)),
+        int((is_similar & ~found_images.found).sum()), int(found_others.found.sum()),
+        tuple(f"the {copy.kind} of {copy.source}: {copy.where} is held out in {place}"
+              for copy, place in _find_places(datasets, [*leaks.values()])),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A training document with a picture or text that is also held out."""
+
+    source: str
+    shard: int
+    row: int  # in the shard
+    where: str
+    kind: str  # "picture" or "text"
+    hash: int
+
+
+def find_copies(folder: Path, sources: Mapping[str, dict], heldout_fraction: float) -> list[tuple[Copy, str]]:
+    """The training documents with content that is held out, each once and in order, and where it is held out: source, file
+    and row. `sources`: as in dataset.json. There are none if no source declares its split: the same hash has one fate."""
+    if not any(source["declares_split"] for source in sources.values()):
+        return []
+    datasets = [(folder, {"sources": sources, "heldout_fraction": heldout_fraction})]
+    images, texts = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+    for batch in _read(datasets, "heldout"):
+        images.append(batch.images[batch.is_heldout])
+        texts.append(batch.texts)
+    lookups = [_Lookup(np.concatenate(values)) for values in (images, texts)]
+    copies: dict[tuple[str, int, int], Copy] = {}
+    for batch in _read(datasets, "train"):
+        for copy in batch.copies(*lookups):
+            copies.setdefault((copy.source, copy.shard, copy.row), copy)
+    return list(_find_places(datasets, [*copies.values()]))
 
 
 class _Lookup:
@@ -92,41 +123,58 @@ class _Batch:
     """Hashes of some documents of a source."""
 
     source: str
+    shard: int
+    rows: np.ndarray  # in the shard
     record_batch: pa.RecordBatch
     images: np.ndarray  # uint64, of all images of all documents
     perceptual: np.ndarray
     texts: np.ndarray  # of the documents without images
+    is_heldout: np.ndarray  # bool, which images are held out, if the documents are
 
     @classmethod
-    def of(cls, source: str, batch: pa.RecordBatch) -> "_Batch":
+    def of(cls, source: str, shard: int, rows: np.ndarray, batch: pa.RecordBatch, limit: int) -> "_Batch":
+        """`limit`: hashes below it are held out."""
         images, perceptual, texts = (batch.column(name) for name in ("image_hashes", "perceptual_hashes", "text_hash"))
-        return cls(source, batch, *(c.flatten().to_numpy() for c in (images, perceptual)), texts.drop_null().to_numpy())
+        images, perceptual = (column.flatten().to_numpy() for column in (images, perceptual))
+        return cls(source, shard, rows, batch, images, perceptual, texts.drop_null().to_numpy(),
+                   images <= np.uint64(limit - 1) if limit else np.zeros(len(images), bool))  # fmt: skip
 
-    def where(self, kind: str, number: int) -> str:
-        """Source, file and row of a picture or text, by its number among those of the batch."""
+    def copies(self, images: "_Lookup", texts: "_Lookup") -> Iterator[Copy]:
+        """Its pictures and texts that are in the lookups, where they are marked."""
+        for kind, lookup, values in (("picture", images, self.images), ("text", texts, self.texts)):
+            for number in np.flatnonzero(lookup.mark(values)):
+                index = self._index(kind, number)
+                row, where = int(self.rows[index]), self.record_batch.column("where")[index].as_py()
+                yield Copy(self.source, self.shard, row, where, kind, int(values[number]))
+
+    def place(self, kind: str, number: int) -> str:
+        """Source, file and row of a picture or text."""
+        return f"{self.source}: {self.record_batch.column('where')[self._index(kind, number)]}"
+
+    def _index(self, kind: str, number: int) -> int:
+        """The document of a picture or text, from its number among those of the batch."""
         if kind == "text":
-            row = np.flatnonzero(self.record_batch.column("text_hash").is_valid())[number]
-        else:
-            ends = np.cumsum(self.record_batch.column("image_hashes").value_lengths())
-            row = np.searchsorted(ends, number, side="right")
-        return f"{self.source}: {self.record_batch.column('where')[int(row)]}"
+            return int(np.flatnonzero(self.record_batch.column("text_hash").is_valid())[number])
+        ends = np.cumsum(self.record_batch.column("image_hashes").value_lengths())
+        return int(np.searchsorted(ends, number, side="right"))
 
 
-def _read(datasets: Sequence[tuple[Path, dict]], split: str) -> Iterator[tuple[_Batch, int]]:
-    """All batches of a split, each with the limit below which hashes are held out."""
+def _read(datasets: Sequence[tuple[Path, dict]], split: str) -> Iterator[_Batch]:
+    """All batches of a split."""
     for folder, metadata in datasets:
         for name, source in metadata["sources"].items():
             limit = HASH_RANGE if source["declares_split"] else limit_of(metadata["heldout_fraction"])
-            for batch in read_hashes(folder / name, split, source["shards"]):
-                yield _Batch.of(name, batch), limit
+            for shard, rows, batch in read_hashes(folder / name, split, source["shards"]):
+                yield _Batch.of(name, shard, rows, batch, limit)
 
 
-def _name(datasets: Sequence[tuple[Path, dict]], leaks: dict[tuple[str, int], str]) -> Iterator[str]:
-    """Both places of each leak."""
+def _find_places(datasets: Sequence[tuple[Path, dict]], copies: Sequence[Copy]) -> Iterator[tuple[Copy, str]]:
+    """Each of the copies, and where its picture or text is held out: source, file and row of the first document."""
+    hashes = {kind: _Lookup(np.array([copy.hash for copy in copies if copy.kind == kind], np.uint64))
+              for kind in ("picture", "text")}  # fmt: skip
     places: dict[tuple[str, int], str] = {}
-    for batch, _ in _read(datasets, "heldout") if leaks else ():
-        for kind, values in (("picture", batch.images), ("text", batch.texts)):
-            for n in np.flatnonzero(np.isin(values, [value for name, value in leaks if name == kind])):
-                places.setdefault((kind, int(values[n])), batch.where(kind, n))
-    for (kind, value), where in leaks.items():
-        yield f"the {kind} of {where} is held out in {places[kind, value]}"
+    for batch in _read(datasets, "heldout") if copies else ():
+        for kind, values, is_heldout in (("picture", batch.images, batch.is_heldout), ("text", batch.texts, True)):
+            for n in np.flatnonzero(hashes[kind].mark(values) & is_heldout):
+                places.setdefault((kind, int(values[n])), batch.place(kind, n))
+    return ((copy, places[copy.kind, copy.hash]) for copy in copies)

@@ -23,17 +23,16 @@ from transfusion.config import ChatLayout, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
-from transfusion.data.leaks import count_leaks
+from transfusion.data.leaks import count_leaks, find_copies
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
-from transfusion.data.reading.account import Account
+from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader, Unit
-from transfusion.data.reading.records import CONVERSATIONS
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
 from transfusion.disk import check_format, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
 BATCH_SIZE, MAX_BATCH_CHARS = 32, 1_000_000  # documents encoded at a time, and characters after which fewer are
-DUPLICATE_ID = "duplicate id"  # the kind of fault
+DUPLICATE_ID, ALSO_HELD_OUT = "duplicate id", "also held out"  # kinds of records that are left out
 NUM_SHOWN_FAULTS = 10  # in the error that stops the work
 
 
@@ -63,6 +62,9 @@ def prepare(
     jobs = list_jobs(readers, config)
     fraction = heldout_fraction(jobs, config)
     if rank == 0:
+        for reader in readers:
+            if splits := reader.describe_splits():
+                report(f"{reader.name}: {splits}")
         with _wrap_os_errors("the tokenizer and the codec could not be fitted"):
             folder.mkdir(parents=True, exist_ok=True)
             _check_recipe(folder, _build_recipe(readers, config, jobs))
@@ -107,7 +109,7 @@ def _choose_chat(readers: Sequence[Reader], config: PrepareConfig) -> PrepareCon
     """The config with the chat layout of the folder `like`, if it has one. PrepareError when the command declares another
     one, or declares one without conversations to use it for."""
     is_declared = config.chat != ChatLayout()
-    if is_declared and not any(reader.forms & {*CONVERSATIONS} for reader in readers):
+    if is_declared and not any(reader.has_conversations() for reader in readers):
         raise PrepareError("--chat has no effect: no source has conversations (the form conversation or messages)")
     chat = fitting.read_like_info(Path(config.like))["chat"] if config.like is not None else None
     if chat is None or chat == config.chat:
@@ -299,28 +301,35 @@ class ShardInfo:
 def _write_dataset(
     readers: Sequence[Reader], config: PrepareConfig, jobs: Sequence[ShardJob], fraction: float, folder: Path
 ) -> None:
-    """After all shards are written: skip documents with a duplicate id, count leaks, write quarantine.jsonl and
-    dataset.json."""
-    sources, quarantine = {}, []
+    """After all shards are written: skip documents with a duplicate id, and training documents with a picture or text that
+    is held out; write quarantine.jsonl and dataset.json."""
+    sources, accounts, left_out = {}, {}, {}
     for reader in readers:
         shards = [read_json(folder / reader.name / f"{job.number:05d}.json") for job in jobs if job.reader is reader]
         _skip_duplicates(shards, folder / reader.name)
         faults = [fault for shard in shards for fault in shard.pop("faults")]
         _check_cut(reader.name, faults, config)
-        account = _close_account(reader, [shard.pop("account") for shard in shards], faults)
+        accounts[reader.name] = _close_account(reader, [shard.pop("account") for shard in shards], faults)
         records = sum(job.unit.rows for job in jobs if job.reader is reader)
         _check_faults(reader.name, len(faults), records, faults, config)
-        quarantine += [{"source": reader.name, **fault} for fault in faults]
-        totals = {split: sum(shard["documents"][split] for shard in shards) for split in SPLITS}
-        if not totals["train"]:
-            counts = "; ".join((f"{records:,} records", *account.lines(), f"{totals['heldout']:,} documents are held out"))
-            raise PrepareError(f"{reader.name} has no training documents ({counts}): add documents, or use --heldout 0")
+        left_out[reader.name] = faults
         sources[reader.name] = {
-            "address": reader.address, "form": reader.form, "records": records, "documents": totals,
-            "account": account.to_json(), "declares_split": reader.declares_split,
-            "faults": dict(Counter(fault["kind"] for fault in faults).most_common()), "shards": shards,
+            "address": reader.address, "form": reader.form, "records": records,
+            "declares_split": reader.declares_split, "shards": shards,
         }  # fmt: skip
+    for fault, source in _skip_copies(folder, sources, fraction):
+        left_out[source].append(fault)
+        accounts[source].reject("records", "document", ALSO_HELD_OUT, fault["where"])
+    for name, source in sources.items():
+        totals = {split: sum(shard["documents"][split] for shard in source["shards"]) for split in SPLITS}
+        if not totals["train"]:
+            heldout = f"{counted(totals['heldout'], 'document')} held out"
+            counts = "; ".join((counted(source["records"], "record"), *accounts[name].lines(), heldout))
+            raise PrepareError(f"{name} has no training documents ({counts}): add documents, or use --heldout 0")
+        kinds = Counter(fault["kind"] for fault in left_out[name])
+        source |= {"documents": totals, "account": accounts[name].to_json(), "faults": dict(kinds.most_common())}
     fitted, recipe = read_json(folder / "fitted.json"), read_json(folder / "recipe.json")
+    quarantine = ({"source": name, **fault} for name, faults in left_out.items() for fault in faults)
     lines = "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in quarantine)
     write_whole(folder / "quarantine.jsonl", lines.encode(errors="replace"))
     dataset = {
@@ -350,17 +359,44 @@ def _skip_duplicates(shards: Sequence[dict], folder: Path) -> None:
         shard["skipped"] = {split: [] for split in SPLITS}
         ids: set[int] = set()
         for split in SPLITS if shard.pop("has_ids") else ():
-            row = 0
+            row, skipped = 0, []
             for batch in pa.ipc.open_stream(pa.memory_map(str(folder / f"{split}-{number:05d}.arrow"))):
                 for name, where in zip(batch.column("name").to_pylist(), batch.column("where").to_pylist(), strict=True):
                     key = None if name is None else hash_bytes(name.encode())
                     if key in seen:
-                        shard["skipped"][split].append(row)
+                        skipped.append(row)
                         shard["faults"].append(_describe_fault(_duplicate_id(name, where)))
                     ids |= {key} - {None}
                     row += 1
-            shard["documents"][split] -= len(shard["skipped"][split])
+            _skip(shard, split, skipped, folder / f"{split}-{number:05d}.arrow")
         seen |= ids
+
+
+def _skip_copies(folder: Path, sources: dict[str, dict], fraction: float) -> Iterator[tuple[dict, str]]:
+    """Skip the training documents with a picture or text that is held out; each as a fault, and its source. The held-out
+    document is kept: figures of a declared split can be compared only if all of it is measured."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for copy, place in find_copies(folder, sources, fraction):
+        rows.setdefault((copy.source, copy.shard), []).append(copy.row)
+        yield _describe_fault(Fault(ALSO_HELD_OUT, f"its {copy.kind} is held out in {place}", copy.where)), copy.source
+    for (source, number), skipped in rows.items():
+        _skip(sources[source]["shards"][number], "train", skipped, folder / source / f"train-{number:05d}.arrow")
+
+
+def _skip(shard: dict, split: str, rows: Sequence[int], path: Path) -> None:
+    """List rows of a shard as skipped, and subtract them from its counts."""
+    if not rows:
+        return
+    shard["skipped"][split] = sorted([*shard["skipped"][split], *rows])
+    shard["documents"][split] -= len(rows)
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().select(["pairs", "segments"])
+    for pairs, segments in zip(*(column.to_pylist() for column in table.take(rows)), strict=True):
+        tokens = sum(part["tokens"] for part in segments if not part["image"])
+        shard["tokens"][split] -= tokens
+        shard["caption_tokens"][split] -= tokens if pairs and len(segments) == 2 else 0
+        for part in segments:
+            if part["image"]:
+                shard["images"][split]["{height}x{width}".format(**part)] -= 1
 
 
 def check_id(record: RawDocument | Fault, seen: set[int]) -> RawDocument | Fault:

@@ -59,7 +59,7 @@ class Fault(ValueError):
     """A record that cannot become a document: the kind of fault, a message, and where it is (file and row)."""
 
     def __init__(self, kind: str, message: str, where: str = ""):
-        super().__init__(message)
+        super().__init__(kind, message, where)  # a copy, as sent by another process, is made of these
         self.kind, self.message, self.where = kind, message, where
 
     def __str__(self) -> str:

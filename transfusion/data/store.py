@@ -27,7 +27,7 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, from_json
 from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
-from transfusion.data.reading.records import CONVERSATIONS
+from transfusion.data.reading.columns import CONVERSATIONS
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
@@ -243,10 +243,8 @@ class StoredSource:
     def _find(self, id: int) -> tuple["_ArrowBatch", int]:
         number = bisect_right(self._ends, id)
         row = id - (self._ends[number - 1] if number else 0)
-        skipped = self.metadata["shards"][number].get("skipped", {}).get(self.split, ())
-        for skip in skipped:  # sorted: each skipped row before this one shifts it by one
-            row += skip <= row
-        batches = self._shard(number)
+        batches, skipped = self._shard(number)
+        row += int(np.searchsorted(skipped, row, side="right"))
         for batch in batches:
             if row < batch.rows:
                 return batch, row
@@ -256,21 +254,24 @@ class StoredSource:
     def _path(self, number: int) -> Path:
         return self.prepared.folder / self.name / f"{self.split}-{number:05d}.arrow"
 
-    def _open_shard(self, number: int) -> list["_ArrowBatch"]:
-        return [_ArrowBatch(batch) for batch in _read_batches(self._path(number))]
+    def _open_shard(self, number: int) -> tuple[list["_ArrowBatch"], np.ndarray]:
+        """The batches of a shard; and for each skipped row, how many of the documents are before it."""
+        skipped = np.array(self.metadata["shards"][number].get("skipped", {}).get(self.split, ()), int)
+        return [_ArrowBatch(batch) for batch in _read_batches(self._path(number))], skipped - np.arange(len(skipped))
 
 
-def read_hashes(folder: Path, split: str, shards: Sequence[dict]) -> Iterator[pa.RecordBatch]:
-    """Where the documents of a source are from, and their hashes, in batches. `shards`: as in dataset.json. OpenError when a
-    shard is damaged."""
+def read_hashes(folder: Path, split: str, shards: Sequence[dict]) -> Iterator[tuple[int, np.ndarray, pa.RecordBatch]]:
+    """Where the documents of a source are from, and their hashes, in batches, each with the number of its shard and the rows
+    there. `shards`: as in dataset.json. OpenError when a shard is damaged."""
     for number, shard in enumerate(shards):
-        row, skipped = 0, set(shard.get("skipped", {}).get(split, ()))
+        row, skipped = 0, shard.get("skipped", {}).get(split, ())
         for batch in _read_batches(folder / f"{split}-{number:05d}.arrow"):
-            rows = range(row, row + len(batch))
-            row = rows.stop
-            if skipped.intersection(rows):
-                batch = batch.filter(pa.array(n not in skipped for n in rows))
-            yield batch.select(["where", "image_hashes", "perceptual_hashes", "text_hash"])
+            rows = np.arange(row, row + len(batch))
+            row += len(batch)
+            is_kept = ~np.isin(rows, skipped)
+            if not is_kept.all():
+                batch, rows = batch.filter(pa.array(is_kept)), rows[is_kept]
+            yield number, rows, batch.select(["where", "image_hashes", "perceptual_hashes", "text_hash"])
 
 
 def _read_batches(path: Path) -> list[pa.RecordBatch]:

@@ -11,15 +11,15 @@ import numpy as np
 from transfusion.chat import describe_layout
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ChatLayout
-from transfusion.data.heldout import hash_document, hash_pixels, perceptual_hash
 from transfusion.data.prepare import DUPLICATE_ID, check_id
-from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
-from transfusion.data.reading.account import Account
+from transfusion.data.raw import Fault, RawDocument, RawText
+from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader
 from transfusion.data.store import PreparedFolder, StoredSource
+from transfusion.data.summaries import Summarizer, Summary
 from transfusion.sequence import Text
 
-UNIT_SIZE = 2048  # records of a unit, at most
+UNIT_SIZE = 512  # records of a unit, at most
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Survey:
     records: int = 0
     faults: Counter[str] = field(default_factory=Counter)  # by kind
     documents: Counter[str] = field(default_factory=Counter)  # by the segments in them
+    splits: Counter[str] = field(default_factory=Counter)  # documents by their declared split, "" without one
     texts: int = 0
     characters: int = 0
     tokens: int = 0
@@ -57,7 +58,7 @@ class Survey:
         yield "documents", f"{self.documents.total():,}: {_format_counts(self.documents)}"
         if self.chat is not None:
             yield "chat layout", describe_layout(self.chat)
-        yield "texts", f"{self.texts:,}" + (f", {self.characters:,} characters" if self.characters else "")
+        yield "texts", f"{self.texts:,}" + (f", {counted(self.characters, 'character')}" if self.characters else "")
         yield "tokens", f"{self.tokens:,}"
         if self.lengths:
             median, p95, longest = np.percentile(self.lengths, (50, 95, 100))
@@ -70,18 +71,20 @@ class Survey:
 
 @dataclass
 class Duplicates:
-    """Counts equal documents, and images that look alike, by 64-bit hashes: 8 bytes a document and 16 an image."""
+    """Counts equal documents, and images that look alike, by 64-bit hashes: 9 bytes a document and 17 an image."""
 
     documents: array = field(default_factory=lambda: array("Q"))
     images: array = field(default_factory=lambda: array("Q"))
     perceptual: array = field(default_factory=lambda: array("Q"))  # of each image
+    heldout_documents: bytearray = field(default_factory=bytearray)  # 1 if the source declares it as held out
+    heldout_images: bytearray = field(default_factory=bytearray)
 
-    def add(self, document: RawDocument) -> None:
-        pixels = [part.pixels for part in document.segments if isinstance(part, RawImage)]
-        hashes = list(map(hash_pixels, pixels))
-        self.documents.append(hash_document(document, hashes))
-        self.images.extend(hashes)
-        self.perceptual.extend(map(perceptual_hash, pixels))
+    def add(self, document: Summary) -> None:
+        self.documents.append(document.document_hash)
+        self.images.extend(document.image_hashes)
+        self.perceptual.extend(document.perceptual_hashes)
+        self.heldout_documents.append(document.split == "heldout")
+        self.heldout_images.extend(self.heldout_documents[-1:] * len(document.image_hashes))
 
     def __str__(self) -> str:
         images, first = np.unique(self.images, return_index=True)
@@ -89,51 +92,53 @@ class Duplicates:
         hashes = hashes[hashes != 0]
         documents = len(self.documents) - len(np.unique(self.documents))
         return (
-            f"duplicates: {documents:,} documents (same pixels and text as an earlier one), "
-            f"{len(self.images) - len(images):,} pictures (same pixels); likely duplicates: "
-            f"{len(hashes) - len(np.unique(hashes)):,} pictures (same perceptual hash)"
+            f"duplicates: {counted(documents, 'document')} (same pixels and text as an earlier one), "
+            f"{counted(len(self.images) - len(images), 'picture')} (same pixels); likely duplicates: "
+            f"{counted(len(hashes) - len(np.unique(hashes)), 'picture')} (same perceptual hash)"
         )
+
+    def in_both_splits(self) -> str:
+        """How many pictures and documents are held out and for training, or "" without any."""
+        images, documents = (
+            len(np.intersect1d(*(np.array(hashes, np.uint64)[np.array(flags, bool) == value] for value in (False, True))))
+            for hashes, flags in ((self.images, self.heldout_images), (self.documents, self.heldout_documents))
+        )  # fmt: skip
+        counts = f"{counted(images, 'picture')} and {counted(documents, 'document')} are held out and also for training"
+        return f"{counts}: prepare leaves their training documents out" if images + documents else ""
 
 
 def survey(
     reader: Reader, tokenizer: Tokenizer | None, on_fault: Callable[[Fault], None] = lambda fault: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None, duplicates: Duplicates | None = None,
+    processes: int = 1,
 ) -> Survey:  # fmt: skip
-    """Read all of a source. Each fault is passed to `on_fault`, and each document is added to `duplicates`; without a
-    tokenizer no tokens are counted."""
+    """Read all of a source, by at most this many processes. Each fault is passed to `on_fault`, and each document is added
+    to `duplicates`; without a tokenizer no tokens are counted."""
     result, ids = Survey(reader.name), set()
     units = reader.units(UNIT_SIZE)
     total = sum(unit.rows for unit in units)
-    for unit in units:
-        for document in reader.read(unit, result.account):
-            result.records += 1
-            document = check_id(document, ids)
-            if isinstance(document, Fault):
-                result.faults[document.kind] += 1
-                if document.kind == DUPLICATE_ID:
-                    result.account.reject("records", "document", DUPLICATE_ID, document.where)
-                on_fault(document)
-                continue
-            _count_document(result, document, tokenizer)
-            if duplicates is not None:
-                duplicates.add(document)
-            if result.records % 256 == 0:
-                on_progress(min(result.records, total), total)
+    summarizer = Summarizer(reader, tokenizer, hashes=duplicates is not None)
+    for document in summarizer.read(units, result.account, processes):
+        result.records += 1
+        document = check_id(document, ids)
+        if isinstance(document, Fault):
+            result.faults[document.kind] += 1
+            if document.kind == DUPLICATE_ID:
+                result.account.reject("records", "document", DUPLICATE_ID, document.where)
+            on_fault(document)
+            continue
+        result.add(document.kinds, document.tokens)
+        result.splits[document.split] += 1
+        result.characters += document.characters
+        for height, width in document.sizes:
+            result.sizes[f"{width}x{height}"] += 1
+        if duplicates is not None:
+            duplicates.add(document)
+        if result.records % 256 == 0:
+            on_progress(min(result.records, total), total)
     on_progress(total, total)
     reader.close_account(result.account)
     return result
-
-
-def _count_document(result: Survey, document: RawDocument, tokenizer: Tokenizer | None) -> None:
-    texts = [part for part in document.segments if isinstance(part, RawText)]
-    result.add(
-        ["image" if isinstance(part, RawImage) else "text" for part in document.segments],
-        sum(len(tokenizer.encode(part.text, part.parse_special)) for part in texts) if tokenizer else 0,
-    )
-    result.characters += sum(len(part.text) for part in texts)
-    for part in document.segments:
-        if isinstance(part, RawImage):
-            result.sizes["{1}x{0}".format(*part.pixels.shape)] += 1
 
 
 def survey_stored(stored: StoredSource) -> Survey:

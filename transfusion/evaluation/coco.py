@@ -10,6 +10,7 @@ from PIL import ImageOps
 
 from transfusion.data.raw import Fault
 from transfusion.data.reading.files import Files
+from transfusion.data.reading.images import RecordImageReader
 from transfusion.disk import OpenError, read_json
 from transfusion.seeding import derive_seed
 
@@ -43,19 +44,19 @@ def read_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | N
 
     `folder`: the base of relative paths; None: the folder of the file `path`.
     """
-    files = Files.from_address(str(path), folder).image_reader(str(path.resolve()))
+    reader = RecordImageReader.of(Files.from_address(str(path), folder), str(path.resolve()))
     for image in captioned:
         try:
-            yield files.read(image.path)
+            yield reader.read(image.path)
         except Fault as fault:
             raise OpenError(f"{path}: {fault.message}") from None
 
 
 def check_images(captioned: Sequence[CaptionedImage], path: Path, folder: str | None) -> None:
     """OpenError names the first image that is missing."""
-    files = Files.from_address(str(path), folder).image_reader(str(path.resolve()))
+    reader = RecordImageReader.of(Files.from_address(str(path), folder), str(path.resolve()))
     for image in captioned:
-        if not files.exists(image.path):
+        if not reader.exists(image.path):
             raise OpenError(f"{path}: there is no image {image.path}")
 
 

@@ -58,7 +58,12 @@ class Tally:
             names = self.examples.get(reason, [])
             yield f"{count:,} {reason}" + (f": {', '.join(names)}{', ...' * (count > len(names))}" if names else "")
         if rest := sum(count for _, count in reasons[NUM_SHOWN_REASONS:]):
-            yield f"{rest:,} for {len(reasons) - NUM_SHOWN_REASONS} more reasons"
+            yield f"{rest:,} for {counted(len(reasons) - NUM_SHOWN_REASONS, 'more reason')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 picture", "1,204 pictures"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Account:

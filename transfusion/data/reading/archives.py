@@ -10,16 +10,19 @@ from typing import Any, BinaryIO
 from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault
+from transfusion.data.reading.container import MAX_RECORD_SIZE, Span, damage_fault
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.json_files import parse_object
+from transfusion.data.reading.splits import split_of_path
 from transfusion.data.reading.streams import BUFFER_SIZE
+from transfusion.data.reading.values import strip_caption
 
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
 READ_SUFFIXES = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
 KEY_TWICE = "with a key that was read: members of one key must be neighbours"
 REPEATED = "an earlier record has this key: members of one key must be neighbours"
 BESIDE_ANOTHER = "beside another one of the same kind and key"
+MAX_AHEAD, MAX_BYTES_AHEAD = 100, 64 * 2**20  # members and bytes that are read before it is known where a key ends
 END = bytes(tarfile.BLOCKSIZE)  # the mark of an archive's end is two of these
 
 
@@ -28,10 +31,21 @@ class Member:
     """A file in an archive."""
 
     name: str
-    key: str
     offset: int
+    size: int
     reason: str = ""  # why it cannot be part of a record
     content: bytes | Fault | None = None
+
+    def key(self, at_last_dot: bool = False) -> str:
+        """Its name up to the first dot of the last part, or up to the last dot."""
+        folder, _, last = self.name.rpartition("/")
+        stem = last.rpartition(".")[0] if at_last_dot else last.partition(".")[0]
+        return f"{folder}/{stem}" if folder and stem else stem
+
+    def suffix(self, at_last_dot: bool = False) -> str:
+        """What follows its key and a dot, in lower case."""
+        last = self.name.rpartition("/")[2].lower()
+        return last.rpartition(".")[2] if at_last_dot else last.partition(".")[2]
 
 
 @dataclass
@@ -40,12 +54,16 @@ class Group:
 
     key: str
     offset: int  # of its first member
+    at_last_dot: bool = False  # whether the key ends there
     contents: dict[str, Any] = field(default_factory=dict)  # suffix -> content; None if it is not read now
     names: dict[str, str] = field(default_factory=dict)  # suffix -> name of the member
     passed_over: list[tuple[str, str]] = field(default_factory=list)  # name and reason of members that are not read
     fault: Fault | None = None  # of the archive, from here on
 
-    def add(self, member: Member, suffix: str) -> None:
+    def includes(self, member: Member) -> bool:
+        return member.key(self.at_last_dot) == self.key
+
+    def add(self, member: Member, suffix: str, read_content: Callable[[], bytes | Fault | None]) -> None:
         """Add a member; of several pictures, texts or .json with this key one is read."""
         kind = next((kind for kind in (IMAGE_SUFFIXES, TEXT_SUFFIXES, ("json",)) if suffix in kind), ())
         rival = next((name for name in self.contents if name in kind), None)
@@ -55,7 +73,7 @@ class Group:
             if rival is not None:
                 self.passed_over.append((self.names.pop(rival), BESIDE_ANOTHER))
                 del self.contents[rival]
-            self.contents[suffix], self.names[suffix] = member.content, member.name
+            self.contents[suffix], self.names[suffix] = read_content(), member.name
         else:
             self.passed_over.append((member.name, BESIDE_ANOTHER))
 
@@ -65,9 +83,11 @@ class TarArchives:
     """WebDataset: a tar archive in which consecutive members with the same key (their name up to the first dot) are one
     record. Only images, .txt, .caption, .cls and .json are read; other members (for example pickles) are not.
 
-    If that leaves nothing of a key to be read, its members have dots in their names (`22.05.jpg`, `22.05.txt`): then the key
-    ends at the last dot. A key that returns later is a fault. Archives that are appended to an archive are read. In a
-    truncated archive the last record may lack members, so it is not read.
+    If that leaves nothing of a key to be read, its members have dots in their names. `0.input.jpg` and `0.outputs.txt`, with
+    one word between the dots, are a record; of others (`22.05.jpg`, `22.05.txt`) the key ends at the last dot. At most
+    `MAX_AHEAD` members and `MAX_BYTES_AHEAD` decide this, so that memory is bounded if all members have the same beginning.
+    A key that returns later is a fault. Archives that are appended to an archive are read. In a truncated archive the last
+    record may lack members, so it is not read. The records of a span have one split.
     """
 
     files: Files
@@ -75,20 +95,21 @@ class TarArchives:
 
     def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
         for path in self.paths:
-            row, count, offset, is_repeated, seen = 0, 0, 0, False, set()  # count: records of the next span, from offset on
+            row, count, offset, kind, seen = 0, 0, 0, (False, ""), set()  # count: records of the next span, from offset on
             for group in self._groups(path, 0, read=False):
                 digest = blake2b(group.key.encode(errors="replace"), digest_size=8).digest()
                 is_twice = bool(group.contents) and digest in seen
-                self._count_members(path, group, is_twice, account)
-                if not group.contents and not group.fault:
-                    continue
-                if count and (count == max_rows or is_twice != is_repeated):
-                    yield Span(path, row, count, offset, is_repeated)
+                next_kind = (is_twice, split_of_path(group.key, "train", with_file=False) or "")
+                has_record = bool(group.contents or group.fault)
+                if has_record and count and (count == max_rows or next_kind != kind):
+                    yield Span(path, row, count, offset, *kind)
                     row, count = row + count, 0
-                seen.add(digest)
-                offset, count, is_repeated = offset if count else group.offset, count + 1, is_twice
+                self._count_members(path, group, is_twice, account)  # after the yield: a limit may end the list there
+                if has_record:
+                    seen.add(digest)
+                    offset, count, kind = offset if count else group.offset, count + 1, next_kind
             if count:
-                yield Span(path, row, count, offset, is_repeated)
+                yield Span(path, row, count, offset, *kind)
 
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         groups = (group for group in self._groups(span.path, span.offset, read=True) if group.contents or group.fault)
@@ -113,26 +134,79 @@ class TarArchives:
     def _groups(self, path: str, offset: int, read: bool) -> Iterator[Group]:
         """All members in groups, in order; only groups with contents are records. Contents are None unless `read`. Damage
         ends with a group that has a fault."""
-        members: list[Member] = []  # with one key
-        others: list[tuple[str, str]] = []  # beside them: name and reason
+        grouping = Grouping()
         try:
             with self.files.open(path, offset) as file:
                 for member, read_content in _members(file, offset):
-                    if member.reason:
-                        others.append((member.name, member.reason))
-                        continue
-                    if members and member.key != members[0].key:
-                        yield from _group(members, others)
-                        members, others = [], []
-                    members.append(member)
-                    if read:
-                        members[-1] = replace(member, content=read_content())
+                    yield from grouping.add(member, read_content if read else lambda: None)
+            yield from grouping.close()
         except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
-            first = members[0] if members else Member("", "", offset)
-            others += [(member.name, CUT_SHORT) for member in members]
-            yield Group(first.key, first.offset, passed_over=others, fault=damage_fault(error))
+            names = [*(grouping.group.names.values() if grouping.group else ()), *(member.name for member in grouping.ahead)]
+            key, start = grouping.start or ("", offset)
+            yield Group(key, start, passed_over=[(name, CUT_SHORT) for name in names], fault=damage_fault(error))
+
+
+class Grouping:
+    """Puts the members of an archive into groups. What a group passes over is a group of its own, without contents: a record
+    may have any number of such members."""
+
+    def __init__(self) -> None:
+        self.group: Group | None = None  # the open one
+        self.ahead: list[Member] = []  # members with one key up to the first dot, before it is known where it ends
+
+    @property
+    def start(self) -> tuple[str, int] | None:
+        """Key and offset of the first record that is not complete."""
+        if self.group:
+            return self.group.key, self.group.offset
+        return (self.ahead[0].key(), self.ahead[0].offset) if self.ahead else None
+
+    def add(self, member: Member, read_content: Callable[[], bytes | Fault | None]) -> Iterator[Group]:
+        """The groups that are complete before this member."""
+        if member.reason:
+            yield Group("", member.offset, passed_over=[(member.name, member.reason)])
+            return
+        if not (self.group.includes(member) if self.group else self.ahead and self.ahead[0].key() == member.key()):
+            yield from self.close()
+        if self.group:
+            self.group.add(member, member.suffix(self.group.at_last_dot), read_content)
         else:
-            yield from _group(members, others)
+            self.ahead.append(member)
+            self.ahead[-1] = replace(member, content=read_content())
+            if member.suffix() in READ_SUFFIXES:
+                self._open(at_last_dot=False)
+            elif len(self.ahead) > MAX_AHEAD or sum(other.size for other in self.ahead) > MAX_BYTES_AHEAD:
+                self._open(at_last_dot=True)
+        if self.group:
+            yield from self._give_passed_over()
+            if self.ahead:
+                yield self._take_group()
+
+    def close(self) -> Iterator[Group]:
+        """The groups of all members, which are complete."""
+        while self.group or self.ahead:
+            if not self.group:
+                self._open(at_last_dot=True)
+                yield from self._give_passed_over()
+            yield self._take_group()
+
+    def _open(self, at_last_dot: bool) -> None:
+        """Open a group with the first members that are ahead. `at_last_dot`: none of them has a readable suffix."""
+        first, is_pair = self.ahead[0], at_last_dot and _are_picture_and_text(self.ahead)
+        self.group = Group(first.key(at_last_dot and not is_pair), first.offset, at_last_dot and not is_pair)
+        size = next((n for n, member in enumerate(self.ahead) if not self.group.includes(member)), len(self.ahead))
+        for member in self.ahead[:size]:
+            self.group.add(member, member.suffix(at_last_dot), lambda member=member: member.content)
+        del self.ahead[:size]
+
+    def _take_group(self) -> Group:
+        group, self.group = self.group, None
+        return group
+
+    def _give_passed_over(self) -> Iterator[Group]:
+        if names := self.group.passed_over:
+            self.group.passed_over = []
+            yield Group("", self.group.offset, passed_over=names)
 
 
 def _members(file: BinaryIO, offset: int) -> Iterator[tuple[Member, Callable[[], bytes | Fault]]]:
@@ -152,7 +226,7 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[Member, Callable[[],
             raise tarfile.ReadError("it has no end mark")
         offset, size = _skip_padding(file, archive.offset + tarfile.BLOCKSIZE)
         if size:
-            yield Member(f"{size:,} bytes", "", offset, "behind the end of the archive"), bytes
+            yield Member(f"{size:,} bytes", offset, size, "behind the end of the archive"), bytes
         if size is not None:
             return
 
@@ -175,16 +249,14 @@ def _skip_padding(file: BinaryIO, offset: int) -> tuple[int, int | None]:
 
 
 def _describe_member(info: tarfile.TarInfo) -> Member:
-    folder, _, last = info.name.rpartition("/")
-    stem, _, suffix = last.partition(".")
-    reason = ""
+    member, reason = Member(info.name, info.offset, info.size), ""
     if not info.isreg():
         reason = "link or device"
-    elif not stem:
+    elif info.name.rpartition("/")[2].startswith("."):
         reason = "hidden"
-    elif not _suffixes(info.name) & {*READ_SUFFIXES}:
-        reason = f".{suffix.lower()}" if suffix else "without a suffix"
-    return Member(info.name, f"{folder}/{stem}" if folder and stem else stem, info.offset, reason)
+    elif not {member.suffix(), member.suffix(at_last_dot=True)} & {*READ_SUFFIXES}:
+        reason = f".{member.suffix()}" if member.suffix() else "without a suffix"
+    return replace(member, reason=reason) if reason else member
 
 
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | Fault:
@@ -193,33 +265,13 @@ def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | Fau
     return archive.extractfile(info).read()
 
 
-def _suffixes(name: str) -> set[str]:
-    """What follows the first and the last dot of a file name, in lower case."""
-    last = name.rpartition("/")[2].lower()
-    return {last.partition(".")[2], last.rpartition(".")[2]}
-
-
-def _group(members: Sequence[Member], others: Sequence[tuple[str, str]]) -> list[Group]:
-    """The groups of consecutive members whose names have the same beginning up to the first dot: one, or if none of them can
-    be read, one for each beginning up to the last dot."""
-    groups: list[Group] = []
-    has_dots = not any(_suffix(member.name) in READ_SUFFIXES for member in members)
-    for member in members:
-        key, suffix = member.key, _suffix(member.name)
-        if has_dots:
-            folder, _, last = member.name.rpartition("/")
-            stem, _, suffix = last.rpartition(".")
-            key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
-        if not groups or groups[-1].key != key:
-            groups.append(Group(key, member.offset))
-        groups[-1].add(member, suffix)
-    groups = groups or [Group("", 0)]
-    groups[-1].passed_over += others
-    return groups
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition("/")[2].lower().partition(".")[2]
+def _are_picture_and_text(members: Sequence[Member]) -> bool:
+    """Whether these are one picture and one text, each with another word before its suffix: input.jpg, outputs.txt."""
+    if len(members) != 2:
+        return False
+    (first, _, end), (second, _, other_end) = (member.suffix().rpartition(".") for member in members)
+    is_pair = any(a in IMAGE_SUFFIXES and b in TEXT_SUFFIXES for a, b in ((end, other_end), (other_end, end)))
+    return is_pair and first != second and first.isalpha() and second.isalpha()
 
 
 def _build_record(group: Group) -> dict | Fault:
@@ -237,8 +289,3 @@ def _build_record(group: Group) -> dict | Fault:
         elif suffix in TEXT_SUFFIXES:
             record["caption"] = strip_caption(content)
     return record
-
-
-def strip_caption(content: bytes) -> bytes:
-    """The content of a text file without byte order mark and surrounding white space."""
-    return content.removeprefix(BOM).strip()

@@ -6,7 +6,7 @@ from an archive. A damaged file yields a `Fault` instead of a record.
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -29,6 +29,14 @@ class Span:
     rows: int
     offset: int = 0  # of its start, in a unit of the container
     is_repeated: bool = False  # records of an archive whose keys earlier ones have
+    split: str = ""  # of a folder in an archive that is called like one
+
+
+    def continues_in(self, span: "Span") -> bool:
+        """Whether the records of `span` follow these in the same file, and are alike."""
+        return replace(span, first=self.first, rows=self.rows, offset=self.offset) == self and (
+            span.first == self.first + self.rows
+        )
 
 
 class Container(Protocol):

@@ -1,31 +1,35 @@
-"""Files of a source, in a local folder or at any address that fsspec supports, and the images that records name."""
+"""Files of a source, in a local folder or at any address that fsspec supports."""
 
-import base64
-import errno
 import io
 import os
 import posixpath
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from transfusion.codecs.pictures import PictureError, pixels_of, read_picture
-from transfusion.data.raw import Fault
 from transfusion.data.reading.listing import Listing, reason_of_name, walk
-from transfusion.data.reading.streams import BUFFER_SIZE, Decompressed, RawFile, as_os_error, error_line
+from transfusion.data.reading.streams import (
+    BUFFER_SIZE,
+    HEAD_SIZE,
+    Decoded,
+    RawFile,
+    Recoded,
+    as_os_error,
+    check_content,
+    encoding_of,
+    error_line,
+    is_pointer,
+)  # fmt: skip
 
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-MAX_IMAGE_BYTES = 256 * 2**20  # of an image file
+COMPRESSED_SUFFIXES = tuple(COMPRESSIONS)
 MODIFIED = ("mtime", "ETag", "LastModified", "last_commit")  # names of the modification time in file systems
-BAD_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # of strings that cannot be paths
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,16 @@ class Files:
     fs: fsspec.AbstractFileSystem
     root: str
     image_root: str | None = None  # the folder that image paths are relative to; None: the folder of their record's file
-    _open: dict[str, Decompressed] = field(default_factory=dict, repr=False, compare=False)  # the compressed file read last
+    _open: dict[str, Decoded] = field(default_factory=dict, repr=False, compare=False)  # the decoded file read last
+
+    def __reduce__(self) -> tuple:
+        return Files, (self.fs, self.root, self.image_root)  # another process opens its own files
 
     @classmethod
     def from_address(cls, address: str, image_root: str | None = None) -> "Files":
         """The files at a path (* matches any characters), an fsspec address, or `owner/name` on Hugging Face's hub. OSError
         if there are no such files. A path that exists on this disk is never looked up on the hub."""
-        fs, root = _connect(address)
+        fs, root = connect(address)
         if "*" in root:
             with as_os_error(address):
                 paths = fs.glob(root)
@@ -51,7 +58,7 @@ class Files:
             if address.count("/") != 1 or address.startswith((".", "/", "~")):
                 raise FileNotFoundError(f"{address} does not exist")
             try:
-                fs, root = _connect(f"hf://datasets/{address}")
+                fs, root = connect(f"hf://datasets/{address}")
                 exists = fs.exists(root)
             except Exception as error:  # any error of the hub's client: no network, no such name
                 raise FileNotFoundError(f"{address} does not exist; the hub's error: {error_line(error)}") from None
@@ -62,9 +69,11 @@ class Files:
                 exists = fs.exists(root)
             if not exists:
                 raise FileNotFoundError(f"{address} does not exist")
+        if isinstance(fs, LocalFileSystem) and "*" not in root and not os.path.isfile(root) and not os.path.isdir(root):
+            raise FileNotFoundError(f"{address} is neither a file nor a folder: save its content as a file")
         image_path = None
         if image_root is not None:
-            image_fs, image_path = _connect(image_root)
+            image_fs, image_path = connect(image_root)
             if type(image_fs) is not type(fs):
                 raise ValueError(f"the image folder {image_root} must be on the same kind of file system as {address}")
         return cls(fs, root.rstrip("/"), image_path)
@@ -114,163 +123,66 @@ class Files:
 
     @contextmanager
     def open(self, path: str, offset: int = 0) -> Iterator[BinaryIO]:
-        """The decompressed content of a file, from a byte offset. Damaged content raises a plain OSError without errno; a
-        failed disk or network raises any other OSError."""
-        is_compressed = path.lower().endswith(tuple(COMPRESSIONS))
-        with self._open_compressed(path, offset) if is_compressed else self._open_raw(path) as raw:
-            file = io.BufferedReader(raw, BUFFER_SIZE)
-            try:
-                if offset or is_compressed:
-                    file.seek(offset)
-                yield file
-            finally:
-                file.detach()
+        """The content of a file from a byte offset, decompressed, and UTF-16 as UTF-8. Damaged content and a pointer of Git
+        LFS raise a plain OSError without errno; a failed disk or network raises any other OSError.
 
-    def _open_raw(self, path: str, compression: str | None = None) -> RawFile:
-        with as_os_error(self.relative_path(path)):
-            return RawFile(self.fs.open(path, "rb", compression=compression), self.relative_path(path))
-
-    @contextmanager
-    def _open_compressed(self, path: str, offset: int) -> Iterator[Decompressed]:
-        """A compressed file, to be read from this offset. It stays open until another one is read: the next span usually
-        starts where this one ends, and a new decoder would have to start from the first byte."""
-        compression = next(kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix))
+        Decoded content stays open until other content is decoded: the next span usually starts where this one ends, and a
+        new decoder would have to start from the first byte."""
         stream = self._open.pop(path, None)
         if stream is None or offset < stream.start:
-            stream = Decompressed(self._open_raw(path, compression))
+            stream = self._open_stream(path)
+        file = io.BufferedReader(stream, BUFFER_SIZE)
         try:
-            yield stream
+            file.seek(offset)
+            yield file
         finally:
-            while self._open:
-                self._open.popitem()[1].close()
-            if stream.is_damaged:
-                stream.close()
-            else:
+            file.detach()
+            if isinstance(stream, Decoded):
+                while self._open:
+                    self._open.popitem()[1].close()
+            if isinstance(stream, Decoded) and not stream.is_damaged:
                 self._open[path] = stream
+            else:
+                stream.close()
+
+    def _open_stream(self, path: str) -> RawFile | Decoded:
+        compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.lower().endswith(suffix)), None)
+        name = self.relative_path(path)
+        with as_os_error(name):
+            raw = RawFile(self.fs.open(path, "rb", compression=compression), name)
+        stream = Decoded(raw) if compression else raw
+        try:
+            head = stream.read(HEAD_SIZE)
+            check_content(head, name)
+            stream.seek(0)
+        except BaseException:
+            stream.close()
+            raise
+        encoding = encoding_of(head)
+        return Decoded(Recoded(stream, encoding, name)) if encoding else stream
 
     def read(self, path: str) -> bytes:
-        """The whole decompressed content of a file."""
-        if self.is_local and not path.lower().endswith(tuple(COMPRESSIONS)):
-            with open(path, "rb") as file:  # without the buffers of `open`: a folder has many small files
-                return file.read()
+        """The whole content of a file; errors as of `open`."""
+        if self.is_local and not path.lower().endswith(COMPRESSED_SUFFIXES):
+            with open(path, "rb", buffering=0) as file:  # not by `open` above: a folder has many small files
+                content = file.read()
+            if not is_pointer(content) and encoding_of(content) is None:
+                return content
         with self.open(path) as file:
             return file.read()
 
-    def exists(self, path: str) -> bool:
-        return self.fs.exists(path)
+    def is_file(self, path: str) -> bool:
+        return self.fs.isfile(path)
 
-    def open_arrow(self, path: str):
-        """The file for Arrow: memory-mapped if local, otherwise read."""
-        return pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
-
-    def image_reader(
-        self, path: str, on_file: Callable[[str], None] = lambda path: None,
-        on_note: Callable[[str, str], None] = lambda note, name: None,
-    ) -> "RecordImageReader":  # fmt: skip
-        """A reader of the images that records of this file name; `on_file` gets the path of each that is read, `on_note`
-        what is wrong with an image that is read, and its name, if it has one."""
-        return RecordImageReader(self, self.image_root or posixpath.dirname(path), on_file, on_note)
+    def open_arrow(self, path: str) -> pa.NativeFile:
+        """The file for Arrow: memory-mapped if local, otherwise read. OSError for a pointer of Git LFS."""
+        source = pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
+        check_content(source.read(HEAD_SIZE), self.relative_path(path))
+        source.seek(0)
+        return source
 
 
-@dataclass(frozen=True)
-class ListedPath:
-    """Path of an image in the source's file system, as listed there."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class RecordImageReader:
-    """Reads the images of records."""
-
-    files: Files
-    folder: str
-    on_file: Callable[[str], None]
-    on_note: Callable[[str, str], None]
-
-    def read(self, value: Any) -> np.ndarray:
-        """(Y, X, 3 | 1) uint8 of bytes, {"bytes", "path"}, {"url"}, a data: URL, a path, a URL, or a `ListedPath`. Fault
-        when it does not exist or is not an image; OSError when a disk or a network fails."""
-        name = ""
-        if isinstance(value, dict):
-            name = _shorten(path) if isinstance(path := value.get("path"), str) else ""
-            value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
-        if isinstance(value, ListedPath):
-            name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
-        elif isinstance(value, str) and value.startswith("data:"):
-            name, content = "data:", _decode_data_url(value)
-        elif isinstance(value, str):
-            name, content = _shorten(value), self._fetch(value)
-        elif isinstance(value, bytes | bytearray | memoryview):
-            content = bytes(value)
-        else:
-            raise Fault("missing image", f"an image must be bytes, a path or a URL, not {str(value)[:40]!r}")
-        try:
-            return pixels_of(read_picture(content, name or "its image", on_note=lambda note: self.on_note(note, name)))
-        except PictureError as error:
-            raise Fault("unreadable image", str(error)) from None
-
-    def exists(self, address: str) -> bool:
-        """Whether there is a file at this path or URL."""
-        try:
-            fs, path = self._locate(address)
-            return fs.exists(path)
-        except (Fault, OSError):
-            return False
-
-    def _fetch(self, address: str, is_listed: bool = False) -> bytes:
-        """The content at a path relative to the record, at a URL, or at a listed path."""
-        try:
-            fs, path = (self.files.fs, address) if is_listed else self._locate(address)
-            if fs is self.files.fs:
-                self.on_file(path)
-            if isinstance(fs, LocalFileSystem):
-                info = os.stat(path)
-                if not stat.S_ISREG(info.st_mode):  # reading a device may never end
-                    raise Fault("missing image", f"{_shorten(address)} is not a file")
-                if info.st_size > MAX_IMAGE_BYTES:
-                    raise Fault("too large", f"{_shorten(address)} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
-                with open(path, "rb") as file:
-                    return file.read()
-            return fs.cat_file(path)
-        except Fault:
-            raise
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-            hint = "" if self.files.image_root or "://" in address else " (--pictures sets the folder of relative paths)"
-            raise Fault("missing image", f"{_shorten(address)}: {error.strerror or 'it does not exist'}{hint}") from None
-        except Exception as error:  # each protocol has its own exceptions
-            if "://" not in address and isinstance(error, OSError) and error.errno not in BAD_PATH_ERRORS:
-                raise  # the source's own disk fails
-            if "://" not in address and not isinstance(error, OSError | ValueError):
-                raise OSError(f"cannot fetch {_shorten(address)}: {error_line(error)}") from None
-            # single URLs may be dead: a fault of the data, limited by max_faults
-            raise Fault("missing image", f"{_shorten(address)}: {error_line(error)}") from None
-
-    def _locate(self, address: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        """File system and path of an image address. Fault when it is not valid or not allowed."""
-        if "::" in address or "\x00" in address or not address:
-            raise Fault("missing image", f"{_shorten(repr(address))} is neither a path nor a plain URL")
-        if "://" in address:
-            fs, path = _connect(address)
-            if isinstance(fs, LocalFileSystem) and not self.files.is_local:
-                raise Fault("missing image", f"{_shorten(address)} is not on the file system of the data")
-            return fs, path
-        if address.startswith("/") and not self.files.is_local:
-            raise Fault("missing image", f"{_shorten(address)} is not on the file system of the data")
-        protocol, separator, folder = self.folder.rpartition("://")  # normpath would shorten "//"
-        path = posixpath.normpath(posixpath.join(folder, address))
-        if path.startswith("../"):
-            raise Fault("missing image", f"{_shorten(address)} is outside the folder of the data")
-        return self.files.fs, protocol + separator + path
-
-
-def _shorten(address: str) -> str:
-    """An address for messages: it may be a whole image, or have half a surrogate pair."""
-    address = address.encode(errors="replace").decode()
-    return address if len(address) <= 200 else f"{address[:100]}... ({len(address):,} characters)"
-
-
-def _connect(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def connect(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """File system and path of an address. ValueError when fsspec does not support it."""
     try:
         return url_to_fs(address)
@@ -278,14 +190,3 @@ def _connect(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{address} needs another package: {error_line(error)}") from None
     except Exception as error:  # fsspec's ValueErrors, and any error of a file system about its arguments
         raise ValueError(f"{address}: {error_line(error)}") from None
-
-
-def _decode_data_url(address: str) -> bytes:
-    """The bytes of a data: URL."""
-    head, _, body = address.partition(",")
-    if not head.endswith(";base64"):
-        raise Fault("missing image", "a data: URL must be in base64")
-    try:
-        return base64.b64decode(body, validate=True)
-    except ValueError:
-        raise Fault("unreadable image", "the base64 of a data: URL is damaged") from None

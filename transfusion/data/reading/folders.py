@@ -7,13 +7,14 @@ from typing import Any
 
 from transfusion.data.raw import Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.archives import strip_caption
-from transfusion.data.reading.container import Span
-from transfusion.data.reading.files import Files, ListedPath
+from transfusion.data.reading.columns import COLUMN_NAMES
+from transfusion.data.reading.container import Span, damage_fault
+from transfusion.data.reading.files import Files
+from transfusion.data.reading.images import ListedPath
 from transfusion.data.reading.json_files import parse_object
 from transfusion.data.reading.listing import Listing
-from transfusion.data.reading.records import COLUMN_NAMES
 from transfusion.data.reading.splits import split_of_name, split_of_path
+from transfusion.data.reading.values import strip_caption
 
 CAPTION_SUFFIXES = ("txt", "caption", "json")  # of a file beside a picture; the first one that exists is read
 REPEATS = re.compile(r"\d+_(?=\D)")  # 10_dog: kohya's folders start with a number of repeats
@@ -63,7 +64,10 @@ class PictureFolder:
             path = self.listing[index]
             return {"caption": _folder_caption(path) if REPEATS.match(_folder_name(path)) else None}
         path = self.listing.path(beside[0])
-        content = self.files.read(path)
+        try:
+            content = self.files.read(path)
+        except OSError as error:
+            return damage_fault(error)
         if not path.lower().endswith(".json"):
             return {"caption": strip_caption(content)}
         fields = parse_object(content)

@@ -1,19 +1,86 @@
-"""JSON files to records: one object per line, or one list of objects."""
+"""JSON files to records: one object per line, a list of objects, or objects over several lines."""
 
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Span, damage_fault, group
+from transfusion.data.reading.coco import OTHER_ANNOTATIONS, is_coco, no_captions, read_coco
+from transfusion.data.reading.container import BOM, MAX_RECORD_SIZE, Container, Span, damage_fault, group
 from transfusion.data.reading.files import Files
+from transfusion.data.reading.json_objects import unwrap
 from transfusion.data.reading.streams import error_line
+from transfusion.data.reading.values import short_repr
 
 READ_SIZE = 2**20  # bytes read at a time
+LINES_SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.|$)")
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict:
+    """An object from its keys and values. ValueError when a key stands twice: Python would keep the last value."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {short_repr(counts.most_common(1)[0][0])} stands twice in an object")
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+
+
+@dataclass(frozen=True)
+class JsonFiles:
+    """JSON files. The first line of each shows how it is written."""
+
+    files: Files
+    paths: Sequence[str]
+    _layouts: dict[str, Container] = field(default_factory=dict, repr=False, compare=False)  # of the file that was read last
+
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
+        for path in self.paths:
+            yield from self._layout(path).spans(max_rows, account)
+
+    def records(self, span: Span) -> Iterator[tuple[str, Any]]:
+        yield from self._layout(span.path).records(span)
+
+    def _layout(self, path: str) -> Container:
+        if path not in self._layouts:
+            self._layouts.clear()
+            self._layouts[path] = _find_layout(path, *first_line(self.files, path))(self.files, [path])
+        return self._layouts[path]
+
+
+def _find_layout(path: str, line: bytes, is_only_line: bool) -> "type[JsonLines | JsonList | JsonObjects]":
+    """How a file is written whose first line that is not blank is `line`. The lines of a .jsonl are records, unless the
+    first has only a bracket; those of a .json, if the first has a whole object and is not the only one."""
+    line = line.strip()
+    if line.startswith(b"["):
+        return JsonList
+    has_lines = line != b"{" if LINES_SUFFIX.search(path.lower()) else line.endswith(b"}") and not is_only_line
+    return JsonLines if has_lines else JsonObjects
+
+
+def first_line(files: Files, path: str) -> tuple[bytes, bool]:
+    """The first line of a file that is not blank, if it starts a list perhaps only its beginning; and whether nothing
+    follows it. No line for a damaged file."""
+    line = rest = b""
+    try:
+        with files.open(path) as file:
+            while not line and (content := file.read1(2**16)):
+                line = content.lstrip(b" \n\r\t\xef\xbb\xbf")
+            if not line.startswith(b"[") and b"\n" not in line:
+                line += file.readline()
+            line, _, rest = line.partition(b"\n")
+            while not rest.strip() and (content := file.read1(2**16)):
+                rest = content
+    except OSError as error:
+        damage_fault(error)  # raises errors of a disk; damage is reported where the records are read
+    return line, not rest.strip()
 
 
 @dataclass(frozen=True)
@@ -56,7 +123,7 @@ def parse_object(content: bytes | str) -> dict | Fault:
     """A JSON object, or a Fault when the content is not one."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text)
+        value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         return Fault("wrong encoding", f"it is not UTF-8 at byte {error.start}")
     except (ValueError, RecursionError) as error:
@@ -67,6 +134,56 @@ def parse_object(content: bytes | str) -> dict | Fault:
 def _not_an_object(value: Any) -> Fault:
     kinds = {list: "a list", str: "text", type(None): "null"}  # the value itself may be of any length and depth
     return Fault("bad JSON", f"it must be a JSON object, not {kinds.get(type(value), value)}")
+
+
+class JsonObjects:
+    """One JSON object, or several, over any number of lines. A single object may be several records: COCO's annotations, and
+    see `unwrap`."""
+
+    def __init__(self, files: Files, paths: Sequence[str]):
+        self.files, self.paths = files, paths
+        self._cache: tuple[str, list[Any]] = ("", [])  # path and records of the last file: each span needs the whole file
+
+    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
+        for path in self.paths:
+            rows = len(self._rows(path))
+            for first in range(0, rows, max_rows):
+                yield Span(path, first, min(max_rows, rows - first))
+
+    def records(self, span: Span) -> Iterator[tuple[str, Any]]:
+        for row, record in enumerate(self._rows(span.path)[span.first : span.first + span.rows], span.first):
+            yield self.files.format_row(span.path, row), record
+
+    def _rows(self, path: str) -> list[Any]:
+        if self._cache[0] != path:
+            first, *others = values = list(self._values(path))
+            if not others and isinstance(first, dict):
+                values = read_coco(self.files, path, first) if is_coco(first) else unwrap(first)
+            self._cache = path, [value if isinstance(value, dict | Fault) else _not_an_object(value) for value in values]
+        return self._cache[1]
+
+    def _values(self, path: str) -> Iterator[Any]:
+        """The values of a file; where the rest cannot be read, the last one is a Fault."""
+        if path.rpartition("/")[2].startswith(OTHER_ANNOTATIONS):  # these are large
+            yield no_captions()
+            return
+        try:
+            text = self.files.read(path).decode("utf-8-sig").strip()
+        except OSError as error:
+            yield damage_fault(error)
+            return
+        except UnicodeDecodeError as error:
+            yield Fault("wrong encoding", f"it is not UTF-8 at byte {error.start}")
+            return
+        end = 0
+        while end < len(text) or not text:
+            try:
+                value, end = _DECODER.raw_decode(text, _SPACE.match(text, end).end())
+            except (ValueError, RecursionError) as error:
+                kind = CUT_SHORT if end or text.startswith("{") else "bad JSON"
+                yield Fault(kind, f"it is not valid JSON, the rest of the file is not read: {error_line(error)}")
+                return
+            yield value
 
 
 @dataclass(frozen=True)
@@ -101,6 +218,14 @@ class JsonList:
             while True:
                 text.skip_all(_SEPARATOR)
                 if text.starts_with("]"):
+                    text.skip(text.position + 1)
+                    text.skip_all(_SPACE)
+                    if text.starts_with("["):  # lists were joined
+                        text.skip(text.position + 1)
+                        continue
+                    if text.is_damaged or text.position < len(text.text):
+                        fault = Fault(CUT_SHORT, "what is behind the end of the list is not read")
+                        yield row, text.offset, text.end_fault if text.is_damaged else fault
                     return
                 value, end = text.parse_element()
                 yield row, text.offset, value
@@ -110,7 +235,6 @@ class JsonList:
                 row += 1
 
 
-_DECODER = json.JSONDecoder()
 _BRACKETS = re.compile(r'[][{}]|"(?:[^"\\]|\\.)*(?:"|$)', re.DOTALL)  # and texts, which may have brackets
 _SPACE, _SEPARATOR = re.compile("[ \n\r\t\ufeff]*"), re.compile("[ \n\r\t,]*")
 

@@ -7,8 +7,10 @@ from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from transfusion.data.reading.account import NUM_EXAMPLES, OTHERS, Account
+from transfusion.data.reading.values import printable
 
 NAMED_BY_NONE = "named by no record"  # why a picture is not read
+NOT_A_FILE = "neither a file nor a folder"  # a pipe, a device, a link to nothing: reading one may never end
 IGNORED_NAMES = ("README", "LICENSE")  # with any suffix
 
 
@@ -55,13 +57,14 @@ class Listing(Sequence[str]):
 
     def siblings(self, index: int) -> Iterator[tuple[int, str]]:
         """The other files whose paths begin with this one up to its last dot: their indices, and the rest of their paths."""
-        names, ends = self._names, self._ends
+        names, ends, not_a_file = self._names, self._ends, self._labels.get((NOT_A_FILE, False))
         start, end = ends[index : index + 2]
         stem = names[start : names.rfind(b".", start, end) + 1]
         for step in (-1, 1) if stem else ():
             number = index + step
             while 0 <= number < len(self) and names.startswith(stem, ends[number], ends[number + 1]):
-                yield number, names[ends[number] + len(stem) : ends[number + 1]].decode("utf-8", "surrogateescape")
+                if self._fates[number] != not_a_file:
+                    yield number, names[ends[number] + len(stem) : ends[number + 1]].decode("utf-8", "surrogateescape")
                 number += step
 
     def is_undecided(self, index: int) -> bool:
@@ -160,7 +163,7 @@ def _walk_folders(root: str, start: str, entered: set[tuple[int, int]]) -> Gener
         path = parent + name
         if not path.endswith("/"):
             is_file = not mark or os.path.isfile(os.path.join(root, path))
-            yield path, reason_of_name(path) or ("" if is_file else "neither a file nor a folder")
+            yield path, reason_of_name(path) or ("" if is_file else NOT_A_FILE)
         elif name.startswith((".", "_")):
             yield path, "hidden"
         else:
@@ -200,12 +203,6 @@ def reason_of_name(path: str) -> str:
     if name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders):
         return "hidden"
     return "README or LICENSE" if name.partition(".")[0].upper() in IGNORED_NAMES else ""
-
-
-def printable(text: str) -> str:
-    """One line of text that can be encoded: names of files and columns may have any characters."""
-    text = text.encode(errors="replace").decode()
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _encode(path: str) -> bytes:

@@ -1,138 +1,24 @@
-"""Records to documents: common column names, and the nine forms of records with text and images.
+"""Records to documents: the nine forms of records with text and images. `columns.py` detects the form of a record."""
 
-A record is a dict, from any kind of file. `detect_form` finds its form from its columns, `to_document` reads it.
-"""
-
-from collections.abc import Mapping, Sequence, Set
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any
 
 from transfusion.chat import Turn, lay_out
 from transfusion.config import ChatLayout
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
+from transfusion.data.reading.columns import COLUMN_NAMES, PICTURE_FIELDS, Form, find_column
 from transfusion.data.reading.conversations import read_conversation, read_messages
 from transfusion.data.reading.values import (
     ImageReader,
     check_text,
     get_list,
     get_value,
-    is_address,
     is_empty,
     list_columns,
-    looks_like_picture,
     nonempty_text,
     parse_texts,
     short_repr,
 )  # fmt: skip
-
-Form = Literal["document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"]
-FORMS: tuple[str, ...] = get_args(Form)
-CONVERSATIONS: tuple[Form, ...] = ("conversation", "messages")  # these have a chat layout
-COLUMN_NAMES = {  # our name -> names in data sets, in lower case; the first one with a value is read
-    "image": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "gif", "bmp", "images", "image_path",
-              "image_bytes", "image_file", "image_file_name", "image_name", "img_path", "file_name", "file_names",
-              "filename", "filepath", "file_path", "path", "image_url", "img_url", "photo_url", "picture_url", "url"),
-    "caption": ("caption", "captions", "text", "txt", "prompt", "description", "alt", "alt_text", "title", "comment",
-                "sentence", "label"),
-    "text": ("text", "txt", "content", "body", "caption"),
-    "id": ("id",),
-    "source": ("source", "source_image", "source_img", "input_image", "input_images", "original_image", "raw_image"),
-    "instruction": ("instruction", "edit_prompt", "edit", "prompt", "caption"),
-    "target": ("target", "target_image", "target_img", "output_image", "edited_image", "out_image"),
-}  # fmt: skip
-AMBIGUOUS_NAMES = ("path", "url", "file_name", "file_names", "filename", "filepath", "file_path", "image_name", "photo")
-PICTURE_NAMES = {*COLUMN_NAMES["image"]} - {*AMBIGUOUS_NAMES}
-PICTURE_FIELDS = ("image", "source", "target")
-LIST_COLUMNS: dict[Form, tuple[str, ...]] = {  # of the forms that are recognised by a list; the first is that list
-    "document": ("segments", "pairs"), "conversation": ("conversations",), "messages": ("messages",),
-    "mmc4": ("text_list", "image_info"), "interleaved": ("texts", "images"),
-}  # fmt: skip
-
-
-def detect_form(record: dict) -> Form:
-    """The form of a record. Fault when its columns fit no form."""
-    for form, (name, *others) in LIST_COLUMNS.items():
-        if isinstance(record.get(name), list) and (form != "interleaved" or isinstance(record.get(*others), list)):
-            return form
-    if all(find_column(record, field) for field in ("target", "source", "instruction")):
-        return "editing"
-    if find_column(record, "image"):
-        return "pair" if find_column(record, "caption") else "image"
-    if find_column(record, "text"):
-        return "text"
-    raise Fault("missing column", f"it has neither a text nor an image column, only: {list_columns(record)}")
-
-
-def describe_record(record: dict) -> tuple[Form | None, bool]:
-    """Its form, if it has one, and whether its image must be fetched from an address."""
-    try:
-        form = detect_form(record)
-    except Fault:
-        return None, False
-    return form, form in ("pair", "image") and is_address(record[find_column(record, "image")])
-
-
-def path_of_picture(record: dict) -> str | None:
-    """The path of the picture of a pair or image."""
-    form, has_address = describe_record(record)
-    value = record[find_column(record, "image")] if form in ("pair", "image") and not has_address else None
-    return value if isinstance(value, str) else None
-
-
-def form_among(record: dict, form: Form, columns: Set[str]) -> Form:
-    """The form of a record among records of `form`, which have these columns: its own form. But a record in which some of
-    the columns are empty or wrong, so that it looks like a text or an image, is a bad record of `form`."""
-    try:
-        own = detect_form(record)
-    except Fault:
-        if columns <= record.keys() and any(is_empty(record[name]) for name in columns):
-            return form
-        raise
-    if own == form or own not in ("text", "image") or not columns <= record.keys():
-        return own
-    return own if columns <= {*read_columns(record, own)} else form
-
-
-def find_column(record: dict, field: str) -> str | None:
-    """The column that is read as this field: the first of its names with a fitting value. For an image otherwise the only
-    column that looks like a picture. Fault when there are several."""
-    for name in COLUMN_NAMES[field]:
-        if name not in record or is_empty(value := record[name]):
-            continue
-        if field not in PICTURE_FIELDS:
-            if field == "id" or not looks_like_picture(value):
-                return name
-        elif name not in AMBIGUOUS_NAMES or looks_like_picture(value) or not isinstance(value, str | list):
-            if name != "url" or record.keys().isdisjoint(PICTURE_NAMES):  # the picture that is empty, or nothing
-                return name
-    if field != "image":
-        return None
-    pictures = [name for name, value in record.items() if name not in COLUMN_NAMES["image"] and looks_like_picture(value)
-                and not is_address(value)]  # fmt: skip
-    if len(pictures) > 1:
-        raise Fault("missing column", f"{list_columns(pictures)} may all be its image: choose one with --columns image=")
-    return pictures[0] if pictures else None
-
-
-def read_columns(record: dict, form: Form) -> list[str]:
-    """The columns of a record that are read."""
-    fields = {"pair": ("image", "caption", "id"), "editing": ("source", "instruction", "target", "id"),
-              "text": ("text", "id"), "image": ("image", "id")}.get(form, ("id",))  # fmt: skip
-    names = [find_column(record, field) for field in fields]
-    if form in CONVERSATIONS:
-        names.append(find_column(record, "image"))
-    return [name for name in (*LIST_COLUMNS.get(form, ()), *names) if name and not is_empty(record.get(name))]
-
-
-def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
-    """The record with columns renamed as {our name: column name}; an empty column name removes a column. Names of columns
-    are in lower case."""
-    replaced = {name for ours in columns for name in COLUMN_NAMES.get(ours, (ours,))}
-    chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
-    others: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(key, str):  # of names that differ only in case, one is in lower case
-            others[key if key.lower() in others or (key.lower() in record and key != key.lower()) else key.lower()] = value
-    return {**{key: value for key, value in others.items() if key not in replaced}, **chosen}
 
 
 def split_captions(record: dict, form: Form) -> list[dict]:
@@ -149,9 +35,11 @@ def split_captions(record: dict, form: Form) -> list[dict]:
     return records
 
 
-def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout()) -> RawDocument:  # noqa: B008
-    """The document of a record; `chat` is the layout of conversations. Fault when a part of it is missing, empty, or cannot
-    be read."""
+def to_document(
+    form: Form, record: dict, images: ImageReader, chat: ChatLayout = ChatLayout(), where: str = ""  # noqa: B008 (frozen)
+) -> RawDocument:
+    """The document of a record; `chat` is the layout of conversations, `where` its file and row. Fault when a part of it is
+    missing, empty, or cannot be read."""
     pairs = False
     match form:
         case "document":
@@ -181,8 +69,8 @@ def to_document(form: Form, record: dict, images: ImageReader, chat: ChatLayout 
         _check_pairs(segments)
     name = check_text(str(record["id"]), "id") if find_column(record, "id") else ""
     if form == "conversation":  # LLaVA's ids name the image, so they are not unique
-        return RawDocument(tuple(segments))
-    return RawDocument(tuple(segments), pairs=pairs, name=name)
+        name = ""
+    return RawDocument(tuple(segments), pairs=pairs, name=name, where=where)
 
 
 # The forms

@@ -3,18 +3,18 @@
 import csv
 import io
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
 from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
+from transfusion.data.reading.columns import COLUMN_NAMES, LIST_COLUMNS
 from transfusion.data.reading.container import BOM, Span, damage_fault, group
 from transfusion.data.reading.files import Files
-from transfusion.data.reading.records import COLUMN_NAMES, LIST_COLUMNS
-from transfusion.data.reading.values import is_address, looks_like_picture
+from transfusion.data.reading.values import is_address, looks_like_picture, unique_names
 
 DELIMITERS = "\t|;,"  # text has commas more often than the others
 NO_DELIMITER = "\x1f"  # of a file with one column: no text has this character
@@ -24,6 +24,7 @@ MAX_LINE = 4 * MAX_CELL  # bytes
 MAX_NAME = 60  # characters of a column's name
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 SEPARATOR_LINE = re.compile("sep=.", re.I)  # the first line of some tables
+MISSING = {"nan", "NaN", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "\\N"}  # of pandas, Excel and MySQL
 KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
 
 csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
@@ -36,12 +37,16 @@ class Dialect:
     delimiter: str
     has_quotes: bool = True  # cells may be in quotes; otherwise a quote is a character like any other
     has_spaces: bool = False  # behind the delimiters
-    has_header: bool = True
-    columns: tuple[str, ...] = ()
+    header: Sequence[str] = ()  # the cells of the row with the names of columns; () without one
+    columns: Sequence[str] = ()  # () while the dialect is not known: rows may have any number of cells
+    num_comments: int = 0  # lines that begin with # before the first row
 
     def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
-        """(line number from 0, byte offset, cells) of each row that is not blank. A row that cannot be read is a Fault; the
-        next row starts in the line behind its first one, because an open quote may have swallowed any number of rows."""
+        """(line number from 0, byte offset, cells) of each row that is neither blank nor the header, which joined tables
+        repeat. A row that cannot be read is a Fault; the next row starts in the line behind its first one, because an open
+        quote may have swallowed any number of rows."""
+        if not lines.offset:
+            lines.skip(self.num_comments)
         quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
         reader = csv.reader(
             lines, delimiter=self.delimiter, quoting=quoting, skipinitialspace=self.has_spaces, strict=True
@@ -53,6 +58,11 @@ class Dialect:
                 return
             except csv.Error as error:
                 cells = lines.explain(error)
+            if self.header and cells == self.header:
+                lines.end_row(is_bad=False)
+                continue
+            if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and any(map(str.strip, cells)):
+                cells = lines.explain_width(len(cells), len(self.columns))
             wrong_encoding = lines.wrong_encoding
             where = lines.end_row(is_bad=isinstance(cells, Fault))
             if wrong_encoding:
@@ -87,6 +97,11 @@ class Lines:
             self.wrong_encoding = error.reason
             return line.decode(errors="replace")  # with all delimiters and quotes
 
+    def skip(self, number: int) -> None:
+        for _ in range(number):
+            next(self)
+        self.end_row(is_bad=False)
+
     def end_row(self, is_bad: bool) -> tuple[int, int]:
         """Line number and byte offset of the row that was read. The lines behind the first one of a bad row come again."""
         where = self.number, self.offset
@@ -101,10 +116,24 @@ class Lines:
 
     def explain(self, error: csv.Error) -> Fault:
         """The fault of the current row."""
-        if str(error) == "unexpected end of data" and len(self._row) == 1 and not self._row[0].endswith(b"\n"):
+        if str(error) == "unexpected end of data" and self._is_last_line:
             return Fault(CUT_SHORT, "the file ends inside a cell in quotes")
-        reason = "a carriage return outside of quotes" if "new-line character" in str(error) else error
-        return Fault("damaged table", f"the row cannot be read: {reason}")
+        if "new-line character" not in str(error):
+            return Fault("damaged table", f"the row cannot be read: {error}")
+        if self._is_last_line:  # perhaps all rows are in it
+            return Fault(CUT_SHORT, "carriage returns end its rows: save the file with line feeds")
+        return Fault("damaged table", "the row cannot be read: a carriage return outside of quotes")
+
+    def explain_width(self, width: int, expected: int) -> Fault:
+        """The fault of the current row, which has the wrong number of cells."""
+        message = f"the table has {expected} columns, the row {width}"
+        if width < expected and self._is_last_line:
+            return Fault(CUT_SHORT, f"{message}: the file ends inside a row")
+        return Fault("damaged table", message)
+
+    @property
+    def _is_last_line(self) -> bool:
+        return len(self._row) == 1 and not self._row[0].endswith(b"\n")
 
 
 @dataclass(frozen=True)
@@ -122,23 +151,19 @@ class SeparatedValues:
     def records(self, span: Span) -> Iterator[tuple[str, Any]]:
         columns = self._dialect(span.path).columns
         for line, _, cells in islice(self._rows(span.path, span.first, span.offset), span.rows):
-            if isinstance(cells, list) and len(cells) != len(columns):
-                cells = Fault("damaged table", f"the row has {len(cells)} columns, the table {len(columns)}")
-            record = cells if isinstance(cells, Fault) else dict(zip(columns, cells, strict=True))
-            yield self.files.format_row(span.path, line), record
+            if isinstance(cells, list):
+                cells = cells if MISSING.isdisjoint(cells) else [None if cell in MISSING else cell for cell in cells]
+                cells = dict(zip(columns, cells, strict=True))
+            yield self.files.format_row(span.path, line), cells
 
     def _rows(self, path: str, line: int = 0, offset: int = 0) -> Iterator[tuple[int, int, list[str] | Fault]]:
         """The rows of a file without its header. Where the file is damaged, the last item is a Fault."""
         try:
             dialect = self._dialect(path)
             with self.files.open(path, offset) as file:
-                is_header = dialect.has_header and not offset
                 for row in dialect.read(Lines(file, line, offset)):
-                    line, offset, cells = row
-                    if is_header and isinstance(cells, list):
-                        is_header = False
-                    else:
-                        yield row
+                    line, offset, _ = row
+                    yield row
         except OSError as error:
             yield line, offset, damage_fault(error)
 
@@ -161,21 +186,40 @@ def find_dialect(sample: bytes, delimiters: str = DELIMITERS) -> Dialect:
     """The dialect of a table, from its beginning."""
     if is_cut := len(sample) == SAMPLE_SIZE:
         sample = sample[: sample.rfind(b"\n") + 1] or sample
-    options = [_Sample.read(Dialect(delimiter), sample, is_cut) for delimiter in delimiters]
-    best = max(options, key=lambda option: (option.num_known, option.score))
+    num_comments = _count_comments(sample, delimiters)
+    best = _find_quoting(sample, delimiters, is_cut, num_comments)
+    if num_comments and best.width < 2:  # texts that begin with #
+        best = _find_quoting(sample, delimiters, is_cut, 0)
+    dialect, rows = best.dialect, best.rows
+    header = rows[0] if rows and _is_header(rows[0]) else ()
+    return replace(dialect, header=header, columns=_name_cells(header) if header else _name_columns(rows))
+
+
+def _find_quoting(sample: bytes, delimiters: str, is_cut: bool, num_comments: int) -> "_Sample":
+    """The first rows in the dialect that fits best."""
+
+    def read(delimiter: str, **quoting: bool) -> _Sample:
+        return _Sample.read(Dialect(delimiter, num_comments=num_comments, **quoting), sample, is_cut)
+
+    best = max(map(read, delimiters), key=lambda option: (option.num_known, option.score, option.num_pictures))
     if best.width < 2:
-        best = _Sample.read(Dialect(NO_DELIMITER), sample, is_cut)
-    dialect = best.dialect
-    if dialect.delimiter in "\t|":
-        raw = _Sample.read(Dialect(dialect.delimiter, has_quotes=False), sample, is_cut)
+        return read(NO_DELIMITER)
+    delimiter = best.dialect.delimiter
+    if delimiter in "\t|":
+        raw = read(delimiter, has_quotes=False)
         best = best if _has_quotes(best, raw) else raw
     behind = [cell for row in best.rows for cell in row[1:] if cell]
     if behind and sum(cell.startswith(" ") for cell in behind) > 0.9 * len(behind):
-        best = _Sample.read(Dialect(dialect.delimiter, best.dialect.has_quotes, has_spaces=True), sample, is_cut)
-    dialect, rows = best.dialect, best.rows
-    has_header = bool(rows) and _is_header(rows[0])
-    columns = _unique(rows[0]) if has_header else _name_columns(rows)
-    return Dialect(dialect.delimiter, dialect.has_quotes, dialect.has_spaces, has_header, columns)
+        return read(delimiter, has_quotes=best.dialect.has_quotes, has_spaces=True)
+    return best
+
+
+def _count_comments(sample: bytes, delimiters: str) -> int:
+    """The number of lines that begin with # before the first other one, without the last if it has names of columns."""
+    lines = list(takewhile(lambda line: line.startswith(b"#"), io.BytesIO(sample.removeprefix(BOM))))
+    last = lines[-1].decode(errors="replace") if lines else ""
+    has_names = any(delimiter in last and any(map(_is_known, last.split(delimiter))) for delimiter in delimiters)
+    return len(lines) - has_names
 
 
 @dataclass(frozen=True)
@@ -207,6 +251,11 @@ class _Sample:
         return sum(map(_is_known, self.rows[0])) if self.width > 1 else 0
 
     @property
+    def num_pictures(self) -> int:
+        """Columns of pictures."""
+        return sum(all(map(_is_picture, cells)) for cells in zip(*self.rows, strict=True))
+
+    @property
     def score(self) -> int:
         """How well the dialect fits, if it gives several columns."""
         return len(self.rows) - self.num_others if self.width > 1 else -len(self.rows)
@@ -223,7 +272,7 @@ def _has_quotes(quoted: _Sample, raw: _Sample) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    return name.strip().lower() in KNOWN_NAMES
+    return name.strip("# \r\n").lower() in KNOWN_NAMES
 
 
 def _is_header(row: Sequence[str]) -> bool:
@@ -249,14 +298,11 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _unique(row: Sequence[str]) -> tuple[str, ...]:
-    """The names of columns. Equal ones are numbered, as pandas does: otherwise the last one would replace the others."""
-    names, counts = [], Counter()
-    for cell in row:
-        name = cell.strip()
-        names.append(f"{name}.{counts[name]}" if counts[name] else name)
-        counts[name] += 1
-    return tuple(names)
+def _name_cells(header: Sequence[str]) -> list[str]:
+    """The names of columns in a header. NumPy writes a # before the first one."""
+    first, *others = header
+    names = [first.strip("# ") if _is_known(first) else first.strip(), *map(str.strip, others)]
+    return unique_names(name or f"column {number}" for number, name in enumerate(names, 1))
 
 
 def _name_columns(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:

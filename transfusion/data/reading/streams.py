@@ -1,5 +1,6 @@
-"""Files as Python streams. Decompressed content stays open for the next span: no decoder can start in the middle."""
+"""Files as Python streams. Decoded content stays open for the next span: no decoder can start in the middle."""
 
+import codecs
 import gzip
 import io
 import lzma
@@ -9,7 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 BUFFER_SIZE = 2**16  # bytes of one request to a file system
-WINDOW = 4 * 2**20  # bytes of decompressed content that can be read again: a reader stops behind the next span's start
+WINDOW = 4 * 2**20  # bytes of decoded content that can be read again: a reader stops behind the next span's start
+HEAD_SIZE = 64  # bytes of a file that show whether it is in UTF-16 or a pointer
+POINTER_ERROR = "{} is a Git LFS pointer without its content: run git lfs pull"
+BYTE_ORDER_MARKS = {  # that of UTF-32 starts with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 class RawFile(io.RawIOBase):
@@ -44,10 +51,40 @@ class RawFile(io.RawIOBase):
         super().close()
 
 
-class Decompressed(io.RawIOBase):
-    """Decompressed content. The last `WINDOW` bytes are kept, so a small step back does not decompress it from the start."""
+class Recoded(io.RawIOBase):
+    """UTF-16 or UTF-32 as UTF-8. Half of a surrogate pair becomes bytes that are not UTF-8: a fault of its row alone."""
 
-    def __init__(self, file: RawFile):
+    def __init__(self, file: io.RawIOBase, encoding: str, name: str):
+        self.file, self.name = file, name
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            content = self.file.read(BUFFER_SIZE)
+            try:
+                self._content = self._decoder.decode(content, final=not content).encode(errors="surrogatepass")
+            except UnicodeDecodeError as error:
+                raise OSError(f"{self.name} is not valid {error.encoding}: {error.reason}") from None
+            if not content:
+                break
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class Decoded(io.RawIOBase):
+    """Content that is decompressed or recoded. The last `WINDOW` bytes are kept, so a small step back does not decode it
+    from the start."""
+
+    def __init__(self, file: io.RawIOBase):
         self.file = file
         self.is_damaged = False
         self._kept, self._end = bytearray(), 0  # the last content, and the offset behind it
@@ -65,7 +102,7 @@ class Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._position == self._end and not self._decompress():
+        if self._position == self._end and not self._decode():
             return 0
         first = self._position - self.start
         content = self._kept[first : first + len(buffer)]
@@ -77,8 +114,8 @@ class Decompressed(io.RawIOBase):
         """To an offset from the start (0) or from here (1), or to the end of the file when that is nearer."""
         offset += self._position if whence == 1 else 0
         if offset < self.start or whence == 2:
-            raise RuntimeError(f"cannot seek to {offset} of decompressed content, only forward from {self.start}")
-        while self._end < offset and self._decompress():
+            raise RuntimeError(f"cannot seek to {offset} of decoded content, only forward from {self.start}")
+        while self._end < offset and self._decode():
             pass
         self._position = min(offset, self._end)
         return self._position
@@ -87,8 +124,8 @@ class Decompressed(io.RawIOBase):
         self.file.close()
         super().close()
 
-    def _decompress(self) -> int:
-        """Decompress more; the number of bytes, 0 at the end."""
+    def _decode(self) -> int:
+        """Decode more; the number of bytes, 0 at the end."""
         content = bytearray(BUFFER_SIZE)
         try:
             size = self.file.readinto(content)
@@ -113,6 +150,22 @@ def as_os_error(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # each protocol has its own exceptions
         raise ConnectionError(f"cannot read {name}: {error_line(error)}") from None
+
+
+def encoding_of(head: bytes) -> str | None:
+    """The encoding that the byte order mark at the start of a file names, unless it is UTF-8."""
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+
+
+def is_pointer(head: bytes) -> bool:
+    """Whether Git LFS has not downloaded the content of a file that starts with `head`."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def check_content(head: bytes, name: str) -> None:
+    """OSError when a file is only a pointer to its content."""
+    if is_pointer(head):
+        raise OSError(POINTER_ERROR.format(name))
 
 
 def error_line(error: Exception) -> str:

@@ -14,8 +14,11 @@ from transfusion.data.reading.account import Account
 from transfusion.data.reading.container import Span, damage_fault
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.streams import error_line
+from transfusion.data.reading.values import unique_names
 
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)  # of damaged files; column names may not be UTF-8
+ARROW_FILE_START = b"ARROW1"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 BATCH_SIZE = 16  # rows converted to records at a time: each may have an image
 
 
@@ -90,14 +93,21 @@ class Tables:
                 return
 
     def _batches(self, path: str) -> Iterator[pa.RecordBatch]:
+        """The batches of a file, of a stream, or of joined streams. ArrowInvalid where a stream has no mark of its end: to
+        Arrow one that is cut between two batches looks whole."""
         source = self.files.open_arrow(path)
-        try:
-            batches = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
+        if source.read(len(ARROW_FILE_START)) == ARROW_FILE_START:
             file = pa.ipc.open_file(source)
-            batches = map(file.get_batch, range(file.num_record_batches))
-        yield from batches
+            yield from map(file.get_batch, range(file.num_record_batches))
+            return
+        source.seek(0)
+        while True:
+            yield from pa.ipc.open_stream(source)
+            source.seek(source.tell() - len(END_OF_STREAM))
+            if source.read(len(END_OF_STREAM)) != END_OF_STREAM:
+                raise pa.ArrowInvalid("the stream has no end mark")
+            if source.tell() == source.size():
+                return
 
 
 def _is_parquet(path: str) -> bool:
@@ -106,6 +116,8 @@ def _is_parquet(path: str) -> bool:
 
 def _batch_records(batch: pa.RecordBatch, is_valid: bool) -> Iterator[dict | Fault]:
     """The rows as records, several at a time; one at a time where any is damaged, so that only that one is lost."""
+    if len({*batch.schema.names}) < batch.num_columns:
+        batch = batch.rename_columns(unique_names(batch.schema.names))
     try:
         if not is_valid:  # Arrow does not check mapped files: invalid offsets would read any memory
             batch.validate(full=True)

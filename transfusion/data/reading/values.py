@@ -1,9 +1,11 @@
 """Values of records and the faults of wrong ones."""
 
 import ast
+import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +18,12 @@ PICTURE_ENDINGS = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, *UNSUPPORTE
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 TEXT_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED.pattern})[\s,]*+)++\]\s*", re.DOTALL)
+DATA_URL = re.compile(r"data:image/[\w.+-]+[;,]")
+BASE64_PICTURE = re.compile(  # JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF
+    r"(?:/9j/|iVBORw0KGgo|R0lGOD[dl]h|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA[A-Za-z0-9+/]GZ0eXBhdmlm)[A-Za-z0-9+/\s]{40,}+={0,2}+\s*"
+)
 MAX_PATH = 1024  # characters of a path of a picture
+CAPTION_NUMBER = re.compile(r"#\d+$")  # behind the name of a picture: bird.jpg#0, as in Flickr8k
 
 
 class ImageReader(Protocol):
@@ -35,7 +42,13 @@ def is_empty(value: Any) -> bool:
 def looks_like_picture(value: Any) -> bool:
     """Whether a value is the path or address of a picture, its content, or a list of these."""
     if isinstance(value, str):
-        if len(value) > MAX_PATH or not (path := value.partition("?")[0].lower()).endswith(PICTURE_ENDINGS):
+        if is_inline_picture(value):
+            return True
+        if len(value) > MAX_PATH:
+            return False
+        path = value.partition("?")[0].lower()
+        path = CAPTION_NUMBER.sub("", path) if "#" in path else path
+        if not path.endswith(PICTURE_ENDINGS):
             return False
         has_name = not path.rpartition("/")[2].startswith(PICTURE_ENDINGS)
         return has_name and ("/" in value or not any(map(str.isspace, value.strip())))
@@ -47,6 +60,24 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str | bytes | dict) and looks_like_picture(item) for item in value)
     return False
+
+
+def is_inline_picture(value: str) -> bool:
+    """Whether a text is the content of a picture: a data: URL, or base64 alone."""
+    return DATA_URL.match(value) is not None or BASE64_PICTURE.fullmatch(value) is not None
+
+
+def possible_paths(path: str) -> Iterator[str]:
+    """Where the picture of this name may be: there, in a folder of Windows, without the number of a caption, or with a
+    suffix, which Kaggle's tables omit."""
+    yield path
+    if "\\" in path:
+        yield from possible_paths(path.replace("\\", "/"))
+    elif CAPTION_NUMBER.search(path):
+        yield CAPTION_NUMBER.sub("", path)
+    elif not path.lower().endswith(PICTURE_ENDINGS):
+        for suffix in IMAGE_SUFFIXES:
+            yield from (f"{path}.{suffix}", f"{path}.{suffix.upper()}")
 
 
 def parse_texts(value: str) -> list[str] | None:
@@ -79,7 +110,7 @@ def get_value(part: Any, *names: str) -> Any:
     """The value of the first of these keys of an object. Fault when it is missing."""
     value = next((part[name] for name in names if part.get(name) is not None), None) if isinstance(part, dict) else None
     if value is None:
-        raise Fault("bad segment", f"{names[0]} is missing in {short_repr(part)}")
+        raise Fault("bad segment", f"{' or '.join(names)} is missing in {short_repr(part)}")
     return value
 
 
@@ -109,6 +140,20 @@ def check_text(value: Any, field: str) -> str:
     return value
 
 
+def unique_names(columns: Iterable[str]) -> list[str]:
+    """The names of columns. Equal ones are numbered, as pandas does: in a record the last one would replace the others."""
+    names, counts = [], Counter()
+    for name in columns:
+        names.append(f"{name}.{counts[name]}" if counts[name] else name)
+        counts[name] += 1
+    return names
+
+
+def strip_caption(content: bytes) -> bytes:
+    """The content of a text file without byte order mark and surrounding white space."""
+    return content.removeprefix(codecs.BOM_UTF8).strip()
+
+
 def list_columns(record: dict) -> str:
     return ", ".join(map(str, _first_names(record))) or "it has no columns"
 
@@ -119,6 +164,12 @@ def _first_names(names: Any, limit: int = 12) -> Iterator[str]:
             yield "..."
             return
         yield name
+
+
+def printable(text: str) -> str:
+    """One line of text that can be encoded: names of files and columns may have any characters."""
+    text = text.encode(errors="replace").decode()
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def short_repr(value: Any) -> str:
