@@ -12,14 +12,15 @@ from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
+from transfusion.data.reading.arrow_tables import ArrowTables
 from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
 from transfusion.data.reading.container import Container
+from transfusion.data.reading.csv_files import CsvFiles, find_dialect
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
 from transfusion.data.reading.json_files import JsonFiles, first_line
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
-from transfusion.data.reading.separated import SeparatedValues, find_dialect
 from transfusion.data.reading.splits import (
     ALL,
     canonical,
@@ -28,7 +29,6 @@ from transfusion.data.reading.splits import (
     split_of_path,
     splits_of_folders,
 )  # fmt: skip
-from transfusion.data.reading.tables import Tables
 from transfusion.data.reading.values import possible_paths
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
@@ -330,11 +330,11 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
         case "archives":
             return TarArchives(files, paths)
         case "Parquet tables" | "Arrow tables":
-            return Tables(files, paths)
+            return ArrowTables(files, paths)
         case "JSON lines" | "JSON":
             return JsonFiles(files, paths)
         case "tables":
-            return SeparatedValues(files, paths)
+            return CsvFiles(files, paths)
         case _:
             return PlainText(files, paths)
 

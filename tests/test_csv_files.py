@@ -1,4 +1,4 @@
-"""Separated values: every dialect gives the rows that pandas and `csv` write, and a bad row costs one row."""
+"""CSV files: every dialect gives the rows that pandas and `csv` write, and a bad row costs one row."""
 
 import bz2
 import csv
@@ -18,9 +18,9 @@ from tests.profile import examples
 from tests.reading import read_at, texts
 from tests.sources import picture, png
 from transfusion.data.raw import Fault
-from transfusion.data.reading import separated, streams
+from transfusion.data.reading import csv_files, streams
+from transfusion.data.reading.csv_files import find_dialect
 from transfusion.data.reading.readers import open_reader
-from transfusion.data.reading.separated import find_dialect
 from transfusion.data.reading.values import parse_texts
 
 PIXELS = png(picture(0)[1])
@@ -209,7 +209,7 @@ def test_lists_of_captions_in_cells_are_several_captions(tmp_path):
 def test_dialect_is_the_same_when_the_sample_ends_in_a_row(tmp_path, monkeypatch):
     content = table("text\tid", *(f'"line one of {n}\nline two\nline three"\t{n}' for n in range(30))).encode()
     for size in range(40, 400, 7):
-        monkeypatch.setattr(separated, "SAMPLE_SIZE", size)
+        monkeypatch.setattr(csv_files, "SAMPLE_SIZE", size)
         assert find_dialect(content[:size]).has_quotes, size
 
 
@@ -272,18 +272,18 @@ def count_bytes(monkeypatch):
 
 
 def test_each_line_of_a_table_is_read_once_for_any_number_of_spans(tmp_path, monkeypatch):
-    lines, original = [0], separated.Lines.__next__
+    lines, original = [0], csv_files.Lines.__next__
 
     def read_line(self) -> str:
         lines[0] += 1
         return original(self)
 
-    monkeypatch.setattr(separated.Lines, "__next__", read_line)
+    monkeypatch.setattr(csv_files.Lines, "__next__", read_line)
     path = write(tmp_path, CONTENTS[".csv"])
     reader = open_reader(str(path))
     lines[0] = 0
     assert sum(1 for unit in reader.units(10) for _ in reader.read(unit)) == 1500
-    assert lines[0] <= 2 * 1501 + 2 * 150 + separated.SAMPLE_ROWS * 8
+    assert lines[0] <= 2 * 1501 + 2 * 150 + csv_files.SAMPLE_ROWS * 8
 
 
 @examples(200, 40)

@@ -1,4 +1,4 @@
-"""Separated values to records: rows of text with commas, semicolons, tabs or bars between the cells."""
+"""CSV files to records: rows of text with commas, semicolons, tabs or bars between the cells."""
 
 import csv
 import io
@@ -137,7 +137,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class SeparatedValues:
+class CsvFiles:
     """Tables as text: `.csv` and `.tsv`. The first rows of a file show its dialect; each row is named by its first line."""
 
     files: Files
