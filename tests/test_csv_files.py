@@ -352,6 +352,12 @@ def test_texts_with_a_hash_are_no_comments(tmp_path):
     assert [text for _, text in outcomes(write(tmp_path, "#one,1\n#two,2\n"))] == ["#one", "#two"]
 
 
+@pytest.mark.parametrize("blank", [",", ",,,,", " , ", '"",""', ""])
+def test_rows_of_delimiters_alone_are_blank(blank, tmp_path):
+    path = write(tmp_path, f"{blank}\r\nid,text\r\n{blank}\r\n1,one\r\n{blank}\r\n2,\r\n3,three\r\n{blank}")
+    assert outcomes(path) == [("a.csv:4", "one"), ("a.csv:6", "empty text"), ("a.csv:7", "three")]
+
+
 def test_header_of_joined_tables_is_no_row(tmp_path):
     path = write(tmp_path, "id,text,\n1,one,\nid,text,\n2,two,\n")
     assert all(outcomes(path, max_rows) == [("a.csv:2", "one"), ("a.csv:4", "two")] for max_rows in (1, 1000))

@@ -13,7 +13,7 @@ from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
 from transfusion.data.reading.arrow_tables import ArrowTables
-from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
+from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, find_column, path_of_picture, rename_columns
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.csv_files import CsvFiles, find_dialect
 from transfusion.data.reading.files import COMPRESSIONS, Files
@@ -248,7 +248,8 @@ class Choice:
         renamed = [rename_columns(record, self.columns) for record in records]
         names = [name for record in renamed if (name := path_of_picture(record))]
         if not names and records and all(describe_record(record)[0] == "text" for record in renamed):
-            for column in records[0]:
+            text = self.columns.get("text", find_column(renamed[0], "text"))
+            for column in (name for name in records[0] if name.lower() != text.lower()):
                 values = [str(record.get(column) or "") for record in records]
                 if any(all(self._has_picture(folder, name) for name in values) for folder in (here, *folders)):
                     self.columns, names = {**self.columns, "image": column}, values

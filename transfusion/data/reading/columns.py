@@ -26,7 +26,7 @@ AMBIGUOUS_NAMES = ("path", "url", "file_name", "file_names", "filename", "filepa
 PICTURE_NAMES = {*COLUMN_NAMES["image"]} - {*AMBIGUOUS_NAMES}
 PICTURE_FIELDS = ("image", "source", "target")
 LIST_COLUMNS: dict[Form, tuple[str, ...]] = {  # of the forms that are recognised by a list; the first is that list
-    "document": ("segments", "pairs"), "conversation": ("conversations",), "messages": ("messages",),
+    "document": ("segments", "pairs"), "conversation": ("conversations", "system"), "messages": ("messages", "system"),
     "mmc4": ("text_list", "image_info"), "interleaved": ("texts", "images"),
 }  # fmt: skip
 

@@ -42,9 +42,9 @@ class Dialect:
     num_comments: int = 0  # lines that begin with # before the first row
 
     def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
-        """(line number from 0, byte offset, cells) of each row that is neither blank nor the header, which joined tables
-        repeat. A row that cannot be read is a Fault; the next row starts in the line behind its first one, because an open
-        quote may have swallowed any number of rows."""
+        """(line number from 0, byte offset, cells) of each row that is not the header, which joined tables repeat, and
+        has a cell that is not blank: spreadsheets write rows of delimiters alone. A row that cannot be read is a Fault; the
+        next row starts in the line behind its first one, because an open quote may have swallowed any number of rows."""
         if not lines.offset:
             lines.skip(self.num_comments)
         quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
@@ -61,7 +61,8 @@ class Dialect:
             if self.header and cells == self.header:
                 lines.end_row(is_bad=False)
                 continue
-            if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and any(map(str.strip, cells)):
+            is_blank = isinstance(cells, list) and not any(map(str.strip, cells))
+            if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and not is_blank:
                 cells = lines.explain_width(len(cells), len(self.columns))
             wrong_encoding = lines.wrong_encoding
             where = lines.end_row(is_bad=isinstance(cells, Fault))
@@ -69,7 +70,7 @@ class Dialect:
                 yield *where, Fault("wrong encoding", f"the row is not UTF-8: {wrong_encoding}")
             elif where[1] == 0 and isinstance(cells, list) and SEPARATOR_LINE.fullmatch(self.delimiter.join(cells)):
                 continue  # written by Excel
-            elif cells and (isinstance(cells, Fault) or len(cells) > 1 or cells[0].strip()):
+            elif not is_blank:
                 yield *where, cells
 
 
