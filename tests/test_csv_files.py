@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import io
+import json
 import lzma
 import tarfile
 import tempfile
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.profile import examples
-from tests.reading import read_at, texts
+from tests.reading import close_account, read_at, texts
 from tests.sources import picture, png
 from transfusion.data.raw import Fault
 from transfusion.data.reading import csv_files, streams
@@ -361,6 +362,21 @@ def test_rows_of_delimiters_alone_are_blank(blank, tmp_path):
 def test_header_of_joined_tables_is_no_row(tmp_path):
     path = write(tmp_path, "id,text,\n1,one,\nid,text,\n2,two,\n")
     assert all(outcomes(path, max_rows) == [("a.csv:2", "one"), ("a.csv:4", "two")] for max_rows in (1, 1000))
+
+
+@pytest.mark.parametrize("header", ["File Name,Alt Text", "file-name,alt-text", "File name , ALT  TEXT"])
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_names_of_columns_may_have_spaces_and_hyphens(header, suffix, tmp_path):
+    write(tmp_path, PIXELS, "1.png")
+    names = dict(zip(header.split(","), ("1.png", "a bird"), strict=True))
+    path = write(tmp_path, f"{header}\n1.png,a bird\n" if suffix == "csv" else json.dumps(names), f"a.{suffix}")
+    assert [len(document.segments) for document in read_at(path)] == [2]
+
+
+def test_names_of_columns_that_mean_the_same_stay_apart(tmp_path):
+    path = write(tmp_path, '{"Alt Text": "one", "alt-text": "two", "ALT_TEXT": "three", "Text": "four"}', "a.jsonl")
+    passed_over = close_account(open_reader(str(path))).tallies["fields"].passed_over
+    assert passed_over == {"in 'alt_text'": 1, "in 'alt-text'": 1, "in 'ALT_TEXT'": 1}
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT, "NULL", "\\N"])

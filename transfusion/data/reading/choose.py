@@ -13,7 +13,14 @@ from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
 from transfusion.data.reading.arrow_tables import ArrowTables
-from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, find_column, path_of_picture, rename_columns
+from transfusion.data.reading.columns import (
+    COLUMN_NAMES,
+    describe_record,
+    find_column,
+    path_of_picture,
+    plain_name,
+    rename_columns,
+)  # fmt: skip
 from transfusion.data.reading.container import Container
 from transfusion.data.reading.csv_files import CsvFiles, find_dialect
 from transfusion.data.reading.files import COMPRESSIONS, Files
@@ -227,7 +234,7 @@ class Choice:
         for index in self.kinds[TEXTS][:NUM_SAMPLES] if not self._has_captions else ():
             line, _ = first_line(self.files, self.listing.path(index))
             dialect = find_dialect(line[:MAX_FIRST_LINE])
-            names = {name.lower() for name in dialect.columns}
+            names = {*map(plain_name, dialect.columns)}
             has_pairs = all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption"))
             if has_pairs and (dialect.header or b" " in line):  # otherwise numbers or labels
                 tables.append(index)
@@ -249,7 +256,7 @@ class Choice:
         names = [name for record in renamed if (name := path_of_picture(record))]
         if not names and records and all(describe_record(record)[0] == "text" for record in renamed):
             text = self.columns.get("text", find_column(renamed[0], "text"))
-            for column in (name for name in records[0] if name.lower() != text.lower()):
+            for column in (name for name in records[0] if plain_name(name) != plain_name(text)):
                 values = [str(record.get(column) or "") for record in records]
                 if any(all(self._has_picture(folder, name) for name in values) for folder in (here, *folders)):
                     self.columns, names = {**self.columns, "image": column}, values

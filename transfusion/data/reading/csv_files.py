@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.columns import COLUMN_NAMES, LIST_COLUMNS
+from transfusion.data.reading.columns import KNOWN_NAMES, plain_name
 from transfusion.data.reading.container import BOM, Span, damage_fault, group
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.values import is_address, looks_like_picture, unique_names
@@ -25,7 +25,6 @@ MAX_NAME = 60  # characters of a column's name
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 SEPARATOR_LINE = re.compile("sep=.", re.I)  # the first line of some tables
 MISSING = {"nan", "NaN", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "\\N"}  # of pandas, Excel and MySQL
-KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
 
 csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
 
@@ -273,7 +272,7 @@ def _has_quotes(quoted: _Sample, raw: _Sample) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    return name.strip("# \r\n").lower() in KNOWN_NAMES
+    return plain_name(name.strip("# \r\n")) in KNOWN_NAMES
 
 
 def _is_header(row: Sequence[str]) -> bool:
