@@ -8,7 +8,8 @@ from tests.reading import read_at
 from tests.test_cli import command
 from transfusion.config import BUILT_IN
 from transfusion.data.built_in.photographs import Photographs
-from transfusion.data.reading.readers import open_built_in, open_reader
+from transfusion.data.reading.built_in import open_built_in
+from transfusion.data.reading.readers import open_reader
 from transfusion.data.store import open_prepared
 
 # photographs
