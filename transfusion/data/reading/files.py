@@ -106,7 +106,7 @@ class Files:
         infos = {} if "*" in self.root or self.is_local else self.fs.find(self.root, detail=True)
         for index in range(len(listing)):
             path = listing.path(index)
-            if not reason_of_name(listing[index]) and not path.endswith("/"):
+            if listing.is_file(index) and not reason_of_name(listing[index]) and not path.endswith("/"):
                 info = infos.get(path) or self.fs.info(path)
                 modified = next((info[name] for name in MODIFIED if name in info), "")
                 yield self.relative_path(path), info.get("size"), str(modified)
