@@ -8,13 +8,14 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from benchmarks import attention, codec, compare, decoding, drawing, loading, training
+from benchmarks import attention, before, codec, compare, decoding, drawing, loading, loss, sampling, training
 from benchmarks.timing import TABLE_HEAD, Setting, describe_machine, load_average
 from transfusion.disk import write_json
 from transfusion.parallel import pick_device
 
-Part = Literal["training", "attention", "decoding", "drawing", "loading", "codec", "compare"]
-PARTS = dict(zip(get_args(Part), (training, attention, decoding, drawing, loading, codec, compare), strict=True))
+Part = Literal["training", "attention", "loss", "decoding", "sampling", "drawing", "loading", "codec", "compare"]
+MODULES = training, attention, loss, decoding, sampling, drawing, loading, codec, compare
+PARTS = dict(zip(get_args(Part), MODULES, strict=True))
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Options:
     """Also compare with transfusion-pytorch 0.20.0, which is installed in a separate environment."""
     peer_python: Path | None = None
     """Python of that environment. Default: .venv-peer, which is created if it is missing."""
+    before: str | None = None
+    """A commit to measure too, in processes that take turns with this checkout's: the ratios are to its figures."""
 
 
 def main(options: Options) -> None:
@@ -50,7 +53,8 @@ def main(options: Options) -> None:
     print(f"{versions}, load {machine['load_at_start'][0]}{quick}\n\n{TABLE_HEAD}")
     for part in selected:
         print(part)
-        for figure in PARTS[part].measure(setting):
+        measured = before.measure(part, options.before, setting) if options.before else PARTS[part].measure(setting)
+        for figure in measured:
             figures[part].append(asdict(figure))
             print(figure.format(), flush=True)
             write_json(options.json, machine | {

@@ -27,12 +27,13 @@ from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run, T
 from transfusion.data.loader import START, LoaderState
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
-from transfusion.parallel import pick_device
+from transfusion.parallel import onednn_is_faster, pick_device
+from transfusion.runs import named_run
 from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.trainer import Trainer
 
 PEER, VERSION = "transfusion-pytorch", "0.20.0"
-OURS = {"ours, same width": ("256", "768"), "ours, same parameters": ("448", "1184")}  # width, intermediate_size
+OURS = {"ours, same parameters": ("448", "1184"), "ours, same width": ("256", "768")}  # width, intermediate_size
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
@@ -53,15 +54,25 @@ def measure(setting: Setting) -> Iterator[Figure]:
 
 
 def measure_training(workers: Mapping[str, Worker], setting: Setting) -> Iterator[Figure]:
-    """Time a few steps of each worker alternately."""
-    seconds = {name: [] for name in workers}
+    """Time a few steps of each worker alternately. Where our trainer computes products in oneDNN, the peer is timed with
+    both kinds of products, and the faster one is compared with."""
+    seconds, with_onednn = {name: [] for name in workers}, []
     for process in workers.values():
         process.ask(f"train {setting.pick(3, 1)}")  # warm-up: the peer's first steps are slow
     for _ in range(setting.pick(8, 1)):
         for name, process in workers.items():
             seconds[name] += process.ask(f"train {setting.pick(3, 1)}")
-    head = Figure("training", beside=f"{worker.POSITIONS:,} positions a step")
-    yield from compare_with_peer(head, seconds, "positions/s", lambda step: worker.POSITIONS / step)
+        if onednn_is_faster():
+            workers[PEER].ask("onednn 1")
+            with_onednn += workers[PEER].ask(f"train {setting.pick(3, 1)}")
+            workers[PEER].ask("onednn 0")
+    yield Figure("training", beside=f"{worker.POSITIONS:,} positions a step")
+    if with_onednn:
+        default, onednn = map(statistics.median, (seconds[PEER], with_onednn))
+        speed = worker.POSITIONS / onednn
+        yield Figure(f"  {PEER}, products in oneDNN", speed, "positions/s", default / onednn, "its default products")
+        seconds[PEER] = min(seconds[PEER], with_onednn, key=statistics.median)
+    yield from compare_with_peer(seconds, "positions/s", lambda step: worker.POSITIONS / step)
     for name, process in workers.items():
         yield memory_figure(f"{name}: memory of the process", process.ask("memory"))
 
@@ -81,17 +92,16 @@ def measure_drawing(workers: Mapping[str, Worker], setting: Setting) -> Iterator
     defaults[PEER] = same_passes[PEER]
     for title, by_name in (("drawing, same number of forward passes", same_passes), ("drawing, default settings", defaults)):
         counts = sorted({answer["passes"] for answers in by_name.values() for answer in answers})
-        head = Figure(title, beside=f"{' and '.join(map(str, counts))} forward passes")
+        yield Figure(title, beside=f"{' and '.join(map(str, counts))} forward passes")
         seconds = {name: [answer["seconds"] for answer in answers] for name, answers in by_name.items()}
-        yield from compare_with_peer(head, seconds, "s", float)
+        yield from compare_with_peer(seconds, "s", float)
 
 
 def compare_with_peer(
-    head: Figure, seconds: Mapping[str, list[float]], unit: str, convert: Callable[[float], float]
+    seconds: Mapping[str, list[float]], unit: str, convert: Callable[[float], float]
 ) -> Iterator[Figure]:
     """The median of each worker, ours with the ratio to the peer's."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    yield head
     for name, median in medians.items():
         ratio, beside = (None, "") if name == PEER else (medians[PEER] / median, PEER)
         yield Figure(f"  {name}", convert(median), unit, ratio, beside)
@@ -179,13 +189,14 @@ class OurModel:
         for _ in range(steps):
             start = time.perf_counter()
             read, _ = next(self.reads)
-            self.trainer.step(next(self.steps), read, lambda *_: True)
+            self.trainer.step(next(self.steps), read, self.trainer.count(read), self.trainer.loop.guard)()
             seconds.append(time.perf_counter() - start)
         return seconds
 
     def draw(self, passes: int | None = None) -> dict:
-        """Draw one image after a prompt. `passes`: 1 for the prompt and 2 per step; None: the default settings."""
-        default = GenerationConfig()
+        """Draw one image after a prompt. `passes`: 1 for the prompt and 2 per step; None: the default settings of a run on
+        own data."""
+        default = named_run("small").generation
         generation = default if passes is None else GenerationConfig("ddim", steps=(passes - 1) // 2)
         self.passes, start = 0, time.perf_counter()
         self.engine.generate([Request(("a" * PROMPT_LENGTH,), num_images=1, generation=generation)])

@@ -36,6 +36,10 @@ class PeerModel:
     def _count_passes(self, *_) -> None:
         self.passes += 1
 
+    def set_onednn(self, enabled: int) -> None:
+        """Compute the float32 products of training in oneDNN, as ours (see `transfusion.parallel.fast_matmul`), or not."""
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if enabled else "none"
+
     def describe(self) -> dict:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         versions = {name: version(name) for name in ("transfusion-pytorch", "torch")}
@@ -73,4 +77,7 @@ def random_sequence() -> list[torch.Tensor]:
 
 if __name__ == "__main__":
     model = PeerModel()
-    serve_commands({"about": model.describe, "train": model.train, "draw": model.draw, "memory": peak_memory_mib})
+    serve_commands({
+        "about": model.describe, "onednn": model.set_onednn, "train": model.train, "draw": model.draw,
+        "memory": peak_memory_mib,
+    })  # fmt: skip

@@ -214,18 +214,18 @@ def check_answers(engine: Engine, requests: list[LoadRequest], answers: list[htt
 
 def has_tie(engine: Engine, request: LoadRequest) -> bool:
     """True if the two largest logits of any generated token are so close that rounding may decide."""
-    gaps, sample_token = [], text_mode.sample_token
+    gaps, sample_tokens = [], text_mode.sample_tokens
 
-    def record_gap(logits, allowed, *args):
-        largest = logits.masked_fill(~allowed, -np.inf).topk(2).values
-        gaps.append((largest[0] - largest[1]).item())
-        return sample_token(logits, allowed, *args)
+    def record_gaps(logits, generations, seeds, allowed):
+        largest = torch.stack(logits).masked_fill(~torch.stack(allowed), -np.inf).topk(2).values  # (B, 2)
+        gaps.extend((largest[:, 0] - largest[:, 1]).tolist())
+        return sample_tokens(logits, generations, seeds, allowed)
 
-    text_mode.sample_token = record_gap
+    text_mode.sample_tokens = record_gaps
     try:
         engine.generate([request.request])
     finally:
-        text_mode.sample_token = sample_token
+        text_mode.sample_tokens = sample_tokens
     return min(gaps) < TIE
 
 

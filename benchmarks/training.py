@@ -1,10 +1,10 @@
 """Training steps of every named run that fits the device: positions per second, share of the peak FLOP/s, and memory."""
 
 import gc
-import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count, cycle, islice
@@ -20,7 +20,7 @@ from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import count_training_flops
 from transfusion.model.transfusion import build_on_meta, count_parameters
-from transfusion.parallel import pick_device, precision
+from transfusion.parallel import CPUINFO, cpu_flags, has_cpu_bfloat16, onednn_matmul, pick_device, precision
 from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch
 from transfusion.training.trainer import MicroBatches, Trainer
@@ -88,45 +88,58 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
     for _ in range(WARMUP_STEPS):
         step()
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if setting.cuda else None
-    functions = {"step": step} | {shape: partial(run_matmuls, *make_operands(shape, device)) for shape in matmul_shapes(run)}
-    if setting.cuda:
-        functions["causal"] = make_stepper(trainer, [make_causal(read) for read in reads])
-    seconds = time_alternately(functions, setting.pick(10 if setting.cuda else 40, 1), device)
-    parameters, positions = count_parameters(trainer.model), mean_per_step(reads, lambda batch: batch.positions)
-    speeds = {shape: NUM_MATMULS * 2 * shape[0] * shape[1] * shape[2] / seconds[shape] for shape in matmul_shapes(run)}
-    rows, width = run.data.rows * run.data.seq_len, run.model.width
-    baselines = {"matmul rows x width x width": speeds[rows, width, width], "its fastest matmul": max(speeds.values())}
+    products, others = matmul_functions(run, device), other_steps(trainer, reads, step)
+    seconds = time_alternately({"step": step} | products | others, setting.pick(10 if setting.cuda else 40, 1), device)
+    baselines = {}  # FLOP/s of the fastest shape, by kind
+    for kind, (m, k, n) in products:
+        baselines[kind] = max(baselines.get(kind, 0), NUM_MATMULS * 2 * m * k * n / seconds[kind, (m, k, n)])
     device_name = torch.cuda.get_device_name(device) if setting.cuda else ""
     peak_tflops = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
     if peak_tflops is not None:
         baselines[f"{peak_tflops} TFLOP/s, data sheet"] = peak_tflops * 1e12
-    standard = 6 * parameters + 12 * run.model.layers * width * run.data.seq_len
+    parameters, positions = count_parameters(trainer.model), mean_per_step(reads, lambda batch: batch.positions)
+    standard = 6 * parameters + 12 * run.model.layers * run.model.width * run.data.seq_len
     conventions = {
         "FLOPs of the actual batch": mean_per_step(reads, lambda batch: count_training_flops(batch, run.model)),
         "standard FLOPs, 6 N + 12 l w L": standard * positions,
     }
     size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.seq_len:,}"
     yield Figure(f"{size}: a step", positions / seconds["step"], "positions/s")
+    for other in others:
+        yield Figure("  a step", positions / seconds["step"], "positions/s", seconds[other] / seconds["step"], other)
     for convention, flops in conventions.items():
         for baseline, baseline_flops in baselines.items():
             speed = flops / seconds["step"]
             yield Figure(f"  {convention}", speed / 1e9, "GFLOP/s", speed / baseline_flops, baseline)
+    for baseline, flops in baselines.items():
+        yield Figure(f"  {baseline}", flops / 1e9, "GFLOP/s")
     if setting.cuda:
-        ratio = seconds["causal"] / seconds["step"]
-        yield Figure("  with its own mask", positions / seconds["step"], "positions/s", ratio, "plain causal attention")
         yield memory_figure("  memory on the device", peak)
 
 
+def other_steps(trainer: Trainer, reads: list[MicroBatches], step: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """The same step computed otherwise: on CUDA under a plain causal mask, on a CPU with other matrix products."""
+    if trainer.device.type == "cuda":
+        return {"plain causal attention": make_stepper(trainer, [make_causal(read) for read in reads])}
+
+    def step_with(cpu_matmul: str) -> None:
+        run, trainer.run = trainer.run, replace(trainer.run, parallel=replace(trainer.run.parallel, cpu_matmul=cpu_matmul))
+        step()
+        trainer.run = run
+
+    choices = ("default", *(["bfloat16"] if has_cpu_bfloat16() else []))
+    return {f"cpu_matmul {choice}": partial(step_with, choice) for choice in choices}
+
+
 def make_stepper(trainer: Trainer, reads: list[MicroBatches]) -> Callable[[], object]:
-    """A function that runs the trainer's step on the next of these reads. RuntimeError if a gradient is not finite."""
+    """A function that runs the trainer's step on the next of these reads. TrainingError if a gradient is not finite."""
     next_reads, steps = cycle(reads), count()
 
-    def accepts_update(step: int, norm: float, *_) -> bool:
-        if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient of step {step} is not finite")
-        return True
+    def step() -> None:
+        read = next(next_reads)
+        trainer.step(next(steps), read, trainer.count(read), trainer.loop.guard)()
 
-    return lambda: trainer.step(next(steps), next(next_reads), accepts_update)
+    return step
 
 
 def make_causal(read: MicroBatches) -> MicroBatches:
@@ -159,15 +172,34 @@ def matmul_shapes(run: Run) -> list[tuple[int, int, int]]:
     )
 
 
-def make_operands(shape: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Two matrices (m, k) and (k, n) and the output (m, n), in the precision of a forward pass."""
+def matmul_functions(run: Run, device: torch.device) -> dict[tuple[str, tuple[int, int, int]], Callable[[], object]]:
+    """Plain products of a run's shapes, by kind and shape; the fastest shape counts. On a CPU torch's default may not be
+    the fastest library, so float32 is also measured in oneDNN, and bfloat16 if there are instructions for it."""
+    kinds = {"its fastest matmul": (precision(device), nullcontext)}
+    if device.type == "cpu":
+        kinds = {"float32 matmul, torch.mm": (torch.float32, nullcontext)}
+        if "amx_tile" not in cpu_flags(CPUINFO):  # with AMX oneDNN computes float32 in bfloat16
+            kinds["float32 matmul, oneDNN"] = torch.float32, onednn_matmul
+        if has_cpu_bfloat16():
+            kinds["bfloat16 matmul"] = torch.bfloat16, nullcontext
+    return {
+        (kind, shape): partial(run_matmuls, context, *make_operands(shape, device, dtype))
+        for kind, (dtype, context) in kinds.items() for shape in matmul_shapes(run)
+    }  # fmt: skip
+
+
+def make_operands(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Two matrices (m, k) and (k, n) and the output (m, n)."""
     m, k, n = shape
-    return tuple(torch.randn(size, device=device, dtype=precision(device)) for size in ((m, k), (k, n), (m, n)))
+    return tuple(torch.randn(size, device=device, dtype=dtype) for size in ((m, k), (k, n), (m, n)))
 
 
-def run_matmuls(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    for _ in range(NUM_MATMULS):
-        torch.mm(a, b, out=out)
+def run_matmuls(
+    context: Callable[[], AbstractContextManager], a: torch.Tensor, b: torch.Tensor, out: torch.Tensor
+) -> None:
+    with context():
+        for _ in range(NUM_MATMULS):
+            torch.mm(a, b, out=out)
 
 
 # Memory on a CPU

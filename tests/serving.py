@@ -39,11 +39,10 @@ class Server:
         return httpx2.Client(base_url=self.url, timeout=2 * TIMEOUT, verify=False, **options)  # no certificates to load
 
     def is_idle(self) -> bool:
-        """Nothing runs or waits, and the whole cache is free except the slots that all images share."""
+        """Nothing runs or waits, and the whole cache is free."""
         engine, scheduler = self.engine, self.scheduler
-        shared = list(engine.uncond_prefix_slots.values())
         is_idle = not (engine.sequences or scheduler.running or scheduler.waiting or scheduler.submitted)
-        return is_idle and sorted(engine.cache.free + shared) == list(range(len(engine.cache.lengths)))
+        return is_idle and sorted(engine.cache.free) == list(range(len(engine.cache.lengths)))
 
     @property
     def num_requests(self) -> int:

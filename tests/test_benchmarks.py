@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import attention, compare, fixtures, training, worker
+from benchmarks import attention, before, compare, fixtures, loss, training, worker
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.timing import Figure, Setting, format_number, time_alternately
 from benchmarks.training import train_and_read_memory
@@ -19,11 +20,13 @@ from tests.processes import context
 from tests.profile import few_samples
 from transfusion.config import DataConfig, ModelConfig, Run
 from transfusion.model.mask import packed_mask
+from transfusion.parallel import CPUINFO, cpu_flags, has_cpu_bfloat16
 from transfusion.runs import SIZES, named_run
 from transfusion.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, quick=True)
+HAS_AMX = "amx_tile" in cpu_flags(CPUINFO)  # oneDNN computes float32 in bfloat16
 
 
 def short_run(name: str) -> Run:
@@ -95,11 +98,39 @@ def test_measured_step_is_the_trainers_step():
     model = ModelConfig(width=32, layers=1, heads=2, intermediate_size=32)
     run = Run("tiny", model, data=DataConfig(seq_len=512, rows=1))
     trainer = Trainer(run, Path(), fixtures.make_paper_loader(512, 1), {}, CPU)
-    before = trainer.model.head.weight.clone()
-    step, *ratios = training.measure_steps(trainer, QUICK)
+    weight = trainer.model.head.weight.clone()
+    step, *others = training.measure_steps(trainer, QUICK)
     assert step.unit == "positions/s"
-    assert [figure.beside for figure in ratios] == ["matmul rows x width x width", "its fastest matmul"] * 2
-    assert not torch.equal(before, trainer.model.head.weight)
+    kinds = ["float32 matmul, torch.mm", "float32 matmul, oneDNN", "bfloat16 matmul"]
+    kinds = [kind for kind, exists in zip(kinds, (True, not HAS_AMX, has_cpu_bfloat16()), strict=True) if exists]
+    steps, shares, products = ([f for f in others if f.what.strip() in names] for names in (
+        ("a step",), ("FLOPs of the actual batch", "standard FLOPs, 6 N + 12 l w L"), kinds,
+    ))  # fmt: skip
+    assert [figure.beside for figure in steps] == [
+        f"cpu_matmul {choice}" for choice in ("default", "bfloat16")[: 1 + has_cpu_bfloat16()]
+    ]
+    assert [figure.beside for figure in shares] == kinds * 2
+    assert [figure.what.strip() for figure in products] == kinds
+    for share in shares:  # of the product that is reported
+        (product,) = (figure for figure in products if figure.what.strip() == share.beside)
+        assert share.ratio == pytest.approx(share.value / product.value)
+    assert len(others) == len(steps + shares + products)
+    assert not torch.equal(weight, trainer.model.head.weight)
+    assert trainer.run.parallel.cpu_matmul == "auto"
+
+
+@pytest.mark.skipif(HAS_AMX, reason="with AMX oneDNN computes float32 in bfloat16")
+def test_products_are_of_the_kind_that_they_are_named_after(monkeypatch):
+    seen = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append((
+        a.dtype, torch.backends.mkldnn.matmul.fp32_precision)) or multiply(a, b, out=out))  # fmt: skip
+    for (kind, shape), function in training.matmul_functions(short_run("digits"), CPU).items():
+        seen.clear()
+        function()
+        dtype = torch.bfloat16 if kind.startswith("bfloat16") else torch.float32
+        assert seen == [(dtype, "bf16" if kind.endswith("oneDNN") else "none")] * training.NUM_MATMULS
+        assert shape in training.matmul_shapes(short_run("digits"))
 
 
 def test_rows_are_halved_until_they_fit(monkeypatch):
@@ -138,13 +169,75 @@ def test_different_attention_output_is_an_error():
         attention.check_close(attention.forward_backward(plain.attend, *tensors), expected)
 
 
+def test_different_gradients_of_the_loss_are_an_error():
+    gradients = [torch.ones(2, 3), torch.ones(4, 3)]
+    loss.check_close(gradients, [gradient.clone() for gradient in gradients])
+    with pytest.raises(RuntimeError, match="gradient of lm_head differs"):
+        loss.check_close(gradients, [gradients[0], 1.001 * gradients[1]])
+
+
+# An earlier commit
+
+
+MAIN = """
+import json, sys
+part, path = sys.argv[1], sys.argv[sys.argv.index("--json") + 1]
+assert sys.argv[2:4] == ["--device", "cpu"] and "--quick" in sys.argv
+open("{log}", "a").write(part + " {number}\\n")
+if part == "failing": sys.exit("no such part")
+figure = lambda what, value, unit: dict(what=what, value=value, unit=unit)
+json.dump(dict(parts={{part: [
+    figure("x: a step", {number} * 10, "positions/s"), figure("  x: a step", 7, "positions/s"),
+    figure("time", {number}, "ms"), figure("only {number}", 1, "s"), figure("left out", None, ""),
+]}}), open(path, "w"))
+"""
+
+
+@pytest.fixture
+def two_commits(tmp_path, monkeypatch):
+    """A checkout whose benchmarks measure 2, after a commit in which they measured 1; and the log of their calls."""
+
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
+
+    root, log = tmp_path / "checkout", tmp_path / "log"
+    (root / "benchmarks").mkdir(parents=True)
+    git("init", "-q")
+    for number in (1, 2):
+        (root / "benchmarks" / "__init__.py").touch()
+        (root / "benchmarks" / "__main__.py").write_text(MAIN.format(log=log, number=number))
+        git("add", "-A")
+        git("commit", "-q", "-m", f"{number}")
+    monkeypatch.setattr(before, "ROOT", root)
+    return log
+
+
+def test_earlier_commit_takes_turns_with_this_one(two_commits, monkeypatch):
+    monkeypatch.setattr(Setting, "pick", lambda self, full, quick: full)
+    figures = list(before.measure("drawing", "HEAD~1", QUICK))
+    assert two_commits.read_text().split() == ["drawing", "1", "drawing", "2"] * 3
+    assert figures == [
+        Figure("x: a step", 20, "positions/s", 2.0, "commit HEAD~1"), Figure("time", 2, "ms", 0.5, "commit HEAD~1"),
+    ]  # fmt: skip
+
+
+def test_earlier_commit_that_cannot_be_measured_is_an_error(two_commits):
+    with pytest.raises(ValueError, match="^--before nothing: .*nothing"):
+        list(before.measure("drawing", "nothing", QUICK))
+    with pytest.raises(ValueError, match="have failed: no such part$"):
+        list(before.measure("failing", "HEAD~1", QUICK))
+
+
 # The comparison
 
 PEER = """
 from benchmarks.worker import serve_commands
+step_seconds = [0.5]
 serve_commands({{
     "about": lambda: {{"parameters": 7, "threads": 1, "versions": {{"transfusion-pytorch": "{version}"}}}},
-    "train": lambda steps: [0.5] * steps,
+    "onednn": lambda enabled: step_seconds.append(0.25 if enabled else 0.5),
+    "train": lambda steps: step_seconds[-1:] * steps,
     "draw": lambda: print("other output") or {{"seconds": 2.0, "passes": 7}},
     "memory": lambda: None,
 }})
@@ -165,19 +258,45 @@ def tiny_model(monkeypatch):
 
 
 @pytest.mark.slow
-def test_comparison_reports_both_workers(tmp_path, tiny_model):
+def test_comparison_reports_both_workers(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(compare, "onednn_is_faster", lambda: True)
     code = PEER.format(version=compare.VERSION)
     figures = list(compare.measure(replace(QUICK, peer_python=fake_python(tmp_path, code))))
     by_peer = [figure.value for figure in figures if figure.what.strip() == compare.PEER and figure.value]
-    assert by_peer == [worker.POSITIONS / 0.5, 2.0, 2.0]
+    assert by_peer == [worker.POSITIONS / 0.25, 2.0, 2.0]  # with the faster products
     ours = [figure for figure in figures if figure.what.strip() == "ours" and figure.value]
     assert [figure.unit for figure in ours] == ["positions/s", "s", "s"]
     assert ours[0].ratio == pytest.approx(ours[0].value / by_peer[0])
     assert ours[1].ratio == pytest.approx(2.0 / ours[1].value)
     heads = [figure.beside for figure in figures if figure.what.startswith("drawing")]
-    assert heads == ["7 forward passes", "7 and 501 forward passes"]
+    assert heads == ["7 forward passes", "7 and 41 forward passes"]
     memory = [figure for figure in figures if "memory" in figure.what]
     assert memory[0].value is None and memory[0].beside
+
+
+class TimedWorker:
+    """A worker whose step takes 1 s, or these seconds in oneDNN."""
+
+    def __init__(self, onednn_seconds: float):
+        self.seconds, self.is_onednn = (1.0, onednn_seconds), 0
+
+    def ask(self, line: str):
+        name, *numbers = line.split()
+        if name == "onednn":
+            self.is_onednn = int(*numbers)
+        return [self.seconds[self.is_onednn]] * int(*numbers or [0])
+
+
+@pytest.mark.parametrize("onednn_seconds", [0.5, 2.0])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_peer_has_the_products_that_are_faster_for_it(monkeypatch, is_used, onednn_seconds):
+    monkeypatch.setattr(compare, "onednn_is_faster", lambda: is_used)
+    workers = {compare.PEER: TimedWorker(onednn_seconds), "ours": TimedWorker(1.0)}
+    figures = {figure.what.strip(): figure for figure in compare.measure_training(workers, QUICK)}
+    assert figures["ours"].ratio == (min(1.0, onednn_seconds) if is_used else 1.0)
+    in_onednn = figures.get(f"{compare.PEER}, products in oneDNN")
+    assert (in_onednn.ratio if is_used else in_onednn) == (1 / onednn_seconds if is_used else None)
+    assert not workers[compare.PEER].is_onednn
 
 
 def test_wrong_peer_version_is_an_error(tmp_path, tiny_model):

@@ -14,7 +14,8 @@ from transfusion.config import BUILT_IN
 from transfusion.data.built_in import emoji
 from transfusion.data.built_in.emoji import Emoji, find_font, render_all
 from transfusion.data.built_in.photographs import Photographs
-from transfusion.data.reading.readers import open_built_in, open_reader
+from transfusion.data.reading.built_in import open_built_in
+from transfusion.data.reading.readers import open_reader
 from transfusion.data.store import open_prepared
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_batched_requests_equal_single_requests(specs, seed):
     for request, answers in zip(requests, batched, strict=True):
         (single,) = engine.generate([request])
         assert all(np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(answers, single, strict=True))
-    assert len(engine.cache.free) == len(engine.cache.lengths) - len(engine.uncond_prefix_slots)  # no slot is lost
+    assert len(engine.cache.free) == len(engine.cache.lengths)  # no slot is lost
 
 
 @few
@@ -187,9 +188,21 @@ def test_pictures_of_the_prompt_are_part_of_the_seed():
     for parts in ("a", ("a", pictures[0]), ("a", pictures[1]), ("b", pictures[0])):
         engine.submit(Request(parts, num_images=1))
     engine.step()
-    seeds = [sequence.phase.image.generator.initial_seed() for sequence in engine.sequences]
+    seeds = [sequence.phase.image.seed for sequence in engine.sequences]
     assert seeds[1] == seeds[3]
     assert len(set(seeds[:3])) == 3
+
+
+def test_every_code_has_its_own_seed():
+    engine, used, sample_tokens = build_engine(temperature=1.0), [], text_mode.sample_tokens
+
+    def record(logits, generations, seeds, allowed=None):
+        used.extend(seeds)
+        return sample_tokens(logits, generations, seeds, allowed)
+
+    with mock.patch.object(text_mode, "sample_tokens", record):
+        engine.generate([Request(("a",), num_images=2, size=(4, 4))])
+    assert len(set(used)) == len(used) == 2 * 16
 
 
 def test_text_after_an_image_depends_on_it():
@@ -198,15 +211,15 @@ def test_text_after_an_image_depends_on_it():
     boi = VOCABULARY.boi[SHAPES[0]]
     engine.allowed_tokens[:] = False
     engine.allowed_tokens[[boi, *range(97, 105)]] = True
-    real_sample_token = text_mode.sample_token
-    first_tokens = iter([boi])
+    sample_tokens = text_mode.sample_tokens
+    first_tokens = iter([[boi]])
 
-    def sample_boi_first(logits, allowed, *rest):
-        is_text = allowed is engine.allowed_tokens
-        return (next(first_tokens, None) if is_text else None) or real_sample_token(logits, allowed, *rest)
+    def sample_boi_first(logits, generations, seeds, allowed=None):
+        is_text = allowed is not None
+        return (next(first_tokens, None) if is_text else None) or sample_tokens(logits, generations, seeds, allowed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_mode, "sample_token", sample_boi_first)
+        patch.setattr(text_mode, "sample_tokens", sample_boi_first)
         (answer,) = engine.generate([Request(("ab",))])[0]
     image = answer.parts[0]
     second_engine = build_engine(1, temperature=0.0, max_tokens=7)

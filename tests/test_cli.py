@@ -289,6 +289,7 @@ def test_wrong_command_is_an_error(tmp_path, monkeypatch, capsys, arguments, mes
     ("train digits --model.vocab-size 5", "--model.vocab-size has no effect in training: the tokenizer decides it"),
     ("train digits --model.latent-channels 3", "--model.latent-channels has no effect in training: the codec decides it"),
     ("train digits --data.codec-block 2", "--data.codec-block has no effect without --data.codec block_pca"),
+    ("train digits --training.transformer-lr-scale 0 --training.optimizer muon", "--training.optimizer has no effect with"),
     ("train digits --data.shapes.size 8", "--data.shapes.size has no effect on these data, which do not read"),
     ("train shapes --data.digits.interleaved 0.1", "--data.digits.interleaved has no effect on these data"),
     ("train digits --model.patches codes --model.patch-size 1 --diffusion.t-shift 2", "--diffusion.t-shift has no effect"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.layouts import picture, turns
 from tests.profile import examples
 from tests.reading import close_account, read_at, write_lines
+from transfusion.config import ChatLayout
 from transfusion.data.raw import Fault, RawImage
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.reading.records import to_document
@@ -146,6 +147,38 @@ def test_path_of_a_message_that_is_no_file_is_a_fault(name, tmp_path):
     lines = [question(content, *([name] if content == [{"type": "image"}] else [])) for content in contents]
     items = read_at(write_lines(tmp_path / "a.jsonl", *lines))
     assert [item.kind for item in items] == ["missing image"] * 3
+
+
+# Fields beside the messages
+
+
+@pytest.mark.parametrize("system", ["Be kind.", [{"type": "text", "text": "Be kind."}]])
+@pytest.mark.parametrize("is_message", [False, True])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_column_of_the_system_is_the_first_message(form, system, is_message, tmp_path):
+    keys = ("role", "content") if form == "messages" else ("from", "value")
+    messages = [{keys[0]: "system", keys[1]: system}] * is_message + turns("Which?", ANSWER, keys=keys)
+    reader = open_reader(str(write_lines(tmp_path / "a.jsonl", {form: messages, "system": system}, {form: messages})))
+    texts = [[part.text for part in document.segments] for unit in reader.units(9) for document in reader.read(unit)]
+    talk = ["Which?", "\n", ANSWER]
+    assert texts == [["Be kind.", "\n", *talk], ["Be kind.", "\n", *talk] if is_message else talk]
+    assert not close_account(reader).tallies["fields"].passed_over
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+@pytest.mark.parametrize(("fields", "has_loss"), [
+    ({"weight": 0}, False), ({"weight": 1}, True), ({"loss": False}, False), ({"loss": True}, True), ({"loss": None}, True),
+])  # fmt: skip
+def test_answers_that_are_not_to_be_learnt_have_no_loss(fields, has_loss, form):
+    keys, image = ("role", "content") if form == "messages" else ("from", "value"), {"type": "image", "image": "1.png"}
+    messages = turns("Which?", [image, {"type": "text", "text": "A cat."}], "Sure?", ANSWER, keys=keys)
+    messages[1] |= fields
+    layout = ChatLayout(assistant_suffix="<|end|>")
+    document = to_document("messages" if form == "messages" else "conversation", {form: messages}, Names(), layout)
+    is_learnt = has_loss and form == "messages"  # an image of a LLaVA conversation never is
+    assert [(part.loss, part.max_t) for part in document.segments if isinstance(part, RawImage)] == [(is_learnt, is_learnt)]
+    learnt = [part.text for part in document.segments if not isinstance(part, RawImage) and part.loss]
+    assert learnt == ["A cat.", "<|end|>"] * has_loss + [ANSWER, "<|end|>"]
 
 
 # Other media

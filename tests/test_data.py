@@ -37,6 +37,7 @@ from transfusion.data.built_in.digits import NAMES, Digits, load_scans
 from transfusion.data.built_in.topics import HELDOUT_EVERY, Topics, split_text
 from transfusion.data.loader import START, DocumentEncoder, Loader, LoaderState, heldout_batches, reorder_and_drop
 from transfusion.data.packing import pack
+from transfusion.data.raw import RawDocument, RawText
 from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, encode_document, split_chunk
 
 # Packing
@@ -203,7 +204,9 @@ def test_batches_are_the_rows_of_the_blocks_in_order():
         assert same_batch(batch, collate(rows[3 * n : 3 * n + 3], 96, reader.encoder.vocabulary))
 
 
-def test_block_contains_each_of_its_documents_once():
+@pytest.mark.parametrize("together", [1, 5, 32, 64])
+def test_block_contains_each_of_its_documents_once(monkeypatch, together):
+    monkeypatch.setattr("transfusion.data.loader.ENCODED_TOGETHER", together)
     reader = loader()
     for block in (0, 3):
         entries = [reader.stream[n] for n in range(32 * block, 32 * block + 32)]
@@ -239,6 +242,35 @@ def test_document_key_depends_on_seed_source_epoch_and_id():
     ]  # fmt: skip
     assert len(set(keys)) == 16
     assert encoder().to_document(raw, "one", 0).key == keys[0]
+
+
+@some
+@given(st.lists(st.tuples(st.sampled_from(("", "a", "é <s>", "<s>", "<s> a<s>")), st.booleans(), st.booleans()), max_size=9),
+       st.integers(1, 4))  # fmt: skip
+def test_documents_encoded_together_equal_each_alone(texts, per_document):
+    """With and without special tokens in the text, in any order, beside images and documents that are encoded already."""
+    tokenizer = Tokenizer.train(["abc"], 256)
+    engine = Engine.from_str(tokenizer.to_json())
+    engine.add_special_tokens([AddedToken("<s>", special=True)])
+    special = replace(encoder(), tokenizer=Tokenizer(engine))
+    parts = [(RawText(text, loss, parse_special), Notes("one", 9)[0].segments[1]) for text, loss, parse_special in texts]
+    raw = [RawDocument(sum(parts[n : n + per_document], ()), id=n) for n in range(0, len(parts), per_document)]
+    entries = [(document, "one", 0) for document in (*raw, Document((Text((1, 2)),), id=99))]
+    together, alone = special.to_documents(entries), [special.to_document(*entry) for entry in entries]
+    assert [encode_document(a, special.vocabulary).tokens.tolist() for a in together] == [
+        encode_document(a, special.vocabulary).tokens.tolist() for a in alone
+    ]
+    for (document, *_), result in zip(entries, together, strict=True):
+        for part, encoded in zip(document.segments, result.segments, strict=True):
+            if isinstance(part, RawText):
+                assert encoded.tokens == special.tokenizer.encode(part.text, part.parse_special)
+                assert encoded.tokens.count(engine.token_to_id("<s>")) == part.text.count("<s>") * part.parse_special
+                assert encoded.loss == part.loss
+
+
+def test_text_that_cannot_be_encoded_is_named():
+    with pytest.raises(ValueError, match=r"^'b\\ud800' is not valid Unicode \(it has a lone surrogate\)$"):
+        Tokenizer.train(["abc"], 256).encode_batch(["a", "b\ud800", "c\ud801"])
 
 
 @examples(12, quick=5)

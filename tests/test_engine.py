@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,14 +16,26 @@ from tokenizers import decoders as decoding
 
 from tests.documents import CHANNELS, SHAPES
 from tests.profile import examples
-from tests.tiny import SIZES, Latents, build_engine, picture, prompt_segments, tokenizer, uncached
+from tests.tiny import (
+    SIZES,
+    Latents,
+    build_engine,
+    picture,
+    prompt_segments,
+    run_sampler,
+    start_sampler,
+    tokenizer,
+    uncached,
+)
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DiffusionConfig, GenerationConfig
+from transfusion.inference import cache as cache_module
 from transfusion.inference import image_mode, text_mode
 from transfusion.inference.answer import Answer
 from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
-from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.inference.samplers import SamplingSchedule
+from transfusion.model.mask import Mask, cached_mask
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Document, Image, Text, encode_document
 
@@ -75,10 +88,9 @@ def assert_same_answers(answers, expected_answers) -> None:
 
 
 def assert_no_slot_is_lost(engine: Engine) -> None:
-    """No sequence is left, and every slot is free, except the ones that hold bos and boi."""
+    """No sequence is left, and every slot is free."""
     assert not engine.sequences
-    used = list(engine.uncond_prefix_slots.values())
-    assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
+    assert sorted(engine.cache.free) == list(range(len(engine.cache.lengths)))
 
 
 # Cached equals uncached
@@ -148,8 +160,9 @@ def check_against_uncached(engine: Engine, parts, events) -> None:
             tokens = []
     chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, add_eos=False)
     logits = uncached(engine, [*segments, Text(tuple(tokens))])[0]
-    uncond_calls = [call for call in engine.model.calls if call.slots[0] in engine.uncond_prefix_slots.values()]
-    text_calls = [call for call in engine.model.calls if call.kind in ("prefill", "decode") and call not in uncond_calls]
+    text_calls = [
+        call for call in engine.model.calls if call.kind in ("prefill", "decode") and not call.is_uncond_prefix(vocabulary)
+    ]
     # Every token and marker was written to the cache once, in order; also sampled bois, and eois (B3, B5).
     assert torch.cat([call.tokens[0] for call in text_calls]).tolist() == chunk.tokens.tolist()
     assert torch.cat([call.position_ids[0] for call in text_calls]).tolist() == list(range(len(chunk)))
@@ -198,18 +211,15 @@ def test_image_equals_the_sampler_with_guided_uncached_predictions(parts, size, 
     segments = prompt_segments(parts)
     first = next(call for call in engine.model.calls if call.kind.startswith("draw"))
     latent_range = engine.latent_range if clipped else None
-    schedule = SamplingSchedule(options.steps, engine.run.diffusion, latent_range, torch.Generator())
-    sampler = get_sampler(options.sampler, engine.run.diffusion.noise_schedule)(first.x_t[0][:1], schedule)
-    x_t, t = next(sampler)
-    while True:
+    schedule = SamplingSchedule(options.steps, engine.run.diffusion)
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         image = Image(x_t[0].numpy())
-        cond = uncached(engine, [*segments, image], t.item())[1]
-        uncond = uncached(engine, [image], t.item())[1]
-        try:
-            x_t, t = sampler.send((uncond + scale * (cond - uncond))[None])
-        except StopIteration as finished:
-            expected = finished.value[0].numpy().transpose(1, 2, 0)
-            break
+        cond, uncond = (uncached(engine, [*prefix, image], t.item())[1] for prefix in (segments, ()))
+        return (uncond + scale * (cond - uncond))[None]
+
+    x0, _ = run_sampler(start_sampler(options.sampler, first.x_t[0][:1], schedule, latent_range), predict)
+    expected = x0[0].numpy().transpose(1, 2, 0)
     np.testing.assert_allclose(event.pixels, expected, rtol=0, atol=1e-4)
     assert event.pixels.shape[1::-1] == size
 
@@ -366,10 +376,72 @@ def test_without_guidance_there_is_one_branch(parts, size):
     engine.generate([
         Request(tuple(parts), 1, size=size, generation=options), Request(tuple(parts), generation=options)
     ])  # fmt: skip
-    assert not engine.uncond_prefix_slots
+    assert not engine.uncond_prefixes
     assert all(len(call.slots) <= 2 for call in engine.model.calls)
     assert not any(call.tokens.tolist() == [[engine.vocabulary.bos, b]] for call in engine.model.calls
                    for b in engine.vocabulary.boi.values())  # fmt: skip
+
+
+@few
+@given(st.lists(requests_, min_size=1, max_size=3), st.sampled_from((0, 2, 100)))
+def test_attention_without_a_mask_equals_masked_attention(specs, max_runs):
+    """For rows of equal lengths, of several lengths, and for slots that are not adjacent."""
+    engine, masked = build_engine(draw_now_and_then, kv_heads=2), build_engine(draw_now_and_then, kv_heads=2)
+    answers = []
+    for each, limit in ((engine, max_runs), (masked, -1)):
+        held = [each.cache.acquire() for _ in range(4)]
+        for slot in held[::2]:  # gaps between the slots of the requests
+            each.cache.release(slot)
+        with mock.patch.object(cache_module, "MAX_RUNS", limit):
+            answers.append(each.generate([request_of(each, spec) for spec in specs]))
+    for request_answers, expected in zip(*answers, strict=True):
+        assert_same_answers(request_answers, expected)
+
+
+@pytest.mark.parametrize("requests", [[Request(("a b",), 16)], [Request((word,), 1) for word in "abcdefgh"]])
+def test_images_of_prompts_with_equal_lengths_are_drawn_without_a_mask_from_adjacent_slots(requests):
+    """Also with guidance, whose second branches are shorter, and in a new engine, which has read no bos and boi yet."""
+    engine, masked = build_engine(), build_engine()
+    with mock.patch.object(image_mode, "cached_mask", side_effect=AssertionError):
+        answers = engine.generate(requests)
+    with mock.patch.object(cache_module, "MAX_RUNS", -1):
+        expected = masked.generate(requests)
+    for pair in zip(answers, expected, strict=True):
+        assert_same_answers(*pair)
+    num_images = sum(request.num_images for request in requests)
+    for call in engine.model.calls:
+        if call.kind.startswith("draw"):
+            assert call.slots == list(range(2 * num_images))
+
+
+def test_causal_images_and_prompts_need_a_mask():
+    """The test above is only valid if masks are created elsewhere."""
+    engine = build_engine(image_attention="causal")
+    with mock.patch.object(image_mode, "cached_mask", side_effect=AssertionError("created")):
+        with pytest.raises(RuntimeError, match="created"):
+            engine.generate([Request(("a",), 1)])
+    with mock.patch.object(text_mode, "cached_mask", side_effect=AssertionError("created")):
+        with pytest.raises(RuntimeError, match="created"):
+            engine.generate([Request(("a",), 1)])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mask_is_cast_once_and_not_in_every_layer(autocast):
+    engine = build_engine()
+    model = engine.model.model if autocast else engine.model.model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        view = engine.cache.view([engine.cache.acquire(), engine.cache.acquire()], 3)
+        mask, zeros = cached_mask(view.lengths, 3), torch.zeros(2, 3, dtype=torch.int64)
+        biases, attend = set(), Mask.attend
+
+        def record(mask, q, k, v):
+            assert mask.attn_bias.dtype == q.dtype == torch.bfloat16
+            biases.add(mask.attn_bias.data_ptr())
+            return attend(mask, q, k, v)
+
+        with mock.patch.object(Mask, "attend", record), torch.no_grad():
+            model.forward_cached(zeros, view.position_ids, mask, view, zeros.new_zeros(0), [], [], [])
+    assert len(biases) == 1
 
 
 # Seeds
@@ -396,6 +468,18 @@ def test_texts_depend_on_the_seed():
     texts = [answer.parts for (answer,) in answers]
     assert texts[0] == texts[1]
     assert len({str(parts) for parts in texts}) == 3
+
+
+def test_every_token_has_its_own_seed():
+    engine, used, sample_tokens = build_engine(lambda v: {v.eos: -1e4}), [], text_mode.sample_tokens
+
+    def record(logits, generations, seeds, allowed):
+        used.extend(seeds)
+        return sample_tokens(logits, generations, seeds, allowed)
+
+    with mock.patch.object(text_mode, "sample_tokens", record):
+        engine.generate([Request(("a",), seed=seed) for seed in range(3)])
+    assert len(set(used)) == len(used) > 30
 
 
 @few
@@ -496,45 +580,6 @@ def test_markers_padding_and_unused_ids_are_never_sampled(parts, seed, temperatu
 
 
 @some
-@given(
-    st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6), st.sets(st.integers(0, 5), min_size=1),
-    st.just(0.0) | st.floats(0.1, 3), st.floats(0.01, 1), seeds,
-)  # fmt: skip
-def test_sampled_token_is_allowed_and_in_the_nucleus(logits, allowed, temperature, top_p, seed):
-    values = torch.tensor(logits)
-    mask = torch.tensor([n in allowed for n in range(6)])
-    config = GenerationConfig(temperature=temperature, top_p=top_p)
-    token = text_mode.sample_token(values, mask, config, torch.Generator().manual_seed(seed))
-    assert token in allowed
-    if temperature == 0:
-        assert logits[token] == max(logits[n] for n in allowed)
-        return
-    weights = {n: np.exp((values[n].item() - max(logits)) / temperature) for n in allowed}
-    likelier = sum(w for w in weights.values() if w > weights[token] * 1.0001)  # a tolerance for ties in float32
-    assert likelier / sum(weights.values()) < top_p + 1e-4  # the likelier tokens alone do not reach top_p
-
-
-@few
-@given(seeds, st.floats(0.01, 0.999), st.sampled_from((0.1, 3.0)))
-def test_nucleus_of_many_ids_is_the_one_of_all_sorted(seed, top_p, sharpness):
-    """Whether the first sorted ids reach top_p or not."""
-    generator = torch.Generator().manual_seed(seed)
-    probabilities = (sharpness * torch.randn(5000, generator=generator)).softmax(0)
-    values, ids = probabilities.sort(descending=True)
-    expected = torch.zeros(5000).index_copy(0, ids, values * (values.cumsum(0) - values < top_p))
-    nucleus = text_mode.keep_nucleus(probabilities, top_p)
-    assert (nucleus != expected).sum() <= 1  # the last one, by rounding
-    assert torch.equal(nucleus[nucleus > 0], probabilities[nucleus > 0])
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
-def test_temperature_near_zero_is_greedy(temperature):
-    config = GenerationConfig(temperature=temperature)
-    values, mask = torch.tensor([3.0, -20.0, 5.0, 30.0]), torch.tensor([True, True, True, False])
-    assert text_mode.sample_token(values, mask, config, torch.Generator()) == 2
-
-
-@some
 @given(prompts, st.integers(1, 9), st.integers(0, 40), st.booleans(), seeds)
 def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_positions, with_images, seed):
     prompt = encode_document(Document(prompt_segments(parts)), build_engine().vocabulary, add_eos=False)
@@ -544,7 +589,7 @@ def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_posit
     assert sum(isinstance(event, TokenEvent | ImageEvent) for event in events) <= max_tokens
     for call in engine.model.calls:
         assert call.position_ids.max() < engine.max_positions
-        assert call.mask_keys <= engine.max_positions
+        assert call.num_keys <= engine.max_positions
     if with_images:
         assert events[-1].reason == "length"
 
@@ -559,7 +604,7 @@ def test_prompt_and_image_may_fill_the_context_exactly(parts, size):
     exact = build_engine(context=needed)
     (answers,) = exact.generate([Request(tuple(parts), 2, size=size)])
     assert [answer.reason for answer in answers] == ["image", "image"]
-    assert max(call.mask_keys for call in exact.model.calls) == needed
+    assert max(call.num_keys for call in exact.model.calls) == needed
     too_small = build_engine(context=needed - 1)
     with pytest.raises(ValueError, match=f"{needed} positions.*{needed - 1}"):
         too_small.submit(Request(tuple(parts), 2, size=size))

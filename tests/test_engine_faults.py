@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,13 +86,28 @@ def undisturbed_events(kind: str) -> dict[tuple[int, int], list]:
 
 
 PICTURES = {False: [picture((4, 4), 0)], True: [np.full((4, 4, 1), 3, np.uint8)]}
+
+
+def build_ddpm_engine() -> Engine:
+    """Its sampler adds noise: that of a pass which is repeated must not be sampled again."""
+    engine = build_engine(draw_now_and_then)
+    engine.run = replace(engine.run, generation=replace(engine.run.generation, sampler="ddpm"))
+    return engine
+
+
+def build_codes_engine() -> Engine:
+    """Every sixth token is a boi."""
+    engine = test_chameleon.build_engine(guidance_scale=2.0, temperature=1.0)
+    engine.allowed_tokens[: engine.vocabulary.num_text_tokens] = False
+    engine.allowed_tokens[97:107] = True
+    return engine
+
+
 ENGINES = {
-    "latents": (lambda: build_engine(draw_now_and_then), SIZES[1]),
-    "codes": (lambda: test_chameleon.build_engine(guidance_scale=2.0, temperature=1.0), (4, 4)),
+    "latents": (build_ddpm_engine, SIZES[1]),
+    "codes": (build_codes_engine, (4, 4)),
 }
 FAULTS = {
-    "sample_token": lambda engine: text_mode,
-    "guide": lambda engine: chameleon if engine.uses_image_codes else image_mode,
     "begin_image": lambda engine: chameleon if engine.uses_image_codes else image_mode,
     "fork": lambda engine: engine.cache,
     "acquire": lambda engine: engine.cache,
@@ -99,7 +115,11 @@ FAULTS = {
     "encode_document": lambda engine: engine_module,
     "commit": lambda engine: engine.cache,
     "forward_cached": lambda engine: engine.model,
+    "sample_tokens": lambda engine: text_mode,
+    "guide": lambda engine: image_mode,
+    "apply_updates": lambda engine: image_mode,
 }
+OF_SEVERAL = ("forward_cached", "commit", "sample_tokens", "guide", "apply_updates")  # calls for several sequences at once
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -130,22 +150,25 @@ def test_failing_call_ends_the_samples_of_one_request_only(kind, name, call_numb
 def test_failing_calls_happen(kind):
     """The test above is only valid if each part is called, and ends a request by failing."""
     build, size = ENGINES[kind]
-    for name in FAULTS.keys() - {"forward_cached", "commit"}:
+    for name in FAULTS.keys() - set(OF_SEVERAL):
         engine = build()
         submit_requests(engine, size)
         with failing_at(FAULTS[name](engine), name, 2):
             assert any(isinstance(event, FinishEvent) and event.reason == "error" for event in run_to_end(engine)), name
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize("name", ["forward_cached", "commit"])
+@pytest.mark.parametrize(("kind", "name"), [
+    (kind, name) for kind in ENGINES for name in OF_SEVERAL if (kind, name) != ("codes", "apply_updates")
+])  # fmt: skip
 def test_forward_pass_that_fails_once_is_repeated(kind, name):
     """Its sequences, one by one, get the same results; also if the cache was partly written."""
     build, size = ENGINES[kind]
     engine, expected = build(), undisturbed_events(kind)
     submit_requests(engine, size)
-    with failing_at(FAULTS[name](engine), name, 3):
+    number = 2 if name in ("guide", "apply_updates") else 3  # of a call for several sequences
+    with failing_at(FAULTS[name](engine), name, number), mock.patch.object(engine_module, "log") as log:
         samples = by_sample(run_to_end(engine))
+    assert log.warning.call_count == 1
     for sample, events in expected.items():
         assert_same_events(samples[sample], events)
 
@@ -154,7 +177,7 @@ def test_forward_pass_that_fails_once_is_repeated(kind, name):
 @given(st.integers(1, 5), st.integers(0, 6))
 def test_sequence_that_breaks_every_forward_pass_ends_alone(victim, steps):
     """It does from some step on; each pass with one of its slots fails."""
-    engine, expected = build_engine(draw_now_and_then), undisturbed_events("latents")
+    engine, expected = build_ddpm_engine(), undisturbed_events("latents")
     submit_requests(engine, SIZES[1])
     events = [event for _ in range(steps) for event in engine.step()]
     forward = engine.model.forward_cached
@@ -208,21 +231,39 @@ def test_branch_without_prompt_that_cannot_be_read_loses_no_slot():
     assert_no_slot_is_lost(engine)
 
 
-def test_sampler_that_fails_at_a_step_ends_its_image():
-    """A sampler is a generator: after an exception it is exhausted, and gives no image."""
-    engine = build_engine()
-    engine.submit(Request(("a",), 2, generation=generation(engine, steps=4)))
+def test_update_that_fails_at_a_step_ends_its_image():
+    """The other image of the same forward passes gets the noise that it gets without the fault."""
+    engine, undisturbed = build_ddpm_engine(), build_ddpm_engine()
+    for each in (engine, undisturbed):
+        each.submit(Request(("a",), 2, generation=generation(each, steps=4)))
     engine.step()
     victim = engine.sequences[0].phase.image
-    victim.schedule.to_x0_and_noise = mock.Mock(side_effect=ValueError("math domain error"))
-    finished = [event for event in run_to_end(engine) if isinstance(event, FinishEvent)]
-    assert [(event.sample_index, event.reason, event.message) for event in finished] == [
-        (0, "error", "ValueError: math domain error"), (1, "image", ""),
-    ]  # fmt: skip
-    assert_no_slot_is_lost(engine)
+    victim.updates = (*victim.updates[:2], None, None)
+    images, expected = ([e for e in run_to_end(each) if e.sample_index == 1] for each in (engine, undisturbed))
+    assert_same_events(images, expected)
 
 
-@pytest.mark.parametrize("name", ["forward_cached", "sample_token"])
+def test_sample_whose_logits_are_not_finite_ends():
+    engine = build_engine()
+    victim, other = (engine.submit(Request(("a",), seed=seed)) for seed in range(2))
+    forward = engine.model.forward_cached
+
+    def spoil(tokens, position_ids, mask, cache, *args):
+        prediction = forward(tokens, position_ids, mask, cache, *args)
+        slots = {slot for sequence in engine.sequences if sequence.request_id == victim for slot in sequence.slots}
+        for row, slot in enumerate(cache.slots[:, 0].tolist()):
+            if slot in slots:
+                prediction.logits[row, 5] = torch.nan
+        return prediction
+
+    with mock.patch.object(engine.model, "forward_cached", spoil):
+        finished = [event for event in run_to_end(engine) if isinstance(event, FinishEvent)]
+    messages = {event.request_id: event.message for event in finished}
+    assert "the logits are not finite" in messages[victim]
+    assert messages[other] == ""
+
+
+@pytest.mark.parametrize("name", ["forward_cached", "sample_tokens"])
 def test_interrupt_leaves_nothing_behind(name):
     engine = build_engine(draw_now_and_then)
     submit_requests(engine, SIZES[0])
@@ -302,19 +343,19 @@ def test_request_that_cannot_be_started_is_answered_by_500():
 
 def test_failing_request_is_answered_by_500_and_the_others_are_not_disturbed():
     engine = build_engine(lambda v: {v.eos: -1e4})
-    sample_token = engine._sample_token
+    add_token = engine._add_token
 
-    def fail(sequence, logits, events):
+    def fail(sequence, sampled, events):
         if sequence.request.seed == 13 and sequence.num_sampled_tokens == 2:
             raise Fault("a secret")
-        sample_token(sequence, logits, events)
+        add_token(sequence, sampled, events)
 
     def body(seed: int) -> dict:
         return {"prompt": "a", "seed": seed, "max_tokens": 5}
 
     with serving(engine) as server, server.client() as client:
         expected = client.post("/v1/completions", json=body(14)).json()["choices"][0]["text"]
-        engine._sample_token = fail
+        engine._add_token = fail
         with client.stream("POST", "/v1/completions", json=body(14) | {"stream": True, "max_tokens": 100}) as other:
             for stream in (False, True):
                 failed = client.post("/v1/completions", json=body(13) | {"stream": stream})

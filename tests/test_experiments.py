@@ -26,6 +26,7 @@ from experiments import (
     lab,
     multimodal,
     noise,
+    optimizers,
     patches,
     results,
     scaling,
@@ -43,7 +44,7 @@ from transfusion.cli.options import parse
 from transfusion.cli.runs import Train, parse_run, read_run
 from transfusion.cli.sources import Reading
 from transfusion.config import FaultToleranceConfig, Run
-from transfusion.disk import write_json
+from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
 from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.sequence import Vocabulary
@@ -322,6 +323,22 @@ def test_scenes_are_measured_and_drawn(tmp_path, monkeypatch):
     assert {name: len(row) for name, row in rows.items()} == {"tiny": drawings.IMAGES_PER_ROW}
     drawings.plot_rows(rows, tmp_path / "drawings.png")
     assert PILImage.open(tmp_path / "drawings.png").width > 1000
+
+
+@pytest.mark.parametrize("run", optimizers.LOSSES if THOROUGH else ["digits"])
+def test_cells_of_optimizers_have_all_columns(run, tmp_path, monkeypatch, capsys):
+    """Of both optimizers, trained for two steps."""
+    monkeypatch.setattr(optimizers, "NUM_CAPTIONS", 4)
+    monkeypatch.setattr(lab, "run_command", command)
+    tiny = "--data.fit-documents=50", "--data.rows=1", "--data.shuffle-block=16", "--model.width=32", "--model.heads=2"
+    options = Options(tmp_path, seeds=(0,), train=(*tiny, "--training.steps=2", "--training.warmup-steps=1"))
+    table = optimizers.build_table(run)
+    lab.run_table(options, table, optimizers.measure)
+    for variant, optimizer in zip(table.variants, ("adamw", "muon"), strict=True):
+        (values,) = lab.read_cells(options, variant)
+        assert table.columns.keys() <= values.keys()
+        assert read_json(cell_folder(options, variant, 0) / "run.json")["run"]["training"]["optimizer"] == optimizer
+    assert capsys.readouterr().out.count("one seed each") == len(table.columns) - 1  # no claim on minutes
 
 
 def test_codecs_differ_only_in_the_codebook(tmp_path, monkeypatch):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from tests.test_mask import LONG, random_qkv
 from tests.test_model import TINY, copy_parameters, same_weights
-from tests.test_training import metrics_of, new_trainer
+from tests.test_training import assert_same_tensors, copy_tensors, metrics_of, new_trainer, preview_every_step
 from tests.tiny import small_run
 from transfusion.checkpoint.open import open_checkpoint
+from transfusion.config import FaultToleranceConfig
 from transfusion.inference import text_mode
 from transfusion.inference.engine import Engine, Request
 from transfusion.model import transfusion as network
@@ -75,6 +76,28 @@ def test_training_metrics_equal_those_of_a_cpu(trained):
     for row, expected in zip(cpu_rows, gpu_rows, strict=True):
         for name in ("text_loss", "image_loss", "gradient_norm"):
             assert row[name] == pytest.approx(expected[name], rel=TOLERANCE), (row["step"], name)
+
+
+def test_rejected_update_changes_no_tensor(tmp_path):
+    """The GPU decides, and the CPU reads its decision one step late."""
+
+    def change(batch, number):
+        if number == 2:
+            batch.groups[0].x0[0] = torch.nan
+        return batch
+
+    run = small_run(steps=5, validate_every=100)
+    run = replace(run, data=replace(run.data, seq_len=128), fault_tolerance=FaultToleranceConfig(skip_nonfinite=1))
+    trainer, copies = new_trainer(tmp_path / "previews", run, change=change, device="cuda"), {}
+    preview_every_step(trainer, lambda model, step: copies.update({step: copy_tensors(trainer)})).train()
+    assert_same_tensors(copies[3], copies[2])
+    assert not torch.equal(copies[4]["model head.weight"], copies[3]["model head.weight"])
+    late = new_trainer(tmp_path / "late", run, change=change, device="cuda")
+    assert late.train()
+    assert copy_tensors(late)["optimizer head.weight.step"] == 4
+    for folder in tmp_path.iterdir():
+        assert [path.name for path in (folder / "faults").iterdir()] == ["step-000003.json"]
+        assert [line["step"] for line in metrics_of(folder) if "learning_rate" in line] == [1, 2, 3, 4, 5]
 
 
 @torch.inference_mode()

@@ -50,9 +50,14 @@ def train(
     trainer = (resumed_trainer if (folder / "checkpoints").exists() else new_trainer)(folder, run, ranks=ranks)
     ranks.barrier()
     compute_losses, total_loss = objective.compute_losses, objective.total_loss
+    original_step, numbers = trainer.step, []
+
+    def step(number, *args):
+        numbers.append(number + 1)
+        return original_step(number, *args)
 
     def factor() -> float:
-        return factors.get(trainer.loop.progress.step + 1, 1.0) if ranks.rank == on and torch.is_grad_enabled() else 1.0
+        return factors.get(numbers[-1], 1.0) if ranks.rank == on and torch.is_grad_enabled() and numbers else 1.0
 
     def bad_losses(*args):
         losses = compute_losses(*args)
@@ -61,6 +66,7 @@ def train(
     def bad_total(*args):
         return total_loss(*args) * (factor() if where == "gradient" else 1.0)
 
+    trainer.step = step
     if stop_at is not None:
         stop_at_step(trainer, stop_at)
     with mock.patch.object(objective, "compute_losses", bad_losses), mock.patch.object(objective, "total_loss", bad_total):
@@ -149,18 +155,29 @@ def test_skipped_update_changes_no_tensor(tmp_path):
 def test_guard_counts_skipped_updates_in_a_row(steps, skip, number, where):
     """For any order of good and bad updates."""
     with TemporaryDirectory() as folder:
-        guard, num_skipped = Guard(FaultToleranceConfig(skip_nonfinite=skip), Path(folder), SINGLE_PROCESS), 0
+        guard, num_skipped = new_guard(Path(folder), skip_nonfinite=skip), 0
         for step, good in enumerate(steps, 1):
             num_skipped = 0 if good else num_skipped + 1
             norm, value = (number, 1.0) if where == "norm" else (1.0, number)
-            update = step, 1.0 if good else norm, {"text_loss": 1.0 if good else value}, lambda: {"rows": []}
+            update = (1.0, 1.0) if good else (norm, value)
             if num_skipped > skip:
                 with pytest.raises(TrainingError, match=f"^step {step}: "):
-                    guard.accepts_update(*update)
+                    is_applied(guard, step, *update)
                 break
-            assert guard.accepts_update(*update) == good
-            assert guard.num_consecutive_skips == num_skipped
-        assert guard.grad_norms == [1.0] * sum(steps[: step if steps else 0])
+            assert is_applied(guard, step, *update) == good
+            assert guard.state[1] == num_skipped
+        assert guard.state[0] == [1.0] * sum(steps[: step if steps else 0])
+
+
+def new_guard(folder: Path = Path("nowhere"), **config) -> Guard:
+    return Guard(FaultToleranceConfig(**config), folder, SINGLE_PROCESS, torch.device("cpu"))
+
+
+def is_applied(guard: Guard, step: int, norm: float, loss: float = 1.0) -> bool:
+    """The guard's decision on an update, also reported."""
+    verdict = guard.judge(torch.tensor([norm, loss])).tolist()
+    guard.report(step, verdict, norm, {"text_loss": loss}, {"rows": []})
+    return verdict[0] == 0
 
 
 def test_non_finite_codec_loss_changes_nothing_and_lists_the_images(tmp_path):
@@ -181,9 +198,9 @@ def test_non_finite_codec_loss_changes_nothing_and_lists_the_images(tmp_path):
             terms["l1"] = (1.0, terms["l1"][1] * math.nan)
         return terms
 
-    def step(number, batch, accepts_update):
+    def step(number, batch, *args):
         indices.append([int(n) for _, n in batch.chosen])
-        return CodecTrainer.step(trainer, number, batch, accepts_update)
+        return CodecTrainer.step(trainer, number, batch, *args)
 
     trainer._loss_terms, trainer.step = bad_terms, step
     with pytest.raises(TrainingError, match="step 5: the l1 is not finite"):
@@ -242,24 +259,26 @@ def test_number_of_skipped_updates_survives_a_restart(tmp_path):
 
 
 @examples(80)
-@given(st.lists(st.floats(0.01, 100), max_size=NORM_HISTORY + 40), st.floats(0.1, 10), st.floats(0, 500))
-def test_spike_is_deviations_above_the_mean_of_the_last_norms(norms, spike, norm):
-    guard = Guard(FaultToleranceConfig(skip_nonfinite=10**6, skip_spikes_above=spike), Path("nowhere"), SINGLE_PROCESS)
-    history = guard.grad_norms = norms[-NORM_HISTORY:]
-    reason = guard._reason_to_skip(norm, {"text_loss": 1.0})
+@given(st.integers(0, NORM_HISTORY + 40), st.integers(0, 100), st.floats(0.1, 10), st.floats(0, 500))
+def test_spike_is_deviations_above_the_mean_of_the_last_norms(count, seed, spike, norm):
+    norms = np.random.default_rng(seed).uniform(0.01, 100, count).tolist()
+    guard, history = new_guard(skip_spikes_above=spike), norms[-NORM_HISTORY:]
+    guard.load_state(norms, 0)
+    num_skips, mean, std = guard.judge(torch.tensor([norm, 1.0])).tolist()
     if len(norms) < MIN_NORM_HISTORY:
-        assert reason is None
+        assert not num_skips
     else:
-        limit = statistics.mean(history) + spike * statistics.pstdev(history)
-        assert (reason is not None) == (norm > limit)
+        assert (mean, std) == pytest.approx((statistics.mean(history), statistics.pstdev(history)), rel=1e-5)
+        limit = mean + spike * std
+        assert num_skips == (norm > limit) or norm == pytest.approx(limit, rel=1e-6)
 
 
 def test_history_has_the_last_norms_of_applied_updates_only(tmp_path):
-    guard = Guard(FaultToleranceConfig(skip_nonfinite=1, skip_spikes_above=3.0), tmp_path, SINGLE_PROCESS)
+    guard = new_guard(tmp_path, skip_nonfinite=1, skip_spikes_above=3.0)
     for step in range(300):
-        guard.accepts_update(step, 1.0 + step % 2, {}, dict)
-    assert not guard.accepts_update(300, 1e6, {}, dict)
-    assert guard.grad_norms == [1.0 + step % 2 for step in range(300 - NORM_HISTORY, 300)]
+        assert is_applied(guard, step, 1.0 + step % 2)
+    assert not is_applied(guard, 300, 1e6)
+    assert guard.state == ([1.0 + step % 2 for step in range(300 - NORM_HISTORY, 300)], 1)
 
 
 # Steps that hang

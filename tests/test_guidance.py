@@ -14,11 +14,11 @@ from torch import Tensor
 from tests.documents import SHAPES
 from tests.profile import examples
 from tests.test_engine import assert_no_slot_is_lost, assert_same_answers, draw_now_and_then, generation, run_to_end
-from tests.tiny import SIZES, build_engine, picture, prompt_segments, uncached
+from tests.tiny import SIZES, build_engine, picture, prompt_segments, run_sampler, start_sampler, uncached
 from transfusion.config import DiffusionConfig, GenerationConfig, from_json, to_json
 from transfusion.inference.engine import Engine, ImageEvent, Request, TokenEvent
-from transfusion.inference.image_mode import guide
-from transfusion.inference.samplers import SamplingSchedule, get_sampler
+from transfusion.inference.image_mode import Branch, BranchRows, guide
+from transfusion.inference.samplers import SamplingSchedule
 from transfusion.sequence import Document, Image, Text, encode_document
 
 few = examples(12, quick=5)
@@ -45,24 +45,19 @@ def reads(engine: Engine) -> list:
     """Calls that read a prompt, tokens or a finished image; without the one call for bos and boi."""
     return [
         call for call in engine.model.calls
-        if not call.kind.startswith("draw") and not set(call.slots) & set(engine.uncond_prefix_slots.values())
+        if not call.kind.startswith("draw") and not call.is_uncond_prefix(engine.vocabulary)
     ]  # fmt: skip
 
 
 def draw_uncached(engine: Engine, prefixes: list, options: GenerationConfig, combine, start: Tensor) -> np.ndarray:
     """The image of the sampler with combine(t, predictions), one uncached prediction after each of these prefixes."""
-    diffusion = engine.run.diffusion
-    sampler = get_sampler(options.sampler, diffusion.noise_schedule)(
-        start, SamplingSchedule(options.steps, diffusion, engine.latent_range, torch.Generator())
-    )
-    x_t, t = next(sampler)
-    while True:
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
         image = Image(x_t[0].numpy())
-        predictions = [uncached(engine, [*prefix, image], t.item())[1] for prefix in prefixes]
-        try:
-            x_t, t = sampler.send(combine(t.item(), predictions)[None])
-        except StopIteration as finished:
-            return finished.value[0].numpy().transpose(1, 2, 0)
+        return combine(t.item(), [uncached(engine, [*prefix, image], t.item())[1] for prefix in prefixes])[None]
+
+    schedule = SamplingSchedule(options.steps, engine.run.diffusion)
+    x0, _ = run_sampler(start_sampler(options.sampler, start, schedule, engine.latent_range), predict)
+    return x0[0].numpy().transpose(1, 2, 0)
 
 
 # Combination of branches
@@ -95,6 +90,23 @@ def test_rescaled_guidance_equals_diffusers(seed, scale, rescale):
 def test_rescaled_zero_predictions_are_zero():
     """An untrained model predicts 0: its last layer starts at zero."""
     assert torch.equal(guide(torch.zeros(2, 3, 4, 4), [3.0, 1.0], rescale=0.7), torch.zeros(3, 4, 4))
+
+
+@few
+@given(
+    st.lists(st.tuples(st.sampled_from([(), (3.0,), (3.0, 1.5), (0.0, 2.0)]), st.sampled_from((0.0, 0.3, 1.0))), min_size=1,
+             max_size=4), seeds,
+)  # fmt: skip
+def test_images_with_any_numbers_of_branches_are_guided_together(specs, seed):
+    """Each gets exactly what it gets alone."""
+    branches = [[Branch(0, scale) for scale in (*scales_, 1.0)] for scales_, _ in specs]
+    rows, rescale = BranchRows(branches), [factor for _, factor in specs]
+    predictions = torch.randn(len(rows.slots), 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+    guided = rows.guide(predictions, rescale)
+    for n, (scales_, factor) in enumerate(specs):
+        own = [predictions[row] for row, image in enumerate(rows.images) if image == n]
+        assert torch.equal(guided[n], guide(own, [*scales_, 1.0], factor))
+        assert len(own) == len(branches[n])
 
 
 # Separate scales for text and images
@@ -233,7 +245,7 @@ def test_negative_prompt_takes_the_place_of_the_empty_prompt(parts, negative, sc
         start = first.x_t[0][sample_index : sample_index + 1]
         expected = draw_uncached(engine, prefixes, options, lambda _, predictions: guide(predictions, scales_), start)
         np.testing.assert_allclose(answer.parts[0], expected, rtol=0, atol=1e-4)
-    assert not engine.uncond_prefix_slots
+    assert not engine.uncond_prefixes
     assert_no_slot_is_lost(engine)
 
 
@@ -334,7 +346,7 @@ def test_t_shift_of_the_generation_replaces_the_runs(parts, shift, run_shift):
     options = generation(engine, steps=5, t_shift=shift)
     engine.generate([Request(tuple(parts), 1, generation=options)])
     diffusion = DiffusionConfig(t_shift=run_shift if shift is None else shift)
-    expected = SamplingSchedule(5, diffusion, None, torch.Generator()).times()[:-1].float()
+    expected = torch.tensor(SamplingSchedule(5, diffusion).times[:-1])
     torch.testing.assert_close(torch.stack([call.t[0][0] for call in draws(engine)]), expected, rtol=0, atol=0)
 
 
@@ -391,7 +403,6 @@ def test_cancel_loses_no_slot_at_any_step(specs, steps):
     for number in numbers:
         engine.cancel(number)
         used = [slot for sequence in engine.sequences for slot in sequence.all_slots]
-        used += engine.uncond_prefix_slots.values()
         assert sorted(engine.cache.free + used) == list(range(len(engine.cache.lengths)))
     assert_no_slot_is_lost(engine)
 

@@ -88,8 +88,8 @@ def test_text_ends_before_a_stop_string_wherever_it_is_cut_into_tokens(context, 
 def test_failed_text_is_not_a_short_text():
     """It is an error, and the other texts of the batch do not stay in the engine."""
     model = HarnessModel(text_engine())
-    sample_token, calls = model.engine._sample_token, iter(range(100))
-    model.engine._sample_token = lambda *args: 1 / 0 if next(calls) == 2 else sample_token(*args)
+    add_token, calls = model.engine._add_token, iter(range(100))
+    model.engine._add_token = lambda *args: 1 / 0 if next(calls) == 2 else add_token(*args)
     with pytest.raises(RuntimeError, match="request 1 failed: ZeroDivisionError"):
         generate(model, ["a small", "zwei"], max_gen_toks=20)
     assert not model.engine.sequences

@@ -39,7 +39,8 @@ from transfusion.data.leaks import count_leaks
 from transfusion.data.loader import heldout_batches, is_edit, read_pairs
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.readers import ReaderOptions, open_built_in, open_reader
+from transfusion.data.reading.built_in import open_built_in
+from transfusion.data.reading.readers import ReaderOptions, open_reader
 from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, open_prepared
 from transfusion.data.summaries import Summarizer

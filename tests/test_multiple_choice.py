@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tests import tiny
 from tests.documents import with_all_logits
 from tests.profile import examples
+from transfusion import objective
 from transfusion.data.built_in.topics import Topics
 from transfusion.evaluation import harness, likelihood
 from transfusion.evaluation.harness import HarnessModel, evaluate_tasks
@@ -80,12 +81,13 @@ def test_log_probs_equal_a_plain_forward_pass(context, continuation):
     assert result.is_greedy == (argmax(ENGINE, log_probs) == list(after))
 
 
-@given(st.lists(st.tuples(words, some_words), min_size=2, max_size=7), st.integers(1, 90))
+@given(st.lists(st.tuples(words, some_words), min_size=2, max_size=7), st.integers(1, 90), st.integers(1, 20))
 @few
-def test_batches_do_not_change_log_probs(pairs, max_positions):
+def test_batches_and_chunks_of_logits_do_not_change_log_probs(pairs, max_positions, chunk):
     alone = [likelihoods(ENGINE, [pair])[0] for pair in pairs]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(likelihood, "MAX_POSITIONS", max_positions)
+        patch.setattr(objective, "CPU_CHUNK", chunk)
         together = likelihoods(ENGINE, pairs)
     for single, batched in zip(alone, together, strict=True):
         assert single.log_probs == pytest.approx(batched.log_probs, abs=1e-5)

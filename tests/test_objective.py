@@ -1,14 +1,18 @@
 """The losses: equal to slow sums and independent of batching; t and noise depend only on the image."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.memory import MemoryCounter
 from tests.documents import (
     CHANNELS,
     LENGTH,
@@ -26,11 +30,12 @@ from tests.documents import (
     with_all_logits,
 )
 from transfusion import diffusion, objective
-from transfusion.config import DiffusionConfig
+from transfusion.config import DiffusionConfig, TrainingConfig
 from transfusion.data.packing import pack
-from transfusion.model.transfusion import Prediction
+from transfusion.model.transfusion import Head, Prediction
 from transfusion.objective import Losses, compute_losses, next_token_loss, sample_noise, sample_noise_on_grid, total_loss
 from transfusion.sequence import NO_TARGET, Batch, Document, Row, Text, collate, encode_document
+from transfusion.training.optimizer import freeze
 
 MODEL = build(TINY, seed=2)
 configs = st.builds(
@@ -78,17 +83,116 @@ def test_losses_equal_slow_sums(packed, config, z_loss):
     assert math.isclose(float(losses.image_sum), image_sum, rel_tol=1e-5, abs_tol=1e-6)
 
 
-@some
-@given(st.integers(1, 6), st.floats(0, 2), st.integers(0, 2**31))
-def test_z_loss_adds_the_squared_log_normaliser(tokens, weight, seed):
+# The loss in chunks
+
+
+def plain_loss(hidden: Tensor, lm_head: Tensor, target: Tensor, z_loss: float) -> Tensor:
+    """The losses (T,) from all logits at once."""
+    logits = F.linear(hidden, lm_head)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, target, reduction="none") + z_loss * logits.logsumexp(-1).square()
+
+
+def loss_inputs(tokens: int, seed: int, dtype: torch.dtype = torch.float64, size: float = 1.0) -> tuple[Tensor, ...]:
+    """hidden (T, 5), lm_head (11, 5), target (T,)."""
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(tokens, 11, generator=generator)
-    target = torch.randint(11, (tokens,), generator=generator)
-    expected = 0.0
-    for scores, token in zip(logits.tolist(), target.tolist(), strict=True):
-        normaliser = math.log(sum(map(math.exp, scores)))
-        expected += normaliser - scores[token] + weight * normaliser**2
-    assert math.isclose(float(next_token_loss(logits, target, weight).sum()), expected, rel_tol=1e-5)
+    hidden = torch.randn(tokens, 5, generator=generator, dtype=torch.float64).to(dtype)
+    lm_head = (size * torch.randn(11, 5, generator=generator, dtype=torch.float64)).to(dtype)
+    return hidden, lm_head, torch.randint(11, (tokens,), generator=generator)
+
+
+@some
+@given(
+    st.integers(0, 9), st.integers(1, 10), st.sampled_from((0.0, 0.1)), st.sampled_from((0.01, 1.0, 300.0)),
+    st.sampled_from(((True, True), (True, False), (False, True))), st.integers(0, 2**31),
+)  # fmt: skip
+def test_chunked_loss_and_gradients_equal_those_of_all_logits(tokens, chunk, z_loss, size, trained, seed):
+    *tensors, target = loss_inputs(tokens, seed, size=size)
+    ours, plain = ([t.clone().requires_grad_(on) for t, on in zip(tensors, trained, strict=True)] for _ in range(2))
+    expected = plain_loss(*plain, target, z_loss)
+    (0.3 * expected.sum()).backward()
+    with mock.patch.object(objective, "CPU_CHUNK", chunk):
+        loss = next_token_loss(*ours, target, z_loss)
+        (0.3 * loss.sum).backward()
+    torch.testing.assert_close(loss.sum, expected.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss.tokens, expected.detach(), rtol=1e-12, atol=1e-12)
+    for tensor, reference in zip(ours, plain, strict=True):
+        if reference.grad is None:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, reference.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_chunked_loss_in_bfloat16_is_as_accurate_as_from_all_logits(weight_dtype):
+    """Against float64: float32 weights under autocast, and bfloat16 weights as FSDP gathers them. The gradient of the head
+    is a sum over chunks in float32."""
+    *tensors, target = loss_inputs(16 * objective.CPU_CHUNK, 3, weight_dtype)
+
+    def results(dtype: torch.dtype, loss: Callable) -> list[Tensor]:
+        hidden, lm_head = (tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
+            losses, total = loss(hidden, lm_head, target, 0.1)
+        (total / len(target)).backward()
+        assert hidden.grad.dtype == lm_head.grad.dtype == dtype
+        return [losses.detach(), hidden.grad, lm_head.grad]
+
+    def of_all_logits(*args) -> tuple[Tensor, Tensor]:
+        losses = plain_loss(*args)
+        return losses, losses.sum()
+
+    exact = results(torch.float64, of_all_logits)
+    ours, plain = results(weight_dtype, lambda *args: next_token_loss(*args)[::-1]), results(weight_dtype, of_all_logits)
+    assert ours[0].dtype == torch.float32
+    errors = [[float((a - b).norm() / b.norm()) for a, b in zip(values, exact, strict=True)] for values in (ours, plain)]
+    assert all(error < 1.1 * other for error, other in zip(*errors, strict=True)), errors
+
+
+def test_logits_are_never_all_in_memory(monkeypatch):
+    """Of 64 chunks at most two are in memory. Without gradients there is no gradient of the head either."""
+    monkeypatch.setattr(objective, "CPU_CHUNK", 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden, lm_head = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (64 * 4, 1000))
+    target, chunk = torch.randint(1000, (len(hidden),), generator=generator), 4 * 1000 * 4  # bytes
+    with MemoryCounter() as memory:
+        next_token_loss(hidden, lm_head, target, 0.1).sum.backward()
+    other = sum(tensor.nbytes for tensor in (hidden, lm_head, target))  # both gradients, and values of each position
+    assert 2 * chunk < memory.peak < 2.5 * chunk + other
+    with torch.no_grad(), MemoryCounter() as memory:
+        next_token_loss(hidden, lm_head, target, 0.1)
+    assert memory.peak < 2.5 * chunk
+
+
+def test_second_backward_pass_of_a_loss_is_an_error():
+    """Its gradients were scaled in place."""
+    *tensors, target = loss_inputs(3, 0)
+    loss = next_token_loss(*(tensor.requires_grad_() for tensor in tensors), target).sum
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@few
+@given(batches(min_images=1), st.booleans(), st.sampled_from(("", "text", "transformer")), st.sampled_from((0.0, 0.1)))
+def test_model_has_the_gradients_of_the_loss_on_all_logits(packed, tied, frozen, z_loss):
+    batch, config = in_double(packed[1]), DiffusionConfig()
+    model = build(replace(TINY, tie_word_embeddings=tied), seed=3)
+    freeze(model, TrainingConfig(**{f"{frozen}_lr_scale": 0.0} if frozen else {}).lr_scales)
+    samples = sample_noise(batch, config)
+    x_t = [diffusion.add_noise(group.x0, s.noise, s.t, config) for group, s in zip(batch.groups, samples, strict=True)]
+    prediction = model(batch, x_t, [s.t for s in samples])
+    text = F.cross_entropy(prediction.logits, batch.text_target, reduction="none")
+    text = text + z_loss * prediction.logits.logsumexp(-1).square()
+    images = sum(
+        (diffusion.squared_error(group.x0, s.noise, x, predicted, s.t, config) * group.loss).sum()
+        for group, s, x, predicted in zip(batch.groups, samples, x_t, prediction.images, strict=True)
+    )
+    expected = torch.autograd.grad(text.sum() / 3 + images, trained := [p for p in model.parameters() if p.requires_grad])
+    with mock.patch.object(objective, "CPU_CHUNK", 4):
+        losses = compute_losses(model, batch, samples, config, z_loss)
+    actual = torch.autograd.grad(losses.text_sum / 3 + losses.image_sum, trained)
+    for gradient, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
 
 
 def test_total_loss_is_mean_text_plus_weighted_mean_image():
@@ -110,12 +214,12 @@ class Oracle:
     errors: list[Tensor]  # (N,) each
     config: DiffusionConfig
 
-    def __call__(self, batch: Batch, x_t: list[Tensor], t: list[Tensor]) -> Prediction:
+    def __call__(self, batch: Batch, x_t: list[Tensor], t: list[Tensor], head: Head) -> Prediction:
         predictions = [
             diffusion.target(group.x0, s.noise, s.t, self.config) + error.view(-1, 1, 1, 1)
             for group, s, error in zip(batch.groups, self.samples, self.errors, strict=True)
         ]
-        return Prediction(torch.zeros(batch.text_count, VOCABULARY.size), predictions)
+        return Prediction(head(torch.zeros(batch.text_count, 1), torch.zeros(VOCABULARY.size, 1)), predictions)
 
 
 @some

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.documents import in_double
 from tests.llama import write_llama
@@ -147,6 +149,21 @@ def test_two_ranks_train_frozen_parts_like_one_process(pair, tmp_path, frozen):
     assert_same(other_outcome, outcome, 0)
 
 
+def train_with_muon(ranks: Ranks, folder: Path, run: Run) -> Outcome:
+    """In float64, also torch's orthogonalisation, which is in bfloat16."""
+    with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.double):
+        return train(ranks, folder, run, torch.float64)
+
+
+def test_two_ranks_with_muon_train_like_one_process(pair, tmp_path):
+    """In bfloat16 they agree as little as bfloat16 and float64 do: within a tenth of an update."""
+    runs = [a_run(rows, steps=3, warmup_steps=1, optimizer="muon") for rows in (4, 2)]
+    expected = train_with_muon(SINGLE_PROCESS, tmp_path / "one", runs[0])
+    outcome, other_outcome = pair(train_with_muon, tmp_path / "two", runs[1])
+    assert_same(outcome, expected, 1e-9)
+    assert_same(other_outcome, outcome, 0)
+
+
 def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray]:
     """The first weights of a run from this source, gathered from all ranks."""
     start = open_start(kind, str(source))
@@ -237,6 +254,38 @@ def test_ranks_equal_gradient_accumulation(pair, tmp_path, accumulate):
     expected = train_alone(a_run(2, steps=STEPS // 2, accumulate=accumulate), torch.float64)
     outcome, _ = pair(train, tmp_path / "two", a_run(2, steps=STEPS // 2, accumulate=accumulate // 2), torch.float64)
     assert_same(outcome, expected, 1e-9)
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collective operations of this rank, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in function.namespace:
+            self.counts[function._schema.name.split("::")[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_collectives(ranks: Ranks, folder: Path, run: Run) -> Counter:
+    """The collective operations of the third step."""
+    counts = {}
+    trainer = new_trainer(folder, run, lambda model, step: counts.update({step: counter.counts.copy()}), ranks=ranks)
+    trainer.loop.preview_every, trainer.heldout = 1, {}
+    with CollectiveCounter() as counter:
+        assert trainer.train()
+    return counts[3] - counts[2]
+
+
+def test_step_has_no_needless_collectives(pair, tmp_path):
+    """Each block but the last is gathered forward and backward; the last one and the rest of the model once."""
+    run = a_run(2, steps=4, validate_every=100)
+    run = replace(run, model=replace(run.model, layers=4))
+    for counts in pair(count_collectives, tmp_path / "run", run):
+        # Counts and stop flag; losses. DTensor's reduction of the gradient norm is not counted here.
+        assert counts == {"_allgather_base_": 2 * 3 + 2, "_reduce_scatter_base_": 5, "allreduce_": 2}
 
 
 # Checkpoints
@@ -403,9 +452,10 @@ def test_signal_to_one_rank_stops_all_after_the_same_step(pair, tmp_path):
 def test_hybrid_sharding_trains_like_one_process(tmp_path):
     """2 machines of 2 ranks, with patches or a U-Net whose last matrix has fewer rows than there are ranks.
 
-    One process resumes from their checkpoint, and they resume from its checkpoint.
+    One process resumes from their checkpoint, and they resume from its checkpoint. Machines add up the gradients of each of
+    their 3 units once, although there are two micro-batches.
     """
-    run = a_run(4, "unet" if THOROUGH else "linear", steps=3)
+    run = a_run(4, "unet" if THOROUGH else "linear", steps=3, accumulate=2)
     if not THOROUGH:  # torch needs long to plan the first step of a U-Net's many parameters
         run = replace(run, model=replace(run.model, patch_size=1), data=replace(run.data, seq_len=128))
     assert any(len(parameter) == 1 for parameter in build_on_meta(run.model).patches.parameters())
@@ -420,6 +470,9 @@ def test_hybrid_sharding_trains_like_one_process(tmp_path):
         assert_same(outcome, expected, 1e-9)
         for other_outcome in others:
             assert_same(other_outcome, outcome, 0)
+        for counts in world(count_collectives, tmp_path / "counted", replace(hybrid, training=run.training)):
+            assert counts["_reduce_scatter_base_"] == 2 * 3
+            assert counts["allreduce_"] == 3 + 2
     finally:
         world.close()
 

@@ -46,6 +46,15 @@ def test_column_of_names_is_one_whose_values_all_name_pictures(records, is_found
     assert (reader.form == "pair") == is_found
 
 
+@pytest.mark.parametrize(("columns", "text"), [({}, "text"), ({}, "Text"), ({"text": "Word"}, "Word")])
+def test_texts_that_are_names_of_pictures_stay_texts(columns, text, tmp_path):
+    for name in ("cat.png", "dog.png"):
+        put(str(tmp_path / name), PICTURE)
+    write_lines(tmp_path / "a.jsonl", *({"key": n, text: word} for n, word in enumerate(("cat", "dog"))))
+    documents = read_at(tmp_path, columns=columns)
+    assert [part.text for document in documents for part in document.segments] == ["cat", "dog"]
+
+
 def test_name_without_suffix_of_a_missing_picture_is_a_fault(tmp_path):
     put(str(tmp_path / "1.png"), PICTURE)
     write_lines(tmp_path / "a.jsonl", *({"image": name, "caption": "x"} for name in ("1", "2", "2.png#0", "1.png#0")))

@@ -1,17 +1,16 @@
 """`plan` against measurements of a training step: bytes of weights, saved activations and shards."""
 
 import json
-import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import MemoryCounter
 from tests.profile import THOROUGH
 from tests.test_cli import command, fails
 from transfusion import objective, plan
@@ -21,40 +20,11 @@ from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
 from transfusion.paper import PAPER
 from transfusion.parallel import Ranks, parallelize
-from transfusion.plan import BF16, FP32, LOGIT_BYTES
+from transfusion.plan import BF16, FP32
 from transfusion.runs import NAMES, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
 SAVED_ERROR, PEAK_ERROR = 0.05, 0.1  # relative; the plan ignores indices, noise, timesteps and tensors freed early
-
-
-class MemoryCounter(TorchDispatchMode):
-    """Counts the bytes of all storages that are created inside it and not yet freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.current = self.peak = 0
-        self.storages = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self.storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.current)
-        return output
-
-    def _add(self, storage):
-        if self.storages.get(id(storage)) is not storage:
-            self.storages[id(storage)] = storage
-            self.current += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int):
-        self.current -= size
 
 
 def one_row(length: int = 512, parallel: ParallelConfig = ParallelConfig(compile=False), **model) -> Run:  # noqa: B008
@@ -80,23 +50,28 @@ def measure(run: Run) -> tuple[int, int]:
 
 def planned(run: Run) -> tuple[int, int]:
     """The same from the plan for fp32, without gradients."""
-    saved, logits = plan.count_activations(run, FP32), plan.count_logits(run)
-    return saved + logits * FP32 // LOGIT_BYTES, saved + max(logits, plan.count_block_backward(run, FP32))
+    saved, positions = plan.count_activations(run, FP32), plan.typical_row(run.model, run.data.seq_len).text_count
+    gradients = FP32 * run.model.width * (run.model.vocab_size + positions)  # of the head and its input
+    with mock.patch.object(plan, "CHUNK", objective.CPU_CHUNK):
+        return saved + gradients, saved + max(plan.count_loss(run, FP32), plan.count_block_backward(run, FP32))
 
 
 # Memory
 
 
 @pytest.mark.parametrize(
-    "scales", [{}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}], ids=str
-)
-def test_weights_gradients_moments_and_ema_are_exact(scales):
+    "changes", [
+        {}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}, {"optimizer": "muon"},
+        {"optimizer": "muon", "image_lr_scale": 0.0},
+    ], ids=str,
+)  # fmt: skip
+def test_weights_gradients_moments_and_ema_are_exact(changes):
     run = named_run("shapes")
-    run = replace(run, training=replace(run.training, **scales))
+    run = replace(run, training=replace(run.training, **changes))
     model, ema = build(run.model, 0), build(run.model, 0)
     freeze(model, run.training.lr_scales)
     sum(parameter.sum() for parameter in model.parameters()).backward()
-    optimizer = build_optimizer(model, run.training)
+    optimizer = build_optimizer(model, run.training, kind=run.training.optimizer)
     optimizer.step()
     moments = [value for name, value in optimizer_tensors(model, optimizer).items() if not name.endswith("step")]
     memory = plan.plan(run, Machines()).memory
@@ -324,6 +299,7 @@ def test_indivisible_batch_is_reported(capsys):
     (["--memory", "80"], "not '80'"), (["--memory", "0GB"], "not '0GB'"), (["--memory=-1GB"], "not '-1GB'"),
     (["--memory", "9" * 400 + "GB"], "--memory takes a size"), (["--batch", "many"], "--batch takes a number of positions"),
     (["--batch", "2M", "--training.accumulate", "3"], "--batch decides training.accumulate: give only one of them"),
+    (["--parallel.cpu-matmul", "bfloat16"], "--parallel.cpu-matmul has no effect on a plan, which is for GPUs"),
     (["--gpus-per-machine", "4"], "--gpus-per-machine has no effect without --parallel.shard hybrid"),
     (["--mfu", "40"], "--mfu must be between 0.001 and 1"), (["--tflops", "0"], "--tflops must be at least 0.001"),
     (["--gpus", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),

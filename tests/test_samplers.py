@@ -1,6 +1,11 @@
 """The samplers, compared with diffusers' schedulers, and with perfect predictions."""
 
 import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,12 +21,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests import tiny
 from tests.profile import examples
+from tests.tiny import run_sampler
 from transfusion import config
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion import add_noise, alpha_sigma, noise_from_x0, target, to_x0_and_noise
 from transfusion.inference import samplers
-from transfusion.inference.samplers import Sampler, SamplingSchedule, get_sampler
+from transfusion.inference.image_mode import LatentImageState, update_latents
+from transfusion.inference.samplers import SamplingSchedule, Update, get_sampler
 
 torch.set_num_threads(1)  # small tensors: a second thread would be slower
 
@@ -41,28 +49,24 @@ seeds = st.integers(0, 2**32 - 1)
 bounds = st.none() | st.just(1.0)
 
 
+@dataclass(frozen=True)
+class Schedule(SamplingSchedule):
+    """A schedule, the range of x0 and the seed of the noise."""
+
+    latent_range: tuple[Tensor, Tensor] | None = None
+    seed: int = 0
+
+
 def make_schedule(
     steps: int, diffusion: DiffusionConfig, bound: float | None = None, seed: int = 0, dtype=torch.float64
-) -> SamplingSchedule:
+) -> Schedule:
     """A schedule with the bound (-bound, bound) for every channel."""
     sides = None if bound is None else tuple(torch.full((3, 1, 1), s * bound, dtype=dtype) for s in (-1, 1))
-    return SamplingSchedule(steps, diffusion, sides, torch.Generator().manual_seed(seed))
+    return Schedule(steps, diffusion, sides, seed)
 
 
-def start_sampler(name: str, x_t: Tensor, schedule: SamplingSchedule) -> Sampler:
-    return get_sampler(name, schedule.diffusion.noise_schedule)(x_t, schedule)
-
-
-def run_sampler(sampler: Sampler, predict) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run a sampler to its end with predict(x_t, t): x0, and all (x_t, t) that it yielded."""
-    yielded = []
-    x_t, t = next(sampler)
-    while True:
-        yielded.append((x_t, t))
-        try:
-            x_t, t = sampler.send(predict(x_t, t))
-        except StopIteration as finished:
-            return finished.value, yielded
+def start_sampler(name: str, x_t: Tensor, schedule: Schedule) -> LatentImageState:
+    return tiny.start_sampler(name, x_t, schedule, schedule.latent_range, schedule.seed)
 
 
 def count_calls(name: str, steps: int) -> int:
@@ -116,7 +120,7 @@ def their_trajectory(scheduler, x_t: Tensor, predictions: list[Tensor], seed: in
 
 
 def our_trajectory(
-    name: str, schedule: SamplingSchedule, x_t: Tensor, predictions: list[Tensor]
+    name: str, schedule: Schedule, x_t: Tensor, predictions: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same of our sampler, and the t (1,) of each model call."""
     sampler = start_sampler(name, x_t, schedule)
@@ -226,13 +230,14 @@ def test_dpm_equals_diffusers(name, theirs, steps, prediction, bound, seed):
         assert_near(actual, expected, 3e-5)  # diffusers rounds to float32 in each of up to 1,000 steps
 
 
-class DiffusersSchedule(SamplingSchedule):
+class DiffusersSchedule(Schedule):
     """The times of diffusers' flow matching, which begin at 0.999: at 1, lambda would be -inf."""
 
-    def times(self) -> Tensor:
+    @cached_property
+    def times(self) -> list[float]:
         times = 0.999 * torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)  # (steps + 1,)
         shift = self.diffusion.t_shift
-        return shift * times / (1 + (shift - 1) * times)
+        return (shift * times / (1 + (shift - 1) * times)).tolist()
 
 
 @some
@@ -243,7 +248,7 @@ def test_dpm_with_rectified_flow_equals_diffusers(steps, shift, starts_at_0_999,
     predictions = [random(seed, 2 + n % 8) for n in range(steps)]
     schedule = make_schedule(steps, diffusion, bound)
     if starts_at_0_999:
-        schedule = DiffusersSchedule(steps, diffusion, schedule.latent_range, schedule.generator)
+        schedule = DiffusersSchedule(steps, diffusion, schedule.latent_range)
     ours, times = our_trajectory("dpm", schedule, random(seed, 0), predictions)
     scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", solver_order=2,
@@ -253,7 +258,7 @@ def test_dpm_with_rectified_flow_equals_diffusers(steps, shift, starts_at_0_999,
     scheduler.set_begin_index(0)
     if starts_at_0_999:
         torch.testing.assert_close(torch.cat(times).float(), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
-    scheduler.sigmas = schedule.times()
+    scheduler.sigmas = torch.tensor(schedule.times, dtype=torch.float64)
     for actual, expected in zip(ours, their_trajectory(scheduler, random(seed, 0), predictions), strict=True):
         assert_near(actual, expected, 1e-5)
 
@@ -270,7 +275,7 @@ def test_heun_equals_diffusers(steps, shift, seed):
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
     assert len(scheduler.timesteps) == len(times)
-    first, *others = make_schedule(steps, diffusion).times().float()
+    first, *others = torch.tensor(make_schedule(steps, diffusion).times)
     scheduler.sigmas = torch.stack([first, *(t for t in others[:-1] for _ in range(2)), others[-1]])
     torch.testing.assert_close(torch.cat(times), scheduler.sigmas[:-1], rtol=0, atol=0)
     for actual, expected in zip(ours, their_trajectory(scheduler, start, predictions), strict=True):
@@ -373,18 +378,16 @@ def test_second_order_samplers_are_more_accurate_with_as_many_model_calls(noise_
 
 
 def test_250_steps_equal_the_papers():
-    times = make_schedule(250, DiffusionConfig()).times()
-    assert len(times) == 251
-    expected = torch.arange(1000, -1, -4, dtype=torch.float64)
-    torch.testing.assert_close(times * 1000, expected, rtol=0, atol=1e-9)
+    times = make_schedule(250, DiffusionConfig()).times
+    assert [1000 * t for t in times] == pytest.approx(range(1000, -1, -4), rel=0, abs=1e-9)
 
 
 @some
 @given(st.integers(1, 1000), st.floats(0.1, 10))
 def test_times_decrease_from_1_to_0(steps, shift):
-    times = make_schedule(steps, DiffusionConfig(noise_schedule="rectified_flow", t_shift=shift)).times()
+    times = make_schedule(steps, DiffusionConfig(noise_schedule="rectified_flow", t_shift=shift)).times
     assert (len(times), times[0], times[-1]) == (steps + 1, 1, 0)
-    assert (times.diff() < 0).all()
+    assert all(t > next_t for t, next_t in pairwise(times))
 
 
 @pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)
@@ -405,38 +408,37 @@ def test_clipping_keeps_x0_inside_the_bound(noise_schedule, name, steps, predict
     diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction)
     low = -bound * torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64).view(3, 1, 1)
     high = bound * torch.tensor([0.2, 1.0, 2.0], dtype=torch.float64).view(3, 1, 1)
-    schedule = SamplingSchedule(steps, diffusion, (low, high), torch.Generator().manual_seed(seed))
+    image = start_sampler(name, random(seed, 0), Schedule(steps, diffusion, (low, high), seed))
     predictions = iter(10 * random(seed, 1 + n % 8) for n in range(count_calls(name, steps)))
-    inverted = []
+    estimates = []
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         prediction = next(predictions)
-        inverted.append((schedule.to_x0_and_noise(x_t, prediction, t), x_t, t))
+        estimates.append((image.x0, to_x0_and_noise(x_t, prediction, t, diffusion).x0[0].clamp(low, high)))
         return prediction
 
-    image, _ = run_sampler(start_sampler(name, random(seed, 0), schedule), predict)
-    for (x0, noise), x_t, t in inverted:
+    end, _ = run_sampler(image, predict)
+    for (_, expected), (x0, _) in zip(estimates, [*estimates[1:], (image.x0, None)], strict=True):
         assert ((low <= x0) & (x0 <= high)).all()
-        mixed = add_noise(x0, noise, t, diffusion)  # the noise belongs to the clipped x0
-        torch.testing.assert_close(mixed, x_t, rtol=0, atol=1e-6)
-    torch.testing.assert_close(image, inverted[-1][0].x0, rtol=0, atol=1e-9)
+        assert torch.equal(x0, expected)
+    torch.testing.assert_close(end[0], image.x0, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("noise_schedule", "name"), SAMPLERS)
 @few
 @given(st.integers(1, 20))
-def test_schedule_counts_steps_not_model_calls(noise_schedule, name, steps):
+def test_steps_are_counted_not_model_calls(noise_schedule, name, steps):
     diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction="velocity")
-    schedule, steps_at_calls = make_schedule(steps, diffusion), []
+    image, steps_at_calls = start_sampler(name, random(0, 0), make_schedule(steps, diffusion)), []
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        steps_at_calls.append(schedule.step)
+        steps_at_calls.append(image.step)
         return 0 * x_t
 
-    run_sampler(start_sampler(name, random(0, 0), schedule), predict)
+    run_sampler(image, predict)
     calls_per_step = 2 if name == "heun" else 1
     assert steps_at_calls == [n for n in range(steps) for _ in range(calls_per_step)][: count_calls(name, steps)]
-    assert schedule.step == steps
+    assert image.step == steps
 
 
 @pytest.mark.parametrize(("second", "first"), [("dpm", "ddim"), ("dpm-sde", "ddpm")])
@@ -505,21 +507,46 @@ def test_unknown_and_unsupported_samplers_are_refused():
 def test_table_of_samplers_and_functions_are_the_same():
     functions = {
         name.replace("_", "-") for name, function in vars(samplers).items()
-        if inspect.isgeneratorfunction(function) and function.__module__ == samplers.__name__
+        if inspect.isfunction(function) and get_type_hints(function).get("return") == Iterator[Update]
     }  # fmt: skip
     assert functions == set(config.SAMPLERS)
     for name, noise_schedules in config.SAMPLERS.items():
         assert all(get_sampler(name, noise_schedule) for noise_schedule in noise_schedules)
 
 
-@few
-@given(prediction_types, st.floats(0.01, 0.99), seeds)
-def test_schedule_without_bound_does_not_change_x0_and_noise(prediction, t_value, seed):
-    for noise_schedule in ("cosine", "rectified_flow"):
-        diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction)
-        t = torch.tensor([t_value], dtype=torch.float64)
-        x_t, output = random(seed, 0), random(seed, 1)
-        actual = make_schedule(1, diffusion).to_x0_and_noise(x_t, output, t)
-        expected = to_x0_and_noise(x_t, output, t, diffusion)
-        torch.testing.assert_close(actual.x0, expected.x0)
-        torch.testing.assert_close(actual.noise, expected.noise, rtol=1e-6, atol=1e-6)
+# Several images at once
+
+
+@some
+@given(
+    st.sampled_from(("cosine", "rectified_flow")), prediction_types,
+    st.lists(st.tuples(st.sampled_from([name for _, name in RECTIFIED_FLOW]), st.integers(1, 8), bounds, seeds),
+             min_size=2, max_size=5), st.integers(0, 3),
+)  # fmt: skip
+def test_images_with_any_samplers_at_any_steps_advance_together(noise_schedule, prediction, specs, head_start):
+    """Each gets what it gets alone. The first has made some calls before the others begin; those that end leave."""
+    diffusion = DiffusionConfig(noise_schedule=noise_schedule, prediction=prediction)
+    specs = [spec for spec in specs if noise_schedule in config.SAMPLERS[spec[0]]]
+
+    def start(number: int) -> LatentImageState:
+        name, steps, bound, seed = specs[number]
+        return start_sampler(name, random(seed, 0), make_schedule(steps, diffusion, bound, seed))
+
+    def predict(number: int, call: int) -> Tensor:
+        return random(number, call)
+
+    together = [start(number) for number in range(len(specs))]
+    for tick in range(30):
+        active = [n for n, image in enumerate(together) if not image.is_finished and (n == 0 or tick >= head_start)]
+        if active:
+            images = [together[n] for n in active]
+            x_t = torch.stack([image.x_t for image in images])
+            t = x_t.new_tensor([image.update.t for image in images])
+            predictions = torch.cat([predict(n, together[n].num_calls) for n in active])
+            for image, latents in zip(images, update_latents(images, x_t, t, predictions), strict=True):
+                image.advance(latents)
+    for number, image in enumerate(together):
+        calls = iter(range(100))
+        expected, _ = run_sampler(start(number), lambda *_, number=number, calls=calls: predict(number, next(calls)))
+        assert torch.equal(image.x_t, expected[0])
+        assert image.step == specs[number][1]

@@ -24,14 +24,14 @@ from tests.profile import THOROUGH, examples, few_samples
 from tests.tiny import begin_run, prepared, small_run
 from transfusion.checkpoint.open import OpenedRun, find_newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.save import SaveError, Saver
-from transfusion.config import DataConfig, DigitsConfig, ModelConfig, Run, TrainingConfig
+from transfusion.config import DataConfig, DigitsConfig, FaultToleranceConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import open_sources
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import SINGLE_PROCESS, Ranks
-from transfusion.training.guard import TrainingError
+from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.metrics import MetricsWriter, read_metrics
-from transfusion.training.optimizer import get_learning_rate, update_ema
+from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema, update_weights
 from transfusion.training.trainer import Trainer
 
 some = examples(60)
@@ -346,6 +346,68 @@ def test_heldout_losses_are_of_the_ema_and_do_not_change_it(tmp_path):
 # One step
 
 
+def test_step_never_waits_for_the_device(tmp_path, monkeypatch):
+    """On the meta device, where reading a value raises an error, and for which there is no autocast."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
+    trainer = new_trainer(tmp_path, small_run(accumulate=2))
+    micro_batches, _ = next(trainer.batches(None))
+    meta = torch.device("meta")
+    trainer.device, trainer.model, trainer.ema = meta, trainer.model.to(meta), trainer.ema.to(meta)
+    trainer.optimizer = build_optimizer(trainer.model, trainer.run.training)
+    trainer.optimizer.defaults["fused"], trainer.optimizer.step = True, lambda: None  # PyTorch has none for this device
+    guard = Guard(FaultToleranceConfig(skip_spikes_above=3.0), tmp_path, SINGLE_PROCESS, meta)
+    read = trainer.step(0, micro_batches, trainer.count(micro_batches), guard)
+    assert trainer.optimizer.found_inf.device == meta
+    with pytest.raises(NotImplementedError, match="meta"):
+        read()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_update_is_a_step_of_the_optimizer_or_changes_nothing(fused):
+    """Also in its first step, and no gradient of a rejected update reaches the moments."""
+    weights = [torch.ones(3, 4, requires_grad=True) for _ in range(2)]
+    ours, plain = (torch.optim.AdamW([weight], lr=0.1, fused=fused) for weight in weights)
+    for gradient in (math.nan, 1.0, math.inf, 5.0, 2.0):
+        weights[0].grad, is_applied = torch.full((3, 4), gradient), gradient in (1.0, 2.0)
+        update_weights(ours, torch.tensor(is_applied))
+        if is_applied:
+            weights[1].grad = weights[0].grad.clone()
+            plain.step()
+        assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(("checkpoint_every", "expected"), [
+    (100, "queue 1, queue 2, read 1, queue 3, read 2, queue 4, read 3, read 4"),
+    (2, "queue 1, queue 2, read 1, read 2, save 2, queue 3, queue 4, read 3, read 4, save 4"),
+])  # fmt: skip
+def test_step_is_read_after_the_next_is_queued_and_before_a_checkpoint(tmp_path, checkpoint_every, expected):
+    trainer, events = new_trainer(tmp_path, small_run(4, checkpoint_every=checkpoint_every, validate_every=100)), []
+    original_step, original_save = trainer.step, trainer.loop._save
+
+    def step(number, *args):
+        read = original_step(number, *args)
+        events.append(f"queue {number + 1}")
+        return lambda: events.append(f"read {number + 1}") or read()
+
+    trainer.step = step
+    trainer.loop._save = lambda saver: events.append(f"save {trainer.loop.progress.step}") or original_save(saver)
+    trainer.train()
+    assert ", ".join(event for event in events if checkpoint_every == 2 or "save" not in event) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path, monkeypatch, device):
+    """Batch and noise, all tensors."""
+    trainer, pinned = new_trainer(tmp_path, small_run(accumulate=2)), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    trainer.device = torch.device(device)
+    micro_batches, _ = next(trainer.batches(None))
+    parts = [part for batch, noise in micro_batches for part in (batch, *batch.groups, *noise)]
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 20
+    assert [id(tensor) for tensor in tensors if device == "cuda"] == [id(tensor) for tensor in pinned]
+
+
 @some
 @given(st.integers(0, 300), st.integers(0, 50), st.integers(1, 250))
 def test_learning_rate_is_linear_warmup_then_half_a_cosine(step, warmup, more):
@@ -389,7 +451,7 @@ def test_ema_is_a_moving_average_that_soon_replaces_the_start(values, decay):
     expected = 1e3
     for step, value in enumerate(values):
         nn.init.constant_(model.weight, value)
-        update_ema(ema, model, step, decay)
+        update_ema(ema, model, step, decay, torch.tensor(True))
         step_decay = min(decay, (1 + step) / (10 + step))
         expected = step_decay * expected + (1 - step_decay) * value
         assert ema.weight.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)

@@ -28,6 +28,8 @@ from transfusion.config import (
 )
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
+from transfusion.inference.image_mode import LatentImageState, LatentRange, update_latents
+from transfusion.inference.samplers import SamplingSchedule, get_sampler
 from transfusion.model.transfusion import Prediction, Transfusion
 from transfusion.parallel import SINGLE_PROCESS
 from transfusion.sequence import Document, Image, Row, Text, Vocabulary, collate, encode_document
@@ -75,7 +77,7 @@ class Call:
     x_t: list[Tensor]
     t: list[Tensor]
     prediction: Prediction
-    mask_keys: int
+    num_keys: int
 
     @property
     def kind(self) -> str:
@@ -83,6 +85,10 @@ class Call:
         if not len(self.prediction.logits):
             return f"draw {tuple(self.x_t[0].shape[2:])}"
         return "decode" if self.tokens.shape[1] == 1 else "prefill"
+
+    def is_uncond_prefix(self, vocabulary: Vocabulary) -> bool:
+        """Does it read only bos and boi? They are read once for all images, or for a request of an image without prompt."""
+        return self.tokens.tolist() in [[[vocabulary.bos, boi]] for boi in vocabulary.boi.values()]
 
 
 @dataclass
@@ -100,7 +106,7 @@ class RecordingModel:
     def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
         prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
         slots = cache.slots[:, 0].tolist()
-        self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, mask.num_keys))
+        self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, cache.end))
         return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)
 
 
@@ -153,6 +159,30 @@ def uncached(engine: Engine, segments: Sequence, t: float | None = None) -> tupl
     times[last][-1] = t
     prediction = model(batch, [group.x0 for group in batch.groups], times)
     return prediction.logits, prediction.images[last][-1]
+
+
+def start_sampler(
+    name: str, x_t: Tensor, schedule: SamplingSchedule, latent_range: LatentRange | None = None, seed: int = 0
+) -> LatentImageState:
+    """An image that begins with x_t (1, C, Y, X). latent_range: of x0; None: it is not clipped. seed: of new noise."""
+    updates = tuple(get_sampler(name, schedule.diffusion.noise_schedule)(schedule))
+    generator = torch.Generator().manual_seed(seed)
+    return LatentImageState(
+        tuple(x_t.shape[2:]), (), GenerationConfig(), schedule.diffusion, latent_range, updates, generator, x_t[0]
+    )
+
+
+def run_sampler(
+    image: LatentImageState, predict: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Draw an image to its end with predict(x_t, t), (1, C, Y, X) and (1,): x0, and (x_t, t) of every model call."""
+    calls = []
+    while not image.is_finished:
+        x_t, t = image.x_t[None], image.x_t.new_tensor([image.update.t])
+        calls.append((x_t, t))
+        (latents,) = update_latents([image], x_t, t, predict(x_t, t))
+        image.advance(latents)
+    return image.x_t[None], calls
 
 
 def small_run(steps: int = 4, rows: int = 4, **training) -> Run:

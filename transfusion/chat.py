@@ -15,10 +15,14 @@ ROLES = {  # name in data and requests -> role of the layout
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role ("system", "user" or "assistant"), and its texts (str) and images (anything else) in order."""
+    """One message: its role ("system", "user" or "assistant"), and its texts (str) and images (anything else) in order.
+
+    has_loss: whether an answer of the assistant is in the loss; the other roles never are.
+    """
 
     role: str
     content: Sequence[Any]
+    has_loss: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,11 @@ def lay_out_prompt(turns: Sequence[Turn], layout: ChatLayout) -> list[ChatPart]:
 
 
 def _surround(turn: Turn, layout: ChatLayout, suffix: str) -> Iterator[ChatPart]:
-    is_answer = turn.role == "assistant"
+    has_loss = turn.role == "assistant" and turn.has_loss
     yield ChatPart(getattr(layout, f"{turn.role}_prefix"), False, parse_special=True)
     for content in turn.content:
-        yield ChatPart(content, is_answer)
-    yield ChatPart(suffix, is_answer and not suffix.isspace(), parse_special=True)
+        yield ChatPart(content, has_loss)
+    yield ChatPart(suffix, has_loss and not suffix.isspace(), parse_special=True)
 
 
 def _join(parts: Iterable[ChatPart]) -> list[ChatPart]:

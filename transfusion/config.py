@@ -266,12 +266,14 @@ class TrainingConfig(Config, part="training."):
     """Optimizer, learning rate and intervals of training (section 4.1 and appendix)."""
 
     steps: PositiveInt = 250_000  # Number of optimizer steps.
-    learning_rate: NonNegativeFloat = 3e-4  # Peak learning rate of AdamW.
+    # Optimizer of all weights, or muon (not in the paper): Muon for the matrices of the blocks, AdamW for all others.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: NonNegativeFloat = 3e-4  # Peak learning rate.
     min_learning_rate: NonNegativeFloat = 1.5e-5  # Learning rate at the last step, after cosine decay.
     warmup_steps: NonNegativeInt = 4_000  # Steps in which the learning rate rises linearly from 0.
     betas: tuple[Decay, Decay] = (0.9, 0.95)  # AdamW's decay rates of the two moments.
     eps: Epsilon = 1e-8  # AdamW's epsilon.
-    weight_decay: NonNegativeFloat = 0.1  # AdamW's weight decay of matrices.
+    weight_decay: NonNegativeFloat = 0.1  # Weight decay of matrices, times the learning rate in every step.
     max_grad_norm: PositiveFloat = 1.0  # Gradients with a larger norm are scaled down to it.
     ema_decay: Decay = 0.9999  # Decay per step of the moving average of the weights.
     text_lr_scale: NonNegativeFloat = 1.0  # Multiplies the learning rate of token embedding and head; 0 freezes them.
@@ -314,11 +316,14 @@ class FaultToleranceConfig(Config, part="fault_tolerance."):
 
 @dataclass(frozen=True)
 class ParallelConfig(Config, part="parallel."):
-    """How the work is distributed. The result does not depend on it, and a resumed run may change these."""
+    """How the work is computed and distributed. Results depend on it only by rounding; a resumed run may change these."""
 
     shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
     activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, about a third slower.
     compile: bool | None = None  # Compile the blocks with torch.compile; on CUDA only if not set.
+    # Matrix products of training on a CPU: auto is float32 by oneDNN on AMD CPUs with AVX512 and otherwise default, which is
+    # float32 by torch's own choice; bfloat16 is faster and less exact, and the CPU must have instructions for it.
+    cpu_matmul: Literal["auto", "default", "bfloat16"] = "auto"
 
 
 SAMPLERS = {  # name -> the noise schedules it supports; inference/samplers.py has a function of the same name

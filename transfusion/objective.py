@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion import diffusion
 from transfusion.config import DiffusionConfig
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Batch, ImageGroup
+
+CHUNK, CPU_CHUNK = 2048, 256  # positions whose logits exist at one time
 
 
 @dataclass
@@ -19,6 +22,10 @@ class NoiseSample:
 
     t: Tensor
     noise: Tensor
+
+    def pin_memory(self) -> "NoiseSample":
+        """In pinned (page-locked) memory."""
+        return NoiseSample(self.t.pin_memory(), self.noise.pin_memory())
 
 
 @dataclass
@@ -75,23 +82,86 @@ def compute_losses(
     x_t = [
         diffusion.add_noise(group.x0, s.noise, s.t, config) for group, s in zip(batch.groups, samples, strict=True)
     ]  # (N, C, Y, X) each
-    prediction = model(batch, x_t, [s.t for s in samples])
+    text_loss = partial(next_token_loss, target=batch.text_target, z_loss=z_loss)
+    text, predictions = model(batch, x_t, [s.t for s in samples], text_loss)
     image_sum = torch.zeros((), device=device)
-    for group, s, group_x_t, predicted in zip(batch.groups, samples, x_t, prediction.images, strict=True):
+    for group, s, group_x_t, predicted in zip(batch.groups, samples, x_t, predictions, strict=True):
         error = diffusion.squared_error(group.x0, s.noise, group_x_t, predicted, s.t, config)  # (N,)
         image_sum = image_sum + (error * group.loss).sum()
-    text = next_token_loss(prediction.logits, batch.text_target, z_loss)  # (T,)
-    codes = text.detach()[batch.text_target >= batch.first_code] if batch.code_count else text.new_zeros(0)
-    return Losses(text.sum(), image_sum, codes.sum(), *loss_counts(batch))
+    codes = text.tokens[batch.text_target >= batch.first_code] if batch.code_count else text.tokens.new_zeros(0)
+    return Losses(text.sum, image_sum, codes.sum(), *loss_counts(batch))
 
 
-def next_token_loss(logits: Tensor, target: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Cross entropy of logits (T, V) for target (T,): (T,). `z_loss` weighs Chameleon's log(Z)^2 (2405.09818)."""
-    logits = logits.float()
-    loss = F.cross_entropy(logits, target, reduction="none")
+class TextLoss(NamedTuple):
+    """The sum, which has the gradient, and the loss of each token (T,), which has none. In nats."""
+
+    sum: Tensor
+    tokens: Tensor
+
+
+def chunk_size(device: torch.device) -> int:
+    """Positions whose logits are computed at one time. A GPU needs more of them: each chunk reads and writes the gradient of
+    the whole head, and its products are faster than its memory."""
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
+
+
+def next_token_loss(hidden: Tensor, lm_head: Tensor, target: Tensor, z_loss: float = 0.0) -> TextLoss:
+    """Cross entropy of the logits hidden @ lm_head.T for target (T,), from hidden (T, D) and lm_head (V, D). `z_loss` weighs
+    Chameleon's log(Z)^2 (2405.09818). Products are in the dtype of autocast or of hidden, all else at least in float32.
+
+    The logits of only one chunk of positions exist at a time. While they do, the gradients are computed too, as in Liger
+    (2410.10989), so that no product is computed twice. Hence only one backward pass is possible.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if not torch.is_grad_enabled():
+        hidden, lm_head = hidden.detach(), lm_head.detach()
+    return TextLoss(*_NextTokenLoss.apply(hidden, lm_head, target, z_loss, dtype))
+
+
+class _NextTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, lm_head: Tensor, target: Tensor, z_loss: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        size = chunk_size(hidden.device)
+        lower_head, wide = lm_head.to(dtype), torch.promote_types(dtype, torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=wide)  # (T,)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # (T, D)
+        grad_head = torch.zeros_like(lm_head, dtype=wide) if needs_head else None  # (V, D)
+        for begin in range(0, len(hidden), size):
+            part = slice(begin, begin + size)
+            lower_hidden = hidden[part].to(dtype)  # (C, D)
+            losses[part], grad = _loss_and_gradient(lower_hidden @ lower_head.T, target[part, None], z_loss, wide)
+            grad = grad.to(dtype)
+            if needs_hidden:
+                grad_hidden[part] = grad @ lower_head
+            if needs_head and dtype == wide:
+                grad_head.addmm_(grad.T, lower_hidden)
+            elif needs_head:
+                grad_head += grad.T @ lower_hidden
+            del grad  # before the next logits
+        ctx.save_for_backward(grad_hidden, grad_head.to(lm_head.dtype) if needs_head else None)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_sum: Tensor, _) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors  # scaled in place: a copy of the second may be a gigabyte
+        return *(None if grad is None else grad.mul_(grad_sum) for grad in (grad_hidden, grad_head)), None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, target: Tensor, z_loss: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The losses (C,) of logits (C, V) for target (C, 1), and their gradients in the logits (C, V), both in `wide`."""
+    log_probs = logits.log_softmax(-1, dtype=wide)
+    target_log_probs = log_probs.gather(1, target)  # (C, 1)
+    log_z = logits.gather(1, target) - target_log_probs  # (C, 1)
+    grad = log_probs.exp_()
     if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square()
-    return loss
+        grad *= 1 + 2 * z_loss * log_z
+    grad.scatter_add_(1, target, torch.full_like(log_z, -1))
+    return (z_loss * log_z.square() - target_log_probs)[:, 0], grad
 
 
 def total_loss(losses: Losses, text_count: int, image_count: int, image_weight: float) -> Tensor:

@@ -5,15 +5,18 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+CPUINFO = Path("/proc/cpuinfo")
+MAX_ONEDNN_ERROR = 1e-6  # of a float32 product, relative to its norm
 COMPILE_BACKEND = "inductor"  # of torch.compile; tests use a lighter one
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 TIMEOUT = timedelta(days=7)  # of collectives; the watchdog ends a process that hangs long before
@@ -47,15 +50,19 @@ def _keep_memory() -> None:
     mallopt(M_TOP_PAD, 2**26)
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """Dtype of matrix products: bfloat16 on CUDA devices that support it, else float32. A CPU without bfloat16 units would
-    be 20 times slower in bfloat16."""
+def precision(device: torch.device, cpu_matmul: str = "auto") -> torch.dtype:
+    """Dtype of matrix products: bfloat16 on CUDA devices that support it, else float32; on a CPU bfloat16 on request.
+    ValueError when the CPU has no instructions for it: it would be 20 times slower than float32."""
+    if device.type == "cpu" and cpu_matmul == "bfloat16":
+        if not has_cpu_bfloat16():
+            raise ValueError("parallel.cpu_matmul bfloat16: this CPU has no bfloat16 instructions; use auto or default")
+        return torch.bfloat16
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def lower_precision(device: torch.device):
+def lower_precision(device: torch.device, cpu_matmul: str = "auto"):
     """The autocast context for forward passes. Weights, losses and the optimizer stay in float32."""
-    lower = precision(device)
+    lower = precision(device, cpu_matmul)
     return contextlib.nullcontext() if lower == torch.float32 else torch.autocast(device.type, lower)
 
 
@@ -66,11 +73,65 @@ def lower_weights(model: nn.Module, device: torch.device) -> None:
             module.to(precision(device))
 
 
+@contextlib.contextmanager
+def fast_matmul(device: torch.device, cpu_matmul: str = "auto") -> Iterator[None]:
+    """Context in which the float32 products of the whole process go to oneDNN, on CPUs where it is faster than MKL. For
+    forward and backward passes of training: products of a few rows, as in decoding, are slower in oneDNN."""
+    is_used = device.type == "cpu" and cpu_matmul == "auto" and onednn_is_faster()
+    with onednn_matmul() if is_used else contextlib.nullcontext():
+        yield
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products are faster in oneDNN than in MKL, torch's default, and as exact. Decided by what the CPU is,
+    not by timing: a resumed run must compute the same.
+
+    MKL uses no AVX512 on AMD: oneDNN is 2.2 times as fast on Zen 5 and 1.1 times on Zen 4; other CPUs were not measured. The
+    only switch is the permission to compute in bfloat16. Without AMX oneDNN ignores it, and one product is checked.
+    """
+    flags = cpu_flags(CPUINFO)
+    return {"AuthenticAMD", "avx512f"} <= flags and "amx_tile" not in flags and _onednn_error() < MAX_ONEDNN_ERROR
+
+
+@contextlib.contextmanager
+def onednn_matmul() -> Iterator[None]:
+    """Context in which the float32 products of the whole process go to oneDNN; with AMX they are in bfloat16."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _onednn_error() -> float:
+    """The error of a product in oneDNN against float64, relative to its norm: 2e-7 in float32, 3e-3 in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    with onednn_matmul():
+        return ((a @ b - exact).norm() / exact.norm()).item()
+
+
+def has_cpu_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags(CPUINFO))  # of Intel and AMD, Intel, ARM
+
+
+def cpu_flags(cpuinfo: Path) -> set[str]:
+    """The vendor and the instruction sets of this CPU, as Linux names them in /proc/cpuinfo. Empty on other systems."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    values = (line.partition(":")[2] for line in lines if line.startswith(("vendor_id", "flags", "Features")))
+    return set().union(*map(str.split, values))
+
+
 class Ranks:
     """The processes of one run: this process's rank, their number (`world`), and collective operations.
 
-    The collectives here use the CPU (gloo), so they never wait for a GPU. A single process is rank 0 of 1; its collectives
-    return their input. All of them raise ConnectionError when another rank has stopped.
+    Collectives of numbers use the CPU (gloo), so they never wait for a GPU; those of tensors use the tensor's device. A
+    single process is rank 0 of 1; its collectives return their input. All of them raise ConnectionError when another rank
+    has stopped.
     """
 
     def __init__(self, rank: int = 0, world: int = 1):
@@ -116,9 +177,14 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, value: bool) -> bool:
-        """True on all ranks when `value` is true on at least one."""
-        return self.sum(float(value))[0] > 0
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (n,), summed over all ranks by the device's own backend, which no rank waits for on CUDA."""
+        if self.world == 1:
+            return values
+        with self.catching_peer_failure():
+            total = values.double()
+            dist.all_reduce(total)
+        return total
 
     def broadcast(self, value):
         """Rank 0's value, on all ranks."""
@@ -184,6 +250,25 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 
 
+def get_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # importing DTensor takes a second
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """A function that returns these values (n,), and waits for nothing that is queued on the device after this call."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 def _create_store(torchrun_store: dist.Store, rank: int) -> dist.Store:
     """A new key-value store on rank 0, for the process group. torchrun's own store keeps the addresses of ended processes
     over a restart, and new processes would connect to those. It only passes on the port of the new store."""
@@ -211,14 +296,14 @@ def _exit_with_parent() -> None:
 
 def parallelize(
     model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, mesh: DeviceMesh | None, compiled: bool,
-    methods: Sequence[str] = (),
+    methods: Sequence[str] = (), trained: bool = True,
 ) -> None:  # fmt: skip
     """Compile and shard a model that is on the meta device, in place. mesh None: a single process.
 
     FSDP2: each block is a unit, and so is the rest; every rank holds its part of weights, gradients, moments and EMA.
     Gradients are summed, not averaged: losses are divided by the counts of all ranks. On CUDA weights are gathered and used
     in bfloat16, and gradients are reduced in float32. Each block is compiled separately, for one shape of rows. `methods`
-    are other forward methods of the model that gather weights too.
+    are other forward methods of the model that gather weights too. A model that is not `trained` has no backward passes.
     """
     if compiled:
         for block in blocks:
@@ -231,7 +316,10 @@ def parallelize(
     # Inputs keep their dtype: bfloat16 would round t to one of 256 values.
     policy = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False)
     for unit in (*blocks, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # The last block and the rest come first in the backward pass: their gathered weights stay, else they are gathered
+        # twice in a row. Without a backward pass nothing would free them.
+        is_used_next = trained and unit in (blocks[-1], model)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_used_next)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     for method in methods:

@@ -1,7 +1,7 @@
 """What a run needs: parameters, memory of each GPU, FLOPs, time and disk, computed before it starts.
 
 Weights, gradients, moments and moving average are exact. Activations are those that a block saves for its backward pass
-(tests/test_plan.py measures them); logits and weights gathered in bfloat16 are upper bounds.
+(tests/test_plan.py measures them); the loss and weights gathered in bfloat16 are upper bounds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,12 @@ from transfusion.config import Machines, ModelConfig, Run
 from transfusion.model.flops import count_training_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
+from transfusion.objective import CHUNK
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 FP32, BF16 = 4, 2  # bytes of a value
 PAPER_LATENT = 32  # side of a latent: 256 pixels, and an autoencoder with downsampling 8
 NUM_MARKERS = 4  # positions around the patches of an image document: bos, boi, eoi, eos
-LOGIT_BYTES = 3 * FP32  # at most, for each logit: its log-probability and two gradients, one computed from the other
 CUDA_BYTES = 2_000_000_000  # approximate memory of CUDA and NCCL
 MAX_GPUS = 16_384
 
@@ -37,7 +37,7 @@ class Memory:
     ema: int
     gathered: int  # weights in bfloat16, and gradients, of the modules that are gathered at one time
     activations: int  # saved by the forward pass
-    backward: int  # largest addition of the backward pass: the logits, or one block
+    backward: int  # largest addition to the activations: by the loss, or by the backward pass of one block
     cuda: int = CUDA_BYTES
 
     @property
@@ -53,7 +53,7 @@ class Plan:
     machines: Machines
     parameters: dict[str, int]
     memory: Memory
-    logits: int  # bytes, with gradients
+    loss: int  # bytes: a chunk of logits, gradients of the head and its input
     image: tuple[int, int] | None  # latent shape (Y, X) of the assumed images
     text_positions: int  # positions with a text loss in a forward pass
     flops: float  # per position, forward and backward
@@ -86,10 +86,8 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on disk: weights and moving average, and two moments of trained weights."""
-        training = self.run.training
-        scales = training.transformer_lr_scale, training.text_lr_scale, training.image_lr_scale  # as in self.parameters
-        return FP32 * sum((4 if scale else 2) * n for scale, n in zip(scales, self.parameters.values(), strict=True))
+        """Bytes on disk: weights and moving average, and moments of trained weights."""
+        return 2 * FP32 * sum(self.parameters.values()) + estimate_memory(self.run, replace(self.machines, gpus=1)).moments
 
 
 def plan(run: Run, machines: Machines) -> Plan:
@@ -102,7 +100,7 @@ def plan(run: Run, machines: Machines) -> Plan:
     }  # fmt: skip
     all_pairs = 12 * config.layers * config.heads * config.head_size * run.data.seq_len
     return Plan(
-        run, machines, parameters, estimate_memory(run, machines), logits=count_logits(run),
+        run, machines, parameters, estimate_memory(run, machines), loss=count_loss(run),
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * run.data.rows,
         flops=count_training_flops(batch, config) / batch.positions,
@@ -150,14 +148,17 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     scales = {"block": run.training.transformer_lr_scale, "norm": run.training.transformer_lr_scale,
               "patches": run.training.image_lr_scale, "embeddings": run.training.text_lr_scale}  # fmt: skip
     weights, trained = sum(parts.values()), sum(size for part, size in parts.items() if scales[part])
+    moments = 2 * trained
+    if run.training.optimizer == "muon" and scales["block"]:  # one for the matrices of blocks
+        moments -= FP32 * run.model.layers * count_shard([shape for shape in shapes["block"] if len(shape) == 2], ranks)
     root, block = count_shard(rest, 1), count_shard(shapes["block"], 1)
     if ranks == 1:
         gathered = BF16 * (root + block * run.model.layers)  # autocast's copies, freed after the backward pass
     else:  # a block and the prefetched next one; gradients of a block are reduced in fp32
         gathered = 2 * BF16 * root + (2 * BF16 + BF16 + FP32) * block
     return Memory(
-        weights=weights, gradients=trained, moments=2 * trained, ema=weights, gathered=gathered,
-        activations=count_activations(run), backward=max(count_logits(run), count_block_backward(run)),
+        weights=weights, gradients=trained, moments=moments, ema=weights, gathered=gathered,
+        activations=count_activations(run), backward=max(count_loss(run), count_block_backward(run)),
     )  # fmt: skip
 
 
@@ -189,10 +190,11 @@ def count_activations(run: Run, value_bytes: int = BF16) -> int:
     return run.data.rows * (batch.positions * saved + (images if config.patches == "unet" else 0))
 
 
-def count_logits(run: Run) -> int:
-    """Upper bound of the bytes of logits and their gradients."""
+def count_loss(run: Run, value_bytes: int = BF16) -> int:
+    """Bytes that the loss adds: logits and log-probabilities of a chunk of positions, and its gradients."""
     text_positions = typical_row(run.model, run.data.seq_len).text_count * run.data.rows
-    return LOGIT_BYTES * text_positions * run.model.vocab_size
+    chunk = (value_bytes + FP32) * min(CHUNK, text_positions) * run.model.vocab_size
+    return chunk + run.model.width * (FP32 * run.model.vocab_size + value_bytes * text_positions)
 
 
 def count_block_backward(run: Run, value_bytes: int = BF16) -> int:

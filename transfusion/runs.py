@@ -31,7 +31,7 @@ def digits() -> Run:
             steps=1500, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=2.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
-        generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
+        generation=GenerationConfig("dpm-sde", steps=20, guidance_scale=2.0, max_tokens=64),
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def shapes() -> Run:
             steps=2000, learning_rate=4e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=4.0,
             checkpoint_every=500, validate_every=250, preview_every=500,
         ),
-        generation=GenerationConfig(steps=50, sampler="ddim", guidance_scale=2.0, max_tokens=64),
+        generation=GenerationConfig("dpm-sde", steps=20, guidance_scale=2.0, max_tokens=64),
     )  # fmt: skip
 
 

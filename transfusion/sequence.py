@@ -5,7 +5,7 @@ Shapes, in all files: **B** rows, **L** positions, **D** width, **H** heads, **V
 prefills with it, so the two cannot disagree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
@@ -296,13 +296,18 @@ class Batch:
         return sum(group.image_count for group in self.groups)
 
     def to(self, device) -> "Batch":
-        """On that device; the copies overlap with other work."""
+        """On that device; the copies overlap with other work if the batch is in pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(part):
-            tensors = {k: v.to(device, non_blocking=True) for k, v in vars(part).items() if isinstance(v, Tensor)}
-            return replace(part, **tensors)
+    def pin_memory(self) -> "Batch":
+        """In pinned (page-locked) memory."""
+        return self._map(Tensor.pin_memory)
 
-        return replace(move(self), groups=[move(group) for group in self.groups])
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(part):
+            return replace(part, **{k: function(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
+
+        return replace(apply(self), groups=[apply(group) for group in self.groups])
 
 
 def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:

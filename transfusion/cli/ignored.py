@@ -60,6 +60,7 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         (data.codec != "block_pca", "data.codec_block data.codec_components", "without --data.codec block_pca"),
         *((True, f"data.{name}.interleaved data.{name}.level data.{name}.size",
            f"on these data, which do not read the built-in source {name}") for name in unread),
+        (not run.training.transformer_lr_scale, "training.optimizer", "with frozen blocks: Muon is for their matrices"),
         (run.model.patches == "codes", diffusion, "with --model.patches codes: codes are sampled like text"),
     ])  # fmt: skip
 

@@ -89,6 +89,8 @@ def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tupl
         raise UsageError("--batch decides training.accumulate: give only one of them")
     if args.gpus_per_machine != PlanOptions.gpus_per_machine and run.parallel.shard == "full":
         raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
+    if run.parallel.cpu_matmul != before.parallel.cpu_matmul:
+        raise UsageError("--parallel.cpu-matmul has no effect on a plan, which is for GPUs")
     for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
     if is_named and (run.data.sources or run.data.prepared):
@@ -153,12 +155,12 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
     part = f"fp32, 1/{shards} of them" if shards > 1 else "fp32"
     gathered = "bf16: all but blocks, two blocks; their gradients" if shards > 1 else "bf16: copies of all weights"
     saved = "inputs of blocks only" if run.parallel.activation_checkpointing else "all of them"
-    logits = f"the logits of {estimate.text_positions:,} text positions"
     block = "one block, recomputed" if run.parallel.activation_checkpointing else "one block"
-    largest = logits if estimate.logits == memory.backward else block
+    moments = "AdamW's two moments" if run.training.optimizer == "adamw" else "moments of Muon and AdamW"
+    largest = "a chunk of the logits" if estimate.loss == memory.backward else block
     figures = {
         "weights": (memory.weights, part), "gradients": (memory.gradients, part),
-        "AdamW's two moments": (memory.moments, part), "moving average": (memory.ema, part),
+        moments: (memory.moments, part), "moving average": (memory.ema, part),
         "weights gathered for use": (memory.gathered, gathered),
         "activations": (memory.activations, f"{run.data.rows} rows of {run.data.seq_len:,}, {saved}"),
         "backward pass, largest": (memory.backward, f"{largest}, with gradients"),
@@ -223,7 +225,7 @@ def _notes(plans: list, args: PlanOptions) -> Iterator[str]:
 
 def _to_json(estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
-    names = ("image", "text_positions", "logits", "flops", "usual_flops", "usual_mfu", "fits",
+    names = ("image", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
         "run": estimate.run.name, "machines": asdict(estimate.machines),

@@ -1,12 +1,13 @@
 """Text to token ids and back: byte-pair encoding with the `tokenizers` library, trained here or from a tokenizer.json."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from transfusion.disk import CONFIG, OpenError, read_json
 from transfusion.fields import short_repr
@@ -22,6 +23,8 @@ NAMING_FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", "spec
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE}
 BYTE_LEVEL |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -135,17 +138,28 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, parse_special: bool = False) -> tuple[int, ...]:
-        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. Other threads
-        run meanwhile: encode_batch releases the interpreter's lock, `encode` does not. ValueError for text with a lone
-        surrogate."""
+        """The ids of a text; `parse_special`: special tokens in it become their ids, instead of plain text. ValueError for
+        text with a lone surrogate."""
+        return self.encode_batch([text], parse_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[tuple[int, ...]]:
+        """The ids of each text, as `encode`. Other threads run meanwhile: the library's encode_batch releases the
+        interpreter's lock, its `encode` does not. Many texts in one call are faster: each call wakes other threads."""
         tokenizer = self._special_parser if parse_special else self._tokenizer
         try:
-            (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         except TypeError:  # the library does not name the reason
+            text = next(text for text in texts if _SURROGATE.search(text))
             raise ValueError(f"{short_repr(text)} is not valid Unicode (it has a lone surrogate)") from None
-        if parse_special or not self._special_ids.intersection(encoding.ids):
+        if parse_special:
+            return [tuple(encoding.ids) for encoding in encodings]
+        return [self._without_special(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _without_special(self, text: str, encoding: Encoding) -> tuple[int, ...]:
+        """Its ids. Word-level models find special tokens in the text: encode those character by character."""
+        if not self._special_ids.intersection(encoding.ids):
             return tuple(encoding.ids)
-        ids: list[int] = []  # word-level models find special tokens in the text: encode those character by character
+        ids: list[int] = []
         for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             ids += self._encode_characters(text[start:end]) if id_ in self._special_ids else [id_]
         return tuple(ids)

@@ -21,6 +21,7 @@ from transfusion.data.store import StoredSource
 from transfusion.seeding import derive_seed, uniform_from
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
+ENCODED_TOGETHER = 64  # documents of a block whose raw images are in memory at once
 NUM_PROBED_DOCUMENTS = 1024  # documents of a source that are encoded to estimate its mean length
 
 
@@ -57,8 +58,23 @@ class DocumentEncoder:
 
     def to_document(self, document: RawDocument | Document, source: str, epoch: int) -> Document:
         """The document, encoded, reordered and dropped; its randomness is derived from (seed, source, epoch, id)."""
+        return self.to_documents([(document, source, epoch)])[0]
+
+    def to_documents(self, documents: Sequence[tuple[RawDocument | Document, str, int]]) -> list[Document]:
+        """`to_document` of each (document, source, epoch). The texts of all are encoded together."""
+        texts: dict[bool, list[str]] = {True: [], False: []}  # by `parse_special`
+        for document, *_ in documents:
+            for part in document.segments:
+                if isinstance(part, RawText):
+                    texts[part.parse_special].append(part.text)
+        ids = {parse: iter(self.tokenizer.encode_batch(group, parse) if group else ()) for parse, group in texts.items()}
+        return [self._to_document(*entry, ids) for entry in documents]
+
+    def _to_document(
+        self, document: RawDocument | Document, source: str, epoch: int, ids: dict[bool, Iterator[tuple[int, ...]]]
+    ) -> Document:
         segments = tuple(
-            Text(self.tokenizer.encode(part.text, part.parse_special), part.loss) if isinstance(part, RawText)
+            Text(next(ids[part.parse_special]), part.loss) if isinstance(part, RawText)
             else Image(self.codec.encode(part.pixels), part.loss, part.max_t) if isinstance(part, RawImage)
             else part
             for part in document.segments
@@ -148,10 +164,12 @@ class Loader:
         """All rows of one block: a pure function of the seed and the block's number."""
         first = block * self.config.shuffle_block
         entries = [self.stream[n] for n in range(first, first + self.config.shuffle_block)]
-        documents = [
-            self.encoder.to_document(self.sources[source][id_], self.sources[source].name, epoch)
-            for source, epoch, id_ in entries
-        ]
+        documents: list[Document] = []
+        for n in range(0, len(entries), ENCODED_TOGETHER):
+            documents += self.encoder.to_documents([
+                (self.sources[source][id_], self.sources[source].name, epoch)
+                for source, epoch, id_ in entries[n : n + ENCODED_TOGETHER]
+            ])  # fmt: skip
         seed = derive_seed(self.encoder.seed, "pack", block)
         return pack(documents, self.config.seq_len, self.encoder.vocabulary, seed)
 

@@ -12,7 +12,7 @@ from transfusion.codecs.vq import VQ
 from transfusion.config import BUILT_IN, ChatLayout, DataConfig
 from transfusion.data.loader import DocumentEncoder, Source
 from transfusion.data.raw import RawImage, RawText
-from transfusion.data.reading.readers import open_built_in
+from transfusion.data.reading.built_in import open_built_in
 from transfusion.data.store import DecodedSource, PreparedFolder, open_prepared
 from transfusion.disk import sha256_of
 from transfusion.sequence import Vocabulary

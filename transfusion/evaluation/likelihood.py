@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from transfusion.inference.engine import Engine
+from transfusion.objective import chunk_size
 from transfusion.sequence import NO_TARGET, Chunk, Document, Row, Text, collate, encode_document
 
 MAX_POSITIONS = 16_384  # of one forward pass, padding included
@@ -72,15 +76,25 @@ def _score(engine: Engine, chunks: Sequence[Chunk]) -> list[Likelihood]:
         length = len(chunks[numbers[0]])
         batch = collate([Row((chunks[n],)) for n in numbers], length, engine.vocabulary).to(engine.device)
         with engine.opened.lower_precision():
-            logits = engine.model(batch, [], []).logits.float()  # (T, V)
-        targets = batch.text_target  # (T,)
-        nats = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # (T,)
-        is_greedy = logits.masked_fill(~allowed, -torch.inf).argmax(-1) == targets  # (T,)
+            head = partial(_score_targets, targets=batch.text_target, allowed=allowed)
+            (nats, is_greedy), _ = engine.model(batch, [], [], head)  # (T,) both
         row_ids = batch.text_index // length  # (T,)
         for row, n in enumerate(numbers):
             in_row = row_ids == row  # (T,)
             scores[n] = Likelihood(tuple(nats[in_row].tolist()), bool(is_greedy[in_row].all()))
     return [scores.get(n, Likelihood()) for n in range(len(chunks))]
+
+
+def _score_targets(hidden: Tensor, lm_head: Tensor, targets: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of the targets (T,), and whether each is the most likely of the allowed tokens."""
+    parts = []
+    size = chunk_size(hidden.device)
+    for chunk, target in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = F.linear(chunk, lm_head).float()  # (C, V)
+        likeliest = logits.masked_fill(~allowed, -torch.inf).argmax(-1)  # (C,)
+        parts.append((-F.cross_entropy(logits, target, reduction="none"), likeliest == target))
+    nats, is_greedy = map(torch.cat, zip(*parts, strict=True))
+    return nats, is_greedy
 
 
 def _without_last(chunk: Chunk) -> Chunk:

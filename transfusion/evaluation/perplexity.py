@@ -3,6 +3,7 @@
 import lzma
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ def bits_per_byte(engine: Engine, texts: list[str]) -> dict:
         rows = [Row((window,)) for window in windows[first : first + BATCH_SIZE]]
         batch = collate(rows, length, engine.vocabulary).to(engine.device)
         with engine.opened.lower_precision():
-            logits = engine.model(batch, [], []).logits
-        nats += float(next_token_loss(logits, batch.text_target).sum())
+            text, _ = engine.model(batch, [], [], partial(next_token_loss, target=batch.text_target))
+        nats += float(text.sum)
         num_tokens += batch.text_count
     size = sum(len(text.encode()) for text in texts)
     return {

@@ -1,11 +1,17 @@
 """Key-value cache for inference: one slot per guidance branch of a sequence."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion.config import ModelConfig
+from transfusion.model.mask import Mask
 
 GROWTH = 64  # the capacity of slots grows in multiples of this
+MAX_RUNS = 4  # of rows that attend without a mask, in as many calls: more calls take longer than a mask
 
 
 class Cache:
@@ -48,11 +54,18 @@ class Cache:
 
     def fork(self, slot: int) -> int:
         """A new slot with the same content."""
-        copy, n = self.acquire(), self.lengths[slot]
-        self.lengths[copy] = n
-        self.keys[:, copy, :, :n] = self.keys[:, slot, :, :n]
-        self.values[:, copy, :, :n] = self.values[:, slot, :, :n]
-        return copy
+        return self.acquire_with(*self.content(slot))
+
+    def content(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The committed keys and values of a slot, (layers, Hkv, n, h) each."""
+        return self.keys[:, slot, :, : self.lengths[slot]], self.values[:, slot, :, : self.lengths[slot]]
+
+    def acquire_with(self, keys: Tensor, values: Tensor) -> int:
+        """A new slot with the content that another one had."""
+        slot, n = self.acquire(), keys.shape[2]
+        self.keys[:, slot, :, :n], self.values[:, slot, :, :n] = keys, values
+        self.lengths[slot] = n
+        return slot
 
     def view(self, slots: list[int], new: int) -> "CacheView":
         """Returns the cache argument of a forward pass: these slots, each with room for `new` positions after its length."""
@@ -73,28 +86,58 @@ class Cache:
             setattr(self, name, new)
 
 
+class Run(NamedTuple):
+    """Consecutive rows of a forward pass whose slots are adjacent and have equal lengths: slices, which need no copies."""
+
+    rows: slice
+    slots: slice
+    length: int
+
+
 class CacheView:
     """Some slots of a cache during one forward pass of `new` positions."""
 
     def __init__(self, cache: Cache, slots: list[int], new: int):
-        self.cache, device = cache, cache.device
+        self.cache, self.new, device = cache, new, cache.device
         lengths = [cache.lengths[slot] for slot in slots]
         self.lengths = torch.tensor(lengths, device=device)  # (B,)
         self.end = max(lengths) + new
         self.slots = torch.tensor(slots, device=device)[:, None]  # (B, 1)
         self.position_ids = self.lengths[:, None] + torch.arange(new, device=device)  # (B, new)
-        # Adjacent slots are a slice, and slots of one length take one slice of positions: no copies.
+        self.runs = list(_find_runs(slots, lengths))
         adjacent = slots == list(range(slots[0], slots[0] + len(slots)))
         self.rows = slice(slots[0], slots[0] + len(slots)) if adjacent else self.slots[:, 0]
-        self.start = lengths[0] if adjacent and len(set(lengths)) == 1 else None
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, Hkv, new, h) after each slot's length. Returns keys and values up to the longest, (B, Hkv, end, h)."""
-        return self._extend(self.cache.keys[layer], keys), self._extend(self.cache.values[layer], values)
+    @property
+    def needs_no_mask(self) -> bool:
+        """If every query attends to all keys of its row: are there few enough runs for one attention call each?"""
+        return len(self.runs) <= MAX_RUNS
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+        """Attention of new queries q (B, H, new, h) to the keys of their slots, after writing the new ones, k and v
+        (B, Hkv, new, h): under a mask, or to all of them."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if mask is not None:
+            return mask.attend(q, self._extend(keys, k), self._extend(values, v))
+        attended = []
+        for rows, slots, length in self.runs:
+            end = length + self.new
+            keys[slots, :, length:end], values[slots, :, length:end] = k[rows], v[rows]
+            run_keys, run_values = keys[slots, :, :end].to(q.dtype), values[slots, :, :end].to(q.dtype)
+            attended.append(
+                F.scaled_dot_product_attention(q[rows], run_keys, run_values, enable_gqa=k.shape[1] != q.shape[1])
+            )
+        return torch.cat(attended)
 
     def _extend(self, store: Tensor, new: Tensor) -> Tensor:
-        if self.start is not None:
-            store[self.rows, :, self.start : self.end] = new
-        else:
-            store[self.slots, :, self.position_ids] = new.transpose(1, 2).to(store.dtype)
+        """Write (B, Hkv, new, h) after each slot's length. Returns the entries up to the longest, (B, Hkv, end, h)."""
+        store[self.slots, :, self.position_ids] = new.transpose(1, 2).to(store.dtype)
         return store[self.rows, :, : self.end].to(new.dtype)
+
+
+def _find_runs(slots: list[int], lengths: list[int]) -> Iterator[Run]:
+    first = 0
+    for row in range(1, len(slots) + 1):
+        if row == len(slots) or slots[row] != slots[row - 1] + 1 or lengths[row] != lengths[first]:
+            yield Run(slice(first, row), slice(slots[first], slots[first] + row - first), lengths[first])
+            first = row

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from transfusion.codecs.vq import VQ
 from transfusion.config import GenerationConfig
 from transfusion.inference import text_mode
 from transfusion.inference.cache import Cache
-from transfusion.inference.image_mode import Branch, guide
+from transfusion.inference.image_mode import Branch, BranchRows
 from transfusion.model.transfusion import Transfusion
+from transfusion.seeding import derive_seed
 from transfusion.sequence import EMPTY_CHUNK, Vocabulary
 
 GREY = 128  # pixels of codes that are not sampled yet
@@ -30,8 +30,7 @@ class CodeImageState:
     shape: tuple[int, int]
     branches: tuple[Branch, ...]  # the fully conditional one first
     generation: GenerationConfig
-    generator: torch.Generator
-    vocabulary: Vocabulary
+    seed: int  # of its codes
     pending: int
     codes: list[int] = field(default_factory=list)
 
@@ -45,14 +44,10 @@ class CodeImageState:
         """Positions of the image in the branches' slots, boi included."""
         return len(self.codes)
 
-    def advance(self, predictions: Sequence[torch.Tensor]) -> None:
-        """Sample the next code from the logits (V,) of the branches."""
-        guided = guide(predictions, [branch.scale for branch in self.branches])  # (V,)
-        first, end = self.vocabulary.first_code, self.vocabulary.num_used
-        is_code = torch.zeros(len(guided), dtype=torch.bool)  # (V,)
-        is_code[first:end] = True
-        self.pending = text_mode.sample_token(guided, is_code, self.generation, self.generator)
-        self.codes.append(self.pending - first)
+    def advance(self, sampled: tuple[int, int]) -> None:
+        """Continue with the next token and its code."""
+        self.pending, code = sampled
+        self.codes.append(code)
 
     def content(self) -> np.ndarray | None:
         """The finished grid of codes (Y, X); None before."""
@@ -76,15 +71,17 @@ def begin_image(
     """An image (Y, X) without codes. The boi is removed from every slot; the next pass reads it for its logits."""
     for branch in branches:
         cache.truncate(branch.slot, 1)
-    generator = torch.Generator().manual_seed(seed)
-    return CodeImageState(shape, tuple(branches), generation, generator, vocabulary, vocabulary.boi[shape])
+    return CodeImageState(shape, tuple(branches), generation, seed, vocabulary.boi[shape])
 
 
-def predict_branches(
+def sample_codes(
     model: Transfusion, cache: Cache, images: Sequence[CodeImageState], vocabulary: Vocabulary
-) -> list[list[torch.Tensor]]:
-    """One forward pass for all images: the logits (V,) of all branches of each, on the CPU."""
-    slots = [branch.slot for image in images for branch in image.branches]
-    chunks = [EMPTY_CHUNK.append(image.pending) for image in images for _ in image.branches]
-    logits = iter(text_mode.extend_cache(model, cache, slots, chunks, vocabulary).cpu())  # (branches of all, V)
-    return [[next(logits) for _ in image.branches] for image in images]
+) -> list[tuple[int, int]]:
+    """One forward pass for all branches of all images: the next token of each image, and its code."""
+    rows = BranchRows([image.branches for image in images])
+    chunks = [EMPTY_CHUNK.append(images[n].pending) for n in rows.images]
+    logits = text_mode.extend_cache(model, cache, rows.slots, chunks, vocabulary)  # (B, V)
+    guided = rows.guide(logits[:, vocabulary.first_code : vocabulary.num_used])  # (N, codes)
+    seeds = [derive_seed(image.seed, image.step) for image in images]
+    codes = text_mode.sample_tokens(guided.unbind(), [image.generation for image in images], seeds)
+    return [(vocabulary.first_code + code, code) for code in codes]

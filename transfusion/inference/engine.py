@@ -3,7 +3,8 @@
 A sequence samples tokens until it samples a boi. Then it draws an image, which enters the cache with t = 0 (no noise),
 followed by eoi, and continues with text (section 3). `submit` adds sequences, `step` advances all of them: one forward pass
 for those that decode a token, one for those that prefill (a prompt, or an image that they have finished), and one per latent
-shape for those that draw, conditional and unconditional together. Image codes are sampled one by one (`chameleon`).
+shape for those that draw, conditional and unconditional together. The tokens of all are sampled together, too. Image codes
+are sampled one by one (`chameleon`).
 
 Guidance compares branches that differ in what they read before an image. A sequence may have slots for two of them besides
 its own. One holds bos, the prompt's images and boi, like training documents whose text was dropped, if text and images have
@@ -41,7 +42,7 @@ from transfusion.inference.request import (
     raise_if_failed,
 )
 from transfusion.inference.samplers import get_sampler
-from transfusion.inference.state import Decode, Draw, Prefill, SequenceState
+from transfusion.inference.state import Decode, Draw, Prefill, Sample, SequenceState
 from transfusion.inference.text_stream import TextStream
 from transfusion.seeding import derive_seed
 from transfusion.sequence import EMPTY_CHUNK, Chunk, Document, Image, Text, encode_document
@@ -60,8 +61,8 @@ class Engine:
         self.model, self.run, self.vocabulary = opened.model, opened.run, opened.vocabulary
         self.max_positions = self.run.data.seq_len  # positions: a sequence is never longer than the rows of training
         self.cache = Cache(self.run.model, self.device, opened.precision)
-        self.allowed_tokens = text_mode.allowed_tokens(self.vocabulary)
-        boi = torch.tensor([*self.vocabulary.boi.values()], dtype=torch.int64)  # (empty for a run without images)
+        self.allowed_tokens = text_mode.allowed_tokens(self.vocabulary).to(self.device)
+        boi = torch.tensor([*self.vocabulary.boi.values()], dtype=torch.int64, device=self.device)  # (empty without images)
         self.allowed_text_tokens = self.allowed_tokens.index_fill(0, boi, False)
         codec = opened.codec
         self.uses_image_codes = self.vocabulary.num_image_codes > 0
@@ -71,7 +72,8 @@ class Engine:
         self.sizes = [(x * codec.downsampling, y * codec.downsampling) for y, x in self.vocabulary.boi]  # (width, height)
         self.sequences: list[SequenceState] = []
         self.num_requests = 0
-        self.uncond_prefix_slots: dict[tuple[int, int], int] = {}  # latent shape -> slot with bos and boi
+        # Latent shape -> the keys and values of bos and boi.
+        self.uncond_prefixes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def make_generation_config(self, **changes: Any) -> GenerationConfig:
         """The run's options with these changes. ValueError if one is out of bounds, or has no effect in a run of codes."""
@@ -103,8 +105,10 @@ class Engine:
                 for phase in (Decode, Prefill):
                     for sequences in self._reading_sequences(phase):
                         self._advance(sequences, self._read, self._after_text_pass, events)
+                sampling = [sequence for sequence in self.sequences if isinstance(sequence.phase, Sample)]
+                self._advance(sampling, self._sample_tokens, self._add_token, events)
                 for sequences in self._drawing_sequences():
-                    self._advance(sequences, self._predict, self._after_image_pass, events)
+                    self._advance(sequences, self._draw, self._after_image_pass, events)
         except BaseException:
             for sequence in list(self.sequences):
                 self._remove(sequence)
@@ -280,8 +284,8 @@ class Engine:
             events.append(FinishEvent(sequence.request_id, sample_index, "error", message))
 
     def _read(self, sequences: list[SequenceState]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Read the chunks of all. Returns for each the logits after its last position, (V,) on the CPU; and those after all
-        of its positions, (n, V), if it needs them."""
+        """Read the chunks of all. Returns for each the logits after its last position, (V,), and those after all of its
+        positions, (n, V), if it needs them."""
         # All own slots first, then those of other branches: slots that were acquired together are then adjacent.
         order = [
             (sequence, n) for n in range(max(len(sequence.phase.chunks) for sequence in sequences))
@@ -292,16 +296,16 @@ class Engine:
         num_logits += [0] * (len(order) - len(sequences))  # those of other branches are not needed
         logits = text_mode.extend_cache(self.model, self.cache, slots, chunks, self.vocabulary, num_logits)  # (T, V)
         by_sequence = logits.split(num_logits[: len(sequences)])
-        last_logits = torch.stack([each[-1] for each in by_sequence]).cpu()  # (B, V)
         return [
-            (last, each if sequence.has_prompt_logprobs else None)
-            for sequence, last, each in zip(sequences, last_logits, by_sequence, strict=True)
+            # A copy, so that the logits of a whole prompt are freed before the next token is sampled.
+            (each[-1].clone(), each) if sequence.has_prompt_logprobs else (each[-1], None)
+            for sequence, each in zip(sequences, by_sequence, strict=True)
         ]
 
     def _after_text_pass(
         self, sequence: SequenceState, logits: tuple[torch.Tensor, torch.Tensor | None], events: list[Event]
     ) -> None:
-        """Fork the samples of a prompt. Then draw if the last token is a boi, else sample the next token."""
+        """Fork the samples of a prompt. Then draw if the last token is a boi, else sample the next token in this step."""
         phase, (last_logits, prompt_logits) = sequence.phase, logits
         shape = self.vocabulary.shape_of(int(phase.chunks[0].tokens[-1]))
         if prompt_logits is not None:
@@ -321,14 +325,25 @@ class Engine:
                 if shape is not None:
                     self._begin_image(sample, shape)
                 else:
-                    self._sample_token(sample, last_logits, events)
+                    sample.phase = Sample(last_logits)
 
-    def _sample_token(self, sequence: SequenceState, logits: torch.Tensor, events: list[Event]) -> None:
-        vocabulary, request = self.vocabulary, sequence.request
-        allowed = self.allowed_tokens if request.allow_images else self.allowed_text_tokens
-        token, logprob = text_mode.sample_token(logits, allowed, sequence.generation, sequence.generator), None
-        if request.logprobs is not None:
-            (logprob,) = text_mode.token_logprobs(logits[None], [token], allowed, request.logprobs)
+    def _sample_tokens(self, sequences: list[SequenceState]) -> list[tuple[int, TokenLogprob | None]]:
+        """The next token of each, and its log probability if the request wants it."""
+        logits = [sequence.phase.logits for sequence in sequences]
+        allowed = [
+            self.allowed_tokens if sequence.request.allow_images else self.allowed_text_tokens for sequence in sequences
+        ]
+        generations, seeds = zip(*((sequence.generation, sequence.token_seed) for sequence in sequences), strict=True)
+        tokens = text_mode.sample_tokens(logits, generations, seeds, allowed)
+        num_tops = [sequence.request.logprobs for sequence in sequences]
+        return [
+            (token, None if num_top is None else text_mode.token_logprobs(row[None], [token], allowed_ids, num_top)[0])
+            for token, row, allowed_ids, num_top in zip(tokens, logits, allowed, num_tops, strict=True)
+        ]
+
+    def _add_token(self, sequence: SequenceState, sampled: tuple[int, TokenLogprob | None], events: list[Event]) -> None:
+        token, logprob = sampled
+        vocabulary, sequence.phase = self.vocabulary, None
         if token in vocabulary.eos_ids:
             return self._finish(sequence, "eos", events, logprob)
         shape = vocabulary.shape_of(token)
@@ -360,7 +375,7 @@ class Engine:
         generation, request = sequence.generation, sequence.request
         branches = [Branch(slot, scale) for slot, scale in zip(sequence.slots, sequence.scales, strict=True)]
         if not request.negative_prompt and (len(branches) > 1 or generation.guidance_scale != 1):
-            sequence.uncond_slot = self.cache.fork(self._uncond_prefix(shape))
+            sequence.uncond_slot = self._acquire_uncond_slot(shape)
             branches.append(Branch(sequence.uncond_slot))
         # The pictures of the prompt are part of the seed: an edit must not start from the noise of the image that it edits.
         parts = (request.seed, sequence.sample_index, "image", sequence.num_images_begun, *sequence.picture_hashes)
@@ -374,18 +389,20 @@ class Engine:
         sequence.phase = Draw(image)
         sequence.num_images_begun += 1
 
-    def _uncond_prefix(self, shape: tuple[int, int]) -> int:
-        """The slot with the prefix of training without caption: bos and boi. Read once per latent shape."""
-        if shape not in self.uncond_prefix_slots:
-            chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
-            slot = self.cache.acquire()
-            try:
-                text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
-            except BaseException:
-                self.cache.release(slot)
-                raise
-            self.uncond_prefix_slots[shape] = slot
-        return self.uncond_prefix_slots[shape]
+    def _acquire_uncond_slot(self, shape: tuple[int, int]) -> int:
+        """A slot with the prefix of training without caption: bos and boi. They are read once per latent shape."""
+        if shape in self.uncond_prefixes:
+            return self.cache.acquire_with(*self.uncond_prefixes[shape])
+        chunk = encode_document(Document(()), self.vocabulary, add_eos=False).append(self.vocabulary.boi[shape])
+        slot = self.cache.acquire()
+        try:
+            text_mode.extend_cache(self.model, self.cache, [slot], [chunk], self.vocabulary)
+        except BaseException:
+            self.cache.release(slot)
+            raise
+        keys, values = self.cache.content(slot)
+        self.uncond_prefixes[shape] = keys.clone(), values.clone()
+        return slot
 
     def _reading_sequences(self, phase: type[Prefill] | type[Decode]) -> list[list[SequenceState]]:
         """Those in this phase, in groups: one forward pass each. Only prompts with log probabilities need several."""
@@ -408,17 +425,17 @@ class Engine:
                 by_shape.setdefault(None if self.uses_image_codes else sequence.phase.image.shape, []).append(sequence)
         return list(by_shape.values())
 
-    def _predict(self, sequences: list[SequenceState]) -> list[list[torch.Tensor]]:
-        """The predictions of all branches of each sequence."""
+    def _draw(self, sequences: list[SequenceState]) -> list:
+        """What each image continues with: its next latents, or its next code."""
         images = [sequence.phase.image for sequence in sequences]
         if self.uses_image_codes:
-            return chameleon.predict_branches(self.model, self.cache, images, self.vocabulary)
-        return image_mode.predict_branches(self.model, self.cache, images)
+            return chameleon.sample_codes(self.model, self.cache, images, self.vocabulary)
+        return image_mode.denoise(self.model, self.cache, images)
 
-    def _after_image_pass(self, sequence: SequenceState, predictions: list[torch.Tensor], events: list[Event]) -> None:
+    def _after_image_pass(self, sequence: SequenceState, result: tuple, events: list[Event]) -> None:
         image, codec, request = sequence.phase.image, self.opened.codec, sequence.request
         step = image.step
-        image.advance(predictions)
+        image.advance(result)
         if image.step > step and request.preview_every and image.step % request.preview_every == 0:
             events.append(PreviewEvent(sequence.request_id, sequence.sample_index, image.step, *image.preview(codec)))
         content = image.content()

@@ -8,7 +8,7 @@ and boi. `scale` weighs the difference between a branch and the next one, which 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from transfusion.codecs.codec import Codec
 from transfusion.config import DiffusionConfig, GenerationConfig
 from transfusion.diffusion import to_x0_and_noise
 from transfusion.inference.cache import Cache
-from transfusion.inference.samplers import LatentRange, Sampler, SamplingSchedule, get_sampler
+from transfusion.inference.samplers import Update, apply_updates, get_updates
 from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
 
-T_TOLERANCE = 1e-6  # t is float32: step 0.8 must lie in an interval that ends at 0.8
+T_TOLERANCE = 1e-6  # of the ends of guidance_interval: step 0.8 must lie in an interval that ends at 0.8
+
+LatentRange = tuple[Tensor, Tensor]  # smallest and largest value of each channel, (C, 1, 1) each
 
 
 @dataclass(frozen=True)
@@ -40,46 +42,77 @@ class LatentImageState:
     shape: tuple[int, int]
     branches: tuple[Branch, ...]  # the fully conditional one first
     generation: GenerationConfig
-    schedule: SamplingSchedule
-    sampler: Sampler
-    x_t: Tensor  # (1, C, Y, X)
-    t: Tensor  # (1,)
-    x0_prediction: Tensor | None = None  # (1, C, Y, X) from the last prediction
-    x0: Tensor | None = None  # (1, C, Y, X), when it is finished
+    diffusion: DiffusionConfig
+    latent_range: LatentRange | None  # None: x0 is not clipped
+    updates: tuple[Update, ...]  # one for each model call
+    generator: torch.Generator  # of noise
+    x_t: Tensor  # (C, Y, X)
+    num_calls: int = 0
+    step: int = 0  # completed denoising steps. A sampler may call the model twice in a step; x_t is then a trial value
+    x0: Tensor | None = None  # (C, Y, X) of the last model call
+    noise: Tensor | None = field(init=False)  # (C, Y, X) on the CPU, if the next update adds some
 
     num_cached_positions = 1  # positions of the image in the branches' slots, boi included
 
+    def __post_init__(self):
+        self._sample_noise()
+
     @property
-    def step(self) -> int:
-        """Completed denoising steps. A sampler may call the model more than once per step; x_t is then a trial value."""
-        return self.schedule.step
+    def is_finished(self) -> bool:
+        return self.num_calls == len(self.updates)
+
+    @property
+    def update(self) -> Update:
+        """The next one."""
+        return self.updates[self.num_calls]
 
     def content(self) -> np.ndarray | None:
         """The finished latent (C, Y, X); None before."""
-        return None if self.x0 is None else self.x0[0].cpu().numpy()
+        return self.x_t.cpu().numpy() if self.is_finished else None
 
     def preview(self, codec: Codec) -> tuple[np.ndarray, np.ndarray]:
         """x_t and the predicted x0 as pixels, both (Y, X, channels) uint8."""
-        x_t = self.x_t if self.x0 is None else self.x0
-        return codec.decode(x_t[0].cpu().numpy()), codec.decode(self.x0_prediction[0].cpu().numpy())
+        return codec.decode(self.x_t.cpu().numpy()), codec.decode(self.x0.cpu().numpy())
 
-    def advance(self, predictions: Sequence[Tensor]) -> None:
-        """Continue with the predictions (C, Y, X) of the active branches."""
-        scales = [branch.scale for branch in self.branches[: len(predictions)]]
-        prediction = guide(predictions, scales, self.generation.guidance_rescale)[None]  # (1, C, Y, X)
-        self.x0_prediction = to_x0_and_noise(self.x_t, prediction, self.t, self.schedule.diffusion).x0
-        try:
-            self.x_t, self.t = self.sampler.send(prediction)
-        except StopIteration as finished:
-            self.x0 = finished.value
+    def advance(self, latents: tuple[Tensor, Tensor]) -> None:
+        """Continue with the next x_t and the predicted x0, (C, Y, X) each."""
+        self.x_t, self.x0 = latents
+        self.step += self.update.ends_step
+        self.num_calls += 1
+        self._sample_noise()
+
+    def _sample_noise(self) -> None:
+        """Not in the forward pass, which is repeated if it fails."""
+        adds_noise = not self.is_finished and self.update.noise > 0
+        self.noise = torch.randn(self.x_t.shape, generator=self.generator) if adds_noise else None
 
     def active_branches(self) -> tuple[Branch, ...]:
         """Branches to evaluate at this t: all inside guidance_interval, only the conditional one outside."""
         low, high = self.generation.guidance_interval
-        # The full interval is tested first: t.item() would wait for the device.
-        if (low, high) == (0, 1) or low - T_TOLERANCE <= self.t.item() <= high + T_TOLERANCE:
-            return self.branches
-        return self.branches[:1]
+        return self.branches if low - T_TOLERANCE <= self.update.t <= high + T_TOLERANCE else self.branches[:1]
+
+
+class BranchRows:
+    """The branches of several images as rows of one forward pass."""
+
+    def __init__(self, branches: Sequence[Sequence[Branch]]):
+        self.branches = branches
+        # All first branches, then all second ones: slots that were acquired together are then adjacent.
+        order = [(k, n) for k in range(max(map(len, branches))) for n in range(len(branches)) if k < len(branches[n])]
+        self.images = [n for _, n in order]  # the image of each row
+        self.slots = [branches[n][k].slot for k, n in order]
+        self.number = {pair: row for row, pair in enumerate(order)}  # of the row of branch k of image n
+
+    def guide(self, predictions: Tensor, rescale: Sequence[float] = ()) -> Tensor:
+        """The guided predictions (N, ...) of the images from those of all rows (B, ...). rescale: as for `guide`."""
+        # An image with fewer branches repeats its last one: the difference of equal predictions is 0.
+        levels = range(max(map(len, self.branches)))
+        padded = [[(min(k, len(branches) - 1), n) for n, branches in enumerate(self.branches)] for k in levels]
+        rows = torch.tensor([[self.number[pair] for pair in level] for level in padded], device=predictions.device)
+        scales = predictions.new_tensor([[self.branches[n][k].scale for k, n in level] for level in padded])  # (K, N)
+        shape = len(self.branches), *[1] * (predictions.dim() - 1)
+        factor = predictions.new_tensor(rescale).view(shape) if any(rescale) else None
+        return guide(predictions[rows].unbind(), [scale.view(shape) for scale in scales], factor)
 
 
 def begin_image(
@@ -88,40 +121,58 @@ def begin_image(
 ) -> LatentImageState:  # fmt: skip
     """A latent (C, Y, X) of noise from this seed, generated on the CPU in float32 so that the device does not change it."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, *shape), generator=generator).to(device)  # (1, C, Y, X)
+    x_t = torch.randn(shape, generator=generator).to(device)  # (C, Y, X)
     if generation.t_shift is not None:
         diffusion = replace(diffusion, t_shift=generation.t_shift)
-    schedule = SamplingSchedule(generation.steps, diffusion, latent_range if generation.clip_x0 else None, generator)
-    sampler = get_sampler(generation.sampler, diffusion.noise_schedule)(noise, schedule)
-    x_t, t = next(sampler)
-    return LatentImageState(shape[1:], tuple(branches), generation, schedule, sampler, x_t, t)
+    updates = get_updates(generation.sampler, generation.steps, diffusion)
+    latent_range = latent_range if generation.clip_x0 else None
+    return LatentImageState(shape[1:], tuple(branches), generation, diffusion, latent_range, updates, generator, x_t)
 
 
-def predict_branches(model: Transfusion, cache: Cache, images: Sequence[LatentImageState]) -> list[list[Tensor]]:
-    """One model call for all images, all of one shape: the predictions (C, Y, X) of the active branches of each. Only the
-    positions of the images are computed. Nothing is committed to the cache."""
-    branches = [image.active_branches() for image in images]
-    # All first branches, then all second ones: slots that were acquired together are then adjacent.
-    order = [(n, k) for k in range(max(map(len, branches))) for n in range(len(images)) if k < len(branches[n])]
-    x_t = torch.cat([images[n].x_t for n, _ in order])  # (B, C, Y, X)
-    t = torch.cat([images[n].t for n, _ in order])  # (B,)
-    predictions = predict(model, cache, [branches[n][k].slot for n, k in order], x_t, t)  # (B, C, Y, X)
-    by_branch = dict(zip(order, predictions, strict=True))
-    return [[by_branch[n, k] for k in range(len(branches[n]))] for n in range(len(images))]
+def denoise(model: Transfusion, cache: Cache, images: Sequence[LatentImageState]) -> list[tuple[Tensor, Tensor]]:
+    """One model call for all images, all of one shape: the next x_t and the predicted x0 of each, both (C, Y, X). Samplers,
+    steps and scales may differ. Only the positions of the images are computed. Nothing is committed to the cache."""
+    rows = BranchRows([image.active_branches() for image in images])
+    x_t = torch.stack([image.x_t for image in images])  # (N, C, Y, X)
+    t = x_t.new_tensor([image.update.t for image in images])  # (N,)
+    predictions = predict(model, cache, rows.slots, x_t[rows.images], t[rows.images])  # (B, C, Y, X)
+    guided = rows.guide(predictions, [image.generation.guidance_rescale for image in images])  # (N, C, Y, X)
+    return update_latents(images, x_t, t, guided)
 
 
-def guide(predictions: Sequence[Tensor], scales: Sequence[float], rescale: float = 0.0) -> Tensor:
-    """The guided prediction from those of the branches, (C, Y, X) each; the formulas are at the top of this file.
+def update_latents(
+    images: Sequence[LatentImageState], x_t: Tensor, t: Tensor, predictions: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The next x_t and the predicted x0 of each image, from x_t (N, C, Y, X) at t (N,) and the guided predictions."""
+    x0 = to_x0_and_noise(x_t, predictions, t, images[0].diffusion).x0  # configs differ only in t_shift, which is part of t
+    ranges = [image.latent_range for image in images]
+    if any(ranges):  # all have one codec, and so one range
+        is_clipped = torch.tensor([latent_range is not None for latent_range in ranges], device=x_t.device)
+        x0 = torch.where(is_clipped.view(-1, 1, 1, 1), x0.clamp(*next(filter(None, ranges))), x0)
+    x0_previous = torch.stack([image.x_t if image.x0 is None else image.x0 for image in images])  # (its first weight is 0)
+    noises = [image.noise for image in images]
+    if all(noise is None for noise in noises):
+        noise = None
+    else:
+        zeros = torch.zeros(x_t.shape[1:])
+        noise = torch.stack([zeros if noise is None else noise for noise in noises]).to(x_t)  # (N, C, Y, X)
+    next_x_t = apply_updates([image.update for image in images], x_t, x0, x0_previous, noise)
+    return list(zip(next_x_t, x0, strict=True))
+
+
+def guide(predictions: Sequence[Tensor], scales: Sequence[Tensor | float], rescale: Tensor | float | None = None) -> Tensor:
+    """The guided predictions from those of the branches, (..., C, Y, X) each; the formulas are at the top of this file.
+    Scales and rescale are numbers, or one for each image as tensors (N, 1, 1, 1).
 
     rescale (0 to 1): how far the standard deviation, which guidance increases, is brought back to that of the first branch
     (Lin et al. 2023, 2305.08891, section 3.4).
     """
-    guided = predictions[-1]  # (C, Y, X)
+    guided = predictions[-1]  # (..., C, Y, X)
     for n in reversed(range(len(predictions) - 1)):
         guided = guided + scales[n] * (predictions[n] - predictions[n + 1])
-    if rescale and len(predictions) > 1:
-        cond_std, guided_std = (p.std(correction=0) for p in (predictions[0], guided))
-        ratio = torch.where(guided_std > 0, cond_std / guided_std, 1.0)  # () an untrained model predicts 0 everywhere
+    if rescale is not None:
+        cond_std, guided_std = (p.std((-3, -2, -1), correction=0, keepdim=True) for p in (predictions[0], guided))
+        ratio = torch.where(guided_std > 0, cond_std / guided_std, 1.0)  # an untrained model predicts 0 everywhere
         guided = guided * (1 + rescale * (ratio - 1))
     return guided
 
@@ -132,6 +183,7 @@ def predict(model: Transfusion, cache: Cache, slots: list[int], x_t: Tensor, t: 
     view = cache.view(slots, P)
     zeros = torch.zeros(B, P, dtype=torch.int64, device=x_t.device)  # (B, P) tokens to be replaced; also: image 0
     index = torch.arange(B * P, device=x_t.device).view(B, P)
-    mask = cached_mask(view.lengths, P, zeros, model.config.image_attention)
+    is_full = model.config.image_attention == "bidirectional" and view.needs_no_mask
+    mask = None if is_full else cached_mask(view.lengths, P, zeros, model.config.image_attention)
     prediction = model.forward_cached(zeros, view.position_ids, mask, view, zeros.new_zeros(0), [x_t], [t], [index])
     return prediction.images[0].to(x_t.dtype)

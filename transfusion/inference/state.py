@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from transfusion.config import GenerationConfig
 from transfusion.inference.chameleon import CodeImageState
@@ -30,6 +30,13 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The next token is sampled from these logits."""
+
+    logits: Tensor  # (V,)
+
+
+@dataclass(frozen=True)
 class Draw:
     """An unfinished image."""
 
@@ -44,7 +51,7 @@ class SequenceState:
     request: Request
     generation: GenerationConfig
     sample_index: int
-    phase: Prefill | Decode | Draw | None  # None only while a forward pass is evaluated
+    phase: Prefill | Decode | Sample | Draw | None  # None only while a forward pass is evaluated
     scales: tuple[float, ...]  # the weight in guidance of each of `slots`
     follows_text: bool  # is there text before its next text?
     picture_hashes: tuple[str, ...]  # of the prompt
@@ -55,8 +62,10 @@ class SequenceState:
     held_events: list[TokenEvent] = field(default_factory=list)  # of tokens whose text is held back
     text_stream: TextStream | None = None
 
-    def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(derive_seed(self.request.seed, self.sample_index, "text"))
+    @property
+    def token_seed(self) -> int:
+        """The seed of its next token."""
+        return derive_seed(self.request.seed, self.sample_index, "text", self.num_sampled_tokens)
 
     @property
     def all_slots(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Text mode: extend the cache, sample the next token from the logits, and log probabilities."""
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from transfusion.inference.cache import Cache
 from transfusion.inference.request import TokenLogprob
 from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
+from transfusion.seeding import derive_seed
 from transfusion.sequence import NO_TARGET, Chunk, Row, Vocabulary, collate
 
-NUM_SORTED = 1024  # ids that are sorted first for top_p
+MAX_CACHED = 2**17  # logits that a CPU samples from at once: their sums stay in its cache
+ONE = 2**40  # the probability 1 as a whole number: smaller steps than those of float32
 MIN_TEMPERATURE = 1e-4  # below it float32 gives every token but the most likely one probability zero
 
 
@@ -29,7 +32,8 @@ def extend_cache(
     batch = collate([Row((chunk,)) for chunk in chunks], new, vocabulary).to(cache.device)
     ends = [(row * new + len(chunk), n) for row, (chunk, n) in enumerate(zip(chunks, num_logits, strict=True))]
     index = torch.tensor([i for end, n in ends for i in range(end - n, end)], device=cache.device)  # (T,)
-    mask = cached_mask(view.lengths, new, batch.image_ids, model.config.image_attention)
+    is_full = new == 1 and view.needs_no_mask
+    mask = None if is_full else cached_mask(view.lengths, new, batch.image_ids, model.config.image_attention)
     x0 = [group.x0 for group in batch.groups]
     t = [torch.zeros(len(latents), device=cache.device) for latents in x0]
     prediction = model.forward_cached(
@@ -40,26 +44,66 @@ def extend_cache(
     return prediction.logits.float()
 
 
-def sample_token(logits: Tensor, allowed: Tensor, generation: GenerationConfig, generator: torch.Generator) -> int:
-    """Returns one token id, sampled from logits (V,) on the CPU among the allowed ids (V,) bool. Greedy at temperature 0."""
-    logits = logits.masked_fill(~allowed, -torch.inf)
-    if generation.temperature < MIN_TEMPERATURE:
-        return int(logits.argmax())
-    probabilities = (logits / generation.temperature).softmax(-1)
-    if generation.top_p < 1:
-        probabilities = keep_nucleus(probabilities, generation.top_p)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def sample_tokens(
+    logits: Sequence[Tensor], generations: Sequence[GenerationConfig], seeds: Sequence[int],
+    allowed: Sequence[Tensor] | None = None,
+) -> list[int]:  # fmt: skip
+    """One token id for each row of logits (V,), among its allowed ids (V,) bool (default: all), with its temperature and
+    top_p; greedy at temperature 0. A row depends on nothing but its own arguments. ValueError if its logits are not finite.
+
+    All is computed on the device of the logits. A CPU takes a few rows at a time, which stay in its cache.
+    """
+    num_rows = max(1, MAX_CACHED // len(logits[0])) if logits[0].device.type == "cpu" else len(logits)
+    tokens = []
+    for rows in (slice(first, first + num_rows) for first in range(0, len(logits), num_rows)):
+        batch = torch.stack(logits[rows])  # (B, V)
+        if allowed is not None:
+            batch.masked_fill_(~torch.stack(allowed[rows]), -torch.inf)
+        tokens += _sample_batch(batch, generations[rows], seeds[rows])
+    return tokens
 
 
-def keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Probabilities (V,) with zeros outside the smallest set of the likeliest ids that has at least top_p in all (nucleus
-    sampling, 1904.09751). A part of the ids is sorted, and all only if that is not enough: a sort of 128,256 takes 25 ms."""
-    for size in (min(NUM_SORTED, len(probabilities)), len(probabilities)):
-        values, ids = probabilities.topk(size)
-        before = values.cumsum(0) - values  # (size,) total of the likelier ids
-        if before[-1] >= top_p:
-            break
-    return torch.zeros_like(probabilities).index_copy(0, ids, values * (before < top_p))
+def _sample_batch(logits: Tensor, generations: Sequence[GenerationConfig], seeds: Sequence[int]) -> list[int]:
+    """A token id for each row of logits (B, V)."""
+    highest, likeliest = logits.max(-1)  # (B,) each
+    if not highest.isfinite().all():
+        raise ValueError("the logits are not finite: the weights of the run are damaged, or too large for its precision")
+    tokens = likeliest.tolist()
+    rows = [row for row, generation in enumerate(generations) if generation.temperature >= MIN_TEMPERATURE]
+    if rows:
+        temperature = logits.new_tensor([generations[row].temperature for row in rows])[:, None]  # (R, 1)
+        probabilities = logits[rows].div_(temperature).softmax(-1)  # (R, V)
+        sampled = _sample_nuclei(probabilities, [generations[row].top_p for row in rows], [seeds[row] for row in rows])
+        for row, token in zip(rows, sampled, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _sample_nuclei(probabilities: Tensor, top_ps: Sequence[float], seeds: Sequence[int]) -> list[int]:
+    """An id of each row of probabilities (B, V), from the smallest set of the likeliest ids that has at least top_p in all
+    (nucleus sampling, 1904.09751). Equally likely ids are all in it, or all outside.
+
+    No ids are sorted: an id is sampled from all, and rejected if the likelier ones have top_p without it. It is then outside
+    of the set, like all that are not likelier, and the next id is sampled from the likelier ones (as in FlashInfer,
+    2501.01005). Whole numbers make all sums exact, in any order and on any device.
+    """
+    tokens, rows = [0] * len(seeds), list(range(len(seeds)))
+    weights = (probabilities * ONE).long()  # (R, V) of the remaining rows
+    # With top_p 1 nothing is rejected, although the rounded probabilities may be more than 1 in all.
+    limits = weights.new_tensor([max(1, int(top_p * ONE)) if top_p < 1 else 2 * ONE for top_p in top_ps])  # (R,)
+    for attempt in count():
+        ends = weights.cumsum(-1)  # (R, V) inverse transform sampling
+        totals = ends[:, -1].tolist()
+        numbers = [derive_seed(seeds[row], attempt) * total >> 63 for row, total in zip(rows, totals, strict=True)]
+        sampled = torch.searchsorted(ends, weights.new_tensor(numbers)[:, None], right=True)  # (R, 1)
+        likelier = weights * (weights > weights.gather(1, sampled))  # (R, V)
+        is_outside = likelier.sum(-1) >= limits  # (R,)
+        for row, token in zip(rows, sampled[:, 0].tolist(), strict=True):
+            tokens[row] = token
+        rows = [row for row, outside in zip(rows, is_outside.tolist(), strict=True) if outside]
+        if not rows:
+            return tokens
+        weights, limits = likelier[is_outside], limits[is_outside]
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], allowed: Tensor, num_top: int) -> list[TokenLogprob]:

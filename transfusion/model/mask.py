@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfusion.model.attention import attention
+
 BLOCK_SIZE = 128  # queries and keys of one block of FlexAttention's BlockMask
+MAX_PLAIN_KEYS = 512  # of plain products, which keep all probabilities: of longer rows they would be most of the memory
 
 
 @dataclass(eq=False)
@@ -28,17 +31,29 @@ class Mask:
         with a mask has no fast kernel on CUDA."""
         return self.lo.device.type == "cuda" and self.lo.shape[1] == self.num_keys and self.num_keys % BLOCK_SIZE == 0
 
-    def prepare(self) -> None:
-        """Build the mask of `attend` once for all layers, and compile flex_attention before any compiled block runs. First
-        traced from inside a compiled block, dynamo inlines the eager version, which materialises the L x L scores."""
+    @cached_property
+    def uses_plain_products(self) -> bool:
+        """`attention` instead of SDPA: short rows on a CPU where float32 products go to oneDNN (see `parallel`). SDPA takes
+        three to four times as long there."""
+        goes_to_onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        return goes_to_onednn and self.lo.device.type == "cpu" and self.num_keys <= MAX_PLAIN_KEYS
+
+    def prepare(self, dtype: torch.dtype = torch.float32) -> None:
+        """Decide the kernel and build the mask of `attend` once for all layers, for queries of this dtype, and compile
+        flex_attention before any compiled block runs. First traced from inside a compiled block, dynamo inlines the eager
+        version, which materialises the L x L scores."""
         if self.uses_flex:
             _compiled_flex()
-        _ = self.block_mask if self.uses_flex else self.attn_bias
+            _ = self.block_mask
+        else:
+            _, self.attn_bias = self.uses_plain_products, self.attn_bias.to(dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Lq, h), k and v (B, Hkv, Lk, h) -> (B, H, Lq, h)."""
         if self.uses_flex:
             return _compiled_flex()(q, k, v, block_mask=self.block_mask, enable_gqa=k.shape[1] != q.shape[1])
+        if self.uses_plain_products and q.dtype == torch.float32:
+            return attention(q, k, v, self.attn_bias)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.attn_bias.to(q.dtype), enable_gqa=k.shape[1] != q.shape[1]
         )
@@ -51,7 +66,7 @@ class Mask:
 
     @cached_property
     def attn_bias(self) -> Tensor:
-        """(B, 1, Lq, Lk) float32, 0 or -inf: additive bias for SDPA, built once for all layers."""
+        """(B, 1, Lq, Lk) float32, 0 or -inf: additive bias for SDPA, built once for all layers. `prepare` casts it."""
         return torch.zeros(self.dense.shape, device=self.lo.device).masked_fill_(~self.dense, -torch.inf)
 
     @cached_property

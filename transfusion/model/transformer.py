@@ -15,8 +15,9 @@ from transfusion.model.mask import Mask
 class Cache(Protocol):
     """Keys and values of earlier positions, for inference."""
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values (B, Hkv, Lq, h) -> those of all positions, old and new (B, Hkv, Lk, h)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+        """Attention of q (B, H, Lq, h) to the cached positions and the new ones, k and v (B, Hkv, Lq, h): under a mask, or
+        without one to all of them. -> (B, H, Lq, h)."""
 
 
 class Transformer(nn.Module):
@@ -29,15 +30,21 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.activation_checkpointing = False  # in training: recompute the activations of a block in its backward pass
 
-    def forward(self, x: Tensor, position_ids: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor, mask: Mask | None, cache: Cache | None = None) -> Tensor:
         cos_sin = rope_cos_sin(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
-        mask.prepare()
+        if mask is not None:
+            mask.prepare(self._query_dtype(x))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos_sin, mask, cache, use_reentrant=False)
             else:
                 x = block(x, cos_sin, mask, cache)
         return self.norm(x)
+
+    def _query_dtype(self, x: Tensor) -> torch.dtype:
+        """That of the output of linear layers."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
 
 
 class RMSNorm(nn.RMSNorm):
@@ -73,7 +80,7 @@ class _RMSNormFunction(torch.autograd.Function):
         grad_normed = grad * normed
         along = (grad_normed @ weight)[..., None] / normed.shape[-1]  # (..., 1)
         # RMSNorm is scale-invariant: remove the component of the gradient along x.
-        grad_x = torch.addcmul(grad * weight, normed, along, value=-1) * inv_rms
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(inv_rms)
         grad_weight = grad_normed.reshape(-1, grad_normed.shape[-1]).sum(0)
         return grad_x, grad_weight, None
 
@@ -87,7 +94,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.post_norm = config.post_norm
 
-    def forward(self, x: Tensor, cos_sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
         if self.post_norm:  # the norm is on the branch (Swin v2, Chameleon): x + norm(f(x))
             x = x + self.attention_norm(self.attention(x, cos_sin, mask, cache))
             return x + self.feed_forward_norm(self.feed_forward(x))
@@ -109,16 +116,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos_sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
         B, L, _ = x.shape
         v = self.value(x).view(B, L, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, Hkv, L, h)
         q = self.q_norm(self.query(x).view(B, L, self.heads, self.head_dim))  # (B, L, H, h)
         k = self.k_norm(self.key(x).view(B, L, self.kv_heads, self.head_dim))  # (B, L, Hkv, h)
         q = apply_rotary_emb(q, cos_sin).transpose(1, 2).to(v.dtype)  # (B, H, L, h)
         k = apply_rotary_emb(k, cos_sin).transpose(1, 2).to(v.dtype)  # (B, Hkv, L, h)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        return self.out(mask.attend(q, k, v).transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
+        attended = mask.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, L, h)
+        return self.out(attended.transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
 
 
 class FeedForward(nn.Module):

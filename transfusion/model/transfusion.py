@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,12 @@ from transfusion.sequence import Batch
 
 RESIDUAL_OUTPUTS = ("out", "down")  # last layers of attention and convolution blocks, and of the feed-forward
 MODEL_TYPE = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # in config.json
+Head = Callable[[Tensor, Tensor], Any]  # of hidden states (T, D) and weights (V, D)
 
 
 class Prediction(NamedTuple):
-    """Next-token logits (T, V) at the requested positions, and one prediction (N, C, Y, X) per image group. A tuple: FSDP
-    finds the tensors of a module's output only in tuples, lists and dicts."""
+    """Next-token logits (T, V) at the requested positions, or the result of another `head`, and one prediction (N, C, Y, X)
+    per image group. A tuple: FSDP finds the tensors of a module's output only in tuples, lists and dicts."""
 
     logits: Tensor
     images: list[Tensor]
@@ -50,21 +51,25 @@ class Transfusion(nn.Module):
         # Tied embeddings have no head module: one tensor with one name cannot be saved twice or untied by accident.
         self.head = None if config.tie_word_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor]) -> Prediction:
-        """Packed rows. For each image group of the batch: latents x_t (N, C, Y, X) at times t (N,)."""
+    def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor], head: Head = F.linear) -> Prediction:
+        """Packed rows. For each image group of the batch: latents x_t (N, C, Y, X) at times t (N,).
+
+        head(hidden (T, D), lm_head (V, D)) gives the logits (T, V), or a loss that never has all of them in memory. It is
+        called in here because FSDP gathers the weights only for the forward pass."""
         mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention)
         image_index = [group.index for group in batch.groups]
-        return self._predict(batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index)
+        return self._predict(batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index, head)
 
     def forward_cached(
-        self, tokens: Tensor, position_ids: Tensor, mask: Mask, cache: Cache, text_index: Tensor,
+        self, tokens: Tensor, position_ids: Tensor, mask: Mask | None, cache: Cache, text_index: Tensor,
         x_t: list[Tensor], t: list[Tensor], image_index: list[Tensor],
     ) -> Prediction:  # fmt: skip
         """New positions after those in the cache: tokens and position_ids (B, L); logits at text_index (T,) into B * L;
-        x_t and t as in `forward`, at the positions image_index (N, P) into B * L."""
+        x_t and t as in `forward`, at the positions image_index (N, P) into B * L. Without a mask they attend to all
+        positions of their row."""
         return self._predict(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
 
-    def _predict(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
+    def _predict(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, head=F.linear) -> Prediction:
         x = self.tokens(tokens)  # (B, L, D)
         if self.patches is not None and not x_t and torch.is_grad_enabled():
             # Keep unused image weights in the graph with zero gradient: otherwise FSDP's reduce-scatter deadlocks when one
@@ -78,8 +83,7 @@ class Transfusion(nn.Module):
             x = x.view(-1, D).index_copy(0, index, patches.to(x.dtype)).view(B, L, D)
         hidden = self.transformer(x, position_ids, mask, cache).view(-1, D)  # (B * L, D)
         lm_head = self.tokens.weight if self.head is None else self.head.weight  # (V, D)
-        logits = F.linear(hidden.index_select(0, text_index), lm_head)  # (T, V)
-        return Prediction(logits, [
+        return Prediction(head(hidden.index_select(0, text_index), lm_head), [
             self.patches.unembed(hidden.index_select(0, index.view(-1)).view(*index.shape, D), skips)
             for index, (_, skips) in zip(image_index, embedded, strict=True)
         ])  # fmt: skip

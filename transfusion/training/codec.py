@@ -26,7 +26,7 @@ from transfusion.config import FaultToleranceConfig
 from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.seeding import derive_seed
 from transfusion.training.codebook import CodebookReviver, measure_usage
-from transfusion.training.guard import TrainingError
+from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, optimizer_tensors, update_ema
 
@@ -77,7 +77,7 @@ class CodecTrainer:
             init_convolutions(self.discriminator, config.seed)
             self.discriminator.to(device)
             self.discriminator_optimizer = build_optimizer(self.discriminator, config)
-        self.loop = Loop(self, config, fault_tolerance, folder, ranks)
+        self.loop = Loop(self, config, fault_tolerance, folder, ranks, device)
 
     @property
     def loss_names(self) -> list[str]:
@@ -113,7 +113,13 @@ class CodecTrainer:
             step += 1
             yield ImageBatch(chosen, torch.from_numpy(np.stack([self.images[i] for _, i in chosen]))), step
 
-    def step(self, number: int, batch: ImageBatch, accepts_update: Callable[..., bool]) -> tuple[dict[str, float], int]:
+    def count(self, batch: ImageBatch) -> tuple[int]:
+        """This rank's images."""
+        return (len(batch.chosen),)
+
+    def step(
+        self, number: int, batch: ImageBatch, counts: Sequence[int], guard: Guard
+    ) -> Callable[[], dict[str, float]]:
         """One update of the network and, from step `gan_from` on, of the discriminator."""
         config = self.config
         images = from_uint8(batch.images.to(self.device))  # (n, image_channels, Y, X)
@@ -130,15 +136,22 @@ class CodecTrainer:
             loss = discriminator_loss(self.discriminator(images), self.discriminator(output.reconstruction.detach()))
             values |= {"discriminator_norm": self._backward(self.discriminator, loss), "discriminator": loss.item()}
         values = dict(zip(values, self.ranks.sum(*(value / self.ranks.world for value in values.values())), strict=True))
-        if accepts_update(number + 1, grad_norm, values, lambda: {"pictures": [int(i) for _, i in batch.chosen]}):
+        losses = dict(values)
+        verdict = guard.judge(torch.tensor([grad_norm, *losses.values()], device=self.device))
+        if applied := verdict[0] == 0:
             for optimizer in self._optimizers(adversarial):
                 optimizer.step()
-            update_ema(self.ema, self.network, number, config.ema_decay)
+            update_ema(self.ema, self.network, number, config.ema_decay, applied)
             if self.codebook_reviver is not None:
                 values |= self.codebook_reviver.update(number, *map(self._gather_latents, (output.latents, output.codes)))
         for optimizer in self._optimizers(adversarial):
             optimizer.zero_grad()
-        return values | {"gradient_norm": grad_norm}, config.batch_size
+
+        def read() -> dict[str, float]:
+            guard.report(number + 1, verdict.tolist(), grad_norm, losses, {"pictures": [int(i) for _, i in batch.chosen]})
+            return values | {"gradient_norm": grad_norm}
+
+        return read
 
     def _gather_latents(self, latents: Tensor) -> Tensor:
         """Latent pixels (or their codes) of a step from all ranks, (n, ...), in the order of a single process."""

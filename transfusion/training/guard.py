@@ -3,13 +3,15 @@
 import faulthandler
 import math
 import os
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from transfusion.config import FaultToleranceConfig
 from transfusion.disk import write_json
@@ -24,51 +26,66 @@ class TrainingError(ValueError):
 
 
 class Guard:
-    """Decides whether an update is applied. Checkpoints store `grad_norms` and `num_consecutive_skips`."""
+    """Decides on the device whether an update is applied, so that no step waits for the numbers of the one before."""
 
-    def __init__(self, config: FaultToleranceConfig, folder: Path, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, folder, ranks
-        self.grad_norms: list[float] = []  # of the last applied updates
-        self.num_consecutive_skips = 0  # consecutive updates
+    def __init__(self, config: FaultToleranceConfig, folder: Path, ranks: Ranks, device: torch.device):
+        self.config, self.folder, self.ranks, self.device = config, folder, ranks, device
+        self.load_state([], 0)
 
-    def accepts_update(self, step: int, grad_norm: float, values: dict[str, float], batch: Callable[[], dict]) -> bool:
-        """Whether to apply the update of this step, counted from 1. All ranks must call it with the same numbers.
+    def load_state(self, grad_norms: Sequence[float], num_skips: int) -> None:
+        """Set the gradient norms of the last applied updates, and the number of consecutive rejected ones."""
+        history = [math.nan] * NORM_HISTORY + list(grad_norms)
+        self.norms = torch.tensor(history[-NORM_HISTORY:], device=self.device)  # (NORM_HISTORY,) NaN: no update yet
+        self.num_skips = torch.tensor(num_skips, device=self.device)  # ()
 
-        A rejected update writes faults/step-NNNNNN.json: the reason, and every rank's batch, as `batch` describes it.
-        TrainingError after more than `skip_nonfinite` consecutive rejected updates.
+    @property
+    def state(self) -> tuple[list[float], int]:
+        """The arguments of `load_state`, for checkpoints."""
+        return self.norms[~self.norms.isnan()].tolist(), int(self.num_skips)
+
+    def judge(self, numbers: Tensor) -> Tensor:
+        """The verdict (3,) on an update, from its gradient norm and its losses (n,), which are equal on all ranks: the
+        number of consecutive rejected updates, 0 when this one is applied; mean and standard deviation of the history.
+
+        After more than `skip_nonfinite` rejected updates it applies none, because the error is raised one step later.
         """
-        reason = self._reason_to_skip(grad_norm, values)
-        if reason is None:
-            self.grad_norms, self.num_consecutive_skips = [*self.grad_norms, grad_norm][-NORM_HISTORY:], 0
-            return True
-        self.num_consecutive_skips += 1
+        norm, known = numbers[0], ~self.norms.isnan()
+        mean = self.norms.where(known, 0).sum() / known.sum()
+        std = ((self.norms - mean).square().where(known, 0).sum() / known.sum()).sqrt()
+        applied = numbers.isfinite().all() & (self.num_skips <= self.config.skip_nonfinite)
+        if self.config.skip_spikes_above is not None:
+            applied &= (known.sum() < MIN_NORM_HISTORY) | (norm <= mean + self.config.skip_spikes_above * std)
+        self.norms = torch.cat([self.norms[1:], norm[None]]).where(applied, self.norms)
+        self.num_skips = (self.num_skips + 1).where(~applied, 0)
+        return torch.stack([self.num_skips, mean, std])
+
+    def report(self, step: int, verdict: Sequence[float], norm: float, losses: dict[str, float], batch: dict) -> None:
+        """Report a rejected update of this step, counted from 1. All ranks must call it with the same numbers.
+
+        It writes faults/step-NNNNNN.json: the reason, and every rank's `batch`, a description of it. TrainingError after
+        more than `skip_nonfinite` consecutive rejected updates.
+        """
+        num_skips, mean, std = verdict
+        if not num_skips:
+            return
+        not_finite = [name for name, value in (losses | {"gradient": norm}).items() if not math.isfinite(value)]
+        if not_finite:
+            reason = f"the {not_finite[0].replace('_', ' ')} is not finite"
+        else:
+            reason = f"the gradient norm {norm:.3g} is a spike (mean {mean:.3g}, standard deviation {std:.2g})"
         path = self.folder / "faults" / f"step-{step:06d}.json"
-        values = values | {"gradient_norm": grad_norm}
+        values = losses | {"gradient_norm": norm}
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        batches = self.ranks.gather(batch())
+        batches = self.ranks.gather(batch)
         if self.ranks.is_main:
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"step": step, "reason": reason, **numbers, "batches": batches})
-        if self.num_consecutive_skips > self.config.skip_nonfinite:
+        if num_skips > self.config.skip_nonfinite:
             raise TrainingError(
                 f"step {step}: {reason}, so the update was not applied; {path} lists the documents of the batch, and the "
                 "last checkpoint is intact. Try a lower training.learning_rate, or fault_tolerance.skip_nonfinite N to skip "
                 "up to N consecutive updates"
             )
-        return False
-
-    def _reason_to_skip(self, grad_norm: float, values: dict[str, float]) -> str | None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                return f"the {name.replace('_', ' ')} is not finite"
-        if not math.isfinite(grad_norm):
-            return "the gradient is not finite"
-        if self.config.skip_spikes_above is None or len(self.grad_norms) < MIN_NORM_HISTORY:
-            return None
-        mean, std = statistics.mean(self.grad_norms), statistics.pstdev(self.grad_norms)
-        if grad_norm <= mean + self.config.skip_spikes_above * std:
-            return None
-        return f"the gradient norm {grad_norm:.3g} is a spike (mean {mean:.3g}, standard deviation {std:.2g})"
 
 
 @contextmanager

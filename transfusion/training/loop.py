@@ -1,12 +1,14 @@
 """The training loop of models and codecs: load the next batch ahead, step, evaluate, save; stop on a signal and resume."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from transfusion.checkpoint.open import restore_newest
@@ -48,8 +50,12 @@ class Task(Protocol):
     def batches(self, loader_state: Any) -> Iterator[tuple[Any, Any]]:
         """An endless iterator of a step's batch and the loader state after it. It runs in a separate thread."""
 
-    def step(self, number: int, batch: Any, accepts_update: Callable[..., bool]) -> tuple[dict[str, float], int]:
-        """Train one step, counted from 0; apply the update if it is accepted. Returns the metrics and the units seen."""
+    def count(self, batch: Any) -> tuple[int, ...]:
+        """Counts of this rank's batch, the last one in the task's unit; `step` gets their sums over all ranks."""
+
+    def step(self, number: int, batch: Any, counts: list[int], guard: Guard) -> Callable[[], dict[str, float]]:
+        """Queue one step, counted from 0; apply the update if the guard accepts it. Returns a function that waits for the
+        step, reports a rejected update to the guard and returns the metrics."""
 
     def describe(self, values: dict[str, float]) -> str:
         """The most important metrics, as short text."""
@@ -64,17 +70,27 @@ class Task(Protocol):
         """All tensors that a checkpoint saves and restores, by part and name."""
 
 
+class QueuedStep(NamedTuple):
+    """A step whose numbers have not been read, and the training state after it."""
+
+    number: int  # counted from 1
+    read: Callable[[], dict[str, float]]
+    loader_state: Any
+    num_new: int  # positions or images
+    seconds: float  # of training until it was queued
+
+
 class Loop:
     """Trains a task in a run's folder. All ranks run it; rank 0 writes the shared files."""
 
     def __init__(
         self, task: Task, config: LoopConfig, fault_tolerance: FaultToleranceConfig, folder: Path, ranks: Ranks,
-        preview_every: int = 0,
+        device: torch.device, preview_every: int = 0,
     ):  # fmt: skip
         self.task, self.config, self.folder, self.ranks = task, config, folder, ranks
         self.watchdog_seconds, self.preview_every = fault_tolerance.watchdog, preview_every
         self.progress = Progress()
-        self.guard = Guard(fault_tolerance, folder, ranks)
+        self.guard = Guard(fault_tolerance, folder, ranks, device)
         self.stop_requested = False
         self.last_logged = 0.0, 0  # seconds and num_seen
 
@@ -94,47 +110,71 @@ class Loop:
             raise TrainingError(
                 "the checkpoint was written by another version of transfusion: resume with that version, or start a new run"
             ) from None
-        self.guard.grad_norms = list(self.progress.grad_norms)
-        self.guard.num_consecutive_skips = self.progress.num_consecutive_skips
+        self.guard.load_state(self.progress.grad_norms, self.progress.num_consecutive_skips)
         self.last_logged = self.progress.seconds, self.progress.num_seen
 
     def run(self) -> bool:
-        """Train to the last step: True; or until a signal: False. In both cases a checkpoint is saved."""
+        """Train to the last step: True; or until a signal: False. In both cases a checkpoint is saved.
+
+        The numbers of a step are read after the next one has been queued, so a GPU never waits for the CPU. Before an
+        evaluation, a preview or a checkpoint they are read at once.
+        """
         config, progress = self.config, self.progress
         metrics = MetricsWriter(self.folder / "metrics.jsonl", progress.step, self.ranks.is_main)
         progress_bar = ProgressBar(config.steps, progress.step, self.ranks.is_main)
         with (
             watchdog(self.watchdog_seconds, self.folder, self.ranks.rank) as reset_watchdog, stop_on_signal(self),
             progress_bar, Saver(self.folder, config.keep_checkpoints, self.ranks) as saver,
-            ThreadPoolExecutor(1) as prefetcher,
+            ThreadPoolExecutor(1) as prefetcher, self.ranks.catching_peer_failure(),
         ):  # fmt: skip
             batches = self.task.batches(progress.loader_state)
             next_batch = prefetcher.submit(next, batches)
             if progress.step == 0:
                 self._evaluate_and_preview(metrics, progress_bar)
-            while progress.step < config.steps and not self.ranks.any(self.stop_requested):
+            number, queued, start = progress.step, deque(), time.monotonic() - progress.seconds
+            while number < config.steps:
                 reset_watchdog()
-                start = time.monotonic()
                 batch, loader_state = next_batch.result()
+                *counts, num_stops = map(round, self.ranks.sum(*self.task.count(batch), self.stop_requested))
+                if num_stops:
+                    break
                 next_batch = prefetcher.submit(next, batches)
-                with self.ranks.catching_peer_failure():
-                    values, num_new = self.task.step(progress.step, batch, self.guard.accepts_update)
-                progress.step, progress.loader_state = progress.step + 1, loader_state
-                progress.num_seen += num_new
-                progress.seconds += time.monotonic() - start
-                self._log(metrics, progress_bar, values)
+                read = self.task.step(number, batch, counts, self.guard)
+                number += 1
+                queued.append(QueuedStep(number, read, loader_state, counts[-1], time.monotonic() - start))
+                if not self._is_due(number):
+                    self._finish(queued, 1, metrics, progress_bar)
+                    continue
+                self._finish(queued, 0, metrics, progress_bar)
+                pause = time.monotonic()
                 self._evaluate_and_preview(metrics, progress_bar)
-                if progress.step % config.checkpoint_every == 0 or progress.step == config.steps:
+                if number % config.checkpoint_every == 0 or number == config.steps:
                     self._save(saver)
+                start += time.monotonic() - pause
+            self._finish(queued, 0, metrics, progress_bar)
             if progress.step < config.steps:
                 self._save(saver)
                 saver.finish()
                 progress_bar.print_line(f"stopped at step {progress.step} and saved: the same command resumes from here")
         return progress.step >= config.steps
 
+    def _is_due(self, step: int) -> bool:
+        """Is there an evaluation, a preview or a checkpoint after this step?"""
+        every = self.config.validate_every, self.config.checkpoint_every, self.preview_every
+        return step == self.config.steps or any(step % n == 0 for n in every if n)
+
+    def _finish(self, queued: deque[QueuedStep], keep: int, metrics: MetricsWriter, progress_bar: ProgressBar) -> None:
+        """Read the numbers of all queued steps but the last `keep`, and log them."""
+        progress = self.progress
+        while len(queued) > keep:
+            step = queued.popleft()
+            values = step.read()
+            progress.step, progress.loader_state, progress.seconds = step.number, step.loader_state, step.seconds
+            progress.num_seen += step.num_new
+            self._log(metrics, progress_bar, values)
+
     def _save(self, saver: Saver) -> None:
-        self.progress.grad_norms = self.guard.grad_norms
-        self.progress.num_consecutive_skips = self.guard.num_consecutive_skips
+        self.progress.grad_norms, self.progress.num_consecutive_skips = self.guard.state
         saver.save(self.progress.step, self.task.tensors(), asdict(self.progress))
 
     def _log(self, metrics: MetricsWriter, progress_bar: ProgressBar, values: dict[str, float]) -> None:

@@ -1,34 +1,64 @@
-"""AdamW, the learning rate schedule (warm-up, then cosine), and the moving average (EMA) of the weights (section 4.1)."""
+"""AdamW or Muon, the learning rate schedule (warm-up, then cosine), and the moving average (EMA) of the weights (section
+4.1; Muon is not in the paper)."""
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion.config import TrainingConfig
+from transfusion.parallel import get_shard
+
+BLOCKS = "transformer.blocks."  # names of the parameters of blocks begin with it
+
+
+class MuonWithAdamW:
+    """Muon for some parameters and AdamW for the others, used as one optimizer."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw, self.defaults = muon, adamw, {"fused": False}
+        self.param_groups = [*muon.param_groups, *adamw.param_groups]
+        self.state = adamw.state = muon.state  # by parameter
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainingConfig, lr_scales: Mapping[str, float] | None = None
-) -> torch.optim.AdamW:
+    model: nn.Module, config: TrainingConfig, lr_scales: Mapping[str, float] | None = None,
+    kind: Literal["adamw", "muon"] = "adamw",
+) -> torch.optim.AdamW | MuonWithAdamW:  # fmt: skip
     """AdamW with weight decay on matrices only, not on norms and biases. ValueError when all parameters are frozen.
 
     `lr_scales` scales the learning rate by part, the first word of a parameter's name. Each group stores it as "lr_scale".
+    `kind` muon: the matrices of the transformer's blocks use Muon (kellerjordan.github.io/posts/muon), with the learning
+    rate and weight decay of AdamW, because updates are scaled to the size of AdamW's (2502.16982).
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr_scale = (lr_scales or {}).get(name.partition(".")[0], 1.0)
-            groups.setdefault((lr_scale, parameter.dim() < 2), []).append(parameter)
-    sorted_groups = [
-        {"params": parameters, "lr_scale": lr_scale, "weight_decay": 0.0 if is_vector else config.weight_decay}
-        for (lr_scale, is_vector), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    if not sorted_groups:
+            is_vector, lr_scale = parameter.dim() < 2, (lr_scales or {}).get(name.partition(".")[0], 1.0)
+            uses_muon = kind == "muon" and name.startswith(BLOCKS) and not is_vector
+            groups.setdefault((uses_muon, lr_scale, is_vector), []).append(parameter)
+    if not groups:
         raise ValueError("all parameters of this model are frozen: nothing would be trained")
-    fused = sorted_groups[0]["params"][0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(sorted_groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    sorted_groups = {
+        key: {"params": parameters, "lr_scale": key[1], "weight_decay": 0.0 if key[2] else config.weight_decay}
+        for key, parameters in sorted(groups.items(), key=lambda item: item[0])
+    }
+    muon_groups, adamw_groups = ([g for key, g in sorted_groups.items() if key[0] == muon] for muon in (True, False))
+    fused = adamw_groups[0]["params"][0].device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    if not muon_groups:
+        return adamw
+    return MuonWithAdamW(torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
 def freeze(model: nn.Module, lr_scales: Mapping[str, float]) -> None:
@@ -46,24 +76,38 @@ def get_learning_rate(step: int, config: TrainingConfig) -> float:
     return config.min_learning_rate + decay * (config.learning_rate - config.min_learning_rate)
 
 
+def update_weights(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """`optimizer.step()` if `applied`, () bool. Fused optimizers read it on the device (as with a GradScaler)."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~applied).to(torch.float32)
+        optimizer.step()
+    elif applied:
+        optimizer.step()
+
+
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start."""
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applied: Tensor) -> None:
+    """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start.
+    Nothing changes unless `applied`, () bool, which is not read on the CPU."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averages, values = ([get_shard(p) for p in network.parameters()] for network in (ema, model))
+    weight = applied.to(averages[0].dtype) * (1 - decay)
+    torch._foreach_lerp_(averages, values, [weight] * len(values))
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: both moments, and the step as a 0-d tensor. Creates a zero state where AdamW
-    has none yet. Frozen parameters have no state."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name: AdamW's two moments and its step as a 0-d tensor, Muon's momentum. Creates a
+    zero state where there is none yet. Frozen parameters have no state."""
     tensors = {}
-    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter not in trained:
+        if parameter not in groups:
             continue
-        state = optimizer.state[parameter]
-        if not state:
-            device = parameter.device if optimizer.defaults["fused"] else "cpu"  # where AdamW keeps its step
+        state, group = optimizer.state[parameter], groups[parameter]
+        if not state and "momentum" in group:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        elif not state:
+            device = parameter.device if group["fused"] else "cpu"  # where AdamW keeps its step
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors |= {f"{name}.{key}": value for key, value in state.items()}

@@ -1,6 +1,6 @@
 """Trains a model on one process, or on many that shard all weights (section 4.1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,26 @@ from transfusion.config import Run
 from transfusion.data.loader import Loader, LoaderState
 from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.objective import NoiseSample
-from transfusion.parallel import SINGLE_PROCESS, Ranks, lower_precision, parallelize
+from transfusion.parallel import (
+    SINGLE_PROCESS,
+    Ranks,
+    fast_matmul,
+    lower_precision,
+    parallelize,
+    precision,
+    read_later,
+)  # fmt: skip
 from transfusion.sequence import Batch
+from transfusion.training.guard import Guard
 from transfusion.training.loop import Loop
-from transfusion.training.optimizer import build_optimizer, freeze, get_learning_rate, optimizer_tensors, update_ema
+from transfusion.training.optimizer import (
+    build_optimizer,
+    freeze,
+    get_learning_rate,
+    optimizer_tensors,
+    update_ema,
+    update_weights,
+)  # fmt: skip
 
 HELDOUT_GRID = 10  # values of t from 0 to 1 for the held-out losses
 
@@ -38,19 +54,22 @@ class Trainer:
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
+        precision(device, run.parallel.cpu_matmul)  # ValueError when this CPU does not support it
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
         self.model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
         self.ema = self._build(compiled=False, source=self.model).requires_grad_(False)
         freeze(self.model, run.training.lr_scales)
-        self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales)
+        self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales, run.training.optimizer)
         preview_every = run.training.preview_every if on_preview else 0
-        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, preview_every)
+        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every)
 
     def _build(self, compiled: bool, source: Transfusion | None = None) -> Transfusion:
         """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
         model = build_on_meta(self.run.model)
-        parallelize(model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",))
+        parallelize(
+            model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",), trained=source is None
+        )
         model.to_empty(device=self.device)
         if source is not None:
             with torch.no_grad():
@@ -81,38 +100,56 @@ class Trainer:
             micro_batches = []
             for _ in range(self.run.training.accumulate):
                 batch, state = next(batches)
-                micro_batches.append((batch, objective.sample_noise(batch, self.run.diffusion)))
+                noise_samples = objective.sample_noise(batch, self.run.diffusion)
+                if self.device.type == "cuda":
+                    batch, noise_samples = batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
+                micro_batches.append((batch, noise_samples))
             yield micro_batches, [state.block, state.row]
 
+    def count(self, micro_batches: MicroBatches) -> tuple[int, ...]:
+        """Of this rank: positions with text loss, images with denoising loss, codes, and positions in all."""
+        return tuple(map(sum, zip(*[(*objective.loss_counts(b), b.positions) for b, _ in micro_batches], strict=True)))
+
     def step(
-        self, number: int, micro_batches: MicroBatches, accepts_update: Callable[..., bool]
-    ) -> tuple[dict[str, float], int]:
+        self, number: int, micro_batches: MicroBatches, counts: Sequence[int], guard: Guard
+    ) -> Callable[[], dict[str, float]]:
         """One update. Losses are divided by the counts of the whole step: its split into batches and ranks has no effect."""
-        config = self.run.training
-        counts = zip(*[(*objective.loss_counts(batch), batch.positions) for batch, _ in micro_batches], strict=True)
-        *loss_counts, positions = map(round, self.ranks.sum(*map(sum, counts)))
+        config, loss_counts = self.run.training, counts[:3]
         learning_rate = get_learning_rate(number, config)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        sums = self.ranks.sum(*self._backward(micro_batches, *loss_counts[:2]).tolist())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        grad_norm = (grad_norm.full_tensor() if self.ranks.world > 1 else grad_norm).item()
-        values = objective.mean_losses(sums, loss_counts)
-        if accepts_update(number + 1, grad_norm, values, lambda: self._describe_batch(micro_batches)):
-            self.optimizer.step()
-            update_ema(self.ema, self.model, number, config.ema_decay)
+        sums = self.ranks.sum_on_device(self._backward(micro_batches, *loss_counts[:2]))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        norm = norm.full_tensor() if self.ranks.world > 1 else norm
+        numbers = torch.cat([norm[None], sums])
+        verdict = guard.judge(numbers)
+        update_weights(self.optimizer, verdict[0] == 0)
+        update_ema(self.ema, self.model, number, config.ema_decay, verdict[0] == 0)
         self.optimizer.zero_grad()
-        return {**values, "gradient_norm": grad_norm, "learning_rate": learning_rate}, positions
+        read_numbers = read_later(torch.cat([verdict, numbers]))
+
+        def read() -> dict[str, float]:
+            *verdict, grad_norm, text, image, code = read_numbers()
+            losses = objective.mean_losses((text, image, code), loss_counts)
+            guard.report(number + 1, verdict, grad_norm, losses, self._describe_batch(micro_batches))
+            return {**losses, "gradient_norm": grad_norm, "learning_rate": learning_rate}
+
+        return read
 
     def _backward(self, micro_batches: MicroBatches, text_count: int, image_count: int) -> Tensor:
         """Add up the gradients of this rank's share of the loss. Returns the sums of its losses, (3,)."""
         sums = torch.zeros(3, device=self.device)
-        for batch, noise_samples in micro_batches:
-            with lower_precision(self.device):
-                losses = objective.compute_losses(
-                    self.model, batch.to(self.device), noise_samples, self.run.diffusion, self.run.model.z_loss
-                )
-            objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
+        for number, (batch, noise_samples) in enumerate(micro_batches, 1):
+            if self.mesh is not None:
+                # Hybrid: machines add up their gradients once. Within a machine every micro-batch is reduced, because
+                # gradients of whole weights would not fit.
+                self.model.set_requires_all_reduce(number == len(micro_batches))
+            with fast_matmul(self.device, self.run.parallel.cpu_matmul):
+                with lower_precision(self.device, self.run.parallel.cpu_matmul):
+                    losses = objective.compute_losses(
+                        self.model, batch.to(self.device), noise_samples, self.run.diffusion, self.run.model.z_loss
+                    )
+                objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
             sums = sums + losses.sums
         return sums
 
@@ -136,7 +173,7 @@ class Trainer:
             index = first + self.ranks.rank
             batch = batches[min(index, len(batches) - 1)]
             noise_samples = objective.sample_noise_on_grid(batch, HELDOUT_GRID)
-            with lower_precision(self.device):
+            with lower_precision(self.device, self.run.parallel.cpu_matmul):
                 losses = objective.compute_losses(self.ema, batch.to(self.device), noise_samples, self.run.diffusion)
             if index < len(batches):
                 sums += losses.sums.cpu()

@@ -14,11 +14,12 @@ Lengths are in units of a canvas of 32 x 32, x to the right and y down. Rules of
 So exactly one of all possible captions is true of an image.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import numpy as np
 
@@ -42,6 +43,9 @@ BOXES = {
 GAP = 3.0
 MARGIN = 0.5
 GRID_STEP = 0.25  # centres are on this grid; odd seeds shift it by half a step, so they never give an image of an even seed
+
+Centres = tuple[tuple[float, float], ...]  # (x, y) of each object
+Boxes = tuple[tuple[float, float], ...]  # (width, height) of each object
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Description:
     @property
     def groups(self) -> tuple[slice, ...]:
         """The slice of `objects` that each group takes."""
-        ends = np.cumsum(self.counts).tolist()
+        ends = accumulate(self.counts)
         return tuple(slice(end - count, end) for end, count in zip(ends, self.counts, strict=True))
 
 
@@ -77,7 +81,7 @@ class Scene:
     """A description, and the centre (x, y) of each object's box in units of a 32 x 32 canvas."""
 
     description: Description
-    centres: tuple[tuple[float, float], ...]
+    centres: Centres
 
     @property
     def objects(self) -> tuple[SceneObject, ...]:
@@ -123,7 +127,7 @@ def sample_scene(level: int, seed: int) -> Scene:
         description = _sample_description(level, rng)
         centres = _sample_centres(description, rng, shift=GRID_STEP / 2 * (seed % 2))
         if centres is not None:
-            return Scene(description, tuple((float(x), float(y)) for x, y in centres))
+            return Scene(description, centres)
 
 
 def caption(scene: Scene | Description) -> str:
@@ -154,39 +158,62 @@ _RELATION = re.compile(rf" ({'|'.join(RELATIONS)}) ")
 
 
 def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """The image of a scene: (size, size, 3) uint8, anti-aliased, on a plain dark background."""
-    image = np.empty((size, size, 3), np.float32)  # (Y, X, 3)
-    image[:] = BACKGROUND
+    """The image of a scene: (size, size, 3) uint8, anti-aliased, on a plain dark background. Only pixels near an object are
+    computed."""
+    image, pixels = _background(size).copy(), _pixel_centres(size)  # (Y, X * 3), (X,)
     for item, centre in zip(scene.objects, scene.centres, strict=True):
-        mask = coverage(item.shape, BOXES[item.size, item.shape], centre, size)  # (Y, X)
-        image += mask[..., None] * _COLOUR_OFFSETS[item.colour]
-    return (image + 0.5).astype(np.uint8)  # (Y, X, 3)
-
-
-_COLOUR_OFFSETS = {name: np.float32(np.subtract(colour, BACKGROUND)) for name, colour in COLOURS.items()}
+        box = BOXES[item.size, item.shape]
+        columns, rows = (_pixels_near(c, side, size) for c, side in zip(centre, box, strict=True))
+        mask = _cover(item.shape, box, centre, pixels[columns], pixels[rows], CANVAS / size).repeat(3, 1)
+        image[rows, 3 * columns.start : 3 * columns.stop] += mask * _colour_offsets(item.colour, size)[: mask.shape[1]]
+    image += 0.5
+    return image.astype(np.uint8).reshape(size, size, 3)
 
 
 def coverage(shape: str, box: tuple[float, float], centre: tuple[float, float], size: int = CANVAS) -> np.ndarray:
     """Share of each pixel that a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units. coverage =
     clip(0.5 - d, 0, 1), d: signed distance in pixels from the pixel's centre to the outline. Exact for edges along the grid,
     close for the others, and many times faster than supersampling."""
+    return _cover(shape, box, centre, _pixel_centres(size), _pixel_centres(size), CANVAS / size)
+
+
+def _cover(
+    shape: str, box: tuple[float, float], centre: tuple[float, float], columns: np.ndarray, rows: np.ndarray, pixel: float
+) -> np.ndarray:
+    """`coverage` of pixels of this side whose centres have these x (X,) and y (Y,)."""
     width, height = box
-    pixel = CANVAS / size
-    x = _pixel_centres(size) - np.float32(centre[0])  # (X,)
-    y = _pixel_centres(size)[:, None] - np.float32(centre[1])  # (Y, 1)
+    x = columns - np.float32(centre[0])  # (X,)
+    y = (rows - np.float32(centre[1]))[:, None]  # (Y, 1)
     match shape:
         case "circle":
             outside = np.hypot(x, y) - width / 2  # (Y, X)
         case "square":
             outside = np.maximum(np.abs(x) - width / 2, np.abs(y) - height / 2)  # (Y, X)
         case "triangle":  # point up: two slanted sides from (0, -height / 2), and the base
-            length = np.hypot(height, width / 2)
+            length = math.hypot(height, width / 2)
             across, down = np.float32(height / length), np.float32(width / 2 / length)
             slanted = np.abs(x) * across - (y + height / 2) * down  # (Y, X)
             outside = np.maximum(slanted, y - height / 2)  # (Y, X)
         case _:
             raise ValueError(f"there is no shape {shape!r}; use one of {SHAPES}")
-    return np.clip(0.5 - outside / np.float32(pixel), 0, 1)  # (Y, X)
+    return np.minimum(np.maximum(0.5 - outside / np.float32(pixel), 0), 1)  # (Y, X)
+
+
+def _pixels_near(centre: float, side: float, size: int) -> slice:
+    """The pixels along one axis that an object can cover: its box and, for the tip of a triangle, two more."""
+    first, last = (centre - side / 2) * size / CANVAS, (centre + side / 2) * size / CANVAS
+    return slice(max(0, int(first) - 2), int(last) + 3)
+
+
+@lru_cache(maxsize=8)
+def _background(size: int) -> np.ndarray:
+    return np.tile(np.float32(BACKGROUND), (size, size))  # (Y, X * 3)
+
+
+@lru_cache(maxsize=8 * len(COLOURS))
+def _colour_offsets(colour: str, size: int) -> np.ndarray:
+    """The difference of a colour from the background, for each pixel of a row."""
+    return np.tile(np.float32(np.subtract(COLOURS[colour], BACKGROUND)), size)  # (X * 3,)
 
 
 @lru_cache(maxsize=8)
@@ -215,46 +242,67 @@ def _sample_description(level: int, rng: np.random.Generator) -> Description:
 
 def _sample_groups(counts: Sequence[int], rng: np.random.Generator) -> Description:
     """Groups with these counts. Among three related objects at most one is large; more would not fit."""
-    colours = tuple(COLOURS)
     relations = [RELATIONS[rng.integers(2)]]
     while len(relations) < len(counts) - 1:  # around a corner: three in one line would not fit
         relations.append(RELATIONS[1 - RELATIONS.index(relations[-1])])
     while True:
-        kinds = [SceneObject(SIZES[a], colours[b], SHAPES[c]) for a, b, c in rng.integers((2, 6, 3), size=(len(counts), 3))]
-        description = Description(tuple(kinds), tuple(counts), tuple(relations[: len(counts) - 1]))
-        large = sum(item.size == "large" for item in description.objects)
-        can_fit = large <= 1 if sum(counts) > 2 and len(counts) > 1 else large <= 3
+        kinds = tuple(_KINDS[rng.integers(2)][rng.integers(6)][rng.integers(3)] for _ in counts)
+        num_large = sum(count for kind, count in zip(kinds, counts, strict=True) if kind.size == "large")
+        can_fit = num_large <= 1 if sum(counts) > 2 and len(counts) > 1 else num_large <= 3
         if can_fit and len(set(kinds)) == len(kinds):
-            return description
+            return Description(kinds, tuple(counts), tuple(relations[: len(counts) - 1]))
 
 
-def _sample_centres(description: Description, rng: np.random.Generator, shift: float) -> np.ndarray | None:
-    """A placement sampled uniformly from the valid ones: (objects, 2), x and y. None when none is found."""
-    half = np.array([BOXES[item.size, item.shape] for item in description.objects]) / 2  # (K, 2)
-    first = np.ceil((MARGIN + half - shift) / GRID_STEP)  # (K, 2)
-    choices = np.floor((CANVAS - MARGIN - half - shift) / GRID_STEP) - first + 1  # (K, 2)
-    for tries in (32, 256, 2048):  # most descriptions fit in the first 32, two large objects in a row rarely
-        steps = first + np.floor(rng.random((tries, *half.shape)) * choices)  # (T, K, 2)
-        centres = shift + GRID_STEP * steps  # (T, K, 2)
-        valid = np.flatnonzero(_find_valid(description, centres, half))
-        if len(valid):
-            centres = centres[valid[0]]  # (K, 2)
-            for group in description.groups:  # equal objects sorted by x: equal images are equal scenes
-                centres[group] = centres[group][np.lexsort((centres[group, 1], centres[group, 0]))]
-            return centres
+_KINDS = [[[SceneObject(size, colour, shape) for shape in SHAPES] for colour in COLOURS] for size in SIZES]
+
+
+def _sample_centres(description: Description, rng: np.random.Generator, shift: float) -> Centres | None:
+    """A placement sampled uniformly from the valid ones. None when none is found."""
+    boxes = tuple([BOXES[item.size, item.shape] for item in description.objects])
+    first, choices = _grid(boxes, shift)
+    for tries in (160, 512, 1664):  # nine of ten descriptions fit in the first 160, two large objects in a row rarely
+        steps = (first + np.floor(rng.random((tries, 2 * len(boxes))) * choices)).T  # (2 K, T)
+        valid = _find_valid(description, steps, boxes)  # (T,)
+        chosen = int(valid.argmax())
+        if valid[chosen]:
+            x_and_y = [shift + GRID_STEP * step for step in steps[:, chosen].tolist()]
+            centres = list(zip(x_and_y[::2], x_and_y[1::2], strict=True))
+            # Equal objects are sorted: equal images are equal scenes.
+            return tuple([centre for group in description.groups for centre in sorted(centres[group])])
     return None
 
 
-def _find_valid(description: Description, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Which of the placements (T, K, 2) follow the rules of a scene: (T,) bool."""
-    valid = np.ones(len(centres), bool)  # (T,)
-    for i, j in combinations(range(len(half)), 2):
-        valid &= (np.abs(centres[:, i] - centres[:, j]) >= half[i] + half[j] + GAP).any(1)
+@lru_cache(maxsize=4096)
+def _grid(boxes: Boxes, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """For the x and y of each centre: its first step on the grid, and its number of steps, (2 K,) each."""
+    half = np.ravel(boxes) / 2
+    first = np.ceil((MARGIN + half - shift) / GRID_STEP)
+    return first, np.floor((CANVAS - MARGIN - half - shift) / GRID_STEP) - first + 1
+
+
+def _find_valid(description: Description, steps: np.ndarray, boxes: Boxes) -> np.ndarray:
+    """Which of the placements (2 K, T), in steps of the grid, follow the rules of a scene: (T,) bool."""
+    x_and_y = steps[::2], steps[1::2]  # (K, T) each
+    valid = np.ones(steps.shape[1], bool)  # (T,)
+    numbers = [number for number, count in enumerate(description.counts) for _ in range(count)]  # of the groups
+    for i, j in combinations(range(len(boxes)), 2):
+        far = [((boxes[i][axis] + boxes[j][axis]) / 2 + GAP) / GRID_STEP for axis in (0, 1)]
+        if numbers[j] == numbers[i] + 1:  # related: one before the other
+            axis = _AXES[description.relations[numbers[i]]]
+            valid &= x_and_y[axis][j] - x_and_y[axis][i] >= far[axis]
+        else:
+            x, y = (np.abs(coordinate[i] - coordinate[j]) for coordinate in x_and_y)
+            valid &= (x >= far[0]) | (y >= far[1])
     groups = description.groups
     for relation, before, after in zip(description.relations, groups, groups[1:], strict=False):
-        along, across = (1, 0) if relation == "above" else (0, 1)
-        end = (centres[:, before] + half[before])[..., along].max(1)  # (T,)
-        begin = (centres[:, after] - half[after])[..., along].min(1)  # (T,)
-        offset = centres[:, after].mean(1) - centres[:, before].mean(1)  # (T, 2)
-        valid &= (begin - end >= GAP) & (offset[:, along] >= 2 * np.abs(offset[:, across]))
+        offset = [_mean(coordinate[after]) - _mean(coordinate[before]) for coordinate in x_and_y]  # (T,) each
+        axis = _AXES[relation]
+        valid &= offset[axis] >= 2 * np.abs(offset[1 - axis])
     return valid
+
+
+_AXES = {"above": 1, "left of": 0}  # along which the first object is before the second
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+    return rows[0] if len(rows) == 1 else rows.mean(0)

@@ -12,14 +12,22 @@ from transfusion.codecs.pictures import IMAGE_SUFFIXES
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.archives import TarArchives
-from transfusion.data.reading.columns import COLUMN_NAMES, describe_record, path_of_picture, rename_columns
+from transfusion.data.reading.arrow_tables import ArrowTables
+from transfusion.data.reading.columns import (
+    COLUMN_NAMES,
+    describe_record,
+    find_column,
+    path_of_picture,
+    plain_name,
+    rename_columns,
+)  # fmt: skip
 from transfusion.data.reading.container import Container
+from transfusion.data.reading.csv_files import CsvFiles, find_dialect
 from transfusion.data.reading.files import COMPRESSIONS, Files
 from transfusion.data.reading.folders import PictureFolder, find_beside, find_captions
 from transfusion.data.reading.json_files import JsonFiles, first_line
 from transfusion.data.reading.listing import NAMED_BY_NONE, Listing, Selection
 from transfusion.data.reading.plain_text import PlainText
-from transfusion.data.reading.separated import SeparatedValues, find_dialect
 from transfusion.data.reading.splits import (
     ALL,
     canonical,
@@ -28,7 +36,6 @@ from transfusion.data.reading.splits import (
     split_of_path,
     splits_of_folders,
 )  # fmt: skip
-from transfusion.data.reading.tables import Tables
 from transfusion.data.reading.values import possible_paths
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
@@ -227,7 +234,7 @@ class Choice:
         for index in self.kinds[TEXTS][:NUM_SAMPLES] if not self._has_captions else ():
             line, _ = first_line(self.files, self.listing.path(index))
             dialect = find_dialect(line[:MAX_FIRST_LINE])
-            names = {name.lower() for name in dialect.columns}
+            names = {*map(plain_name, dialect.columns)}
             has_pairs = all(names & {*COLUMN_NAMES[field]} for field in ("image", "caption"))
             if has_pairs and (dialect.header or b" " in line):  # otherwise numbers or labels
                 tables.append(index)
@@ -248,7 +255,8 @@ class Choice:
         renamed = [rename_columns(record, self.columns) for record in records]
         names = [name for record in renamed if (name := path_of_picture(record))]
         if not names and records and all(describe_record(record)[0] == "text" for record in renamed):
-            for column in records[0]:
+            text = self.columns.get("text", find_column(renamed[0], "text"))
+            for column in (name for name in records[0] if plain_name(name) != plain_name(text)):
                 values = [str(record.get(column) or "") for record in records]
                 if any(all(self._has_picture(folder, name) for name in values) for folder in (here, *folders)):
                     self.columns, names = {**self.columns, "image": column}, values
@@ -330,11 +338,11 @@ def open_container(kind: str, files: Files, paths: Sequence[str]) -> Container:
         case "archives":
             return TarArchives(files, paths)
         case "Parquet tables" | "Arrow tables":
-            return Tables(files, paths)
+            return ArrowTables(files, paths)
         case "JSON lines" | "JSON":
             return JsonFiles(files, paths)
         case "tables":
-            return SeparatedValues(files, paths)
+            return CsvFiles(files, paths)
         case _:
             return PlainText(files, paths)
 

@@ -26,9 +26,10 @@ AMBIGUOUS_NAMES = ("path", "url", "file_name", "file_names", "filename", "filepa
 PICTURE_NAMES = {*COLUMN_NAMES["image"]} - {*AMBIGUOUS_NAMES}
 PICTURE_FIELDS = ("image", "source", "target")
 LIST_COLUMNS: dict[Form, tuple[str, ...]] = {  # of the forms that are recognised by a list; the first is that list
-    "document": ("segments", "pairs"), "conversation": ("conversations",), "messages": ("messages",),
+    "document": ("segments", "pairs"), "conversation": ("conversations", "system"), "messages": ("messages", "system"),
     "mmc4": ("text_list", "image_info"), "interleaved": ("texts", "images"),
 }  # fmt: skip
+KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
 
 
 def detect_form(record: dict) -> Form:
@@ -112,13 +113,21 @@ def read_columns(record: dict, form: Form) -> list[str]:
     return [name for name in (*LIST_COLUMNS.get(form, ()), *names) if name and not is_empty(record.get(name))]
 
 
+@lru_cache(4096)
+def plain_name(name: str) -> str:
+    """A name of a column in lower case, as a known one if it has spaces or hyphens: Alt Text is alt_text."""
+    known = "_".join(name.lower().replace("-", " ").split())
+    return known if known in KNOWN_NAMES else name.lower()
+
+
 def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
     """The record with columns renamed as {our name: column name}; an empty column name removes a column. Names of columns
-    are in lower case."""
-    replaced = {name for ours, theirs in columns.items() for name in (*COLUMN_NAMES.get(ours, (ours,)), theirs.lower())}
+    are plain ones."""
+    replaced = {name for ours, theirs in columns.items() for name in (*COLUMN_NAMES.get(ours, (ours,)), plain_name(theirs))}
     chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     others: dict[str, Any] = {}
     for key, value in record.items():
-        if isinstance(key, str):  # of names that differ only in case, one is in lower case
-            others[key if key.lower() in others or (key.lower() in record and key != key.lower()) else key.lower()] = value
+        if isinstance(key, str):  # of names that differ only in case, one is the plain name
+            name = plain_name(key)
+            others[key if name in others or (name in record and key != name) else name] = value
     return {**{key: value for key, value in others.items() if key not in replaced}, **chosen}

@@ -31,7 +31,6 @@ class Span:
     is_repeated: bool = False  # records of an archive whose keys earlier ones have
     split: str = ""  # of a folder in an archive that is called like one
 
-
     def continues_in(self, span: "Span") -> bool:
         """Whether the records of `span` follow these in the same file, and are alike."""
         return replace(span, first=self.first, rows=self.rows, offset=self.offset) == self and (

@@ -65,14 +65,17 @@ def _read_turns(record: dict, column: str, values: Sequence[Any], images: ImageR
     """The turns with their images. `values`: the record's list of images; `has_list`: marks are places of these."""
     if media := next((name for name in record if MEDIA.fullmatch(name) and not is_empty(record[name])), None):
         raise _media_fault(f"its column {media}")
-    messages = get_list(record, column)
+    messages, system = get_list(record, column), record.get("system")  # a column of LLaMA-Factory and Anthropic
+    if not is_empty(system) and system not in [get_value(message, "content", "value") for message in messages[:1]]:
+        messages = [{"role": "system", "content": system}, *messages]
     roles = [_get_role(message) for message in messages]
     contents = [list(_split_parts(get_value(message, "content", "value"))) for message in messages]
-    turns = [Turn(role, []) for role in roles]
+    turns = [Turn(role, [], _has_loss(message)) for role, message in zip(roles, messages, strict=True)]
     for turn, content in zip(turns, _place_images(contents, roles, values, has_list), strict=True):
         is_answer = turn.role == "assistant"
+        has_loss = is_answer and turn.has_loss
         turn.content.extend(
-            value if kind == "text" else RawImage(images.read(value), is_answer, 1.0 if is_answer else 0.0)
+            value if kind == "text" else RawImage(images.read(value), has_loss, 1.0 if has_loss else 0.0)
             for kind, value in content
         )
         if is_answer and not any(isinstance(part, RawImage) or part.strip() for part in turn.content):
@@ -88,6 +91,11 @@ def _get_role(message: Any) -> str:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Fault("bad segment", f"the role of a message must be one of {', '.join(ROLES)}, not {short_repr(role)}")
     return ROLES[role.lower()]
+
+
+def _has_loss(message: Any) -> bool:
+    """Whether an answer is learnt: OpenAI's weight and ms-swift's loss may exclude it."""
+    return all(message.get(name) is None or bool(message[name]) for name in ("weight", "loss"))
 
 
 def _split_parts(content: Any) -> Iterator[Part]:

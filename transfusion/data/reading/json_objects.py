@@ -3,11 +3,9 @@
 import posixpath
 from typing import Any
 
-from transfusion.data.reading.columns import COLUMN_NAMES, LIST_COLUMNS
+from transfusion.data.reading.columns import KNOWN_NAMES, LIST_COLUMNS, plain_name
 from transfusion.data.reading.splits import SPLITS, canonical
 from transfusion.data.reading.values import looks_like_picture
-
-KNOWN_NAMES = {name for names in COLUMN_NAMES.values() for name in names}
 
 
 def unwrap(data: dict[str, Any]) -> list[Any]:
@@ -43,7 +41,7 @@ def unwrap(data: dict[str, Any]) -> list[Any]:
 def _is_table(data: dict[str, Any]) -> bool:
     """Whether the values are columns: of the same rows, and some of them with a known name."""
     values = list(data.values())
-    if _has_list_column(data) or not any(name.lower() in KNOWN_NAMES for name in data):
+    if _has_list_column(data) or not any(plain_name(name) in KNOWN_NAMES for name in data):
         return False
     are_lists = len(values) > 1 and all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
     return are_lists or _are_alike(values)

@@ -12,14 +12,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from transfusion.config import BUILT_IN, ChatLayout, DigitsConfig, ShapesConfig
-from transfusion.data.built_in.digits import Digits
-from transfusion.data.built_in.emoji import Emoji
-from transfusion.data.built_in.photographs import Photographs
-from transfusion.data.built_in.shapes import Shapes
-from transfusion.data.built_in.topics import Topics
+from transfusion.config import BUILT_IN, ChatLayout, ShapesConfig
 from transfusion.data.raw import Fault, RawDocument
 from transfusion.data.reading.account import Account
+from transfusion.data.reading.built_in import BuiltInContainer
 from transfusion.data.reading.choose import choose_containers
 from transfusion.data.reading.columns import (
     CONVERSATIONS,
@@ -47,7 +43,6 @@ from transfusion.data.reading.splits import (
 )  # fmt: skip
 from transfusion.data.reading.values import printable
 
-MAX_BUILT_IN_HELDOUT = 500  # held-out documents of a built-in source
 NUM_SAMPLES = 100  # records that are read to detect their form
 
 
@@ -349,56 +344,12 @@ def open_reader(source: str, options: ReaderOptions = ReaderOptions()) -> Reader
     if options.form is not None and options.form not in FORMS:
         raise ValueError(f"there is no form {options.form!r}; use one of {', '.join(FORMS)}")
     if address in BUILT_IN:
-        return Reader(name or address, address, {"": BuiltInContainer(address, options)}, options)
+        return Reader(name or address, address, {"": BuiltInContainer(address, options.shapes, options.limit)}, options)
     files = Files.from_address(address, options.image_root)
     listing = files.list()
     containers, columns = choose_containers(files, listing, address, options.split, options.columns)
     options = replace(options, columns=columns)
     return Reader(name or _derive_name(address), address, containers, options, files, listing)
-
-
-class BuiltInContainer:
-    """A built-in source, whose records are documents: first the held-out ones, then the training ones."""
-
-    def __init__(self, name: str, options: ReaderOptions):
-        self.train, heldout = (open_built_in(name, split, shapes=options.shapes) for split in ("train", "heldout"))
-        limit = MAX_BUILT_IN_HELDOUT if options.limit is None else min(MAX_BUILT_IN_HELDOUT, options.limit // 20)
-        self.heldout = [heldout[n] for n in range(min(len(heldout), limit))]
-
-    def versions(self) -> list[tuple[str, Any]]:
-        """What its documents depend on besides this package, for example a font."""
-        return sorted(self.train.describe().items()) if hasattr(self.train, "describe") else []
-
-    def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
-        rows = len(self.heldout) + len(self.train)
-        for first in range(0, rows, max_rows):
-            yield Span("", first, min(max_rows, rows - first))
-
-    def records(self, span: Span) -> Iterator[tuple[str, RawDocument]]:
-        for row in range(span.first, span.first + span.rows):
-            is_heldout = row < len(self.heldout)
-            document = self.heldout[row] if is_heldout else self.train[row - len(self.heldout)]
-            split = "heldout" if is_heldout else "train"
-            yield f"{split}:{document.id}", replace(document, split=split)
-
-
-def open_built_in(
-    name: str, split: str, digits: DigitsConfig = DigitsConfig(), shapes: ShapesConfig = ShapesConfig()  # noqa: B008
-) -> Any:
-    """A built-in source by its name. ValueError for an unknown name."""
-    match name:
-        case "digits":
-            return Digits(split, digits.interleaved)
-        case "shapes":
-            return Shapes(level=shapes.level, size=shapes.size, split=split)
-        case "topics":
-            return Topics(split)
-        case "emoji":
-            return Emoji(split)
-        case "photographs":
-            return Photographs(split)
-        case _:
-            raise ValueError(f"there is no source {name!r}; there are {', '.join(BUILT_IN)}")
 
 
 def _derive_name(address: str) -> str:

@@ -1,4 +1,4 @@
-"""Separated values to records: rows of text with commas, semicolons, tabs or bars between the cells."""
+"""CSV files to records: rows of text with commas, semicolons, tabs or bars between the cells."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.columns import COLUMN_NAMES, LIST_COLUMNS
+from transfusion.data.reading.columns import KNOWN_NAMES, plain_name
 from transfusion.data.reading.container import BOM, Span, damage_fault, group
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.values import is_address, looks_like_picture, unique_names
@@ -25,7 +25,6 @@ MAX_NAME = 60  # characters of a column's name
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 SEPARATOR_LINE = re.compile("sep=.", re.I)  # the first line of some tables
 MISSING = {"nan", "NaN", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "\\N"}  # of pandas, Excel and MySQL
-KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
 
 csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
 
@@ -42,9 +41,9 @@ class Dialect:
     num_comments: int = 0  # lines that begin with # before the first row
 
     def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
-        """(line number from 0, byte offset, cells) of each row that is neither blank nor the header, which joined tables
-        repeat. A row that cannot be read is a Fault; the next row starts in the line behind its first one, because an open
-        quote may have swallowed any number of rows."""
+        """(line number from 0, byte offset, cells) of each row that is not the header, which joined tables repeat, and
+        has a cell that is not blank: spreadsheets write rows of delimiters alone. A row that cannot be read is a Fault; the
+        next row starts in the line behind its first one, because an open quote may have swallowed any number of rows."""
         if not lines.offset:
             lines.skip(self.num_comments)
         quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
@@ -61,7 +60,8 @@ class Dialect:
             if self.header and cells == self.header:
                 lines.end_row(is_bad=False)
                 continue
-            if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and any(map(str.strip, cells)):
+            is_blank = isinstance(cells, list) and not any(map(str.strip, cells))
+            if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and not is_blank:
                 cells = lines.explain_width(len(cells), len(self.columns))
             wrong_encoding = lines.wrong_encoding
             where = lines.end_row(is_bad=isinstance(cells, Fault))
@@ -69,7 +69,7 @@ class Dialect:
                 yield *where, Fault("wrong encoding", f"the row is not UTF-8: {wrong_encoding}")
             elif where[1] == 0 and isinstance(cells, list) and SEPARATOR_LINE.fullmatch(self.delimiter.join(cells)):
                 continue  # written by Excel
-            elif cells and (isinstance(cells, Fault) or len(cells) > 1 or cells[0].strip()):
+            elif not is_blank:
                 yield *where, cells
 
 
@@ -137,7 +137,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class SeparatedValues:
+class CsvFiles:
     """Tables as text: `.csv` and `.tsv`. The first rows of a file show its dialect; each row is named by its first line."""
 
     files: Files
@@ -272,7 +272,7 @@ def _has_quotes(quoted: _Sample, raw: _Sample) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    return name.strip("# \r\n").lower() in KNOWN_NAMES
+    return plain_name(name.strip("# \r\n")) in KNOWN_NAMES
 
 
 def _is_header(row: Sequence[str]) -> bool:

@@ -1,9 +1,10 @@
-"""Separated values: every dialect gives the rows that pandas and `csv` write, and a bad row costs one row."""
+"""CSV files: every dialect gives the rows that pandas and `csv` write, and a bad row costs one row."""
 
 import bz2
 import csv
 import gzip
 import io
+import json
 import lzma
 import tarfile
 import tempfile
@@ -15,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.profile import examples
-from tests.reading import read_at, texts
+from tests.reading import close_account, read_at, texts
 from tests.sources import picture, png
 from transfusion.data.raw import Fault
-from transfusion.data.reading import separated, streams
+from transfusion.data.reading import csv_files, streams
+from transfusion.data.reading.csv_files import find_dialect
 from transfusion.data.reading.readers import open_reader
-from transfusion.data.reading.separated import find_dialect
 from transfusion.data.reading.values import parse_texts
 
 PIXELS = png(picture(0)[1])
@@ -209,7 +210,7 @@ def test_lists_of_captions_in_cells_are_several_captions(tmp_path):
 def test_dialect_is_the_same_when_the_sample_ends_in_a_row(tmp_path, monkeypatch):
     content = table("text\tid", *(f'"line one of {n}\nline two\nline three"\t{n}' for n in range(30))).encode()
     for size in range(40, 400, 7):
-        monkeypatch.setattr(separated, "SAMPLE_SIZE", size)
+        monkeypatch.setattr(csv_files, "SAMPLE_SIZE", size)
         assert find_dialect(content[:size]).has_quotes, size
 
 
@@ -272,18 +273,18 @@ def count_bytes(monkeypatch):
 
 
 def test_each_line_of_a_table_is_read_once_for_any_number_of_spans(tmp_path, monkeypatch):
-    lines, original = [0], separated.Lines.__next__
+    lines, original = [0], csv_files.Lines.__next__
 
     def read_line(self) -> str:
         lines[0] += 1
         return original(self)
 
-    monkeypatch.setattr(separated.Lines, "__next__", read_line)
+    monkeypatch.setattr(csv_files.Lines, "__next__", read_line)
     path = write(tmp_path, CONTENTS[".csv"])
     reader = open_reader(str(path))
     lines[0] = 0
     assert sum(1 for unit in reader.units(10) for _ in reader.read(unit)) == 1500
-    assert lines[0] <= 2 * 1501 + 2 * 150 + separated.SAMPLE_ROWS * 8
+    assert lines[0] <= 2 * 1501 + 2 * 150 + csv_files.SAMPLE_ROWS * 8
 
 
 @examples(200, 40)
@@ -352,9 +353,30 @@ def test_texts_with_a_hash_are_no_comments(tmp_path):
     assert [text for _, text in outcomes(write(tmp_path, "#one,1\n#two,2\n"))] == ["#one", "#two"]
 
 
+@pytest.mark.parametrize("blank", [",", ",,,,", " , ", '"",""', ""])
+def test_rows_of_delimiters_alone_are_blank(blank, tmp_path):
+    path = write(tmp_path, f"{blank}\r\nid,text\r\n{blank}\r\n1,one\r\n{blank}\r\n2,\r\n3,three\r\n{blank}")
+    assert outcomes(path) == [("a.csv:4", "one"), ("a.csv:6", "empty text"), ("a.csv:7", "three")]
+
+
 def test_header_of_joined_tables_is_no_row(tmp_path):
     path = write(tmp_path, "id,text,\n1,one,\nid,text,\n2,two,\n")
     assert all(outcomes(path, max_rows) == [("a.csv:2", "one"), ("a.csv:4", "two")] for max_rows in (1, 1000))
+
+
+@pytest.mark.parametrize("header", ["File Name,Alt Text", "file-name,alt-text", "File name , ALT  TEXT"])
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_names_of_columns_may_have_spaces_and_hyphens(header, suffix, tmp_path):
+    write(tmp_path, PIXELS, "1.png")
+    names = dict(zip(header.split(","), ("1.png", "a bird"), strict=True))
+    path = write(tmp_path, f"{header}\n1.png,a bird\n" if suffix == "csv" else json.dumps(names), f"a.{suffix}")
+    assert [len(document.segments) for document in read_at(path)] == [2]
+
+
+def test_names_of_columns_that_mean_the_same_stay_apart(tmp_path):
+    path = write(tmp_path, '{"Alt Text": "one", "alt-text": "two", "ALT_TEXT": "three", "Text": "four"}', "a.jsonl")
+    passed_over = close_account(open_reader(str(path))).tallies["fields"].passed_over
+    assert passed_over == {"in 'alt_text'": 1, "in 'alt-text'": 1, "in 'ALT_TEXT'": 1}
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT, "NULL", "\\N"])

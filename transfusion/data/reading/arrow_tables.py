@@ -23,7 +23,7 @@ BATCH_SIZE = 16  # rows converted to records at a time: each may have an image
 
 
 @dataclass(frozen=True)
-class Tables:
+class ArrowTables:
     """Parquet and Arrow files. A class label becomes its name."""
 
     files: Files
