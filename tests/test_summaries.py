@@ -104,7 +104,7 @@ def test_processes_end_when_reading_stops_early(children, tmp_path):
     assert children() == []
 
 
-def test_an_interrupt_of_a_process_that_starts_changes_nothing(several_processes, monkeypatch, tmp_path):
+def test_an_interrupt_of_a_process_that_starts_changes_nothing(children, monkeypatch, tmp_path):
     """Ctrl-C reaches all processes of a terminal. Those that still import would print a traceback."""
     write_source(tmp_path)
     alone = survey_in(tmp_path, 1)
@@ -117,7 +117,7 @@ def test_an_interrupt_of_a_process_that_starts_changes_nothing(several_processes
     assert survey_in(tmp_path, 3) == alone
 
 
-def test_a_process_that_ends_while_it_starts_is_an_error(several_processes, monkeypatch, tmp_path):
+def test_a_process_that_ends_while_it_starts_is_an_error(children, monkeypatch, tmp_path):
     """Also if what it gets does not fit into the buffer of a pipe."""
     write_source(tmp_path)
     reader = open_reader(str(tmp_path))
@@ -127,7 +127,7 @@ def test_a_process_that_ends_while_it_starts_is_an_error(several_processes, monk
     items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
     with pytest.raises(ChildProcessError, match="exit code 1"):
         list(items)
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 def compressed(name: str, compress) -> Layout:
