@@ -6,8 +6,11 @@ import json
 import lzma
 import multiprocessing
 import os
+import shutil
 import signal
 from itertools import islice
+from multiprocessing import resource_tracker, spawn
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
@@ -98,6 +101,32 @@ def test_processes_end_when_reading_stops_early(children, tmp_path):
     for process in children():
         os.kill(process.pid, signal.SIGSTOP)
     items.close()
+    assert children() == []
+
+
+def test_an_interrupt_of_a_process_that_starts_changes_nothing(children, monkeypatch, tmp_path):
+    """Ctrl-C reaches all processes of a terminal. Those that still import would print a traceback."""
+    write_source(tmp_path)
+    alone = survey_in(tmp_path, 1)
+
+    def start(process, original=SpawnProcess.start) -> None:
+        original(process)
+        os.kill(process.pid, signal.SIGINT)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    assert survey_in(tmp_path, 3) == alone
+
+
+def test_a_process_that_ends_while_it_starts_is_an_error(children, monkeypatch, tmp_path):
+    """Also if what it gets does not fit into the buffer of a pipe."""
+    write_source(tmp_path)
+    reader = open_reader(str(tmp_path))
+    reader.name = "n" * 2**22
+    resource_tracker.ensure_running()  # not with the next executable
+    monkeypatch.setattr(spawn, "_python_exe", os.fsencode(shutil.which("false")))
+    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
+    with pytest.raises(ChildProcessError, match="exit code 1"):
+        list(items)
     assert children() == []
 
 
