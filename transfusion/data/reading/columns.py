@@ -112,11 +112,13 @@ def find_column(record: dict, field: str) -> str | None:
 
 def find_exchange(record: dict) -> tuple[str, str] | None:
     """The columns of a question and of its answer, one of which may be empty, in a record without a text of both."""
-    for names in EXCHANGES:
-        values = [record.get(name) for name in names]
-        is_exchange = record.keys() >= {*names} and any(map(is_text, values))
-        if is_exchange and all(isinstance(value, str | None) and not looks_like_picture(value) for value in values):
-            return None if any(is_text(record.get(name)) for name in ("text", "txt", "caption", "captions")) else names
+    for question, answer in EXCHANGES:
+        if question in record and answer in record:
+            values = record[question], record[answer]
+            are_texts = all(isinstance(value, str | None) and not looks_like_picture(value) for value in values)
+            if are_texts and any(map(is_text, values)):
+                has_both = any(is_text(record.get(name)) for name in ("text", "txt", "caption", "captions"))
+                return None if has_both else (question, answer)
     return None
 
 
@@ -172,6 +174,8 @@ def _rename_turns(record: dict) -> dict:
             else:
                 continue
             form = name if name in TURN_LISTS[:2] else form
+            if turns is record.get(form):
+                return record
             return {form if key == name else key: turns if key == name else value for key, value in record.items()}
     return record
 
