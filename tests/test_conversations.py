@@ -238,7 +238,7 @@ def test_no_mark_stays_in_a_text_beside_images(form, values, words):
     assert values and {*reader.names} - {"out.png"} == {*values}  # a number may name one twice
     assert len(reader.names) - (form == "editing") == (num_marks or len(values))
     texts = [part.text for part in document.segments if not isinstance(part, RawImage)]
-    assert not any("image" in text or "img" in text for text in texts)
+    assert texts and not any("image" in text or "img" in text for text in texts)
     assert document.pairs == ([*map(type, document.segments)] == [RawText, RawImage])
 
 
@@ -250,6 +250,18 @@ def test_keys_of_messages_that_are_not_read_are_counted(tmp_path):
     tally = close_account(open_reader(str(tmp_path))).tallies["fields"]
     assert tally.passed_over == {"in 'messages.reasoning_content'": 2, "in 'messages.tool_calls'": 1}
     assert (tally.total, tally.read.total()) == (5, 2)
+
+
+@pytest.mark.parametrize("record", [
+    {"instruction": "Which bird?", "input": "It is red.", "output": ANSWER}, {"conversation": turns("Which bird?", ANSWER)},
+    {"query": "Which bird?", "response": ANSWER, "history": [["a", "b"]], "system": "s"}, {"items": turns("a", ANSWER)},
+])  # fmt: skip
+def test_a_file_may_be_one_conversation_and_its_columns_are_read(record, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({**record, "lang": "en"}, indent=1))
+    reader = open_reader(str(tmp_path))
+    assert reader.form == "messages"
+    tally = close_account(reader).tallies["fields"]
+    assert (tally.total, tally.passed_over) == (len(record) + 1, {"in 'lang'": 1})
 
 
 @pytest.mark.parametrize(("history", "kind"), [

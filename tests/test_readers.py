@@ -742,7 +742,7 @@ def test_mark_in_a_message_is_an_image_of_any_image_column(column, tmp_path):
 ])  # fmt: skip
 def test_text_beside_pictures_without_captions_is_named(record, names, tmp_path):
     (tmp_path / "1.png").write_bytes(make.png(1))
-    write_lines(tmp_path / "a.jsonl", *[{"image": "1.png", **record}] * 3, {"image": "1.png"})
+    write_lines(tmp_path / "a.jsonl", *[{"image": "1.png", **record}] * 3, {"image": "1.png", "rare": "a blue bird"})
     line = open_reader(str(tmp_path)).describe()
     hint = f"; warning: the text in {names} is not read: --columns caption=NAME chooses the captions"
     assert line.partition(" (image)")[2] == (hint if names else "") or "caption" in record and "warning" not in line
