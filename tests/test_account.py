@@ -200,9 +200,11 @@ def test_pipe_in_a_folder_is_never_opened(name, tmp_path):
         root = tmp_path / str(number)
         root.mkdir()
         (root / "1.png").write_bytes(GOOD)
+        before = open_reader(str(root)).fingerprint()
         make(root / name)
         account = check_account(root)
         assert account.tallies["files"].passed_over == {NOT_A_FILE: 1} and account.forms == {"image": 1}
+        assert open_reader(str(root)).fingerprint() == before  # prepare does not look at it, either
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(OSError, match="a.jsonl is neither a file nor a folder: save its content as a file"):
         open_reader(str(tmp_path / "a.jsonl"))

@@ -21,7 +21,6 @@ from experiments import (
     attention,
     drawings,
     editing,
-    emoji,
     fault_tolerance,
     lab,
     multimodal,
@@ -38,15 +37,12 @@ from experiments.scaling import PowerLaw
 from tests.processes import Process, run
 from tests.profile import THOROUGH, examples
 from tests.test_cli import TINY, command
-from transfusion.cli.codec import PRESETS, FitCodec
 from transfusion.cli.ignored import check_train
-from transfusion.cli.options import parse
 from transfusion.cli.runs import Train, parse_run, read_run
-from transfusion.cli.sources import Reading
-from transfusion.config import FaultToleranceConfig, Run
+from transfusion.config import Run
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
-from transfusion.model.transfusion import build_on_meta, count_parameters
+from transfusion.model.transfusion import build_on_meta
 from transfusion.sequence import Vocabulary
 
 
@@ -392,19 +388,6 @@ def test_page_contains_the_tables_that_have_cells(tmp_path, monkeypatch):
     assert "at least two sizes of both" in page  # shared variants appear in other tables: two in Table 3, one in 5 and in 6
     tables = {path.stem for path in (tmp_path / "results").iterdir()}
     assert tables == {"noise", "text", "scaling", "attention", "patches"}
-
-
-def test_emoji_options_are_valid_and_give_the_documented_sizes():
-    """The options for two cores and for a GPU. The experiment itself takes minutes, so it is not run."""
-    for arguments, millions in ((emoji.SMALL, 2), (emoji.LARGE, 40)):
-        run, _ = parse_run(Train, "train", *read_run("train", ["small", "--data", "data", *arguments]))
-        model = build_on_meta(replace(run.model, vocab_size=640, latent_channels=8))
-        assert round(count_parameters(model) / 1e6) == millions
-        assert run.data.seq_len % 128 == 0  # whole blocks for FlexAttention on a GPU
-    preset = PRESETS["small"]
-    default = FitCodec(Path("codec"), preset.network, preset.training, FaultToleranceConfig(), Reading(("emoji",)))
-    parsed = parse(FitCodec, "data fit-codec small", [*emoji.LARGE_CODEC, "--size", emoji.SIZE], default)
-    assert (parsed.network.width, parsed.network.downsampling) == (64, 4)
 
 
 def inject_faults(folder: Path, monkeypatch, faults: int, steps: int, seed: int) -> object:

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fixtures.make import encoded, noise, png, write_tar
-from tests.layouts import tar
+from tests.layouts import tar, write
 from tests.profile import examples
 from tests.reading import FIXTURES, other_disks, put, read_at, texts, write_lines
 from transfusion.codecs import pictures
@@ -796,6 +796,16 @@ def test_wrong_checksum_is_a_fault_after_all_records(tmp_path):
 
 
 # COCO
+
+
+def test_missing_image_of_coco_is_named_relative_to_the_source(tmp_path):
+    """One in another folder has its whole path."""
+    data = {"images": [{"id": 1, "file_name": "none.png"}, {"id": 2, "file_name": "1.png"}],
+            "annotations": [{"image_id": 1, "caption": "no file"}, {"image_id": 2, "caption": "not a picture"}]}  # fmt: skip
+    write(tmp_path, {"a/annotations/captions_train.json": data, "a/train/1.png": b"?", "aa/1.png": b"?"})
+    for folder, options in (("train", {}), (f"{tmp_path}/aa", {"image_root": str(tmp_path / "aa")})):
+        missing, bad = map(str, read_at(tmp_path / "a", **options))
+        assert f": {folder}/none.png: No such file" in missing and f": {folder}/1.png is not an image" in bad
 
 
 def test_coco_annotations_without_an_image_are_faults(folder):

@@ -464,10 +464,12 @@ def test_a_dropped_image_is_described_from_any_tab(visit, server):
 
 def find_seed(opened, text: str, part_types: list[type]) -> tuple[int, list]:
     """The first seed whose answer to this text has parts of these types, and the parts."""
-    for seed in range(200):
-        (answers,) = Engine(opened).generate([Request((text,), seed=seed)])
-        if [type(part) for part in answers[0].parts] == part_types:
-            return seed, answers[0].parts
+    engine = Engine(opened)
+    for first in range(0, 2_000, 50):
+        answers = engine.generate([Request((text,), seed=seed) for seed in range(first, first + 50)])
+        for seed, (answer,) in enumerate(answers, first):
+            if [type(part) for part in answer.parts] == part_types:
+                return seed, answer.parts
     raise AssertionError("no seed gives such an answer")
 
 

@@ -240,8 +240,8 @@ def test_report_is_deterministic(digits):
 @pytest.mark.parametrize("call_number", [1, 3])
 def test_failed_image_is_not_a_shorter_strip(call_number):
     engine, calls = build_engine(), iter(range(100))
-    predict = engine._predict
-    engine._predict = lambda sequences: 1 / 0 if next(calls) == call_number - 1 else predict(sequences)
+    draw = engine._draw
+    engine._draw = lambda sequences: 1 / 0 if next(calls) == call_number - 1 else draw(sequences)
     with pytest.raises(RuntimeError, match="request 1 failed: ZeroDivisionError"):
         denoising_frames(engine, "a")
 

@@ -146,6 +146,7 @@ def check_counts(prepared: PreparedFolder) -> None:
     ({"test_tube", "dog", "dev_board"}, {}), ({"test_tube", "train_tube"}, {"test_tube": "test", "train_tube": "train"}),
     ({"Train_images", "val2017", "dog"}, {"Train_images": "train", "val2017": "validation"}),
     ({"training-set", "10_dog", "testing"}, {"training-set": "train", "testing": "test"}), ({"hard"}, {}),
+    ({"train", "eval"}, {"train": "train", "eval": "test"}),
 ])  # fmt: skip
 def test_splits_of_folders_of_pictures(names, splits, tmp_path):
     assert splits_of_folders(names, "train") == splits
@@ -159,7 +160,8 @@ def test_splits_of_folders_of_pictures(names, splits, tmp_path):
 @pytest.mark.parametrize(("name", "split", "is_inside"), [
     ("captions_train2017.json", "train", False), ("flickr_test_1k.jsonl", "test", True), ("coco-val-5k", "validation", True),
     ("train_29k.parquet", "train", False), ("restval", "train", False), ("training.tar", "train", False),
-    ("contest.jsonl", None, True), ("latest_values.csv", None, True), ("wiki.jsonl", None, True),
+    ("contest.jsonl", None, True), ("retrieval.jsonl", None, True),
+    ("latest_values.csv", None, True), ("wiki.jsonl", None, True),
 ])  # fmt: skip
 def test_split_of_a_name(name, split, is_inside):
     assert split_of_name(name, "train", is_anywhere=True) == split
@@ -181,6 +183,7 @@ def test_split_of_a_record(record, split):
     (["flickr", "flickr_test_1k"], {"train": ["flickr"], "heldout": ["flickr_test_1k"]}),
     (["wiki", "steam-train-rides"], {"": ["steam-train-rides", "wiki"]}),  # train inside a name, without another split
     (["train", "test"], {"train": ["train"], "heldout": ["test"]}),
+    (["train", "evaluation"], {"train": ["train"], "heldout": ["evaluation"]}),
     (["train-0", "train-1"], {"": ["train-0", "train-1"]}),
 ])  # fmt: skip
 def test_files_are_read_by_the_splits_in_their_names(names, expected, tmp_path):

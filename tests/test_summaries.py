@@ -6,8 +6,11 @@ import json
 import lzma
 import multiprocessing
 import os
+import shutil
 import signal
 from itertools import islice
+from multiprocessing import resource_tracker, spawn
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
@@ -39,16 +42,19 @@ def write_source(path) -> None:
 
 
 @pytest.fixture
-def several_processes(monkeypatch):
+def children(monkeypatch):
+    """Reading uses several processes. A function that lists them; other tests may have some of their own."""
     monkeypatch.setattr(summaries, "SECONDS_ALONE", 0)
     monkeypatch.setattr(survey, "UNIT_SIZE", 3)
+    others = multiprocessing.active_children()
+    return lambda: [process for process in multiprocessing.active_children() if process not in others]
 
 
-def test_several_processes_give_the_same_result(several_processes, tmp_path):
+def test_several_processes_give_the_same_result(children, tmp_path):
     write_source(tmp_path)
     alone = survey_in(tmp_path, 1)
     assert survey_in(tmp_path, 3) == alone
-    assert multiprocessing.active_children() == []
+    assert children() == []
     kinds = {kind for kind, _ in alone[-1]}
     assert kinds == {"duplicate id", "missing image"} and alone[0]["documents"].total() > 20
 
@@ -63,7 +69,7 @@ def test_processes_are_started_only_after_a_second_and_for_local_files(monkeypat
     survey.survey(open_reader("shapes", ReaderOptions(limit=60)), None, processes=2)
 
 
-def test_an_error_of_a_process_is_raised_and_all_processes_end(several_processes, tmp_path):
+def test_an_error_of_a_process_is_raised_and_all_processes_end(children, tmp_path):
     write_source(tmp_path)
     reader = open_reader(str(tmp_path))
     items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
@@ -71,31 +77,57 @@ def test_an_error_of_a_process_is_raised_and_all_processes_end(several_processes
     (tmp_path / "records.jsonl").mkdir()
     with pytest.raises(IsADirectoryError):
         list(items)
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
-def test_a_killed_process_is_an_error(several_processes, tmp_path):
+def test_a_killed_process_is_an_error(children, tmp_path):
     write_source(tmp_path)
     reader = open_reader(str(tmp_path))
     items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
     assert len(list(islice(items, 2))) == 2
-    for process in multiprocessing.active_children():
+    for process in children():
         os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match="exit code -9"):
         list(items)
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
-def test_processes_end_when_reading_stops_early(several_processes, tmp_path):
+def test_processes_end_when_reading_stops_early(children, tmp_path):
     """Also those that do nothing: they would end by themselves when they send."""
     write_source(tmp_path)
     reader = open_reader(str(tmp_path))
     items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
     next(items)
-    for process in multiprocessing.active_children():
+    for process in children():
         os.kill(process.pid, signal.SIGSTOP)
     items.close()
-    assert multiprocessing.active_children() == []
+    assert children() == []
+
+
+def test_an_interrupt_of_a_process_that_starts_changes_nothing(children, monkeypatch, tmp_path):
+    """Ctrl-C reaches all processes of a terminal. Those that still import would print a traceback."""
+    write_source(tmp_path)
+    alone = survey_in(tmp_path, 1)
+
+    def start(process, original=SpawnProcess.start) -> None:
+        original(process)
+        os.kill(process.pid, signal.SIGINT)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    assert survey_in(tmp_path, 3) == alone
+
+
+def test_a_process_that_ends_while_it_starts_is_an_error(children, monkeypatch, tmp_path):
+    """Also if what it gets does not fit into the buffer of a pipe."""
+    write_source(tmp_path)
+    reader = open_reader(str(tmp_path))
+    reader.name = "n" * 2**22
+    resource_tracker.ensure_running()  # not with the next executable
+    monkeypatch.setattr(spawn, "_python_exe", os.fsencode(shutil.which("false")))
+    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
+    with pytest.raises(ChildProcessError, match="exit code 1"):
+        list(items)
+    assert children() == []
 
 
 def compressed(name: str, compress) -> Layout:

@@ -156,7 +156,7 @@ class DiffusionConfig(Config, part="diffusion."):
                              "prediction velocity or x0")  # fmt: skip
 
 
-BUILT_IN = ("digits", "shapes", "topics", "emoji", "photographs")  # sources without files
+BUILT_IN = ("digits", "shapes", "topics", "photographs")  # sources without files
 
 
 @dataclass(frozen=True)

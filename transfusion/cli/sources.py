@@ -12,7 +12,7 @@ from transfusion.fields import PositiveInt
 
 SOURCES = """\
 SOURCE is a file or folder (images, .parquet, .tar, .jsonl, .json, .arrow, .txt; * matches any characters), an address
-(s3://, https://, hf://...), owner/name on Hugging Face's hub, or a built-in source: digits, shapes, topics, emoji,
+(s3://, https://, hf://...), owner/name on Hugging Face's hub, or a built-in source: digits, shapes, topics,
 photographs. NAME=SOURCE names it. docs/data.md describes the files. inspect, stats and validate also take a folder that
 `prepare` wrote."""
 

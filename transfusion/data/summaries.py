@@ -5,8 +5,10 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -105,30 +107,53 @@ class Summarizer:
         context = multiprocessing.get_context("spawn")  # fork does not support the threads of torch and Arrow
         workers = []
         try:
-            for number in range(min(processes, len(units))):
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(self, units[number::processes], sender), daemon=True)
-                process.start()
-                sender.close()
-                workers.append((process, receiver))
+            with _block_interrupts():
+                for _ in range(min(processes, len(units))):
+                    connection, other_end = context.Pipe()
+                    process = context.Process(target=_work, args=(other_end,), daemon=True)
+                    process.start()
+                    other_end.close()
+                    workers.append((process, connection))
+            for number, (process, connection) in enumerate(workers):
+                # not as arguments of the process: if it was killed while it starts, sending them would never end
+                with _detect_end(process):
+                    connection.send((self, units[number::processes]))
             for number in range(len(units)):
-                process, receiver = workers[number % processes]
-                yield from _receive(process, receiver, account)
+                process, connection = workers[number % processes]
+                yield from _receive(process, connection, account)
         finally:
-            for process, receiver in workers:
-                receiver.close()
+            for process, connection in workers:
+                connection.close()
                 process.kill()  # it only reads
                 process.join()
 
 
-def _receive(process: multiprocessing.Process, receiver: Connection, account: Account) -> list[Summary | Fault]:
-    """The summaries of the next unit of a process; its account is added to `account`. The error of the process if it fails,
-    ChildProcessError if it was killed."""
+@contextmanager
+def _block_interrupts() -> Iterator[None]:
+    """Block SIGINT here and in the processes that are started, also during their imports: the first process ends them."""
+    resource_tracker.ensure_running()  # its start would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        result = receiver.recv()
-    except EOFError:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _detect_end(process: multiprocessing.Process) -> Iterator[None]:
+    """ChildProcessError if the process of a connection was killed."""
+    try:
+        yield
+    except (EOFError, OSError):
         process.join()
         raise ChildProcessError(f"a process that reads the source ended with exit code {process.exitcode}") from None
+
+
+def _receive(process: multiprocessing.Process, connection: Connection, account: Account) -> list[Summary | Fault]:
+    """The summaries of the next unit of a process; its account is added to `account`. The error of the process if it fails,
+    ChildProcessError if it was killed."""
+    with _detect_end(process):
+        result = connection.recv()
     if isinstance(result, Exception):
         raise result
     summaries, part = result
@@ -136,14 +161,17 @@ def _receive(process: multiprocessing.Process, receiver: Connection, account: Ac
     return summaries
 
 
-def _work(summarizer: Summarizer, units: Sequence[Unit], sender: Connection) -> None:
-    """Send the summaries and the account of each unit, or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+def _work(connection: Connection) -> None:
+    """Receive a summarizer and its units, and send the summaries and the account of each unit, or an error."""
+    try:
+        summarizer, units = connection.recv()
+    except (EOFError, OSError):  # the first process was killed
+        return
     try:
         for unit in units:
             account = Account()
-            sender.send((list(summarizer.summarize(summarizer.reader.read(unit, account))), account))
+            connection.send((list(summarizer.summarize(summarizer.reader.read(unit, account))), account))
     except BrokenPipeError:  # the first process was killed
         pass
     except Exception as error:
-        sender.send(error)
+        connection.send(error)

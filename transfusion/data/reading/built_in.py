@@ -6,7 +6,6 @@ from typing import Any
 
 from transfusion.config import BUILT_IN, DigitsConfig, ShapesConfig
 from transfusion.data.built_in.digits import Digits
-from transfusion.data.built_in.emoji import Emoji
 from transfusion.data.built_in.photographs import Photographs
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.built_in.topics import Topics
@@ -27,7 +26,7 @@ class BuiltInContainer:
         self.heldout = [heldout[n] for n in range(min(len(heldout), limit))]
 
     def versions(self) -> list[tuple[str, Any]]:
-        """What its documents depend on besides this package, for example a font."""
+        """What its documents depend on besides this package."""
         return sorted(self.train.describe().items()) if hasattr(self.train, "describe") else []
 
     def spans(self, max_rows: int, account: Account) -> Iterator[Span]:
@@ -54,8 +53,6 @@ def open_built_in(
             return Shapes(level=shapes.level, size=shapes.size, split=split)
         case "topics":
             return Topics(split)
-        case "emoji":
-            return Emoji(split)
         case "photographs":
             return Photographs(split)
         case _:

@@ -106,15 +106,17 @@ class Files:
         infos = {} if "*" in self.root or self.is_local else self.fs.find(self.root, detail=True)
         for index in range(len(listing)):
             path = listing.path(index)
-            if not reason_of_name(listing[index]) and not path.endswith("/"):
+            if listing.is_file(index) and not reason_of_name(listing[index]) and not path.endswith("/"):
                 info = infos.get(path) or self.fs.info(path)
                 modified = next((info[name] for name in MODIFIED if name in info), "")
                 yield self.relative_path(path), info.get("size"), str(modified)
 
     def relative_path(self, path: str) -> str:
-        """The path relative to the source's folder, for messages."""
+        """The path relative to the source's folder, for messages. A path that is outside of it stays as it is."""
         folder = posixpath.dirname(self.root.partition("*")[0]) if "*" in self.root else self.root
-        relative = path.removeprefix(folder).lstrip("/") or posixpath.basename(path)
+        relative = posixpath.basename(path) if path == folder else path
+        if path.startswith(f"{folder.rstrip('/')}/"):
+            relative = path[len(folder) :].lstrip("/")
         return relative.encode(errors="replace").decode()  # file names may not be UTF-8
 
     def format_row(self, path: str, row: int) -> str:

@@ -54,11 +54,13 @@ class RecordImageReader:
             name = _shorten(path) if isinstance(path := value.get("path"), str) else ""
             value = next((value[key] for key in IMAGE_KEYS if value.get(key) is not None), None)
         if isinstance(value, ListedPath):
-            name, content = self.files.relative_path(value.path), self._fetch(value.path, is_listed=True)
+            name = self.files.relative_path(value.path)
+            content = self._fetch(value.path, name, is_listed=True)
         elif isinstance(value, str) and (value.startswith("data:") or is_inline_picture(value)):
             name, content = name or "an image in base64", _decode_base64(value)
         elif isinstance(value, str) or type(value) is int:  # the name of a picture may be a number
-            name, content = _shorten(str(value)), self._fetch(str(value))
+            name = _shorten(str(value))
+            content = self._fetch(str(value), name)
         elif isinstance(value, bytes | bytearray | memoryview):
             content = bytes(value)
         else:
@@ -76,8 +78,8 @@ class RecordImageReader:
         except (Fault, OSError):
             return False
 
-    def _fetch(self, address: str, is_listed: bool = False) -> bytes:
-        """The content at a path relative to the record, at a URL, or at a listed path."""
+    def _fetch(self, address: str, name: str, is_listed: bool = False) -> bytes:
+        """The content at a path relative to the record, at a URL, or at a listed path. `name`: in messages."""
         try:
             fs, path = (self.files.fs, address) if is_listed else self._locate(address)
             if fs is self.files.fs:
@@ -85,9 +87,9 @@ class RecordImageReader:
             if isinstance(fs, LocalFileSystem):
                 info = os.stat(path)
                 if not stat.S_ISREG(info.st_mode):  # reading a device may never end
-                    raise Fault("missing image", f"{_shorten(address)} is not a file")
+                    raise Fault("missing image", f"{name} is not a file")
                 if info.st_size > MAX_IMAGE_BYTES:
-                    raise Fault("too large", f"{_shorten(address)} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
+                    raise Fault("too large", f"{name} has {info.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,}")
                 with open(path, "rb", buffering=0) as file:
                     return file.read()
             return fs.cat_file(path)
@@ -95,14 +97,14 @@ class RecordImageReader:
             raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
             hint = "" if self.files.image_root or "://" in address else " (--pictures sets the folder of relative paths)"
-            raise Fault("missing image", f"{_shorten(address)}: {error.strerror or 'it does not exist'}{hint}") from None
+            raise Fault("missing image", f"{name}: {error.strerror or 'it does not exist'}{hint}") from None
         except Exception as error:  # each protocol has its own exceptions
             if "://" not in address and isinstance(error, OSError) and error.errno not in BAD_PATH_ERRORS:
                 raise  # the source's own disk fails
             if "://" not in address and not isinstance(error, OSError | ValueError):
-                raise OSError(f"cannot fetch {_shorten(address)}: {error_line(error)}") from None
+                raise OSError(f"cannot fetch {name}: {error_line(error)}") from None
             # single URLs may be dead: a fault of the data, limited by max_faults
-            raise Fault("missing image", f"{_shorten(address)}: {error_line(error)}") from None
+            raise Fault("missing image", f"{name}: {error_line(error)}") from None
 
     def _locate(self, address: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """File system and path of an image address. Fault when it is not valid or not allowed."""

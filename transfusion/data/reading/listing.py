@@ -57,15 +57,19 @@ class Listing(Sequence[str]):
 
     def siblings(self, index: int) -> Iterator[tuple[int, str]]:
         """The other files whose paths begin with this one up to its last dot: their indices, and the rest of their paths."""
-        names, ends, not_a_file = self._names, self._ends, self._labels.get((NOT_A_FILE, False))
+        names, ends = self._names, self._ends
         start, end = ends[index : index + 2]
         stem = names[start : names.rfind(b".", start, end) + 1]
         for step in (-1, 1) if stem else ():
             number = index + step
             while 0 <= number < len(self) and names.startswith(stem, ends[number], ends[number + 1]):
-                if self._fates[number] != not_a_file:
+                if self.is_file(number):
                     yield number, names[ends[number] + len(stem) : ends[number + 1]].decode("utf-8", "surrogateescape")
                 number += step
+
+    def is_file(self, index: int) -> bool:
+        """Not a pipe, a device or a link to nothing."""
+        return self._fates[index] != self._labels.get((NOT_A_FILE, False))
 
     def is_undecided(self, index: int) -> bool:
         return not self._fates[index]

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Set
 from functools import cache, lru_cache
 from typing import Any
 
-SPLITS = {  # name -> words in paths and columns; restval: Karpathy's name of a part of COCO that is for training
+SPLITS = {  # name -> words in paths and columns: those of `datasets`, and Karpathy's restval, a training part of COCO
     "train": ("train", "training", "restval"), "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }  # fmt: skip
 GENERIC = re.compile(r"((image|img|picture|pic|photo|data|set|split|file|v)s?|[-_.\d ])*")  # words in names of folders
 COLUMNS = ("split", "set", "partition", "subset")  # of records; the first one that names a split decides

@@ -5,7 +5,6 @@ const BUILT_IN = { // name of a built-in source: its content, and an example pro
   digits: ["images of handwritten digits with their names", "three"],
   shapes: ["synthetic images of coloured shapes with captions", "a large red circle above a small blue square"],
   topics: ["the reference manual of Python", null],
-  emoji: ["emoji with their names", "grinning face"],
   photographs: ["two photographs", null],
 };
 const number = new Intl.NumberFormat("en");
