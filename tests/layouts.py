@@ -133,7 +133,7 @@ LAYOUTS = [
            ["one|#"], {"files: without records of a known form": 2, "files: with texts beside pictures with captions": 1,
                        "files: .zip": 1, "files: .heic": 1, "files: without a picture of the same name": 1,
                        "files: without a suffix": 1, "files: hidden": 2, "files: empty": 1, "files: README or LICENSE": 1}),
-    Layout(FOLDERS, "splits in folders or file names", "`train/`, `training/`; `val/`, `valid/`, `dev/`; `test/`",
+    Layout(FOLDERS, "splits in folders or file names", "`train/`, `training/`; `val/`, `valid/`, `dev/`; `test/`, `eval/`",
            "train is for training, validation (or else test) is held out; the outermost folder decides",
            {f"{split}/{name}/{split}_{name}.png": P for split in ("train", "val", "test") for name in ("train", "bus")},
            ["bus|#", "train|#", "bus|# (held out)", "train|# (held out)"], {"files: of another split": 2}),
