@@ -264,6 +264,14 @@ def test_a_file_may_be_one_conversation_and_its_columns_are_read(record, tmp_pat
     assert (tally.total, tally.passed_over) == (len(record) + 1, {"in 'lang'": 1})
 
 
+@pytest.mark.parametrize("items", [
+    [{"role": "cook", "name": "Ann"}], [{"content": "x"}], ["x"], [], "[1", '["x"]', {"role": 1},
+])  # fmt: skip
+def test_other_lists_are_no_turns(items, tmp_path):
+    write_lines(tmp_path / "a.jsonl", {"text": "one", "items": items})
+    assert [part.text for document in read_at(tmp_path) for part in document.segments] == ["one"]
+
+
 @pytest.mark.parametrize(("history", "kind"), [
     ([], ""), (None, ""), ("", ""), ([["a", "b"]], ""), ("a", "bad segment"), (5, "bad segment"), ([["a"]], "bad segment"),
     ([5], "bad segment"), ([[5, "b"]], "bad segment"), ([["a", None]], "bad segment"),

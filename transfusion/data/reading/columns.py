@@ -159,25 +159,23 @@ def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
             name = plain_name(key)
             others[key if name in others or (name in record and key != name) else name] = value
     renamed = {**{key: value for key, value in others.items() if key not in replaced}, **chosen}
-    return renamed if renamed.keys().isdisjoint(TURN_LISTS) else _rename_turns(renamed)
+    has_turns = any(isinstance(renamed.get(name), list) for name in TURN_LISTS[:2])
+    return renamed if has_turns or renamed.keys().isdisjoint(TURN_LISTS) else _rename_turns(renamed)
 
 
 def _rename_turns(record: dict) -> dict:
     """The record with the first list of turns under its name: those of `conversations` have "from"."""
     for name in TURN_LISTS:
         turns = _parse_json(record[name]) if isinstance(record.get(name), str) else record.get(name)
-        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            if any("from" in turn for turn in turns):
-                form = "conversations"
-            elif any("role" in turn for turn in turns):
-                form = "messages"
-            else:
-                continue
-            form = name if name in TURN_LISTS[:2] else form
-            if turns is record.get(form):
-                return record
+        if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
+            form = name if name in TURN_LISTS[:2] else "conversations" if "from" in turns[0] else "messages"
             return {form if key == name else key: turns if key == name else value for key, value in record.items()}
     return record
+
+
+def _is_turn(value: Any) -> bool:
+    parts = ({"from", "role"}, {"value", "content", "parts"})
+    return isinstance(value, dict) and all(value.keys() & names for names in parts)
 
 
 def _parse_json(text: str) -> Any:
