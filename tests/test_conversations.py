@@ -12,7 +12,7 @@ from tests.layouts import picture, turns
 from tests.profile import examples
 from tests.reading import close_account, read_at, write_lines
 from transfusion.config import ChatLayout
-from transfusion.data.raw import Fault, RawImage
+from transfusion.data.raw import Fault, RawImage, RawText
 from transfusion.data.reading.readers import open_reader
 from transfusion.data.reading.records import to_document
 
@@ -218,3 +218,65 @@ def test_every_image_of_a_conversation_is_read_or_it_is_a_fault(contents, count)
     texts = "".join(part.text for part in document.segments if not isinstance(part, RawImage))
     assert not names or "<image" not in texts
     assert len(reader.names) >= len(given)
+
+
+@pytest.mark.parametrize("values", [["1.png"], ["1.png", "2.png"], []])
+@pytest.mark.parametrize("form", ["pair", "editing"])
+@examples(60)
+@given(st.lists(st.sampled_from(("<image>", "<|image_2|>", "<image 1>", "word", " ", "<img><|image_1|></img>")), max_size=4))
+def test_no_mark_stays_in_a_text_beside_images(form, values, words):
+    """Of a caption or an instruction: each image is read, and each mark is the place of one, or it is a fault."""
+    text, reader = " ".join(words), Names()
+    record = {"pair": {"images": values, "caption": text},
+              "editing": {"source": values, "instruction": text, "target": "out.png"}}[form]  # fmt: skip
+    num_marks = sum("image" in word for word in words)
+    try:
+        document = to_document(form, record, reader)
+    except Fault as fault:
+        assert not text.strip() or not values or num_marks or form == "pair", fault
+        return
+    assert values and {*reader.names} - {"out.png"} == {*values}  # a number may name one twice
+    assert len(reader.names) - (form == "editing") == (num_marks or len(values))
+    texts = [part.text for part in document.segments if not isinstance(part, RawImage)]
+    assert texts and not any("image" in text or "img" in text for text in texts)
+    assert document.pairs == ([*map(type, document.segments)] == [RawText, RawImage])
+
+
+def test_keys_of_messages_that_are_not_read_are_counted(tmp_path):
+    write_lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "Which bird?", "name": None},
+                {"role": "assistant", "content": ANSWER, "reasoning_content": "It is red.", "tool_calls": [], "weight": 1},
+                {"role": "assistant", "content": ANSWER, "reasoning_content": "Again.", "tool_calls": [{"id": 1}]}]},
+                {"conversations": turns("Which bird?", ANSWER, keys=("from", "value"))})  # fmt: skip
+    tally = close_account(open_reader(str(tmp_path))).tallies["fields"]
+    assert tally.passed_over == {"in 'messages.reasoning_content'": 2, "in 'messages.tool_calls'": 1}
+    assert (tally.total, tally.read.total()) == (5, 2)
+
+
+@pytest.mark.parametrize("record", [
+    {"instruction": "Which bird?", "input": "It is red.", "output": ANSWER}, {"conversation": turns("Which bird?", ANSWER)},
+    {"query": "Which bird?", "response": ANSWER, "history": [["a", "b"]], "system": "s"}, {"items": turns("a", ANSWER)},
+])  # fmt: skip
+def test_a_file_may_be_one_conversation_and_its_columns_are_read(record, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({**record, "lang": "en"}, indent=1))
+    reader = open_reader(str(tmp_path))
+    assert reader.form == "messages"
+    tally = close_account(reader).tallies["fields"]
+    assert (tally.total, tally.passed_over) == (len(record) + 1, {"in 'lang'": 1})
+
+
+@pytest.mark.parametrize("items", [
+    [{"role": "cook", "name": "Ann"}], [{"content": "x"}], ["x"], [], "[1", '["x"]', {"role": 1},
+])  # fmt: skip
+def test_other_lists_are_no_turns(items, tmp_path):
+    write_lines(tmp_path / "a.jsonl", {"text": "one", "items": items})
+    assert [part.text for document in read_at(tmp_path) for part in document.segments] == ["one"]
+
+
+@pytest.mark.parametrize(("history", "kind"), [
+    ([], ""), (None, ""), ("", ""), ([["a", "b"]], ""), ("a", "bad segment"), (5, "bad segment"), ([["a"]], "bad segment"),
+    ([5], "bad segment"), ([[5, "b"]], "bad segment"), ([["a", None]], "bad segment"),
+])  # fmt: skip
+def test_history_of_an_exchange_is_read_or_a_fault(history, kind, tmp_path):
+    write_lines(tmp_path / "a.jsonl", {"query": "q", "response": "a", "history": history})
+    (item,) = read_at(tmp_path)
+    assert (item.kind if isinstance(item, Fault) else "") == kind

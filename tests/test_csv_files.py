@@ -417,3 +417,25 @@ def test_caption_in_utf_16_is_read_and_damage_costs_one_record(tmp_path):
         write(tmp_path, PIXELS, f"{name}.png")
         write(tmp_path, caption, f"{name}.txt")
     assert [text for _, text in outcomes(tmp_path)] == ["one 猫", "cut short", "three", "wrong encoding"]
+
+
+@pytest.mark.parametrize("title", [
+    "Birds", "Birds,,", "\ufeffBirds of 2024, all\n", ",\n,", '"Birds, all",', "# note\nBirds", "Images", "Birds,\n" * 8,
+])  # fmt: skip
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_lines_above_the_header_are_its_title(title, delimiter, tmp_path):
+    rows = "image,caption\n1.png,one bird\n1.png,two\n".replace(",", delimiter)
+    (tmp_path / "1.png").write_bytes(PIXELS)
+    first = title.count("\n") + 3
+    assert outcomes(write(tmp_path, f"{title}\n{rows}")) == [(f"a.csv:{first}", "one bird"), (f"a.csv:{first + 1}", "two")]
+
+
+@pytest.mark.parametrize("content", ["hello,you\nimage,here\n", "a.png,one\nimage,caption\n", "text\nid,text\n"])
+def test_rows_are_not_taken_for_a_title(content):
+    assert find_dialect(content.encode()).num_skipped == 0
+
+
+def test_message_of_a_quote_inside_a_cell_says_how_to_write_it(tmp_path):
+    write(tmp_path, 'text,n\n"a \\"red\\" bird",1\nplain,2\n')
+    fault, _ = read_at(tmp_path)
+    assert fault.message == 'a cell in quotes has a quote inside: write it twice (""), not as \\"'

@@ -749,7 +749,10 @@ def test_class_label_without_a_name_is_a_fault(tmp_path):
                             ({}, None), (features(5), None)):  # fmt: skip
         schema = pa.schema({"image": pa.binary(), "label": pa.int64()}, {"huggingface": json.dumps(info)})
         pq.write_table(pa.table({"image": [GOOD] * 3, "label": [0, 7, None]}, schema), tmp_path / "a.parquet")
-        assert kinds(read_at(tmp_path)) == (expected or ["bad segment", "bad segment", "empty caption"])
+        items = read_at(tmp_path)
+        assert kinds(items) == (expected or ["bad segment", "bad segment", "empty caption"])
+        assert expected or "its caption is the number 7: --columns caption=NAME chooses a column" in items[1].message
+    assert kinds(read_at(tmp_path, columns={"caption": ""})) == ["", "", ""]
 
 
 # Compressed files

@@ -137,8 +137,8 @@ def test_captions_of_coco_may_be_beside_other_json(others, tmp_path):
                      "1.png": PIXELS})  # fmt: skip
     reader = open_reader(str(tmp_path))
     assert sorted(texts(read_at(tmp_path))) == ["one", "one", "three", "two", "two"]
-    examples = {"without records of a known form": ["boxes.json", "instances_0.json"]}
-    assert close_account(reader).tallies["files"].examples == examples
+    reason = "without records of a known form (it has COCO annotations without captions)"
+    assert close_account(reader).tallies["files"].examples == {reason: ["boxes.json", "instances_0.json"]}
     for name in ("boxes.json", "instances_0.json"):
         with pytest.raises(ValueError, match=f"the first fault: {name}:1: it has COCO annotations without captions"):
             open_reader(str(tmp_path / name))

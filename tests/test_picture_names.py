@@ -1,6 +1,7 @@
 """Pictures are found by the names that people's tables have: without suffix, with a caption's number, from Windows."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -69,3 +70,13 @@ def test_text_with_names_of_pictures_is_a_table(line, is_table, tmp_path):
     put(str(tmp_path / "images/1.png"), PICTURE)
     put(str(tmp_path / "notes.txt"), f"{line}\n1.png,another dog\n" if line == "image,caption" else f"{line}\n")
     assert open_reader(str(tmp_path)).form == ("pair" if is_table else "image")
+
+
+@pytest.mark.parametrize(("written", "listed"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("folder", ["", "café/"])
+def test_accents_of_names_may_have_another_form_of_unicode(written, listed, folder, tmp_path):
+    """macOS lists names with accents apart from their letters."""
+    put(str(tmp_path / unicodedata.normalize(listed, folder + "é.png")), PICTURE)
+    write_lines(tmp_path / "a.jsonl", {"image": unicodedata.normalize(written, folder + "é.png"), "caption": "one"})
+    assert [len(document.segments) for document in read_at(tmp_path)] == [2]
+    assert close_account(open_reader(str(tmp_path))).tallies["files"].read["picture"] == 1

@@ -733,3 +733,16 @@ def test_mark_in_a_message_is_an_image_of_any_image_column(column, tmp_path):
     messages = [{"role": "user", "content": "See <image> there"}, {"role": "assistant", "content": "A robin."}]
     (document,) = read_at(write_lines(tmp_path / "a.jsonl", {"messages": messages, column: "a.png"}))
     assert [getattr(part, "text", None) for part in document.segments] == ["See ", None, " there", "\n", "A robin."]
+
+
+@pytest.mark.parametrize(("record", "names"), [
+    ({"remark": "a red bird", "note": "It sings. It eats."}, "note, remark"),
+    ({"remark": "red", "date": "2024-01-01 10:00"}, ""),
+    ({"caption": "a bird", "remark": "a red bird"}, ""), ({"remark": None}, ""), ({"remark": [1, 2]}, ""),
+])  # fmt: skip
+def test_text_beside_pictures_without_captions_is_named(record, names, tmp_path):
+    (tmp_path / "1.png").write_bytes(make.png(1))
+    write_lines(tmp_path / "a.jsonl", *[{"image": "1.png", **record}] * 3, {"image": "1.png", "rare": "a blue bird"})
+    line = open_reader(str(tmp_path)).describe()
+    hint = f"; warning: the text in {names} is not read: --columns caption=NAME chooses the captions"
+    assert line.partition(" (image)")[2] == (hint if names else "") or "caption" in record and "warning" not in line

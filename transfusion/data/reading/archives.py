@@ -18,6 +18,7 @@ from transfusion.data.reading.streams import BUFFER_SIZE
 from transfusion.data.reading.values import strip_caption
 
 TEXT_SUFFIXES = ("txt", "caption", "cls")  # the first one that exists is the caption
+LIST_SUFFIXES = ("jsonl", "csv", "tsv", "parquet")
 READ_SUFFIXES = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
 KEY_TWICE = "with a key that was read: members of one key must be neighbours"
 REPEATED = "an earlier record has this key: members of one key must be neighbours"
@@ -254,6 +255,8 @@ def _describe_member(info: tarfile.TarInfo) -> Member:
         reason = "link or device"
     elif info.name.rpartition("/")[2].startswith("."):
         reason = "hidden"
+    elif member.suffix(at_last_dot=True) in LIST_SUFFIXES:
+        reason = "list of records in an archive, which is not read: unpack the archive"
     elif not {member.suffix(), member.suffix(at_last_dot=True)} & {*READ_SUFFIXES}:
         reason = f".{member.suffix()}" if member.suffix() else "without a suffix"
     return replace(member, reason=reason) if reason else member

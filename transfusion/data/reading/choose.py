@@ -36,7 +36,7 @@ from transfusion.data.reading.splits import (
     split_of_path,
     splits_of_folders,
 )  # fmt: skip
-from transfusion.data.reading.values import possible_paths
+from transfusion.data.reading.values import possible_paths, printable
 
 RECORD_KINDS = {  # the first kind of which a folder has files with records is read
     "archives": ("tar", "tgz"), "Parquet tables": ("parquet",), "Arrow tables": ("arrow", "feather"),
@@ -303,19 +303,22 @@ class Choice:
     def _reason_to_pass_over(self, kind: str, index: int) -> str:
         """Why a file with records is not read although other files can be, or "": a log, or the list of addresses that the
         pictures beside it come from. A damaged file is read, so that its damage is reported."""
-        forms, are_addresses, is_empty = set(), True, True
+        forms, are_addresses, first_fault, is_empty = set(), True, "", True
         container = open_container(kind, self.files, [self.listing.path(index)])
         spans = container.spans(NUM_SAMPLES, Account())
         for _, record in islice((item for span in spans for item in container.records(span)), NUM_SAMPLES):
             is_empty = False
             if isinstance(record, Fault) and record.kind == CUT_SHORT:
                 return ""
-            if not isinstance(record, Fault):
+            if isinstance(record, Fault):
+                first_fault = first_fault or record.message
+            else:
                 form, has_address = describe_record(rename_columns(record, self.columns))
                 forms |= {form} - {None}
                 are_addresses = are_addresses and has_address
         if not forms:
-            return "empty" if is_empty else "without records of a known form"
+            reason = "without records of a known form" + f" ({printable(first_fault)})" * bool(first_fault)
+            return "empty" if is_empty else reason
         if self._has_captions and forms in ({"text"}, {"image"}):
             return f"with {forms.pop()}s beside pictures with captions"
         if self._has_captions and are_addresses and forms <= {"pair", "image"}:

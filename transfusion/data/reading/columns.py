@@ -1,21 +1,25 @@
 """Columns of records: their names in data sets, what each is read as, and the form of a record that they show."""
 
+import json
+import re
 from collections.abc import Mapping, Set
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from transfusion.data.raw import Fault
-from transfusion.data.reading.values import is_address, is_empty, list_columns, looks_like_picture
+from transfusion.data.reading.values import is_address, is_empty, is_text, list_columns, looks_like_picture
 
 Form = Literal["document", "pair", "text", "image", "conversation", "messages", "interleaved", "mmc4", "editing"]
 FORMS: tuple[str, ...] = get_args(Form)
 CONVERSATIONS: tuple[Form, ...] = ("conversation", "messages")  # these have a chat layout
 COLUMN_NAMES = {  # our name -> names in data sets, in lower case; the first one with a value is read
     "image": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "gif", "bmp", "images", "image_path",
-              "image_bytes", "image_file", "image_file_name", "image_name", "img_path", "file_name", "file_names",
-              "filename", "filepath", "file_path", "path", "image_url", "img_url", "photo_url", "picture_url", "url"),
+              "image_bytes", "image_file", "image_file_name", "image_filename", "image_name", "img_path", "file_name",
+              "file_names", "filename", "filepath", "file_path", "path", "image_url", "img_url", "photo_url", "picture_url",
+              "url"),
     "caption": ("caption", "captions", "text", "txt", "prompt", "description", "alt", "alt_text", "title", "comment",
-                "sentence", "label"),
+                "sentence", "image_caption", "image_description", "caption_text", "caption_en", "caption_0", "caption_1",
+                "caption1", "label"),
     "text": ("text", "txt", "content", "body", "caption"),
     "id": ("id",),
     "source": ("source", "source_image", "source_img", "input_image", "input_images", "original_image", "raw_image"),
@@ -30,6 +34,13 @@ LIST_COLUMNS: dict[Form, tuple[str, ...]] = {  # of the forms that are recognise
     "mmc4": ("text_list", "image_info"), "interleaved": ("texts", "images"),
 }  # fmt: skip
 KNOWN_NAMES = {name for names in (*COLUMN_NAMES.values(), *LIST_COLUMNS.values()) for name in names}
+TURN_LISTS = ("conversations", "messages", "conversation", "contents", "items", "chatml")  # the names of lists of turns
+EXCHANGES = (  # columns of a question and its answer: Alpaca, Dolly, ms-swift, VQA, TRL
+    ("instruction", "output"), ("instruction", "response"), ("query", "response"), ("question", "answer"),
+    ("prompt", "completion"),
+)  # fmt: skip
+MORE_OF_EXCHANGES = ("input", "context", "history")  # belong to the question
+INNER_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def detect_form(record: dict) -> Form:
@@ -39,6 +50,8 @@ def detect_form(record: dict) -> Form:
             return form
     if all(find_column(record, field) for field in ("target", "source", "instruction")):
         return "editing"
+    if find_exchange(record):
+        return "messages"
     if find_column(record, "image"):
         return "pair" if find_column(record, "caption") else "image"
     if find_column(record, "text"):
@@ -97,6 +110,18 @@ def find_column(record: dict, field: str) -> str | None:
     return pictures[0] if pictures else None
 
 
+def find_exchange(record: dict) -> tuple[str, str] | None:
+    """The columns of a question and of its answer, one of which may be empty, in a record without a text of both."""
+    for question, answer in EXCHANGES:
+        if question in record and answer in record:
+            values = record[question], record[answer]
+            are_texts = all(isinstance(value, str | None) and not looks_like_picture(value) for value in values)
+            if are_texts and any(map(is_text, values)):
+                has_both = any(is_text(record.get(name)) for name in ("text", "txt", "caption", "captions"))
+                return None if has_both else (question, answer)
+    return None
+
+
 @lru_cache(4096)
 def _present_names(field: str, columns: tuple[str, ...]) -> tuple[str, ...]:
     """The names of a field that are among these columns: usually the same for all records."""
@@ -110,19 +135,22 @@ def read_columns(record: dict, form: Form) -> list[str]:
     names = [find_column(record, field) for field in fields]
     if form in CONVERSATIONS:
         names.append(find_column(record, "image"))
+    if form == "messages" and is_empty(record.get("messages")) and (exchange := find_exchange(record)):
+        names += [*exchange, *MORE_OF_EXCHANGES]
     return [name for name in (*LIST_COLUMNS.get(form, ()), *names) if name and not is_empty(record.get(name))]
 
 
 @lru_cache(4096)
 def plain_name(name: str) -> str:
-    """A name of a column in lower case, as a known one if it has spaces or hyphens: Alt Text is alt_text."""
-    known = "_".join(name.lower().replace("-", " ").split())
+    """A name of a column in lower case, as a known one if it has spaces, hyphens or capitals: Alt Text and altText are
+    alt_text."""
+    known = "_".join(INNER_CAPITAL.sub(" ", name).lower().replace("-", " ").split())
     return known if known in KNOWN_NAMES else name.lower()
 
 
 def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
     """The record with columns renamed as {our name: column name}; an empty column name removes a column. Names of columns
-    are plain ones."""
+    are plain ones; a list of turns is `conversations` or `messages`, also if it was written as JSON."""
     replaced = {name for ours, theirs in columns.items() for name in (*COLUMN_NAMES.get(ours, (ours,)), plain_name(theirs))}
     chosen = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     others: dict[str, Any] = {}
@@ -130,4 +158,29 @@ def rename_columns(record: dict, columns: Mapping[str, str]) -> dict:
         if isinstance(key, str):  # of names that differ only in case, one is the plain name
             name = plain_name(key)
             others[key if name in others or (name in record and key != name) else name] = value
-    return {**{key: value for key, value in others.items() if key not in replaced}, **chosen}
+    renamed = {**{key: value for key, value in others.items() if key not in replaced}, **chosen}
+    has_turns = any(isinstance(renamed.get(name), list) for name in TURN_LISTS[:2])
+    return renamed if has_turns or renamed.keys().isdisjoint(TURN_LISTS) else _rename_turns(renamed)
+
+
+def _rename_turns(record: dict) -> dict:
+    """The record with the first list of turns under its name: those of `conversations` have "from"."""
+    for name in TURN_LISTS:
+        turns = _parse_json(record[name]) if isinstance(record.get(name), str) else record.get(name)
+        if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
+            form = name if name in TURN_LISTS[:2] else "conversations" if "from" in turns[0] else "messages"
+            return {form if key == name else key: turns if key == name else value for key, value in record.items()}
+    return record
+
+
+def _is_turn(value: Any) -> bool:
+    parts = ({"from", "role"}, {"value", "content", "parts"})
+    return isinstance(value, dict) and all(value.keys() & names for names in parts)
+
+
+def _parse_json(text: str) -> Any:
+    """The value of a text in JSON, or None."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transfusion.chat import ROLES, Turn
 from transfusion.data.raw import Fault, RawImage
+from transfusion.data.reading.columns import MORE_OF_EXCHANGES, find_exchange
 from transfusion.data.reading.values import (
     ImageReader,
     check_text,
@@ -19,13 +20,14 @@ from transfusion.data.reading.values import (
     get_value,
     is_empty,
     is_inline_picture,
+    nonempty_text,
     short_repr,
 )  # fmt: skip
 
 TAG = re.compile(r"(?:Picture \d+: ?)?<img>([^<>\n]+)</img>")  # Qwen-VL
 MARK = re.compile("|".join((
     r"<image(?:[ _-]?([0-9]{1,4}))?>",  # LLaVA and most others; MMMU: <image 1>; MiniCPM-V: <image_00>
-    r"<\|image(?:_([0-9]{1,4}))?\|>",  # Llama 3.2; Phi-3: <|image_1|>
+    r"(?:<img>)?<\|image(?:_([0-9]{1,4}))?\|>(?:</img>)?",  # Llama 3.2; Phi-3: <|image_1|>; OmniGen: in <img>
     r"<image[_-]placeholder>",  # DeepSeek-VL
     r"(?:<img>)?<ImageHere>(?:</img>)?",  # MiniGPT-4, InternLM-XComposer
     r"(?:Picture \d+: ?)?<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>",  # Qwen2-VL
@@ -33,12 +35,14 @@ MARK = re.compile("|".join((
 )), re.IGNORECASE)  # fmt: skip
 TEXT_KINDS = ("text", "input_text", "output_text")  # of parts of a message
 IMAGE_KINDS = ("image", "image_url", "input_image")
-IMAGE_FIELDS = ("image", "image_url", "url", "path", "source")  # the content of such a part
+IMAGE_FIELDS = ("image", "image_url", "url", "path", "source", "inline_data", "inlineData")  # the content of such a part
 MEDIA = re.compile(r"(input_)?(video|audio)(s|_url|_path)?")  # kinds of parts, and columns of records; not supported
 MEDIA_MARK = re.compile(r"""
     \A\s*<(?:video|audio)> | \n[ \t]*<(?:video|audio)>\s*\Z  # elsewhere in a text it is the element of HTML
     | <\|(?:video|audio)(?:_\d+|_pad)?\|> | <(?:video|audio)>\S{1,1000}\.\w{2,4}</(?:video|audio)>
 """, re.VERBOSE | re.IGNORECASE)  # fmt: skip
+
+READ_KEYS = {"role", "from", "content", "value", "parts", "weight", "loss"}  # of a message; Gemini's content is parts
 
 # a text, the value of an image, or the place of one of the record's images: the number in its mark, or None
 Part = tuple[Literal["text", "image", "place"], Any]
@@ -57,6 +61,29 @@ def read_messages(record: dict, values: Sequence[Any], images: ImageReader) -> l
     return _read_turns(record, "messages", values, images, has_list)
 
 
+def place_at_marks(text: str, values: Sequence[Any], field: str) -> list[Part] | None:
+    """The text of a field with its images at its marks; None without marks. Fault unless each mark has an image and each
+    image a mark, and when there are only marks."""
+    parts = list(_split_text(text, MARK))
+    places = _list_places([parts])
+    if not places:
+        return None
+    indices = iter(_order_images(places, len(values)))
+    parts = [("image", values[next(indices)]) if kind == "place" else (kind, value) for kind, value in parts]
+    parts = [(kind, value) for kind, value in parts if kind == "image" or value.strip()]
+    if all(kind == "image" for kind, _ in parts):
+        raise Fault(f"empty {field}", f"its {field} has marks of images, but no words")
+    return parts
+
+
+def unread_keys(record: dict) -> Iterator[str]:
+    """The keys of messages with values that are not read, such as tool_calls."""
+    for name in ("conversations", "messages"):
+        messages = record[name] if isinstance(record.get(name), list) else ()
+        for message in (message for message in messages if isinstance(message, dict)):
+            yield from (f"{name}.{key}" for key in message if key not in READ_KEYS and not is_empty(message[key]))
+
+
 def _as_condition(part: str | RawImage) -> str | RawImage:
     return replace(part, loss=False, max_t=0.0) if isinstance(part, RawImage) else part
 
@@ -65,11 +92,11 @@ def _read_turns(record: dict, column: str, values: Sequence[Any], images: ImageR
     """The turns with their images. `values`: the record's list of images; `has_list`: marks are places of these."""
     if media := next((name for name in record if MEDIA.fullmatch(name) and not is_empty(record[name])), None):
         raise _media_fault(f"its column {media}")
-    messages, system = get_list(record, column), record.get("system")  # a column of LLaMA-Factory and Anthropic
-    if not is_empty(system) and system not in [get_value(message, "content", "value") for message in messages[:1]]:
+    messages, system = _list_messages(record, column), record.get("system")  # a column of LLaMA-Factory and Anthropic
+    if not is_empty(system) and system not in [_get_content(message) for message in messages[:1]]:
         messages = [{"role": "system", "content": system}, *messages]
     roles = [_get_role(message) for message in messages]
-    contents = [list(_split_parts(get_value(message, "content", "value"))) for message in messages]
+    contents = [list(_split_parts(_get_content(message))) for message in messages]
     turns = [Turn(role, [], _has_loss(message)) for role, message in zip(roles, messages, strict=True)]
     for turn, content in zip(turns, _place_images(contents, roles, values, has_list), strict=True):
         is_answer = turn.role == "assistant"
@@ -83,6 +110,31 @@ def _read_turns(record: dict, column: str, values: Sequence[Any], images: ImageR
     if turns and "assistant" not in roles:
         raise Fault("empty answer", "it has no message of the assistant")
     return turns
+
+
+def _list_messages(record: dict, column: str) -> list:
+    """The messages of a record: its list, or its question and answer, behind those of its history."""
+    if column != "messages" or "messages" in record:
+        return get_list(record, column)
+    if (exchange := find_exchange(record)) is None:
+        return get_list(record, column)
+    question, answer = exchange
+    asked = [nonempty_text(record[question] or "", "question")]
+    answer = nonempty_text(record[answer] or "", "answer")
+    *more, history = (record.get(name) for name in MORE_OF_EXCHANGES)
+    if not is_empty(history) and not (isinstance(history, list) and all(map(_is_exchange, history))):
+        raise Fault("bad segment", f"its history must be a list of [question, answer], not {short_repr(history)}")
+    asked += [check_text(text, "input") for text in more if not is_empty(text)]
+    texts = [*(text for turn in history or () for text in turn), "\n".join(asked), answer]
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def _is_exchange(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2
+
+
+def _get_content(message: Any) -> Any:
+    return get_value(message, "content", "value", "parts")
 
 
 def _get_role(message: Any) -> str:

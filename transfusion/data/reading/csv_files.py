@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 from transfusion.data.raw import CUT_SHORT, Fault
 from transfusion.data.reading.account import Account
-from transfusion.data.reading.columns import KNOWN_NAMES, plain_name
+from transfusion.data.reading.columns import COLUMN_NAMES, KNOWN_NAMES, plain_name
 from transfusion.data.reading.container import BOM, Span, damage_fault, group
 from transfusion.data.reading.files import Files
-from transfusion.data.reading.values import is_address, looks_like_picture, unique_names
+from transfusion.data.reading.values import is_address, is_number, looks_like_picture, unique_names
 
 DELIMITERS = "\t|;,"  # text has commas more often than the others
 NO_DELIMITER = "\x1f"  # of a file with one column: no text has this character
@@ -24,6 +24,8 @@ MAX_LINE = 4 * MAX_CELL  # bytes
 MAX_NAME = 60  # characters of a column's name
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 SEPARATOR_LINE = re.compile("sep=.", re.I)  # the first line of some tables
+END_OF_FILE = "\x1a"  # the last character of some files of DOS
+MAX_TITLE_LINES = 10
 MISSING = {"nan", "NaN", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "\\N"}  # of pandas, Excel and MySQL
 
 csv.field_size_limit(MAX_CELL)  # of all readers in this process; Python's default is 131,072
@@ -38,14 +40,14 @@ class Dialect:
     has_spaces: bool = False  # behind the delimiters
     header: Sequence[str] = ()  # the cells of the row with the names of columns; () without one
     columns: Sequence[str] = ()  # () while the dialect is not known: rows may have any number of cells
-    num_comments: int = 0  # lines that begin with # before the first row
+    num_skipped: int = 0  # lines before the first row: comments, which begin with #, and a title above the header
 
     def read(self, lines: "Lines") -> Iterator[tuple[int, int, list[str] | Fault]]:
         """(line number from 0, byte offset, cells) of each row that is not the header, which joined tables repeat, and
         has a cell that is not blank: spreadsheets write rows of delimiters alone. A row that cannot be read is a Fault; the
         next row starts in the line behind its first one, because an open quote may have swallowed any number of rows."""
         if not lines.offset:
-            lines.skip(self.num_comments)
+            lines.skip(self.num_skipped)
         quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
         reader = csv.reader(
             lines, delimiter=self.delimiter, quoting=quoting, skipinitialspace=self.has_spaces, strict=True
@@ -60,7 +62,9 @@ class Dialect:
             if self.header and cells == self.header:
                 lines.end_row(is_bad=False)
                 continue
-            is_blank = isinstance(cells, list) and not any(map(str.strip, cells))
+            is_blank = isinstance(cells, list) and not any(cell.strip().strip(END_OF_FILE) for cell in cells)
+            if isinstance(cells, list) and self.columns and not any(map(str.strip, cells[len(self.columns) :])):
+                del cells[len(self.columns) :]  # delimiters at the end of a row
             if isinstance(cells, list) and self.columns and len(cells) != len(self.columns) and not is_blank:
                 cells = lines.explain_width(len(cells), len(self.columns))
             wrong_encoding = lines.wrong_encoding
@@ -118,6 +122,8 @@ class Lines:
         """The fault of the current row."""
         if str(error) == "unexpected end of data" and self._is_last_line:
             return Fault(CUT_SHORT, "the file ends inside a cell in quotes")
+        if "expected after" in str(error):
+            return Fault("damaged table", 'a cell in quotes has a quote inside: write it twice (""), not as \\"')
         if "new-line character" not in str(error):
             return Fault("damaged table", f"the row cannot be read: {error}")
         if self._is_last_line:  # perhaps all rows are in it
@@ -186,20 +192,21 @@ def find_dialect(sample: bytes, delimiters: str = DELIMITERS) -> Dialect:
     """The dialect of a table, from its beginning."""
     if is_cut := len(sample) == SAMPLE_SIZE:
         sample = sample[: sample.rfind(b"\n") + 1] or sample
-    num_comments = _count_comments(sample, delimiters)
-    best = _find_quoting(sample, delimiters, is_cut, num_comments)
-    if num_comments and best.width < 2:  # texts that begin with #
+    num_skipped = _count_comments(sample, delimiters)
+    num_skipped += _count_titles(sample.split(b"\n")[num_skipped:], delimiters)
+    best = _find_quoting(sample, delimiters, is_cut, num_skipped)
+    if num_skipped and best.width < 2:  # texts that begin with #
         best = _find_quoting(sample, delimiters, is_cut, 0)
     dialect, rows = best.dialect, best.rows
     header = rows[0] if rows and _is_header(rows[0]) else ()
     return replace(dialect, header=header, columns=_name_cells(header) if header else _name_columns(rows))
 
 
-def _find_quoting(sample: bytes, delimiters: str, is_cut: bool, num_comments: int) -> "_Sample":
+def _find_quoting(sample: bytes, delimiters: str, is_cut: bool, num_skipped: int) -> "_Sample":
     """The first rows in the dialect that fits best."""
 
     def read(delimiter: str, **quoting: bool) -> _Sample:
-        return _Sample.read(Dialect(delimiter, num_comments=num_comments, **quoting), sample, is_cut)
+        return _Sample.read(Dialect(delimiter, num_skipped=num_skipped, **quoting), sample, is_cut)
 
     best = max(map(read, delimiters), key=lambda option: (option.num_known, option.score, option.num_pictures))
     if best.width < 2:
@@ -220,6 +227,19 @@ def _count_comments(sample: bytes, delimiters: str) -> int:
     last = lines[-1].decode(errors="replace") if lines else ""
     has_names = any(delimiter in last and any(map(_is_known, last.split(delimiter))) for delimiter in delimiters)
     return len(lines) - has_names
+
+
+def _count_titles(lines: Sequence[bytes], delimiters: str) -> int:
+    """The number of lines before a header with several known names, without such names or pictures: a title, blank lines."""
+    for number, line in enumerate(lines[:MAX_TITLE_LINES]):
+        text = line.removeprefix(BOM).decode(errors="replace")
+        rows = [[cell.strip(' "\r') for cell in text.split(delimiter)] for delimiter in delimiters]
+        if any(sum(map(_is_known, row)) > 1 for row in rows):
+            return number
+        is_header = plain_name(text.strip()) in COLUMN_NAMES["text"]  # of a table with one column
+        if is_header or any(any(map(_is_picture, row)) or (len(row) > 1 and any(map(_is_known, row))) for row in rows):
+            return 0
+    return 0
 
 
 @dataclass(frozen=True)
@@ -282,20 +302,12 @@ def _is_header(row: Sequence[str]) -> bool:
         return False
     if any(map(_is_known, cells)):
         return True
-    is_name = [cell and len(cell) <= MAX_NAME and not _is_number(cell) for cell in cells]
+    is_name = [cell and len(cell) <= MAX_NAME and not is_number(cell) for cell in cells]
     return all(is_name) and len({*cells}) == len(cells)
 
 
 def _is_picture(cell: str) -> bool:
     return looks_like_picture(cell) or is_address(cell)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _name_cells(header: Sequence[str]) -> list[str]:

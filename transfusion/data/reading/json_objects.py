@@ -3,7 +3,7 @@
 import posixpath
 from typing import Any
 
-from transfusion.data.reading.columns import KNOWN_NAMES, LIST_COLUMNS, plain_name
+from transfusion.data.reading.columns import KNOWN_NAMES, LIST_COLUMNS, TURN_LISTS, plain_name, rename_columns
 from transfusion.data.reading.splits import SPLITS, canonical
 from transfusion.data.reading.values import looks_like_picture
 
@@ -54,7 +54,8 @@ def _are_alike(values: list[Any]) -> bool:
 
 def _has_list_column(data: dict[str, Any]) -> bool:
     """Whether it is a record with a list, such as a conversation."""
-    return any(name in data for name, *_ in LIST_COLUMNS.values())
+    turns = rename_columns({name: data[name] for name in TURN_LISTS if name in data}, {})
+    return any(name in data or name in turns for name, *_ in LIST_COLUMNS.values())
 
 
 def _read_karpathy(record: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from transfusion.data.reading.columns import (
     rename_columns,
 )  # fmt: skip
 from transfusion.data.reading.container import Container, Span
+from transfusion.data.reading.conversations import unread_keys
 from transfusion.data.reading.files import Files
 from transfusion.data.reading.folders import PictureFolder, find_beside
 from transfusion.data.reading.images import RecordImageReader
@@ -41,7 +42,7 @@ from transfusion.data.reading.splits import (
     split_of_record,
     uses_of_splits,
 )  # fmt: skip
-from transfusion.data.reading.values import printable
+from transfusion.data.reading.values import has_words, printable
 
 NUM_SAMPLES = 100  # records that are read to detect their form
 
@@ -84,6 +85,7 @@ class Reader:
         self.split = options.split and canonical(options.split)
         self.forms: set[Form] = set()  # of the first records
         self.columns: set[str] = set()  # that the most frequent one reads
+        self.unread_texts: list[str] = []  # columns of images that may be captions
         self.has_split_column = False  # in the first records
         self.listed = Account()  # of what `units` lists
         self.uses: dict[str, str] = {}  # of splits, see `uses_of_splits`
@@ -262,11 +264,11 @@ class Reader:
         """Count the values of a record, by column: what is read of it, and what is not."""
         names = [name for name, value in record.items() if value is not None]
         read = read_columns(record, form)
-        account.find("fields", len(names))
+        unread = [*(name for name in names if name not in read), *(unread_keys(record) if form in CONVERSATIONS else ())]
+        account.find("fields", len(read) + len(unread))
         account.read("fields", "value", len(read))
-        for name in names:
-            if name not in read:
-                account.pass_over("fields", f"in {printable(name)[:40]!r}")
+        for name in unread:
+            account.pass_over("fields", f"in {printable(name)[:40]!r}")
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and times of its files: it differs after any file is changed, added or renamed. For a
@@ -297,12 +299,15 @@ class Reader:
             hint = f"; the local path of this name is ./{self.address}" if os.path.exists(self.address) else ""
             return f"{self.name}: built in{hint}"
         columns = f" ({', '.join(map(printable, sorted(self.columns)))})" if self.columns else ""
-        return f"{self.name}: records are read as {self.form}{columns}"
+        texts = ", ".join(map(printable, self.unread_texts))
+        hint = f"; warning: the text in {texts} is not read: --columns caption=NAME chooses the captions" if texts else ""
+        return f"{self.name}: records are read as {self.form}{columns}{hint}"
 
     def _detect_form(self) -> Form:
         """The configured form, or the most frequent one of the first records. ValueError when no record has a form."""
         counts: Counter[Form] = Counter()
         columns: dict[Form, set[str]] = {}
+        texts: Counter[str] = Counter()  # columns with several words that images have and do not read
         faults: list[Fault] = []
         all_columns: set[str] = set()
         for where, record in islice(self._records(), NUM_SAMPLES):
@@ -314,7 +319,10 @@ class Reader:
                 self.has_split_column |= split_of_record(renamed, self.split or "train") is not None
                 form = self.options.form or detect_form(renamed)
                 counts[form] += 1
-                columns.setdefault(form, set(read_columns(renamed, form)) - {"id"})
+                read = set(read_columns(renamed, form))
+                columns.setdefault(form, read - {"id"})
+                if form == "image":
+                    texts.update(name for name in renamed.keys() - read if has_words(renamed[name]))
             except Fault as fault:
                 faults.append(Fault(fault.kind, printable(fault.message), printable(where)))
         missing = [name for name in self.options.columns.values() if name and name not in all_columns]
@@ -328,6 +336,7 @@ class Reader:
         form = self.options.form or counts.most_common(1)[0][0]
         self.forms = {*counts}
         self.columns = columns.get(form, set())
+        self.unread_texts = sorted(name for name, count in texts.items() if form == "image" and 2 * count > counts[form])
         return form
 
 

@@ -1,5 +1,6 @@
 """Records to documents: the nine forms of records with text and images. `columns.py` detects the form of a record."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,13 +8,14 @@ from transfusion.chat import Turn, lay_out
 from transfusion.config import ChatLayout
 from transfusion.data.raw import Fault, RawDocument, RawImage, RawText
 from transfusion.data.reading.columns import COLUMN_NAMES, PICTURE_FIELDS, Form, find_column
-from transfusion.data.reading.conversations import read_conversation, read_messages
+from transfusion.data.reading.conversations import place_at_marks, read_conversation, read_messages
 from transfusion.data.reading.values import (
     ImageReader,
     check_text,
     get_list,
     get_value,
     is_empty,
+    is_number,
     list_columns,
     nonempty_text,
     parse_texts,
@@ -48,7 +50,7 @@ def to_document(
                 raise Fault("bad segment", f"pairs must be true or false, not {short_repr(pairs)}")
         case "pair":
             segments = _read_pair(record, images)
-            pairs = len(segments) == 2
+            pairs = [*map(type, segments)] == [RawText, RawImage]
         case "text":
             segments = [RawText(nonempty_text(_get_field(record, "text"), "text"))]
         case "image":
@@ -97,9 +99,11 @@ def _read_segments(record: dict, images: ImageReader) -> list[RawText | RawImage
 
 
 def _read_pair(record: dict, images: ImageReader) -> list[RawText | RawImage]:
-    caption = nonempty_text(_get_field(record, "caption"), "caption")
+    """The caption and then the images, or the images at the caption's marks."""
+    caption = check_caption(_get_field(record, "caption"))
     values = _list_images(record) or [_get_field(record, "image")]
-    return [RawText(caption), *(RawImage(images.read(value)) for value in values)]
+    parts = place_at_marks(caption, values, "caption") or [("text", caption), *(("image", value) for value in values)]
+    return [RawText(value) if kind == "text" else RawImage(images.read(value)) for kind, value in parts]
 
 
 def _lay_out(turns: Sequence[Turn], chat: ChatLayout) -> list[RawText | RawImage]:
@@ -140,17 +144,41 @@ def _read_mmc4(record: dict, images: ImageReader) -> list[RawText | RawImage]:
 
 
 def _read_editing(record: dict, images: ImageReader) -> list[RawText | RawImage]:
-    """Source images (without noise and loss), the instruction (without loss), and the target image (with loss)."""
+    """Source images (without noise and loss), the instruction (without loss), and the target image (with loss). Marks in
+    the instruction are the places of the source images."""
     source = _get_field(record, "source")
     sources = source if isinstance(source, list) else [source]
     if not sources:
         raise Fault("missing image", "the list of source images is empty")
-    segments: list[RawText | RawImage] = [RawImage(images.read(value), loss=False, max_t=0.0) for value in sources]
-    segments.append(RawText(nonempty_text(_get_field(record, "instruction"), "instruction"), loss=False))
+    text = nonempty_text(_get_field(record, "instruction"), "instruction")
+    parts = place_at_marks(text, sources, "instruction") or [*(("image", value) for value in sources), ("text", text)]
+    segments = [RawText(value, loss=False) if kind == "text" else RawImage(images.read(value), loss=False, max_t=0.0)
+                for kind, value in parts]  # fmt: skip
     return [*segments, RawImage(images.read(_get_field(record, "target")))]
 
 
 # Values and checks
+
+
+def check_caption(value: Any) -> str:
+    """The text of a caption. Fault when it is blank or of a labelling tool: numbers, or JSON."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise Fault("bad segment", f"its caption is the number {value}: --columns caption=NAME chooses a column with text, "
+                    "--columns caption= reads images alone")  # fmt: skip
+    caption = nonempty_text(value, "caption")
+    words = caption.replace(",", " ").split()
+    if len(words) > 1 and all(map(is_number, words)):  # one number may be a picture's name, as of a digit
+        raise Fault("bad caption", f"its caption is only numbers, as in a file of labels: {short_repr(caption)}")
+    if caption.startswith(("{", "[{")) and _is_json(caption):
+        raise Fault("bad caption", f"its caption is JSON, as of a labelling tool: {short_repr(caption)}")
+    return caption
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _merge_texts(segments: Sequence[RawText | RawImage]) -> list[RawText | RawImage]:

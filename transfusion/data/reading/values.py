@@ -4,6 +4,7 @@ import ast
 import codecs
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -39,6 +40,24 @@ def is_empty(value: Any) -> bool:
     return value is None or (not value if isinstance(value, str | list | dict) else value != value)  # NaN is not itself
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def has_words(value: Any) -> bool:
+    """Whether a value is text of several words."""
+    return isinstance(value, str) and len(value.split()) > 1 and sum(map(str.isalpha, value)) > len(value) / 2
+
+
 def looks_like_picture(value: Any) -> bool:
     """Whether a value is the path or address of a picture, its content, or a list of these."""
     if isinstance(value, str):
@@ -68,9 +87,13 @@ def is_inline_picture(value: str) -> bool:
 
 
 def possible_paths(path: str) -> Iterator[str]:
-    """Where the picture of this name may be: there, in a folder of Windows, without the number of a caption, or with a
-    suffix, which Kaggle's tables omit."""
+    """Where the picture of this name may be: there, in a folder of Windows, without the number of a caption, with a suffix,
+    which Kaggle's tables omit, or with accents in another form of Unicode: macOS writes them apart from their letters."""
     yield path
+    if not path.isascii():
+        folder, slash, name = path.rpartition("/")
+        for form in ("NFC", "NFD"):
+            yield from (folder + slash + unicodedata.normalize(form, name), unicodedata.normalize(form, path))
     if "\\" in path:
         yield from possible_paths(path.replace("\\", "/"))
     elif CAPTION_NUMBER.search(path):
