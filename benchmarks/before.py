@@ -24,6 +24,8 @@ def measure(part: str, commit: str, setting: Setting) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = {"before": Path(temporary, "checkout"), "now": ROOT}
         check_out(commit, folders["before"])
+        if not (folders["before"] / "benchmarks" / f"{part}.py").exists():
+            raise ValueError(f"--before {commit}: this commit has no part {part}; leave it out")
         for _ in range(setting.pick(3, 1)):
             for name, folder in folders.items():
                 for key, value in run_part(part, folder, Path(temporary, "figures.json"), setting).items():

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 import torch
@@ -199,12 +200,19 @@ def run_part(part: Part, setting: Setting, limit: float) -> Iterator[Figure | st
 
 def _measure(part: Part, setting: Setting, sender: Connection) -> None:
     os.setsid()
+    Thread(target=_end_with_program, daemon=True).start()
     try:
         for figure in part(setting):
             sender.send(figure)
     except Exception as error:  # noqa: BLE001 (any: the other parts still run)
         first_line = next(iter(str(error).splitlines()), "")
         sender.send(f"{type(error).__name__}: {first_line}")
+
+
+def _end_with_program() -> None:
+    """End this process, and those that it has started, when the program is killed."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
 @dataclass

@@ -184,7 +184,7 @@ import json, sys
 part, path = sys.argv[1], sys.argv[sys.argv.index("--json") + 1]
 assert sys.argv[2:4] == ["--device", "cpu"] and "--quick" in sys.argv
 open("{log}", "a").write(part + " {number}\\n")
-if part == "failing": sys.exit("no such part")
+if part == "failing": sys.exit("damaged")
 figure = lambda what, value, unit: dict(what=what, value=value, unit=unit)
 json.dump(dict(parts={{part: [
     figure("x: a step", {number} * 10, "positions/s"), figure("  x: a step", 7, "positions/s"),
@@ -205,7 +205,8 @@ def two_commits(tmp_path, monkeypatch):
     (root / "benchmarks").mkdir(parents=True)
     git("init", "-q")
     for number in (1, 2):
-        (root / "benchmarks" / "__init__.py").touch()
+        for name in ("__init__.py", "drawing.py", "failing.py"):
+            (root / "benchmarks" / name).touch()
         (root / "benchmarks" / "__main__.py").write_text(MAIN.format(log=log, number=number))
         git("add", "-A")
         git("commit", "-q", "-m", f"{number}")
@@ -225,7 +226,10 @@ def test_earlier_commit_takes_turns_with_this_one(two_commits, monkeypatch):
 def test_earlier_commit_that_cannot_be_measured_is_an_error(two_commits):
     with pytest.raises(ValueError, match="^--before nothing: .*nothing"):
         list(before.measure("drawing", "nothing", QUICK))
-    with pytest.raises(ValueError, match="have failed: no such part$"):
+    with pytest.raises(ValueError, match="^--before HEAD~1: this commit has no part sampling; leave it out$"):
+        list(before.measure("sampling", "HEAD~1", QUICK))
+    assert not two_commits.exists()  # nothing was measured
+    with pytest.raises(ValueError, match="have failed: damaged$"):
         list(before.measure("failing", "HEAD~1", QUICK))
 
 

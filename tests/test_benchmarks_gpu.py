@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.timing import Figure, Setting
-from tests.processes import context
+from tests.processes import Process, context
 from tests.profile import few_samples
 from transfusion.config import DataConfig, Machines, ModelConfig, Run
 from transfusion.model.transfusion import build_on_meta, count_parameters
@@ -67,6 +68,24 @@ def test_gpu_parts_fail_alone(tmp_path, monkeypatch, capsys):
     assert {result["error"] for result in results.values()} == {"not started: no time was left"}
     with pytest.raises(ValueError, match="there is no part 8b; the parts are fails, crashes, hangs, good"):
         gpu.main(gpu.Options(("8b",), device="cpu", json=path), limits)
+
+
+def test_gpu_part_ends_with_its_program(tmp_path):
+    """`timeout`, or a lost connection, ends only the program; a process left on the GPU would slow the next ones."""
+    path = tmp_path / "gpu.json"
+    program = Process(measure_hanging_part, path)
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    program.kill()
+    (figure,) = json.loads(path.read_text())["parts"]["hangs"]["figures"]
+    assert has_ended(int(figure["value"]))
+
+
+def measure_hanging_part(path: Path) -> None:
+    forked = multiprocessing.get_context("fork")
+    gpu.multiprocessing.get_context = lambda kind: forked
+    gpu.main(gpu.Options(device="cpu", json=path), {"hangs": (measure_for_ever, 600)})
 
 
 def has_ended(pid: int) -> bool:

@@ -28,8 +28,10 @@ from tests.documents import (
 )
 from transfusion.config import ModelConfig, RopeScaling
 from transfusion.model import transfusion as network
+from transfusion.model.attention import attention
 from transfusion.model.patches import patchify, timestep_embedding, unpatchify
 from transfusion.model.transformer import RMSNorm
+from transfusion.objective import next_token_loss
 from transfusion.runs import SIZES
 from transfusion.sequence import Batch, Document, Row, Text, collate, encode_document
 
@@ -347,6 +349,19 @@ def test_rms_norm_equals_torchs_forward_and_backward(shape, width, eps, size, se
         torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(ours(size * x), results[0][0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["norm", "attention", "loss"])
+def test_written_gradients_are_not_differentiated_in_silence(name):
+    """They are formulas of saved intermediate results, so a second derivative would be wrong."""
+    x = torch.randn(1, 1, 3, 4, requires_grad=True)
+    functions = {
+        "norm": RMSNorm(4, 1e-5), "attention": lambda x: attention(x, x, x, torch.zeros(1, 1, 3, 3)),
+        "loss": lambda x: next_token_loss(x[0, 0], torch.ones(5, 4), torch.tensor([0, 1, 2])).sum,
+    }  # fmt: skip
+    (gradient,) = torch.autograd.grad(functions[name](x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -272,6 +272,14 @@ def test_plan_without_a_run_shows_five_sizes(capsys):
     assert {values["positions_per_step"] for values in plans} == {2 * 4096}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_plan_names_the_moments_of_its_optimizer(optimizer, capsys):
+    command("plan", "digits", "--training.optimizer", optimizer)
+    output = capsys.readouterr().out
+    assert ("moments of Muon and AdamW" in output) == (optimizer == "muon")
+    assert ("two moments" in output) == (optimizer == "adamw")
+
+
 def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     command("plan", "digits", "--json")
     assert json.loads(capsys.readouterr().out)["parameters"]["all"] == 2_105_604  # with the vocabulary fitted to its text

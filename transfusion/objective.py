@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from transfusion import diffusion
 from transfusion.config import DiffusionConfig
@@ -147,6 +148,7 @@ class _NextTokenLoss(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_sum: Tensor, _) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors  # scaled in place: a copy of the second may be a gigabyte
         return *(None if grad is None else grad.mul_(grad_sum) for grad in (grad_hidden, grad_head)), None, None, None

@@ -194,7 +194,7 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
         Line("time", _duration(estimate.seconds)),
         Line(f"Disk, {unit}"),
-        Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and two moments, fp32"),
+        Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and moments, fp32"),
         Line(f"{_count(keep, 'checkpoint')} kept", _size(keep * estimate.checkpoint, unit), "one more while writing"),
     ]
 

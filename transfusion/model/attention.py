@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(h) + attn_bias) v: q (B, H, Lq, h), k and v (B, Hkv, Lk, h), attn_bias (B, 1, Lq, Lk) without
-    gradient -> (B, H, Lq, h). Equal to SDPA up to rounding; it keeps the (B, H, Lq, Lk) probabilities for the backward pass.
+    gradient -> (B, H, Lq, h). Each query needs a key. Equal to SDPA up to rounding; it keeps the
+    (B, H, Lq, Lk) probabilities for the backward pass.
 
     SDPA's CPU kernel works on blocks of a few positions. Products of this size are slow in oneDNN; here each is one call.
     """
@@ -28,6 +30,7 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(probabilities, v).view(B, H, Lq, h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, probabilities = ctx.saved_tensors
         (B, *_, h), (H, Hkv) = grad.shape, ctx.heads

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig, RopeScaling
@@ -75,6 +76,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return normed * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, inv_rms, weight = ctx.saved_tensors
         grad_normed = grad * normed
