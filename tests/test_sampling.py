@@ -152,3 +152,8 @@ def test_largest_temperatures_sample_evenly_from_the_allowed_ids(temperature):
 def test_largest_logits_are_sampled_at_a_small_temperature():
     values = torch.tensor([1e38, -1e38, 3e38])
     assert sample_tokens([values, -values], [GenerationConfig(temperature=1e-4)] * 2, [0, 1]) == [2, 1]
+
+
+def test_ids_that_have_exactly_top_p_are_enough():
+    probabilities = torch.tensor([[0.5, 0.25, 0.25]]).expand(50, 3)
+    assert set(text_mode._sample_nuclei(probabilities, [0.5] * 50, range(50))) == {0}
