@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests import test_chameleon
 from tests.profile import examples
 from tests.serving import serving
-from tests.test_engine import assert_no_slot_is_lost, draw_now_and_then, generation, run_to_end
-from tests.tiny import SIZES, build_engine, picture
+from tests.test_engine import assert_no_slot_is_lost, draw_now_and_then, generation, never_end, run_to_end
+from tests.tiny import SIZES, build_engine, picture, tokenizer
 from transfusion.inference import chameleon, image_mode, text_mode
 from transfusion.inference import engine as engine_module
 from transfusion.inference.engine import Engine
@@ -261,6 +261,43 @@ def test_sample_whose_logits_are_not_finite_ends():
     messages = {event.request_id: event.message for event in finished}
     assert "the logits are not finite" in messages[victim]
     assert messages[other] == ""
+
+
+def test_cache_entries_that_are_not_finite_do_not_stay_behind():
+    """An id has a damaged embedding. Its request fails; later ones that never have this id use the same slot, beside longer
+    ones: a mask gives old entries weight zero, but zero times NaN is NaN."""
+    (damaged,) = tokenizer().encode("~")
+    engine = build_engine(lambda vocabulary: {**never_end(vocabulary), damaged: -1000.0})
+    engine.model.model.tokens.weight[damaged] = torch.nan
+    options = generation(engine, max_tokens=20)
+    failing = engine.submit(Request(("a~~",), generation=options))
+    for length in (10, 20, 30, 40, 50):  # more lengths than groups without a mask
+        engine.submit(Request(("a" * length,), generation=options, allow_images=False))
+    events = [*engine.step(), *engine.step()]
+    assert [event.request_id for event in events if isinstance(event, FinishEvent)] == [failing]
+    engine.submit(Request(("b",), generation=options, allow_images=False))
+    assert engine.sequences[-1].slots == [0]
+    assert not [event.message for event in run_to_end(engine) if isinstance(event, FinishEvent) and event.reason == "error"]
+
+
+def test_image_that_is_not_finite_is_an_error():
+    engine = build_engine()
+    victim, other = (engine.submit(Request((text,), 1)) for text in "ab")
+    forward = engine.model.forward_cached
+
+    def spoil(tokens, position_ids, mask, cache, *args):
+        prediction = forward(tokens, position_ids, mask, cache, *args)
+        slots = {slot for sequence in engine.sequences if sequence.request_id == victim for slot in sequence.slots}
+        for row, slot in enumerate(cache.slots[:, 0].tolist()):
+            if slot in slots and prediction.images:
+                prediction.images[0][row, 0, 0, 0] = torch.nan
+        return prediction
+
+    with mock.patch.object(engine.model, "forward_cached", spoil):
+        events = run_to_end(engine)
+    assert [event.request_id for event in events if isinstance(event, ImageEvent)] == [other]
+    messages = {event.request_id: event.message for event in events if isinstance(event, FinishEvent)}
+    assert "the image is not finite" in messages[victim] and messages[other] == ""
 
 
 @pytest.mark.parametrize("name", ["forward_cached", "sample_tokens"])

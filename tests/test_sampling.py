@@ -140,3 +140,20 @@ def test_logits_that_are_not_finite_are_an_error(value, temperature):
         sample_tokens([torch.zeros(3), logits], [config] * 2, [0, 1], [allowed] * 2)
     allowed[1] = False
     assert sample_tokens([logits], [config], [0], [allowed])[0] in (0, 2)  # this one is never sampled
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_largest_temperatures_sample_evenly_from_the_allowed_ids(temperature):
+    values, mask = torch.tensor([3.0, -20.0, 5.0, 30.0]), torch.tensor([True, True, True, False])
+    tokens = sample_tokens([values] * 300, [GenerationConfig(temperature=temperature)] * 300, range(300), [mask] * 300)
+    assert all(abs(tokens.count(token) - 100) < 50 for token in range(3))  # six standard deviations
+
+
+def test_largest_logits_are_sampled_at_a_small_temperature():
+    values = torch.tensor([1e38, -1e38, 3e38])
+    assert sample_tokens([values, -values], [GenerationConfig(temperature=1e-4)] * 2, [0, 1]) == [2, 1]
+
+
+def test_ids_that_have_exactly_top_p_are_enough():
+    probabilities = torch.tensor([[0.5, 0.25, 0.25]]).expand(50, 3)
+    assert set(text_mode._sample_nuclei(probabilities, [0.5] * 50, range(50))) == {0}

@@ -39,6 +39,9 @@ class Cache:
         slot = min(self.free)  # low slots first: adjacent slots are read without a copy
         self.free.remove(slot)
         self.lengths[slot] = 0
+        with torch.inference_mode():  # it was written in this mode
+            for store in (self.keys, self.values):  # a sequence that failed may have left NaN, see `_allocate`
+                store[:, slot] = 0
         return slot
 
     def release(self, slot: int) -> None:

@@ -67,8 +67,12 @@ class LatentImageState:
         return self.updates[self.num_calls]
 
     def content(self) -> np.ndarray | None:
-        """The finished latent (C, Y, X); None before."""
-        return self.x_t.cpu().numpy() if self.is_finished else None
+        """The finished latent (C, Y, X); None before. ValueError if it is not finite."""
+        if not self.is_finished:
+            return None
+        if not self.x_t.isfinite().all():
+            raise ValueError("the image is not finite: the weights of the run are damaged, or too large for its precision")
+        return self.x_t.cpu().numpy()
 
     def preview(self, codec: Codec) -> tuple[np.ndarray, np.ndarray]:
         """x_t and the predicted x0 as pixels, both (Y, X, channels) uint8."""

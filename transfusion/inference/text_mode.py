@@ -71,8 +71,10 @@ def _sample_batch(logits: Tensor, generations: Sequence[GenerationConfig], seeds
     tokens = likeliest.tolist()
     rows = [row for row, generation in enumerate(generations) if generation.temperature >= MIN_TEMPERATURE]
     if rows:
-        temperature = logits.new_tensor([generations[row].temperature for row in rows])[:, None]  # (R, 1)
-        probabilities = logits[rows].div_(temperature).softmax(-1)  # (R, V)
+        largest = torch.finfo(logits.dtype).max
+        temperature = logits.new_tensor([min(generations[row].temperature, largest) for row in rows])[:, None]  # (R, 1)
+        # The highest logit is subtracted first: divided by a small temperature it could be infinite.
+        probabilities = logits[rows].sub_(highest[rows, None]).div_(temperature).softmax(-1)  # (R, V)
         sampled = _sample_nuclei(probabilities, [generations[row].top_p for row in rows], [seeds[row] for row in rows])
         for row, token in zip(rows, sampled, strict=True):
             tokens[row] = token
