@@ -16,7 +16,7 @@ from transfusion.sequence import Document, Image, Row, Text, collate, encode_doc
 PROMPT_LENGTH, SCALE = 200, 3.0  # tokens before each image; of guidance
 CAPTION = "a large red circle above a small blue square"
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative to the largest value
-SAMPLERS = (("ddpm", 250), ("ddim", 50), ("dpm", 20))
+SAMPLERS = (("ddpm", 250), ("ddim", 50), ("dpm", 20), ("dpm-sde", 20))
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
