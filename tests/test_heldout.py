@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tests.documents import same_batch
 from tests.profile import examples
@@ -25,6 +26,7 @@ from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
 from transfusion.data import fitting, prepare, store
+from transfusion.data import heldout as heldout_module
 from transfusion.data.heldout import (
     HASH_RANGE,
     MAX_SIDE,
@@ -557,3 +559,17 @@ def test_memory_does_not_grow_with_the_number_of_long_texts(tmp_path, monkeypatc
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
+
+
+def test_perceptual_hashes_use_one_thread_of_the_matrix_library(monkeypatch):
+    """More of them made two processes slower than one."""
+
+    def count_threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    during, hashes_of_one_shape = [], heldout_module._hashes_of_one_shape
+    monkeypatch.setattr(heldout_module, "_hashes_of_one_shape",
+                        lambda *arguments: during.append(count_threads()) or hashes_of_one_shape(*arguments))  # fmt: skip
+    with threadpool_limits(2, "blas"):
+        perceptual_hashes([np.zeros((9, 9, 3), np.uint8)])
+        assert (during, count_threads()) == ([{1}], {2})

@@ -9,9 +9,10 @@ by the hash of its text; the texts of a chat layout count as white space. A spli
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from transfusion.data.raw import RawDocument, RawImage, RawText
 
@@ -96,16 +97,28 @@ def perceptual_hashes(images: Sequence[np.ndarray]) -> list[int]:
     for number, pixels in enumerate(images):
         shapes.setdefault(pixels.shape, []).append(number)
     hashes = [0] * len(images)
-    for (height, width, channels), numbers in shapes.items():
-        step = max(1, min(height, width) // MAX_SIDE)
-        pixels = np.stack([images[number][::step, ::step] for number in numbers])
-        count, height, width, _ = pixels.shape
-        rows = _resize_weights(height, 8).astype(np.float32) @ pixels.reshape(count, height, width * channels)
-        grey = (rows.reshape(count * 8, -1) @ _resize_weights(width, 9, channels).T).reshape(count, 8, 9)  # sum of channels
-        bits = np.packbits((grey[..., 1:] - grey[..., :-1] > MIN_STEP * channels).reshape(count, 64), axis=1)
-        for number, value in zip(numbers, bits.view(">u8")[:, 0].tolist(), strict=True):
-            hashes[number] = value
+    with _matrix_library().limit(limits=1, user_api="blas"):  # its threads cost more than they gain for small products
+        for shape, numbers in shapes.items():
+            for number, value in zip(numbers, _hashes_of_one_shape(shape, [images[n] for n in numbers]), strict=True):
+                hashes[number] = value
     return hashes
+
+
+@cache
+def _matrix_library() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _hashes_of_one_shape(shape: tuple[int, ...], images: Sequence[np.ndarray]) -> list[int]:
+    """The perceptual hashes of images (Y, X, C)."""
+    height, width, channels = shape
+    step = max(1, min(height, width) // MAX_SIDE)
+    pixels = np.stack([image[::step, ::step] for image in images])
+    count, height, width, _ = pixels.shape
+    rows = _resize_weights(height, 8).astype(np.float32) @ pixels.reshape(count, height, width * channels)
+    grey = (rows.reshape(count * 8, -1) @ _resize_weights(width, 9, channels).T).reshape(count, 8, 9)  # sum of channels
+    bits = np.packbits((grey[..., 1:] - grey[..., :-1] > MIN_STEP * channels).reshape(count, 64), axis=1)
+    return bits.view(">u8")[:, 0].tolist()
 
 
 @lru_cache
