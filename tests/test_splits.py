@@ -327,3 +327,12 @@ def test_codec_is_not_trained_on_a_held_out_picture(photos, tmp_path):
         heldout = {n // max(1, crops) for n in gathered.heldout}
         assert len(gathered.images) == 12 * max(1, crops)
         assert heldout == {0, 8, 9, 10, 11}
+
+
+def test_a_split_that_is_missing_only_within_the_limit_is_not_called_absent(tmp_path):
+    rows = [{"text": f"words {n}", "split": "test" if n < 20 else "train"} for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = open_reader(str(tmp_path / "a.jsonl"), ReaderOptions(limit=10))
+    with pytest.raises(ValueError, match=r"^there is no split train in the first 10 records of .*a\.jsonl; there are test"):
+        reader.units(5)
+    assert open_reader(str(tmp_path / "a.jsonl")).units(5)

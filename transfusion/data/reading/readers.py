@@ -14,7 +14,7 @@ from typing import Any
 
 from transfusion.config import BUILT_IN, ChatLayout, ShapesConfig
 from transfusion.data.raw import Fault, RawDocument
-from transfusion.data.reading.account import Account
+from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.built_in import BuiltInContainer
 from transfusion.data.reading.choose import choose_containers
 from transfusion.data.reading.columns import (
@@ -112,7 +112,9 @@ class Reader:
         found = self._find_splits(units)
         self.uses = uses_of_splits(found, self.split)
         if self.files is not None and all(self.uses.get(split, "heldout") == "heldout" for split in found):
-            raise ValueError(describe_missing_split(self.split or "train", self.address, found))
+            limit = self.options.limit
+            part = self.address if limit is None else f"the first {counted(limit, 'record')} of {self.address}"
+            raise ValueError(describe_missing_split(self.split or "train", part, found))
         return units
 
     def _limits(self) -> dict[str, int | None]:
