@@ -32,7 +32,7 @@ WAYS = {
     "a list over lines": lambda records: dump(records, indent=2),
     "joined lists": lambda records: dump(records[:1]) + "\n" + dump(records[1:]),
     "objects over lines": lambda records: "\n".join(dump(record, indent=1) for record in records),
-    "objects in a line": lambda records: "".join(map(dump, records)),
+    "objects in one line": lambda records: "".join(map(dump, records)),
     "columns": lambda records: dump({name: [record[name] for record in records] for name in records[0]}),
     "an envelope": lambda records: dump({"version": "1", "data": records}),
     "an envelope over lines": lambda records: dump({"data": records, "info": {"year": 2017}}, indent=2),
@@ -109,7 +109,7 @@ def test_key_that_stands_twice_is_a_fault(way, tmp_path):
     path.write_text(WAYS[way]([{"text": "one", "more": {"n": 1}}, {"text": "two"}]).replace('"n"', '"text": "x", "text"'))
     (tmp_path / "b.json").write_text('[{"text": "three"}]')
     fault, *documents = read_at(tmp_path)
-    assert "the key 'text' stands twice" in str(fault)
+    assert "the key 'text' occurs twice" in str(fault)
     if way in ("lines", "a list"):
         assert (fault.kind, texts(documents)) == ("bad JSON", ["two", "three"])
     else:

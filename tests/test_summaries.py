@@ -69,10 +69,15 @@ def test_processes_are_started_only_after_a_second_and_for_local_files(monkeypat
     survey.survey(open_reader("shapes", ReaderOptions(limit=60)), None, processes=2)
 
 
-def test_an_error_of_a_process_is_raised_and_all_processes_end(children, tmp_path):
+@pytest.fixture
+def items(children, tmp_path):
+    """Summaries of a source that two processes read."""
     write_source(tmp_path)
     reader = open_reader(str(tmp_path))
-    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
+    return Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
+
+
+def test_an_error_of_a_process_is_raised_and_all_processes_end(items, children, tmp_path):
     os.unlink(tmp_path / "records.jsonl")  # before the processes read it
     (tmp_path / "records.jsonl").mkdir()
     with pytest.raises(IsADirectoryError):
@@ -80,10 +85,7 @@ def test_an_error_of_a_process_is_raised_and_all_processes_end(children, tmp_pat
     assert children() == []
 
 
-def test_a_killed_process_is_an_error(children, tmp_path):
-    write_source(tmp_path)
-    reader = open_reader(str(tmp_path))
-    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
+def test_a_killed_process_is_an_error(items, children):
     assert len(list(islice(items, 2))) == 2
     for process in children():
         os.kill(process.pid, signal.SIGKILL)
@@ -92,11 +94,8 @@ def test_a_killed_process_is_an_error(children, tmp_path):
     assert children() == []
 
 
-def test_processes_end_when_reading_stops_early(children, tmp_path):
+def test_processes_end_when_reading_stops_early(items, children):
     """Also those that do nothing: they would end by themselves when they send."""
-    write_source(tmp_path)
-    reader = open_reader(str(tmp_path))
-    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
     next(items)
     for process in children():
         os.kill(process.pid, signal.SIGSTOP)

@@ -183,7 +183,7 @@ def _copy_tokenizer_and_codec(like: Path, chat: ChatLayout, folder: Path) -> Non
 
 def read_like_info(like: Path) -> dict:
     """The tokenizer, codec, sizes, image channels and chat layout (None without conversations) of a prepared folder, a run,
-    or an exported run. OpenError when it is none of these, or was changed."""
+    or an exported run. OpenError when it is not one of these, or its files have changed."""
     path = next((like / name for name in ("dataset.json", "run.json", "config.json") if (like / name).exists()), None)
     if path is None or path.name == "dataset.json":
         prepared = open_prepared(like)

@@ -142,21 +142,18 @@ class _Batch:
     def copies(self, images: "_Lookup", texts: "_Lookup") -> Iterator[Copy]:
         """Its pictures and texts that are in the lookups, where they are marked."""
         for kind, lookup, values in (("picture", images, self.images), ("text", texts, self.texts)):
-            for number in np.flatnonzero(lookup.mark(values)):
-                index = self._index(kind, number)
-                row, where = int(self.rows[index]), self.record_batch.column("where")[index].as_py()
-                yield Copy(self.source, self.shard, row, where, kind, int(values[number]))
+            numbers = np.flatnonzero(lookup.mark(values))
+            for index, where, value in zip(*self.locate(kind, numbers), values[numbers].tolist(), strict=True):
+                yield Copy(self.source, self.shard, int(self.rows[index]), where, kind, value)
 
-    def place(self, kind: str, number: int) -> str:
-        """Source, file and row of a picture or text."""
-        return f"{self.source}: {self.record_batch.column('where')[self._index(kind, number)]}"
-
-    def _index(self, kind: str, number: int) -> int:
-        """The document of a picture or text, from its number among those of the batch."""
+    def locate(self, kind: str, numbers: np.ndarray) -> tuple[list[int], list[str]]:
+        """Of pictures or texts, from their numbers among those of the batch: their documents in it, and file and row."""
         if kind == "text":
-            return int(np.flatnonzero(self.record_batch.column("text_hash").is_valid())[number])
-        ends = np.cumsum(self.record_batch.column("image_hashes").value_lengths())
-        return int(np.searchsorted(ends, number, side="right"))
+            documents = np.flatnonzero(self.record_batch.column("text_hash").is_valid())[numbers]
+        else:
+            ends = np.cumsum(self.record_batch.column("image_hashes").value_lengths())
+            documents = np.searchsorted(ends, numbers, side="right")
+        return documents.tolist(), self.record_batch.column("where").take(pa.array(documents)).to_pylist()
 
 
 def _read(datasets: Sequence[tuple[Path, dict]], split: str) -> Iterator[_Batch]:
@@ -175,6 +172,7 @@ def _find_places(datasets: Sequence[tuple[Path, dict]], copies: Sequence[Copy]) 
     places: dict[tuple[str, int], str] = {}
     for batch in _read(datasets, "heldout") if copies else ():
         for kind, values, is_heldout in (("picture", batch.images, batch.is_heldout), ("text", batch.texts, True)):
-            for n in np.flatnonzero(hashes[kind].mark(values) & is_heldout):
-                places.setdefault((kind, int(values[n])), batch.place(kind, n))
+            numbers = np.flatnonzero(hashes[kind].mark(values) & is_heldout)
+            for where, value in zip(batch.locate(kind, numbers)[1], values[numbers].tolist(), strict=True):
+                places.setdefault((kind, value), f"{batch.source}: {where}")
     return ((copy, places[copy.kind, copy.hash]) for copy in copies)

@@ -96,8 +96,8 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applie
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: AdamW's two moments and its step as a 0-d tensor, Muon's momentum. Creates a
-    zero state where there is none yet. Frozen parameters have no state."""
+    """The optimizer's state by parameter name: AdamW's two moments and its step as a 0-d tensor, Muon's momentum. Parameters
+    without a state get a zero state, except frozen ones."""
     tensors = {}
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():

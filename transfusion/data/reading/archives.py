@@ -148,8 +148,8 @@ class TarArchives:
 
 
 class Grouping:
-    """Puts the members of an archive into groups. What a group passes over is a group of its own, without contents: a record
-    may have any number of such members."""
+    """Groups the members of an archive by record. A member that is not read is yielded in a separate group without contents,
+    because a record may have any number of them."""
 
     def __init__(self) -> None:
         self.group: Group | None = None  # the open one

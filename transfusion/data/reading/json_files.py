@@ -22,11 +22,11 @@ LINES_SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.|$)")
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict:
-    """An object from its keys and values. ValueError when a key stands twice: Python would keep the last value."""
+    """An object from its keys and values. ValueError when a key occurs twice: Python would keep the last value."""
     record = dict(pairs)
     if len(record) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {short_repr(counts.most_common(1)[0][0])} stands twice in an object")
+        raise ValueError(f"the key {short_repr(counts.most_common(1)[0][0])} occurs twice in an object")
     return record
 
 
@@ -112,7 +112,7 @@ class JsonLines:
 
 
 def _parse_line(line: bytes) -> dict | Fault:
-    """A JSON object, or a Fault. An object without its last bracket in a line without its line break is cut short."""
+    """A JSON object, or a Fault: CUT_SHORT if the line has neither its line break nor the last bracket of the object."""
     value, content = parse_object(line), line.removeprefix(BOM).strip()
     if isinstance(value, Fault) and line[-1:] != b"\n" and content.startswith(b"{") and not content.endswith(b"}"):
         return Fault(CUT_SHORT, "the file ends inside a JSON object")

@@ -274,7 +274,7 @@ class Reader:
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and times of its files: it differs after any file is changed, added or renamed. For a
-        built-in source: over the font or the Python version that its documents depend on."""
+        built-in source: over the Python version that its documents depend on."""
         digest = hashlib.sha256()
         built_in = self.containers.get("")
         for version in built_in.versions() if self.files is None else self.files.versions(self.listing):
