@@ -115,10 +115,14 @@ def test_the_data_set_has_captions_and_two_splits_and_nothing_is_overwritten(pac
     rows = {split: [json.loads(line) for line in (out / split / "metadata.jsonl").read_text().splitlines()]
             for split in ("train", "validation")}  # fmt: skip
     assert sum(map(len, rows.values())) == 79
+    splits = assign_splits(to_cells(list(read_drawings(packed))))
+    assert {"train", "cell"} <= {*splits.values()}
     for split, listed in rows.items():
         assert {row["file_name"] for row in listed} | {"metadata.jsonl"} == {path.name for path in (out / split).iterdir()}
         for row in listed:
             assert row["text"] == f"{row['concept']}, {row['style']}"
+            kind = row.get("heldout", "train")
+            assert kind == splits[row["concept"], row["style"]] and (kind == "train") == (split == "train")
             assert Image.open(out / split / row["file_name"]).size == (16, 16)
     trained = {row["concept"] for row in rows["train"]}
     for row in rows["validation"]:
