@@ -112,23 +112,51 @@ def test_the_data_set_has_captions_and_two_splits_and_nothing_is_overwritten(pac
     out = tmp_path / "emoji"
     options = dataset.Options(out, packed, side=16)
     dataset.main(options)
-    rows = {split: [json.loads(line) for line in (out / split / "metadata.jsonl").read_text().splitlines()]
-            for split in ("train", "validation")}  # fmt: skip
+    pictures = out / "pictures"
+    rows = {split: read_lines(pictures / split / "metadata.jsonl") for split in ("train", "validation")}
     assert sum(map(len, rows.values())) == 79
     splits = assign_splits(to_cells(list(read_drawings(packed))))
     assert {"train", "cell"} <= {*splits.values()}
     for split, listed in rows.items():
-        assert {row["file_name"] for row in listed} | {"metadata.jsonl"} == {path.name for path in (out / split).iterdir()}
+        names = {path.name for path in (pictures / split).iterdir()}
+        assert {row["file_name"] for row in listed} | {"metadata.jsonl"} == names
         for row in listed:
             assert row["text"] == f"{row['concept']}, {row['style']}"
             kind = row.get("heldout", "train")
             assert kind == splits[row["concept"], row["style"]] and (kind == "train") == (split == "train")
-            assert Image.open(out / split / row["file_name"]).size == (16, 16)
+            assert Image.open(pictures / split / row["file_name"]).size == (16, 16)
     trained = {row["concept"] for row in rows["train"]}
     for row in rows["validation"]:
         assert (row["heldout"] == "cell") == (row["concept"] in trained)
     with pytest.raises(DataError, match="is not empty"):
         dataset.main(options)
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_interleaved_documents_and_edits_hold_one_concept_and_no_held_out_cell(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "HELDOUT_CONCEPTS", 0.2)
+    out = tmp_path / "emoji"
+    dataset.main(dataset.Options(out, packed, side=16))
+    shown = {}  # path -> its row
+    for split in ("train", "validation"):
+        for row in read_lines(out / "pictures" / split / "metadata.jsonl"):
+            shown[(out / "pictures" / split / row["file_name"]).resolve()] = row
+    for split, heldout in (("train", None), ("validation", "concept")):
+        documents, edits = (read_lines(out / source / f"{split}.jsonl") for source in ("interleaved", "edits"))
+        assert documents and edits
+        for document in documents:
+            rows = [shown[(out / "interleaved" / path).resolve()] for path in document["images"]]
+            assert document["text"] == "".join(f"{row['text']}<image>" for row in rows)
+            assert len({row["concept"] for row in rows}) == 1 and 2 <= len({row["style"] for row in rows}) == len(rows)
+            assert {row.get("heldout") for row in rows} == {heldout}
+        for edit in edits:
+            source, target = (shown[(out / "edits" / edit[name]).resolve()] for name in ("source", "target"))
+            assert source["concept"] == target["concept"] and source["style"] != target["style"]
+            assert edit["instruction"] == f"in the style of {target['style']}"
+            assert {source.get("heldout"), target.get("heldout")} == {heldout}
 
 
 def test_a_changed_archive_and_a_missing_npm_are_one_line_each(packed, tmp_path, monkeypatch):
@@ -204,7 +232,7 @@ def test_the_rank_of_a_concept_is_that_of_its_nearest_picture_in_another_style(s
     asked, gallery = random_cells(rng, 6), random_cells(rng, 20)
     vectors, others = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(n, 3))).float()) for n in (6, 20))
     asked = asked.where([concept in set(gallery.concepts) for concept in asked.concepts])
-    for n, rank in enumerate(judge.rank_concepts(vectors[: len(asked)], asked, others, gallery)):
+    for n, rank in enumerate(judge.rank_concepts(vectors[: len(asked)], asked, judge.Gallery(gallery, others))):
         near = {}
         for m, concept in enumerate(gallery.concepts):
             if gallery.styles[m] != asked.styles[n]:
@@ -221,8 +249,10 @@ def test_a_judge_learns_concepts_across_styles_and_a_copy_of_the_picture_is_no_h
     dataset.main(dataset.Options(out, packed, side=32))
     cells = judge.read_cells(out)
     network = judge.train(cells.where([kind == "train" for kind in cells.kinds]), 60, seed=0)
-    real = judge.verdict(network, cells.pixels, cells, cells)
-    blank = judge.verdict(network, torch.ones_like(cells.pixels), cells, cells)
+    gallery = judge.Gallery(cells, network.features(cells.pixels)[0])
+    real = judge.judge_pictures(network, cells.pixels, cells, gallery)
+    blank = judge.judge_pictures(network, torch.ones_like(cells.pixels), cells, gallery)
     assert real.top5 > 0.7 > blank.top5 and real.count == len(cells)
     alone = cells.where([style == "noto" for style in cells.styles])
-    assert judge.verdict(network, alone.pixels, alone, alone).top5 == 0  # the gallery has no other style
+    gallery = judge.Gallery(alone, network.features(alone.pixels)[0])
+    assert judge.judge_pictures(network, alone.pixels, alone, gallery).top5 == 0  # the gallery has no other style

@@ -1,10 +1,10 @@
 """The data set: 1,911 emoji drawn by four groups of artists, on white, with captions "pizza, openmoji".
 
     python -m experiments.emoji.dataset data/emoji            # fetches four packages with npm, about 200 MB
-    transfusion data prepare data/emoji --sizes 32x32 ...     # reads train/ and validation/
+    transfusion data prepare data/emoji/pictures data/emoji/interleaved --out ...
 
-OUT/train and OUT/validation hold the pictures and a metadata.jsonl each. A *concept* is what a picture shows, in all styles;
-a *cell* is one concept in one style. `validation` holds
+OUT/pictures/train and OUT/pictures/validation hold the pictures and a metadata.jsonl each. A *concept* is what a picture
+shows, in all styles; a *cell* is one concept in one style. `validation` holds
 
 - 3 % of the concepts in all styles (`heldout: concept`): the model never saw the concept;
 - 10 % of the other cells (`heldout: cell`), at most one of a concept: the model saw the concept in other styles.
@@ -12,25 +12,36 @@ a *cell* is one concept in one style. `validation` holds
 Emoji that most of their styles draw with equal pixels (flags of one country) are one concept, with the shortest of their
 names. A picture that a style uses for two concepts is left out: its caption would be one of two.
 
+Two more sources are made of the same pictures, with train.jsonl and validation.jsonl each:
+
+- OUT/interleaved: documents of two to four captioned pictures of one concept, in random order of the styles;
+- OUT/edits: a picture, "in the style of STYLE", and the picture of the same concept in that style.
+
+Their training documents hold training cells alone, their validation documents held-out concepts alone.
+
 Pictures are under CC BY-SA 4.0, the licence of OpenMoji; NOTICE names the four sources.
 """
 
 import json
+import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import tyro
 from PIL import Image
 
 from experiments.emoji.packages import DataError, Drawing, Emoji, fetch, read_drawings
-from transfusion.seeding import uniform_from
+from transfusion.seeding import derive_seed, uniform_from
 
 HELDOUT_CONCEPTS = 0.03
 HELDOUT_CELLS = 0.10
+INTERLEAVED_PER_CONCEPT = 2
+
+Series = Mapping[str, Sequence[tuple[str, str]]]  # concept -> the styles that have it, each with its picture's path
 
 
 @dataclass(frozen=True)
@@ -116,21 +127,47 @@ def assign_splits(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
 
 
 def write(cells: Sequence[Cell], out: Path, side: int) -> Counter:
-    """Write the pictures and their metadata; the number of cells of each kind."""
+    """Write the pictures and the three sources; the number of cells of each kind."""
     splits = assign_splits(cells)
     rows = {"train": [], "validation": []}
+    series = {"train": defaultdict(list), "validation": defaultdict(list)}  # split -> concept -> (style, path)
     for cell in cells:
         kind = splits[cell.concept, cell.style]
-        folder = "train" if kind == "train" else "validation"
-        row = {"file_name": f"{cell.style}-{cell.code}.png", "text": f"{cell.concept}, {cell.style}",
+        split, name = "train" if kind == "train" else "validation", f"{cell.style}-{cell.code}.png"
+        row = {"file_name": name, "text": f"{cell.concept}, {cell.style}",
                "concept": cell.concept, "style": cell.style, "flag": cell.is_flag}  # fmt: skip
-        rows[folder].append(row if kind == "train" else row | {"heldout": kind})
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        cell.image.resize((side, side), Image.Resampling.LANCZOS).save(out / folder / row["file_name"])
-    for folder, written in rows.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        (out / folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+        rows[split].append(row if kind == "train" else row | {"heldout": kind})
+        if kind != "cell":
+            series[split][cell.concept].append((cell.style, f"../pictures/{split}/{name}"))
+        (out / "pictures" / split).mkdir(parents=True, exist_ok=True)
+        cell.image.resize((side, side), Image.Resampling.LANCZOS).save(out / "pictures" / split / name)
+    for split in rows:
+        write_lines(out / "pictures" / split / "metadata.jsonl", rows[split])
+        write_lines(out / "interleaved" / f"{split}.jsonl", interleave(series[split]))
+        write_lines(out / "edits" / f"{split}.jsonl", pair_edits(series[split]))
     return Counter(splits.values())
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def interleave(series: Series) -> Iterator[dict]:
+    """INTERLEAVED_PER_CONCEPT documents of each concept that has two styles: two of them or more, each after its caption."""
+    for concept, drawn in series.items():
+        rng = random.Random(derive_seed("emoji interleaved", concept))
+        for _ in range(INTERLEAVED_PER_CONCEPT if len(drawn) > 1 else 0):
+            chosen = rng.sample(drawn, rng.randint(2, len(drawn)))
+            text = "".join(f"{concept}, {style}<image>" for style, _ in chosen)
+            yield {"text": text, "images": [path for _, path in chosen]}
+
+
+def pair_edits(series: Series) -> Iterator[dict]:
+    """Every ordered pair of styles of each concept."""
+    for drawn in series.values():
+        for (_, source), (style, target) in permutations(drawn, 2):
+            yield {"source": source, "instruction": f"in the style of {style}", "target": target}
 
 
 if __name__ == "__main__":
