@@ -20,6 +20,8 @@ class Export:
     """The folder to create."""
     weights: Literal["ema", "raw"] = "ema"
     """Moving average of the weights, or the last weights."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the weights in the files, also of the codec's; float16 takes half the space and rounds the weights."""
 
 
 def export(arguments: list[str]) -> None:
@@ -30,5 +32,5 @@ def export(arguments: list[str]) -> None:
 
     from transfusion.checkpoint.export import export as export_run
 
-    out = export_run(run, args.out, args.weights)
+    out = export_run(run, args.out, args.weights, dtype=args.dtype)
     print_status(f"wrote {out}; to publish it, check its README.md, then: hf upload OWNER/NAME {out}")
