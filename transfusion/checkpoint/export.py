@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -27,15 +28,18 @@ CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
 
 def export(
     run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "float16"] = "float32", license: str | None = None, about: str = "",
 ) -> Path:  # fmt: skip
     """Write a run's newest checkpoint into the new folder `out`, which `open_run` opens like the run.
 
     `weights`: "ema", or "raw" for the ones that training updates; in files of at most `shard` bytes. `dtype`: of the weights
-    in the files, also of the codec's network; opening converts them to float32. Paths of data and start on this machine are
-    left out. On failure nothing is left. ValueError when the folder exists, or a weight is too large for the dtype.
+    in the files, also of the codec's network; opening converts them to float32. `license`: as the hub names it, such as
+    cc-by-sa-4.0. `about`: Markdown for the card, below its first paragraph. Paths of data and start on this machine are left
+    out. On failure nothing is left. ValueError when the folder exists, the licence is not a name, or a weight is too large.
     """
     check_new(out)
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"license must be as the hub names it, such as apache-2.0 or cc-by-sa-4.0, not {license!r}")
     opened = open_checkpoint(run, weights, "cpu")
     if dtype == "float16":
         _convert_to_half(opened.model, "the model")
@@ -47,7 +51,7 @@ def export(
         open_to_others(temporary)
         _write(opened, temporary, weights, shard, dtype)
         results = Path(run) / "results.json"
-        card = write_card(opened, weights, dtype, read_json(results) if results.exists() else {})
+        card = write_card(opened, weights, dtype, license, about, read_json(results) if results.exists() else {})
         write_whole(temporary / CARD, card.encode())
         temporary.rename(out)
     except BaseException:
@@ -102,7 +106,7 @@ def describe_tokenizer(opened: OpenedRun) -> dict:
     }  # fmt: skip
 
 
-def write_card(opened: OpenedRun, weights: str, dtype: str, results: dict) -> str:
+def write_card(opened: OpenedRun, weights: str, dtype: str, license: str | None, about: str, results: dict) -> str:
     """The model card: architecture, use, limitations, licence, training data and results. Hub metadata is in its header."""
     run, model, vocabulary, codec = opened.run, opened.run.model, opened.vocabulary, opened.codec
     sizes = ", ".join(f"{x * codec.downsampling}x{y * codec.downsampling}" for y, x in vocabulary.boi)
@@ -111,11 +115,12 @@ def write_card(opened: OpenedRun, weights: str, dtype: str, results: dict) -> st
     mixture = run.data.mixture_weights or (1.0,) * len(run.data.sources)
     sources = ", ".join(f"{name} ({weight / sum(mixture):.0%} of the positions)"
                         for name, weight in zip(run.data.sources, mixture, strict=True))  # fmt: skip
+    about = f"{about.strip()}\n\n" if about.strip() else ""
     began = f" It began from {opened.notes['start']['name']}." if "start" in opened.notes else ""
     return f"""---
 library_name: transfusion
 pipeline_tag: any-to-any
-license: unknown
+license: {license or "unknown"}
 tags:
 - transfusion
 - text-to-image
@@ -128,7 +133,7 @@ A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that ge
 input. Images have {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers,
 {model.heads} heads, {vocabulary.size:,} token ids, images as {images}. The weights are {dtype}: {kind}.
 
-## How to use it
+{about}## How to use it
 
 ```
 transfusion generate THIS "a prompt" --num-images 4 --out out
@@ -169,8 +174,7 @@ Images are encoded by the codec `{codec.kind}`{_source_of(codec)}. `config.json`
 
 ## Licence
 
-No licence is set: it depends on the training data{_and_others(opened)}. The publisher of these weights must choose one and
-set `license` in the header of this file.
+{_write_licence(opened, license)}
 
 ## Results
 
@@ -187,6 +191,14 @@ def _write_chat(opened: OpenedRun) -> str:
         "## Chat", "", "Text before and after each message, in training and in `transfusion serve`:", "",
         "| message | before | after |", "|---|---|---|", *rows, "", "",
     ])  # fmt: skip
+
+
+def _write_licence(opened: OpenedRun, license: str | None) -> str:
+    """The licence of the weights, or what it depends on."""
+    if license is not None:
+        return f"The weights are licensed under `{license}`."
+    return (f"No licence is set: it depends on the training data{_and_others(opened)}. The publisher of these weights must "
+            "choose one: export again with `--license`, or set `license` in the header of this file.")  # fmt: skip
 
 
 def _source_of(codec) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from transfusion.cli.options import RunArgument, parse
-from transfusion.cli.screen import print_status
+from transfusion.cli.screen import check_exists, print_status
 from transfusion.disk import check_new, check_run, find_folder
 
 
@@ -15,13 +15,16 @@ class Export:
     take that folder, or owner/name once it is on Hugging Face's hub."""
 
     run: RunArgument
-    """The run's folder."""
     out: Path
     """The folder to create."""
     weights: Literal["ema", "raw"] = "ema"
     """Moving average of the weights, or the last weights."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the weights in the files, also of the codec's; float16 takes half the space and rounds the weights."""
+    license: str | None = None
+    """Licence of the weights, as the hub names it, such as apache-2.0 or cc-by-sa-4.0; unknown if not set."""
+    about: Path | None = None
+    """Markdown file for the model card, below its first paragraph: what the model is for, and the sources of its data."""
 
 
 def export(arguments: list[str]) -> None:
@@ -29,8 +32,13 @@ def export(arguments: list[str]) -> None:
     args = parse(Export, "export", arguments)
     run = check_run(find_folder(args.run))
     check_new(args.out)
+    check_exists(args.about)
+    try:
+        about = args.about.read_text(encoding="utf-8") if args.about else ""
+    except UnicodeDecodeError:
+        raise ValueError(f"--about {args.about} is not a text file in UTF-8") from None
 
     from transfusion.checkpoint.export import export as export_run
 
-    out = export_run(run, args.out, args.weights, dtype=args.dtype)
+    out = export_run(run, args.out, args.weights, dtype=args.dtype, license=args.license, about=about)
     print_status(f"wrote {out}; to publish it, check its README.md, then: hf upload OWNER/NAME {out}")

@@ -13,12 +13,17 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructFieldSpec
 
 from transfusion.cli.screen import UsageError, nearest
+from transfusion.disk import packaged_models
 from transfusion.fields import check_value, range_of
 
 ALIASES = {"--data.prepared": ("--data",)}  # shorter names of options
 
 Device = Annotated[str, tyro.conf.arg(help="Device to use: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1 or mps.")]
-RunArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RUN_HELP = (
+    "Folder of a run or of an exported run, owner/name on the hub, or a model in the package: "
+    f"{', '.join(packaged_models()) or 'none'}."
+)
+RunArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
 
 
 class Overrides:
