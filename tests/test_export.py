@@ -162,15 +162,17 @@ def test_model_card_has_metadata_and_sections(run, tmp_path):
 def test_model_card_has_the_licence_and_the_text_about_the_model(run, tmp_path, capsys):
     text = "Draws digits in one style.\n\n## Sources\n\n| digits | CC BY 4.0 |\n"
     (tmp_path / "about.md").write_text(f"\n{text}\n")
-    options = "--license", "cc-by-sa-4.0", "--about", tmp_path / "about.md"
+    options = "--license", "cc-by-sa-4.0", "--about", tmp_path / "about.md", "--name", "numbers"
     command("export", run, "--out", tmp_path / "out", *options)
     card = huggingface_hub.ModelCard((tmp_path / "out" / "README.md").read_text())
     assert card.data.to_dict()["license"] == "cc-by-sa-4.0"
+    assert "\n# numbers\n" in card.text and open_run(tmp_path / "out").run.name == "numbers"
     assert f"moving average (EMA).\n\n{text}\n## How to use it\n" in card.text
     assert "## Licence\n\nThe weights are licensed under `cc-by-sa-4.0`.\n\n## Results" in card.text
     for wrong in ("CC BY", "x\ntags: []", ""):
         error = fails(capsys, 1, "export", run, "--out", tmp_path / "new", "--license", wrong)
         assert "license must be as the hub names it, such as apache-2.0 or cc-by-sa-4.0, not " in error
+    assert "name must be one word" in fails(capsys, 1, "export", run, "--out", tmp_path / "new", "--name", "a b")
     assert "there is no" in fails(capsys, 1, "export", run, "--out", tmp_path / "new", "--about", tmp_path / "nowhere")
     (tmp_path / "about.md").write_bytes(b"\xff")
     assert "is not a text file in UTF-8" in fails(capsys, 1, "export", run, "--out", tmp_path / "new", *options)

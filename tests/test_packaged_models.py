@@ -26,13 +26,8 @@ MAX_BYTES = 8_000_000  # of one model
 @pytest.fixture(scope="session")
 def made_model(made_once, written) -> Path:
     """The run of `written`, exported as the model `emoji`."""
-
-    def make(folder: Path) -> None:
-        run = shutil.copytree(written, folder / "run")
-        edit_json(run / "run.json", run=read_json(run / "run.json")["run"] | {"name": "emoji"})
-        export(run, folder / "models" / "emoji", dtype="float16", license="cc-by-sa-4.0")
-
-    return made_once("packaged", make) / "models"
+    options = {"name": "emoji", "dtype": "float16", "license": "cc-by-sa-4.0"}
+    return made_once("packaged", lambda folder: export(written, folder / "emoji", **options))
 
 
 @pytest.fixture
@@ -177,10 +172,7 @@ def test_incomplete_model_is_found(models, written, damage):
             folder = folder.rename(models / "other")
         case "dtype":
             shutil.rmtree(folder)
-            run = read_json(written / "run.json")
-            assert run["run"]["name"] == "tiny"
-            export(written, folder, license="cc-by-sa-4.0")
-            edit_json(folder / "config.json", run=read_json(folder / "config.json")["run"] | {"name": "emoji"})
+            export(written, folder, name="emoji", license="cc-by-sa-4.0")
         case "size":
             (folder / "notes.txt").write_bytes(bytes(MAX_BYTES))
         case "card":

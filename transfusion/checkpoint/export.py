@@ -28,19 +28,23 @@ CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
 
 def export(
     run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES,
-    dtype: Literal["float32", "float16"] = "float32", license: str | None = None, about: str = "",
+    dtype: Literal["float32", "float16"] = "float32", name: str | None = None, license: str | None = None, about: str = "",
 ) -> Path:  # fmt: skip
     """Write a run's newest checkpoint into the new folder `out`, which `open_run` opens like the run.
 
-    `weights`: "ema", or "raw" for the ones that training updates; in files of at most `shard` bytes. `dtype`: of the weights
-    in the files, also of the codec's network; opening converts them to float32. `license`: as the hub names it, such as
-    cc-by-sa-4.0. `about`: Markdown for the card, below its first paragraph. Paths of data and start on this machine are left
-    out. On failure nothing is left. ValueError when the folder exists, the licence is not a name, or a weight is too large.
+    weights: "ema", or "raw" for the ones that training updates; in files of at most `shard` bytes. dtype: of the weights in
+    the files, also of the codec's network; opening converts them to float32. name: of the model; default the run's. license:
+    as the hub names it, such as cc-by-sa-4.0. about: Markdown for the card, below its first paragraph. Paths of data and
+    start on this machine are left out. On failure nothing is left. ValueError when the folder exists, a weight is too large
+    for float16, or name or licence are not one word.
     """
     check_new(out)
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name must be one word of letters, digits, - and ., such as emoji, not {name!r}")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(f"license must be as the hub names it, such as apache-2.0 or cc-by-sa-4.0, not {license!r}")
     opened = open_checkpoint(run, weights, "cpu")
+    opened.run = replace(opened.run, name=name or opened.run.name)
     if dtype == "float16":
         _convert_to_half(opened.model, "the model")
         if isinstance(opened.codec, Autoencoder | VQ):

@@ -17,6 +17,8 @@ class Export:
     run: RunArgument
     out: Path
     """The folder to create."""
+    name: str | None = None
+    """Name of the model, in its card and in the API of `serve`; the run's name if not set."""
     weights: Literal["ema", "raw"] = "ema"
     """Moving average of the weights, or the last weights."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -40,5 +42,6 @@ def export(arguments: list[str]) -> None:
 
     from transfusion.checkpoint.export import export as export_run
 
-    out = export_run(run, args.out, args.weights, dtype=args.dtype, license=args.license, about=about)
+    options = {"dtype": args.dtype, "name": args.name, "license": args.license, "about": about}
+    out = export_run(run, args.out, args.weights, **options)
     print_status(f"wrote {out}; to publish it, check its README.md, then: hf upload OWNER/NAME {out}")
