@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import transfusion
+from experiments.emoji.packages import PACKAGES
 from tests.serving import serving
 from tests.sources import write_photos
 from tests.test_cli import TINY_TRAINING, command, fails
@@ -181,6 +182,12 @@ def test_incomplete_model_is_found(models, written, damage):
         case "results":
             (folder / "results.json").write_text("{}")
     assert len(problems(folder)) == 1
+
+
+@pytest.mark.parametrize("name", ["NOTICE", "experiments/emoji/about.md"])
+def test_sources_of_emoji_are_named_with_their_versions(name):
+    text = (PACKAGE.parent / name).read_text()
+    assert [package.name for package in PACKAGES.values() if f"{package.name} {package.version}" not in text] == []
 
 
 def test_installed_package_has_all_files():
