@@ -66,10 +66,13 @@ def test_results_are_written_where_out_says_and_can_be_repeated(models, capsys):
     assert [path.name for path in Path("mine").iterdir()] == ["results.json"] and not Path("out").exists()
     command("evaluate", "emoji", "--from", "mine/results.json")
     assert "all figures agree" in capsys.readouterr().err
+    command("evaluate", "emoji", "--tasks", "captions", "--count", 2, "--out", "mine")
+    assert set(read_json(Path("mine/results.json"))["digits"]) == {"conditioning", "captions"}  # earlier figures are kept
     assert "name nothing else" in fails(capsys, 2, "evaluate", "emoji", "--from", "mine/results.json", "--out", "other")
     shutil.copytree(models / "emoji", "local")
     command("evaluate", "local", "--tasks", "conditioning", "--count", 2)
-    assert read_json(Path("local/results.json"))["digits"] == read_json(Path("mine/results.json"))["digits"]
+    local, mine = (read_json(Path(folder) / "results.json")["digits"]["conditioning"] for folder in ("local", "mine"))
+    assert local == mine
 
 
 def test_model_on_the_hub_is_measured_too(models, monkeypatch):
