@@ -159,6 +159,26 @@ def test_model_card_has_metadata_and_sections(run, tmp_path):
     assert "it depends on the training data and on the licence of base" in sections["Licence"]
 
 
+def test_model_card_has_the_licence_and_the_text_about_the_model(run, tmp_path, capsys):
+    text = "Draws digits in one style.\n\n## Sources\n\n| digits | CC BY 4.0 |\n"
+    (tmp_path / "about.md").write_text(f"\n{text}\n")
+    options = "--license", "cc-by-sa-4.0", "--about", tmp_path / "about.md", "--name", "numbers"
+    command("export", run, "--out", tmp_path / "out", *options)
+    card = huggingface_hub.ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.to_dict()["license"] == "cc-by-sa-4.0"
+    assert "\n# numbers\n" in card.text and open_run(tmp_path / "out").run.name == "numbers"
+    assert f"moving average (EMA).\n\n{text}\n## How to use it\n" in card.text
+    assert "## Licence\n\nThe weights are licensed under `cc-by-sa-4.0`.\n\n## Results" in card.text
+    for wrong in ("CC BY", "x\ntags: []", ""):
+        error = fails(capsys, 1, "export", run, "--out", tmp_path / "new", "--license", wrong)
+        assert "license must be as the hub names it, such as apache-2.0 or cc-by-sa-4.0, not " in error
+    assert "name must be one word" in fails(capsys, 1, "export", run, "--out", tmp_path / "new", "--name", "a b")
+    assert "there is no" in fails(capsys, 1, "export", run, "--out", tmp_path / "new", "--about", tmp_path / "nowhere")
+    (tmp_path / "about.md").write_bytes(b"\xff")
+    assert "is not a text file in UTF-8" in fails(capsys, 1, "export", run, "--out", tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
+
+
 # Complete or absent
 
 
@@ -249,7 +269,7 @@ def test_hub_download_fetches_only_json_and_safetensors(exported, tmp_path, monk
     open_run("owner/name")  # an existing folder is never looked up on the hub
     with pytest.raises(OpenError, match="is not a run: there is no such folder"):
         open_run(tmp_path / "nowhere")
-    with pytest.raises(OpenError, match="owner/name is a local path, which has no revision v1.0"):
+    with pytest.raises(OpenError, match="owner/name is not on the hub, so it has no revision v1.0"):
         open_run("owner/name", revision="v1.0")
     assert len(downloads) == 3
 

@@ -226,7 +226,8 @@ class ChatLayout(Config, part="chat."):
 class PrepareConfig(Config):
     """How files become a prepared data set: the same files and settings always give the same one."""
 
-    like: str | None = None  # Reuse tokenizer, codec, sizes and chat layout of this prepared folder or run.
+    # Reuse tokenizer, codec, sizes and chat layout of this prepared folder, run, or model in the package or on the hub.
+    like: str | None = None
     tokenizer: str | None = None  # The tokenizer.json to use; if not set, a tokenizer is trained on the first documents.
     tokenizer_size: TokenizerSize | None = None  # Largest vocabulary of a trained tokenizer; at most 8192 if not set.
     sizes: tuple[str, ...] = ()  # WIDTHxHEIGHT in pixels; if not set, their own if equal and at most 256x256, else 256x256.

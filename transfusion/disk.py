@@ -8,6 +8,7 @@ from pathlib import Path
 
 RUN_FORMAT = 2  # of run.json, and of the config.json of an exported run; other formats are refused
 RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; in that of an exported run or of a network
+MODELS = Path(__file__).parent / "models"  # exported runs that are part of the package, each in a folder of its name
 
 
 class OpenError(ValueError):
@@ -81,17 +82,25 @@ def check_run_format(folder: Path, values: dict) -> None:
     check_format(folder, values, RUN_FORMAT, "use that version, or train again")
 
 
+def packaged_models() -> list[str]:
+    """The names of the models in the package."""
+    return sorted(path.parent.name for path in MODELS.glob(f"*/{CONFIG}"))
+
+
 def find_folder(place: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """A local folder, or a snapshot of the hub's repository `owner/name`, only its safetensors and JSON files.
+    """A local folder, else the folder of a model in the package, else a snapshot of the hub's repository `owner/name`, only
+    its safetensors and JSON files.
 
     revision: a branch, tag or commit of the repository; default main. local_files_only: use only the hub's local cache.
     A name whose path or parent folder exists locally is never looked up on the hub. OpenError when the hub does not have it
     or cannot be reached.
     """
     path = Path(place)
+    if not path.exists() and str(place) in packaged_models():
+        path = MODELS / path
     if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
         if revision is not None:
-            raise OpenError(f"{place} is a local path, which has no revision {revision}: leave it out")
+            raise OpenError(f"{place} is not on the hub, so it has no revision {revision}: leave it out")
         return path
     from huggingface_hub import errors, snapshot_download
 
@@ -120,9 +129,12 @@ def is_exported(folder: Path) -> bool:
 def check_run(folder: Path) -> Path:
     """The folder, if it holds a run or an exported one. OpenError when it does not."""
     if not folder.exists():
-        raise OpenError(f"{folder} is not a run: there is no such folder (a name on the hub is owner/name)")
+        names = ", ".join(packaged_models()) or "none"
+        raise OpenError(f"{folder} is not a run: there is no such folder (models in the package: {names}; a name on the hub "
+                        "is owner/name)")  # fmt: skip
     if not (folder / RUN).exists() and not is_exported(folder):
-        raise OpenError(f"{folder} is not a run: it has no {RUN}")
+        hint = f" (in another folder, {folder} is the model in the package)" if str(folder) in packaged_models() else ""
+        raise OpenError(f"{folder} is not a run: it has no {RUN}{hint}")
     return folder
 
 

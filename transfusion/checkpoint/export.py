@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+
+from torch import nn
 
 from transfusion.chat import list_roles
 from transfusion.checkpoint.open import GENERATION, OpenedRun, open_checkpoint
 from transfusion.checkpoint.save import fsync_and_hash, hash_config, versions
+from transfusion.codecs.autoencoder import Autoencoder
 from transfusion.codecs.codec import codec_to_bytes
+from transfusion.codecs.vq import VQ
 from transfusion.config import to_json
 from transfusion.disk import CONFIG, RUN_FORMAT, check_new, open_to_others, read_json, write_json, write_whole
 from transfusion.model.transfusion import MODEL_TYPE
@@ -20,21 +26,36 @@ MANIFEST = "manifest"  # the key of results.json with the machine and the settin
 CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
 
 
-def export(run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES) -> Path:
-    """Write a run's newest checkpoint in float32 into the new folder `out`, which `open_run` opens like the run.
+def export(
+    run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SHARD_BYTES,
+    dtype: Literal["float32", "float16"] = "float32", name: str | None = None, license: str | None = None, about: str = "",
+) -> Path:  # fmt: skip
+    """Write a run's newest checkpoint into the new folder `out`, which `open_run` opens like the run.
 
-    `weights`: "ema", or "raw" for the ones that training updates; in files of at most `shard` bytes. Paths of data and start
-    on this machine are left out. On failure nothing is left. ValueError when the folder exists.
+    weights: "ema", or "raw" for the ones that training updates; in files of at most `shard` bytes. dtype: of the weights in
+    the files, also of the codec's network; opening converts them to float32. name: of the model; default the run's. license:
+    as the hub names it, such as cc-by-sa-4.0. about: Markdown for the card, below its first paragraph. Paths of data and
+    start on this machine are left out. On failure nothing is left. ValueError when the folder exists, a weight is too large
+    for float16, or name or licence are not one word.
     """
     check_new(out)
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name must be one word of letters, digits, - and ., such as emoji, not {name!r}")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"license must be as the hub names it, such as apache-2.0 or cc-by-sa-4.0, not {license!r}")
     opened = open_checkpoint(run, weights, "cpu")
+    opened.run = replace(opened.run, name=name or opened.run.name)
+    if dtype == "float16":
+        _convert_to_half(opened.model, "the model")
+        if isinstance(opened.codec, Autoencoder | VQ):
+            _convert_to_half(opened.codec.network, "the codec")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         open_to_others(temporary)
-        _write(opened, temporary, weights, shard)
+        _write(opened, temporary, weights, shard, dtype)
         results = Path(run) / "results.json"
-        card = write_card(opened, weights, read_json(results) if results.exists() else {})
+        card = write_card(opened, weights, dtype, license, about, read_json(results) if results.exists() else {})
         write_whole(temporary / CARD, card.encode())
         temporary.rename(out)
     except BaseException:
@@ -43,7 +64,14 @@ def export(run: str | Path, out: Path, weights: str = "ema", shard: int = MAX_SH
     return out
 
 
-def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
+def _convert_to_half(network: nn.Module, owner: str) -> None:
+    """Round the weights of a network to float16, in place. ValueError when one is too large."""
+    for name, value in network.half().state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} of {owner} does not fit into float16, whose largest number is 65,504: keep float32")
+
+
+def _write(opened: OpenedRun, folder: Path, weights: str, shard: int, dtype: str) -> None:
     """Write all files but the model card."""
     files = write_weights(opened.model.state_dict(), folder, shard)
     codec_bytes, tokenizer_bytes = codec_to_bytes(opened.codec), opened.tokenizer.to_json().encode()
@@ -57,7 +85,7 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int) -> None:
     write_json(folder / TOKENIZER_CONFIG, describe_tokenizer(opened))
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **MODEL_TYPE, "format": RUN_FORMAT, "run": values, "vocabulary": vocabulary,
+        **MODEL_TYPE, "dtype": dtype, "format": RUN_FORMAT, "run": values, "vocabulary": vocabulary,
         "config_sha256": hash_config(values, vocabulary),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(codec_bytes).hexdigest()},
@@ -82,7 +110,7 @@ def describe_tokenizer(opened: OpenedRun) -> dict:
     }  # fmt: skip
 
 
-def write_card(opened: OpenedRun, weights: str, results: dict) -> str:
+def write_card(opened: OpenedRun, weights: str, dtype: str, license: str | None, about: str, results: dict) -> str:
     """The model card: architecture, use, limitations, licence, training data and results. Hub metadata is in its header."""
     run, model, vocabulary, codec = opened.run, opened.run.model, opened.vocabulary, opened.codec
     sizes = ", ".join(f"{x * codec.downsampling}x{y * codec.downsampling}" for y, x in vocabulary.boi)
@@ -91,11 +119,12 @@ def write_card(opened: OpenedRun, weights: str, results: dict) -> str:
     mixture = run.data.mixture_weights or (1.0,) * len(run.data.sources)
     sources = ", ".join(f"{name} ({weight / sum(mixture):.0%} of the positions)"
                         for name, weight in zip(run.data.sources, mixture, strict=True))  # fmt: skip
+    about = f"{about.strip()}\n\n" if about.strip() else ""
     began = f" It began from {opened.notes['start']['name']}." if "start" in opened.notes else ""
     return f"""---
 library_name: transfusion
 pipeline_tag: any-to-any
-license: unknown
+license: {license or "unknown"}
 tags:
 - transfusion
 - text-to-image
@@ -106,9 +135,9 @@ tags:
 
 A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that generates text and images, and takes both as
 input. Images have {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers,
-{model.heads} heads, {vocabulary.size:,} token ids, images as {images}. The weights are float32: {kind}.
+{model.heads} heads, {vocabulary.size:,} token ids, images as {images}. The weights are {dtype}: {kind}.
 
-## How to use it
+{about}## How to use it
 
 ```
 transfusion generate THIS "a prompt" --num-images 4 --out out
@@ -149,8 +178,7 @@ Images are encoded by the codec `{codec.kind}`{_source_of(codec)}. `config.json`
 
 ## Licence
 
-No licence is set: it depends on the training data{_and_others(opened)}. The publisher of these weights must choose one and
-set `license` in the header of this file.
+{_write_licence(opened, license)}
 
 ## Results
 
@@ -167,6 +195,14 @@ def _write_chat(opened: OpenedRun) -> str:
         "## Chat", "", "Text before and after each message, in training and in `transfusion serve`:", "",
         "| message | before | after |", "|---|---|---|", *rows, "", "",
     ])  # fmt: skip
+
+
+def _write_licence(opened: OpenedRun, license: str | None) -> str:
+    """The licence of the weights, or what it depends on."""
+    if license is not None:
+        return f"The weights are licensed under `{license}`."
+    return (f"No licence is set: it depends on the training data{_and_others(opened)}. The publisher of these weights must "
+            "choose one: export again with `--license`, or set `license` in the header of this file.")  # fmt: skip
 
 
 def _source_of(codec) -> str:

@@ -27,9 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"open-transfusion {version('open-transfusion')}")
         sys.exit(0)
     if not arguments or arguments[0] in ("-h", "--help"):
+        from transfusion.disk import packaged_models
+
         print("usage: transfusion COMMAND ...\n\nOne transformer for text and images.\n")
         print(*(f"  {command:10}{description}" for command, (_, description) in COMMANDS.items()), sep="\n")
-        print("\ntransfusion COMMAND --help describes a command, transfusion --version prints the version.")
+        print(f"\nTrained models in the package, for generate, serve and others: {', '.join(packaged_models()) or 'none'}.")
+        print("transfusion COMMAND --help describes a command, transfusion --version prints the version.")
         sys.exit(0 if arguments else 2)
     from transfusion.cli.screen import UsageError, fail, nearest
 

@@ -17,7 +17,7 @@ from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError, check_exists, fail, nearest, print_status, progress
 from transfusion.cli.sources import SOURCES, Reading, open_readers
 from transfusion.config import ChatLayout, PrepareConfig
-from transfusion.disk import CONFIG, RUN, check_codec, check_prepared
+from transfusion.disk import CONFIG, RUN, check_codec, check_prepared, find_folder
 from transfusion.fields import PositiveInt
 
 NUM_SHOWN = 10  # faults of each source that are printed
@@ -161,8 +161,8 @@ def prepare(args: Prepare) -> None:
     like, codec = args.config.like, args.config.codec
     check_prepare(args.config)
     check_exists(args.config.tokenizer)
-    if like is not None and not any((Path(like) / name).exists() for name in (RUN, CONFIG)):
-        check_prepared(Path(like))
+    if like is not None and not any(((folder := find_folder(like)) / name).exists() for name in (RUN, CONFIG)):
+        check_prepared(folder)
     if codec not in ("auto", "pixels", "block_pca") and codec.count("/") != 1 and not (Path(codec) / CONFIG).exists():
         check_codec(Path(codec))
     texts = {name: text.replace("\\n", "\n") for name, text in asdict(args.config.chat).items()}  # no shell needs quotes

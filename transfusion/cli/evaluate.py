@@ -8,20 +8,24 @@ from typing import Annotated
 import tyro
 
 from transfusion.cli.ignored import check_evaluate
-from transfusion.cli.options import Device, parse
+from transfusion.cli.options import RUN_HELP, Device, parse
 from transfusion.cli.screen import UsageError, check_exists, print_status
 from transfusion.config import QUICK, TASKS, EvaluationConfig
-from transfusion.disk import check_prepared, check_run, read_json
+from transfusion.disk import check_prepared, check_run, find_folder, read_json
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    __doc__ = "Measure a run; the figures are printed and written to its results.json. The tasks are:\n" + "".join(
+    __doc__ = "Measure a run; the figures are printed and written to results.json. The tasks are:\n" + "".join(
         f"\n- {name}: {text}{' (default)' if name in QUICK else ''}" for name, text in TASKS.items()
     )
 
-    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
-    """The run's folder; with --from, the folder of that results.json if not set."""
+    run: Annotated[
+        Path | None, tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN", help=f"{RUN_HELP} With --from, the folder of that results.json if not set."),
+    ] = None  # fmt: skip
+    out: Path | None = None
+    """Folder of results.json; the run's own folder if not set, and out/RUN for a model in the package or on the hub."""
     results: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """A results.json whose measurement is repeated with the same settings and compared figure by figure."""
     config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(default_factory=EvaluationConfig)
@@ -34,25 +38,27 @@ def evaluate(arguments: list[str]) -> None:
     config = args.config
     if args.run is None and args.results is None:
         raise UsageError("name a run's folder, or --from the results.json of one")
-    if args.results is not None and replace(config, data=None) != EvaluationConfig():
+    if args.results is not None and (args.out is not None or replace(config, data=None) != EvaluationConfig()):
         raise UsageError("--from repeats its results.json: name nothing else but RUN, --data and --device")
     check_evaluate(config, config.tasks or QUICK)
     check_exists(config.questions, config.prompts, config.coco, config.pictures)
     for folder in config.data or ():
         check_prepared(Path(folder))
+    folder = check_run(find_folder(args.run or args.results.parent))
     if args.results is None:
-        return measure(check_run(args.run), config, args.device)
+        is_local = folder == args.run
+        return measure(folder, args.out or (folder if is_local else Path("out") / args.run), config, args.device)
     read_json(args.results)
-    _repeat(check_run(args.run or args.results.parent), args.results, config.data, args.device)
+    _repeat(folder, args.results, config.data, args.device)
 
 
-def measure(folder: Path, config: EvaluationConfig, device: str) -> None:
-    """Measure a run and write its results.json."""
+def measure(folder: Path, out: Path, config: EvaluationConfig, device: str) -> None:
+    """Measure a run and write results.json into the folder `out`."""
     from transfusion.evaluation.results import NAME, evaluate
     from transfusion.inference.engine import open_run
 
-    evaluate(open_run(folder, device=device), folder, config, print_status)
-    print_status(f"wrote {folder / NAME}")
+    evaluate(open_run(folder, device=device), folder, config, print_status, out)
+    print_status(f"wrote {out / NAME}")
 
 
 def _repeat(folder: Path, path: Path, data: tuple[str, ...] | None, device: str) -> None:

@@ -13,12 +13,18 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructFieldSpec
 
 from transfusion.cli.screen import UsageError, nearest
+from transfusion.config import Run
+from transfusion.disk import packaged_models
 from transfusion.fields import check_value, range_of
 
 ALIASES = {"--data.prepared": ("--data",)}  # shorter names of options
 
 Device = Annotated[str, tyro.conf.arg(help="Device to use: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1 or mps.")]
-RunArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RUN_HELP = (
+    "Folder of a run or of an exported run, owner/name on the hub, or a model in the package: "
+    f"{', '.join(packaged_models()) or 'none'}."
+)
+RunArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
 
 
 class Overrides:
@@ -37,7 +43,8 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
         spec = ConstructorRegistry.get_struct_spec(info)
         prefixes[info.type] = prefix
         overrides = issubclass(info.type, Overrides)
-        described = [_describe(f, prefix, overrides) for f in spec.fields if not (overrides and f.type is bool)]
+        shown = (f for f in spec.fields if not (overrides and f.type is bool))
+        described = [_describe(f, prefix, overrides, hidden=info.type is Run and f.name == "name") for f in shown]
         flags.extend(name for flag, _ in described if flag for name in (flag, *ALIASES.get(flag, ())))
         required.update({flag: f for flag, f in described if flag and f.default in (tyro.MISSING, tyro.MISSING_NONPROP)})
 
@@ -96,10 +103,10 @@ def _prefixes(cls: type, prefix: str = "--") -> Iterator[tuple[type, str]]:
             yield from _prefixes(inner, f"{prefix}{name}." if name else prefix)
 
 
-def _describe(field: StructFieldSpec, prefix: str, override: bool) -> tuple[str, StructFieldSpec]:
-    """The flag of a field, and the field with our help and reader. Dataclasses and the name of a run have no flag."""
+def _describe(field: StructFieldSpec, prefix: str, override: bool, hidden: bool) -> tuple[str, StructFieldSpec]:
+    """The flag of a field, and the field with our help and reader. Dataclasses and hidden fields have no flag."""
     hint, annotations, name = _split(field.name, field.type)
-    if is_dataclass(hint) or name == "name":
+    if is_dataclass(hint) or hidden:
         return "", field if is_dataclass(hint) else replace(field, type=tyro.conf.Suppress[field.type])
     positional = tyro.conf.Positional in annotations
     flag = field.name.upper() if positional else prefix + name

@@ -13,7 +13,7 @@ from transfusion.cli.ignored import check_generate, check_train, warn_about_warm
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
 from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
 from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, from_json, parse_size
-from transfusion.disk import RUN, check_prepared, check_run, find_folder, read_json
+from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
 from transfusion.runs import NAMES, named_run
 
@@ -30,7 +30,7 @@ class Train:
     out: Path = Path()
     """Folder of the run."""
     start: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Start from another run or exported run, a folder or owner/name; your own data must be prepared --like it."""
+    """Start from another run, exported run or model in the package, as named in generate; prepare your data --like it."""
     init_from: str | None = None
     """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
     device: Device = "auto"
@@ -54,7 +54,6 @@ class Generate:
     """Generate text and images with a run, in the order in which the model produces them."""
 
     run: RunArgument
-    """The run's folder, an exported folder, or owner/name on the hub."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """Text and images in order, an image as @picture.png; write @@ for text that begins with @."""
     negative_prompt: str | None = None
@@ -79,8 +78,8 @@ class Generate:
 class Report:
     """Write a run's report.html: its losses, evaluation results and generated examples on one page."""
 
-    run: RunArgument
-    """The run's folder."""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder, not an exported one: the report shows the losses of training."""
     device: Device = "auto"
 
 
@@ -88,7 +87,7 @@ def demo(arguments: list[str]) -> None:
     """Train, evaluate and report the run `digits`."""
     args = parse(Demo, "demo", arguments)
     if train_run(named_run("digits"), args.out, args.device):
-        measure(args.out, EvaluationConfig(), args.device)
+        measure(args.out, args.out, EvaluationConfig(), args.device)
         _write_report(args.out, args.device)
 
 
@@ -197,7 +196,10 @@ def _read_part(word: str):
 def report(arguments: list[str]) -> None:
     """Write the report of a run."""
     args = parse(Report, "report", arguments)
-    _write_report(check_run(args.run), args.device)
+    run = check_run(find_folder(args.run))
+    if is_exported(run):
+        raise ValueError(f"{args.run} is an exported run, without the losses of training: give the folder of the run itself")
+    _write_report(run, args.device)
 
 
 def _write_report(folder: Path, device: str) -> None:

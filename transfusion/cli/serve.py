@@ -26,7 +26,6 @@ class Serve:
     """Serve a run: OpenAI's API under /v1, a web page at /. SIGTERM and Ctrl-C let requests in progress finish first."""
 
     run: RunArgument
-    """The run's folder."""
     host: str = "127.0.0.1"
     """Address to listen on; any other than this machine's own needs --api-key."""
     port: Annotated[int, Range(0, 2**16 - 1)] = 8000

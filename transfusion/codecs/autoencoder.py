@@ -217,11 +217,11 @@ def network_tensors(network: nn.Module) -> dict[str, np.ndarray]:
 
 
 def network_from_tensors(tensors: dict[str, np.ndarray], kind: type[nn.Module]) -> nn.Module:
-    """The inverse of `network_tensors`. ValueError or KeyError when they do not fit a network of this class."""
+    """The inverse of `network_tensors`, in float32. ValueError or KeyError when they do not fit a network of this class."""
     config = from_json(AutoencoderConfig, json.loads(tensors["config"].tobytes().decode()))
     with torch.device("meta"):
         network = kind(config)
-    state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items() if name != "config"}
+    state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items() if name != "config"}
     try:
         network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

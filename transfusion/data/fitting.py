@@ -18,7 +18,16 @@ from transfusion.config import ChatLayout, PrepareConfig, from_json, parse_size
 from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import open_prepared
-from transfusion.disk import OpenError, check_codec, check_run_format, read_checked, read_json, write_json, write_whole
+from transfusion.disk import (
+    OpenError,
+    check_codec,
+    check_run_format,
+    find_folder,
+    read_checked,
+    read_json,
+    write_json,
+    write_whole,
+)  # fmt: skip
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
 MAX_FIT_PIXELS = 4_000_000  # of the images that the codec is fitted on, over all sources
@@ -72,7 +81,7 @@ def fit(streams: Sequence[DocumentStream], config: PrepareConfig, heldout_fracti
     `fitted.json`. PrepareError when there are no images, the codec's downsampling does not divide a size, or the tokenizer
     does not have the special tokens of the chat layout."""
     if config.like is not None:
-        return _copy_tokenizer_and_codec(Path(config.like), config.chat, folder)
+        return _copy_tokenizer_and_codec(find_folder(config.like), config.chat, folder)
     sizes, image_channels = _choose_sizes(streams, config)
     is_loaded = is_codec_folder(config.codec)
     if is_loaded:

@@ -28,7 +28,7 @@ from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader, Unit
 from transfusion.data.store import FORMAT, SPLITS, ShardWriter
-from transfusion.disk import check_format, read_json, write_json, write_whole
+from transfusion.disk import check_format, find_folder, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
 BATCH_SIZE, MAX_BATCH_CHARS = 32, 1_000_000  # documents encoded at a time, and characters after which fewer are
@@ -111,7 +111,7 @@ def _choose_chat(readers: Sequence[Reader], config: PrepareConfig) -> PrepareCon
     is_declared = config.chat != ChatLayout()
     if is_declared and not any(reader.has_conversations() for reader in readers):
         raise PrepareError("--chat has no effect: no source has conversations (the form conversation or messages)")
-    chat = fitting.read_like_info(Path(config.like))["chat"] if config.like is not None else None
+    chat = fitting.read_like_info(find_folder(config.like))["chat"] if config.like is not None else None
     if chat is None or chat == config.chat:
         return config
     if is_declared:
@@ -157,7 +157,7 @@ def _build_recipe(readers: Sequence[Reader], config: PrepareConfig, jobs: Sequen
     settings = asdict(config)
     del settings["max_faults"], settings["allow_cut"]  # they do not change finished shards
     if config.like is not None:
-        settings["like"] = fitting.read_like_info(Path(config.like))["codec"]["sha256"]
+        settings["like"] = fitting.read_like_info(find_folder(config.like))["codec"]["sha256"]
     if fitting.is_codec_folder(config.codec):
         settings["codec"] = fitting.read_codec_info(Path(config.codec)).get("sha256")
     if config.tokenizer is not None:

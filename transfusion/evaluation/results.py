@@ -19,18 +19,23 @@ ENVIRONMENT = "generation", "networks", "dtype", "device", "machine", "python", 
 PrintLine = Callable[[str], None]
 
 
-def evaluate(engine: Engine, folder: Path, config: EvaluationConfig | None = None, print_line: PrintLine = print) -> dict:
-    """Measure a run, write each task's figures to its `results.json` as soon as they are known, and return all of them.
-    Other tasks' figures of the same step are kept. ValueError before any measurement if the run does not support a task."""
-    suite = Suite(engine, config or EvaluationConfig())
-    results = _load_results(engine, folder)
+def evaluate(
+    engine: Engine, folder: Path, config: EvaluationConfig | None = None, print_line: PrintLine = print,
+    out: Path | None = None,
+) -> dict:  # fmt: skip
+    """Measure the run in a folder, write each task's figures as soon as they are known to `results.json` in `out` (default:
+    the run's folder), and return all of them. Other tasks' figures of the same step are kept. ValueError before any
+    measurement if the run does not support a task."""
+    suite, out = Suite(engine, config or EvaluationConfig()), out or folder
+    results = _load_results(engine, folder, out)
     earlier, done = results["manifest"], []
     for source, task, values in _run_tasks(suite, print_line):
         done.append([source, task])
         earlier = [rest for entry in earlier if (rest := _remove_task(entry, source, task))]
         results.setdefault(source, {})[task] = values
         results["manifest"] = [*earlier, {"measured": done, **suite.manifest()}]
-        write_json(folder / NAME, results)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / NAME, results)
     return results
 
 
@@ -47,7 +52,7 @@ def repeat(
         entries = [(entry, from_json(EvaluationConfig, entry["config"]), entry["measured"]) for entry in before["manifest"]]
     except (KeyError, TypeError, ValueError) as error:
         raise OpenError(f"{path} does not say how it was measured: {error}") from None
-    changed = list(differences(_identity(before), _identity(_load_results(engine, folder))))
+    changed = list(differences(_identity(before), _identity(_load_results(engine, folder, folder))))
     reasons, run = {}, engine.run
     for then, config, measured in entries:
         engine.run = run
@@ -90,10 +95,10 @@ def _run_tasks(suite: Suite, print_line: PrintLine) -> Iterator[tuple[str, str, 
         yield source, name, values
 
 
-def _load_results(engine: Engine, folder: Path) -> dict:
-    """The saved results, if they are of this step of the run; otherwise new ones without tasks."""
+def _load_results(engine: Engine, folder: Path, out: Path) -> dict:
+    """The results saved in `out`, if they are of this step of the run in `folder`; otherwise new ones without tasks."""
     results: dict = {"run": engine.run.name, "step": engine.opened.step, "parameters": engine.opened.parameters}
-    path = folder / NAME
+    path = out / NAME
     saved = read_json(path) if path.exists() else {}
     if _identity(saved) == results and isinstance(saved.get("manifest"), list):
         return saved
