@@ -116,7 +116,7 @@ def create_peer_environment() -> Path:
     print(f"  (creating {folder} for {PEER} {VERSION}: a few minutes)", flush=True)
     packages = f"torch=={version('torch').split('+')[0]}", f"{PEER}=={VERSION}"
     folder.mkdir(exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", *packages]):
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:

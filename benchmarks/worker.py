@@ -69,5 +69,5 @@ def peak_memory_mib() -> float | None:
     getrusage's maximum is not used: it includes the memory of the parent process before exec.
     """
     status = Path("/proc/self/status")
-    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(match[1]) / 1024 if match else None

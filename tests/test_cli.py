@@ -336,7 +336,7 @@ def test_warmup_beyond_the_last_step_is_one_line(tmp_path, capsys):
 
 def test_rope_scaling_is_four_numbers(monkeypatch):
     parsed = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: parsed.append(run.model.rope_scaling))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: not parsed.append(run.model.rope_scaling))
     command("train", "digits", "--model.rope-scaling", 4, 1, 4, 16)
     command("train", "digits", "--model.rope-scaling", "None")
     assert parsed == [RopeScaling(4.0, 1.0, 4.0, 16), None]

@@ -57,7 +57,7 @@ class RecordingLoader:
 def new_trainer(
     folder: Path, run: Run, on_preview=None, change=None, ranks: Ranks = SINGLE_PROCESS, device: str = "cpu"
 ) -> Trainer:
-    """A trainer as the command builds it, in a folder with a run.json."""
+    """A trainer as the command builds it, in a folder with a run.json. It calls `on_preview(model, step)`."""
     run, encoder = prepared(run)
     if ranks.is_main and not (folder / "run.json").exists():
         begin_run(folder, run)
@@ -65,7 +65,11 @@ def new_trainer(
     heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
     with few_samples():
         loader = RecordingLoader(Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world), change)
-    return Trainer(run, folder, loader, heldout, torch.device(device), ranks, on_preview)
+    return Trainer(run, folder, loader, heldout, torch.device(device), ranks, on_preview and without_watchdog(on_preview))
+
+
+def without_watchdog(on_preview):
+    return lambda model, step, reset_watchdog: on_preview(model, step)
 
 
 def resumed_trainer(folder: Path, run: Run, on_preview=None, change=None, ranks: Ranks = SINGLE_PROCESS) -> Trainer:
@@ -77,7 +81,7 @@ def resumed_trainer(folder: Path, run: Run, on_preview=None, change=None, ranks:
 
 def preview_every_step(trainer: Trainer, on_preview) -> Trainer:
     """`on_preview(model, step)` is called after every step."""
-    trainer.on_preview, trainer.loop.preview_every = on_preview, 1
+    trainer.on_preview, trainer.loop.preview_every = without_watchdog(on_preview), 1
     return trainer
 
 
@@ -334,13 +338,13 @@ def test_heldout_losses_are_of_the_ema_and_do_not_change_it(tmp_path):
     trainer = new_trainer(tmp_path, small_run(3))
     trainer.train()
     before = copy_tensors(trainer)
-    losses, text = trainer.evaluate_heldout()
-    assert losses == trainer.evaluate_heldout()[0]
+    losses, text = trainer.evaluate_heldout(lambda: None)
+    assert losses == trainer.evaluate_heldout(lambda: None)[0]
     assert_same_tensors(copy_tensors(trainer), before)
     assert metrics_of(tmp_path)[-1]["heldout"] == losses
     assert f"digits: text {losses['digits']['text_loss']:.3f}" in text
     trainer.ema.load_state_dict(trainer.model.state_dict())
-    assert trainer.evaluate_heldout()[0] != losses
+    assert trainer.evaluate_heldout(lambda: None)[0] != losses
 
 
 # One step
