@@ -613,6 +613,7 @@ def test_train_under_torchrun_stops_at_a_signal_and_resumes(undisturbed, tmp_pat
     output = torchrun(run_with_signal_at_step_6, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "run")
     assert output.count("stopped at step 6 and saved") == 1
     assert find_newest_checkpoint(tmp_path / "run").name == "step-000006"
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "stopped"
     output = torchrun(command, *TRAIN, "--out", tmp_path / "run")
     assert output.count(f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step-000006'}") == 1
     assert_same_runs(tmp_path / "run", undisturbed)

@@ -32,6 +32,7 @@ from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.metrics import MetricsWriter, read_metrics
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema, update_weights
+from transfusion.training.signals import SIGNALS
 from transfusion.training.trainer import Trainer
 
 some = examples(60)
@@ -188,7 +189,6 @@ def test_training_a_finished_run_again_changes_nothing(tmp_path):
     assert metrics_of(tmp_path) == uninterrupted()[1]
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LONG = small_run(100_000, validate_every=5)  # never reaches its last step here
 
 
@@ -197,7 +197,7 @@ def train_long(folder: Path) -> None:
 
 
 def test_run_stopped_by_a_real_signal_resumes(tmp_path):
-    """SIGTERM, SIGINT and SIGUSR1 to separate processes; each is compared with an uninterrupted run."""
+    """Each signal to a separate process; each is compared with an uninterrupted run."""
     processes = [Process(train_long, tmp_path / number.name) for number in SIGNALS]
     try:
         deadline, waiting = time.monotonic() + 90, dict(zip(SIGNALS, processes, strict=True))
@@ -240,7 +240,7 @@ def check_passes_through(folder: Path, reached: list) -> None:
         assert metrics == passed[step][1]
 
 
-def test_first_signal_stops_and_second_interrupts(tmp_path):
+def test_first_signal_stops_and_second_ctrl_c_interrupts(default_signals, tmp_path):
     handlers = [signal.getsignal(number) for number in SIGNALS]
 
     def once(model, step):
@@ -249,6 +249,14 @@ def test_first_signal_stops_and_second_interrupts(tmp_path):
 
     assert not new_trainer(tmp_path / "once", small_run(STEPS), once).train()
     assert find_newest_checkpoint(tmp_path / "once").name == "step-000002"
+
+    def scheduler_and_torchrun(model, step):
+        """Both pass the signal on."""
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert not new_trainer(tmp_path / "passed-on", small_run(STEPS), scheduler_and_torchrun).train()
+    assert find_newest_checkpoint(tmp_path / "passed-on").name == "step-000000"
 
     def twice(model, step):
         signal.raise_signal(signal.SIGINT)
@@ -277,6 +285,24 @@ def test_metrics_after_the_checkpoint_are_removed_on_resume(tmp_path):
     again.write(4, text_loss=9.0)
     assert read_metrics(path)[-1] == {"step": 4, "text_loss": 9.0}
     assert len(path.read_text().splitlines()) == 5
+
+
+def test_metrics_are_never_rewritten_in_place(tmp_path, monkeypatch):
+    """A process that reads the file has the old or the new lines, and so has the next run after a crash."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsWriter(path, 0)
+    for step in range(6):
+        metrics.write(step, text_loss=step / 2)
+    before = path.read_text()
+    with path.open() as reader, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            MetricsWriter(path, 3)
+        assert path.read_text() == before
+        patch.undo()
+        MetricsWriter(path, 3)
+        assert reader.read() == before
+    assert path.read_text() == "".join(before.splitlines(keepends=True)[:4])
 
 
 # What must have no effect

@@ -114,7 +114,7 @@ def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], N
                 os._exit(1)
 
     if seconds:
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
     try:
         yield reset_watchdog
     finally:
