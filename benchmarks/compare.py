@@ -27,7 +27,7 @@ from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run, T
 from transfusion.data.loader import START, LoaderState
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
-from transfusion.parallel import onednn_is_faster, pick_device
+from transfusion.parallel import keep_freed_memory, onednn_is_faster, pick_device
 from transfusion.runs import named_run
 from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.trainer import Trainer
@@ -165,6 +165,7 @@ class OurModel:
             training=TrainingConfig(learning_rate=worker.LEARNING_RATE, max_grad_norm=worker.MAX_GRAD_NORM),
         )  # fmt: skip
         device = pick_device("cpu")
+        keep_freed_memory(device)
         self.trainer = Trainer(run, Path(), loader, {}, device)
         self.reads, self.steps = self.trainer.batches(None), count()
         ones = np.ones(CHANNELS)

@@ -39,7 +39,8 @@ class TrainingLock:
             raise OpenError(f"{self.folder}: {self._describe_owner()} trains there: wait for its end, stop it, or give "
                             "another --out") from None  # fmt: skip
         except OSError as error:
-            raise OpenError(f"cannot lock {self.folder / LOCK}: {error.strerror or error}") from None
+            raise OpenError(f"cannot lock {self.folder / LOCK}: {error.strerror or error}; the folder must be writable, on "
+                            "a file system with locks") from None  # fmt: skip
         self._write("training")
         return self
 
