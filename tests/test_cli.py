@@ -71,7 +71,7 @@ def test_run_folder_has_all_files(run):
 
 def test_run_folder_has_no_pickle(run):
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ""}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ".lock", ""}
 
 
 def test_trained_run_is_not_trained_again(run, capsys):
