@@ -18,7 +18,6 @@ from tests.test_training import new_trainer
 from tests.test_vq import FIT
 from tests.tiny import small_run
 from transfusion.checkpoint.open import find_newest_checkpoint
-from transfusion.cli.run_folder import RunFolder
 from transfusion.disk import read_json
 from transfusion.inference.engine import open_run
 from transfusion.training.codec import CodecTrainer
@@ -81,11 +80,11 @@ def test_stopped_codec_exits_with_75(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_before_training_exits_at_once(tmp_path, monkeypatch, number):
-    def open_or_create(*args):
+    def name_sources(*args):
         signal.raise_signal(number)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(RunFolder, "open_or_create", open_or_create)
+    monkeypatch.setattr("transfusion.data.sources.name_sources", name_sources)
     assert exit_code("train", "digits", *TINY, "--out", tmp_path) == 75
     assert state_of(tmp_path) == "stopped"
 

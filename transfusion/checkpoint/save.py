@@ -146,11 +146,13 @@ class Saver:
 
     def _hash_part(self, temporary: Path, part: str) -> dict[str, str]:
         """The SHA-256 of this rank's share of a part's files, by name; they are on the disk then."""
-        digests = {}
-        for path in sorted((temporary / part).rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]:
-            digests[path.relative_to(temporary).as_posix()] = fsync_and_hash(path)
-            self.reset_watchdog()
-        return digests
+        files = sorted((temporary / part).rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
+        return {path.relative_to(temporary).as_posix(): self._fsync_and_hash(path) for path in files}
+
+    def _fsync_and_hash(self, path: Path) -> str:
+        digest = fsync_and_hash(path)
+        self.reset_watchdog()
+        return digest
 
     def _run_on_all_ranks(self, function: Callable[[], T]) -> list[T]:
         """Call `function` on each rank and return all results. When it fails on one rank, all ranks raise OSError."""
@@ -179,9 +181,9 @@ class Saver:
         if not self.ranks.is_main:
             return
         (temporary / "state.json").write_text(state + "\n", encoding="utf-8")
-        digests |= {"state.json": fsync_and_hash(temporary / "state.json")}
+        digests |= {"state.json": self._fsync_and_hash(temporary / "state.json")}
         (temporary / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-        fsync_and_hash(temporary / "manifest.json")
+        self._fsync_and_hash(temporary / "manifest.json")
         previous = final.with_suffix(".old")  # an earlier save of the same step
         if final.exists():
             shutil.rmtree(previous, ignore_errors=True)
