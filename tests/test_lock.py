@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Process
+from tests.ranks import TIMEOUT
 from tests.test_cli import TINY, fails
 from transfusion.disk import OpenError, read_json
 from transfusion.parallel import SINGLE_PROCESS, Ranks
@@ -28,7 +29,7 @@ def hold(folder: Path) -> None:
 @pytest.fixture
 def holder(tmp_path):
     """A process that trains in tmp_path / "run"."""
-    process, deadline = Process(hold, tmp_path / "run"), time.monotonic() + 60
+    process, deadline = Process(hold, tmp_path / "run"), time.monotonic() + TIMEOUT
     while process.stdout != "held\n":
         assert process.poll() is None and time.monotonic() < deadline, process.stderr
         time.sleep(0.01)

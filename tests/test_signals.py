@@ -13,6 +13,7 @@ import pytest
 
 from tests import processes
 from tests.processes import Process
+from tests.ranks import TIMEOUT
 from tests.test_cli import TINY, command
 from tests.test_training import new_trainer
 from tests.test_vq import FIT
@@ -124,14 +125,14 @@ def test_run_is_saved_when_its_terminal_is_closed(tmp_path):
     ours, theirs = os.openpty()
     process, output = Process(train_on_terminal, tmp_path / "run", os.ttyname(theirs)), b""
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIMEOUT
         while b"positions/s" not in output:  # of the progress bar
             assert process.poll() is None and time.monotonic() < deadline, output
             if select.select([ours], [], [], 1)[0]:
                 output += os.read(ours, 65_536)
         os.close(ours)
         os.close(theirs)
-        assert process.wait(120) == 75
+        assert process.wait(TIMEOUT) == 75
     finally:
         process.kill()
     assert state_of(tmp_path / "run") == "stopped"
