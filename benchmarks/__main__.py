@@ -11,7 +11,7 @@ import tyro
 from benchmarks import attention, before, codec, compare, decoding, drawing, loading, loss, sampling, training
 from benchmarks.timing import TABLE_HEAD, Setting, describe_machine, load_average
 from transfusion.disk import write_json
-from transfusion.parallel import pick_device
+from transfusion.parallel import keep_freed_memory, pick_device
 
 Part = Literal["training", "attention", "loss", "decoding", "sampling", "drawing", "loading", "codec", "compare"]
 MODULES = training, attention, loss, decoding, sampling, drawing, loading, codec, compare
@@ -41,6 +41,7 @@ class Options:
 def main(options: Options) -> None:
     """Print and write every figure as soon as it is measured, so that an interruption loses nothing."""
     setting = Setting(pick_device(options.device), options.quick, options.peer_python)
+    keep_freed_memory(setting.device)  # as `transfusion train`
     selected = [part for part in PARTS if part in options.parts or (part == "compare" and options.compare)]
     if not options.parts:
         selected = [part for part in PARTS if part != "compare" or options.compare]

@@ -57,7 +57,7 @@ def run_part(part: str, folder: Path, figures: Path, setting: Setting) -> dict[K
     if process.returncode:
         raise ValueError(f"the benchmarks in {folder} have failed: {last_line(process.stderr)}")
     values = {}
-    for figure in json.loads(figures.read_text())["parts"][part]:
+    for figure in json.loads(figures.read_text(encoding="utf-8"))["parts"][part]:
         if figure["value"]:
             values.setdefault((figure["what"].strip(), figure["unit"]), figure["value"])
     return values

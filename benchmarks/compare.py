@@ -27,7 +27,7 @@ from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run, T
 from transfusion.data.loader import START, LoaderState
 from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
-from transfusion.parallel import onednn_is_faster, pick_device
+from transfusion.parallel import keep_freed_memory, onednn_is_faster, pick_device
 from transfusion.runs import named_run
 from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.trainer import Trainer
@@ -116,7 +116,7 @@ def create_peer_environment() -> Path:
     print(f"  (creating {folder} for {PEER} {VERSION}: a few minutes)", flush=True)
     packages = f"torch=={version('torch').split('+')[0]}", f"{PEER}=={VERSION}"
     folder.mkdir(exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", *packages]):
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
@@ -165,6 +165,7 @@ class OurModel:
             training=TrainingConfig(learning_rate=worker.LEARNING_RATE, max_grad_norm=worker.MAX_GRAD_NORM),
         )  # fmt: skip
         device = pick_device("cpu")
+        keep_freed_memory(device)
         self.trainer = Trainer(run, Path(), loader, {}, device)
         self.reads, self.steps = self.trainer.batches(None), count()
         ones = np.ones(CHANNELS)

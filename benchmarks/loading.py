@@ -90,9 +90,9 @@ def write_sources(folder: Path, num_images: int, num_passages: int | None) -> No
     for n in range(num_images):
         caption, image = shapes[n].segments
         PILImage.fromarray(image.pixels).save(folder / "pictures" / f"{n:05d}.png", compress_level=1)
-        (folder / "pictures" / f"{n:05d}.txt").write_text(caption.text)
+        (folder / "pictures" / f"{n:05d}.txt").write_text(caption.text, encoding="utf-8")
     lines = (json.dumps({"text": topics[n].segments[0].text}) for n in range(len(topics))[:num_passages])
-    (folder / "passages.jsonl").write_text("\n".join(lines))
+    (folder / "passages.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
 def add_noise(batch: Batch) -> Batch:

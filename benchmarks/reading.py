@@ -117,7 +117,7 @@ def in_process(function: Callable, *arguments: object) -> Any:
 def resident_memory() -> int:
     """The resident memory of this process in bytes; without /proc its peak."""
     if os.path.exists("/proc/self/statm"):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -127,13 +127,13 @@ def resident_memory() -> int:
 
 
 def write_csv(path: Path, count: int) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write("id,text\n")
         file.writelines(f"{number},{TEXT}\n" for number in range(count))
 
 
 def write_json_lines(path: Path, count: int) -> None:
-    with gzip.open(path, "wt", 1) as file:
+    with gzip.open(path, "wt", 1, encoding="utf-8") as file:
         file.writelines(json.dumps({"text": f"{number} {TEXT}"}) + "\n" for number in range(count))
 
 
@@ -153,7 +153,7 @@ def write_pictures(folder: Path, count: int) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         pixels = np.kron(random.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
         PILImage.fromarray(pixels).save(parent / f"{number:06d}.jpg")
-        (parent / f"{number:06d}.txt").write_text(f"picture number {number}")
+        (parent / f"{number:06d}.txt").write_text(f"picture number {number}", encoding="utf-8")
 
 
 WRITERS: dict[str, Callable[[Path, int], None]] = {

@@ -149,7 +149,7 @@ def send_all(client: httpx2.Client, pid: int, requests: list[LoadRequest], concu
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process so far, over all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
 

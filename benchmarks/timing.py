@@ -117,5 +117,5 @@ def git_commit() -> str:
 def cpu_name() -> str:
     """The model name of the CPU, or its architecture where /proc/cpuinfo is missing."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

@@ -20,7 +20,15 @@ from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import count_training_flops
 from transfusion.model.transfusion import build_on_meta, count_parameters
-from transfusion.parallel import CPUINFO, cpu_flags, has_cpu_bfloat16, onednn_matmul, pick_device, precision
+from transfusion.parallel import (
+    CPUINFO,
+    cpu_flags,
+    has_cpu_bfloat16,
+    keep_freed_memory,
+    onednn_matmul,
+    pick_device,
+    precision,
+)
 from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch
 from transfusion.training.trainer import MicroBatches, Trainer
@@ -212,7 +220,9 @@ def measure_process_memory(name: str) -> Figure:
 
 
 def train_and_read_memory(name: str) -> float | None:
-    trainer = make_small_trainer(name, pick_device("cpu"))
+    device = pick_device("cpu")
+    keep_freed_memory(device)
+    trainer = make_small_trainer(name, device)
     step = make_stepper(trainer, [read for read, _ in islice(trainer.batches(None), NUM_READS)])
     for _ in range(WARMUP_STEPS):
         step()

@@ -34,7 +34,7 @@ class Worker:
     """A process that runs `serve_commands`. A context manager: it kills the process on exit."""
 
     def __init__(self, command: Sequence[str], threads: int):
-        self.command, self.errors = command, tempfile.TemporaryFile("w+")
+        self.command, self.errors = command, tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             cwd=Path(__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
@@ -69,5 +69,5 @@ def peak_memory_mib() -> float | None:
     getrusage's maximum is not used: it includes the memory of the parent process before exec.
     """
     status = Path("/proc/self/status")
-    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(match[1]) / 1024 if match else None

@@ -79,7 +79,7 @@ def generate_edits(split: str, count: int) -> Iterator[tuple[Scene, str, Scene]]
 def write_edits(folder: Path) -> Path:
     """Write the training edits in the format for user data: image files and a JSON Lines file. Return the latter."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "edits.jsonl").open("w") as file:
+    with (folder / "edits.jsonl").open("w", encoding="utf-8") as file:
         for n, (before, instruction, after) in enumerate(generate_edits("train", NUM_EDITS)):
             for name, scene in (("before", before), ("after", after)):
                 PILImage.fromarray(render(scene)).save(folder / f"{n:05d}-{name}.png")

@@ -173,7 +173,7 @@ def _read_final_losses(folder: Path) -> dict[str, float]:
 
     With several sources the name of each loss starts with its source.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     heldout = [line["heldout"] for line in lines if "heldout" in line][-1]
     losses = {
         name if len(heldout) == 1 else f"{source}_{name}": value
@@ -213,7 +213,7 @@ def show_table(options: Options, table: Table) -> None:
         verdicts.append(f"- {num_missing} claim{'s' * (num_missing > 1)} without a verdict: rows not run yet")
     text += "\n" + "\n".join(verdicts) + "\n" if verdicts else ""
     options.out.mkdir(parents=True, exist_ok=True)
-    table_path(options, table, ".md").write_text(text)
+    table_path(options, table, ".md").write_text(text, encoding="utf-8")
     contents = {"cells": {variant.name: read_cells(options, variant) for variant in table.variants}, "verdicts": verdicts}
     write_json(table_path(options, table, ".json"), {"table": table.name, "preset": options.preset, **contents})
     print(text, end="")

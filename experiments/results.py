@@ -62,7 +62,7 @@ def write_page(options: Options) -> Path:
         cells |= table_cells
         lab.show_table(options, table)
         shutil.copy(lab.table_path(options, table, ".json"), DOCS / "results")
-        markdown = lab.table_path(options, table, ".md").read_text()
+        markdown = lab.table_path(options, table, ".md").read_text(encoding="utf-8")
         sections.append(_format_section(options, module, markdown, [*table_cells.values()]))
         counts.append([_title(module), *_count_verdicts(options, table)])
     if not sections:
@@ -75,7 +75,7 @@ def write_page(options: Options) -> Path:
     if (DOCS / drawings.NAMES[options.preset]).exists():
         caption = "Each row: images for the first held-out captions, not selected. Red frame: wrong"
         page += f"\n![{caption}]({drawings.NAMES[options.preset]})\n"
-    (DOCS / name).write_text("\n".join([page, *sections]))
+    (DOCS / name).write_text("\n".join([page, *sections]), encoding="utf-8")
     return DOCS / name
 
 

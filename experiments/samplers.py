@@ -69,7 +69,7 @@ def main(options: Options) -> None:
         rows.append([f"{sampler}, {steps} steps", *cells, f"{seconds:.0f}", format_difference(shares[-1], shares[0], count)])
         print(*rows[-1], sep="  ", flush=True)
     table = format_markdown(["", *scores[0], "seconds", f"difference from {rows[0][0]}"], rows)
-    (options.runs[0] / "samplers.md").write_text(table)
+    (options.runs[0] / "samplers.md").write_text(table, encoding="utf-8")
     print(table, end="")
 
 

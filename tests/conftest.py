@@ -1,6 +1,7 @@
 """Shared fixtures: a trained run, prepared data, an exported run, two ranks. Also the order of test files."""
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def pytest_collection_modifyitems(items):
 def quick_loaders():
     with few_samples():
         yield
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Signal handlers as of a process that a terminal starts."""
+    from tests.processes import set_default_signals
+    from transfusion.training.signals import SIGNALS
+
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    set_default_signals()
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

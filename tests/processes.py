@@ -118,6 +118,7 @@ def _do(do: Callable, arguments: tuple, folder: str, environment: dict[str, str]
         os.dup2(file, stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    set_default_signals()
     torch.set_num_threads(1)
     if largest_file is not None:
         import resource
@@ -148,6 +149,12 @@ def torchrun_agent(do: Callable, arguments: tuple, processes: int, restarts: int
 
 def _reset_signals(do: Callable, *arguments) -> None:
     """Execute with default signal handlers: a process that torchrun starts does not inherit them."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_default_signals()
     do(*arguments)
+
+
+def set_default_signals() -> None:
+    """Handlers as of a process that a terminal starts. With nohup, or in the background of a script, some are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)

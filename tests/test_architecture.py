@@ -1,6 +1,7 @@
 """Promise 9: the allowed imports under transfusion/, and the rules of style that can be checked automatically."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -203,6 +204,39 @@ def find_pickles(name: str, tree: ast.Module) -> list[str]:
         ):
             names.append(node.arg)
     return names
+
+
+ROOTS = PACKAGE, PACKAGE.parent / "benchmarks", PACKAGE.parent / "experiments"
+TEXT_CODE = [
+    "path.read_text()", "path.write_text('a')", "path.open()", "path.open('w')", "open(path)", "open(path, 'a')",
+    "gzip.open(path, 'wt', 1)",
+]  # fmt: skip
+OTHER_CODE = [
+    "path.read_text(encoding='utf-8')", "path.open('rb')", "path.open('w', encoding='utf-8')", "open(path, 'xb')",
+    "self.files.open(path)", "tarfile.open(fileobj=file)", "os.open(path, os.O_RDWR)", "path.read_bytes()",
+]  # fmt: skip
+
+
+def find_text_without_encoding(tree: ast.Module) -> list[int]:
+    """The lines that open a text file without an encoding: then the locale decides."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name, values = _name(node.func).split(".")[-1], [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        modes = [value for value in values if re.fullmatch("[rwaxtb+]+", str(value))]
+        is_bare = not node.keywords and len(node.args) == isinstance(node.func, ast.Name)  # path.open() or open(path)
+        is_text = any("b" not in mode for mode in modes) or is_bare
+        if name in ("read_text", "write_text") or (name == "open" and is_text):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_text_files_are_utf8():
+    assert all(find_text_without_encoding(ast.parse(code)) for code in TEXT_CODE)
+    assert not any(find_text_without_encoding(ast.parse(code)) for code in OTHER_CODE)
+    trees = {path.name: ast.parse(path.read_text(), str(path)) for root in ROOTS for path in root.rglob("*.py")}
+    assert {name: lines for name, tree in trees.items() if (lines := find_text_without_encoding(tree))} == {}
 
 
 PICKLE_CODE = [

@@ -71,7 +71,7 @@ def test_run_folder_has_all_files(run):
 
 def test_run_folder_has_no_pickle(run):
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ""}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ".lock", ""}
 
 
 def test_trained_run_is_not_trained_again(run, capsys):
@@ -336,7 +336,7 @@ def test_warmup_beyond_the_last_step_is_one_line(tmp_path, capsys):
 
 def test_rope_scaling_is_four_numbers(monkeypatch):
     parsed = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: parsed.append(run.model.rope_scaling))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: not parsed.append(run.model.rope_scaling))
     command("train", "digits", "--model.rope-scaling", 4, 1, 4, 16)
     command("train", "digits", "--model.rope-scaling", "None")
     assert parsed == [RopeScaling(4.0, 1.0, 4.0, 16), None]

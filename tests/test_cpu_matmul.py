@@ -119,7 +119,7 @@ def test_setting_is_on_only_in_forward_and_backward_passes(measured_cpu, tmp_pat
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     trainer = new_trainer(tmp_path, small_run(steps=1), on_preview)
     evaluate = trainer.evaluate_heldout
-    trainer.evaluate_heldout = lambda: where.update(heldout=is_on()) or evaluate()
+    trainer.evaluate_heldout = lambda reset_watchdog: where.update(heldout=is_on()) or evaluate(reset_watchdog)
     trainer.train()
     assert where == {"forward": True, "backward": True, "optimizer": False, "preview": False, "heldout": False}
 

@@ -4,9 +4,12 @@ import json
 import math
 import statistics
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -23,8 +26,13 @@ from tests.test_parallel import AUTOENCODER, FITTING, gather_tensors
 from tests.test_training import metrics_of, new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import small_run
 from transfusion import objective
-from transfusion.checkpoint.open import open_checkpoint, restore_newest
+from transfusion.checkpoint import save as save_module
+from transfusion.checkpoint.open import describe_run, open_checkpoint, restore_newest
+from transfusion.checkpoint.save import Saver
+from transfusion.cli import runs
 from transfusion.config import FaultToleranceConfig, Run
+from transfusion.data.sources import open_raw
+from transfusion.inference.engine import Engine
 from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training import guard as guard_module
 from transfusion.training.codec import CodecTrainer
@@ -300,7 +308,7 @@ def test_watchdog_ends_a_hanging_process_and_writes_all_stacks(tmp_path):
     path = tmp_path / "faults" / "stacks-rank-0.txt"
     assert result.returncode == 1, result.stderr
     last_line = result.stderr.splitlines()[-1]
-    assert last_line == f"transfusion: no step has ended for 4 s; {path} has the stacks of all threads"
+    assert last_line == f"transfusion: training made no progress for 4 s; {path} has the stacks of all threads"
     stacks = path.read_text()
     assert "hang_here" in stacks
     assert "in watch" in stacks
@@ -309,14 +317,14 @@ def test_watchdog_ends_a_hanging_process_and_writes_all_stacks(tmp_path):
 
 
 class Clock:
-    """A clock whose time is set by the test. `wait` returns after a number of further reads."""
+    """The watchdog's clock, whose time is set by the test. `wait` returns after a number of further reads by its thread."""
 
     def __init__(self):
         self.now, self.num_reads, self.condition = 0.0, 0, threading.Condition()
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         with self.condition:
-            self.num_reads += 1
+            self.num_reads += threading.current_thread().name == "watchdog"
             self.condition.notify_all()
         return self.now
 
@@ -333,7 +341,7 @@ def test_watchdog_only_ends_a_process_without_calls_to_alive(tmp_path):
         codes.append(code)
         exited.set()
 
-    with mock.patch.object(guard_module.time, "monotonic", clock), mock.patch.object(guard_module.os, "_exit", exit_with):
+    with mock.patch.object(guard_module, "time", clock), mock.patch.object(guard_module.os, "_exit", exit_with):
         with watchdog(0.05, tmp_path, 3) as reset_watchdog:
             for _ in range(5):
                 clock.now += 0.049
@@ -344,6 +352,72 @@ def test_watchdog_only_ends_a_process_without_calls_to_alive(tmp_path):
             assert exited.wait(TIMEOUT)
     assert codes[0] == 1
     assert (tmp_path / "faults" / "stacks-rank-3.txt").exists()
+
+
+@pytest.mark.parametrize("slow", ["files", "evaluation", "previews"])
+def test_slow_parts_of_saves_evaluation_and_previews_feed_the_watchdog(tmp_path, slow):
+    """Each part takes nine tenths of the watchdog's time, so two parts together take more than it allows."""
+    clock, codes, parts = Clock(), [], []
+
+    def slow_down(function):
+        def call(*args):
+            clock.now += 0.09
+            clock.wait(3)  # one read may have begun before
+            parts.append(function.__name__)
+            return function(*args)
+
+        return call
+
+    run = replace(small_run(2, checkpoint_every=2), fault_tolerance=FaultToleranceConfig(watchdog=0.1))
+    trainer = new_trainer(tmp_path, run)
+    run_folder = SimpleNamespace(path=tmp_path, description=describe_run(tmp_path))
+    trainer.on_preview = runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), SINGLE_PROCESS)
+    trainer.loop.preview_every = 2
+    trainer.heldout = {name: batches[:1] * 3 for name, batches in trainer.heldout.items()}
+    places = {
+        "files": [(save_module, "to_safetensors"), (save_module, "fsync_and_hash")],
+        "evaluation": [(objective, "sample_noise_on_grid")], "previews": [(Engine, "step")],
+    }  # fmt: skip
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(guard_module, "time", clock))
+        patches.enter_context(mock.patch.object(guard_module.os, "_exit", codes.append))
+        for owner, name in places[slow]:
+            patches.enter_context(mock.patch.object(owner, name, slow_down(getattr(owner, name))))
+        assert trainer.train()
+    assert len(parts) > 5
+    assert not codes
+
+
+def save_and_record(ranks: Ranks, folder: Path) -> list[str]:
+    """The parts of a save, the waits for other ranks and the calls to the watchdog, each when it ends."""
+    events = []
+
+    def record(name: str, owner, attribute: str):
+        original = getattr(owner, attribute)
+
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs)
+            events.append(name)
+            return result
+
+        patches.enter_context(mock.patch.object(owner, attribute, call))
+
+    with ExitStack() as patches:
+        record("write", Saver, "_write_part")
+        record("hash", save_module, "fsync_and_hash")
+        record("wait", save_module.dist, "all_gather_object")
+        with Saver(folder, 2, ranks, lambda: events.append("reset")) as saver:
+            saver.save(1, {part: {"weight": torch.zeros(4)} for part in ("model", "ema")}, {"step": 1})
+    return events
+
+
+def test_every_file_and_every_wait_for_another_rank_feeds_the_watchdog(pair, tmp_path):
+    (tmp_path / "run").mkdir()
+    events, other_events = pair(save_and_record, tmp_path / "run")
+    assert {*events} == {"write", "hash", "wait", "reset"} and {*other_events} == {"write", "wait", "reset"}  # equal weights
+    for event, after in (*pairwise(events), *pairwise(other_events)):
+        assert "reset" in (event, after)
+    assert events[-1] == other_events[-1] == "reset"
 
 
 def test_watchdog_thread_exists_only_while_enabled_and_open(tmp_path):

@@ -26,7 +26,7 @@ from tests.profile import THOROUGH
 from tests.ranks import World, precision
 from tests.sources import write_photos
 from tests.test_cli import TINY, command
-from tests.test_training import metrics_of, new_trainer, preview_every_step, resumed_trainer, stop_at_step
+from tests.test_training import metrics_of, new_trainer, resumed_trainer, stop_at_step
 from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
@@ -403,7 +403,8 @@ def train_with_previews(ranks: Ranks, folder: Path, run: Run) -> Outcome:
     """With the previews of the command."""
     trainer = new_trainer(folder, run, ranks=ranks)
     run_folder = RunFolder(folder, describe_run(folder), run, encoder=None)
-    preview_every_step(trainer, runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks))
+    trainer.on_preview = runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks)
+    trainer.loop.preview_every = 1
     assert trainer.train()
     return gather_tensors(trainer), metrics_of(folder)
 
@@ -612,6 +613,7 @@ def test_train_under_torchrun_stops_at_a_signal_and_resumes(undisturbed, tmp_pat
     output = torchrun(run_with_signal_at_step_6, signal.SIGUSR1, *TRAIN, "--out", tmp_path / "run")
     assert output.count("stopped at step 6 and saved") == 1
     assert find_newest_checkpoint(tmp_path / "run").name == "step-000006"
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "stopped"
     output = torchrun(command, *TRAIN, "--out", tmp_path / "run")
     assert output.count(f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step-000006'}") == 1
     assert_same_runs(tmp_path / "run", undisturbed)

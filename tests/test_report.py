@@ -250,7 +250,7 @@ def test_command_of_the_report_trains_an_equal_run(digits, monkeypatch):
     folder, run, html = digits
     command = shlex.split(html.partition("<pre>transfusion ")[2].partition("</pre>")[0])
     calls = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, folder, device: calls.append((run, folder)))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, folder, device: not calls.append((run, folder)))
     cli.main(command)
     [(parsed, out)] = calls
     assert out == folder

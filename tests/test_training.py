@@ -32,6 +32,7 @@ from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.metrics import MetricsWriter, read_metrics
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema, update_weights
+from transfusion.training.signals import SIGNALS
 from transfusion.training.trainer import Trainer
 
 some = examples(60)
@@ -57,7 +58,7 @@ class RecordingLoader:
 def new_trainer(
     folder: Path, run: Run, on_preview=None, change=None, ranks: Ranks = SINGLE_PROCESS, device: str = "cpu"
 ) -> Trainer:
-    """A trainer as the command builds it, in a folder with a run.json."""
+    """A trainer as the command builds it, in a folder with a run.json. It calls `on_preview(model, step)`."""
     run, encoder = prepared(run)
     if ranks.is_main and not (folder / "run.json").exists():
         begin_run(folder, run)
@@ -65,7 +66,11 @@ def new_trainer(
     heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
     with few_samples():
         loader = RecordingLoader(Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world), change)
-    return Trainer(run, folder, loader, heldout, torch.device(device), ranks, on_preview)
+    return Trainer(run, folder, loader, heldout, torch.device(device), ranks, on_preview and without_watchdog(on_preview))
+
+
+def without_watchdog(on_preview):
+    return lambda model, step, reset_watchdog: on_preview(model, step)
 
 
 def resumed_trainer(folder: Path, run: Run, on_preview=None, change=None, ranks: Ranks = SINGLE_PROCESS) -> Trainer:
@@ -77,7 +82,7 @@ def resumed_trainer(folder: Path, run: Run, on_preview=None, change=None, ranks:
 
 def preview_every_step(trainer: Trainer, on_preview) -> Trainer:
     """`on_preview(model, step)` is called after every step."""
-    trainer.on_preview, trainer.loop.preview_every = on_preview, 1
+    trainer.on_preview, trainer.loop.preview_every = without_watchdog(on_preview), 1
     return trainer
 
 
@@ -184,7 +189,6 @@ def test_training_a_finished_run_again_changes_nothing(tmp_path):
     assert metrics_of(tmp_path) == uninterrupted()[1]
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LONG = small_run(100_000, validate_every=5)  # never reaches its last step here
 
 
@@ -193,7 +197,7 @@ def train_long(folder: Path) -> None:
 
 
 def test_run_stopped_by_a_real_signal_resumes(tmp_path):
-    """SIGTERM, SIGINT and SIGUSR1 to separate processes; each is compared with an uninterrupted run."""
+    """Each signal to a separate process; each is compared with an uninterrupted run."""
     processes = [Process(train_long, tmp_path / number.name) for number in SIGNALS]
     try:
         deadline, waiting = time.monotonic() + 90, dict(zip(SIGNALS, processes, strict=True))
@@ -236,7 +240,7 @@ def check_passes_through(folder: Path, reached: list) -> None:
         assert metrics == passed[step][1]
 
 
-def test_first_signal_stops_and_second_interrupts(tmp_path):
+def test_first_signal_stops_and_second_ctrl_c_interrupts(default_signals, tmp_path):
     handlers = [signal.getsignal(number) for number in SIGNALS]
 
     def once(model, step):
@@ -245,6 +249,14 @@ def test_first_signal_stops_and_second_interrupts(tmp_path):
 
     assert not new_trainer(tmp_path / "once", small_run(STEPS), once).train()
     assert find_newest_checkpoint(tmp_path / "once").name == "step-000002"
+
+    def scheduler_and_torchrun(model, step):
+        """Both pass the signal on."""
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert not new_trainer(tmp_path / "passed-on", small_run(STEPS), scheduler_and_torchrun).train()
+    assert find_newest_checkpoint(tmp_path / "passed-on").name == "step-000000"
 
     def twice(model, step):
         signal.raise_signal(signal.SIGINT)
@@ -273,6 +285,24 @@ def test_metrics_after_the_checkpoint_are_removed_on_resume(tmp_path):
     again.write(4, text_loss=9.0)
     assert read_metrics(path)[-1] == {"step": 4, "text_loss": 9.0}
     assert len(path.read_text().splitlines()) == 5
+
+
+def test_metrics_are_never_rewritten_in_place(tmp_path, monkeypatch):
+    """A process that reads the file has the old or the new lines, and so has the next run after a crash."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsWriter(path, 0)
+    for step in range(6):
+        metrics.write(step, text_loss=step / 2)
+    before = path.read_text()
+    with path.open() as reader, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            MetricsWriter(path, 3)
+        assert path.read_text() == before
+        patch.undo()
+        MetricsWriter(path, 3)
+        assert reader.read() == before
+    assert path.read_text() == "".join(before.splitlines(keepends=True)[:4])
 
 
 # What must have no effect
@@ -334,13 +364,13 @@ def test_heldout_losses_are_of_the_ema_and_do_not_change_it(tmp_path):
     trainer = new_trainer(tmp_path, small_run(3))
     trainer.train()
     before = copy_tensors(trainer)
-    losses, text = trainer.evaluate_heldout()
-    assert losses == trainer.evaluate_heldout()[0]
+    losses, text = trainer.evaluate_heldout(lambda: None)
+    assert losses == trainer.evaluate_heldout(lambda: None)[0]
     assert_same_tensors(copy_tensors(trainer), before)
     assert metrics_of(tmp_path)[-1]["heldout"] == losses
     assert f"digits: text {losses['digits']['text_loss']:.3f}" in text
     trainer.ema.load_state_dict(trainer.model.state_dict())
-    assert trainer.evaluate_heldout()[0] != losses
+    assert trainer.evaluate_heldout(lambda: None)[0] != losses
 
 
 # One step

@@ -24,7 +24,7 @@ TIMEOUT = timedelta(days=7)  # of collectives; the watchdog ends a process that 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The named device; "auto" is cuda, else mps, else cpu. ValueError when the device is not available. Under torchrun
-    "auto" and "cuda" mean the GPU with this process's local rank. On a CPU the process keeps the memory that it frees."""
+    "auto" and "cuda" mean the GPU with this process's local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -34,13 +34,14 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot compute on device {name!r}: {str(error).splitlines()[0]}") from None
-    if device.type == "cpu":
-        _keep_memory()
     return device
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: each step frees and allocates the same amount, and the kernel would zero every page."""
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU: let glibc keep what the process frees, from now on. Each training step frees and allocates the same amount,
+    and the kernel would zero every page. For commands that only train: other memory would not return to the system."""
+    if device.type != "cpu":
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
@@ -121,7 +122,7 @@ def has_cpu_bfloat16() -> bool:
 
 def cpu_flags(cpuinfo: Path) -> set[str]:
     """The vendor and the instruction sets of this CPU, as Linux names them in /proc/cpuinfo. Empty on other systems."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     values = (line.partition(":")[2] for line in lines if line.startswith(("vendor_id", "flags", "Features")))
     return set().union(*map(str.split, values))
 

@@ -91,8 +91,8 @@ def write_report(folder: Path, engine: Engine) -> Path:
     results, metrics or source are missing is omitted or shorter."""
     results = folder / "results.json"
     material = Material(
-        folder, engine, json.loads((folder / "run.json").read_text()), _read_lines(folder / "metrics.jsonl"),
-        json.loads(results.read_text()) if results.exists() else {},
+        folder, engine, json.loads((folder / "run.json").read_text(encoding="utf-8")), _read_lines(folder / "metrics.jsonl"),
+        json.loads(results.read_text(encoding="utf-8")) if results.exists() else {},
         {source.name: source for source in open_raw(engine.run.data, "heldout")},
     )  # fmt: skip
     page = Page(engine.run.name, subtitle="A Transfusion run")
@@ -496,5 +496,5 @@ def _read_lines(path: Path) -> list[dict]:
     """The JSON objects of a file, one per line. An incomplete last line (after a crash) is ignored; no file is empty."""
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]

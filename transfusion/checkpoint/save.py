@@ -76,11 +76,11 @@ class Saver:
 
     `save` copies the tensors and returns. A thread writes the copy into a temporary folder, on each rank its own part, and
     rank 0 renames the folder. SaveError is raised by the next `save` or `finish`, or at exit: then the failed checkpoint has
-    been removed, and earlier ones are intact.
+    been removed, and earlier ones are intact. The thread calls `reset_watchdog` whenever a file is written or hashed.
     """
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks):
-        self.folder, self.keep_checkpoints, self.ranks = folder, keep, ranks
+    def __init__(self, folder: Path, keep: int, ranks: Ranks, reset_watchdog: Callable[[], None] = lambda: None):
+        self.folder, self.keep_checkpoints, self.ranks, self.reset_watchdog = folder, keep, ranks, reset_watchdog
         self.thread, self.writing = ThreadPoolExecutor(1), None
         self.group = ranks.background  # collective: all ranks create it here
 
@@ -114,13 +114,13 @@ class Saver:
         temporary = final.with_suffix(".tmp")
         try:
             self._run_on_all_ranks(lambda: self._create_temporary(temporary))
+            digests = {}
             for part, values in tensors.items():
                 self._write_part(temporary / part, values)
-            files = sorted(temporary.rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
-            digests = self._run_on_all_ranks(
-                lambda: {path.relative_to(temporary).as_posix(): fsync_and_hash(path) for path in files}
-            )
-            self._run_on_all_ranks(lambda: self._publish(temporary, final, state, dict(ChainMap(*digests))))
+                self.reset_watchdog()
+                # After each part: so no rank waits longer for another than for one file.
+                digests |= ChainMap(*self._run_on_all_ranks(lambda part=part: self._hash_part(temporary, part)))
+            self._run_on_all_ranks(lambda: self._publish(temporary, final, state, digests))
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # RuntimeError: another rank has stopped
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -144,6 +144,16 @@ class Saver:
         except CheckpointException as error:  # a BaseException
             raise OSError(_first_line(next(iter(error.failures.values()))[0])) from None
 
+    def _hash_part(self, temporary: Path, part: str) -> dict[str, str]:
+        """The SHA-256 of this rank's share of a part's files, by name; they are on the disk then."""
+        files = sorted((temporary / part).rglob("*.safetensors"))[self.ranks.rank :: self.ranks.world]
+        return {path.relative_to(temporary).as_posix(): self._fsync_and_hash(path) for path in files}
+
+    def _fsync_and_hash(self, path: Path) -> str:
+        digest = fsync_and_hash(path)
+        self.reset_watchdog()
+        return digest
+
     def _run_on_all_ranks(self, function: Callable[[], T]) -> list[T]:
         """Call `function` on each rank and return all results. When it fails on one rank, all ranks raise OSError."""
         try:
@@ -154,6 +164,7 @@ class Saver:
         if self.group is not None:
             outcomes = [None] * self.ranks.world
             dist.all_gather_object(outcomes, outcome, group=self.group)
+            self.reset_watchdog()
         for _, failure in outcomes:
             if failure is not None:
                 raise OSError(failure)
@@ -169,10 +180,10 @@ class Saver:
         """Write state.json, the manifest and `latest`, rename the folder, and delete old checkpoints. Rank 0 only."""
         if not self.ranks.is_main:
             return
-        (temporary / "state.json").write_text(state + "\n")
-        digests |= {"state.json": fsync_and_hash(temporary / "state.json")}
-        (temporary / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n")
-        fsync_and_hash(temporary / "manifest.json")
+        (temporary / "state.json").write_text(state + "\n", encoding="utf-8")
+        digests |= {"state.json": self._fsync_and_hash(temporary / "state.json")}
+        (temporary / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        self._fsync_and_hash(temporary / "manifest.json")
         previous = final.with_suffix(".old")  # an earlier save of the same step
         if final.exists():
             shutil.rmtree(previous, ignore_errors=True)

@@ -82,12 +82,15 @@ def fit_codec(arguments: list[str]) -> None:
     readers = open_readers(args.reading)
 
     from transfusion.data.reading.account import counted
-    from transfusion.parallel import Ranks, pick_device
+    from transfusion.parallel import Ranks, keep_freed_memory, pick_device
     from transfusion.training.codec import CodecTrainer
+    from transfusion.training.lock import TrainingLock
+    from transfusion.training.signals import exit_on_signal, stopped_exit_code
 
     device = pick_device(args.device)
+    keep_freed_memory(device)
     _check_folder(args, readers)
-    with Ranks.of_torchrun(device) as ranks:
+    with Ranks.of_torchrun(device) as ranks, exit_on_signal(), TrainingLock(args.out, ranks) as lock:
         gathered = _gather(args, readers, size) if ranks.is_main else None
         if gathered:
             skipped = f"; {counted(gathered.faults, 'record')} skipped" if gathered.faults else ""
@@ -97,7 +100,9 @@ def fit_codec(arguments: list[str]) -> None:
         gathered = gathered or _gather(args, readers, size)
         trainer = CodecTrainer(args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance,
                                gathered.heldout)  # fmt: skip
-        _train(trainer, args)
+        finished = lock.end(_train(trainer, args))
+    if not finished:
+        sys.exit(stopped_exit_code())
 
 
 def _gather(args: FitCodec, readers: list, size: tuple[int, int]):
@@ -141,8 +146,8 @@ def _read_config(kind: type[Config], path: Path, part: str) -> dict:
         raise UsageError(f"{path} is damaged: {error}") from None
 
 
-def _train(trainer, args: FitCodec) -> None:
-    """Train from the last checkpoint to the last step, then write the codec."""
+def _train(trainer, args: FitCodec) -> bool:
+    """Train from the last checkpoint to the last step, then write the codec. False when a signal stopped it earlier."""
     if trainer.ranks.is_main:
         write_json(args.out / "fit.json", {"network": asdict(args.network), "training": asdict(args.training)})
     trainer.loop.restore(print_status)
@@ -152,6 +157,7 @@ def _train(trainer, args: FitCodec) -> None:
     done = trainer.loop.progress.step >= args.training.steps or trainer.train()
     if done and trainer.ranks.is_main:
         _finish(trainer, args)
+    return done
 
 
 def _finish(trainer, args: FitCodec) -> None:

@@ -106,7 +106,7 @@ def validate(args: Validate) -> None:
     if in_both := duplicates.in_both_splits():
         print(in_both)
     if args.faults:
-        args.faults.write_text("".join(json.dumps(record) + "\n" for record in records))
+        args.faults.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     if empty and not total:
         fail(ValueError(f"{', '.join(empty)}: no documents"), 1)
     if total:

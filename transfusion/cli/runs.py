@@ -1,6 +1,7 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import fill
@@ -86,9 +87,9 @@ class Report:
 def demo(arguments: list[str]) -> None:
     """Train, evaluate and report the run `digits`."""
     args = parse(Demo, "demo", arguments)
-    if train_run(named_run("digits"), args.out, args.device):
-        measure(args.out, args.out, EvaluationConfig(), args.device)
-        _write_report(args.out, args.device)
+    _train_or_exit(named_run("digits"), args.out, args.device)
+    measure(args.out, args.out, EvaluationConfig(), args.device)
+    _write_report(args.out, args.device)
 
 
 def train(arguments: list[str]) -> None:
@@ -101,7 +102,15 @@ def train(arguments: list[str]) -> None:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     _check_inputs(run, args)
     check_train(before, run, starts[0][0] if starts else None)
-    train_run(run, args.out, args.device, *starts)
+    _train_or_exit(run, args.out, args.device, *starts)
+
+
+def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -> None:
+    """Train to the last step. If a signal stops it, exit with the code of a stopped run."""
+    if not train_run(run, path, device, *start):
+        from transfusion.training.signals import stopped_exit_code
+
+        sys.exit(stopped_exit_code())
 
 
 def _check_inputs(run: Run, args: Train) -> None:
@@ -138,11 +147,14 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     from transfusion.cli.run_folder import RunFolder
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
-    from transfusion.parallel import Ranks, pick_device
+    from transfusion.parallel import Ranks, keep_freed_memory, pick_device
+    from transfusion.training.lock import TrainingLock
+    from transfusion.training.signals import exit_on_signal
     from transfusion.training.trainer import Trainer
 
     torch_device = pick_device(device)
-    with Ranks.of_torchrun(torch_device) as ranks:
+    keep_freed_memory(torch_device)
+    with Ranks.of_torchrun(torch_device) as ranks, exit_on_signal(), TrainingLock(path, ranks) as lock:
         run = replace(run, data=name_sources(run.data))
         folder = RunFolder.open_or_create(run, path, start) if ranks.is_main else None
         ranks.barrier()
@@ -157,10 +169,10 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         report_line = print_status if ranks.is_main else lambda line: None
         if trainer.loop.progress.step >= run.training.steps:
             report_line(f"{path} is trained to its last step, {run.training.steps}")
-            return True
+            return lock.end(finished=True)
         report_line(f"training {run.name} on {devices}, into {path}")
         warn_about_warmup(run.training, report_line)
-        return trainer.train()
+        return lock.end(trainer.train())
 
 
 def generate(arguments: list[str]) -> None:
@@ -222,9 +234,9 @@ def _previewer(folder, heldout: list, device, ranks):
         return None
     captions = list(dict.fromkeys(caption for _, caption, _ in pairs))[:NUM_PREVIEWS]
 
-    def preview(model, step: int) -> None:
+    def preview(model, step: int, reset_watchdog: Callable[[], None]) -> None:
         engine = Engine(OpenedRun(**vars(folder.description), model=model, step=step, device=device))
-        answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
+        answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions], reset_watchdog)
         pictures = [samples[n].parts[0] for n in range(2) for samples in answers]
         if not ranks.is_main:
             return

@@ -120,9 +120,10 @@ class Engine:
         for sequence in [sequence for sequence in self.sequences if sequence.request_id == request_id]:
             self._remove(sequence)
 
-    def generate(self, requests: Sequence[Request]) -> list[Answers]:
-        """Run all requests together to their end: the answers of each, one per sample. ValueError, before anything is
-        generated, if the run does not support one of them or others are running. RuntimeError if a sample fails."""
+    def generate(self, requests: Sequence[Request], on_step: Callable[[], None] = lambda: None) -> list[Answers]:
+        """Run all requests together to their end: the answers of each, one per sample. `on_step` is called after each step.
+        ValueError, before anything is generated, if the run does not support one of them or others are running.
+        RuntimeError if a sample fails."""
         if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
         prepared = [self._prepare(request) for request in requests]
@@ -134,6 +135,7 @@ class Engine:
                 for event in self.step():
                     raise_if_failed(event)
                     answers[event.request_id][event.sample_index].add(event)
+                on_step()
         finally:
             for request_id in answers:
                 self.cancel(request_id)

@@ -185,21 +185,21 @@ class CodecTrainer:
     def describe(self, values: dict[str, float]) -> str:
         return f"L1 {values['l1']:.4f}{_describe_usage(values)}"
 
-    def preview(self, step: int) -> None:
+    def preview(self, step: int, reset_watchdog: Callable[[], None]) -> None:
         """A codec has no previews; `fit-codec` writes a page of reconstructions at the end."""
 
     def sample_images(self, limit: int = 2_000) -> list[np.ndarray]:
         """At most `limit` training images, evenly spaced, for the statistics of the latents."""
         return [self.images[i] for i in self.train_indices[:: -(-len(self.train_indices) // limit)]]
 
-    def evaluate_heldout(self) -> tuple[dict, str]:
-        values = self.evaluate()
+    def evaluate_heldout(self, reset_watchdog: Callable[[], None]) -> tuple[dict, str]:
+        values = self.evaluate(reset_watchdog)
         return values, f"PSNR {values['psnr']:.2f} dB  SSIM {values['ssim']:.4f}{_describe_usage(values)}"
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, reset_watchdog: Callable[[], None] = lambda: None) -> dict[str, float]:
         """PSNR in dB and SSIM of the averaged network on the held-out images, from codes or from the latents' mode. With a
-        codebook also the share of codes in use, and their perplexity."""
+        codebook also the share of codes in use, and their perplexity. `reset_watchdog` is called after each batch."""
         psnr_sum = ssim_sum = 0.0
         counts = None if self.codebook_reviver is None else torch.zeros_like(self.codebook_reviver.idle)  # (codes,)
         for first in range(0, len(self.heldout), EVAL_BATCH_SIZE):
@@ -211,6 +211,7 @@ class CodecTrainer:
             ssim_sum += float(ssim(images, reconstruction).sum())
             if counts is not None:
                 counts += torch.bincount(encoded.flatten(), minlength=len(counts))
+            reset_watchdog()
         count = len(self.heldout)
         values = {"psnr": psnr_sum / count, "ssim": ssim_sum / count, "count": count}
         return values if counts is None else values | measure_usage(counts)

@@ -1,4 +1,4 @@
-"""Skips updates with non-finite values or gradient spikes, and ends a process whose step hangs."""
+"""Skips updates with non-finite values or gradient spikes, and ends a process that hangs."""
 
 import faulthandler
 import math
@@ -90,7 +90,8 @@ class Guard:
 
 @contextmanager
 def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Yields `reset_watchdog()`, to be called at every step; 0 seconds disables the watchdog.
+    """Yields `reset_watchdog()`, to be called after each part of the work: a step, a file of a checkpoint, a batch of an
+    evaluation, a denoising step of a preview. Any thread may call it. 0 seconds disables the watchdog.
 
     When `seconds` pass without a call, the stacks of all threads go to faults/stacks-rank-N.txt and the process exits with
     code 1, so that torchrun can restart all processes.
@@ -106,14 +107,14 @@ def watchdog(seconds: float, folder: Path, rank: int) -> Iterator[Callable[[], N
             if time.monotonic() - last_call > seconds:
                 path = folder / "faults" / f"stacks-rank-{rank}.txt"
                 path.parent.mkdir(exist_ok=True)
-                with path.open("w") as file:
+                with path.open("w", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
-                line = f"transfusion: no step has ended for {seconds:g} s; {path} has the stacks of all threads"
+                line = f"transfusion: training made no progress for {seconds:g} s; {path} has the stacks of all threads"
                 print(line, file=sys.stderr, flush=True)
                 os._exit(1)
 
     if seconds:
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
     try:
         yield reset_watchdog
     finally:

@@ -60,11 +60,11 @@ class Task(Protocol):
     def describe(self, values: dict[str, float]) -> str:
         """The most important metrics, as short text."""
 
-    def evaluate_heldout(self) -> tuple[dict, str]:
-        """Metrics on held-out data, as values and as text."""
+    def evaluate_heldout(self, reset_watchdog: Callable[[], None]) -> tuple[dict, str]:
+        """Metrics on held-out data, as values and as text. It calls `reset_watchdog` after each batch."""
 
-    def preview(self, step: int) -> None:
-        """Write samples of the current model."""
+    def preview(self, step: int, reset_watchdog: Callable[[], None]) -> None:
+        """Write samples of the current model. It calls `reset_watchdog` after each denoising step."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors that a checkpoint saves and restores, by part and name."""
@@ -124,13 +124,13 @@ class Loop:
         progress_bar = ProgressBar(config.steps, progress.step, self.ranks.is_main)
         with (
             watchdog(self.watchdog_seconds, self.folder, self.ranks.rank) as reset_watchdog, stop_on_signal(self),
-            progress_bar, Saver(self.folder, config.keep_checkpoints, self.ranks) as saver,
+            progress_bar, Saver(self.folder, config.keep_checkpoints, self.ranks, reset_watchdog) as saver,
             ThreadPoolExecutor(1) as prefetcher, self.ranks.catching_peer_failure(),
         ):  # fmt: skip
             batches = self.task.batches(progress.loader_state)
             next_batch = prefetcher.submit(next, batches)
             if progress.step == 0:
-                self._evaluate_and_preview(metrics, progress_bar)
+                self._evaluate_and_preview(metrics, progress_bar, reset_watchdog)
             number, queued, start = progress.step, deque(), time.monotonic() - progress.seconds
             while number < config.steps:
                 reset_watchdog()
@@ -147,7 +147,7 @@ class Loop:
                     continue
                 self._finish(queued, 0, metrics, progress_bar)
                 pause = time.monotonic()
-                self._evaluate_and_preview(metrics, progress_bar)
+                self._evaluate_and_preview(metrics, progress_bar, reset_watchdog)
                 if number % config.checkpoint_every == 0 or number == config.steps:
                     self._save(saver)
                 start += time.monotonic() - pause
@@ -186,13 +186,15 @@ class Loop:
         metrics.write(progress.step, **values, **{f"{unit}_per_second": round(speed, 1)}, seconds=progress.seconds)
         progress_bar.update(progress.step, f"{self.task.describe(values)}  {speed:,.0f} {unit}/s")
 
-    def _evaluate_and_preview(self, metrics: MetricsWriter, progress_bar: ProgressBar) -> None:
+    def _evaluate_and_preview(
+        self, metrics: MetricsWriter, progress_bar: ProgressBar, reset_watchdog: Callable[[], None]
+    ) -> None:
         """Evaluate every `validate_every` steps and preview every `preview_every` steps; do both at the last step."""
         step = self.progress.step
         is_last = step == self.config.steps
         if step % self.config.validate_every == 0 or is_last:
-            values, text = self.task.evaluate_heldout()
+            values, text = self.task.evaluate_heldout(reset_watchdog)
             metrics.write(step, heldout=values)
             progress_bar.print_line(f"step {step}  held out  {text}")
         if self.preview_every and (step % self.preview_every == 0 or is_last):
-            self.task.preview(step)
+            self.task.preview(step, reset_watchdog)

@@ -8,22 +8,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from transfusion.disk import write_whole
+
 
 class MetricsWriter:
     """Appends JSON objects to metrics.jsonl, one per line, each with its step. Lines after `step`, from before a crash, are
-    removed first. With `writes` False (other ranks than 0) nothing is written."""
+    removed first; the file is replaced atomically. With `writes` False (other ranks than 0) nothing is written."""
 
     def __init__(self, path: Path, step: int, writes: bool = True):
         self.path, self.writes = path, writes
         if not writes:
             return
         lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write(self, step: int, **values) -> None:
         if not self.writes:
             return
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
@@ -32,7 +34,7 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

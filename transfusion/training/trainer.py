@@ -40,7 +40,8 @@ MicroBatches = list[tuple[Batch, list[NoiseSample]]]  # of one step, each with i
 class Trainer:
     """Trains one run.
 
-    All ranks call both functions. `on_preview(ema, step)` may use the averaged model; it cannot change the training.
+    All ranks call both functions. `on_preview(ema, step, reset_watchdog)` may use the averaged model; it cannot change the
+    training.
     `init_from(model)` sets this rank's part of the initial weights; without it the run's seed decides them.
     """
 
@@ -48,7 +49,7 @@ class Trainer:
 
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
-        ranks: Ranks = SINGLE_PROCESS, on_preview: Callable[[Transfusion, int], None] | None = None,
+        ranks: Ranks = SINGLE_PROCESS, on_preview: Callable[[Transfusion, int, Callable[[], None]], None] | None = None,
         init_from: Callable[[Transfusion], None] | None = None,
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
@@ -161,12 +162,12 @@ class Trainer:
         return "  ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in ("text", "image") if f"{name}_loss" in values)
 
     @torch.no_grad()
-    def evaluate_heldout(self) -> tuple[dict, str]:
+    def evaluate_heldout(self, reset_watchdog: Callable[[], None]) -> tuple[dict, str]:
         """Mean losses of the averaged weights by source, with fixed noise and a fixed grid of t."""
-        values = {source: self._evaluate_source(batches) for source, batches in self.heldout.items()}
+        values = {source: self._evaluate_source(batches, reset_watchdog) for source, batches in self.heldout.items()}
         return values, "   ".join(f"{source}: {self.describe(losses)}" for source, losses in values.items())
 
-    def _evaluate_source(self, batches: list[Batch]) -> dict[str, float]:
+    def _evaluate_source(self, batches: list[Batch], reset_watchdog: Callable[[], None]) -> dict[str, float]:
         """Rank r takes batches r, r + world, ... Without one it repeats the last, uncounted: all must gather weights."""
         sums = torch.zeros(3, dtype=torch.float64)
         for first in range(0, len(batches), self.ranks.world):
@@ -177,9 +178,10 @@ class Trainer:
                 losses = objective.compute_losses(self.ema, batch.to(self.device), noise_samples, self.run.diffusion)
             if index < len(batches):
                 sums += losses.sums.cpu()
+            reset_watchdog()
         counts = [sum(values) for values in zip(*map(objective.loss_counts, batches), strict=True)]
         return objective.mean_losses(self.ranks.sum(*sums.tolist()), counts)
 
-    def preview(self, step: int) -> None:
+    def preview(self, step: int, reset_watchdog: Callable[[], None]) -> None:
         """Call `on_preview` with the averaged model."""
-        self.on_preview(self.ema, step)
+        self.on_preview(self.ema, step, reset_watchdog)
