@@ -241,7 +241,7 @@ PRESET_NAMES = ["cpu", "gpu"]
 @cache
 def parse_arguments(*arguments: str) -> Run:
     """The run of these arguments, none of which is without effect; cached because tables share variants."""
-    named, options = read_run("train", list(arguments))
+    named, options, _ = read_run("train", list(arguments))
     run, _ = parse_run(Train, "train", named, options)
     check_train(named, run, None)
     return run

@@ -64,7 +64,7 @@ def plan(arguments: list[str]) -> None:
         rows = [asdict(row) | {"parameters": _count_parameters(row.run)} for row in PAPER]
         return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
     single = bool(arguments) and not arguments[0].startswith("-")
-    runs = [read_run("plan", arguments)] if single else [(named_run(size), arguments) for size in SIZES]
+    runs = [read_run("plan", arguments)[:2]] if single else [(named_run(size), arguments) for size in SIZES]
     is_named = not single or arguments[0] in NAMES
     parsed = [_parse(run, rest, f"plan {run.name}" if single else "plan", is_named) for run, rest in runs]
     from transfusion.plan import plan as plan_run

@@ -24,7 +24,7 @@ NUM_PREVIEWS, PREVIEW_DOCUMENTS = 10, 256  # captions of a preview, and the held
 
 @dataclass(frozen=True)
 class Train:
-    """Train a run. The same command resumes it, bit for bit; Ctrl-C saves a checkpoint first."""
+    """Train a run. The same command resumes it, bit for bit, and so does `train FOLDER`; Ctrl-C saves a checkpoint first."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     out: Path = Path()
@@ -93,12 +93,14 @@ def demo(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """Start a run or resume it."""
-    run, options = read_run("train", arguments)
-    before = run
-    run, args = parse_run(Train, f"train {run.name}", run, options, out=Path("runs") / run.name)
+    run, options, folder = read_run("train", arguments)
+    before, resumes = run, folder is not None and not _names(options) & {"--out"}
+    run, args = parse_run(Train, f"train {run.name}", run, options, resumes, out=folder or Path("runs") / run.name)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
+    if resumes and not starts and (note := read_json(folder / RUN).get("notes", {}).get("start")):
+        starts = [(note["kind"], note["place"])]
     _check_inputs(run, args)
     check_train(before, run, starts[0][0] if starts else None)
     train_run(run, args.out, args.device, *starts)
@@ -121,13 +123,20 @@ def _check_inputs(run: Run, args: Train) -> None:
         check_run(find_folder(args.start))
 
 
-def parse_run(cls: type, command: str, run: Run, arguments: list[str], **defaults: Any) -> tuple[Run, Any]:
-    """The run with the settings of the command line, and all options; `defaults` are those of options outside the run."""
-    given = {word.partition("=")[0] for word in arguments}
-    if given & {"--data", "--data.prepared", "--data.sources"}:  # they replace the sources of the named run
+def parse_run(
+    cls: type, command: str, run: Run, arguments: list[str], keeps_sources: bool = False, **defaults: Any
+) -> tuple[Run, Any]:
+    """The run with the settings of the command line, and all options; `defaults` are those of options outside the run. Given
+    data replace the run's sources, unless it `keeps_sources` because they are the same data in another place."""
+    if not keeps_sources and _names(arguments) & {"--data", "--data.prepared", "--data.sources"}:
         run = replace(run, data=replace(run.data, sources=(), mixture_weights=()))
     args = parse(cls, command, arguments, cls(run, **defaults))
     return args.run, args
+
+
+def _names(arguments: list[str]) -> set[str]:
+    """The options in a command: "--data" also of --data=DIR."""
+    return {word.partition("=")[0] for word in arguments}
 
 
 def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
@@ -143,10 +152,10 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
 
     torch_device = pick_device(device)
     with Ranks.of_torchrun(torch_device) as ranks:
-        run = replace(run, data=name_sources(run.data))
-        folder = RunFolder.open_or_create(run, path, start) if ranks.is_main else None
+        if ranks.is_main:
+            RunFolder.draft(replace(run, data=name_sources(run.data)), path, start).write()
         ranks.barrier()
-        folder = folder or RunFolder.open_or_create(run, path, start)
+        folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
@@ -156,7 +165,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
         report_line = print_status if ranks.is_main else lambda line: None
         if trainer.loop.progress.step >= run.training.steps:
-            report_line(f"{path} is trained to its last step, {run.training.steps}")
+            report_line(f"{path} is trained to its last step, {run.training.steps}; a larger --training.steps resumes it")
             return True
         report_line(f"training {run.name} on {devices}, into {path}")
         warn_about_warmup(run.training, report_line)
@@ -272,18 +281,22 @@ def _print_answers(engine, args: Generate) -> None:
         raise ValueError(f"{len(errors)} of {len(answers)} samples failed: {errors[0]}")
 
 
-def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str]]:
-    """The run named by the first argument, or read from its run.json, and the other arguments."""
+def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str], Path | None]:
+    """The run of the first argument, which is its name, folder or run.json; the other arguments; and the folder."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        print(f"usage: transfusion {command} RUN [options]\n\nRUN is the path of a run.json, or one of\n{names}\n\n"
+        print(f"usage: transfusion {command} RUN [options]\n\n"
+              f"RUN is the folder of a run, the path of a run.json, or one of\n{names}\n\n"
               f"transfusion {command} RUN --help lists every option with the run's own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name in NAMES:
-        return named_run(name), rest
-    path = Path(name) / RUN if Path(name).is_dir() else Path(name)
+        return named_run(name), rest, None
+    folder = check_run(Path(name)) if Path(name).is_dir() else None
+    if folder and is_exported(folder):
+        raise UsageError(f"{folder} is an exported run: give it with --from, after the name of a run")
+    path = folder / RUN if folder else Path(name)
     if path.suffix != ".json":
         raise UsageError(f"there is no run {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
     values = read_json(path)
-    return from_json(Run, values.get("run", values)), rest
+    return from_json(Run, values.get("run", values)), rest, folder
