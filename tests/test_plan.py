@@ -50,10 +50,10 @@ def measure(run: Run) -> tuple[int, int]:
 
 def planned(run: Run) -> tuple[int, int]:
     """The same from the plan for fp32, without gradients."""
-    saved, positions = plan.count_activations(run, FP32), plan.typical_row(run.model, run.data.seq_len).text_count
+    memory, positions = plan.plan(run, Machines(device="cpu")).memory, plan.typical_row(run.model, run.data.seq_len).text_count
+    assert memory.gathered == memory.cuda == 0
     gradients = FP32 * run.model.width * (run.model.vocab_size + positions)  # of the head and its input
-    with mock.patch.object(plan, "CHUNK", objective.CPU_CHUNK):
-        return saved + gradients, saved + max(plan.count_loss(run, FP32), plan.count_block_backward(run, FP32))
+    return memory.activations + gradients, memory.activations + memory.backward
 
 
 # Memory

@@ -1,10 +1,8 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from textwrap import fill
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,10 +10,11 @@ from transfusion.cli.evaluate import measure
 from transfusion.cli.ignored import check_generate, check_train, warn_about_warmup
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
 from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
-from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, from_json, parse_size
+from transfusion.cli.settings import option_names, parse_run, read_run, to_yaml
+from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, parse_size
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
-from transfusion.runs import NAMES, named_run
+from transfusion.runs import named_run
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
 HELDOUT = 256  # documents of each source for the held-out losses
@@ -34,6 +33,12 @@ class Train:
     init_from: str | None = None
     """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
     device: Device = "auto"
+    config: Path | None = None
+    """YAML or JSON file with some settings or all, such as --print-config prints; options override it."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print all settings as YAML, and do nothing else."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the plan after one step of a copy with one layer of width 64 on the data, and write nothing."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,23 @@ def demo(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """Start a run or resume it."""
-    run, options, folder = read_run("train", arguments)
-    before, resumes = run, folder is not None and not _names(options) & {"--out"}
-    run, args = parse_run(Train, f"train {run.name}", run, options, resumes, out=folder or Path("runs") / run.name)
+    chosen = read_run("train", arguments)
+    before, folder = chosen.run, chosen.folder
+    resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.name
+    run, args = parse_run(Train, f"train {before.name}", before, chosen.arguments, resumes, out=out)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     if resumes and not starts and (note := read_json(folder / RUN).get("notes", {}).get("start")):
         starts = [(note["kind"], note["place"])]
-    _check_inputs(run, args)
     check_train(before, run, starts[0][0] if starts else None)
+    if args.print_config:
+        return print(to_yaml(run), end="")
+    _check_inputs(run, args)
+    if args.dry_run:
+        from transfusion.cli.dry_run import dry_run
+
+        return dry_run(run, args.out, args.device, *starts or [None])
     train_run(run, args.out, args.device, *starts)
 
 
@@ -123,27 +135,12 @@ def _check_inputs(run: Run, args: Train) -> None:
         check_run(find_folder(args.start))
 
 
-def parse_run(
-    cls: type, command: str, run: Run, arguments: list[str], keeps_sources: bool = False, **defaults: Any
-) -> tuple[Run, Any]:
-    """The run with the settings of the command line, and all options; `defaults` are those of options outside the run. Given
-    data replace the run's sources, unless it `keeps_sources` because they are the same data in another place."""
-    if not keeps_sources and _names(arguments) & {"--data", "--data.prepared", "--data.sources"}:
-        run = replace(run, data=replace(run.data, sources=(), mixture_weights=()))
-    args = parse(cls, command, arguments, cls(run, **defaults))
-    return args.run, args
-
-
-def _names(arguments: list[str]) -> set[str]:
-    """The options in a command: "--data" also of --data=DIR."""
-    return {word.partition("=")[0] for word in arguments}
-
-
 def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
     """Start or resume a run on all processes of torchrun. False when a signal stopped it.
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
     """
+    from transfusion.cli.dry_run import check_memory
     from transfusion.cli.run_folder import RunFolder
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
@@ -153,7 +150,9 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     torch_device = pick_device(device)
     with Ranks.of_torchrun(torch_device) as ranks:
         if ranks.is_main:
-            RunFolder.draft(replace(run, data=name_sources(run.data)), path, start).write()
+            folder = RunFolder.draft(replace(run, data=name_sources(run.data)), path, start)
+            check_memory(folder.run, torch_device)
+            folder.write()
         ranks.barrier()
         folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
@@ -279,24 +278,3 @@ def _print_answers(engine, args: Generate) -> None:
         print(f"{n}: " if len(answers) > 1 else "", *texts, sep="")
     if errors:
         raise ValueError(f"{len(errors)} of {len(answers)} samples failed: {errors[0]}")
-
-
-def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str], Path | None]:
-    """The run of the first argument, which is its name, folder or run.json; the other arguments; and the folder."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        print(f"usage: transfusion {command} RUN [options]\n\n"
-              f"RUN is the folder of a run, the path of a run.json, or one of\n{names}\n\n"
-              f"transfusion {command} RUN --help lists every option with the run's own defaults.")  # fmt: skip
-        sys.exit(0 if arguments else 2)
-    name, rest = arguments[0], arguments[1:]
-    if name in NAMES:
-        return named_run(name), rest, None
-    folder = check_run(Path(name)) if Path(name).is_dir() else None
-    if folder and is_exported(folder):
-        raise UsageError(f"{folder} is an exported run: give it with --from, after the name of a run")
-    path = folder / RUN if folder else Path(name)
-    if path.suffix != ".json":
-        raise UsageError(f"there is no run {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
-    values = read_json(path)
-    return from_json(Run, values.get("run", values)), rest, folder
