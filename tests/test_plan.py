@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -50,7 +49,8 @@ def measure(run: Run) -> tuple[int, int]:
 
 def planned(run: Run) -> tuple[int, int]:
     """The same from the plan for fp32, without gradients."""
-    memory, positions = plan.plan(run, Machines(device="cpu")).memory, plan.typical_row(run.model, run.data.seq_len).text_count
+    memory = plan.plan(run, Machines(device="cpu")).memory
+    positions = plan.typical_row(run.model, run.data.seq_len).text_count
     assert memory.gathered == memory.cuda == 0
     gradients = FP32 * run.model.width * (run.model.vocab_size + positions)  # of the head and its input
     return memory.activations + gradients, memory.activations + memory.backward
