@@ -153,11 +153,12 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
         moments -= FP32 * run.model.layers * count_shard([shape for shape in shapes["block"] if len(shape) == 2], ranks)
     root, block = count_shard(rest, 1), count_shard(shapes["block"], 1)
     is_cuda = machines.device == "cuda"
-    size = BF16 if is_cuda else FP32
+    is_lower = is_cuda or run.parallel.cpu_matmul == "bfloat16"
+    size = BF16 if is_lower else FP32
     if ranks == 1:
-        gathered = BF16 * (root + block * run.model.layers) if is_cuda else 0  # autocast's copies, freed after the backward
+        gathered = BF16 * (root + block * run.model.layers) if is_lower else 0  # autocast's copies, freed after the backward
     else:  # a block and the prefetched next one; gradients of a block are reduced in fp32
-        gathered = 2 * size * root + (2 * size + (BF16 if is_cuda else 0) + FP32) * block
+        gathered = 2 * size * root + (2 * size + (BF16 if is_lower else 0) + FP32) * block
     return Memory(
         weights=weights, gradients=trained, moments=moments, ema=weights, gathered=gathered,
         activations=count_activations(run, size), backward=max(count_loss(run, size), count_block_backward(run, size)),
