@@ -36,7 +36,7 @@ def run_of(*words: object) -> Run:
 def test_written_settings_are_read_as_they_were(tmp_path, suffix):
     """With another value of every setting than the named run's."""
     run = named_run("digits")
-    for name in {*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights"}:
+    for name in sorted({*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights"}):
         run = other_run(run, name)
     path = tmp_path / f"my{suffix}"
     text = to_yaml(run)
@@ -79,7 +79,7 @@ def test_settings_of_a_trained_run_serve_as_a_file(trained, tmp_path, monkeypatc
     ("a.yaml", "1: 2", "a.yaml: unknown field 1"), ("a.yaml", "a: [", "cannot read a.yaml: while parsing"),
     ("a.yaml", "name: 2024-13-45", "cannot read a.yaml: month must be"), ("a.yaml", "\x00", "cannot read a.yaml"),
     ("a.yaml", "a: !!python/object/apply:os.getcwd []", "cannot read a.yaml: could not determine a constructor"),
-    ("a.yaml", "a: &a [*a]", "cannot read a.yaml: maximum recursion"), ("a.yaml", "[" * 5000, "cannot read a.yaml"),
+    ("a.yaml", "a: &a [*a]", "cannot read a.yaml: maximum recursion"), ("a.yaml", "[" * 500, "cannot read a.yaml"),
     ("a.json", "{", "cannot read a.json"), ("a.json", "[]", "a.json does not hold a JSON object"),
     ("b.yaml", "{}", "cannot read a.yaml: [Errno 2]"),
 ])  # fmt: skip
@@ -127,7 +127,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(trained, prepared, tmp_path,
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     command("train", "7b", "--data", prepared / "prepared", "--dry-run")
     output = capsys.readouterr().out
-    assert "fits in 80 GB                            no" in output and "7b does not fit; it would with" in output
+    assert re.search(r"fits in 80 GB +no\n", output) and "7b does not fit; it would with" in output
     assert [*tmp_path.iterdir()] == []
 
 
@@ -141,7 +141,7 @@ DRAWN = {  # words after options, a row for each part of a run
     "--data.codec": "pixels block_pca", "--data.codec-block": "1 2 3 4 16", "--data.codec-components": "1 6 100",
     "--data.seq-len": "1 8 32 64 200", "--data.rows": "1 3 64", "--data.image-first": "0 1",
     "--data.image-first-max-t": "0 0.5", "--data.caption-dropout": "0 1", "--data.shuffle-block": "1 7",
-    "--data.tokenizer-size": "256 300 1000000", "--data.fit-documents": "1 50", "--data.mixture-weights": "1 1e-300 1e300",
+    "--data.tokenizer-size": "256 300 1000000", "--data.mixture-weights": "1 1e-300 1e300",
     "--data.sources": "digits shapes topics photographs", "--data.shapes.size": "1 8 33", "--data.shapes.level": "0 2",
     "--training.optimizer": "muon", "--training.learning-rate": "0 1 1e30", "--training.max-grad-norm": "1e-30 1e30",
     "--training.text-lr-scale": "0 2", "--training.image-lr-scale": "0 2", "--training.transformer-lr-scale": "0 2",
@@ -151,22 +151,26 @@ DRAWN = {  # words after options, a row for each part of a run
     "--generation.sampler": "euler dpm", "--fault-tolerance.skip-spikes-above": "1",
 }  # fmt: skip
 FLAGS = "qk-norm", "post-norm", "tie-word-embeddings"
+FITTED = "--data.codec", "--data.tokenizer", "--data.shapes", "--data.sources"  # not on prepared data
 
 
-def draw_command(rng: random.Random) -> list[str]:
-    """A `train` command with some of these options."""
-    words = [rng.choice(["digits", "digits", "shapes", "small", "0.16b"])]
-    for option in rng.sample([*DRAWN], rng.randint(1, 6)):
+def draw_command(rng: random.Random, data: Path) -> list[str]:
+    """A `train` command with some of these options, on built-in sources or on the prepared data."""
+    is_prepared = rng.random() < 0.3
+    words = [rng.choice(["digits", "digits", "shapes", "0.16b"] if not is_prepared else ["small", "shapes", "0.16b"])]
+    words += ["--data", str(data)] if is_prepared else ["--data.fit-documents", rng.choice(["1", "50"])]
+    options = [option for option in DRAWN if not (is_prepared and option.startswith(FITTED))]
+    for option in rng.sample(options, rng.randint(1, 6)):
         words += [option, rng.choice(DRAWN[option].split())]
     return [*words, *(f"--model.{flag}" for flag in FLAGS if rng.random() < 0.2)]
 
 
 @pytest.mark.slow
-def test_drawn_commands_run_dry_or_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+def test_drawn_commands_run_dry_or_are_refused_in_one_line(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng, outcomes = random.Random(0), []
-    for _ in range(100 if THOROUGH else 8):
-        words = draw_command(rng)
+    for _ in range(100 if THOROUGH else 6):
+        words = draw_command(rng, prepared / "prepared")
         try:
             command("train", *words, "--dry-run")
             outcomes.append("works")

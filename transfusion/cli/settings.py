@@ -72,10 +72,10 @@ def option_names(arguments: list[str]) -> set[str]:
 
 def config_file(arguments: list[str]) -> Path | None:
     """The file of --config, if the command has it."""
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for number, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        if name == "--config" and (equals or following is not None):
-            return Path(value if equals else following)
+        if name == "--config" and (equals or arguments[number + 1 :]):
+            return Path(value if equals else arguments[number + 1])
     return None
 
 
