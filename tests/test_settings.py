@@ -131,6 +131,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(trained, prepared, tmp_path,
     assert [*tmp_path.iterdir()] == []
 
 
+def test_step_that_is_not_finite_is_one_line_without_a_file(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("--data", prepared / "prepared", "--training.image-weight", "1e38", "--dry-run")
+    stderr = fails(capsys, 2, "train", "small", *words).splitlines()[-1]
+    assert stderr == ("transfusion: step 1: the gradient is not finite in a copy with one layer of width 64: use smaller "
+                      "training settings")  # fmt: skip
+    assert [*tmp_path.iterdir()] == []
+
+
 DRAWN = {  # words after options, a row for each part of a run
     "--model.width": "32 48 64 100", "--model.heads": "1 2 3 4", "--model.kv-heads": "1 2 3", "--model.head-dim": "7 8 64",
     "--model.layers": "1 3 40", "--model.intermediate-size": "1 100", "--model.unet-width": "8 16 24 64 1000",

@@ -15,6 +15,7 @@ from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import name_sources, open_sources
 from transfusion.parallel import device_memory, pick_device
 from transfusion.plan import Plan, plan, ways_to_fit
+from transfusion.training.guard import TrainingError
 from transfusion.training.trainer import Trainer
 
 WIDTH, DOCUMENTS = 64, 64  # of the copy; documents that its rows are packed from
@@ -66,7 +67,11 @@ def _step_of_copy(folder: RunFolder, device: torch.device) -> str:
     with TemporaryDirectory() as faults:
         trainer = Trainer(run, Path(faults), Loader(open_sources(run.data, "train"), encoder), heldout, device)
         micro_batches, _ = next(trainer.batches(None))
-        losses = trainer.step(0, micro_batches, trainer.count(micro_batches), trainer.loop.guard)()
+        try:
+            losses = trainer.step(0, micro_batches, trainer.count(micro_batches), trainer.loop.guard)()
+        except TrainingError as error:  # its file of faults is not kept
+            reason = str(error).partition(",")[0]
+            raise UsageError(f"{reason} in a copy with one layer of width {WIDTH}: use smaller training settings") from None
         trainer.evaluate_heldout()
     return trainer.describe(losses)
 
