@@ -453,7 +453,7 @@ def test_eos_may_end_an_answer(folder, tmp_path):
     layout = replace(CHATML, assistant_suffix="<|end_of_text|>")
     prepared = prepared_with(folder, tmp_path / "out", "talks", chat=layout)
     run = chat_run(prepared.folder)
-    description = RunFolder.open_or_create(run, tmp_path / "run", None).description
+    description = RunFolder.draft(run, tmp_path / "run", None).description
     assert description.vocabulary.other_eos_ids == () and description.chat == layout
 
 
@@ -513,15 +513,16 @@ def test_folders_with_different_layouts_are_refused(folder, tmp_path, chatml):
 
 
 def test_run_keeps_the_layout_through_export_and_other_runs(folder, tmp_path, chatml):
-    run_folder = RunFolder.open_or_create(chat_run(chatml.folder), tmp_path / "run", None)
+    run_folder = RunFolder.draft(chat_run(chatml.folder), tmp_path / "run", None)
+    run_folder.write()
     (end,) = byte_level().find_special("<|im_end|>")
     save(tmp_path / "run", 1, run_tensors(run_folder.run, 1), {"step": 1})
-    resumed = RunFolder.open_or_create(chat_run(chatml.folder), tmp_path / "run", None)
+    resumed = RunFolder.draft(chat_run(chatml.folder), tmp_path / "run", None)
     assert resumed.encoder.vocabulary == run_folder.encoder.vocabulary
     export(tmp_path / "run", tmp_path / "exported")
     texts_only = prepared_with(folder, tmp_path / "texts", "texts", like=str(tmp_path / "exported"))
     start = ("run", str(tmp_path / "exported"))
-    later = RunFolder.open_or_create(chat_run(texts_only.folder), tmp_path / "later", start)
+    later = RunFolder.draft(chat_run(texts_only.folder), tmp_path / "later", start)
     reopened = map(describe_run, (tmp_path / "run", tmp_path / "exported"))
     for description in (run_folder.description, later.description, *reopened):
         assert description.chat == CHATML and description.vocabulary.eos_ids == (description.vocabulary.eos, end)

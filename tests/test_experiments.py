@@ -38,7 +38,8 @@ from tests.processes import Process, run
 from tests.profile import THOROUGH, examples
 from tests.test_cli import TINY, command
 from transfusion.cli.ignored import check_train
-from transfusion.cli.runs import Train, parse_run, read_run
+from transfusion.cli.runs import Train
+from transfusion.cli.settings import parse_run, read_run
 from transfusion.config import Run
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
@@ -241,9 +242,9 @@ PRESET_NAMES = ["cpu", "gpu"]
 @cache
 def parse_arguments(*arguments: str) -> Run:
     """The run of these arguments, none of which is without effect; cached because tables share variants."""
-    named, options = read_run("train", list(arguments))
-    run, _ = parse_run(Train, "train", named, options)
-    check_train(named, run, None)
+    chosen = read_run("train", list(arguments))
+    run, _ = parse_run(Train, "train", chosen.run, chosen.arguments)
+    check_train(chosen.run, run, None)
     return run
 
 

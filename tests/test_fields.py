@@ -16,6 +16,7 @@ from tests.profile import THOROUGH, examples
 from transfusion.cli import codec, data, evaluate, export, plan, runs, serve, sources
 from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError
+from transfusion.cli.settings import parse_run
 from transfusion.config import GenerationConfig, ModelConfig, RopeScaling, Run, from_json, to_json
 from transfusion.fields import Config, PositiveInt, Range, check_value, field_types, range_of
 from transfusion.model.transfusion import build
@@ -192,7 +193,7 @@ def test_odd_words_are_parsed_or_refused_in_one_line():
     refused = 0
     for flag, words in choices[: 300 if THOROUGH else 25]:
         try:
-            run, _ = runs.parse_run(runs.Train, "train digits", named_run("digits"), [flag, *words])
+            run, _ = parse_run(runs.Train, "train digits", named_run("digits"), [flag, *words])
             assert from_json(Run, json.loads(json.dumps(to_json(run)))) == run
         except UsageError as error:
             refused += 1
@@ -221,14 +222,14 @@ def test_options_of_a_command_are_checked(words, message):
 
 @pytest.mark.parametrize("words", ["--data a b", "--data=a b", "--data.prepared a b", "--data.prepared=a b"])
 def test_data_is_a_short_name_of_prepared_data(words):
-    run, args = runs.parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--from=c"])
+    run, args = parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--from=c"])
     assert run.data.prepared == ("a", "b")
     assert run.data.sources == run.data.mixture_weights == ()  # those of the named run are replaced
     assert args.start == "c"
-    chosen, _ = runs.parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--data.sources=d"])
+    chosen, _ = parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--data.sources=d"])
     assert chosen.data.sources == ("d",)
 
 
 def test_sources_replace_those_of_the_named_run_with_their_weights():
-    run, _ = runs.parse_run(runs.Train, "train", named_run("digits"), ["--data.sources", "digits"])
+    run, _ = parse_run(runs.Train, "train", named_run("digits"), ["--data.sources", "digits"])
     assert run.data.sources == ("digits",) and run.data.mixture_weights == ()

@@ -402,7 +402,7 @@ def test_compiled_blocks_train_the_same_and_are_compiled_once(pair, tmp_path, ra
 def train_with_previews(ranks: Ranks, folder: Path, run: Run) -> Outcome:
     """With the previews of the command."""
     trainer = new_trainer(folder, run, ranks=ranks)
-    run_folder = RunFolder(folder, describe_run(folder), run, encoder=None)
+    run_folder = RunFolder(folder, replace(describe_run(folder), run=run), encoder=None)
     trainer.on_preview = runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks)
     trainer.loop.preview_every = 1
     assert trainer.train()

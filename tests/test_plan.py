@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -50,10 +49,11 @@ def measure(run: Run) -> tuple[int, int]:
 
 def planned(run: Run) -> tuple[int, int]:
     """The same from the plan for fp32, without gradients."""
-    saved, positions = plan.count_activations(run, FP32), plan.typical_row(run.model, run.data.seq_len).text_count
+    memory = plan.plan(run, Machines(device="cpu")).memory
+    positions = plan.typical_row(run.model, run.data.seq_len).text_count
+    assert memory.gathered == memory.cuda == 0
     gradients = FP32 * run.model.width * (run.model.vocab_size + positions)  # of the head and its input
-    with mock.patch.object(plan, "CHUNK", objective.CPU_CHUNK):
-        return saved + gradients, saved + max(plan.count_loss(run, FP32), plan.count_block_backward(run, FP32))
+    return memory.activations + gradients, memory.activations + memory.backward
 
 
 # Memory

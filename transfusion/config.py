@@ -414,6 +414,7 @@ class Machines(Config):
     memory: PositiveInt = 80_000_000_000  # bytes of each GPU
     tflops: Teraflops = 989.0  # peak of each GPU: H100, bfloat16, dense
     mfu: MFU = 0.4  # share of the peak that a run reaches
+    device: Literal["cuda", "cpu"] = "cuda"  # a CPU computes in float32 unless parallel.cpu_matmul is bfloat16
 
     def shard_group_size(self, shard: str) -> int:
         """Number of GPUs that share one copy of the weights. ValueError when hybrid sharding does not fill all machines."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, and 1
 MAX_ONEDNN_ERROR = 1e-6  # of a float32 product, relative to its norm
 COMPILE_BACKEND = "inductor"  # of torch.compile; tests use a lighter one
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -35,6 +36,17 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot compute on device {name!r}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a device; of a CPU those of the machine, or of the container (cgroup) that limits it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text(encoding="utf-8")))
+    return min(limits)
 
 
 def keep_freed_memory(device: torch.device) -> None:

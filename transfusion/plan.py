@@ -17,7 +17,7 @@ from transfusion.config import Machines, ModelConfig, Run
 from transfusion.model.flops import count_training_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
-from transfusion.objective import CHUNK
+from transfusion.objective import CHUNK, CPU_CHUNK
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 FP32, BF16 = 4, 2  # bytes of a value
@@ -152,13 +152,17 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     if run.training.optimizer == "muon" and scales["block"]:  # one for the matrices of blocks
         moments -= FP32 * run.model.layers * count_shard([shape for shape in shapes["block"] if len(shape) == 2], ranks)
     root, block = count_shard(rest, 1), count_shard(shapes["block"], 1)
+    is_cuda = machines.device == "cuda"
+    is_lower = is_cuda or run.parallel.cpu_matmul == "bfloat16"
+    size = BF16 if is_lower else FP32
     if ranks == 1:
-        gathered = BF16 * (root + block * run.model.layers)  # autocast's copies, freed after the backward pass
+        gathered = BF16 * (root + block * run.model.layers) if is_lower else 0  # autocast's copies, freed after the backward
     else:  # a block and the prefetched next one; gradients of a block are reduced in fp32
-        gathered = 2 * BF16 * root + (2 * BF16 + BF16 + FP32) * block
+        gathered = 2 * size * root + (2 * size + (BF16 if is_lower else 0) + FP32) * block
     return Memory(
         weights=weights, gradients=trained, moments=moments, ema=weights, gathered=gathered,
-        activations=count_activations(run), backward=max(count_loss(run), count_block_backward(run)),
+        activations=count_activations(run, size), backward=max(count_loss(run, size), count_block_backward(run, size)),
+        cuda=CUDA_BYTES if is_cuda else 0,
     )  # fmt: skip
 
 
@@ -193,7 +197,7 @@ def count_activations(run: Run, value_bytes: int = BF16) -> int:
 def count_loss(run: Run, value_bytes: int = BF16) -> int:
     """Bytes that the loss adds: logits and log-probabilities of a chunk of positions, and its gradients."""
     text_positions = typical_row(run.model, run.data.seq_len).text_count * run.data.rows
-    chunk = (value_bytes + FP32) * min(CHUNK, text_positions) * run.model.vocab_size
+    chunk = (value_bytes + FP32) * min(CHUNK if value_bytes == BF16 else CPU_CHUNK, text_positions) * run.model.vocab_size
     return chunk + run.model.width * (FP32 * run.model.vocab_size + value_bytes * text_positions)
 
 

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transfusion.codecs.codec import Codec, codec_to_bytes
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import Run, to_json
-from transfusion.disk import RUN, RUN_FORMAT, sha256_of, write_json, write_whole
+from transfusion.disk import RUN, RUN_FORMAT, read_json, sha256_of, write_json, write_whole
 from transfusion.model.weights import SINGLE
 from transfusion.parallel import Ranks
 from transfusion.sequence import Vocabulary
@@ -56,6 +56,13 @@ def create_run_folder(
     }  # fmt: skip
     write_whole(folder / "codec.safetensors", codec_bytes)
     write_whole(folder / "tokenizer.json", tokenizer_bytes)
+    write_json(folder / RUN, values)
+
+
+def update_settings(folder: Path, run: Run) -> None:
+    """Replace the settings in run.json."""
+    values = read_json(folder / RUN)
+    values |= {"run": to_json(run), "config_sha256": hash_config(to_json(run), values["vocabulary"])}
     write_json(folder / RUN, values)
 
 

@@ -11,13 +11,13 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from transfusion.cli.options import as_usage_error
-from transfusion.cli.runs import parse_run, read_run
 from transfusion.cli.screen import UsageError
+from transfusion.cli.settings import ChosenRun, config_file, parse_run, read_run
 from transfusion.config import MFU, Machines, Run, Teraflops
 from transfusion.disk import check_prepared
 from transfusion.fields import PositiveInt
 from transfusion.paper import PAPER
-from transfusion.runs import NAMES, SIZES, named_run
+from transfusion.runs import SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -42,6 +42,8 @@ class PlanOptions:
     """Share of the peak that the run's exact FLOPs reach."""
     batch: str | None = None
     """Positions per step, for example 2M, from which training.accumulate follows; decided by the run if not set."""
+    config: Path | None = None
+    """YAML or JSON file with some settings or all, as in `train`; options override it."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of a table."""
     tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -63,10 +65,10 @@ def plan(arguments: list[str]) -> None:
             raise UsageError("--tables lists the paper's rows: it takes nothing but --json")
         rows = [asdict(row) | {"parameters": _count_parameters(row.run)} for row in PAPER]
         return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
-    single = bool(arguments) and not arguments[0].startswith("-")
-    runs = [read_run("plan", arguments)] if single else [(named_run(size), arguments) for size in SIZES]
-    is_named = not single or arguments[0] in NAMES
-    parsed = [_parse(run, rest, f"plan {run.name}" if single else "plan", is_named) for run, rest in runs]
+    single = bool(arguments) and (not arguments[0].startswith("-") or config_file(arguments) is not None)
+    sizes = () if single else SIZES
+    runs = [ChosenRun(named_run(size), arguments, is_named=True) for size in sizes] or [read_run("plan", arguments)]
+    parsed = [_parse(chosen, f"plan {chosen.run.name}" if single else "plan") for chosen in runs]
     from transfusion.plan import plan as plan_run
 
     with as_usage_error(Machines):
@@ -76,13 +78,18 @@ def plan(arguments: list[str]) -> None:
         values = [_to_json(estimate) for estimate in plans]
         print(json.dumps(values[0] if single else values, indent=2))
     else:
-        print(*_table(plans), *_notes(plans, args), sep="\n")
+        print_plans(plans, args.batch)
 
 
-def _parse(run: Run, arguments: list[str], command: str, is_named: bool) -> tuple[Run, Machines, PlanOptions]:
+def print_plans(plans: list, batch: str | None = None) -> None:
+    """Print plans as a table, one column for each. `batch`: the number of positions that --batch asked for."""
+    print(*_table(plans), *_notes(plans, batch), sep="\n")
+
+
+def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]:
     """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
-    before = run
-    run, args = parse_run(PlanOptions, command, run, arguments)
+    before, is_named = chosen.run, chosen.is_named
+    run, args = parse_run(PlanOptions, command, before, chosen.arguments)
     memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
     machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
     if args.batch is not None and run.training.accumulate != before.training.accumulate:
@@ -199,7 +206,7 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
     ]
 
 
-def _notes(plans: list, args: PlanOptions) -> Iterator[str]:
+def _notes(plans: list, batch: str | None) -> Iterator[str]:
     """The assumptions, a batch that differs from --batch, and changes that make a run fit."""
     from transfusion.plan import ways_to_fit
 
@@ -211,10 +218,10 @@ def _notes(plans: list, args: PlanOptions) -> Iterator[str]:
         yield f"Assumed: half of a row is images of {patches} patches ({y}x{x} latents), half is text of one document."
     else:
         yield "Assumed: rows are text, because they are too short for images."
-    if args.batch is not None:
-        batch = _number(args.batch, COUNTS, "")
-        if batch != first.positions_per_step:
-            yield (f"--batch {batch:,} is not a multiple of {first.positions_per_step // first.run.training.accumulate:,}: "
+    if batch is not None:
+        number = _number(batch, COUNTS, "")
+        if number != first.positions_per_step:
+            yield (f"--batch {number:,} is not a multiple of {first.positions_per_step // first.run.training.accumulate:,}: "
                    f"the nearest is {first.positions_per_step:,}.")  # fmt: skip
     for estimate in plans:
         if not estimate.fits:

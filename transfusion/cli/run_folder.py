@@ -1,11 +1,12 @@
-"""A run's folder for training: created for a new run, opened and checked for one that exists."""
+"""A run's folder for training: drafted for a new run, checked for one that exists, and written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 from transfusion.checkpoint.open import RunDescription, describe_run
-from transfusion.checkpoint.save import create_run_folder, list_checkpoints
+from transfusion.checkpoint.save import create_run_folder, list_checkpoints, update_settings
 from transfusion.checkpoint.start import (
     OtherRunStart,
     describe_start,
@@ -14,46 +15,64 @@ from transfusion.checkpoint.start import (
     reopen_start,
     resolve_source,
 )
+from transfusion.cli.ignored import changed
 from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import ChatLayout, Run, to_json
 from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
-from transfusion.data.sources import chat_layout, fingerprint, fit, open_sources, reuse
+from transfusion.data.sources import chat_layout, fit, has_tokenizer_and_codec, hash_sources, open_sources, reuse
 from transfusion.disk import RUN
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
 
 Start = tuple[str, str]  # the kind of the initial weights, "run" or "llama", and their folder or name on the hub
+FREE = (  # settings that a trained run may change, by the beginning of their names: they do not change what a step learns
+    "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
+    "training.preview_every", "training.log_every", "data.prepared", "data.workers", "generation.", "parallel.",
+    "fault_tolerance.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run: the content of its run.json, the run with the settings of this command, and its encoder."""
+    """The folder of a run: the content of its run.json, and the encoder of its data."""
 
     path: Path
     description: RunDescription
-    run: Run
     encoder: DocumentEncoder
 
+    @property
+    def run(self) -> Run:
+        return self.description.run
+
     @classmethod
-    def open_or_create(cls, run: Run, path: Path, start: Start | None) -> "RunFolder":
-        """Open the folder, or create it for a new run. UsageError when it holds another run or other settings."""
-        if (path / RUN).exists():
-            known = describe_run(path)
-            _refuse_changes(known, run, path, start)
-            run = replace(known.run, data=run.data, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
-            encoder = DocumentEncoder(known.tokenizer, known.codec, known.vocabulary, run.data, run.training.seed)
-            return cls(path, known, run, encoder)
-        origin = open_start(*start) if start else None
-        encoder = _create_encoder(run, origin)
-        # Data without conversations keep the layout of the run that this one starts from.
-        chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
-        encoder = _end_answers(encoder, chat)
-        model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
-        run = replace(run, model=origin.adapt_config(model) if origin else model)
-        notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
-        notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
-        create_run_folder(path, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
-        return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), run, encoder)
+    def open(cls, path: Path) -> "RunFolder":
+        """A folder that was written."""
+        return cls._of(path, describe_run(path))
+
+    @classmethod
+    def draft(cls, run: Run, path: Path, start: Start | None) -> "RunFolder":
+        """The folder as `write` leaves it. With a checkpoint it keeps its tokenizer, codec and fixed settings: UsageError
+        when the command changes one, or has other data. Without one, all settings are the command's."""
+        known = describe_run(path) if (path / RUN).exists() else None
+        if known is not None and list_checkpoints(path):
+            return cls._of(path, _resume(known, run, path, start))
+        changes = _describe_changes(known.run, run, fixed_model_fields(known.notes.get("start"))) if known else {}
+        if changes:
+            print_status(f"{path} has no checkpoint, so it takes this command's settings: {'; '.join(changes.values())}")
+        return _create(cls, run, path, start)
+
+    @classmethod
+    def _of(cls, path: Path, about: RunDescription) -> "RunFolder":
+        run = about.run
+        return cls(path, about, DocumentEncoder(about.tokenizer, about.codec, about.vocabulary, run.data, run.training.seed))
+
+    def write(self) -> None:
+        """Write a new run, or the changed settings of one with a checkpoint."""
+        about = self.description
+        if not list_checkpoints(self.path):
+            create_run_folder(self.path, self.run, about.tokenizer, about.codec, about.vocabulary, about.notes)
+        elif describe_run(self.path).run != self.run:
+            update_settings(self.path, self.run)
 
     def first_weights(self, ranks: Ranks) -> Callable[[Transfusion], None] | None:
         """The function that fills in the weights of another run or model. None when seed or checkpoint decide them."""
@@ -62,6 +81,20 @@ class RunFolder:
             return None
         origin = reopen_start(note, self.path)
         return lambda model: origin.fill(model, self.run.training.seed, ranks)
+
+
+def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> RunFolder:
+    """A new run: its data and its start decide the sizes of the model. UsageError or ValueError when they do not suit."""
+    origin = open_start(*start) if start else None
+    encoder = _create_encoder(run, origin)
+    # Data without conversations keep the layout of the run that this one starts from.
+    chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
+    encoder = _end_answers(encoder, chat)
+    model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
+    run = replace(run, model=origin.adapt_config(model) if origin else model)
+    notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
+    notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
+    return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), encoder)
 
 
 def _create_encoder(run: Run, origin) -> DocumentEncoder:
@@ -88,42 +121,55 @@ def _end_answers(encoder: DocumentEncoder, chat: ChatLayout | None) -> DocumentE
 
 
 def _describe_data(run: Run, encoder: DocumentEncoder) -> dict:
-    """The notes of run.json about the data: its sources, the length of their documents, and a hash of prepared data."""
+    """The notes of run.json about the data: the length of the documents of each source, and the hash of its content."""
     sources = open_sources(run.data, "train")
     notes = {source.name: source.describe() for source in sources if hasattr(source, "describe")}
     weights = document_weights(sources, encoder)
     notes["document_weights"] = {source.name: weight for source, weight in zip(sources, weights, strict=True)}
     notes["edits"] = any(map(contains_edits, sources))
-    return notes | ({"prepared": fingerprint(run.data)} if run.data.prepared else {})
+    return notes | {"prepared": bool(run.data.prepared), "sources": hash_sources(run.data)}
 
 
-def _refuse_changes(known: RunDescription, run: Run, path: Path, start: Start | None) -> None:
-    """UsageError when a resumed run differs. Not compared: `parallel`, `fault_tolerance`, the place of prepared data, and
-    fields that data and start decide (vocab_size, latent_channels)."""
-    note = known.notes.get("start")
+def _resume(known: RunDescription, run: Run, path: Path, start: Start | None) -> RunDescription:
+    """The run of the folder with the free settings of the command. UsageError when another setting or the data differ."""
+    note, remedy = known.notes.get("start"), f"--from {path} with another --out starts a new run from its weights"
     if start and (not note or (note["kind"], note["place"]) != (start[0], resolve_source(*start))):
         first = f"from {note['place']}" if note else "from random weights"
         raise UsageError(f"{path} started {first}, not from {start[1]}: give another --out")
-    before = replace(known.run, parallel=run.parallel, fault_tolerance=run.fault_tolerance)
-    after = replace(run, model=replace(run.model, **{n: getattr(before.model, n) for n in fixed_model_fields(note)}))
-    if before.data.prepared and after.data.prepared:
-        before = replace(before, data=replace(before.data, prepared=after.data.prepared))
-    if before.name != after.name:
-        raise UsageError(f"{path} holds the run {before.name}, not {after.name}: give another --out")
-    values, changed = dict(_flatten(to_json(before))), []
-    for name, value in _flatten(to_json(after)):
-        if value != values.get(name):
-            changed.append(f"{name} is {values.get(name)} in the folder, {value} in this command")
-    if changed:
-        raise UsageError(f"{path} has other settings ({'; '.join(changed)}): give another --out")
-    if known.notes.get("prepared") != fingerprint(run.data):
-        raise UsageError(f"{' and '.join(run.data.prepared)} does not hold the data of {path}: give another --out")
+    if known.run.name != run.name:
+        raise UsageError(f"{path} holds the run {known.run.name}, not {run.name}: give another --out")
+    fixed_sizes = fixed_model_fields(note)
+    changes = _describe_changes(known.run, run, fixed_sizes)
+    if fixed := [text for name, text in changes.items() if not name.startswith(FREE)]:
+        raise UsageError(f"{path} is trained with other settings ({'; '.join(fixed)}), which a run keeps: transfusion train "
+                         f"{path} resumes it; {remedy}")  # fmt: skip
+    step = int(list_checkpoints(path)[-1].stem.partition("-")[2])
+    if run.training.steps < step:
+        raise UsageError(f"--training.steps {run.training.steps}: {path} is at step {step} already; give at least {step}")
+    _check_data(known, run, path, remedy)
+    if changes:
+        print_status(f"{path} resumes with other settings: {'; '.join(changes.values())}")
+    if known.run.training.steps != run.training.steps:
+        print_status(f"from here on the learning rate follows the schedule of {run.training.steps} steps")
+    return replace(known, run=replace(run, model=known.run.model))
 
 
-def _flatten(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """("model.width", 192) and so on: every setting with the name of its option."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _describe_changes(before: Run, after: Run, ignored: tuple[str, ...]) -> dict[str, str]:
+    """The settings that differ, by name, as text. `ignored`: fields of the model that data and start decide."""
+    names = (n for n in changed(before, after) if n.removeprefix("model.") not in ignored)
+    return {n: f"{n} is {attrgetter(n)(before)} in the folder, {attrgetter(n)(after)} in this command" for n in names}
+
+
+def _check_data(known: RunDescription, run: Run, path: Path, remedy: str) -> None:
+    """UsageError when the content of the data, or their tokenizer or codec, are not those of the run."""
+    data, place = run.data, " and ".join(run.data.prepared)
+    if data.prepared and not has_tokenizer_and_codec(data, known.tokenizer, known.codec):
+        raise UsageError(f"{place} does not hold the data of {path}: it has another tokenizer or codec; prepare it with "
+                         f"--like {path}")  # fmt: skip
+    hashes = hash_sources(data)
+    others = [name for name, digest in known.notes.get("sources", {}).items() if hashes.get(name) != digest]
+    if others and data.prepared:
+        raise UsageError(f"{place} does not hold the data of {path}: {', '.join(others)} has other documents; {remedy}")
+    if others:
+        raise UsageError(f"the built-in source {others[0]} has other documents than those of {path}: use the versions of "
+                         f"Python and transfusion that its {RUN} names; {remedy}")  # fmt: skip

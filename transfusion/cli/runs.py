@@ -4,8 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from textwrap import fill
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,10 +12,11 @@ from transfusion.cli.evaluate import measure
 from transfusion.cli.ignored import check_generate, check_train, warn_about_warmup
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
 from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
-from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, from_json, parse_size
+from transfusion.cli.settings import option_names, parse_run, read_run, to_yaml
+from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, parse_size
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
-from transfusion.runs import NAMES, named_run
+from transfusion.runs import named_run
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
 HELDOUT = 256  # documents of each source for the held-out losses
@@ -25,7 +25,7 @@ NUM_PREVIEWS, PREVIEW_DOCUMENTS = 10, 256  # captions of a preview, and the held
 
 @dataclass(frozen=True)
 class Train:
-    """Train a run. The same command resumes it, bit for bit; Ctrl-C saves a checkpoint first."""
+    """Train a run. The same command resumes it, bit for bit, and so does `train FOLDER`; Ctrl-C saves a checkpoint first."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     out: Path = Path()
@@ -35,6 +35,12 @@ class Train:
     init_from: str | None = None
     """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
     device: Device = "auto"
+    config: Path | None = None
+    """YAML or JSON file with some settings or all, such as --print-config prints; options override it."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print all settings as YAML, and do nothing else."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the plan after one step of a copy with one layer of width 64 on the data, and write nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,23 @@ def demo(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """Start a run or resume it."""
-    run, options = read_run("train", arguments)
-    before = run
-    run, args = parse_run(Train, f"train {run.name}", run, options, out=Path("runs") / run.name)
+    chosen = read_run("train", arguments)
+    before, folder = chosen.run, chosen.folder
+    resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.name
+    run, args = parse_run(Train, f"train {before.name}", before, chosen.arguments, resumes, out=out)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
-    _check_inputs(run, args)
+    if resumes and not starts and (note := read_json(folder / RUN).get("notes", {}).get("start")):
+        starts = [(note["kind"], note["place"])]
     check_train(before, run, starts[0][0] if starts else None)
+    if args.print_config:
+        return print(to_yaml(run), end="")
+    _check_inputs(run, args)
+    if args.dry_run:
+        from transfusion.cli.dry_run import dry_run
+
+        return dry_run(run, args.out, args.device, *starts or [None])
     _train_or_exit(run, args.out, args.device, *starts)
 
 
@@ -130,20 +145,12 @@ def _check_inputs(run: Run, args: Train) -> None:
         check_run(find_folder(args.start))
 
 
-def parse_run(cls: type, command: str, run: Run, arguments: list[str], **defaults: Any) -> tuple[Run, Any]:
-    """The run with the settings of the command line, and all options; `defaults` are those of options outside the run."""
-    given = {word.partition("=")[0] for word in arguments}
-    if given & {"--data", "--data.prepared", "--data.sources"}:  # they replace the sources of the named run
-        run = replace(run, data=replace(run.data, sources=(), mixture_weights=()))
-    args = parse(cls, command, arguments, cls(run, **defaults))
-    return args.run, args
-
-
 def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
     """Start or resume a run on all processes of torchrun. False when a signal stopped it.
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
     """
+    from transfusion.cli.dry_run import check_memory
     from transfusion.cli.run_folder import RunFolder
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
@@ -155,10 +162,12 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     torch_device = pick_device(device)
     keep_freed_memory(torch_device)
     with Ranks.of_torchrun(torch_device) as ranks, exit_on_signal(), TrainingLock(path, ranks) as lock:
-        run = replace(run, data=name_sources(run.data))
-        folder = RunFolder.open_or_create(run, path, start) if ranks.is_main else None
+        if ranks.is_main:
+            folder = RunFolder.draft(replace(run, data=name_sources(run.data)), path, start)
+            check_memory(folder.run, torch_device)
+            folder.write()
         ranks.barrier()
-        folder = folder or RunFolder.open_or_create(run, path, start)
+        folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
@@ -168,7 +177,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
         report_line = print_status if ranks.is_main else lambda line: None
         if trainer.loop.progress.step >= run.training.steps:
-            report_line(f"{path} is trained to its last step, {run.training.steps}")
+            report_line(f"{path} is trained to its last step, {run.training.steps}; a larger --training.steps resumes it")
             return lock.end(finished=True)
         report_line(f"training {run.name} on {devices}, into {path}")
         warn_about_warmup(run.training, report_line)
@@ -282,20 +291,3 @@ def _print_answers(engine, args: Generate) -> None:
         print(f"{n}: " if len(answers) > 1 else "", *texts, sep="")
     if errors:
         raise ValueError(f"{len(errors)} of {len(answers)} samples failed: {errors[0]}")
-
-
-def read_run(command: str, arguments: list[str]) -> tuple[Run, list[str]]:
-    """The run named by the first argument, or read from its run.json, and the other arguments."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        print(f"usage: transfusion {command} RUN [options]\n\nRUN is the path of a run.json, or one of\n{names}\n\n"
-              f"transfusion {command} RUN --help lists every option with the run's own defaults.")  # fmt: skip
-        sys.exit(0 if arguments else 2)
-    name, rest = arguments[0], arguments[1:]
-    if name in NAMES:
-        return named_run(name), rest
-    path = Path(name) / RUN if Path(name).is_dir() else Path(name)
-    if path.suffix != ".json":
-        raise UsageError(f"there is no run {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
-    values = read_json(path)
-    return from_json(Run, values.get("run", values)), rest

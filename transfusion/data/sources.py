@@ -13,10 +13,10 @@ from transfusion.config import BUILT_IN, ChatLayout, DataConfig
 from transfusion.data.loader import DocumentEncoder, Source
 from transfusion.data.raw import RawImage, RawText
 from transfusion.data.reading.built_in import open_built_in
-from transfusion.data.store import DecodedSource, PreparedFolder, open_prepared
-from transfusion.disk import sha256_of
+from transfusion.data.store import DecodedSource, PreparedFolder, StoredSource, open_prepared
 from transfusion.sequence import Vocabulary
 
+NUM_HASHED_DOCUMENTS = 512  # of a built-in source
 MARKERS = ("bos", "eos", "pad")  # of a tokenizer; folders that a run reads must agree on them
 
 
@@ -46,10 +46,26 @@ def name_sources(config: DataConfig) -> DataConfig:
     return replace(config, sources=config.sources or _names(_open_folders(config)))
 
 
-def fingerprint(config: DataConfig) -> str | None:
-    """One SHA-256 over all prepared folders, independent of their paths; None for built-in sources."""
-    hashes = [sha256_of(Path(folder) / "dataset.json") for folder in config.prepared]
-    return sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
+def hash_sources(config: DataConfig) -> dict[str, str]:
+    """A SHA-256 of the content of each source: of a prepared one over the digests of its shards, of a built-in one over its
+    first training documents. It depends on no path, date or version."""
+    sources = open_sources(config, "train")
+    return {s.name: s.content_hash() if isinstance(s, StoredSource) else _hash_documents(s) for s in sources}
+
+
+def _hash_documents(source: Source) -> str:
+    digest = sha256(str(len(source)).encode())
+    for n in range(min(NUM_HASHED_DOCUMENTS, len(source))):
+        for part in source[n].segments:
+            digest.update(part.text.encode() if isinstance(part, RawText) else part.pixels.tobytes())
+            digest.update(b"\0")  # so that no text can move to the next segment
+    return digest.hexdigest()
+
+
+def has_tokenizer_and_codec(config: DataConfig, tokenizer: Tokenizer, codec: Codec) -> bool:
+    """Whether the prepared data were encoded with this tokenizer and codec."""
+    first = _open_folders(config)[0]
+    return (first.tokenizer.to_json(), codec_to_bytes(first.codec)) == (tokenizer.to_json(), codec_to_bytes(codec))
 
 
 def chat_layout(config: DataConfig) -> ChatLayout | None:
@@ -106,7 +122,7 @@ def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vo
     if config.prepared:
         folders = _open_folders(config)
         first, shapes = folders[0], sorted({shape for folder in folders for shape in folder.shapes})
-        if (first.tokenizer.to_json(), codec_to_bytes(first.codec)) != (tokenizer.to_json(), codec_to_bytes(codec)):
+        if not has_tokenizer_and_codec(config, tokenizer, codec):
             raise ValueError(f"{first.folder} was prepared with another tokenizer or codec than the initial run: prepare it "
                              "with --like and that run")  # fmt: skip
         _check_seq_len(folders, config, vocabulary)

@@ -8,6 +8,8 @@ their original images, so generated images are compared with those and not with 
 decide the split (`heldout.py`) are kept, so that leaks can be counted.
 """
 
+import hashlib
+import json
 import math
 import os
 from bisect import bisect_right
@@ -167,11 +169,7 @@ class PreparedFolder:
         for name, source in self.metadata["sources"].items():
             for shard in source["shards"]:
                 for file, digest in shard["sha256"].items():
-                    path = self.folder / name / file
-                    if not path.is_file():
-                        raise OpenError(f"{path} is missing")
-                    if sha256_of(path) != digest:
-                        raise OpenError(f"{path} was changed after it was written: its SHA-256 is not the recorded one")
+                    _check_shard(self.folder / name / file, digest)
 
 
 def open_prepared(folder: Path) -> PreparedFolder:
@@ -189,8 +187,17 @@ def open_prepared(folder: Path) -> PreparedFolder:
         raise OpenError(f"{folder / 'dataset.json'} is damaged: {error!r}") from None
 
 
+def _check_shard(path: Path, digest: str) -> None:
+    """OpenError when a file is missing or its SHA-256 differs."""
+    if not path.is_file():
+        raise OpenError(f"{path} is missing")
+    if sha256_of(path) != digest:
+        raise OpenError(f"{path} was changed after it was written: its SHA-256 is not the recorded one")
+
+
 class StoredSource:
-    """The documents of one source and split, by number. Shards are memory-mapped: data are read when they are used."""
+    """The documents of one source and split, by number. Shards are memory-mapped: data are read when they are used. The
+    SHA-256 of a shard is checked when it is first opened."""
 
     def __init__(self, prepared: PreparedFolder, name: str, split: str):
         self.prepared, self.name, self.split = prepared, name, split
@@ -200,6 +207,7 @@ class StoredSource:
         self._counts = [shard["documents"][split] for shard in self.metadata["shards"]]
         self._ends = list(accumulate(self._counts))
         self._shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
+        self._checked: set[int] = set()  # numbers of shards
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -222,6 +230,11 @@ class StoredSource:
         """The images (Y, X, channels) uint8 of a held-out document before the codec; empty for training documents."""
         batch, row = self._find(id)
         return [pixels_of(read_picture(png, f"in {self.where(id)}")) for png in batch.images[row].as_py()]
+
+    def content_hash(self) -> str:
+        """A SHA-256 over the digests of its shards and the rows that are skipped in them."""
+        shards = [[shard["sha256"], shard.get("skipped", {})] for shard in self.metadata["shards"]]
+        return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
     def mean_positions(self, vocabulary: Vocabulary, caption_dropout: float = 0.0) -> float:
         """Mean positions of a document when this share of the captions of single pairs is dropped."""
@@ -256,8 +269,15 @@ class StoredSource:
 
     def _open_shard(self, number: int) -> tuple[list["_ArrowBatch"], np.ndarray]:
         """The batches of a shard; and for each skipped row, how many of the documents are before it."""
-        skipped = np.array(self.metadata["shards"][number].get("skipped", {}).get(self.split, ()), int)
-        return [_ArrowBatch(batch) for batch in _read_batches(self._path(number))], skipped - np.arange(len(skipped))
+        path, shard = self._path(number), self.metadata["shards"][number]
+        if number not in self._checked:
+            try:
+                _check_shard(path, shard["sha256"][path.name])
+            except OpenError as error:
+                raise OpenError(f"{error}; {_validate(path)} checks all shards") from None
+            self._checked.add(number)
+        skipped = np.array(shard.get("skipped", {}).get(self.split, ()), int)
+        return [_ArrowBatch(batch) for batch in _read_batches(path)], skipped - np.arange(len(skipped))
 
 
 def read_hashes(folder: Path, split: str, shards: Sequence[dict]) -> Iterator[tuple[int, np.ndarray, pa.RecordBatch]]:
@@ -285,8 +305,12 @@ def _read_batches(path: Path) -> list[pa.RecordBatch]:
         return batches
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        command = f"transfusion data validate {path.parent.parent}"
-        raise OpenError(f"cannot read {path}: {reason}; {command} checks all shards") from None
+        raise OpenError(f"cannot read {path}: {reason}; {_validate(path)} checks all shards") from None
+
+
+def _validate(path: Path) -> str:
+    """The command that checks the folder of a shard."""
+    return f"transfusion data validate {path.parent.parent}"
 
 
 def _parse_shape(name: str) -> tuple[int, int]:

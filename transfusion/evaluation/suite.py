@@ -15,7 +15,7 @@ from transfusion.config import QUICK, EvaluationConfig
 from transfusion.data.built_in.topics import Topics
 from transfusion.data.loader import Source, read_pairs
 from transfusion.data.raw import RawDocument, RawText
-from transfusion.data.sources import fingerprint, name_sources, open_raw
+from transfusion.data.sources import hash_sources, name_sources, open_raw
 from transfusion.evaluation.captions import caption_heldout, caption_images, word_scores
 from transfusion.evaluation.clip_score import ClipScore
 from transfusion.evaluation.coco import CaptionedImage, center_crop, check_images, read_coco, read_images
@@ -261,7 +261,7 @@ class Suite:
         """The settings that reproduce the figures, and the environment that they depend on."""
         opened, run = self.engine.opened, self.engine.run
         return {
-            "config": asdict(self.config), "data": fingerprint(run.data),
+            "config": asdict(self.config), "data": hash_sources(run.data) if run.data.prepared else None,
             "generation": asdict(run.generation), "captions": "greedy", "networks": dict(self.networks),
             "dtype": str(opened.precision).removeprefix("torch."), "device": str(self.engine.device),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
