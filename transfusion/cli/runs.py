@@ -16,6 +16,7 @@ from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
 from transfusion.runs import NAMES, named_run
+from transfusion.training.loggers import LoggerName, check_loggers
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
 HELDOUT = 256  # documents of each source for the held-out losses
@@ -33,6 +34,8 @@ class Train:
     """Start from another run, exported run or model in the package, as named in generate; prepare your data --like it."""
     init_from: str | None = None
     """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
+    log: tuple[LoggerName, ...] = ()
+    """Also write the metrics for TensorBoard, into the folder tensorboard of the run, or for Weights & Biases (wandb)."""
     device: Device = "auto"
 
 
@@ -101,11 +104,12 @@ def train(arguments: list[str]) -> None:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     _check_inputs(run, args)
     check_train(before, run, starts[0][0] if starts else None)
-    train_run(run, args.out, args.device, *starts)
+    train_run(run, args.out, args.device, *starts, loggers=args.log)
 
 
 def _check_inputs(run: Run, args: Train) -> None:
-    """An error for missing data, or for a missing start of a new run, before anything heavy is imported."""
+    """An error for missing packages or data, or for a missing start of a new run, before anything heavy is imported."""
+    check_loggers(args.log)
     for folder in run.data.prepared:
         check_prepared(Path(folder))
     for name in run.data.sources if not run.data.prepared else ():
@@ -130,7 +134,9 @@ def parse_run(cls: type, command: str, run: Run, arguments: list[str], **default
     return args.run, args
 
 
-def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
+def train_run(
+    run: Run, path: Path, device: str, start: tuple[str, str] | None = None, loggers: tuple[LoggerName, ...] = ()
+) -> bool:
     """Start or resume a run on all processes of torchrun. False when a signal stopped it.
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
@@ -151,7 +157,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
         preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
-        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
+        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks), loggers)
         trainer.loop.restore(print_status)
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
         report_line = print_status if ranks.is_main else lambda line: None
