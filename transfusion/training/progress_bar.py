@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
-MIN_BAR, MAX_BAR = 6, 40  # characters
+MIN_BAR, MAX_BAR = 4, 40  # characters
 GAP = 2  # between two parts of the line
 
 
