@@ -25,7 +25,8 @@ from transfusion.data.sources import fit
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import build
 from transfusion.page import Axis, Cell, Line, Page
-from transfusion.report import denoising_frames, write_report
+from transfusion.report.drawings import denoising_frames
+from transfusion.report.write import write_report
 
 HOSTILE = "<script>alert(1)</script> \"a\" 'b' &amp; <img src=x onerror=alert(2)> </pre></style> `code<b>`"
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)

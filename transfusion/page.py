@@ -103,6 +103,15 @@ class Page:
         top = f"<h3>{escape(title)}</h3>" if title else ""
         self._add(f'{top}<div class="pictures" style="--width:{int(width)}px">{shown}</div>')
 
+    def pairs(self, items: Iterable[tuple[str, np.ndarray, np.ndarray]], width: int = 72) -> None:
+        """A grid of pairs of images, each about `width` wide, with one caption below both."""
+        shown = "".join(
+            f'<figure><div>{_img(left, f"{caption}, left")}{_img(right, f"{caption}, right")}</div>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, left, right in items
+        )
+        self._add(f'<div class="pictures pairs" style="--width:{int(2 * width + 4)}px">{shown}</div>')
+
     def strip(
         self, rows: Sequence[tuple[str, Sequence[np.ndarray]]], column_titles: Sequence[str] = (), width: int = 60
     ) -> None:
@@ -403,6 +412,8 @@ td { font-variant-numeric: tabular-nums; }
 .pictures figure { max-width: calc(1.5 * var(--width)); }
 .pictures figcaption { margin-top: 4px; color: var(--ink); font-size: 13px; line-height: 1.3;
   white-space: pre-line; }
+.pairs figure { max-width: var(--width); } .pairs div { display: flex; gap: 4px; }
+.pairs img { flex: 1 1 0; min-width: 0; }
 .pictures .wrong img { outline: 2px solid var(--wrong); outline-offset: 1px; }
 .pictures .right b { color: var(--right); } .pictures .wrong b { color: var(--wrong); }
 .strip { display: grid; grid-template-columns: max-content repeat(var(--columns), minmax(0, var(--width)));

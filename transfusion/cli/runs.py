@@ -11,7 +11,7 @@ import tyro
 from transfusion.cli.evaluate import measure
 from transfusion.cli.ignored import check_generate, check_train, warn_about_warmup
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
-from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
+from transfusion.cli.screen import UsageError, check_exists, nearest, print_status, progress
 from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, from_json, parse_size
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
@@ -210,9 +210,12 @@ def report(arguments: list[str]) -> None:
 
 def _write_report(folder: Path, device: str) -> None:
     from transfusion.inference.engine import open_run
-    from transfusion.report import write_report
+    from transfusion.report.write import write_report
 
-    print_status(f"wrote {write_report(folder, open_run(folder, device=device))}")
+    engine = open_run(folder, device=device)
+    with progress("report") as on_progress:
+        path = write_report(folder, engine, on_progress)
+    print_status(f"wrote {path}")
 
 
 def _previewer(folder, heldout: list, device, ranks):

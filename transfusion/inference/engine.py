@@ -72,6 +72,7 @@ class Engine:
         self.sizes = [(x * codec.downsampling, y * codec.downsampling) for y, x in self.vocabulary.boi]  # (width, height)
         self.sequences: list[SequenceState] = []
         self.num_requests = 0
+        self.on_answer: Callable[[], None] | None = None  # `generate` calls it when a sample is finished
         # Latent shape -> the keys and values of bos and boi.
         self.uncond_prefixes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -134,6 +135,8 @@ class Engine:
                 for event in self.step():
                     raise_if_failed(event)
                     answers[event.request_id][event.sample_index].add(event)
+                    if self.on_answer and isinstance(event, FinishEvent):
+                        self.on_answer()
         finally:
             for request_id in answers:
                 self.cancel(request_id)
