@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Picture
 
-COLOURS = ("text", "image", "right", "wrong", "plain")  # CSS classes; STYLE defines them for light and dark pages
+SERIES = tuple(f"series-{n}" for n in range(1, 9))  # for lines of a plot that are all of one kind
+COLOURS = ("text", "image", "right", "wrong", "plain", *SERIES)  # CSS classes; STYLE defines them for light and dark pages
 RGB = tuple[int, int, int]
 
 
@@ -353,6 +354,10 @@ figure { margin: 0; min-width: 0; }
 figcaption { font-size: 15px; }
 .text { color: var(--text); } .image { color: var(--image); } .plain { color: var(--plain); }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
+.series-1, .key .series-1 i { color: #3b7dd8; } .series-2, .key .series-2 i { color: #d9730d; }
+.series-3, .key .series-3 i { color: #1f9d55; } .series-4, .key .series-4 i { color: #c2387f; }
+.series-5, .key .series-5 i { color: #8a63d2; } .series-6, .key .series-6 i { color: #0f9ba8; }
+.series-7, .key .series-7 i { color: #b8860b; } .series-8, .key .series-8 i { color: #7a7f87; }
 
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
   padding: 0; list-style: none; }

@@ -219,8 +219,8 @@ def _write_report(folder: Path, device: str) -> None:
 
 
 def _previewer(folder, heldout: list, device, ranks):
-    """A function that draws held-out captions with the averaged weights into samples/step-NNNNNN.png; None without captions.
-    Every rank draws, because each holds a part of the weights; the main rank writes the file."""
+    """A function that draws held-out captions with the averaged weights into samples/step-NNNNNN.png, below the held-out
+    pictures; None without captions. Every rank draws, because each holds a part of the weights; the main rank writes."""
     from transfusion.checkpoint.open import OpenedRun
     from transfusion.codecs.pictures import contact_sheet
     from transfusion.data.loader import read_pairs
@@ -229,17 +229,20 @@ def _previewer(folder, heldout: list, device, ranks):
     pairs = next((pairs for pairs in (list(read_pairs(source, PREVIEW_DOCUMENTS)) for source in heldout) if pairs), None)
     if pairs is None:
         return None
-    captions = list(dict.fromkeys(caption for _, caption, _ in pairs))[:NUM_PREVIEWS]
+    pictures: dict = {}  # the first held-out picture of each caption
+    for _, caption, pixels in pairs:
+        pictures.setdefault(caption, pixels)
+    captions = list(pictures)[:NUM_PREVIEWS]
 
     def preview(model, step: int) -> None:
         engine = Engine(OpenedRun(**vars(folder.description), model=model, step=step, device=device))
         answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
-        pictures = [samples[n].parts[0] for n in range(2) for samples in answers]
         if not ranks.is_main:
             return
+        drawn = {f"drawn {n + 1}": [samples[n].parts[0] for samples in answers] for n in range(2)}
         path = folder.path / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        contact_sheet(pictures, columns=len(captions)).save(path)
+        contact_sheet(captions, {"held out": [pictures[caption] for caption in captions], **drawn}).save(path)
 
     return preview
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PAUSE = 10.0  # seconds between two lines of progress
+
 
 class UsageError(Exception):
     """A command that is wrong as typed; the message is one line. Not a ValueError, which tyro would print in a box."""
@@ -39,7 +41,7 @@ def fail(error: Exception, code: int) -> None:
 @contextmanager
 def progress(label: str, quiet: bool = False) -> Iterator:
     """Yields `on_progress(done, total, part="")`, where `part` names what is under way: a bar as wide as the terminal,
-    elsewhere a line every ten seconds, nothing if `quiet`."""
+    elsewhere a line every `PAUSE` seconds, nothing if `quiet`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -57,7 +59,7 @@ def progress(label: str, quiet: bool = False) -> Iterator:
 
         def on_progress(done: int, total: int, part: str = "") -> None:
             nonlocal last
-            if time.monotonic() - last >= 10:
+            if time.monotonic() - last >= PAUSE:
                 last = time.monotonic()
                 print_status(f"{label}: {done:,} of {total:,}{part and f', now {part}'}")
 

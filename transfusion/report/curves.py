@@ -1,14 +1,9 @@
 """Losses over the training steps, and whether the run overfits."""
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from transfusion.page import Line, Page
 from transfusion.report.material import Material
-from transfusion.report.record import Record
+from transfusion.report.record import Record, running_mean
 
-WINDOW = 9  # training points in a running mean
 MAX_POINTS = 600  # of a line in a plot
 
 
@@ -41,8 +36,3 @@ def _curves(record: Record, kind: str) -> dict[str, Line]:
     for n, (source, (steps, losses)) in enumerate(record.heldout(kind).items()):
         lines[f"held out: {source}"] = Line(steps, losses, kind, dots=True, dashed=n > 0)
     return lines
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of the `WINDOW` values around each one."""
-    return [float(np.mean(values[max(0, n - WINDOW // 2) : n + WINDOW // 2 + 1])) for n in range(len(values))]

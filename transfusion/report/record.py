@@ -1,12 +1,15 @@
 """What training and evaluation wrote into a run's folder: settings, metrics and results. Imports nothing heavy."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from transfusion.disk import RUN, read_json
 
 Series = tuple[list[int], list[float]]  # steps and values
+WINDOW = 9  # points in a running mean
 RISE = 0.02  # of a held-out loss above its lowest value, as a share of it, from which a run overfits
 
 
@@ -55,6 +58,11 @@ class Record:
                         f"and is {losses[-1]:.3f} at step {steps[-1]:,}. Train fewer steps, or on more data."
                     )
         return sentences
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of the `WINDOW` values around each one."""
+    return [fmean(values[max(0, n - WINDOW // 2) : n + WINDOW // 2 + 1]) for n in range(len(values))]
 
 
 def format_duration(seconds: float) -> str:
