@@ -16,9 +16,11 @@ Value = int | float | str
 class Logger(Protocol):
     """Gets every line of metrics.jsonl, on the main process only."""
 
-    def write(self, step: int, values: dict[str, Value]) -> None: ...
+    def write(self, step: int, values: dict[str, Value]) -> None:
+        """A line after this step."""
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None:
+        """The session ends, with an error if `failed`."""
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
@@ -52,7 +54,7 @@ class TensorBoardLogger:
             add = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
             add(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
@@ -84,5 +86,5 @@ class WandbLogger:
     def write(self, step: int, values: dict[str, Value]) -> None:
         self.run.log({"step": step, **values})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))

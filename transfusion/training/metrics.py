@@ -26,9 +26,9 @@ class MetricsWriter:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error: type[BaseException] | None, *_):
         for logger in self.loggers:
-            logger.close()
+            logger.close(failed=error is not None)
 
     def write(self, step: int, **values: Value) -> None:
         """A line with numbers and words. Numbers that are not finite are left out, because JSON has none."""
