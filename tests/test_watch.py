@@ -8,19 +8,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Picture
 from rich.console import Console
 
 from tests.documents import VOCABULARY, documents
 from tests.profile import examples
 from tests.test_cli import fails
+from tests.test_pictures import find_tile
 from tests.test_training import new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import small_run
 from transfusion import objective
-from transfusion.config import DataConfig
+from transfusion.config import DataConfig, Run, from_json
+from transfusion.data.loader import read_pairs
+from transfusion.data.sources import open_raw
+from transfusion.disk import read_json
 from transfusion.model.flops import count_training_flops
 from transfusion.sequence import Row, collate, encode_document
 from transfusion.training import loggers, progress_bar
@@ -189,6 +195,21 @@ def test_folder_of_the_name_is_not_the_package(tmp_path, monkeypatch):
         loggers.check_loggers(("madeup",))
     (tmp_path / "madeup" / "__init__.py").touch()
     loggers.check_loggers(("madeup",))
+
+
+# Previews
+
+
+def test_preview_has_the_held_out_pictures(trained):
+    """The first of each caption, above what was drawn from it."""
+    run = from_json(Run, read_json(trained / "run.json")["run"])
+    pairs = [pair for source in open_raw(run.data, "heldout") for pair in read_pairs(source, 256)]
+    scans = {caption: pixels for _, caption, pixels in reversed(pairs)}
+    sheet = np.asarray(Picture.open(trained / "samples" / "step-000004.png"))
+    places = [find_tile(sheet, scans[caption], 96) for caption in [*dict.fromkeys(caption for _, caption, _ in pairs)][:10]]
+    assert len(places) == 10 and len({y for y, _ in places}) == 1
+    assert [x for _, x in places] == sorted({x for _, x in places})  # in the order of the data
+    assert sheet.shape[0] > 3 * 96 + 14
 
 
 # The progress bar

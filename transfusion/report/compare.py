@@ -110,4 +110,4 @@ def _flatten(settings: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + name, (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
