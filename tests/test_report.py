@@ -183,7 +183,7 @@ def make_run(folder: Path, name: str, **data) -> Run:
     fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     run = replace(run, model=replace(run.model, **fitted))
     create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {})
-    save(folder, 7, {"ema": build(run.model, 0).state_dict()}, {"step": 7}, keep=1)
+    save(folder, 7, {"ema": build(run.model, 0).state_dict()}, {"step": 7, "seconds": 9.0, "num_seen": 9}, keep=1)
     return run
 
 
@@ -307,7 +307,7 @@ def test_report_of_shapes_without_results(tmp_path):
 # The command
 
 
-@examples(60)
+@examples(60, quick=10)
 @given(st.sampled_from(("digits", "small", "0.16b", "chameleon-0.16b")), st.data())
 def test_command_is_read_as_the_run(name, data):
     """For any settings: the options of the command give the run back."""
