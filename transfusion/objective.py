@@ -190,15 +190,18 @@ def sum_by_source(batch: Batch, tokens: Tensor, images: Sequence[Tensor], names:
     sources = chunk_sources.gather(1, batch.document_ids.clamp(min=0).long()).flatten()  # (B * L,)
     sums = tokens.new_zeros(len(names) + 1, 3)
 
+    def move(index: Tensor) -> Tensor:
+        """To the device of the values. From pinned memory, because a copy from other memory may wait for the GPU's work."""
+        return index.pin_memory().to(tokens.device, non_blocking=True) if tokens.is_cuda else index
+
     def add(column: int, positions: Tensor, values: Tensor) -> None:
-        sums[:, column].index_add_(0, sources[positions].to(values.device, non_blocking=True), values.to(sums.dtype))
+        sums[:, column].index_add_(0, move(sources[positions]), values.to(sums.dtype))
 
     add(0, batch.text_index, tokens)
     for group, values in zip(batch.groups, images, strict=True):
         add(1, group.index[:, 0], values)
     if batch.code_count:
-        is_code = (batch.text_target >= batch.first_code).to(tokens.device, non_blocking=True)
-        add(2, batch.text_index, tokens * is_code)
+        add(2, batch.text_index, tokens * move(batch.text_target >= batch.first_code))
     return sums[:-1]
 
 
