@@ -130,8 +130,8 @@ def test_contact_sheet_has_rows_of_images_and_captions_below(side=32):
     sheet = np.asarray(contact_sheet(captions, rows, side))
     places = np.array([[find_tile(sheet, pixels, side) for pixels in row] for row in rows.values()])  # (rows, columns, 2)
     assert (np.diff(places[..., 0], axis=1) == 0).all() and (np.diff(places[..., 1], axis=0) == 0).all()  # a grid
-    assert (np.diff(places[:, 0, 0]) >= side).all() and (np.diff(places[0, :, 1]) >= 40).all()
-    below, edges = sheet[places[-1, 0, 0] + side :], [*places[0, :, 1], sheet.shape[1]]
+    assert np.diff(places[:, 0, 0]).tolist() == [32 + 6, 20 + 6] and (np.diff(places[0, :, 1]) >= 40).all()
+    below, edges = sheet[places[-1, 0, 0] + 35 :], [*places[0, :, 1], sheet.shape[1]]
     ink = [below[:, a:b].min(axis=(1, 2)) < 128 for a, b in pairwise(edges)]  # for each caption, the rows with letters
     heights = [int(np.flatnonzero(rows)[-1]) for rows in ink]
     assert 0 < heights[0] == heights[3] < heights[1] < heights[2] < len(below)
