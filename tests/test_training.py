@@ -91,8 +91,8 @@ def stop_at_step(trainer: Trainer, step: int) -> Trainer:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without events and what depends on time."""
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "event" not in line]
+    """The lines of metrics.jsonl with figures, without what depends on time."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("event") in (None, "skip")]
     return [{k: v for k, v in line.items() if k not in CLOCK and not k.startswith("seconds")} for line in lines]
 
 
