@@ -14,7 +14,7 @@ from transfusion.disk import RUN, OpenError
 class Compare:
     """Write one page about several runs: their curves in the same plots, the settings that differ, and their figures."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders of two or more runs."""
     out: Path = Path("compare.html")
     """File of the page."""
