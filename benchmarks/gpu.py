@@ -26,10 +26,9 @@ import tyro
 from benchmarks import decoding, drawing
 from benchmarks.fixtures import make_paper_loader
 from benchmarks.timing import ROOT, TABLE_HEAD, Figure, Setting, describe_machine
-from benchmarks.training import PEAK_TFLOPS
 from transfusion.config import Machines, ParallelConfig, Run
 from transfusion.disk import write_json
-from transfusion.model.flops import count_training_flops
+from transfusion.model.flops import count_training_flops, count_usual_flops, find_peak_tflops
 from transfusion.model.transfusion import count_parameters
 from transfusion.parallel import pick_device
 from transfusion.plan import estimate_memory
@@ -81,15 +80,14 @@ def measure_training(run: Run, setting: Setting) -> Iterator[Figure]:
     run_steps(trainer, islice(loaded, setting.pick(WARMUP_STEPS, 1)))  # they compile
     steps = run_steps(trainer, islice(loaded, setting.pick(MAX_STEPS, 2)))
     loaded.close()
-    parameters, width, seq_len = count_parameters(trainer.model), run.model.width, run.data.seq_len
+    parameters, seq_len = count_parameters(trainer.model), run.data.seq_len
     size = f"{run.name}, {run.model.layers} layers, {run.data.rows} x {seq_len:,}"
     speed = steps.positions / steps.seconds
     yield Figure(size, speed, "positions/s", beside=f"{parameters:,} parameters")
-    device_name = torch.cuda.get_device_name(device) if setting.cuda else ""
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
+    peak = find_peak_tflops(device)
     per_position = {
         "FLOPs of the actual batch": count_training_flops(steps.batch, run.model) / steps.batch.positions,
-        "standard FLOPs, 6 N + 12 l w L": 6 * parameters + 12 * run.model.layers * width * seq_len,
+        "standard FLOPs, 6 N + 12 l w L": count_usual_flops(run.model, parameters, seq_len),
     }
     for convention, flops in per_position.items():
         mfu = peak and speed * flops / (peak * 1e12)

@@ -18,7 +18,7 @@ from benchmarks.worker import peak_memory_mib
 from transfusion.config import Run
 from transfusion.data.loader import Loader
 from transfusion.data.sources import fit, open_sources
-from transfusion.model.flops import count_training_flops
+from transfusion.model.flops import count_training_flops, count_usual_flops, find_peak_tflops
 from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.parallel import (
     CPUINFO,
@@ -37,9 +37,6 @@ SMALL_RUNS = ("digits", "shapes")
 WARMUP_STEPS, NUM_READS = 3, 8  # reads are trained on in turn
 STATE_BYTES = 20  # per parameter: weights, EMA, gradient and two moments
 MAX_STATE_SHARE = 0.75  # of the free memory; a larger model is not tried
-PEAK_TFLOPS = {  # bfloat16, from the data sheets; the first name that is part of the device's name is used
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
-}  # fmt: skip
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
@@ -101,12 +98,11 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
     baselines = {}  # FLOP/s of the fastest shape, by kind
     for kind, (m, k, n) in products:
         baselines[kind] = max(baselines.get(kind, 0), NUM_MATMULS * 2 * m * k * n / seconds[kind, (m, k, n)])
-    device_name = torch.cuda.get_device_name(device) if setting.cuda else ""
-    peak_tflops = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
+    peak_tflops = find_peak_tflops(device)
     if peak_tflops is not None:
         baselines[f"{peak_tflops} TFLOP/s, data sheet"] = peak_tflops * 1e12
     parameters, positions = count_parameters(trainer.model), mean_per_step(reads, lambda batch: batch.positions)
-    standard = 6 * parameters + 12 * run.model.layers * run.model.width * run.data.seq_len
+    standard = count_usual_flops(run.model, parameters, run.data.seq_len)
     conventions = {
         "FLOPs of the actual batch": mean_per_step(reads, lambda batch: count_training_flops(batch, run.model)),
         "standard FLOPs, 6 N + 12 l w L": standard * positions,

@@ -16,7 +16,7 @@ from transfusion.data.built_in.digits import NAMES
 from transfusion.data.sources import open_raw
 from transfusion.evaluation.captions import caption_images
 from transfusion.inference.engine import Request, open_run
-from transfusion.report import denoising_frames
+from transfusion.report.drawings import denoising_frames
 
 COLUMNS = 12
 NUM_CAPTIONS = 2 * COLUMNS

@@ -174,11 +174,10 @@ def _read_final_losses(folder: Path) -> dict[str, float]:
     With several sources the name of each loss starts with its source.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    heldout = [line["heldout"] for line in lines if "heldout" in line][-1]
-    losses = {
-        name if len(heldout) == 1 else f"{source}_{name}": value
-        for source, by_name in heldout.items() for name, value in by_name.items()
-    }  # fmt: skip
+    heldout = [losses for line in lines if (losses := {tuple(name.removeprefix("heldout_").split("/", 1)): value
+                                            for name, value in line.items() if name.startswith("heldout_")})][-1]
+    sources = {source for _, source in heldout}
+    losses = {name if len(sources) == 1 else f"{source}_{name}": value for (name, source), value in heldout.items()}
     positions = read_json(max((folder / "checkpoints").glob("*/state.json")))["num_seen"]
     return {**losses, "positions": positions, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PRELOADED = [  # packages, this package, and test modules whose functions are executed in processes
     "sklearn.datasets", "sklearn.model_selection", "torch._dynamo", "torch.distributed.checkpoint",
     "torch.distributed.fsdp", "torch.distributed.launcher.api", "transfusion.cli.run_folder", "transfusion.cli.data",
-    "transfusion.data.prepare", "transfusion.report", "transfusion.training.codec", "tests.test_cli_data",
+    "transfusion.data.prepare", "transfusion.report.write", "transfusion.training.codec", "tests.test_cli_data",
     "tests.test_guard",
 ]  # fmt: skip
 

@@ -71,6 +71,7 @@ WRONG = {  # arguments -> the exit code
     "generate NOWHERE a --size big": 2, "generate NOWHERE three --sampler magic": 2, "evaluate NOWHERE": 1, "evaluate": 2,
     "evaluate --from NOWHERE/results.json": 1,
     "evaluate NOWHERE --tasks nonsense": 2, "evaluate NOWHERE --tasks choice --questions NOWHERE/a.jsonl": 1,
+    "compare NOWHERE NEW": 1, "compare NOWHERE": 2,
     "report NOWHERE": 1, "report NOWHERE --devise cpu": 2, "export NOWHERE --out NEW": 1, "export NOWHERE": 2,
     "serve NOWHERE": 1,
     "serve NOWHERE --port 99999": 2, "serve NOWHERE --host 0.0.0.0": 2, "serve NOWHERE --limits.max-sequences 0": 2,

@@ -1,5 +1,6 @@
 """Pictures of every mode become the pixels that they show, or are refused in one line."""
 
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image as Picture
 from tests.profile import examples
 from tests.tiny import build_engine, picture
 from transfusion.codecs import pictures
-from transfusion.codecs.pictures import PictureError, pixels_of, to_pixels
+from transfusion.codecs.pictures import PictureError, contact_sheet, pixels_of, to_pixels
 from transfusion.inference.request import Request
 
 few = examples(25, quick=8)
@@ -104,3 +105,40 @@ def test_a_picture_is_put_on_white_band_by_band(monkeypatch, band_pixels):
     image = Picture.fromarray(np.random.default_rng(0).integers(0, 256, (17, 24, 4), dtype=np.uint8))
     whole = Picture.alpha_composite(Picture.new("RGBA", image.size, "white"), image).convert("RGB")
     assert (pixels_of(image) == np.asarray(whole)).all()
+
+
+# Contact sheets
+
+
+def find_tile(sheet: np.ndarray, pixels: np.ndarray, side: int) -> tuple[int, int]:
+    """(y, x) of the only place where a sheet shows an image, enlarged to about `side` pixels."""
+    zoom = max(1, round(side / max(pixels.shape[:2])))
+    tile = np.broadcast_to(pixels, (*pixels.shape[:2], 3)).repeat(zoom, 0).repeat(zoom, 1)
+    height, width = tile.shape[:2]
+    corners = sheet[: -height + 1, : -width + 1] == tile[0, 0]
+    [place] = [(y, x) for y, x in np.argwhere(corners.all(2)) if (sheet[y : y + height, x : x + width] == tile).all()]
+    return tuple(map(int, place))
+
+
+def test_contact_sheet_has_rows_of_images_and_captions_below(side=32):
+    rng = np.random.default_rng(0)
+    captions = ["three", "a large red disc above a small blue square", "Donaudampfschifffahrtsgesellschaft " * 30, "a\nb"]
+    rows = {
+        title: [rng.integers(0, 256, shape, dtype=np.uint8) for _ in captions]
+        for title, shape in (("held out", (8, 8, 1)), ("drawn 1", (20, 40, 3)), ("drawn 2", (7, 3, 3)))
+    }
+    sheet = np.asarray(contact_sheet(captions, rows, side))
+    places = np.array([[find_tile(sheet, pixels, side) for pixels in row] for row in rows.values()])  # (rows, columns, 2)
+    assert (np.diff(places[..., 0], axis=1) == 0).all() and (np.diff(places[..., 1], axis=0) == 0).all()  # a grid
+    assert np.diff(places[:, 0, 0]).tolist() == [32 + 6, 20 + 6] and (np.diff(places[0, :, 1]) >= 40).all()
+    below, edges = sheet[places[-1, 0, 0] + 35 :], [*places[0, :, 1], sheet.shape[1]]
+    ink = [below[:, a:b].min(axis=(1, 2)) < 128 for a, b in pairwise(edges)]  # for each caption, the rows with letters
+    heights = [int(np.flatnonzero(rows)[-1]) for rows in ink]
+    assert 0 < heights[0] == heights[3] < heights[1] < heights[2] < len(below)
+    assert all((below[:, edge - 4 : edge] == 255).all() for edge in edges)  # no caption reaches the next column
+    assert sheet[places[0, 0, 0] :, : edges[0]].min() < 128  # titles at the left
+
+
+def test_contact_sheet_without_images_is_a_picture():
+    assert min(contact_sheet([], {"held out": []}).size) > 0
+    assert min(contact_sheet([""], {"held out": [np.zeros((1, 1, 1), np.uint8)]}).size) > 96

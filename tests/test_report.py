@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shlex
+import shutil
 from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,16 +18,36 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from tests.profile import examples
+from tests.test_cli import command, fails
 from tests.tiny import build_engine, save
 from transfusion import cli
 from transfusion.checkpoint.save import create_run_folder
-from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.cli.runs import Train
+from transfusion.cli.settings import parse_run
+from transfusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    DigitsConfig,
+    GenerationConfig,
+    ModelConfig,
+    RopeScaling,
+    Run,
+    TrainingConfig,
+    to_json,
+)
 from transfusion.data.built_in.digits import NAMES, load_scans
-from transfusion.data.sources import fit
+from transfusion.data.built_in.shapes import Shapes
+from transfusion.data.loader import read_pairs
+from transfusion.data.sources import fit, name_sources
 from transfusion.inference.engine import Request, open_run
 from transfusion.model.transfusion import build
-from transfusion.page import Axis, Cell, Line, Page
-from transfusion.report import denoising_frames, write_report
+from transfusion.page import SERIES, Axis, Cell, Line, Page
+from transfusion.report.command import training_command
+from transfusion.report.compare import write_comparison
+from transfusion.report.drawings import denoising_frames
+from transfusion.report.record import Record
+from transfusion.report.write import write_report
+from transfusion.runs import named_run
 
 HOSTILE = "<script>alert(1)</script> \"a\" 'b' &amp; <img src=x onerror=alert(2)> </pre></style> `code<b>`"
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
@@ -70,6 +92,7 @@ def test_hostile_text_is_escaped():
     page.table([(HOSTILE, HOSTILE)], (HOSTILE, HOSTILE))
     page.matrix(GREY, (HOSTILE, HOSTILE), {HOSTILE: (0, 0, 0)}, HOSTILE, HOSTILE)
     page.pictures([(HOSTILE, GREY, mark) for mark in (True, False, None)], title=HOSTILE)
+    page.pairs([(HOSTILE, GREY, GREY)])
     page.strip([(HOSTILE, [GREY])], column_titles=(HOSTILE, HOSTILE))
     page.sequence([Cell(HOSTILE, HOSTILE), Cell([GREY], HOSTILE, "image", "image")])
     page.passage([(HOSTILE, HOSTILE), (GREY, HOSTILE)])
@@ -79,7 +102,7 @@ def test_hostile_text_is_escaped():
     parsed = ParsedPage(page.html())
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "iframe", "object", "embed", "form", "base"})
     assert not [key for _, attributes in parsed.tags for key in attributes if key.startswith("on")]
-    assert len(parsed.pictures) == 7
+    assert len(parsed.pictures) == 9
     assert parsed.text.count("<script>alert(1)</script>") >= 25
     assert_self_contained(page.html())
 
@@ -161,19 +184,19 @@ def make_run(folder: Path, name: str, **data) -> Run:
     fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
     run = replace(run, model=replace(run.model, **fitted))
     create_run_folder(folder, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {})
-    save(folder, 7, {"ema": build(run.model, 0).state_dict()}, {"step": 7}, keep=1)
+    save(folder, 7, {"ema": build(run.model, 0).state_dict()}, {"step": 7, "seconds": 9.0, "num_seen": 9}, keep=1)
     return run
 
 
 def digits_run(folder: Path) -> Run:
     """A run on digits and topics, with metrics and results in the format of training and evaluation."""
     run = make_run(folder, "digits", sources=("digits", "topics"), seq_len=128, digits=DigitsConfig(interleaved=0.15))
-    heldout = {"digits": {"text_loss": 6.0, "image_loss": 1.0}, "topics": {"text_loss": 6.0}}
-    lines = [{"step": 0, "heldout": heldout}]
+    heldout = {"heldout_text_loss/digits": 6.0, "heldout_image_loss/digits": 1.0, "heldout_text_loss/topics": 6.0}
+    lines = [{"step": 0, "event": "start"}, {"step": 0, **heldout}]
     for n in range(1, 8):
         speed = {"positions_per_second": 9, "seconds": 61.0 * n}
         lines.append({"step": n, "text_loss": 6 / n, "image_loss": 1 / n, **speed})
-    lines.append({"step": 7, "heldout": heldout})
+    lines.append({"step": 7, **heldout, "heldout_text_loss/topics": 6.3, "heldout_image_loss/digits": 1.01})
     complete = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(complete + '{"step": 8, "text_lo')  # incomplete after a crash
     answers = [{"document": n, "reference": "six", "prediction": "six" if n % 3 else HOSTILE} for n in range(60)]
@@ -206,8 +229,9 @@ def test_report_of_digits_has_all_sections(digits):
     folder, _, html = digits
     assert (folder / "report.html").read_text() == html
     assert headings(html) == [
-        "What this is", "How good it is", "Training curves", "Drawn from a word", "From noise to an image",
-        "Captions of held-out scans", "Interleaved text and images", "Text only", "How to reproduce it",
+        "What this is", "How good it is", "Training curves", "Drawn from a word", "Held-out scans and drawings",
+        "From noise to an image", "Captions of held-out scans", "Interleaved text and images", "Text only",
+        "How to reproduce it",
     ]  # fmt: skip
     assert_self_contained(html)
     text = ParsedPage(html).text
@@ -216,6 +240,10 @@ def test_report_of_digits_has_all_sections(digits):
     assert "40 right, 20 wrong." in text and "Wrong: 20 of 20" in text and "Right: 20 of 40" in text
     assert f"predicted {HOSTILE},\nactual six" in text
     assert "Held-out data, not used in training: 297 scans of digits, " in text
+    assert (
+        "The texts of topics overfit: their held-out loss was lowest at step 0 (6.000) and is 6.300 at step 7." in text
+    )
+    assert text.count("overfit") == 1  # 1 % is no overfitting
     labels = ("query position", "key position", "training step", "loss (nats per token), log scale", "guidance scale")
     assert [label for label in labels if label not in text] == []
 
@@ -250,7 +278,7 @@ def test_command_of_the_report_trains_an_equal_run(digits, monkeypatch):
     folder, run, html = digits
     command = shlex.split(html.partition("<pre>transfusion ")[2].partition("</pre>")[0])
     calls = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, folder, device: not calls.append((run, folder)))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, folder, *_: not calls.append((run, folder)))
     cli.main(command)
     [(parsed, out)] = calls
     assert out == folder
@@ -262,11 +290,165 @@ def test_report_of_shapes_without_results(tmp_path):
     make_run(tmp_path, "shapes <b>", sources=("shapes",), codec="block_pca", seq_len=128)
     html = write_report(tmp_path, open_run(tmp_path, device="cpu")).read_text()
     assert headings(html) == [
-        "What this is", "How good it is", "Drawn from a caption", "From noise to an image",
+        "What this is", "How good it is", "Drawn from a caption", "Held-out scenes and drawings", "From noise to an image",
         "Captions of held-out scenes", "How to reproduce it",
     ]  # fmt: skip
     assert_self_contained(html)
     parsed = ParsedPage(html)
     assert "not measured yet" in parsed.text and f"transfusion evaluate {tmp_path}" in parsed.text
     assert "<h1>shapes &lt;b&gt;</h1>" in html
-    assert sum(pixels.shape == (32, 32, 3) for _, pixels in parsed.pictures) == 8 + 64 + 2 * 2 + 32
+    assert sum(pixels.shape == (32, 32, 3) for _, pixels in parsed.pictures) == 8 + 64 + 2 * 16 + 2 * 2 + 32
+    drawn = [pixels for alt, pixels in parsed.pictures if alt.endswith(", right")]
+    scenes = [pixels for alt, pixels in parsed.pictures if pixels.shape == (32, 32, 3)][8:]
+    assert np.array_equal(drawn, scenes[:16])  # the gallery has the same drawings
+    real = [pixels for alt, pixels in parsed.pictures if alt.endswith(", left")]
+    assert np.array_equal(real, [pixels for _, _, pixels in read_pairs(Shapes(split="heldout"), 16)])
+
+
+# The command
+
+
+@examples(60, quick=10)
+@given(st.sampled_from(("digits", "small", "0.16b", "chameleon-0.16b")), st.data())
+def test_command_is_read_as_the_run(name, data):
+    """For any settings: the options of the command give the run back."""
+    run = named_run(name)
+    values = {
+        "model": {"layers": st.integers(1, 9), "kv_heads": st.sampled_from((None, 1)), "qk_norm": st.booleans(),
+                  "rope_scaling": st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 8192)))},
+        "diffusion": {"prediction": st.sampled_from(("epsilon", "x0"))},
+        "data": {"rows": st.integers(1, 9), "caption_dropout": st.floats(0, 1), "codec": st.just("block_pca"),
+                 "digits": st.builds(DigitsConfig, st.floats(0, 1))},
+        "training": {"betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), "learning_rate": st.floats(0, 1)},
+        "parallel": {"compile": st.sampled_from((None, True, False)), "activation_checkpointing": st.booleans()},
+        "fault_tolerance": {"skip_spikes_above": st.sampled_from((None, 6.0))},
+        "generation": {"guidance_interval": st.just((0.2, 0.7)), "t_shift": st.sampled_from((None, 3.0))},
+    }  # fmt: skip
+    for part, fields in values.items():
+        chosen = data.draw(st.sets(st.sampled_from(sorted(fields))))
+        config = replace(getattr(run, part), **{field: data.draw(fields[field]) for field in sorted(chosen)})
+        run = replace(run, **{part: config})
+    folder = Path(data.draw(st.sampled_from(("runs/a", "runs/with space"))))
+    program, command, named, *words = shlex.split(training_command(run, folder))
+    assert (program, command, named) == ("transfusion", "train", name)
+    parsed, args = parse_run(Train, "train", named_run(name), words)
+    assert parsed == run
+    assert args.out == folder
+
+
+def test_command_of_a_run_on_prepared_data_that_starts_from_another(prepared):
+    """The data by --data alone, --from, and no setting that data or start decide."""
+    data = name_sources(DataConfig(prepared=(str(prepared / "prepared"),), seq_len=128, rows=8))
+    run = replace(named_run("small"), data=replace(named_run("small").data, **vars(data)))
+    run = replace(run, model=replace(run.model, vocab_size=999, latent_channels=3))
+    start = {"kind": "run", "place": "runs/first run", "name": "first run", "step": 7}
+    words = shlex.split(training_command(run, Path("runs/second"), start))
+    assert words[words.index("--data") + 1] == str(prepared / "prepared")
+    assert words[words.index("--from") + 1] == "runs/first run"
+    assert not {"--data.sources", "--model.vocab-size", "--model.latent-channels", "--data.mixture-weights"} & {*words}
+    parsed, args = parse_run(Train, "train", named_run("small"), words[3:])
+    assert name_sources(parsed.data) == run.data
+    assert args.start == "runs/first run"
+    other = replace(run, name="mine", data=replace(run.data, sources=("photos",)))
+    assert training_command(other, Path("runs/mine")) == "transfusion train runs/mine/run.json --out runs/mine"
+    assert "--data.sources photos" in training_command(replace(other, name="small"), Path("runs/mine"))
+
+
+# Overfitting
+
+
+@examples(100)
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=6))
+def test_overfitting_is_a_rise_above_the_lowest_loss(losses):
+    lines = [{"step": 10 * n, "heldout_image_loss/a/b": loss} for n, loss in enumerate(losses)]
+    sentences = Record(Path(), {}, lines, {}).overfitting()
+    assert len(sentences) == (losses[-1] > 1.02 * min(losses))
+    for sentence in sentences:
+        best = 10 * losses.index(min(losses))
+        assert sentence.startswith(f"The images of `a/b` overfit: their held-out loss was lowest at step {best} (")
+
+
+# Comparison
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> tuple[list[Path], str]:
+    """Two runs, one with other settings, losses and without results; and the page of both."""
+    root = tmp_path_factory.mktemp("compared")
+    for name, width, factor in (("first", 192, 1.0), ("second <b>", 256, 0.5)):
+        run = named_run("digits")
+        run = replace(run, model=replace(run.model, width=width, heads=4), training=replace(run.training, steps=900))
+        lines = [{"step": 0, "heldout_text_loss/digits": 6.0}, {"step": 0, "event": "start"}]
+        lines += [{"step": n, "text_loss": factor * 6 / n, "positions_per_second": 100.0 * n, "seconds": 61.0 * n,
+                   "peak_memory_bytes": 2**30} for n in range(1, 5)]
+        lines.append({"step": 4, "heldout_text_loss/digits": factor * 3, f"heldout_image_loss/{name}": 0.5})
+        (root / name).mkdir()
+        (root / name / "run.json").write_text(json.dumps({"run": to_json(run), "versions": {"torch": "2"}, "notes": {}}))
+        (root / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = {"run": "digits", "parameters": 1234, "manifest": [], "digits": {"captions": {"exact": 0.75, "count": 9}}}
+    (root / "first" / "results.json").write_text(json.dumps(results))
+    folders = [root / "first", root / "second <b>"]
+    command("compare", *folders, "--out", root / "page.html")
+    return folders, (root / "page.html").read_text()
+
+
+def test_comparison_has_figures_curves_and_settings_that_differ(compared):
+    folders, html = compared
+    assert headings(html) == ["Figures", "Curves", "Settings that differ"]
+    assert_self_contained(html)
+    rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in html.split("<tr>")[1:]]
+    assert ["figure", "first", "second &lt;b&gt;"] in rows
+    assert ["held-out text loss of digits", "3.0000", "1.5000"] in rows
+    assert ["digits captions: exact", "0.75", "–"] in rows and ["parameters", "1,234", "–"] in rows
+    assert ["positions per second, median", "250", "250"] in rows and ["peak memory", "1.00 GiB", "1.00 GiB"] in rows
+    settings = rows[rows.index(["setting", "first", "second &lt;b&gt;"]) + 1 :]
+    assert settings == [["model.width", "192", "256"]]
+    plots = [attributes["aria-label"] for _, attributes in ParsedPage(html).tags if "aria-label" in attributes][1:]
+    assert "Held-out text loss of digits: first: from 6 to 3; second <b>: from 6 to 1.5" in plots
+    assert [plot.partition(":")[0] for plot in plots] == [
+        "Held-out text loss of digits", "Held-out image loss of first", "Held-out image loss of second <b>",
+        "Text loss, training", "Speed",
+    ]  # fmt: skip
+
+
+def test_comparison_of_runs_with_equal_names_and_more_runs_than_colours(compared, tmp_path):
+    folders, _ = compared
+    copies = []
+    for n in range(len(SERIES) + 2):
+        copies.append(tmp_path / str(n) / "run")
+        shutil.copytree(folders[0], copies[-1])
+    html = write_comparison(copies, tmp_path / "page.html").read_text()
+    assert "All settings are equal." in html
+    assert all(str(folder) in html for folder in copies)
+    assert html.count('<li class="series-1 dashed">') == html.count('<li class="series-1">') > 0
+
+
+def test_comparison_of_wrong_folders_is_one_line(compared, tmp_path, capsys):
+    first = str(compared[0][0])
+    for words, code, message in (
+        ((first,), 2, "compare needs two or more different runs"), ((first, first), 2, "two or more different runs"),
+        ((first, str(tmp_path)), 1, f"{tmp_path} is not the folder of a run: it has no run.json"),
+    ):  # fmt: skip
+        assert message in fails(capsys, code, "compare", *words)
+
+
+# Progress
+
+
+def test_report_and_evaluation_show_their_progress(tmp_path, capsys, monkeypatch):
+    """Where there is no terminal: lines, here without the pause between them."""
+    monkeypatch.setattr("transfusion.cli.screen.PAUSE", 0.0)
+    monkeypatch.setattr("transfusion.report.material.GALLERY", 2)
+    monkeypatch.setattr("transfusion.report.texts.NUM_CAPTIONS", 2)
+    make_run(tmp_path, "mine", sources=("digits",), seq_len=128)
+    monkeypatch.setattr("transfusion.report.material.DRAWINGS", 1)
+    command("report", tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "report: 0 of 12, now introduction"
+    assert "report: 6 of 12, now gallery, 2 answers" in lines
+    assert lines[-1] == f"wrote {tmp_path / 'report.html'}"
+    command("evaluate", tmp_path, "--tasks", "captions", "conditioning", "--count", 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "evaluate: 0 of 2, now digits captions"
+    assert "evaluate: 0 of 2, now digits captions, 5 answers" in lines
+    assert "evaluate: 1 of 2, now digits conditioning" in lines

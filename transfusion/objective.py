@@ -39,6 +39,8 @@ class Losses:
     text_count: int
     image_count: int
     code_count: int
+    tokens: Tensor | None = None  # (T,) detached: the loss of each position in text_sum
+    images: Sequence[Tensor] = ()  # (N,) detached, for each group: the loss of each image in image_sum
 
     @property
     def sums(self) -> Tensor:
@@ -85,12 +87,13 @@ def compute_losses(
     ]  # (N, C, Y, X) each
     text_loss = partial(next_token_loss, target=batch.text_target, z_loss=z_loss)
     text, predictions = model(batch, x_t, [s.t for s in samples], text_loss)
-    image_sum = torch.zeros((), device=device)
+    image_sum, images = torch.zeros((), device=device), []
     for group, s, group_x_t, predicted in zip(batch.groups, samples, x_t, predictions, strict=True):
-        error = diffusion.squared_error(group.x0, s.noise, group_x_t, predicted, s.t, config)  # (N,)
-        image_sum = image_sum + (error * group.loss).sum()
+        error = diffusion.squared_error(group.x0, s.noise, group_x_t, predicted, s.t, config) * group.loss  # (N,)
+        image_sum = image_sum + error.sum()
+        images.append(error.detach())
     codes = text.tokens[batch.text_target >= batch.first_code] if batch.code_count else text.tokens.new_zeros(0)
-    return Losses(text.sum, image_sum, codes.sum(), *loss_counts(batch))
+    return Losses(text.sum, image_sum, codes.sum(), *loss_counts(batch), text.tokens, images)
 
 
 class TextLoss(NamedTuple):
@@ -174,6 +177,32 @@ def total_loss(losses: Losses, text_count: int, image_count: int, image_weight: 
 def loss_counts(batch: Batch) -> tuple[int, int, int]:
     """Positions with text loss, images with denoising loss, and codes: the divisors of the sums of `Losses`."""
     return batch.text_count, batch.image_count, batch.code_count
+
+
+def sum_by_source(batch: Batch, tokens: Tensor, images: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """(S, 3): for each source in `names` the sums over its text positions, its images and its codes, as in `Losses.sums`.
+    `tokens` (T,) has a value for each position with text loss, `images` (N,) one for each image of a group; they may be on
+    another device than the batch. Other sources are left out."""
+    numbers = {name: n for n, name in enumerate(names)}
+    table = [[numbers.get(entry.rpartition(" ")[0], len(names)) for entry in row] for row in batch.documents]
+    width = max([1, *map(len, table)])
+    chunk_sources = torch.tensor([row + [0] * (width - len(row)) for row in table])  # (B, width)
+    sources = chunk_sources.gather(1, batch.document_ids.clamp(min=0).long()).flatten()  # (B * L,)
+    sums = tokens.new_zeros(len(names) + 1, 3)
+
+    def move(index: Tensor) -> Tensor:
+        """To the device of the values. From pinned memory, because a copy from other memory may wait for the GPU's work."""
+        return index.pin_memory().to(tokens.device, non_blocking=True) if tokens.is_cuda else index
+
+    def add(column: int, positions: Tensor, values: Tensor) -> None:
+        sums[:, column].index_add_(0, move(sources[positions]), values.to(sums.dtype))
+
+    add(0, batch.text_index, tokens)
+    for group, values in zip(batch.groups, images, strict=True):
+        add(1, group.index[:, 0], values)
+    if batch.code_count:
+        add(2, batch.text_index, tokens * move(batch.text_target >= batch.first_code))
+    return sums[:-1]
 
 
 def mean_losses(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Picture
 
-COLOURS = ("text", "image", "right", "wrong", "plain")  # CSS classes; STYLE defines them for light and dark pages
+SERIES = tuple(f"series-{n}" for n in range(1, 9))  # for lines of a plot that are all of one kind
+COLOURS = ("text", "image", "right", "wrong", "plain", *SERIES)  # CSS classes; STYLE defines them for light and dark pages
 RGB = tuple[int, int, int]
 
 
@@ -102,6 +103,15 @@ class Page:
         )
         top = f"<h3>{escape(title)}</h3>" if title else ""
         self._add(f'{top}<div class="pictures" style="--width:{int(width)}px">{shown}</div>')
+
+    def pairs(self, items: Iterable[tuple[str, np.ndarray, np.ndarray]], width: int = 72) -> None:
+        """A grid of pairs of images, each about `width` wide, with one caption below both."""
+        shown = "".join(
+            f'<figure><div>{_img(left, f"{caption}, left")}{_img(right, f"{caption}, right")}</div>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, left, right in items
+        )
+        self._add(f'<div class="pictures pairs" style="--width:{int(2 * width + 4)}px">{shown}</div>')
 
     def strip(
         self, rows: Sequence[tuple[str, Sequence[np.ndarray]]], column_titles: Sequence[str] = (), width: int = 60
@@ -344,6 +354,10 @@ figure { margin: 0; min-width: 0; }
 figcaption { font-size: 15px; }
 .text { color: var(--text); } .image { color: var(--image); } .plain { color: var(--plain); }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
+.series-1, .key .series-1 i { color: #3b7dd8; } .series-2, .key .series-2 i { color: #d9730d; }
+.series-3, .key .series-3 i { color: #1f9d55; } .series-4, .key .series-4 i { color: #c2387f; }
+.series-5, .key .series-5 i { color: #8a63d2; } .series-6, .key .series-6 i { color: #0f9ba8; }
+.series-7, .key .series-7 i { color: #b8860b; } .series-8, .key .series-8 i { color: #7a7f87; }
 
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
   padding: 0; list-style: none; }
@@ -403,6 +417,8 @@ td { font-variant-numeric: tabular-nums; }
 .pictures figure { max-width: calc(1.5 * var(--width)); }
 .pictures figcaption { margin-top: 4px; color: var(--ink); font-size: 13px; line-height: 1.3;
   white-space: pre-line; }
+.pairs figure { max-width: var(--width); } .pairs div { display: flex; gap: 4px; }
+.pairs img { flex: 1 1 0; min-width: 0; }
 .pictures .wrong img { outline: 2px solid var(--wrong); outline-offset: 1px; }
 .pictures .right b { color: var(--right); } .pictures .wrong b { color: var(--wrong); }
 .strip { display: grid; grid-template-columns: max-content repeat(var(--columns), minmax(0, var(--width)));

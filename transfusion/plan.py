@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from transfusion.config import Machines, ModelConfig, Run
-from transfusion.model.flops import count_training_flops
+from transfusion.model.flops import count_training_flops, count_usual_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
 from transfusion.objective import CHUNK, CPU_CHUNK
@@ -98,13 +98,12 @@ def plan(run: Run, machines: Machines) -> Plan:
         "transformer": counts["block"] * config.layers + counts["norm"],
         "embeddings and head": counts["embeddings"], "patches": counts["patches"],
     }  # fmt: skip
-    all_pairs = 12 * config.layers * config.heads * config.head_size * run.data.seq_len
     return Plan(
         run, machines, parameters, estimate_memory(run, machines), loss=count_loss(run),
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * run.data.rows,
         flops=count_training_flops(batch, config) / batch.positions,
-        usual_flops=6 * sum(parameters.values()) + all_pairs,
+        usual_flops=count_usual_flops(config, sum(parameters.values()), run.data.seq_len),
     )  # fmt: skip
 
 

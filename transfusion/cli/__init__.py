@@ -1,4 +1,4 @@
-"""The command line: transfusion demo | data | plan | train | generate | evaluate | report | export | serve."""
+"""The command line: transfusion demo | data | plan | train | generate | evaluate | report | compare | export | serve."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ COMMANDS = {  # -> the file with the function of this name, and a description
     "generate": ("runs", "generate text and images from a prompt of text and images"),
     "evaluate": ("evaluate", "measure a run and write results.json"),
     "report": ("runs", "write report.html, one page about a run"),
+    "compare": ("compare", "write compare.html, one page about several runs: curves, settings that differ, figures"),
     "export": ("export", "export a run as a self-contained folder: safetensors, configs, model card"),
     "serve": ("serve", "serve a run over HTTP with OpenAI's API"),
 }

@@ -15,6 +15,7 @@ from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import FaultToleranceConfig, from_json, parse_size
 from transfusion.disk import read_json, write_json, write_whole
 from transfusion.fields import Config, NonNegativeInt, PositiveInt
+from transfusion.training.loggers import LoggerName, check_loggers
 
 NUM_SHOWN = 16  # held-out images on the page, and faults on the screen
 
@@ -59,6 +60,8 @@ class FitCodec:
     """Largest number of images, or crops, to train on."""
     crops: NonNegativeInt = 0
     """Random crops of each image, held-out ones too if no image is held out; 0 takes the centre, resized."""
+    log: tuple[LoggerName, ...] = ()
+    """Also write the metrics for TensorBoard, into the folder tensorboard of the codec, or for Weights & Biases (wandb)."""
     device: Device = "auto"
 
 
@@ -79,6 +82,7 @@ def fit_codec(arguments: list[str]) -> None:
         size = parse_size(args.size)
     if any(side % args.network.downsampling for side in size):
         raise UsageError(f"--size {args.size}: both sides must be multiples of {args.network.downsampling} pixels")
+    check_loggers(args.log)
     readers = open_readers(args.reading)
 
     from transfusion.data.reading.account import counted
@@ -99,7 +103,7 @@ def fit_codec(arguments: list[str]) -> None:
         ranks.barrier()
         gathered = gathered or _gather(args, readers, size)
         trainer = CodecTrainer(args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance,
-                               gathered.heldout)  # fmt: skip
+                               gathered.heldout, args.log)  # fmt: skip
         finished = lock.end(_train(trainer, args))
     if not finished:
         sys.exit(stopped_exit_code())

@@ -72,7 +72,7 @@ def _step_of_copy(folder: RunFolder, device: torch.device) -> str:
         except TrainingError as error:  # its file of faults is not kept
             reason = str(error).partition(",")[0]
             raise UsageError(f"{reason} in a copy with one layer of width {WIDTH}: use smaller training settings") from None
-        trainer.evaluate_heldout()
+        trainer.evaluate_heldout(reset_watchdog=lambda: None)
     return trainer.describe(losses)
 
 

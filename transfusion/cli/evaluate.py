@@ -9,7 +9,7 @@ import tyro
 
 from transfusion.cli.ignored import check_evaluate
 from transfusion.cli.options import RUN_HELP, Device, parse
-from transfusion.cli.screen import UsageError, check_exists, print_status
+from transfusion.cli.screen import UsageError, check_exists, print_status, progress
 from transfusion.config import QUICK, TASKS, EvaluationConfig
 from transfusion.disk import check_prepared, check_run, find_folder, read_json
 
@@ -57,7 +57,9 @@ def measure(folder: Path, out: Path, config: EvaluationConfig, device: str) -> N
     from transfusion.evaluation.results import NAME, evaluate
     from transfusion.inference.engine import open_run
 
-    evaluate(open_run(folder, device=device), folder, config, print_status, out)
+    engine = open_run(folder, device=device)
+    with progress("evaluate") as on_progress:
+        evaluate(engine, folder, config, print_status, out, on_progress)
     print_status(f"wrote {out / NAME}")
 
 
@@ -66,7 +68,9 @@ def _repeat(folder: Path, path: Path, data: tuple[str, ...] | None, device: str)
     from transfusion.evaluation.results import repeat
     from transfusion.inference.engine import open_run
 
-    differences, reasons = repeat(open_run(folder, device=device), folder, path, data, print_status)
+    engine = open_run(folder, device=device)
+    with progress("evaluate") as on_progress:
+        differences, reasons = repeat(engine, folder, path, data, print_status, on_progress)
     print_status(f"{path}: " + (f"{len(differences)} figures differ" if differences else "all figures agree"))
     for line in differences:
         print_status(f"  {line}")

@@ -11,12 +11,13 @@ import tyro
 from transfusion.cli.evaluate import measure
 from transfusion.cli.ignored import check_generate, check_train, warn_about_warmup
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
-from transfusion.cli.screen import UsageError, check_exists, nearest, print_status
+from transfusion.cli.screen import UsageError, check_exists, nearest, print_status, progress
 from transfusion.cli.settings import option_names, parse_run, read_run, to_yaml
 from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, parse_size
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
 from transfusion.runs import named_run
+from transfusion.training.loggers import LoggerName, check_loggers
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
 HELDOUT = 256  # documents of each source for the held-out losses
@@ -34,6 +35,8 @@ class Train:
     """Start from another run, exported run or model in the package, as named in generate; prepare your data --like it."""
     init_from: str | None = None
     """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
+    log: tuple[LoggerName, ...] = ()
+    """Also write the metrics for TensorBoard, into the folder tensorboard of the run, or for Weights & Biases (wandb)."""
     device: Device = "auto"
     config: Path | None = None
     """YAML or JSON file with some settings or all, such as --print-config prints; options override it."""
@@ -117,19 +120,22 @@ def train(arguments: list[str]) -> None:
         from transfusion.cli.dry_run import dry_run
 
         return dry_run(run, args.out, args.device, *starts or [None])
-    _train_or_exit(run, args.out, args.device, *starts)
+    _train_or_exit(run, args.out, args.device, *starts or [None], args.log)
 
 
-def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -> None:
+def _train_or_exit(
+    run: Run, path: Path, device: str, start: tuple[str, str] | None = None, loggers: tuple[LoggerName, ...] = ()
+) -> None:
     """Train to the last step. If a signal stops it, exit with the code of a stopped run."""
-    if not train_run(run, path, device, *start):
+    if not train_run(run, path, device, start, loggers):
         from transfusion.training.signals import stopped_exit_code
 
         sys.exit(stopped_exit_code())
 
 
 def _check_inputs(run: Run, args: Train) -> None:
-    """An error for missing data, or for a missing start of a new run, before anything heavy is imported."""
+    """An error for missing packages or data, or for a missing start of a new run, before anything heavy is imported."""
+    check_loggers(args.log)
     for folder in run.data.prepared:
         check_prepared(Path(folder))
     for name in run.data.sources if not run.data.prepared else ():
@@ -145,7 +151,9 @@ def _check_inputs(run: Run, args: Train) -> None:
         check_run(find_folder(args.start))
 
 
-def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
+def train_run(
+    run: Run, path: Path, device: str, start: tuple[str, str] | None = None, loggers: tuple[LoggerName, ...] = ()
+) -> bool:
     """Start or resume a run on all processes of torchrun. False when a signal stopped it.
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
@@ -172,7 +180,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
         preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
-        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
+        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks), loggers)
         trainer.loop.restore(print_status)
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
         report_line = print_status if ranks.is_main else lambda line: None
@@ -225,14 +233,17 @@ def report(arguments: list[str]) -> None:
 
 def _write_report(folder: Path, device: str) -> None:
     from transfusion.inference.engine import open_run
-    from transfusion.report import write_report
+    from transfusion.report.write import write_report
 
-    print_status(f"wrote {write_report(folder, open_run(folder, device=device))}")
+    engine = open_run(folder, device=device)
+    with progress("report") as on_progress:
+        path = write_report(folder, engine, on_progress)
+    print_status(f"wrote {path}")
 
 
 def _previewer(folder, heldout: list, device, ranks):
-    """A function that draws held-out captions with the averaged weights into samples/step-NNNNNN.png; None without captions.
-    Every rank draws, because each holds a part of the weights; the main rank writes the file."""
+    """A function that draws held-out captions with the averaged weights into samples/step-NNNNNN.png, below the held-out
+    pictures; None without captions. Every rank draws, because each holds a part of the weights; the main rank writes."""
     from transfusion.checkpoint.open import OpenedRun
     from transfusion.codecs.pictures import contact_sheet
     from transfusion.data.loader import read_pairs
@@ -241,17 +252,21 @@ def _previewer(folder, heldout: list, device, ranks):
     pairs = next((pairs for pairs in (list(read_pairs(source, PREVIEW_DOCUMENTS)) for source in heldout) if pairs), None)
     if pairs is None:
         return None
-    captions = list(dict.fromkeys(caption for _, caption, _ in pairs))[:NUM_PREVIEWS]
+    pictures: dict = {}  # the first held-out picture of each caption
+    for _, caption, pixels in pairs:
+        pictures.setdefault(caption, pixels)
+    captions = list(pictures)[:NUM_PREVIEWS]
 
     def preview(model, step: int, reset_watchdog: Callable[[], None]) -> None:
         engine = Engine(OpenedRun(**vars(folder.description), model=model, step=step, device=device))
-        answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions], reset_watchdog)
-        pictures = [samples[n].parts[0] for n in range(2) for samples in answers]
+        engine.on_step = lambda num_finished: reset_watchdog()
+        answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
         if not ranks.is_main:
             return
+        drawn = {f"drawn {n + 1}": [samples[n].parts[0] for samples in answers] for n in range(2)}
         path = folder.path / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        contact_sheet(pictures, columns=len(captions)).save(path)
+        contact_sheet(captions, {"held out": [pictures[caption] for caption in captions], **drawn}).save(path)
 
     return preview
 

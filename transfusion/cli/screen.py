@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PAUSE = 10.0  # seconds between two lines of progress
+
 
 class UsageError(Exception):
     """A command that is wrong as typed; the message is one line. Not a ValueError, which tyro would print in a box."""
@@ -38,26 +40,27 @@ def fail(error: Exception, code: int) -> None:
 
 @contextmanager
 def progress(label: str, quiet: bool = False) -> Iterator:
-    """Yields `on_progress(done, total)`: a bar on a terminal, elsewhere a line every ten seconds, nothing if `quiet`."""
+    """Yields `on_progress(done, total, part="")`, where `part` names what is under way: a bar as wide as the terminal,
+    elsewhere a line every `PAUSE` seconds, nothing if `quiet`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr)
     if quiet:
-        yield lambda done, total: None
+        yield lambda done, total, part="": None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TextColumn("left"),
-                   TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=console, transient=True) as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
+                   TextColumn("left"))  # fmt: skip
+        with Progress(*columns, console=console, transient=True, expand=True) as bar:
             task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total, part="": bar.update(task, completed=done, total=total, description=part or label)
     else:
         last = time.monotonic()
 
-        def on_progress(done: int, total: int) -> None:
+        def on_progress(done: int, total: int, part: str = "") -> None:
             nonlocal last
-            if time.monotonic() - last >= 10:
+            if time.monotonic() - last >= PAUSE:
                 last = time.monotonic()
-                print_status(f"{label}: {done:,} of {total:,}")
+                print_status(f"{label}: {done:,} of {total:,}{part and f', now {part}'}")
 
         yield on_progress

@@ -1,9 +1,10 @@
 """Image files to pixels of a size that a run supports. The size in the header is checked before anything is decoded."""
 
+import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as Picture
-from PIL import ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FORMATS = (*WEB_FORMATS, "TIFF", "AVIF")
@@ -21,6 +22,8 @@ OTHER_FORMATS = (  # that are not read: name, and what their files have at an of
     ("SVG", 0, b"<svg"), ("ZIP", 0, b"PK\x03\x04"), ("HTML", 0, b"<!doctype html"), ("PDF", 0, b"%PDF"),
 )  # fmt: skip
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded
+GAP, FONT_SIZE, LINE_HEIGHT = 6, 11, 14  # pixels of a contact sheet
+MAX_CAPTION_LINES, MAX_CAPTION_CHARS = 8, 400
 BAND_PIXELS = 1_000_000  # that are put on white at once
 DECODING_ERRORS = (  # that Pillow raises on damaged files
     OSError, ValueError, SyntaxError, LookupError, ArithmeticError, TypeError, EOFError, RuntimeError, struct.error,
@@ -192,16 +195,60 @@ def encode_picture(pixels: np.ndarray, file_format: str = "png", quality: int = 
     return file.getvalue()
 
 
-def contact_sheet(images: Sequence[np.ndarray], columns: int, side: int = 64) -> Picture.Image:
-    """A grid of images (Y, X, channels) uint8, each enlarged by a whole factor to about `side` pixels."""
-    tiles = []
-    for pixels in images:
-        zoom = max(1, round(side / max(pixels.shape[:2])))
-        tile = np.repeat(np.repeat(pixels, zoom, 0), zoom, 1)
-        tiles.append(np.broadcast_to(tile, (*tile.shape[:2], 3)))
-    height, width = (max(tile.shape[axis] for tile in tiles) + 4 for axis in (0, 1))
-    sheet = np.full((-(-len(tiles) // columns) * height + 4, columns * width + 4, 3), 128, dtype=np.uint8)
-    for n, tile in enumerate(tiles):
-        y, x = n // columns * height + 4, n % columns * width + 4
-        sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
-    return Picture.fromarray(sheet)
+def contact_sheet(captions: Sequence[str], rows: Mapping[str, Sequence[np.ndarray]], side: int = 96) -> Picture.Image:
+    """A column of images (Y, X, channels) uint8 for each caption, which is below it; each row has a title at the left.
+    Images are enlarged by a whole factor to about `side` pixels."""
+    font = _open_font()
+    tiles = {title: [_enlarge(pixels, side) for pixels in images] for title, images in rows.items()}
+    width = max([side, *(tile.width for row in tiles.values() for tile in row)])
+    heights = {title: max([tile.height for tile in row], default=0) + GAP for title, row in tiles.items()}
+    texts = [_wrap(caption, width, font) for caption in captions]
+    left = max([math.ceil(font.getlength(title)) for title in rows], default=0) + 2 * GAP
+    num_lines = max([text.count("\n") + 1 for text in texts], default=0)
+    size = left + (width + GAP) * len(captions), GAP + sum(heights.values()) + num_lines * LINE_HEIGHT + GAP
+    sheet = Picture.new("RGB", size, "white")
+    canvas, top = ImageDraw.Draw(sheet), GAP
+    for title, row in tiles.items():
+        canvas.text((GAP, top), title, "black", font)
+        for n, tile in enumerate(row):
+            sheet.paste(tile, (left + n * (width + GAP), top))
+        top += heights[title]
+    for n, text in enumerate(texts):
+        canvas.multiline_text((left + n * (width + GAP), top), text, "black", font, spacing=LINE_HEIGHT - FONT_SIZE)
+    return sheet
+
+
+def _open_font() -> ImageFont.FreeTypeFont:
+    """A font of the system with the letters of many languages; Pillow's own has those of English."""
+    for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf"):
+        try:
+            return ImageFont.truetype(name, FONT_SIZE)
+        except OSError:
+            continue
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _enlarge(pixels: np.ndarray, side: int) -> Picture.Image:
+    height, width, channels = pixels.shape
+    zoom = max(1, round(side / max(height, width)))
+    image = Picture.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    return image.resize((zoom * width, zoom * height), Picture.Resampling.NEAREST)
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """The text in lines of at most `width` pixels, at most `MAX_CAPTION_LINES` of them; longer words are split."""
+    lines = [""]
+    for character in " ".join(text[:MAX_CAPTION_CHARS].split()):
+        if font.getlength(lines[-1] + character) <= width:
+            lines[-1] += character
+            continue
+        line, space, word = lines[-1].rpartition(" ")
+        if character == " ":
+            lines.append("")
+        elif space:
+            lines[-1:] = [line, word + character]
+        else:
+            lines.append(character)
+    if len(lines) > MAX_CAPTION_LINES:
+        lines = [*lines[: MAX_CAPTION_LINES - 1], "..."]
+    return "\n".join(lines)

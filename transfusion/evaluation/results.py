@@ -8,6 +8,7 @@ from pathlib import Path
 from transfusion.checkpoint.open import find_newest_checkpoint
 from transfusion.config import EvaluationConfig, from_json
 from transfusion.disk import OpenError, is_exported, read_json, write_json
+from transfusion.evaluation.follow import OnProgress, follow, ignore
 from transfusion.evaluation.suite import Suite
 from transfusion.inference.engine import Engine
 
@@ -21,15 +22,15 @@ PrintLine = Callable[[str], None]
 
 def evaluate(
     engine: Engine, folder: Path, config: EvaluationConfig | None = None, print_line: PrintLine = print,
-    out: Path | None = None,
+    out: Path | None = None, on_progress: OnProgress = ignore,
 ) -> dict:  # fmt: skip
     """Measure the run in a folder, write each task's figures as soon as they are known to `results.json` in `out` (default:
     the run's folder), and return all of them. Other tasks' figures of the same step are kept. ValueError before any
-    measurement if the run does not support a task."""
+    measurement if the run does not support a task. `on_progress`: see `follow`; the parts are tasks."""
     suite, out = Suite(engine, config or EvaluationConfig()), out or folder
     results = _load_results(engine, folder, out)
     earlier, done = results["manifest"], []
-    for source, task, values in _run_tasks(suite, print_line):
+    for source, task, values in _run_tasks(suite, print_line, on_progress):
         done.append([source, task])
         earlier = [rest for entry in earlier if (rest := _remove_task(entry, source, task))]
         results.setdefault(source, {})[task] = values
@@ -40,8 +41,9 @@ def evaluate(
 
 
 def repeat(
-    engine: Engine, folder: Path, path: Path, data: tuple[str, ...] | None = None, print_line: PrintLine = print
-) -> tuple[list[str], list[str]]:
+    engine: Engine, folder: Path, path: Path, data: tuple[str, ...] | None = None, print_line: PrintLine = print,
+    on_progress: OnProgress = ignore,
+) -> tuple[list[str], list[str]]:  # fmt: skip
     """Repeat the measurements of a results.json by its manifests. The differences between the figures as text, and those
     between the environments, which may explain them. `data`: the present folders of the run's data. OpenError if the file
     has no valid manifest."""
@@ -57,7 +59,7 @@ def repeat(
     for then, config, measured in entries:
         engine.run = run
         suite = Suite(engine, replace(config, data=data or config.data))
-        repeated = {(source, task): values for source, task, values in _run_tasks(suite, print_line)}
+        repeated = {(source, task): values for source, task, values in _run_tasks(suite, print_line, on_progress)}
         for source, task in measured:
             changed += differences(before.get(source, {}).get(task), repeated.get((source, task)), f"{source} {task}")
         now = suite.manifest()
@@ -84,9 +86,10 @@ def differences(before: object, now: object, name: str = "") -> Iterator[str]:
         yield f"{name}: {before!r} there, {now!r} here"
 
 
-def _run_tasks(suite: Suite, print_line: PrintLine) -> Iterator[tuple[str, str, dict]]:
+def _run_tasks(suite: Suite, print_line: PrintLine, on_progress: OnProgress) -> Iterator[tuple[str, str, dict]]:
     """(source, task, values) of one task after another; prints the values."""
-    for (source, name), task in suite.tasks().items():
+    tasks = {f"{source} {name}": (source, name, task) for (source, name), task in suite.tasks().items()}
+    for source, name, task in map(tasks.get, follow(suite.engine, tasks, on_progress)):
         values = task()
         print_line(f"{source} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)))
         for key in PRINTED:

@@ -72,6 +72,7 @@ class Engine:
         self.sizes = [(x * codec.downsampling, y * codec.downsampling) for y, x in self.vocabulary.boi]  # (width, height)
         self.sequences: list[SequenceState] = []
         self.num_requests = 0
+        self.on_step: Callable[[int], None] = lambda num_finished: None  # see `generate`
         # Latent shape -> the keys and values of bos and boi.
         self.uncond_prefixes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -120,10 +121,10 @@ class Engine:
         for sequence in [sequence for sequence in self.sequences if sequence.request_id == request_id]:
             self._remove(sequence)
 
-    def generate(self, requests: Sequence[Request], on_step: Callable[[], None] = lambda: None) -> list[Answers]:
-        """Run all requests together to their end: the answers of each, one per sample. `on_step` is called after each step.
-        ValueError, before anything is generated, if the run does not support one of them or others are running.
-        RuntimeError if a sample fails."""
+    def generate(self, requests: Sequence[Request]) -> list[Answers]:
+        """Run all requests together to their end: the answers of each, one per sample. After each step it calls the engine's
+        `on_step` with the number of answers which that step finished. ValueError, before anything is generated, if the run
+        does not support one of the requests or others are running. RuntimeError if a sample fails."""
         if self.sequences:
             raise ValueError("other requests are under way: finish them with step, or cancel them")
         prepared = [self._prepare(request) for request in requests]
@@ -132,10 +133,11 @@ class Engine:
             for request, sequence in zip(requests, prepared, strict=True):
                 answers[self._start(sequence)] = Answers(Answer() for _ in range(request.num_images or 1))
             while self.sequences:
-                for event in self.step():
+                events = self.step()
+                for event in events:
                     raise_if_failed(event)
                     answers[event.request_id][event.sample_index].add(event)
-                on_step()
+                self.on_step(sum(isinstance(event, FinishEvent) for event in events))
         finally:
             for request_id in answers:
                 self.cancel(request_id)

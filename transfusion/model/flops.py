@@ -1,5 +1,7 @@
 """FLOPs of a training step: all multiplications and additions of its matrix products, counted on the real batch."""
 
+import torch
+
 from transfusion.config import ModelConfig
 from transfusion.model.mask import packed_mask
 from transfusion.model.patches import TIME_FEATURES
@@ -7,6 +9,21 @@ from transfusion.model.unet import count_unet_macs
 from transfusion.sequence import Batch
 
 BACKWARD_PER_FORWARD = 2  # a backward pass costs two forward passes
+PEAK_TFLOPS = {  # bfloat16, from the data sheets; the first name that is part of the device's name is used
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
+}  # fmt: skip
+
+
+def find_peak_tflops(device: torch.device) -> float | None:
+    """The dense bfloat16 peak of a GPU in TFLOP/s; None for a CPU and for a GPU that is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+def count_usual_flops(config: ModelConfig, parameters: int, seq_len: int) -> int:
+    """FLOPs of forward and backward for one position in the usual convention, 6 N + 12 l w L (PaLM, arXiv 2204.02311,
+    appendix B): every weight is used at every position, and attention counts all L keys, masked or not."""
+    return 6 * parameters + 12 * config.layers * config.heads * config.head_size * seq_len
 
 
 def count_training_flops(batch: Batch, config: ModelConfig) -> int:

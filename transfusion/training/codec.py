@@ -1,7 +1,7 @@
 """Trains an autoencoder or a VQ codec on images, with the same loop, checkpoints and ranks as a model (section 4.1)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.seeding import derive_seed
 from transfusion.training.codebook import CodebookReviver, measure_usage
 from transfusion.training.guard import Guard, TrainingError
+from transfusion.training.loggers import LoggerName
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, optimizer_tensors, update_ema
 
@@ -54,9 +55,10 @@ class CodecTrainer:
     def __init__(
         self, network: AutoencoderConfig, config: CodecTrainingConfig, folder: Path, images: np.ndarray,
         device: torch.device, ranks: Ranks = SINGLE_PROCESS, fault_tolerance: FaultToleranceConfig = FaultToleranceConfig(),  # noqa: B008
-        heldout: Sequence[int] = (),
+        heldout: Sequence[int] = (), loggers: Sequence[LoggerName] = (),
     ):  # fmt: skip
         self.config, self.images, self.device, self.ranks = config, images, device, ranks
+        self.settings = {"network": asdict(network), "training": asdict(config)}
         _check_sizes(config, images, ranks)
         self.train_indices, self.heldout = _split(len(images), heldout, config)
         self.source_has_heldout = len(heldout) > 0
@@ -77,7 +79,7 @@ class CodecTrainer:
             init_convolutions(self.discriminator, config.seed)
             self.discriminator.to(device)
             self.discriminator_optimizer = build_optimizer(self.discriminator, config)
-        self.loop = Loop(self, config, fault_tolerance, folder, ranks, device)
+        self.loop = Loop(self, config, fault_tolerance, folder, ranks, device, loggers=loggers)
 
     @property
     def loss_names(self) -> list[str]:
@@ -117,6 +119,10 @@ class CodecTrainer:
         """This rank's images."""
         return (len(batch.chosen),)
 
+    def measure_speed(self, counts: Sequence[float], seconds: float) -> dict[str, float]:
+        """Images per second of all ranks."""
+        return {f"{self.unit}_per_second": round(counts[0] / seconds, 1)}
+
     def step(
         self, number: int, batch: ImageBatch, counts: Sequence[int], guard: Guard
     ) -> Callable[[], dict[str, float]]:
@@ -148,8 +154,10 @@ class CodecTrainer:
             optimizer.zero_grad()
 
         def read() -> dict[str, float]:
-            guard.report(number + 1, verdict.tolist(), grad_norm, losses, {"pictures": [int(i) for _, i in batch.chosen]})
-            return values | {"gradient_norm": grad_norm}
+            pictures = {"pictures": [int(i) for _, i in batch.chosen]}
+            reason = guard.report(number + 1, verdict.tolist(), grad_norm, losses, pictures)
+            event = {"event": "skip", "reason": reason} if reason else {}
+            return {**values, "gradient_norm": grad_norm, "learning_rate": get_learning_rate(number, config), **event}
 
         return read
 

@@ -59,15 +59,16 @@ class Guard:
         self.num_skips = (self.num_skips + 1).where(~applied, 0)
         return torch.stack([self.num_skips, mean, std])
 
-    def report(self, step: int, verdict: Sequence[float], norm: float, losses: dict[str, float], batch: dict) -> None:
-        """Report a rejected update of this step, counted from 1. All ranks must call it with the same numbers.
+    def report(self, step: int, verdict: Sequence[float], norm: float, losses: dict[str, float], batch: dict) -> str:
+        """Report a rejected update of this step, counted from 1: the reason, or "" when the update was applied. All ranks
+        must call it with the same numbers.
 
         It writes faults/step-NNNNNN.json: the reason, and every rank's `batch`, a description of it. TrainingError after
         more than `skip_nonfinite` consecutive rejected updates.
         """
         num_skips, mean, std = verdict
         if not num_skips:
-            return
+            return ""
         not_finite = [name for name, value in (losses | {"gradient": norm}).items() if not math.isfinite(value)]
         if not_finite:
             reason = f"the {not_finite[0].replace('_', ' ')} is not finite"
@@ -86,6 +87,7 @@ class Guard:
                 "last checkpoint is intact. Try a lower training.learning_rate, or fault_tolerance.skip_nonfinite N to skip "
                 "up to N consecutive updates"
             )
+        return reason
 
 
 @contextmanager

@@ -1,32 +1,46 @@
-"""Training output: metrics.jsonl, and a progress bar on the terminal."""
+"""metrics.jsonl: one flat JSON object per line, whose names docs/training.md explains. The loggers get the same lines."""
 
 import json
+import math
+import resource
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch
 
 from transfusion.disk import write_whole
+from transfusion.training.loggers import Logger, Value
 
 
 class MetricsWriter:
     """Appends JSON objects to metrics.jsonl, one per line, each with its step. Lines after `step`, from before a crash, are
-    removed first; the file is replaced atomically. With `writes` False (other ranks than 0) nothing is written."""
+    removed first; the file is replaced atomically. With `writes` False (other ranks than 0) nothing is written. Leaving its
+    context closes the loggers."""
 
-    def __init__(self, path: Path, step: int, writes: bool = True):
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, step: int, writes: bool = True, loggers: Sequence[Logger] = ()):
+        self.path, self.writes, self.loggers = path, writes, loggers
         if not writes:
             return
         lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def write(self, step: int, **values) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_):
+        for logger in self.loggers:
+            logger.close(failed=error is not None)
+
+    def write(self, step: int, **values: Value) -> None:
+        """A line with numbers and words. Numbers that are not finite are left out, because JSON has none."""
         if not self.writes:
             return
+        values = {name: value for name, value in values.items() if isinstance(value, str) or math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        for logger in self.loggers:
+            logger.write(step, values)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -42,42 +56,9 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-class ProgressBar:
-    """A progress bar on a terminal, else one line every ten seconds. With `shows` False nothing is printed."""
-
-    INTERVAL = 10.0  # seconds between plain lines
-
-    def __init__(self, steps: int, done: int, shows: bool = True):
-        self.steps, self.start_time, self.first_step = steps, time.monotonic(), done
-        self.last_line = -self.INTERVAL
-        self.console = Console(file=sys.stderr, quiet=not shows)
-        self.bar = None
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"),
-            )  # fmt: skip
-            self.bar = Progress(*columns, console=self.console)
-            self.task = self.bar.add_task("", total=steps, completed=done)
-
-    def __enter__(self):
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
-
-    def update(self, step: int, description: str) -> None:
-        """Show the step and its description."""
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=description)
-        elif time.monotonic() - self.last_line >= self.INTERVAL or step == self.steps:
-            self.last_line = time.monotonic()
-            left = (self.last_line - self.start_time) / max(1, step - self.first_step) * (self.steps - step)
-            self.print_line(f"step {step}/{self.steps}  {description}  {left:.0f} s left")
-
-    def print_line(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: that torch allocated on a GPU, or that this process had resident in the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size

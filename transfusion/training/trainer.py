@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from transfusion import objective
-from transfusion.config import Run
+from transfusion.config import Run, to_json
 from transfusion.data.loader import Loader, LoaderState
-from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
+from transfusion.model.flops import count_training_flops, count_usual_flops, find_peak_tflops
+from transfusion.model.transfusion import Transfusion, build_on_meta, count_parameters, init_weights
 from transfusion.objective import NoiseSample
 from transfusion.parallel import (
     SINGLE_PROCESS,
@@ -22,6 +23,7 @@ from transfusion.parallel import (
 )  # fmt: skip
 from transfusion.sequence import Batch
 from transfusion.training.guard import Guard
+from transfusion.training.loggers import LoggerName
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import (
     build_optimizer,
@@ -50,10 +52,11 @@ class Trainer:
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
         ranks: Ranks = SINGLE_PROCESS, on_preview: Callable[[Transfusion, int, Callable[[], None]], None] | None = None,
-        init_from: Callable[[Transfusion], None] | None = None,
+        init_from: Callable[[Transfusion], None] | None = None, loggers: Sequence[LoggerName] = (),
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
+        self.settings, self.sources = to_json(run), run.data.sources
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
         precision(device, run.parallel.cpu_matmul)  # ValueError when this CPU does not support it
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
@@ -62,8 +65,9 @@ class Trainer:
         self.ema = self._build(compiled=False, source=self.model).requires_grad_(False)
         freeze(self.model, run.training.lr_scales)
         self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales, run.training.optimizer)
+        self.usual_flops = count_usual_flops(run.model, count_parameters(build_on_meta(run.model)), run.data.seq_len)
         preview_every = run.training.preview_every if on_preview else 0
-        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every)
+        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every, loggers)
 
     def _build(self, compiled: bool, source: Transfusion | None = None) -> Transfusion:
         """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
@@ -108,18 +112,38 @@ class Trainer:
             yield micro_batches, [state.block, state.row]
 
     def count(self, micro_batches: MicroBatches) -> tuple[int, ...]:
-        """Of this rank: positions with text loss, images with denoising loss, codes, and positions in all."""
-        return tuple(map(sum, zip(*[(*objective.loss_counts(b), b.positions) for b, _ in micro_batches], strict=True)))
+        """Of this rank: positions with text loss, images with denoising loss and codes, in all and then of each source;
+        FLOPs; positions in all."""
+        return tuple(map(sum, zip(*[self._count(batch) for batch, _ in micro_batches], strict=True)))
+
+    def _count(self, batch: Batch) -> tuple[int, ...]:
+        has_loss = [group.loss.double() for group in batch.groups]
+        tokens = torch.ones(batch.text_count, dtype=torch.float64)
+        by_source = objective.sum_by_source(batch, tokens, has_loss, self.sources).flatten().long().tolist()
+        flops = count_training_flops(batch, self.run.model)
+        return *objective.loss_counts(batch), *by_source, flops, batch.positions
+
+    def measure_speed(self, counts: Sequence[float], seconds: float) -> dict[str, float]:
+        """Positions and FLOPs per second of all ranks, FLOPs also in the usual convention; on a GPU whose peak is known also
+        their shares of it (MFU)."""
+        *_, flops, positions = counts
+        tflops = {"exact": flops / seconds / 1e12, "usual": positions * self.usual_flops / seconds / 1e12}
+        values = {f"{self.unit}_per_second": round(positions / seconds, 1)}
+        values |= {f"tflops_{convention}": value for convention, value in tflops.items()}
+        if peak := find_peak_tflops(self.device):
+            values |= {f"mfu_{convention}": value / (peak * self.ranks.world) for convention, value in tflops.items()}
+        return values
 
     def step(
         self, number: int, micro_batches: MicroBatches, counts: Sequence[int], guard: Guard
     ) -> Callable[[], dict[str, float]]:
         """One update. Losses are divided by the counts of the whole step: its split into batches and ranks has no effect."""
-        config, loss_counts = self.run.training, counts[:3]
+        config, loss_counts, counts_by_source = self.run.training, counts[:3], counts[3 : 3 + 3 * len(self.sources)]
         learning_rate = get_learning_rate(number, config)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        sums = self.ranks.sum_on_device(self._backward(micro_batches, *loss_counts[:2]))
+        all_sums = self.ranks.sum_on_device(self._backward(micro_batches, *loss_counts[:2]))
+        sums, sums_by_source = all_sums[:3], all_sums[3:]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if self.ranks.world > 1 else norm
         numbers = torch.cat([norm[None], sums])
@@ -127,19 +151,23 @@ class Trainer:
         update_weights(self.optimizer, verdict[0] == 0)
         update_ema(self.ema, self.model, number, config.ema_decay, verdict[0] == 0)
         self.optimizer.zero_grad()
-        read_numbers = read_later(torch.cat([verdict, numbers]))
+        read_numbers = read_later(torch.cat([verdict, numbers, sums_by_source]))
 
         def read() -> dict[str, float]:
-            *verdict, grad_norm, text, image, code = read_numbers()
-            losses = objective.mean_losses((text, image, code), loss_counts)
-            guard.report(number + 1, verdict, grad_norm, losses, self._describe_batch(micro_batches))
-            return {**losses, "gradient_norm": grad_norm, "learning_rate": learning_rate}
+            values = read_numbers()
+            verdict, grad_norm, sums, sums_by_source = values[:3], values[3], values[4:7], values[7:]
+            losses = objective.mean_losses(sums, loss_counts)
+            reason = guard.report(number + 1, verdict, grad_norm, losses, self._describe_batch(micro_batches))
+            losses |= self._losses_by_source(sums_by_source, counts_by_source)
+            event = {"event": "skip", "reason": reason} if reason else {}
+            return {**losses, "gradient_norm": grad_norm, "learning_rate": learning_rate, **event}
 
         return read
 
     def _backward(self, micro_batches: MicroBatches, text_count: int, image_count: int) -> Tensor:
-        """Add up the gradients of this rank's share of the loss. Returns the sums of its losses, (3,)."""
-        sums = torch.zeros(3, device=self.device)
+        """Add up the gradients of this rank's share of the loss. Returns the sums of its losses, in all and then of each
+        source, (3 + 3 S,)."""
+        sums = torch.zeros(3 + 3 * len(self.sources), device=self.device)
         for number, (batch, noise_samples) in enumerate(micro_batches, 1):
             if self.mesh is not None:
                 # Hybrid: machines add up their gradients once. Within a machine every micro-batch is reduced, because
@@ -151,8 +179,18 @@ class Trainer:
                         self.model, batch.to(self.device), noise_samples, self.run.diffusion, self.run.model.z_loss
                     )
                 objective.total_loss(losses, text_count, image_count, self.run.training.image_weight).backward()
-            sums = sums + losses.sums
+            by_source = objective.sum_by_source(batch, losses.tokens, losses.images, self.sources)
+            sums = sums + torch.cat([losses.sums, by_source.flatten()])
         return sums
+
+    def _losses_by_source(self, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+        """Mean losses, as "text_loss/SOURCE", of the sources that this step has."""
+        parts = {name: (sums[3 * n : 3 * n + 3], counts[3 * n : 3 * n + 3]) for n, name in enumerate(self.sources)}
+        return {
+            f"{loss}/{name}": value
+            for name, (sums, counts) in parts.items() if any(counts)
+            for loss, value in objective.mean_losses(sums, counts).items()
+        }  # fmt: skip
 
     def _describe_batch(self, micro_batches: MicroBatches) -> dict:
         """The documents of this rank's rows, by source and number, for the fault file."""
@@ -163,9 +201,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate_heldout(self, reset_watchdog: Callable[[], None]) -> tuple[dict, str]:
-        """Mean losses of the averaged weights by source, with fixed noise and a fixed grid of t."""
-        values = {source: self._evaluate_source(batches, reset_watchdog) for source, batches in self.heldout.items()}
-        return values, "   ".join(f"{source}: {self.describe(losses)}" for source, losses in values.items())
+        """Mean losses of the averaged weights, as "text_loss/SOURCE", with fixed noise and a fixed grid of t."""
+        losses = {source: self._evaluate_source(batches, reset_watchdog) for source, batches in self.heldout.items()}
+        values = {f"{loss}/{source}": value for source, of_source in losses.items() for loss, value in of_source.items()}
+        return values, "   ".join(f"{source}: {self.describe(of_source)}" for source, of_source in losses.items())
 
     def _evaluate_source(self, batches: list[Batch], reset_watchdog: Callable[[], None]) -> dict[str, float]:
         """Rank r takes batches r, r + world, ... Without one it repeats the last, uncounted: all must gather weights."""
