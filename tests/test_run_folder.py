@@ -25,13 +25,13 @@ from transfusion.training.optimizer import get_learning_rate
 
 FREE = {  # what a run with a checkpoint may change, beside all of generation, parallel and fault_tolerance
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
-    "training.preview_every", "training.log_every", "data.workers",
+    "training.preview_every", "training.log_every", "training.log", "data.workers",
 }  # fmt: skip
 DECIDED = {"name", "model.vocab_size", "model.latent_channels", "data.prepared"}  # by the data, or tested below
 VALUES = (  # one of these is another valid value of any field
     4, 2, 1, 64, 96, 300, 0, 0.01, 0.3, 0.7, 1.5, True, False, (0.5, 0.6), "muon", "hybrid", "bfloat16", "dpm", "linear",
     "unet", "causal", "x0", "epsilon", "velocity", "rectified_flow", "logit_normal", "block_pca", (1.0,), ("shapes",),
-    RopeScaling(),
+    RopeScaling(), ("wandb",),
 )  # fmt: skip
 
 
@@ -130,11 +130,26 @@ def test_folder_in_place_of_run_is_resumed_and_made_longer(trained, tmp_path, mo
 
 def test_folder_with_another_out_gives_its_settings_to_a_new_run(folder, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, out, *_: calls.append((run, out)))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, out, *_: not calls.append((run, out)))
     command("train", folder, "--out", tmp_path / "other", "--training.learning-rate", 0.5)
     command("train", folder)
     assert [out for _, out in calls] == [tmp_path / "other", folder]
     assert [run.training.learning_rate for run, _ in calls] == [0.5, 3e-3]
+
+
+def test_resumed_run_keeps_its_loggers(folder, monkeypatch):
+    """Until the command names others, or none."""
+    calls = []
+
+    def train_run(run, path, device):
+        RunFolder.draft(run, path, None).write()
+        return not calls.append(run.training.log)
+
+    monkeypatch.setattr("transfusion.cli.runs.train_run", train_run)
+    monkeypatch.setattr("transfusion.cli.runs.check_loggers", lambda names: None)
+    for words in (("--log", "tensorboard", "wandb"), (), ("--training.log", "wandb"), ("--log",), ()):
+        command("train", folder, *words)
+    assert calls == [("tensorboard", "wandb"), ("tensorboard", "wandb"), ("wandb",), (), ()]
 
 
 @pytest.mark.parametrize("what", ["nothing", "exported"])
@@ -151,7 +166,7 @@ def test_moved_data_keep_the_sources_and_weights_of_the_run(folder, prepared, tm
     values = read_json(folder / "run.json")
     write_json(folder / "run.json", values | {"run": values["run"] | {"data": vars(data) | {
         "digits": vars(data.digits), "shapes": vars(data.shapes)}}})  # fmt: skip
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: calls.append(run.data))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: not calls.append(run.data))
     command("train", folder, "--data", prepared / "prepared")
     command("train", folder, "--data", prepared / "prepared", "--out", tmp_path / "other")
     place = (str(prepared / "prepared"),)
@@ -179,7 +194,7 @@ def test_folder_without_a_checkpoint_keeps_its_start(folder, tmp_path, monkeypat
     draft = RunFolder.draft(describe_run(folder).run, tmp_path / "tuned", ("run", str(folder)))
     draft.write()
     calls = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda *args: calls.append(args[3:]))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda *args: not calls.append(args[3:]))
     command("train", tmp_path / "tuned")
     command("train", tmp_path / "tuned", "--out", tmp_path / "other")
     assert calls == [(("run", str(folder)),), ()]

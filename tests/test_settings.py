@@ -64,7 +64,7 @@ def test_data_in_a_file_replace_the_sources_of_the_run(tmp_path):
 
 def test_settings_of_a_trained_run_serve_as_a_file(trained, tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: runs.append(run))
+    monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: not runs.append(run))
     command("train", "digits", "--config", trained / "run.json")
     run = json.loads((trained / "run.json").read_text())["run"]
     decided = {name: getattr(named_run("digits").model, name) for name in ("vocab_size", "latent_channels")}

@@ -117,16 +117,12 @@ def test_rejected_update_is_an_event_and_not_finite_numbers_are_left_out(tmp_pat
 
 def train_twice(folder: Path, names: tuple[str, ...]) -> None:
     """A run of four steps that stops at step 2 and resumes there, with lines of step 3 that were written before a crash."""
-    run = small_run(4)
-    trainer = new_trainer(folder, run)
-    trainer.loop.loggers = names
-    stop_at_step(trainer, 2).train()
+    run = small_run(4, log=names)
+    stop_at_step(new_trainer(folder, run), 2).train()
     lost = loggers.open_loggers(names, folder, 2, {})
     with MetricsWriter(folder / "metrics.jsonl", 2, loggers=lost) as metrics:
         metrics.write(3, text_loss=1000.0)
-    trainer = resumed_trainer(folder, run)
-    trainer.loop.loggers = names
-    trainer.train()
+    resumed_trainer(folder, run).train()
 
 
 def test_tensorboard_has_the_lines_once_after_a_resume(tmp_path):

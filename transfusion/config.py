@@ -31,6 +31,7 @@ TShift = Annotated[float, Range(0.001, 1000)]
 Teraflops = Annotated[float, Range(at_least=0.001, limit=10**6)]
 MFU = Annotated[float, Range(0.001, 1)]
 DrawingSteps = Annotated[int, Range(at_least=1, limit=100_000)]
+LoggerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,8 @@ class TrainingConfig(Config, part="training."):
     validate_every: PositiveInt = 1_000  # Steps between evaluations of the held-out losses.
     preview_every: NonNegativeInt = 5_000  # Steps between image grids in samples/; 0 disables them.
     log_every: PositiveInt = 10  # Steps between lines of metrics.jsonl.
+    # Also write the metrics for TensorBoard, into the folder tensorboard of the run, or for Weights & Biases (wandb).
+    log: tuple[LoggerName, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()

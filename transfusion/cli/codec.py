@@ -12,10 +12,10 @@ from transfusion.cli.options import Device, as_usage_error, parse
 from transfusion.cli.screen import UsageError, nearest, print_status, progress
 from transfusion.cli.sources import Reading, open_readers
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
-from transfusion.config import FaultToleranceConfig, from_json, parse_size
+from transfusion.config import FaultToleranceConfig, LoggerName, from_json, parse_size
 from transfusion.disk import read_json, write_json, write_whole
 from transfusion.fields import Config, NonNegativeInt, PositiveInt
-from transfusion.training.loggers import LoggerName, check_loggers
+from transfusion.training.loggers import check_loggers
 
 NUM_SHOWN = 16  # held-out images on the page, and faults on the screen
 

@@ -17,7 +17,7 @@ from transfusion.config import Run
 from transfusion.disk import packaged_models
 from transfusion.fields import check_value, range_of
 
-ALIASES = {"--data.prepared": ("--data",)}  # shorter names of options
+ALIASES = {"--data.prepared": ("--data",), "--training.log": ("--log",)}  # shorter names of options
 
 Device = Annotated[str, tyro.conf.arg(help="Device to use: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1 or mps.")]
 RUN_HELP = (

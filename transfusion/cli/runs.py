@@ -17,7 +17,7 @@ from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run
 from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
 from transfusion.runs import named_run
-from transfusion.training.loggers import LoggerName, check_loggers
+from transfusion.training.loggers import check_loggers
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
 HELDOUT = 256  # documents of each source for the held-out losses
@@ -35,8 +35,6 @@ class Train:
     """Start from another run, exported run or model in the package, as named in generate; prepare your data --like it."""
     init_from: str | None = None
     """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
-    log: tuple[LoggerName, ...] = ()
-    """Also write the metrics for TensorBoard, into the folder tensorboard of the run, or for Weights & Biases (wandb)."""
     device: Device = "auto"
     config: Path | None = None
     """YAML or JSON file with some settings or all, such as --print-config prints; options override it."""
@@ -120,14 +118,12 @@ def train(arguments: list[str]) -> None:
         from transfusion.cli.dry_run import dry_run
 
         return dry_run(run, args.out, args.device, *starts or [None])
-    _train_or_exit(run, args.out, args.device, *starts or [None], args.log)
+    _train_or_exit(run, args.out, args.device, *starts)
 
 
-def _train_or_exit(
-    run: Run, path: Path, device: str, start: tuple[str, str] | None = None, loggers: tuple[LoggerName, ...] = ()
-) -> None:
+def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -> None:
     """Train to the last step. If a signal stops it, exit with the code of a stopped run."""
-    if not train_run(run, path, device, start, loggers):
+    if not train_run(run, path, device, *start):
         from transfusion.training.signals import stopped_exit_code
 
         sys.exit(stopped_exit_code())
@@ -135,7 +131,7 @@ def _train_or_exit(
 
 def _check_inputs(run: Run, args: Train) -> None:
     """An error for missing packages or data, or for a missing start of a new run, before anything heavy is imported."""
-    check_loggers(args.log)
+    check_loggers(run.training.log)
     for folder in run.data.prepared:
         check_prepared(Path(folder))
     for name in run.data.sources if not run.data.prepared else ():
@@ -151,9 +147,7 @@ def _check_inputs(run: Run, args: Train) -> None:
         check_run(find_folder(args.start))
 
 
-def train_run(
-    run: Run, path: Path, device: str, start: tuple[str, str] | None = None, loggers: tuple[LoggerName, ...] = ()
-) -> bool:
+def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
     """Start or resume a run on all processes of torchrun. False when a signal stopped it.
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
@@ -180,7 +174,7 @@ def train_run(
         loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
         heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
         preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
-        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks), loggers)
+        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
         trainer.loop.restore(print_status)
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
         report_line = print_status if ranks.is_main else lambda line: None

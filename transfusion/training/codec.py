@@ -22,12 +22,11 @@ from transfusion.codecs.autoencoder import (
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.codecs.perceptual import LPIPS, IdentityLoss
 from transfusion.codecs.vq import QuantisedNetwork
-from transfusion.config import FaultToleranceConfig
+from transfusion.config import FaultToleranceConfig, LoggerName
 from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.seeding import derive_seed
 from transfusion.training.codebook import CodebookReviver, measure_usage
 from transfusion.training.guard import Guard, TrainingError
-from transfusion.training.loggers import LoggerName
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, optimizer_tensors, update_ema
 

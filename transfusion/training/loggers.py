@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from transfusion.config import LoggerName
 from transfusion.disk import write_whole
 
-LoggerName = Literal["tensorboard", "wandb"]
 Value = int | float | str
 
 

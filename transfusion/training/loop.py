@@ -14,10 +14,10 @@ from torch import Tensor
 
 from transfusion.checkpoint.open import restore_newest
 from transfusion.checkpoint.save import Saver
-from transfusion.config import FaultToleranceConfig
+from transfusion.config import FaultToleranceConfig, LoggerName
 from transfusion.parallel import Ranks
 from transfusion.training.guard import Guard, TrainingError, watchdog
-from transfusion.training.loggers import LoggerName, open_loggers
+from transfusion.training.loggers import open_loggers
 from transfusion.training.metrics import MetricsWriter, peak_memory
 from transfusion.training.progress_bar import ProgressBar
 from transfusion.training.signals import stop_on_signal

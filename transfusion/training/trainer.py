@@ -23,7 +23,6 @@ from transfusion.parallel import (
 )  # fmt: skip
 from transfusion.sequence import Batch
 from transfusion.training.guard import Guard
-from transfusion.training.loggers import LoggerName
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import (
     build_optimizer,
@@ -43,8 +42,7 @@ class Trainer:
     """Trains one run.
 
     All ranks call both functions. `on_preview(ema, step, reset_watchdog)` may use the averaged model; it cannot change the
-    training.
-    `init_from(model)` sets this rank's part of the initial weights; without it the run's seed decides them.
+    training. `init_from(model)` sets this rank's part of the initial weights; without it the run's seed decides them.
     """
 
     unit = "positions"
@@ -52,7 +50,7 @@ class Trainer:
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
         ranks: Ranks = SINGLE_PROCESS, on_preview: Callable[[Transfusion, int, Callable[[], None]], None] | None = None,
-        init_from: Callable[[Transfusion], None] | None = None, loggers: Sequence[LoggerName] = (),
+        init_from: Callable[[Transfusion], None] | None = None,
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
@@ -67,7 +65,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales, run.training.optimizer)
         self.usual_flops = count_usual_flops(run.model, count_parameters(build_on_meta(run.model)), run.data.seq_len)
         preview_every = run.training.preview_every if on_preview else 0
-        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every, loggers)
+        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every, run.training.log)
 
     def _build(self, compiled: bool, source: Transfusion | None = None) -> Transfusion:
         """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
