@@ -16,9 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from experiments.emoji import dataset, judge, packages
+from experiments.emoji import dataset, edits, evaluate, interleaved, judge, packages, pictures, recipe
 from experiments.emoji.dataset import Cell, assign_splits, to_cells
 from experiments.emoji.packages import STYLES, DataError, Drawing, Emoji, fetch, read_drawings
+from experiments.lab import run_command
+from tests.profile import THOROUGH
+from transfusion.inference.answer import Answer
 
 pytest.importorskip("resvg_py")
 
@@ -256,3 +259,60 @@ def test_a_judge_learns_concepts_across_styles_and_a_copy_of_the_picture_is_no_h
     alone = cells.where([style == "noto" for style in cells.styles])
     gallery = judge.Gallery(alone, network.features(alone.pixels)[0])
     assert judge.judge_pictures(network, alone.pixels, alone, gallery).top5 == 0  # the gallery has no other style
+
+
+# figures
+
+
+def test_pairs_of_styles_have_one_concept_two_styles_and_the_asked_kinds():
+    rng = np.random.default_rng(0)
+    kinds = ["train", "cell", "concept"]
+    cells = replace(random_cells(rng, 60), kinds=[kinds[n] for n in rng.integers(0, 3, 60)])
+    for source_kind, target_kind in (("train", "cell"), ("concept", "concept"), ("train", "train")):
+        given, asked = edits.pair_styles(cells, source_kind, target_kind, 1000)
+        possible = sum(a != b and cells.concepts[a] == cells.concepts[b]
+                       and (cells.kinds[a], cells.kinds[b]) == (source_kind, target_kind)
+                       for a in range(60) for b in range(60))  # fmt: skip
+        assert len(given) == len(asked) == possible > 0 and given.concepts == asked.concepts
+        assert {*given.kinds} == {source_kind} and {*asked.kinds} == {target_kind}
+    assert len(edits.pair_styles(cells, "train", "cell", 3)[0]) == 3
+
+
+def test_only_a_caption_of_the_concept_in_a_third_style_counts_as_a_continuation():
+    picture = np.zeros((32, 32, 3), np.uint8)
+    first = judge.Cells(torch.zeros(5, 3, 32, 32), ["key"] * 5, ["noto"] * 5, ["train"] * 5, [False] * 5)
+    second = replace(first, styles=["fluent"] * 5)
+    answers = [Answer([text, picture]) for text in ("key, twemoji", "key, noto", "lock, twemoji", "key twemoji")]
+    network = judge.Judge()
+    gallery = judge.Gallery(first, network.features(first.pixels)[0])
+    shares = interleaved.measure_continued(network, gallery, (first, second), [*answers, Answer(["key, openmoji"])])
+    assert (shares["pairs"], shares["captions"], shares["count"]) == (0.8, 0.2, 1)
+
+
+def test_a_copy_of_a_training_picture_is_told_from_a_drawing(monkeypatch):
+    pixels = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    cells = replace(random_cells(np.random.default_rng(0), 40), pixels=pixels, kinds=["train"] * 20 + ["cell"] * 20)
+    for drawn, copies in ((pixels[:20], 1.0), (torch.ones(20, 3, 32, 32), 0.0)):
+        monkeypatch.setattr(evaluate, "draw", lambda engine, asked, guidance, drawn=drawn: drawn)
+        assert evaluate.measure_copies(None, cells, 20)["copies"] == copies
+
+
+@pytest.mark.skipif(not THOROUGH, reason="make test-all: the chain from the archives to the pictures takes minutes")
+def test_the_whole_chain_with_thirty_steps(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "HELDOUT_CONCEPTS", 0.2)
+    data, out, verdicts = tmp_path / "emoji", tmp_path / "runs", tmp_path / "judge"
+    dataset.main(dataset.Options(data, packed))
+    recipe.main(recipe.Options(data, out, codec_steps=30, steps=30, edit_steps=30))
+    exported = tmp_path / "exported"
+    run_command("export", out / "run", "--out", exported, "--dtype", "float16", "--name", "emoji")
+    judge.main(judge.Options(data, verdicts, steps=30))
+    evaluate.main(evaluate.Options(str(exported), data, verdicts, tmp_path / "figures.json", count=8))
+    edits.main(edits.Options(str(out / "edits"), str(out / "run"), data, verdicts, tmp_path / "edits.json", count=8))
+    interleaved.main(interleaved.Options(str(exported), data, verdicts, tmp_path / "interleaved.json", count=8))
+    pictures.main(pictures.Options(data, str(exported), str(out / "edits"), tmp_path))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {"training cells", "held-out cells", "held-out concepts", "codec", "captions", "copies"} <= figures.keys()
+    assert figures["held-out cells"]["real"]["count"] == figures["held-out cells"]["drawn"]["count"] > 0
+    assert {"fine-tuned", "not fine-tuned", "the source"} <= json.loads((tmp_path / "edits.json").read_text()).keys()
+    assert {"held-out cells", "on its own"} <= json.loads((tmp_path / "interleaved.json").read_text()).keys()
+    assert all((tmp_path / f"{name}.png").exists() for name in ("emoji", "emoji-styles", "edits", "interleaved"))

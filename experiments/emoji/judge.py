@@ -67,7 +67,11 @@ class Cells:
 
     def where(self, keep: Sequence[bool]) -> "Cells":
         """The cells whose entry in `keep` is true."""
-        ids = [n for n, kept in enumerate(keep) if kept]
+        return self.take([n for n, kept in enumerate(keep) if kept])
+
+    def take(self, ids: Sequence[int]) -> "Cells":
+        """The cells with these numbers, in this order."""
+        ids = list(ids)
         lists = ([values[n] for n in ids] for values in (self.concepts, self.styles, self.kinds, self.is_flag))
         return Cells(self.pixels[ids], *lists)
 

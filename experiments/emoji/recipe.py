@@ -13,22 +13,23 @@ from pathlib import Path
 import tyro
 
 from experiments.lab import run_command
+from transfusion.parallel import has_cpu_bfloat16
 
 CODEC = (
     "--size", "32x32",
-    "--network.channels", "16", "--network.width", "16", "--network.multipliers", "1", "2", "4",
+    "--network.channels", "8", "--network.width", "16", "--network.multipliers", "1", "2", "4",
     "--training.batch-size", "32", "--training.learning-rate", "3e-3", "--training.min-learning-rate", "2e-5",
     "--training.kl-weight", "1e-3", "--training.ema-decay", "0.998",
     "--training.heldout", "600", "--training.validate-every", "1000", "--training.checkpoint-every", "1000",
 )  # fmt: skip
-DATA = ("--sizes", "32x32", "--tokenizer-size", "2400", "--fit-documents", "7000")
+DATA = ("--sizes", "32x32", "--tokenizer-size", "2000", "--fit-documents", "7000")
 MODEL = (
     "--model.width", "256", "--model.layers", "4", "--model.heads", "4", "--model.intermediate-size", "512",
-    "--model.tie-word-embeddings", "--parallel.cpu-matmul", "bfloat16",
+    "--model.tie-word-embeddings", "--parallel.cpu-matmul", "bfloat16" if has_cpu_bfloat16() else "auto",
 )  # fmt: skip
 TRAINING = (
     "--data.sources", "pictures", "interleaved", "--data.mixture-weights", "0.8", "0.2",
-    "--data.seq-len", "256", "--data.rows", "16", "--data.image-first", "0.2", "--data.image-first-max-t", "0.3",
+    "--data.seq-len", "256", "--data.rows", "16", "--data.image-first", "0.25", "--data.image-first-max-t", "0.3",
     "--training.learning-rate", "3e-3", "--training.min-learning-rate", "3e-5", "--training.warmup-steps", "200",
     "--training.ema-decay", "0.999", "--training.image-weight", "5", "--training.preview-every", "0",
     "--training.validate-every", "1000", "--training.checkpoint-every", "500",
@@ -52,7 +53,7 @@ class Options:
     """Optimizer steps of the codec."""
     steps: int = 11_000
     """Optimizer steps of the run."""
-    edit_steps: int = 1_500
+    edit_steps: int = 1_000
     """Optimizer steps of the fine-tuning on edits."""
 
 
