@@ -315,6 +315,15 @@ def test_old_cache_entries_change_nothing(prompt_list, seed):
         assert_same_answers(answers, expected)
 
 
+def test_on_step_is_called_after_each_step_with_the_answers_it_finished():
+    engine, steps, finished = build_engine(draw_now_and_then), [], []
+    step = engine.step
+    engine.step, engine.on_step = lambda: steps.append(step()) or steps[-1], finished.append
+    engine.generate([Request(("a",), 2), Request(("b",)), Request((), 1, size=SIZES[-1])])
+    assert finished == [sum(isinstance(event, FinishEvent) for event in events) for events in steps]
+    assert sum(finished) == 4 and len({*finished}) > 1
+
+
 # Forward passes
 
 

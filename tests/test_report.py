@@ -451,5 +451,5 @@ def test_report_and_evaluation_show_their_progress(tmp_path, capsys, monkeypatch
     command("evaluate", tmp_path, "--tasks", "captions", "conditioning", "--count", 2)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "evaluate: 0 of 2, now digits captions"
-    assert "evaluate: 0 of 2, now digits captions, 5 answers" in lines
+    assert "evaluate: 0 of 2, now digits captions, 256 answers" in lines  # of one batch
     assert "evaluate: 1 of 2, now digits conditioning" in lines
