@@ -159,7 +159,8 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train_twice(tmp_path, ("wandb",))
-    (id_,) = {folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")}
+    # The names are offline-run-TIME-ID, and offline-run-TIME-ID-1 for a second one in the same second.
+    (id_,) = {folder.name.split("-")[3] for folder in (tmp_path / "wandb").glob("offline-run-*")}
     assert id_ == (tmp_path / "wandb" / "id.txt").read_text()
     history, settings = [], {}
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):

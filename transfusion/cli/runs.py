@@ -110,10 +110,11 @@ def train(arguments: list[str]) -> None:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     if resumes and not starts and (note := read_json(folder / RUN).get("notes", {}).get("start")):
         starts = [(note["kind"], note["place"])]
+    if not args.print_config:  # it needs no data
+        _check_inputs(run, args)
     check_train(before, run, starts[0][0] if starts else None)
     if args.print_config:
         return print(to_yaml(run), end="")
-    _check_inputs(run, args)
     if args.dry_run:
         from transfusion.cli.dry_run import dry_run
 
