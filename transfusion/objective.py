@@ -192,7 +192,8 @@ def sum_by_source(batch: Batch, tokens: Tensor, images: Sequence[Tensor], names:
 
     def move(index: Tensor) -> Tensor:
         """To the device of the values. From pinned memory, because a copy from other memory may wait for the GPU's work."""
-        return index.pin_memory().to(tokens.device, non_blocking=True) if tokens.is_cuda else index
+        index = index.pin_memory() if tokens.is_cuda else index
+        return index.to(tokens.device, non_blocking=tokens.is_cuda)
 
     def add(column: int, positions: Tensor, values: Tensor) -> None:
         sums[:, column].index_add_(0, move(sources[positions]), values.to(sums.dtype))
