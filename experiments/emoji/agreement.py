@@ -3,10 +3,10 @@
     python -m experiments.emoji.agreement sheets runs/emoji/run data/emoji --early RUN --out runs/emoji-readers
     python -m experiments.emoji.agreement compare runs/emoji/run data/emoji runs/emoji-judge --out runs/emoji-readers
 
-`sheets` writes contact sheets of shuffled pictures: real ones, drawings of held-out cells, drawings of an early run (one that
-trained for minutes), and drawings with the name of another concept. A reader answers for each number: does the picture show
-what the name says? The answers are in OUT/NAME.json, a JSON object {"1": true, ...}. `compare` prints how often the readers
-agree with each other and with the judge (a picture is right for it if the concept is in the top 5), and Cohen's kappa.
+`sheets` writes contact sheets of shuffled pictures: real ones, drawings of held-out cells, drawings of an early run (trained
+for minutes), and drawings with the name of another concept. A reader answers for each number: does the picture show what the
+name says? The answers are in OUT/NAME.json, a JSON object {"1": true, ...}. `compare` prints how often the readers agree with
+each other and with the judge (a picture is right for it if the concept is in the top 5), and Cohen's kappa.
 """
 
 import json
