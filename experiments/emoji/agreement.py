@@ -5,8 +5,8 @@
 
 `sheets` writes contact sheets of shuffled pictures: real ones, drawings of held-out cells, drawings of an early run (trained
 for minutes), and drawings with the name of another concept. A reader answers for each number: does the picture show what the
-name says? The answers are in OUT/NAME.json, a JSON object {"1": true, ...}. `compare` prints how often the readers agree with
-each other and with the judge (a picture is right for it if the concept is in the top 5), and Cohen's kappa.
+name says? The answers are in OUT/NAME.json, a JSON object {"1": true, ...}. `compare` prints how often the readers agree
+with each other and with the judge (a picture is right for it if the concept is in the top 5), and Cohen's kappa.
 """
 
 import json
