@@ -28,6 +28,7 @@ COLUMNS = 12
 NUM_HELDOUT = 48
 NUM_EDITS = 6  # held-out concepts
 NUM_DOCUMENTS = 6
+EDIT_GUIDANCE = {"guidance_scale": 3.0, "image_guidance_scale": 2.0}  # the best that `edits` tried
 Tile = tuple[np.ndarray | None, str]  # (Y, X, 3) uint8, and the text above it
 
 
@@ -85,7 +86,7 @@ def edits_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
             rows[concept].append(n)
     chosen = [ids for ids in rows.values() if len(ids) == len(STYLES) - 1][:NUM_EDITS]
     ids = [n for row in chosen for n in row]
-    drawn = to_images(edit(engine, sources.take(ids), targets.take(ids)))
+    drawn = to_images(edit(engine, sources.take(ids), targets.take(ids), **EDIT_GUIDANCE))
     true, given = to_images(targets.take(ids).pixels), to_images(sources.take(ids).pixels)
     grid = []
     for first in range(0, len(ids), len(STYLES) - 1):
