@@ -63,8 +63,8 @@ def styles_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
     chosen = np.random.default_rng(0).permutation(concepts)[:COLUMNS]
     asked = cells.take([trained[style][concept] for style in STYLES for concept in chosen])
     images = to_images(draw(engine, asked))
-    titles = [*chosen, *[""] * (len(images) - COLUMNS)]
-    return in_rows(list(zip(images, titles, strict=True)))
+    titles = [*chosen, *[""] * (len(images) - len(chosen))]
+    return in_rows(list(zip(images, titles, strict=True)), len(chosen))
 
 
 def heldout_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
@@ -112,8 +112,8 @@ def documents_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
     return grid
 
 
-def in_rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
-    return [list(tiles[first : first + COLUMNS]) for first in range(0, len(tiles), COLUMNS)]
+def in_rows(tiles: Sequence[Tile], columns: int = COLUMNS) -> list[list[Tile]]:
+    return [list(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
 
 
 def plot(grid: Sequence[Sequence[Tile]], path: Path, row_titles: Sequence[str] = ()) -> None:
