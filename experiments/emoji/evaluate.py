@@ -29,9 +29,11 @@ from experiments.emoji.judge import (
     preprocess,
     read_cells,
 )  # fmt: skip
+from transfusion.codecs.autoencoder import to_uint8
 from transfusion.disk import write_json
 from transfusion.evaluation.captions import caption_images
 from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.training.codec import psnr
 
 BATCH = 128  # drawings that are made together
 COPY_QUANTILE = 0.1
@@ -68,7 +70,7 @@ def main(options: Options) -> None:
         shares = (f"{' ':9}{row[kind].top1:.3f} {row[kind].top5:.3f} {row[kind].style:.3f}" for kind in KINDS)
         print(f"{name:24}  {len(asked):5}" + " ".join(shares), flush=True)
     heldout = cells.where([kind == "cell" for kind in cells.kinds])
-    figures["codec"] = {"psnr": psnr(heldout.pixels, reconstruct(engine, heldout.pixels))}
+    figures["codec"] = {"psnr": psnr(heldout.pixels, reconstruct(engine, heldout.pixels)).mean().item()}
     figures["captions"] = measure_captions(engine, heldout)
     figures["copies"] = measure_copies(engine, cells, options.count, options.guidance)
     print(json.dumps({name: figures[name] for name in ("codec", "captions", "copies")}))
@@ -122,12 +124,7 @@ def reconstruct(engine: Engine, pixels: Tensor) -> Tensor:
 
 def to_images(pixels: Tensor) -> list[np.ndarray]:
     """(N, 3, Y, X) between -1 and 1 -> (Y, X, 3) uint8 each."""
-    return list(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of pictures (N, C, Y, X) between -1 and 1."""
-    return (10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp(min=1e-12))).mean().item()
+    return list(to_uint8(pixels).numpy())
 
 
 def measure_captions(engine: Engine, cells: Cells) -> dict[str, float]:
