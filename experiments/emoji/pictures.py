@@ -107,7 +107,7 @@ def documents_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
         texts = [part for part in answer.parts if isinstance(part, str)]
         images = [part for part in answer.parts if not isinstance(part, str)]
         drawn = zip(images[:2], [*texts[:2], "", ""], strict=False)
-        tiles = [(image, caption), (other_image, other), (None, "it goes on:"), *drawn]
+        tiles = [(image, caption), (other_image, other), (None, "continued with:"), *drawn]
         grid.append([(picture, text.replace(", ", ",\n")) for picture, text in tiles])
     return grid
 
