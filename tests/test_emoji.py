@@ -293,7 +293,7 @@ def test_a_copy_of_a_training_picture_is_told_from_a_drawing(monkeypatch):
     pixels = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     cells = replace(random_cells(np.random.default_rng(0), 40), pixels=pixels, kinds=["train"] * 20 + ["cell"] * 20)
     for drawn, copies in ((pixels[:20], 1.0), (torch.ones(20, 3, 32, 32), 0.0)):
-        monkeypatch.setattr(evaluate, "draw", lambda engine, asked, guidance, drawn=drawn: drawn)
+        monkeypatch.setattr(evaluate, "draw", lambda engine, asked, drawn=drawn: drawn)
         assert evaluate.measure_copies(None, cells, 20)["copies"] == copies
 
 

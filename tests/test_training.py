@@ -62,6 +62,7 @@ def new_trainer(
     run, encoder = prepared(run)
     if ranks.is_main and not (folder / "run.json").exists():
         begin_run(folder, run)
+    ranks.barrier()  # as the command does: the other ranks read the folder
     by_four = replace(encoder, config=replace(run.data, rows=4))  # t of a held-out image depends on its batch
     heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
     with few_samples():

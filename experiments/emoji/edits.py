@@ -18,10 +18,11 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from experiments.emoji.evaluate import generate_images, psnr, to_images
+from experiments.emoji.evaluate import generate_images, to_images
 from experiments.emoji.judge import Cells, Gallery, Judge, judge_pictures, open_judge, preprocess, read_cells
 from transfusion.disk import write_json
 from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.training.codec import psnr
 
 GUIDANCE = (1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (2.0, 2.0), (3.0, 2.0)  # scales of words and of the picture that are tried
 NUM_TRIED = 120  # edits for each of them
@@ -95,7 +96,7 @@ def edit(engine: Engine, sources: Cells, targets: Cells, **guidance: float) -> T
 
 def measure(judge: Judge, gallery: Gallery, pictures: Tensor, targets: Cells) -> dict[str, float]:
     """The judge's shares, and the distance to the true pictures in dB."""
-    return asdict(judge_pictures(judge, pictures, targets, gallery)) | {"psnr": psnr(pictures, targets.pixels)}
+    return asdict(judge_pictures(judge, pictures, targets, gallery)) | {"psnr": psnr(pictures, targets.pixels).mean().item()}
 
 
 def report(name: str, values: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
 """The figures of a run on emoji: drawings, captions and the codec, each between a ceiling and a floor.
 
-    python -m experiments.emoji.evaluate runs/emoji data/emoji runs/emoji-judge --out docs/results/emoji.json
+    python -m experiments.emoji.evaluate emoji data/emoji runs/emoji-judge --out docs/results/emoji.json
 
 Every row is judged by `experiments.emoji.judge`: the run's drawings of training cells, of held-out cells and of held-out
 concepts, flags apart; the real pictures of the same cells (the ceiling); the codec's reconstructions of them; and the
@@ -29,9 +29,11 @@ from experiments.emoji.judge import (
     preprocess,
     read_cells,
 )  # fmt: skip
+from transfusion.codecs.autoencoder import to_uint8
 from transfusion.disk import write_json
 from transfusion.evaluation.captions import caption_images
 from transfusion.inference.engine import Engine, Request, open_run
+from transfusion.training.codec import psnr
 
 BATCH = 128  # drawings that are made together
 COPY_QUANTILE = 0.1
@@ -50,27 +52,23 @@ class Options:
     """JSON file for the figures; only printed if not set."""
     count: int = 400
     """Largest number of cells in a row of the table."""
-    weights: str = "ema"
-    """ema or raw."""
-    guidance: float | None = None
-    """Guidance scale; the run's default if not set."""
 
 
 def main(options: Options) -> None:
     cells, judge = read_cells(options.data), open_judge(options.judge)
     gallery = Gallery(cells, judge.features(cells.pixels)[0])
-    engine = open_run(options.run, weights=options.weights)
+    engine = open_run(options.run)
     figures = {"step": engine.opened.step, "parameters": engine.opened.parameters}
     print(f"{'cells':24}  count" + "".join(f"  {kind:7} top-1 top-5 style" for kind in KINDS))
     for name, asked in choose_cells(cells, options.count):
-        row = measure_drawings(engine, judge, gallery, asked, options.guidance)
+        row = measure_drawings(engine, judge, gallery, asked)
         figures[name] = {kind: asdict(verdict) for kind, verdict in row.items()}
         shares = (f"{' ':9}{row[kind].top1:.3f} {row[kind].top5:.3f} {row[kind].style:.3f}" for kind in KINDS)
         print(f"{name:24}  {len(asked):5}" + " ".join(shares), flush=True)
     heldout = cells.where([kind == "cell" for kind in cells.kinds])
-    figures["codec"] = {"psnr": psnr(heldout.pixels, reconstruct(engine, heldout.pixels))}
+    figures["codec"] = {"psnr": psnr(heldout.pixels, reconstruct(engine, heldout.pixels)).mean().item()}
     figures["captions"] = measure_captions(engine, heldout)
-    figures["copies"] = measure_copies(engine, cells, options.count, options.guidance)
+    figures["copies"] = measure_copies(engine, cells, options.count)
     print(json.dumps({name: figures[name] for name in ("codec", "captions", "copies")}))
     if options.out is not None:
         write_json(options.out, figures)
@@ -87,24 +85,19 @@ def choose_cells(cells: Cells, count: int) -> Iterator[tuple[str, Cells]]:
                 yield title + (", flags" if flag else ""), cells.where([n in chosen for n in range(len(cells))])
 
 
-def measure_drawings(
-    engine: Engine, judge: Judge, gallery: Gallery, asked: Cells, guidance: float | None = None
-) -> dict[str, Verdict]:
+def measure_drawings(engine: Engine, judge: Judge, gallery: Gallery, asked: Cells) -> dict[str, Verdict]:
     """Drawings of the cells, their real pictures, the codec's reconstructions of these, and the floor."""
     return {
-        "drawn": judge_pictures(judge, draw(engine, asked, guidance), asked, gallery),
+        "drawn": judge_pictures(judge, draw(engine, asked), asked, gallery),
         "real": judge_pictures(judge, asked.pixels, asked, gallery),
         "codec": judge_pictures(judge, reconstruct(engine, asked.pixels), asked, gallery),
         "colours": judge_by_colours(asked.pixels, asked, gallery.cells),
     }
 
 
-def draw(engine: Engine, asked: Cells, guidance: float | None = None) -> Tensor:
-    """One drawing of each cell from its caption "CONCEPT, STYLE", seeds 0, 1, ...: (N, 3, 32, 32)."""
-    changes = {} if guidance is None else {"guidance_scale": guidance}
-    generation = engine.make_generation_config(**changes)
-    requests = [Request(f"{concept}, {style}", num_images=1, seed=n, generation=generation)
-                for n, (concept, style) in enumerate(zip(asked.concepts, asked.styles, strict=True))]  # fmt: skip
+def draw(engine: Engine, asked: Cells) -> Tensor:
+    """One drawing of each cell from its caption, seeds 0, 1, ..., by the run's defaults: (N, 3, 32, 32)."""
+    requests = [Request(caption, num_images=1, seed=n) for n, caption in enumerate(asked.captions)]
     return preprocess(generate_images(engine, requests))
 
 
@@ -122,12 +115,7 @@ def reconstruct(engine: Engine, pixels: Tensor) -> Tensor:
 
 def to_images(pixels: Tensor) -> list[np.ndarray]:
     """(N, 3, Y, X) between -1 and 1 -> (Y, X, 3) uint8 each."""
-    return list(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of pictures (N, C, Y, X) between -1 and 1."""
-    return (10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp(min=1e-12))).mean().item()
+    return list(to_uint8(pixels).numpy())
 
 
 def measure_captions(engine: Engine, cells: Cells) -> dict[str, float]:
@@ -141,13 +129,13 @@ def _share_equal(a: Sequence[str], b: Sequence[str]) -> float:
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
 
 
-def measure_copies(engine: Engine, cells: Cells, count: int, guidance: float | None = None) -> dict[str, float]:
+def measure_copies(engine: Engine, cells: Cells, count: int) -> dict[str, float]:
     """How near drawings of held-out cells are to the nearest training picture, beside the real pictures of these cells: root
     mean square differences, medians. Pixels are between -1 and 1."""
     training = cells.where([kind == "train" for kind in cells.kinds]).pixels.flatten(1)
     heldout = dict(choose_cells(cells, count))["held-out cells"]
     drawn, real = (torch.cdist(pixels.flatten(1), training).amin(1) / training.shape[1] ** 0.5
-                   for pixels in (draw(engine, heldout, guidance), heldout.pixels))  # fmt: skip
+                   for pixels in (draw(engine, heldout), heldout.pixels))  # fmt: skip
     return {"drawn": drawn.median().item(), "real": real.median().item(),
             "copies": (drawn < real.quantile(COPY_QUANTILE)).float().mean().item()}  # fmt: skip
 

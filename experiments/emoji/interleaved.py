@@ -1,6 +1,6 @@
 """Interleaved documents: after a caption and its picture the run writes the next caption and draws its picture.
 
-    python -m experiments.emoji.interleaved runs/emoji/run data/emoji runs/emoji-judge
+    python -m experiments.emoji.interleaved emoji data/emoji runs/emoji-judge
 
 Two prompts. "After another style": a concept in one style, its picture, and the caption of the same concept in a held-out
 style; the run draws. Beside it stands the drawing from that caption alone: does the picture help? "On its own": two captions
@@ -62,14 +62,13 @@ def main(options: Options) -> None:
 
 def captioned(cells: Cells) -> list[tuple[str, np.ndarray]]:
     """Each cell as the parts of a prompt: its caption and its picture."""
-    captions = (f"{concept}, {style}" for concept, style in zip(cells.concepts, cells.styles, strict=True))
-    return list(zip(captions, to_images(cells.pixels), strict=True))
+    return list(zip(cells.captions, to_images(cells.pixels), strict=True))
 
 
 def draw_after(engine: Engine, given: Cells, asked: Cells) -> Tensor:
     """Drawings (N, 3, 32, 32) of the cells `asked`, each after the caption and the real picture of a cell `given`."""
-    requests = [Request((*parts, caption), num_images=1, seed=n)
-                for n, (parts, (caption, _)) in enumerate(zip(captioned(given), captioned(asked), strict=True))]  # fmt: skip
+    prompts = zip(captioned(given), asked.captions, strict=True)
+    requests = [Request((*parts, caption), num_images=1, seed=n) for n, (parts, caption) in enumerate(prompts)]
     return preprocess(generate_images(engine, requests))
 
 

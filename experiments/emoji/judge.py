@@ -65,6 +65,11 @@ class Cells:
     def __len__(self) -> int:
         return len(self.concepts)
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each cell, such as "pizza, openmoji"."""
+        return [f"{concept}, {style}" for concept, style in zip(self.concepts, self.styles, strict=True)]
+
     def where(self, keep: Sequence[bool]) -> "Cells":
         """The cells whose entry in `keep` is true."""
         return self.take([n for n, kept in enumerate(keep) if kept])

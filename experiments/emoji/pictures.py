@@ -28,6 +28,7 @@ COLUMNS = 12
 NUM_HELDOUT = 48
 NUM_EDITS = 6  # held-out concepts
 NUM_DOCUMENTS = 6
+EDIT_GUIDANCE = {"guidance_scale": 3.0, "image_guidance_scale": 2.0}  # the best that `edits` tried
 Tile = tuple[np.ndarray | None, str]  # (Y, X, 3) uint8, and the text above it
 
 
@@ -62,8 +63,8 @@ def styles_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
     chosen = np.random.default_rng(0).permutation(concepts)[:COLUMNS]
     asked = cells.take([trained[style][concept] for style in STYLES for concept in chosen])
     images = to_images(draw(engine, asked))
-    titles = [*chosen, *[""] * (len(images) - COLUMNS)]
-    return in_rows(list(zip(images, titles, strict=True)))
+    titles = [*chosen, *[""] * (len(images) - len(chosen))]
+    return in_rows(list(zip(images, titles, strict=True)), len(chosen))
 
 
 def heldout_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
@@ -85,7 +86,7 @@ def edits_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
             rows[concept].append(n)
     chosen = [ids for ids in rows.values() if len(ids) == len(STYLES) - 1][:NUM_EDITS]
     ids = [n for row in chosen for n in row]
-    drawn = to_images(edit(engine, sources.take(ids), targets.take(ids)))
+    drawn = to_images(edit(engine, sources.take(ids), targets.take(ids), **EDIT_GUIDANCE))
     true, given = to_images(targets.take(ids).pixels), to_images(sources.take(ids).pixels)
     grid = []
     for first in range(0, len(ids), len(STYLES) - 1):
@@ -106,13 +107,13 @@ def documents_grid(engine: Engine, cells: Cells) -> list[list[Tile]]:
         texts = [part for part in answer.parts if isinstance(part, str)]
         images = [part for part in answer.parts if not isinstance(part, str)]
         drawn = zip(images[:2], [*texts[:2], "", ""], strict=False)
-        tiles = [(image, caption), (other_image, other), (None, "it goes on:"), *drawn]
+        tiles = [(image, caption), (other_image, other), (None, "continued with:"), *drawn]
         grid.append([(picture, text.replace(", ", ",\n")) for picture, text in tiles])
     return grid
 
 
-def in_rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
-    return [list(tiles[first : first + COLUMNS]) for first in range(0, len(tiles), COLUMNS)]
+def in_rows(tiles: Sequence[Tile], columns: int = COLUMNS) -> list[list[Tile]]:
+    return [list(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
 
 
 def plot(grid: Sequence[Sequence[Tile]], path: Path, row_titles: Sequence[str] = ()) -> None:
