@@ -24,8 +24,8 @@ INTRODUCTION = """# The paper's tables at small scale
 
 The paper's claims, tested {hardware}: synthetic scenes of 32x32 pixels and Python's documentation, models of {smallest:.2f}
 to {largest:.2f} million parameters. Compare rows with each other, not with the paper's numbers. Negative results are
-included. The command below each table makes it or resumes it (`--seeds`, `--variants` select cells); with `--rerun-stale` it
-trains cells of older code again, which are marked "(N of COMMIT)" beside the number of seeds.
+included. The command below each table makes it or resumes it (`--seeds`, `--variants` select cells; `--rerun-stale` trains
+cells of older code again).
 `python -m experiments.results` writes this page.
 
 - FID uses 48 features of a small network trained to caption these scenes (`transfusion/evaluation/small_network.py`). It
