@@ -202,7 +202,8 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     for steps in (2, 4):
-        command = ["train", "digits", "--out", run, *TINY, "--training.preview-every", 0, "--log", "wandb", "--training.steps", steps]
+        options = ("--training.preview-every", 0, "--log", "wandb", "--training.steps", steps)
+        command = ["train", "digits", "--out", run, *TINY, *options]
         subprocess.run([sys.executable, "-m", "transfusion", *map(str, command)], cwd=ROOT, check=True, capture_output=True)
     (id_,) = {folder.name.split("-")[3] for folder in (run / "wandb").glob("offline-run-*")}
     assert id_ == (run / "wandb" / "id.txt").read_text()
