@@ -240,9 +240,8 @@ def _notes(plans: list) -> Iterator[str]:
         yield "Assumed: rows are text, because they are too short for images."
     for estimate in plans:
         if not estimate.fits:
-            ways = " or ".join(ways_to_fit(estimate.run, estimate.machines))
-            ways = ways or "no change of micro batch, activation checkpointing or GPUs"
-            yield f"{estimate.run.name} does not fit; it would with {ways}."
+            ways = "\n  or ".join(ways_to_fit(estimate.run, estimate.machines))
+            yield f"{estimate.run.name} does not fit; it would with {ways or 'no micro batch, checkpointing or number of GPUs'}"
 
 
 def _to_json(estimate) -> dict:
