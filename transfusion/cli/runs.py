@@ -157,7 +157,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     from transfusion.cli.run_folder import RunFolder
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
-    from transfusion.parallel import Ranks, keep_freed_memory, pick_device
+    from transfusion.parallel import Ranks, keep_freed_memory, pick_device, rows_per_pass
     from transfusion.training.lock import TrainingLock
     from transfusion.training.signals import exit_on_signal
     from transfusion.training.trainer import Trainer
@@ -172,8 +172,9 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         ranks.barrier()
         folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
-        loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
-        heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
+        loader = Loader(open_sources(run.data, "train"), encoder, run.training.batch_size, ranks.rank, ranks.world)
+        sources, num_rows = open_sources(run.data, "heldout"), rows_per_pass(run, ranks.world)
+        heldout = {source.name: heldout_batches(source, encoder, HELDOUT, num_rows) for source in sources}
         preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
         trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
         trainer.loop.restore(print_status)
