@@ -67,5 +67,5 @@ def make_engine(name: str, setting: Setting) -> Engine:
     model = build(config, 0, setting.device).eval().requires_grad_(False)
     lower_weights(model, setting.device)
     return Engine(
-        OpenedRun(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, model, step=0, device=setting.device)
+        OpenedRun(name, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, model, step=0, device=setting.device)
     )

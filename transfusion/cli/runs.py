@@ -103,8 +103,8 @@ def train(arguments: list[str]) -> None:
     """Start a run or resume it."""
     chosen = read_run("train", arguments)
     before, folder = chosen.run, chosen.folder
-    resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.name
-    run, args = parse_run(Train, f"train {before.name}", before, chosen.arguments, resumes, out=out)
+    resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.recipe
+    run, args = parse_run(Train, f"train {before.recipe}", before, chosen.arguments, resumes, out=out)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
@@ -182,7 +182,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         if trainer.loop.progress.step >= run.training.steps:
             report_line(f"{path} is trained to its last step, {run.training.steps}; a larger --training.steps resumes it")
             return lock.end(finished=True)
-        report_line(f"training {run.name} on {devices}, into {path}")
+        report_line(f"training {path} on {devices}, recipe {run.recipe}")
         warn_about_warmup(run.training, report_line)
         return lock.end(trainer.train())
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+from transfusion.disk import run_name
 from transfusion.page import SERIES, Line, Page
 from transfusion.report.record import Record, format_duration, running_mean
 
@@ -21,7 +22,7 @@ CURVES = {  # metrics of training steps -> title, label of the y axis, and wheth
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     """Write the page about the runs in these folders and return its path. A run without results.json or metrics.jsonl has
     empty cells. OpenError when a run.json cannot be read."""
-    names = [folder.resolve().name for folder in folders]
+    names = [run_name(folder) for folder in folders]
     names = [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
     runs = {name: Record.read(folder) for name, folder in zip(names, folders, strict=True)}
     page = Page("Comparison of " + " and ".join(runs) if len(runs) == 2 else f"Comparison of {len(runs)} runs")
