@@ -58,7 +58,7 @@ def make_paper_loader(seq_len: int, rows: int) -> Loader:
 
 
 def make_engine(name: str, setting: Setting) -> Engine:
-    """The engine of a small named run, with rows of 512. On CUDA the model is 0.16b: with a smaller one Python dominates."""
+    """The engine of a small recipe, with rows of 512. On CUDA the model is 0.16b: with a smaller one Python dominates."""
     run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, seed=0)
     config = replace(SIZES["0.16b"], latent_channels=run.model.latent_channels) if setting.cuda else run.model

@@ -1,4 +1,4 @@
-"""Training steps of every named run that fits the device: positions per second, share of the peak FLOP/s, and memory."""
+"""Training steps of every recipe that fits the device: positions per second, share of the peak FLOP/s, and memory."""
 
 import gc
 import multiprocessing

@@ -30,7 +30,7 @@ HAS_AMX = "amx_tile" in cpu_flags(CPUINFO)  # oneDNN computes float32 in bfloat1
 
 
 def short_run(name: str) -> Run:
-    """A named run with few and short rows."""
+    """A recipe with few and short rows."""
     run = named_run(name)
     return replace(run, data=replace(run.data, fit_documents=100, seq_len=64, rows=2))
 

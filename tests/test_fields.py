@@ -224,12 +224,12 @@ def test_options_of_a_command_are_checked(words, message):
 def test_data_is_a_short_name_of_prepared_data(words):
     run, args = parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--from=c"])
     assert run.data.prepared == ("a", "b")
-    assert run.data.sources == run.data.mixture_weights == ()  # those of the named run are replaced
+    assert run.data.sources == run.data.mixture_weights == ()  # those of the recipe are replaced
     assert args.start == "c"
     chosen, _ = parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--data.sources=d"])
     assert chosen.data.sources == ("d",)
 
 
-def test_sources_replace_those_of_the_named_run_with_their_weights():
+def test_sources_replace_those_of_the_recipe_with_their_weights():
     run, _ = parse_run(runs.Train, "train", named_run("digits"), ["--data.sources", "digits"])
     assert run.data.sources == ("digits",) and run.data.mixture_weights == ()

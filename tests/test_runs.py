@@ -1,4 +1,4 @@
-"""The named runs: every row of the paper's tables has one, with the paper's size and generation settings."""
+"""The recipes: every row of the paper's tables has one, with the paper's size and generation settings."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ UNET = {"0.16b": 172}  # millions, from the 106.1 % of Table 7; 0.27 billion for
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_named_run_equals_its_json(name):
+def test_recipe_equals_its_json(name):
     run = named_run(name)
     assert run.recipe == name
     assert from_json(Run, to_json(run)) == run

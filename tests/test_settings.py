@@ -34,7 +34,7 @@ def run_of(*words: object) -> Run:
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_written_settings_are_read_as_they_were(tmp_path, suffix):
-    """With another value of every setting than the named run's."""
+    """With another value of every setting than the recipe's."""
     run = named_run("digits")
     for name in sorted({*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights"}):
         run = other_run(run, name)

@@ -46,7 +46,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Demo:
-    """Train the run `digits`, measure it and write its report: real scans, no download, about ten minutes on two cores."""
+    """Train the recipe `digits`, measure it and write its report: real scans, no download, ten minutes on two cores."""
 
     out: Path = Path("runs/digits")
     """Folder of the run."""
@@ -92,7 +92,7 @@ class Report:
 
 
 def demo(arguments: list[str]) -> None:
-    """Train, evaluate and report the run `digits`."""
+    """Train, evaluate and report the recipe `digits`."""
     args = parse(Demo, "demo", arguments)
     _train_or_exit(named_run("digits"), args.out, args.device)
     measure(args.out, args.out, EvaluationConfig(), args.device)
