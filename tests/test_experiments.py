@@ -93,6 +93,8 @@ def test_cell_contains_measurements_and_heldout_losses(filled, variants):
     last = [line for line in lines if "heldout_text_loss/digits" in line][-1]
     assert values["text_loss"] == last["heldout_text_loss/digits"]
     assert values["image_loss"] == last["heldout_image_loss/digits"]
+    assert values["velocity_error"] == last["heldout_velocity_error/digits"]
+    assert not [name for name in values if "by_t" in name]
     assert values["parameters"] > 0 and values["minutes"] > 0 and values["positions"] > 0
     assert values["commit"] and values["machine"]
 
