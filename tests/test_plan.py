@@ -281,7 +281,7 @@ def test_command_to_type(capsys, arguments, expected):
 
 
 def test_table_equals_json(capsys):
-    arguments = ("plan", "7b", "--gpus", 64, "--memory", "80GB", "--parallel.micro-batch-size", 8)
+    arguments = ("plan", "7b", "--gpus", 64, "--memory", "80GB", "--parallel.micro_batch_size", 8)
     command(*arguments)
     table = capsys.readouterr().out
     command(*arguments, "--json")
