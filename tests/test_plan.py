@@ -261,10 +261,10 @@ def test_fitted_micro_batch_is_the_largest_that_fits(name, gpus, share, own, num
      "torchrun --nproc-per-node 8 -m transfusion train 7b --data.sources shapes --model.width=2048 "
      "--parallel.micro_batch_size 2"),
     (["7b", "--gpus", "64", "--gpus_per_machine", "4", "--parallel.shard", "hybrid", "--parallel.activation-checkpointing"],
-     "torchrun --nnodes 16 --rdzv-endpoint HOST:29500 --nproc-per-node 4 -m transfusion train 7b --parallel.shard hybrid "
+     "torchrun --nnodes 16 --nproc-per-node 4 --rdzv-endpoint HOST:29500 -m transfusion train 7b --parallel.shard hybrid "
      "--parallel.activation-checkpointing --data DIR"),
     (["0.16b", "--gpus", "20", "--training.batch-size", "40"],
-     "torchrun --nnodes 4 --rdzv-endpoint HOST:29500 --nproc-per-node 5 -m transfusion train 0.16b --training.batch-size 40 "
+     "torchrun --nnodes 4 --nproc-per-node 5 --rdzv-endpoint HOST:29500 -m transfusion train 0.16b --training.batch-size 40 "
      "--data DIR"),
 ])  # fmt: skip
 def test_command_to_type(capsys, arguments, expected):
