@@ -159,7 +159,7 @@ def evaluate(folder: Path, ranks: Ranks = SINGLE_PROCESS, seed: int = 0, data: d
     run = replace(run, data=replace(run.data, **data or {}), diffusion=DiffusionConfig(**diffusion_))
     trainer = new_trainer(folder, run, ranks=ranks)
     (source,), (run, encoder) = open_sources(run.data, "heldout"), prepared(run)
-    trainer.heldout = {"digits": heldout_batches(source, encoder, 99)}
+    trainer.heldout = {"digits": heldout_batches(source, encoder, 99, 4)}
     trainer.ema = Guesser(run.diffusion)
     values, _ = trainer.evaluate_heldout(lambda: None)
     return {name: value for name, value in values.items() if "velocity" in name}, dict(trainer.ema.seen)
