@@ -158,7 +158,9 @@ class Guesser(torch.nn.Module):
         return Prediction(TextLoss(zero.sum(), zero), predictions)
 
 
-def evaluate(folder: Path, ranks: Ranks = SINGLE_PROCESS, seed: int = 0, data: dict | None = None, **diffusion_) -> tuple:
+def evaluate_guesser(
+    ranks: Ranks, folder: Path, seed: int = 0, data: dict | None = None, **diffusion_
+) -> tuple[dict, dict]:
     """The held-out figures of a run whose averaged model is a Guesser, and what it has seen."""
     run = small_run(steps=1, seed=seed)
     run = replace(run, data=replace(run.data, **data or {}), diffusion=DiffusionConfig(**diffusion_))
@@ -179,9 +181,10 @@ def test_figures_of_equal_models_are_equal_for_all_settings(tmp_path, noise_sche
     }  # fmt: skip
     changes = [{}, {"seed": 1}, {"data": {"image_first_max_t": 1.0, "caption_dropout": 1.0}}]
     outcomes = [
-        evaluate(tmp_path / prediction, prediction=prediction, noise_schedule=noise_schedule, **options, **change)
+        evaluate_guesser(SINGLE_PROCESS, tmp_path / prediction, prediction=prediction, noise_schedule=noise_schedule,
+                         **options, **change)
         for (prediction, options), change in zip(settings.items(), changes, strict=True)
-    ]
+    ]  # fmt: skip
     seen = outcomes[0][1]
     assert {*seen} == {*GRID}
     by_t = {t: np.mean([Guesser.size(t, key) ** 2 for key, _ in seen[t]]) for t in GRID}
@@ -191,17 +194,6 @@ def test_figures_of_equal_models_are_equal_for_all_settings(tmp_path, noise_sche
         del values["image_loss/digits"]  # it differs: that is why there are velocity errors
         assert values == pytest.approx(expected, rel=1e-3)
         assert {t: sorted(images) for t, images in seen_too.items()} == {t: sorted(images) for t, images in seen.items()}
-
-
-def test_figures_of_two_ranks_are_those_of_one(pair, tmp_path):
-    (values, seen), (values_too, seen_too) = pair(evaluate_on, tmp_path / "two")
-    expected, all_seen = evaluate(tmp_path / "one", prediction="x0")
-    assert values == values_too == pytest.approx(expected, rel=1e-12)
-    assert seen != seen_too and {*seen} | {*seen_too} == {*all_seen}  # each has its own batches
-
-
-def evaluate_on(ranks: Ranks, folder: Path) -> tuple:
-    return evaluate(folder, ranks, prediction="x0")
 
 
 def test_names_in_metrics_and_no_figures_without_images(tmp_path):
