@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import resource
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +29,13 @@ from transfusion import objective
 from transfusion.config import DataConfig, Run, from_json
 from transfusion.data.loader import read_pairs
 from transfusion.data.sources import open_raw
-from transfusion.disk import read_json
+from transfusion.disk import read_json, read_json_lines
 from transfusion.model.flops import count_training_flops
+from transfusion.model.transfusion import build_on_meta, count_parameters
+from transfusion.parallel import Ranks
 from transfusion.sequence import Row, collate, encode_document
 from transfusion.training import loggers, progress_bar
-from transfusion.training.metrics import MetricsWriter, read_metrics
+from transfusion.training.metrics import MetricsWriter
 from transfusion.training.progress_bar import ProgressBar, format_time
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +49,7 @@ def test_every_name_is_flat_and_documented(trained):
     table = (ROOT / "docs" / "training.md").read_text().partition("## Watching a run")[2].partition("```")[0]
     rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    lines = read_metrics(trained / "metrics.jsonl")
+    lines = read_json_lines(trained / "metrics.jsonl")
     names = {name: value for line in lines for name, value in line.items()}
     assert all(isinstance(value, int | float | str) for value in names.values())
     general = {re.sub(r"(loss)/.*", r"\1/SOURCE", name) for name in names} - {"step"}
@@ -87,14 +91,30 @@ def test_losses_of_sources_and_exact_flops_in_a_step(tmp_path):
     original = trainer.count
     trainer.count = lambda read: flops.append(count_training_flops(read[0][0], trainer.run.model)) or original(read)
     trainer.train()
-    (line,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "text_loss" in line]
+    (line,) = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if "text_loss" in line]
     losses = [line["text_loss/digits"], line["text_loss/topics"]]
     assert min(losses) < line["text_loss"] < max(losses)
     assert line["image_loss/digits"] == pytest.approx(line["image_loss"], rel=1e-6)
     assert "image_loss/topics" not in line
     assert line["tflops_exact"] * 1e12 * line["seconds"] == pytest.approx(sum(flops), rel=1e-6)  # of both steps
-    assert sum(line[f"seconds/{part}"] for part in ("data", "ranks", "step", "device")) > 0
-    assert 0 <= line["data_wait_share"] < 1
+    parts = [line[f"seconds/{part}"] for part in ("data", "ranks", "step", "device")]
+    assert min(parts) > 0 and line["data_wait_share"] == pytest.approx(parts[0] / sum(parts))
+    assert {"mfu_exact", "mfu_usual"}.isdisjoint(line)  # the peak of a CPU is not known
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert 0.5 * most < line["peak_memory_bytes"] <= most
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_processes(tmp_path, monkeypatch):
+    """Exact, and usual: 6 N + 12 layers width length for each position."""
+    monkeypatch.setattr("transfusion.training.trainer.find_peak_tflops", lambda device: 50.0)
+    trainer = new_trainer(tmp_path, small_run())
+    trainer.ranks = Ranks(0, 4)
+    values, model = trainer.measure_speed((9, 9, 9, 6 * 10**12, 3000), 2.0), trainer.run.model
+    usual = 6 * count_parameters(build_on_meta(model)) + 12 * model.layers * model.width * trainer.run.data.seq_len
+    assert values["positions_per_second"] == 1500
+    assert (values["tflops_exact"], values["mfu_exact"]) == (3.0, 3.0 / 200)
+    assert values["tflops_usual"] == pytest.approx(1500 * usual / 1e12)
+    assert values["mfu_usual"] == pytest.approx(1500 * usual / 1e12 / 200)
 
 
 def test_rejected_update_is_an_event_and_not_finite_numbers_are_left_out(tmp_path):
@@ -107,7 +127,7 @@ def test_rejected_update_is_an_event_and_not_finite_numbers_are_left_out(tmp_pat
         return batch
 
     new_trainer(tmp_path, run, change=change).train()
-    (line,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "skip"]
+    (line,) = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line.get("event") == "skip"]
     assert (line["step"], line["reason"]) == (2, "the text loss is not finite")
     assert "text_loss" not in line and line["learning_rate"] > 0
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -130,7 +150,7 @@ def test_tensorboard_has_the_lines_once_after_a_resume(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train_twice(tmp_path, ("tensorboard",))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
     for name in ("text_loss", "text_loss/digits", "heldout_image_loss/digits", "learning_rate"):
         expected = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
@@ -169,7 +189,7 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
                 history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
             for item in record.run.config.update:
                 settings[item.key] = json.loads(item.value_json)
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
     expected = [(line["step"], line["text_loss"]) for line in lines if "text_loss" in line]
     written = [(line["step"], line["text_loss"]) for line in history if "text_loss" in line]
     assert written == [*expected[:2], (3, 1000.0), *expected[2:]]  # W&B cannot remove what a crash left
