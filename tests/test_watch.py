@@ -6,9 +6,11 @@ import re
 import resource
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -21,6 +23,7 @@ from rich.console import Console
 
 from tests.documents import VOCABULARY, documents
 from tests.profile import examples
+from tests.ranks import TIMEOUT
 from tests.test_cli import fails
 from tests.test_pictures import find_tile
 from tests.test_training import new_trainer, resumed_trainer, stop_at_step
@@ -182,8 +185,13 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
     # The names are offline-run-TIME-ID, and offline-run-TIME-ID-1 for a second one in the same second.
     (id_,) = {folder.name.split("-")[3] for folder in (tmp_path / "wandb").glob("offline-run-*")}
     assert id_ == (tmp_path / "wandb" / "id.txt").read_text()
-    history, settings = [], {}
-    for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
+    paths = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(paths) == 3
+    history, settings, deadline = [], {}, time.monotonic() + TIMEOUT
+    for path in paths:
+        while not any(record.HasField("exit") for record in wandb_records(path)):  # W&B's own process writes the end
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         for record in wandb_records(path):
             if record.HasField("history"):
                 history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
@@ -194,6 +202,42 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
     written = [(line["step"], line["text_loss"]) for line in history if "text_loss" in line]
     assert written == [*expected[:2], (3, 1000.0), *expected[2:]]  # W&B cannot remove what a crash left
     assert settings["training"]["steps"] == 4
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch) -> dict[str, list]:
+    """W&B's functions, without the package: the arguments of their calls."""
+    calls = {"init": [], "log": [], "finish": []}
+    run = SimpleNamespace(log=calls["log"].append, finish=lambda exit_code: calls["finish"].append(exit_code),
+                          define_metric=lambda *args, **options: None)  # fmt: skip
+    errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
+    package = SimpleNamespace(init=lambda **options: calls["init"].append(options) or run, errors=errors, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return calls
+
+
+def test_wandb_gets_id_settings_lines_and_outcome(fake_wandb, tmp_path):
+    train_twice(tmp_path, ("wandb",))
+    first, lost, again = fake_wandb["init"]
+    assert first["id"] == lost["id"] == again["id"] == (tmp_path / "wandb" / "id.txt").read_text()
+    assert (first["name"], first["resume"], first["dir"]) == (tmp_path.name, "allow", str(tmp_path))
+    assert first["config"]["training"]["steps"] == again["config"]["training"]["steps"] == 4
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    number = 1 + next(n for n, line in enumerate(lines) if line.get("event") == "stop")
+    assert fake_wandb["log"] == [*lines[:number], {"step": 3, "text_loss": 1000.0}, *lines[number:]]
+    assert fake_wandb["finish"] == [0, 0, 0]
+    with pytest.raises(ZeroDivisionError):
+        new_trainer(tmp_path / "failed", small_run(2, log=("wandb",)), on_preview=lambda model, step: 1 / 0).train()
+    assert fake_wandb["finish"] == [0, 0, 0, 1]
+
+
+def test_wandb_that_does_not_start_is_one_line(fake_wandb, tmp_path):
+    def init(**options):
+        raise sys.modules["wandb"].errors.Error("no API key\nconfigured")
+
+    sys.modules["wandb"].init = init
+    with pytest.raises(ValueError, match="^--log wandb: no API key configured; run wandb login, or set WANDB_MODE=offline$"):
+        loggers.open_loggers(("wandb",), tmp_path, 0, {})
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
