@@ -466,11 +466,11 @@ def test_comparison_says_which_velocity_errors_can_be_compared(compared, tmp_pat
 def test_comparison_of_wrong_folders_is_one_line(compared, tmp_path, capsys):
     first, old = str(compared[0][0]), tmp_path / "old"
     old.mkdir()
-    (old / "run.json").write_text(json.dumps({"run": {"name": "old", "training": {"lr": 1}}}))
+    (old / "run.json").write_text(json.dumps({"run": {"lr": 1}}))
     for words, code, message in (
         ((first,), 2, "compare needs two or more different runs"), ((first, first), 2, "two or more different runs"),
         ((first, str(tmp_path)), 1, f"{tmp_path} is not the folder of a run: it has no run.json"),
-        ((first, str(old)), 1, f"cannot read {old / 'run.json'}: unknown field training.lr"),
+        ((first, str(old)), 1, f"cannot read {old / 'run.json'}: unknown field lr"),
     ):  # fmt: skip
         assert message in fails(capsys, code, "compare", *words)
 
