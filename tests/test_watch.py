@@ -5,7 +5,6 @@ import json
 import re
 import resource
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 from rich.console import Console
 
+from tests import processes
 from tests.documents import VOCABULARY, documents
 from tests.profile import examples
-from tests.test_cli import TINY, fails
+from tests.test_cli import TINY, command, fails
 from tests.test_pictures import find_tile
 from tests.test_training import new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import small_run
@@ -243,8 +243,8 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
     run = tmp_path / "run"
     for steps in (2, 4):
         options = ("--training.preview-every", 0, "--log", "wandb", "--training.steps", steps)
-        command = ["train", "digits", "--out", run, *TINY, *options]
-        subprocess.run([sys.executable, "-m", "transfusion", *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+        process = processes.run(command, "train", "digits", "--out", run, *TINY, *options)
+        assert process.returncode == 0, process.stderr
     (id_,) = {folder.name.split("-")[3] for folder in (run / "wandb").glob("offline-run-*")}
     assert id_ == (run / "wandb" / "id.txt").read_text()
     history, settings = [], {}
