@@ -79,11 +79,12 @@ def lower_precision(device: torch.device, cpu_matmul: str = "auto"):
     return contextlib.nullcontext() if lower == torch.float32 else torch.autocast(device.type, lower)
 
 
-def lower_weights(model: nn.Module, device: torch.device) -> None:
-    """Convert matrices and kernels to the device's precision in place; autocast would convert them in every pass."""
+def lower_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert matrices and kernels to the precision of products in place; autocast would convert them in every pass."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(precision(device))
+            module.to(dtype)
+    return model
 
 
 @contextlib.contextmanager

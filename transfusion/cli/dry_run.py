@@ -16,7 +16,7 @@ from transfusion.data.sources import name_sources, open_sources
 from transfusion.parallel import device_memory, pick_device
 from transfusion.plan import Plan, plan, ways_to_fit
 from transfusion.training.guard import TrainingError
-from transfusion.training.trainer import Trainer
+from transfusion.training.trainer import MicroBatches, Trainer
 
 WIDTH, DOCUMENTS = 64, 64  # of the copy; documents that its rows are packed from
 
@@ -67,13 +67,18 @@ def _step_of_copy(folder: RunFolder, device: torch.device) -> str:
     with TemporaryDirectory() as faults:
         trainer = Trainer(run, Path(faults), Loader(open_sources(run.data, "train"), encoder), heldout, device)
         micro_batches, _ = next(trainer.batches(None))
-        try:
-            losses = trainer.step(0, micro_batches, trainer.count(micro_batches), trainer.loop.guard)()
-        except TrainingError as error:  # its file of faults is not kept
-            reason = str(error).partition(",")[0]
-            raise UsageError(f"{reason} in a copy with one layer of width {WIDTH}: use smaller training settings") from None
+        losses = take_step(trainer, 0, micro_batches, f" in a copy with one layer of width {WIDTH}")
         trainer.evaluate_heldout(reset_watchdog=lambda: None)
     return trainer.describe(losses)
+
+
+def take_step(trainer: Trainer, number: int, micro_batches: MicroBatches, place: str = "") -> dict[str, float]:
+    """The metrics of one step on one process. UsageError when it is not finite; its file of faults is not kept."""
+    try:
+        return trainer.step(number, micro_batches, trainer.count(micro_batches), trainer.loop.guard)()
+    except TrainingError as error:
+        reason = str(error).partition(",")[0]
+        raise UsageError(f"{reason}{place}: use smaller training settings") from None
 
 
 def shrink(run: Run) -> Run:

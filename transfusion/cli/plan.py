@@ -1,27 +1,30 @@
-"""transfusion plan: the memory, time and disk that a run needs, as a table."""
+"""transfusion plan: the memory, time and disk that a run needs, as a table; measured on this machine with --device."""
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
+from transfusion.cli.ignored import refuse
 from transfusion.cli.options import as_usage_error
 from transfusion.cli.screen import UsageError
-from transfusion.cli.settings import ChosenRun, config_file, parse_run, read_run
+from transfusion.cli.settings import ChosenRun, check_data, config_file, parse_run, read_run
 from transfusion.config import MFU, Machines, Run, Teraflops
 from transfusion.disk import check_prepared
 from transfusion.fields import PositiveInt
+from transfusion.gpus import GPUS
 from transfusion.paper import PAPER
 from transfusion.runs import SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 NAME_WIDTH, FIGURE_WIDTH = 30, 14  # columns of the table
+ASSUMED = "gpus gpus_per_machine gpu memory tflops mfu"  # options that describe the GPUs of an estimate
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,18 @@ class PlanOptions:
     """Number of GPUs that train the run."""
     gpus_per_machine: PositiveInt = 8
     """Number of GPUs in a machine, which share one copy of the weights with hybrid sharding."""
-    memory: str = "80GB"
-    """Memory of each GPU with its unit, for example 80GB or 40GiB."""
-    tflops: Teraflops = 989.0
-    """Peak TFLOP/s of each GPU; 989 is an H100 in bfloat16."""
+    gpu: Literal[*GPUS] = "h100"
+    """Kind of each GPU, which decides its memory and peak."""
+    memory: str | None = None
+    """Memory of each GPU with its unit, for example 80GB or 40GiB; that of --gpu if not set."""
+    tflops: Teraflops | None = None
+    """Peak TFLOP/s of each GPU in bfloat16, dense; that of --gpu if not set."""
     mfu: MFU = 0.4
     """Share of the peak that the run's exact FLOPs reach."""
     batch: str | None = None
     """Positions per step, for example 2M, from which training.accumulate follows; decided by the run if not set."""
+    device: str | None = None
+    """Measure some steps on this device of this machine instead: auto, cpu, cuda, cuda:1 or mps. It needs the run's data."""
     config: Path | None = None
     """YAML or JSON file with some settings or all, as in `train`; options override it."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -69,11 +76,18 @@ def plan(arguments: list[str]) -> None:
     sizes = () if single else SIZES
     runs = [ChosenRun(named_run(size), arguments, is_named=True) for size in sizes] or [read_run("plan", arguments)]
     parsed = [_parse(chosen, f"plan {chosen.run.name}" if single else "plan") for chosen in runs]
-    from transfusion.plan import plan as plan_run
-
-    with as_usage_error(Machines):
-        plans = [plan_run(run, machines) for run, machines, _ in parsed]
     args = parsed[0][2]
+    if args.device is not None and not single:
+        raise UsageError("--device measures one run: name it, for example plan small --data DIR --device cpu")
+    if args.device is not None:
+        from transfusion.cli.measure import measure
+
+        plans = [measure(parsed[0][0], args.device)]
+    else:
+        from transfusion.plan import plan as plan_run
+
+        with as_usage_error(Machines):
+            plans = [plan_run(run, machines) for run, machines, _ in parsed]
     if args.json:
         values = [_to_json(estimate) for estimate in plans]
         print(json.dumps(values[0] if single else values, indent=2))
@@ -90,17 +104,24 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
     """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
     before, is_named = chosen.run, chosen.is_named
     run, args = parse_run(PlanOptions, command, before, chosen.arguments)
-    memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
-    machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
+    memory, tflops = GPUS[args.gpu].memory, GPUS[args.gpu].tflops if args.tflops is None else args.tflops
+    if args.memory is not None:
+        memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
+    machines = Machines(args.gpus, args.gpus_per_machine, memory, tflops, args.mfu)
     if args.batch is not None and run.training.accumulate != before.training.accumulate:
         raise UsageError("--batch decides training.accumulate: give only one of them")
-    if args.gpus_per_machine != PlanOptions.gpus_per_machine and run.parallel.shard == "full":
-        raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
-    if run.parallel.cpu_matmul != before.parallel.cpu_matmul:
-        raise UsageError("--parallel.cpu-matmul has no effect on a plan, which is for GPUs")
+    given = [f.name for f in fields(args) if f.name in ASSUMED.split() and getattr(args, f.name) != f.default]
+    refuse(given, [
+        (args.device is not None, ASSUMED, "with --device, which measures the run on this machine"),
+        (run.parallel.shard == "full", "gpus_per_machine", "without --parallel.shard hybrid"),
+    ])  # fmt: skip
+    if run.parallel.cpu_matmul != before.parallel.cpu_matmul and args.device is None:
+        raise UsageError("--parallel.cpu-matmul has no effect on a plan for GPUs: add --device cpu")
+    if args.device is not None:
+        check_data(run)
     for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
-    if is_named and (run.data.sources or run.data.prepared):
+    if is_named and args.device is None and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
@@ -125,9 +146,10 @@ def _number(text: str, units: dict[str, int], rule: str) -> int:
 
 def _table(plans: list) -> Iterator[str]:
     """One column for each run; a single run has a remark beside each figure."""
-    single, run = len(plans) == 1, plans[0].run
+    single, run, measured = len(plans) == 1, plans[0].run, plans[0].measured
     sharding = f", {run.parallel.shard} sharding" if plans[0].machines.gpus > 1 else ""
-    yield f"{run.name + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    place = f"this machine ({measured.device})" if measured else f"{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    yield f"{run.name + ' on ' if single else ''}{place}"
     if not single:
         yield " " * NAME_WIDTH + "".join(f"{estimate.run.name:>{FIGURE_WIDTH}}" for estimate in plans)
     unit = "MB" if all(estimate.memory.all - estimate.memory.cuda < BYTES["GB"] for estimate in plans) else "GB"
@@ -173,14 +195,20 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
         "backward pass, largest": (memory.backward, f"{largest}, with gradients"),
         "CUDA and NCCL": (memory.cuda, "approximate"), "all": (memory.all, ""),
     }  # fmt: skip
+    peak = [Line("peak of the measured steps", _size(estimate.measured.peak_memory, unit),
+                 "resident, with Python and PyTorch" if machines.device == "cpu" else "allocated by PyTorch")
+            ] if estimate.measured else []  # fmt: skip
     patches = f"{run.model.patches} patches, vocabulary {run.model.vocab_size:,}"
     return [
         Line("Parameters"),
         *(Line(name, f"{number:,}") for name, number in estimate.parameters.items()),
         Line("all", f"{sum(estimate.parameters.values()):,}", patches),
-        Line(f"Memory of each GPU, {unit}"),
-        *(Line(name, _size(number, unit), remark) for name, (number, remark) in figures.items()),
+        Line(f"Memory, {unit}" if estimate.measured else f"Memory of each GPU, {unit}"),
+        *(Line(name, _size(number, unit), remark) for name, (number, remark) in figures.items()
+          if number or machines.device == "cuda"),
+        *peak,
         Line(f"fits in {machines.memory / BYTES['GB']:.4g} GB", "yes" if estimate.fits else "no"),
+        *_generation_lines(estimate, unit),
     ]
 
 
@@ -191,18 +219,48 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("Millions of FLOPs per position, forward and backward"),
         Line("exact", f"{estimate.flops / 1e6:,.1f}", "attention pairs of the mask, head on text only"),
         Line("6 N + 12 layers width length", f"{estimate.usual_flops / 1e6:,.1f}", "usual convention: all attention pairs"),
-        Line("Time"),
-        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"assumed, of {machines.tflops:g} TFLOP/s"),
-        Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
-        Line("positions per second", _rounded(estimate.positions_per_second), "of one GPU"),
-        Line("... of all GPUs", _rounded(estimate.positions_per_second * machines.gpus)),
+        *(_measured_lines(estimate) if estimate.measured else _assumed_lines(estimate)),
         Line("positions per step", f"{estimate.positions_per_step:,}", f"{rows} x {_count(machines.gpus, 'GPU')}"),
         Line("steps", f"{run.training.steps:,}"),
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
-        Line("time", _duration(estimate.seconds)),
+        Line("time of the whole run", _duration(estimate.seconds), "without checkpoints, which are saved during training"),
         Line(f"Disk, {unit}"),
         Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and moments, fp32"),
         Line(f"{_count(keep, 'checkpoint')} kept", _size(keep * estimate.checkpoint, unit), "one more while writing"),
+    ]
+
+
+def _generation_lines(estimate, unit: str) -> Iterator[Line]:
+    from transfusion.plan import NUM_SEQUENCES
+
+    uses = {"float32": "CPU, MPS", "bfloat16": "CUDA", "float16": "other software"}
+    yield Line(f"Memory for generation, {unit}: {NUM_SEQUENCES} sequences of {estimate.run.data.seq_len:,}, without codec")
+    for precision, memory in estimate.generation.items():
+        parts = f"weights {_size(memory.weights, unit)}, keys and values {_size(memory.cache, unit)}"
+        yield Line(f"in {precision}", _size(memory.all, unit), f"{parts}: {uses[precision]}")
+    yield Line("of it, latents of one image", f"{memory.latents / 1e6:.3f} MB")
+
+
+def _assumed_lines(estimate) -> list[Line]:
+    machines, speed = estimate.machines, estimate.positions_per_second
+    return [
+        Line("Time"),
+        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"assumed, of {machines.tflops:g} TFLOP/s"),
+        Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
+        Line("positions per second", _rounded(speed), "of one GPU"),
+        Line("... of all GPUs", _rounded(speed * machines.gpus)),
+    ]
+
+
+def _measured_lines(estimate) -> list[Line]:
+    measured, speed = estimate.measured, estimate.positions_per_second
+    return [
+        Line("Time, measured"),
+        Line("a step", f"{measured.step:.3g} seconds", f"median of {_count(measured.steps, 'step')}, after a warm-up"),
+        Line("positions per second", _rounded(speed)),
+        Line("TFLOP/s, exact FLOPs", f"{speed * estimate.flops / 1e12:.3g}"),
+        Line("held-out evaluations", f"{measured.evaluations:,} x {measured.evaluation:.3g} s"),
+        Line("previews", f"{measured.previews:,} x {measured.preview:.3g} s"),
     ]
 
 
@@ -232,12 +290,15 @@ def _notes(plans: list, batch: str | None) -> Iterator[str]:
 
 def _to_json(estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
+    measured = asdict(estimate.measured) if estimate.measured else None
     names = ("image", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
         "run": estimate.run.name, "machines": asdict(estimate.machines),
         "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
         "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
+        "generation": {name: asdict(memory) | {"all": memory.all} for name, memory in estimate.generation.items()},
+        "measured": measured,
         **{name: getattr(estimate, name) for name in names},
         "steps": estimate.run.training.steps,
     }  # fmt: skip
