@@ -23,7 +23,7 @@ from transfusion.plan import Measurement, Plan
 from transfusion.training.metrics import peak_memory
 from transfusion.training.trainer import Trainer
 
-WARM_UP, MIN_STEPS, MAX_STEPS, MAX_SECONDS = 2, 1, 10, 60.0  # steps before and in the measurement, and its time limit
+WARM_UP, MAX_STEPS, MAX_SECONDS = 2, 10, 60.0  # steps before the measurement, and in it; its time limit
 PREVIEW_STEPS = 4  # denoising steps of the measured preview
 
 
@@ -69,7 +69,7 @@ def _time_steps(trainer: Trainer) -> list[float]:
     batches, number = trainer.batches(None), 0
     with ThreadPoolExecutor(1) as prefetcher:
         next_batch = prefetcher.submit(next, batches)
-        while number < WARM_UP + MAX_STEPS and (sum(seconds) < MAX_SECONDS or number < WARM_UP + MIN_STEPS):
+        while number <= WARM_UP or (number < WARM_UP + MAX_STEPS and sum(seconds[WARM_UP:]) < MAX_SECONDS):
             start = monotonic()
             micro_batches, _ = next_batch.result()
             next_batch = prefetcher.submit(next, batches)

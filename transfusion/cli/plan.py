@@ -13,7 +13,7 @@ import tyro
 from transfusion.cli.ignored import refuse
 from transfusion.cli.options import as_usage_error
 from transfusion.cli.screen import UsageError
-from transfusion.cli.settings import ChosenRun, check_data, config_file, parse_run, read_run
+from transfusion.cli.settings import ChosenRun, check_data, config_file, option_names, parse_run, read_run
 from transfusion.config import MFU, Machines, Run, Teraflops
 from transfusion.disk import check_prepared
 from transfusion.fields import PositiveInt
@@ -73,12 +73,12 @@ def plan(arguments: list[str]) -> None:
         rows = [asdict(row) | {"parameters": _count_parameters(row.run)} for row in PAPER]
         return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
     single = bool(arguments) and (not arguments[0].startswith("-") or config_file(arguments) is not None)
+    if not single and "--device" in option_names(arguments):
+        raise UsageError("--device measures one run: name it, for example plan small --data DIR --device cpu")
     sizes = () if single else SIZES
     runs = [ChosenRun(named_run(size), arguments, is_named=True) for size in sizes] or [read_run("plan", arguments)]
     parsed = [_parse(chosen, f"plan {chosen.run.name}" if single else "plan") for chosen in runs]
     args = parsed[0][2]
-    if args.device is not None and not single:
-        raise UsageError("--device measures one run: name it, for example plan small --data DIR --device cpu")
     if args.device is not None:
         from transfusion.cli.measure import measure
 
@@ -220,7 +220,8 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("exact", f"{estimate.flops / 1e6:,.1f}", "attention pairs of the mask, head on text only"),
         Line("6 N + 12 layers width length", f"{estimate.usual_flops / 1e6:,.1f}", "usual convention: all attention pairs"),
         *(_measured_lines(estimate) if estimate.measured else _assumed_lines(estimate)),
-        Line("positions per step", f"{estimate.positions_per_step:,}", f"{rows} x {_count(machines.gpus, 'GPU')}"),
+        Line("positions per step", f"{estimate.positions_per_step:,}",
+             rows if estimate.measured else f"{rows} x {_count(machines.gpus, 'GPU')}"),
         Line("steps", f"{run.training.steps:,}"),
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
         Line("time of the whole run", _duration(estimate.seconds), "without checkpoints, which are saved during training"),
