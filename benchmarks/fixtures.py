@@ -50,11 +50,11 @@ class Passages:
         return Document((Text(tuple(tokens)),), id, self.name)
 
 
-def make_paper_loader(seq_len: int, rows: int) -> Loader:
+def make_paper_loader(seq_len: int, batch_size: int) -> Loader:
     """Rows like the paper's: half of the positions are patches, 256 per image."""
-    config = DataConfig(mixture_weights=(PAIR_SHARE, 1 - PAIR_SHARE), seq_len=seq_len, rows=rows, shuffle_block=512)
+    config = DataConfig(mixture_weights=(PAIR_SHARE, 1 - PAIR_SHARE), seq_len=seq_len, shuffle_block=512)
     vocabulary = Vocabulary.build(NUM_TEXT_TOKENS, [LATENT_SHAPE[1:]], patch_size=2)
-    return Loader([CaptionedImages(), Passages()], DocumentEncoder(None, None, vocabulary, config, seed=0))
+    return Loader([CaptionedImages(), Passages()], DocumentEncoder(None, None, vocabulary, config, seed=0), batch_size)
 
 
 def make_engine(name: str, setting: Setting) -> Engine:

@@ -414,7 +414,7 @@ def test_measured_plan(trained, tmp_path, monkeypatch, capsys):
     pauses = 5 * measured["evaluation"] + 26 * measured["preview"]
     assert values["seconds"] == pytest.approx(100 * measured["step"] + pauses)
     assert values["memory"]["cuda"] == 0 < values["memory"]["all"] < measured["peak_memory"]
-    command(*words, "--training.accumulate", 3)
+    command(*words, "--parallel.micro-batch-size", 1)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100 and lines[0] == "digits on this machine (cpu)"
     assert any(re.fullmatch(r"  held-out evaluations +5 x \S+ s", line) for line in lines)

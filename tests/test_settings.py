@@ -201,7 +201,7 @@ def test_drawn_commands_run_dry_or_are_refused_in_one_line(prepared, tmp_path, m
 
 
 def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device: 11_000_000)
+    monkeypatch.setattr("transfusion.cli.measure.device_memory", lambda device: 11_000_000)
     words = ("train", "digits", *TINY, "--model.width", 64, "--data.rows", 16, "--out", tmp_path / "run")
     stderr = fails(capsys, 2, *words).splitlines()[-1]
     assert "digits needs 0.0 GB of memory for each process, and there are 0.0 GB: use " in stderr

@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    DigitsConfig,
+    GenerationConfig,
+    ModelConfig,
+    ParallelConfig,
+    Run,
+    TrainingConfig,
+)  # fmt: skip
 
 SIZES = {  # Table 2
     "0.16b": ModelConfig(width=768, layers=16, heads=12),
@@ -24,12 +33,12 @@ def digits() -> Run:
                           unet_width=64, latent_channels=1),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, rows=13,
-            image_first_max_t=0.3, digits=DigitsConfig(interleaved=0.15),
+            sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, image_first_max_t=0.3,
+            digits=DigitsConfig(interleaved=0.15),
         ),
         training=TrainingConfig(
-            steps=1500, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=2.0,
-            checkpoint_every=500, validate_every=250, preview_every=500,
+            steps=1500, batch_size=13, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995,
+            image_weight=2.0, checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig("dpm-sde", steps=20, guidance_scale=2.0, max_tokens=64),
     )  # fmt: skip
@@ -43,11 +52,11 @@ def shapes() -> Run:
                           unet_width=64, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("shapes",), codec="block_pca", seq_len=128, rows=16, image_first_max_t=0.3, tokenizer_size=320,
+            sources=("shapes",), codec="block_pca", seq_len=128, image_first_max_t=0.3, tokenizer_size=320,
         ),
         training=TrainingConfig(
-            steps=2000, learning_rate=4e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=4.0,
-            checkpoint_every=500, validate_every=250, preview_every=500,
+            steps=2000, batch_size=16, learning_rate=4e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995,
+            image_weight=4.0, checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig("dpm-sde", steps=20, guidance_scale=2.0, max_tokens=64),
     )  # fmt: skip
@@ -58,14 +67,14 @@ def small() -> Run:
     run = shapes()
     return replace(
         run, name="small", model=replace(run.model, width=192, heads=3, intermediate_size=512),
-        data=replace(run.data, sources=(), seq_len=256, rows=8),
-        training=replace(run.training, learning_rate=3e-3, image_weight=2.0),
+        data=replace(run.data, sources=(), seq_len=256),
+        training=replace(run.training, batch_size=8, learning_rate=3e-3, image_weight=2.0),
     )  # fmt: skip
 
 
 def paper(size: str, **model) -> Run:
     """A run of the paper by its size, with changed model settings."""
-    return Run(name=size, model=replace(SIZES[size], **model))
+    return Run(name=size, model=replace(SIZES[size], **model), parallel=ParallelConfig(micro_batch_size=8))
 
 
 def chameleon(size: str, **model) -> Run:
@@ -87,9 +96,9 @@ def noise_limited(size: str) -> Run:
 
 
 def large() -> Run:
-    """Section 4.4: twice the steps, with twice the positions per step."""
+    """Section 4.4: twice the steps, with twice the rows in each."""
     run = paper("7b", patches="unet")
-    return replace(run, training=replace(run.training, steps=500_000, accumulate=2))
+    return replace(run, training=replace(run.training, steps=500_000, batch_size=1024))
 
 
 RUNS: dict[str, Callable[[], Run]] = {

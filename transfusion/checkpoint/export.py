@@ -169,7 +169,7 @@ products without an evaluation of its output.
 ## Training data
 
 {sources or "The run does not name its data."}{"." if sources else ""} Training: {opened.step:,} steps of \
-{run.data.rows * run.training.accumulate} rows of {run.data.seq_len} positions on each process, \
+{run.training.batch_size} rows of {run.data.seq_len} positions, \
 {run.diffusion.prediction} prediction on the
 {run.diffusion.noise_schedule} noise schedule, image_weight {run.training.image_weight:g}.{began} `config.json` has all
 settings.

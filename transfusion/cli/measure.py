@@ -1,5 +1,6 @@
-"""plan --device: the time and memory of a run on this machine, measured on a few of its steps. Nothing is kept."""
+"""A run on this machine: whether it fits into the memory, and for plan --device the times of its parts, measured."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,28 +11,58 @@ from time import monotonic
 
 import torch
 
-from transfusion.cli import runs
-from transfusion.cli.dry_run import check_memory, plan_here, take_step
+from transfusion.cli.options import as_usage_error
 from transfusion.cli.preview import previewer
 from transfusion.cli.run_folder import RunFolder
-from transfusion.cli.screen import print_status
-from transfusion.config import Run
-from transfusion.data.loader import Loader, heldout_batches
+from transfusion.cli.screen import UsageError, print_status
+from transfusion.config import Machines, Run, TrainingConfig
+from transfusion.data.loader import Loader
 from transfusion.data.sources import name_sources, open_raw, open_sources
-from transfusion.parallel import SINGLE_PROCESS, keep_freed_memory, pick_device
-from transfusion.plan import Measurement, Plan
+from transfusion.parallel import SINGLE_PROCESS, device_memory, keep_freed_memory, pick_device, rows_per_pass
+from transfusion.plan import Measurement, Plan, fit_micro_batch, plan, ways_to_fit
+from transfusion.training.guard import TrainingError
 from transfusion.training.metrics import peak_memory
-from transfusion.training.trainer import Trainer
+from transfusion.training.trainer import MicroBatches, Trainer
 
 WARM_UP, MAX_STEPS, MAX_SECONDS = 2, 10, 60.0  # steps before the measurement, and in it; its time limit
 PREVIEW_STEPS = 4  # denoising steps of the measured preview
 
 
-def measure(run: Run, device: str) -> Plan:
-    """The plan of a run on this machine, with the times of its parts. UsageError when it does not fit into the memory."""
+def check_memory(run: Run, device: torch.device) -> None:
+    """UsageError when the run needs more memory than this device has."""
+    estimate = plan_here(run, device)
+    if not estimate.fits:
+        ways = [way for way in ways_to_fit(estimate.run, estimate.machines) if "--gpus" not in way]
+        ways += ["more GPUs with torchrun"] if device.type == "cuda" else []
+        raise UsageError(f"{run.name} {compare_memory(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
+
+
+def plan_here(run: Run, device: torch.device) -> Plan:
+    """The plan of the run on this device and the other ones that torchrun uses. UsageError when its batch or its sharding
+    does not suit their number."""
+    world, per_machine = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    is_cuda = device.type == "cuda"
+    if run.parallel.compile is None:
+        run = replace(run, parallel=replace(run.parallel, compile=is_cuda))
+    memory = device_memory(device) // (1 if is_cuda else per_machine)
+    with as_usage_error(TrainingConfig, "--training."):
+        return plan(run, Machines(world, per_machine, memory, device="cuda" if is_cuda else "cpu"))
+
+
+def compare_memory(estimate: Plan) -> str:
+    needed, there = (number / 1e9 for number in (estimate.memory.all, estimate.machines.memory))
+    return f"needs {needed:,.1f} GB of memory for each process, and there are {there:,.1f} GB"
+
+
+def measure(run: Run, device: str, chooses_micro_batch: bool) -> Plan:
+    """The plan of a run on this machine, with the times of its parts; nothing is kept. `chooses_micro_batch`: take a smaller
+    one if that of the run does not fit. UsageError when none fits."""
     torch_device = pick_device(device)
     with TemporaryDirectory() as temporary:
         folder = RunFolder.draft(replace(run, data=name_sources(run.data)), Path(temporary), None)
+        if chooses_micro_batch:
+            fitting = fit_micro_batch(folder.run, plan_here(folder.run, torch_device).machines)
+            folder = folder.with_run(fitting)
         check_memory(folder.run, torch_device)
         keep_freed_memory(torch_device)
         print_status(f"measuring {run.name} on {torch_device}")
@@ -40,26 +71,26 @@ def measure(run: Run, device: str) -> Plan:
 
 
 def _measure(folder: RunFolder, device: torch.device) -> Measurement:
-    run, encoder = folder.run, folder.encoder
-    heldout = {source.name: heldout_batches(source, encoder, runs.HELDOUT) for source in open_sources(run.data, "heldout")}
+    """Steps of one forward pass, one held-out batch of each source, and a short preview; scaled to those of the run."""
+    run, rows = folder.run, rows_per_pass(folder.run, 1)
+    heldout = folder.heldout_batches(rows)
     first = {name: batches[:1] for name, batches in heldout.items() if batches}
-    one_pass = replace(run, training=replace(run.training, accumulate=1))
-    loader = Loader(open_sources(run.data, "train"), encoder)
     preview_steps = min(PREVIEW_STEPS, run.generation.steps)
-    brief = replace(run, generation=replace(run.generation, steps=preview_steps))
-    shortened = replace(folder, description=replace(folder.description, run=brief))
-    preview = previewer(shortened, open_raw(run.data, "heldout"), device, SINGLE_PROCESS)
+    short = folder.with_run(replace(run, generation=replace(run.generation, steps=preview_steps)))
+    preview = previewer(short, open_raw(run.data, "heldout"), device, SINGLE_PROCESS)
+    one_pass = replace(run, training=replace(run.training, batch_size=rows))
+    loader = Loader(open_sources(run.data, "train"), folder.encoder, rows)
     trainer = Trainer(one_pass, folder.path, loader, first, device, on_preview=preview)
     seconds = _time_steps(trainer)
     evaluation = _time(lambda: trainer.evaluate_heldout(reset_watchdog=lambda: None)) / max(1, len(first))
     draws = preview is not None and run.training.preview_every > 0
     drawing = _time(lambda: trainer.preview(0, reset_watchdog=lambda: None)) if draws else 0.0
-    is_diffusion = run.model.patches != "codes"
+    scale = 1 if run.model.patches == "codes" else run.generation.steps / preview_steps
     return Measurement(
-        device=str(device), steps=len(seconds), step=median(seconds) * run.training.accumulate,
+        device=str(device), steps=len(seconds), step=median(seconds) * run.training.batch_size / rows,
         evaluation=evaluation * sum(map(len, heldout.values())), evaluations=_count(run, run.training.validate_every),
-        preview=drawing * (run.generation.steps / preview_steps if is_diffusion else 1),
-        previews=_count(run, run.training.preview_every) if draws else 0, peak_memory=peak_memory(device),
+        preview=drawing * scale, previews=_count(run, run.training.preview_every) if draws else 0,
+        peak_memory=peak_memory(device),
     )  # fmt: skip
 
 
@@ -77,6 +108,15 @@ def _time_steps(trainer: Trainer) -> list[float]:
             seconds.append(monotonic() - start)
             number += 1
     return seconds[WARM_UP:]
+
+
+def take_step(trainer: Trainer, number: int, micro_batches: MicroBatches, place: str = "") -> dict[str, float]:
+    """The metrics of one step on one process. UsageError when it is not finite; its file of faults is not kept."""
+    try:
+        return trainer.step(number, micro_batches, trainer.count(micro_batches), trainer.loop.guard)()
+    except TrainingError as error:
+        reason = str(error).partition(",")[0]
+        raise UsageError(f"{reason}{place}: use smaller training settings") from None
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -19,7 +19,6 @@ from transfusion.runs import named_run
 from transfusion.training.loggers import check_loggers
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
-HELDOUT = 256  # documents of each source for the held-out losses
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,12 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
     """
-    from transfusion.cli.dry_run import check_memory
+    from transfusion.cli.measure import check_memory
     from transfusion.cli.preview import previewer
     from transfusion.cli.run_folder import RunFolder
-    from transfusion.data.loader import Loader, heldout_batches
+    from transfusion.data.loader import Loader
     from transfusion.data.sources import name_sources, open_raw, open_sources
-    from transfusion.parallel import Ranks, keep_freed_memory, pick_device
+    from transfusion.parallel import Ranks, keep_freed_memory, pick_device, rows_per_pass
     from transfusion.training.lock import TrainingLock
     from transfusion.training.signals import exit_on_signal
     from transfusion.training.trainer import Trainer
@@ -164,8 +163,8 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         ranks.barrier()
         folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
-        loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
-        heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
+        loader = Loader(open_sources(run.data, "train"), encoder, run.training.batch_size, ranks.rank, ranks.world)
+        heldout = folder.heldout_batches(rows_per_pass(run, ranks.world))
         preview = previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
         trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
         trainer.loop.restore(print_status)

@@ -78,8 +78,8 @@ def check_data(run: Run) -> None:
 
 
 def option_names(arguments: list[str]) -> set[str]:
-    """The options in a command: "--data" also of --data=DIR."""
-    return {word.partition("=")[0] for word in arguments}
+    """The options in a command: "--data" also of --data=DIR, and "--log-every" also of --log_every."""
+    return {word.partition("=")[0].replace("_", "-") for word in arguments}
 
 
 def config_file(arguments: list[str]) -> Path | None:

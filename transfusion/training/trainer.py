@@ -20,8 +20,9 @@ from transfusion.parallel import (
     parallelize,
     precision,
     read_later,
+    rows_per_pass,
 )  # fmt: skip
-from transfusion.sequence import Batch
+from transfusion.sequence import Batch, Row, collate
 from transfusion.training.guard import Guard
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import (
@@ -55,6 +56,7 @@ class Trainer:
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
         self.settings, self.sources = to_json(run), run.data.sources
+        self.rows_per_pass = rows_per_pass(run, ranks.world)
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
         precision(device, run.parallel.cpu_matmul)  # ValueError when this CPU does not support it
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
@@ -97,17 +99,18 @@ class Trainer:
         return self.loop.run()
 
     def batches(self, loader_state: list[int] | None) -> Iterator[tuple[MicroBatches, list[int]]]:
-        """The micro-batches of each step with their noise, sampled on the CPU during the step before."""
-        batches = self.loader.batches(LoaderState(*loader_state or ()))
-        while True:
-            micro_batches = []
-            for _ in range(self.run.training.accumulate):
-                batch, state = next(batches)
-                noise_samples = objective.sample_noise(batch, self.run.diffusion)
-                if self.device.type == "cuda":
-                    batch, noise_samples = batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
-                micro_batches.append((batch, noise_samples))
-            yield micro_batches, [state.block, state.row]
+        """The micro-batches of each step with their noise, sampled on the CPU during the step before. The last one of a step
+        is smaller when their size does not divide this rank's rows."""
+        for rows, state in self.loader.batches(LoaderState(*loader_state or ())):
+            parts = [rows[first : first + self.rows_per_pass] for first in range(0, len(rows), self.rows_per_pass)]
+            yield list(map(self._collate, parts)), [state.block, state.row]
+
+    def _collate(self, rows: list[Row]) -> tuple[Batch, list[NoiseSample]]:
+        batch = collate(rows, self.run.data.seq_len, self.loader.vocabulary)
+        noise_samples = objective.sample_noise(batch, self.run.diffusion)
+        if self.device.type == "cuda":
+            return batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
+        return batch, noise_samples
 
     def count(self, micro_batches: MicroBatches) -> tuple[int, ...]:
         """Of this rank: positions with text loss, images with denoising loss and codes, in all and then of each source;
