@@ -120,7 +120,7 @@ def _write_command(estimate, run: Run, arguments: list[str]) -> str:
         words += [MICRO_BATCH, str(estimate.rows_per_pass)]
     gpus, per_machine = estimate.machines.gpus, estimate.machines.gpus_per_machine
     machines = next(n for n in range(ceil(gpus / per_machine), gpus + 1) if gpus % n == 0)
-    several = f"--nnodes {machines} --rdzv-endpoint HOST:29500 " if machines > 1 else ""
+    several = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if machines > 1 else ""
     launcher = f"torchrun {several}--nproc-per-node {gpus // machines} -m " if gpus > 1 else ""
     return f"{launcher}transfusion train {shlex.join(words)}"
 
@@ -298,9 +298,9 @@ def _notes(plans: list) -> Iterator[str]:
         yield "Assumed: rows are text, because they are too short for images."
     for estimate in plans:
         if not estimate.fits:
-            ways = " or ".join(ways_to_fit(estimate.run, estimate.machines))
-            ways = ways or "no change of micro batch, activation checkpointing or GPUs"
-            yield f"{estimate.run.name} does not fit; it would with {ways}."
+            ways = "\n  or ".join(ways_to_fit(estimate.run, estimate.machines))
+            ways = ways or "no micro batch, checkpointing or number of GPUs"
+            yield f"{estimate.run.name} does not fit; it would with {ways}"
 
 
 def _to_json(estimate) -> dict:
