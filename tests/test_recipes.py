@@ -1,4 +1,4 @@
-"""docs/recipes.md: every command runs on small data, `train` with --dry-run; the figures of `plan` are those that it prints."""
+"""docs/recipes.md: each command runs on small data, `train` with --dry-run; the figures are those that `plan` prints."""
 
 import re
 import shlex

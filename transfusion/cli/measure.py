@@ -18,6 +18,7 @@ from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import Machines, Run, TrainingConfig
 from transfusion.data.loader import Loader
 from transfusion.data.sources import name_sources, open_raw, open_sources
+from transfusion.model.flops import find_peak_tflops
 from transfusion.parallel import SINGLE_PROCESS, device_memory, keep_freed_memory, pick_device, rows_per_pass
 from transfusion.plan import Measurement, Plan, fit_micro_batch, plan, ways_to_fit
 from transfusion.training.guard import TrainingError
@@ -46,7 +47,8 @@ def plan_here(run: Run, device: torch.device) -> Plan:
         run = replace(run, parallel=replace(run.parallel, compile=is_cuda))
     memory = device_memory(device) // (1 if is_cuda else per_machine)
     with as_usage_error(TrainingConfig, "--training."):
-        return plan(run, Machines(world, per_machine, memory, device="cuda" if is_cuda else "cpu"))
+        tflops = find_peak_tflops(device) or Machines.tflops
+        return plan(run, Machines(world, per_machine, memory, tflops, device="cuda" if is_cuda else "cpu"))
 
 
 def compare_memory(estimate: Plan) -> str:
