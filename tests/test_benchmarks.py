@@ -22,7 +22,7 @@ from transfusion.config import DataConfig, ModelConfig, Run, TrainingConfig
 from transfusion.model.mask import packed_mask
 from transfusion.parallel import CPUINFO, cpu_flags, has_cpu_bfloat16
 from transfusion.runs import SIZES, named_run
-from transfusion.sequence import Batch, collate
+from transfusion.sequence import collate
 from transfusion.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -152,14 +152,8 @@ def test_rows_are_halved_until_they_fit(monkeypatch):
     assert "126 GiB of state" in left_out.format() and "80.0 GiB" in left_out.format()
 
 
-def random_batch(num_rows: int) -> Batch:
-    """Rows of 512 positions."""
-    loader = fixtures.make_paper_loader(512, num_rows)
-    return collate(next(loader.batches())[0], 512, loader.vocabulary)
-
-
 def test_make_causal_gives_a_causal_mask():
-    batch = random_batch(2)
+    batch = fixtures.make_paper_batch(512, 2)
     ((plain, _),) = training.make_causal([(batch, [])])
     assert torch.equal(
         packed_mask(plain.document_ids, plain.image_ids).dense, torch.ones(2, 1, 512, 512, dtype=torch.bool).tril()
@@ -170,7 +164,7 @@ def test_make_causal_gives_a_causal_mask():
 
 
 def test_different_attention_output_is_an_error():
-    batch = random_batch(1)
+    batch = fixtures.make_paper_batch(512, 1)
     mask, tensors = packed_mask(batch.document_ids, batch.image_ids), [torch.randn(1, 2, 512, 16) for _ in range(4)]
     expected = attention.forward_backward(attention.dense_attention(mask.attn_bias), *tensors)
     attention.check_close(attention.forward_backward(mask.attend, *tensors), expected)

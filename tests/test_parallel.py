@@ -1,6 +1,7 @@
 """Several ranks train like one process: sharded weights, gradients, checkpoints and signals, over gloo on this machine."""
 
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -265,6 +266,32 @@ def test_ranks_and_micro_batches_change_no_weight_and_no_loss(train_on, world, m
     with TemporaryDirectory() as folder:
         outcome = train_on(world, Path(folder) / "run", split_run(micro_batch_size, steps=3), torch.float64)
     assert_same(outcome, expected, 1e-9)
+
+
+@examples(200)
+@given(st.integers(1, 600), st.integers(1, 700))
+@example(512, 6)
+@example(1, 2)
+def test_batch_is_shared_evenly_or_refused_with_the_nearest_numbers_that_work(batch_size, world):
+    if batch_size % world == 0:
+        assert parallel.share_batch(batch_size, world) * world == batch_size
+        return
+    with pytest.raises(ValueError) as error:
+        parallel.share_batch(batch_size, world)
+    rule, fix = str(error.value).split(": ")
+    assert rule == f"training.batch_size {batch_size} is not divisible by {world} processes"
+    sizes, worlds = ([*map(int, re.findall(r"\d+", words))] for words in fix.split(", or "))
+    works = [size for size in range(1, batch_size + world) if size % world == 0]
+    assert sizes == [n for n in works if abs(n - batch_size) < world]
+    works = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    assert worlds == [n for n in works if n < world][-1:] + [n for n in works if n > world][:1]
+
+
+@examples(100)
+@given(st.integers(1, 40), st.integers(1, 8), st.none() | st.integers(1, 50))
+def test_rows_of_a_forward_pass_are_the_micro_batch_or_the_whole_share(share, world, micro_batch_size):
+    run = a_run(batch_size=share * world, parallel=ParallelConfig(micro_batch_size=micro_batch_size))
+    assert parallel.rows_per_pass(run, world) == (share if micro_batch_size is None else min(share, micro_batch_size))
 
 
 class CollectiveCounter(TorchDispatchMode):

@@ -14,7 +14,9 @@ from tests.profile import THOROUGH
 from tests.test_cli import TINY, TINY_FITTED, command, fails
 from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
+from transfusion.checkpoint.open import describe_run
 from transfusion.cli import main
+from transfusion.cli.dry_run import check_memory
 from transfusion.cli.runs import Train
 from transfusion.cli.screen import UsageError
 from transfusion.cli.settings import parse_run, read_run, to_yaml
@@ -209,6 +211,15 @@ def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
     way = stderr.partition(": use ")[2].split(" or ")
     assert way, stderr
+
+
+def test_batch_that_the_processes_cannot_share_is_refused(trained, monkeypatch, capsys):
+    """Also of a run that exists, which keeps its batch of two rows."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = "--training.batch-size 2 is not divisible by 3 processes: use a batch size of 3, or 2 processes"
+    assert fails(capsys, 2, "train", trained, "--dry-run").splitlines()[-1] == f"transfusion: {message}"
+    with pytest.raises(UsageError, match=message):
+        check_memory(describe_run(trained).run, torch.device("cpu"))
 
 
 def test_memory_of_a_cpu_is_that_of_its_container(tmp_path, monkeypatch):

@@ -357,6 +357,8 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, micro_batch_size, s
     smooth = {"eps": 1.0, "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
     runs = [small_run(4, micro_batch_size=size, **smooth) for size in (micro_batch_size, None)]
     small, large = (replace(run, data=replace(run.data, sources=sources)) for run in runs)
+    sizes = [len(batch.tokens) for batch, _ in next(new_trainer(tmp_path / "small", small).batches(None))[0]]
+    assert sizes == {1: [1, 1, 1, 1], 3: [3, 1]}[micro_batch_size]
     changes, metrics = train_in_double(tmp_path / "small", small)
     expected, expected_metrics = train_in_double(tmp_path / "large", large)
     for name, value in expected.items():
