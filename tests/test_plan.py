@@ -225,8 +225,29 @@ def test_gpu_decides_memory_and_peak(capsys):
     assert (values["memory"], values["tflops"]) == (20 * 10**9, 100)
 
 
+HARDWARE = (ROOT / "docs" / "hardware.md").read_text()
+
+
+@pytest.mark.parametrize(("memory", "time", "arguments"), re.findall(
+    r"^\|.*\| ([\d.]+) GB.*\| ([\d.]+ days) \| `transfusion plan (.*)` \|$", HARDWARE, re.M
+))  # fmt: skip
+def test_documented_runs_need_what_the_plan_prints(memory, time, arguments, capsys):
+    command("plan", *arguments.split())
+    printed = capsys.readouterr().out
+    assert re.search(r"  fits in .* yes\n", printed) and f" {time}   " in printed
+    assert f"{float(re.search(r'^  all +([0-9.]+)$', printed, re.M)[1]):.1f}" == memory
+
+
+def test_documented_lines_are_printed(capsys):
+    for arguments in ("0.76b --gpu rtx-4090", "7b"):
+        command("plan", *arguments.split())
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for block in re.findall(r"```text\n(.*?)```", HARDWARE, re.S) for line in block.splitlines()]
+    assert len(lines) == 4 and [line for line in lines if line not in printed] == []
+
+
 def test_documented_gpus_are_the_known_ones():
-    rows = re.findall(r"^\| `(\S+)` \| (\d+) \| ([\d.,]+) \| (.+) \|$", (ROOT / "docs" / "hardware.md").read_text(), re.M)
+    rows = re.findall(r"^\| `(\S+)` \| (\d+) \| ([\d.,]+) \| (.+) \|$", HARDWARE, re.M)
     known = [(name, str(gpu.memory // 10**9), f"{gpu.tflops:,}", gpu.source) for name, gpu in GPUS.items()]
     assert rows == known
 
