@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.profile import THOROUGH, examples
 from tests.test_cli import command, fails
 from transfusion import objective, parallel, plan
 from transfusion.cli import measure as measure_module
+from transfusion.cli.run_folder import RunFolder
 from transfusion.cli.runs import Train
 from transfusion.cli.settings import parse_run
 from transfusion.config import DataConfig, Machines, ModelConfig, ParallelConfig, Run, TrainingConfig, to_json
@@ -485,6 +487,19 @@ def test_measured_plan(trained, tmp_path, monkeypatch, capsys):
     assert not any("GPU" in line or "MFU" in line for line in lines)
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     assert [*tmp_path.iterdir()] == []
+
+
+def test_parts_are_scaled_to_those_of_the_run(trained, monkeypatch, capsys):
+    """A forward pass to all of a step, the first held-out batch of each source to all, four denoising steps to twelve."""
+    monkeypatch.setattr(measure_module, "_time_steps", lambda trainer: [1.0, 2.0, 9.0])
+    monkeypatch.setattr(measure_module, "_time", lambda work: 3.0)
+    words = "--training.batch-size", 6, "--parallel.micro-batch-size", 2, "--generation.steps", 12
+    command("plan", trained, "--device", "cpu", "--json", *words)
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    with mock.patch("transfusion.cli.run_folder.HELDOUT", 24):  # as in `command`
+        batches = RunFolder.open(trained).heldout_batches(2)
+    assert (measured["step"], measured["preview"]) == (2.0 * 6 / 2, 3.0 * 12 / 4)
+    assert measured["evaluation"] == 3.0 / len(batches) * sum(map(len, batches.values())) and len(batches) == 2
 
 
 class Clock:
