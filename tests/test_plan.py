@@ -461,7 +461,7 @@ def test_device_needs_one_run_and_its_data(capsys):
 
 
 def test_unknown_run_is_reported(capsys):
-    assert "there is no run '8b'" in fails(capsys, 2, "plan", "8b")
+    assert "there is no recipe or folder '8b'" in fails(capsys, 2, "plan", "8b")
 
 
 # On this machine

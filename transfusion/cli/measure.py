@@ -35,7 +35,7 @@ def check_memory(run: Run, device: torch.device) -> None:
     if not estimate.fits:
         ways = [way for way in ways_to_fit(estimate.run, estimate.machines) if "--gpus" not in way]
         ways += ["more GPUs with torchrun"] if device.type == "cuda" else []
-        raise UsageError(f"{run.name} {compare_memory(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
+        raise UsageError(f"{run.recipe} {compare_memory(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
 
 
 def plan_here(run: Run, device: torch.device) -> Plan:
@@ -67,7 +67,7 @@ def measure(run: Run, device: str, chooses_micro_batch: bool) -> Plan:
             folder = folder.with_run(fitting)
         check_memory(folder.run, torch_device)
         keep_freed_memory(torch_device)
-        print_status(f"measuring {run.name} on {torch_device}")
+        print_status(f"measuring {run.recipe} on {torch_device}")
         measured = _measure(folder, torch_device)
     return replace(plan_here(folder.run, torch_device), measured=measured)
 
