@@ -438,7 +438,7 @@ def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     (["--memory", "9" * 400 + "GB"], "--memory takes a size"),
     (["--gpus", "12"], "--training.batch-size 512 is not divisible by 12 processes: use a batch size of 504 or 516, or 8 "),
     (["--parallel.cpu-matmul", "bfloat16"], "--parallel.cpu-matmul has no effect on a plan for GPUs: add --device cpu"),
-    (["--gpu", "h1000"], "--gpu h1000: must be one of rtx-3090, rtx-4090"),
+    (["--gpu", "h1000"], "there is no GPU 'h1000' (did you mean h100"),
     *((["--device", "cpu", f"--{name}", value], f"--{name} has no effect with --device, which measures the run on this")
       for name, value in (("gpus", "8"), ("gpus-per-machine", "4"), ("gpu", "l4"), ("memory", "80GB"), ("tflops", "9"),
                           ("mfu", "0.3"))),

@@ -16,7 +16,7 @@ from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
 from transfusion.checkpoint.open import describe_run
 from transfusion.cli import main
-from transfusion.cli.dry_run import check_memory
+from transfusion.cli.measure import check_memory
 from transfusion.cli.runs import Train
 from transfusion.cli.screen import UsageError
 from transfusion.cli.settings import parse_run, read_run, to_yaml

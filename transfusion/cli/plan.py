@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, NamedTuple, get_args
 
 import tyro
 
 from transfusion.cli.ignored import refuse
 from transfusion.cli.options import as_usage_error
-from transfusion.cli.screen import UsageError
+from transfusion.cli.screen import UsageError, nearest
 from transfusion.cli.settings import ChosenRun, check_data, config_file, option_names, parse_run, read_run
 from transfusion.config import MFU, Machines, Run, Teraflops, TrainingConfig
 from transfusion.disk import check_prepared
@@ -27,6 +27,7 @@ BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "Ti
 NAME_WIDTH, FIGURE_WIDTH = 30, 14  # columns of the table
 ASSUMED = "gpus gpus_per_machine gpu memory tflops mfu"  # options that describe the GPUs of an estimate
 MICRO_BATCH = "--parallel.micro-batch-size"
+GPU_HELP = f"Kind of each GPU, which decides its memory and peak: {', '.join(GPUS)}."
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class PlanOptions:
     """Number of GPUs that train the run."""
     gpus_per_machine: PositiveInt = 8
     """Number of GPUs in a machine, which share one copy of the weights with hybrid sharding."""
-    gpu: Literal[*GPUS] = "h100"
-    """Kind of each GPU, which decides its memory and peak."""
+    gpu: Annotated[str, tyro.conf.arg(help=GPU_HELP)] = "h100"
     memory: str | None = None
     """Memory of each GPU with its unit, for example 80GB or 40GiB; that of --gpu if not set."""
     tflops: Teraflops | None = None
@@ -130,6 +130,9 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
     """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a recipe."""
     before, is_recipe = chosen.run, chosen.is_recipe
     run, args = parse_run(PlanOptions, command, before, chosen.arguments)
+    if args.gpu not in GPUS:
+        names = ", ".join(GPUS)
+        raise UsageError(f"there is no GPU {args.gpu!r}{nearest(args.gpu, GPUS)}; there are {names}; or --memory and --tflops")
     memory, tflops = GPUS[args.gpu].memory, GPUS[args.gpu].tflops if args.tflops is None else args.tflops
     if args.memory is not None:
         memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
