@@ -219,7 +219,8 @@ def test_gpu_decides_memory_and_peak(capsys):
         command("plan", "7b", "--json", *options)
         return json.loads(capsys.readouterr().out)["machines"]
 
-    for name, gpu in GPUS.items():
+    for name in ("l4", "h100-nvl", "b200"):
+        gpu = GPUS[name]
         values = machines("--gpu", name)
         assert (values["memory"], values["tflops"]) == (gpu.memory, gpu.tflops)
     assert machines() == machines("--gpu", "h100")

@@ -131,8 +131,7 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
     before, is_recipe = chosen.run, chosen.is_recipe
     run, args = parse_run(PlanOptions, command, before, chosen.arguments)
     if args.gpu not in GPUS:
-        names = ", ".join(GPUS)
-        raise UsageError(f"there is no GPU {args.gpu!r}{nearest(args.gpu, GPUS)}; there are {names}; or --memory and --tflops")
+        raise UsageError(f"there is no GPU {args.gpu!r}{nearest(args.gpu, GPUS)}; there are {', '.join(GPUS)}")
     memory, tflops = GPUS[args.gpu].memory, GPUS[args.gpu].tflops if args.tflops is None else args.tflops
     if args.memory is not None:
         memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
