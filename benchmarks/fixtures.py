@@ -11,7 +11,7 @@ from transfusion.data.loader import DocumentEncoder, Loader
 from transfusion.data.sources import fit
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import build
-from transfusion.parallel import lower_weights
+from transfusion.parallel import lower_weights, precision
 from transfusion.runs import SIZES, named_run
 from transfusion.sequence import Batch, Document, Image, Text, Vocabulary, collate
 
@@ -71,7 +71,7 @@ def make_engine(name: str, setting: Setting) -> Engine:
     config = replace(config, vocab_size=encoder.vocabulary.size)
     run = replace(run, model=config, data=replace(run.data, seq_len=512))
     model = build(config, 0, setting.device).eval().requires_grad_(False)
-    lower_weights(model, setting.device)
+    lower_weights(model, precision(setting.device))
     return Engine(
         OpenedRun(name, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, model, step=0, device=setting.device)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "transfusion"
 
 GROUND = {  # all may import these
-    "fields", "config", "chat", "runs", "paper", "sequence", "page", "seeding", "disk", "foreign_weights",
+    "fields", "config", "chat", "runs", "paper", "sequence", "page", "seeding", "disk", "gpus", "foreign_weights",
 }  # fmt: skip
 MAY_IMPORT = {  # subpackage or file -> further allowed imports; files of a subpackage may import each other
     "seeding": set(),
@@ -18,6 +18,7 @@ MAY_IMPORT = {  # subpackage or file -> further allowed imports; files of a subp
     "runs": {"config"},
     "paper": {"runs"},
     "disk": set(),
+    "gpus": set(),
     "page": set(),
     "sequence": {"seeding"},
     "foreign_weights": set(),

@@ -135,8 +135,9 @@ def test_tensors_and_state_are_restored_bit_for_bit(values, state):
         assert read_json(checkpoint / "state.json") == state
 
 
-def test_one_process_opens_dcp_shards(copy):
-    """As several ranks write them with torch's DCP."""
+@pytest.fixture
+def sharded(copy) -> Path:
+    """A run whose checkpoint several ranks wrote, with torch's DCP."""
     from torch.distributed import checkpoint as dcp
 
     for part, values in weights(2).items():
@@ -144,9 +145,31 @@ def test_one_process_opens_dcp_shards(copy):
         (folder / "model.safetensors").unlink()
         dcp.save(dict(values), storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True), no_dist=True)
         assert [path.name for path in folder.iterdir()] == ["shard-00001-model-00001-of-00001.safetensors"]
+    return copy
+
+
+def test_one_process_opens_dcp_shards(sharded):
     restored = zero_tensors()
-    fill_tensors(find_newest_checkpoint(copy), restored)
+    fill_tensors(find_newest_checkpoint(sharded), restored)
     assert all(same(restored[part], weights(2)[part]) for part in restored)
+
+
+@pytest.mark.parametrize("layout", ["folder", "sharded"])
+def test_run_opens_in_the_precision_of_the_device(request, layout, monkeypatch):
+    """As on CUDA: matrices in bfloat16 from the start, without a copy in float32; all else in float32."""
+    allocated = []
+    to_empty = torch.nn.Module.to_empty
+    monkeypatch.setattr("transfusion.checkpoint.open.precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr("transfusion.checkpoint.open.verify_checkpoint", lambda checkpoint: None)  # of other files
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda self, **options: allocated.extend(
+        parameter.nbytes for parameter in to_empty(self, **options).parameters()))  # fmt: skip
+    model = open_checkpoint(request.getfixturevalue(layout)).model
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    values = model.state_dict()
+    assert matrices and sum(allocated) == sum(value.nbytes for value in values.values())
+    for name, value in weights(2)["ema"].items():
+        lowered = name in matrices or name.removesuffix("bias") + "weight" in matrices
+        assert values[name].equal(value.bfloat16() if lowered else value), name
 
 
 def test_tied_weights_are_restored(tmp_path):

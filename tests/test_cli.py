@@ -36,7 +36,7 @@ TINY = [*TINY_FITTED, *"--data.tokenizer-size 260 --data.fit-documents 100".spli
 
 def command(*arguments: object) -> None:
     """Execute a command in this process, with few held-out documents. An exit with code 0 is a return."""
-    with mock.patch("transfusion.cli.runs.HELDOUT", 24), few_samples():
+    with mock.patch("transfusion.cli.run_folder.HELDOUT", 24), few_samples():
         try:
             main([str(a) for a in arguments])
         except SystemExit as exit_:

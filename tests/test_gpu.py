@@ -7,11 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.sources import picture
 from tests.test_mask import LONG, random_qkv
 from tests.test_model import TINY, copy_parameters, same_weights
 from tests.test_training import assert_same_tensors, copy_tensors, metrics_of, new_trainer, preview_every_step
 from tests.tiny import small_run
 from transfusion.checkpoint.open import open_checkpoint
+from transfusion.codecs.autoencoder import Autoencoder, AutoencoderNetwork, build_network
+from transfusion.codecs.codec import move_to
+from transfusion.codecs.config import AutoencoderConfig
+from transfusion.codecs.vq import VQ, QuantisedNetwork
 from transfusion.config import FaultToleranceConfig
 from transfusion.inference import text_mode
 from transfusion.inference.engine import Engine, Request
@@ -117,3 +122,17 @@ def test_logits_and_images_equal_those_of_a_cpu(trained):
         assert answer.reason
     assert is_near(logits[1], logits[0])
     assert is_near(torch.from_numpy(images[1]), torch.from_numpy(images[0]), 3 * TOLERANCE)
+
+
+@pytest.mark.parametrize("codes", [None, 16])
+def test_codec_encodes_and_decodes_as_on_a_cpu(codes):
+    config = AutoencoderConfig(width=16, multipliers=(1, 2), blocks=1, codes=codes)
+    images = [picture(number, 32, 32)[1] for number in range(4)]
+    network = build_network(config, 0, QuantisedNetwork if codes else AutoencoderNetwork)
+    codec = VQ(network) if codes else Autoencoder.fit(network, images)
+    expected = np.stack(codec.encode_many(images))
+    pixels = codec.decode(expected[0]).astype(np.float32)
+    move_to(codec, "cuda")
+    latents = np.stack(codec.encode_many(images))
+    assert (latents == expected).mean() > 0.99 if codes else is_near(torch.from_numpy(latents), torch.from_numpy(expected))
+    assert np.abs(codec.decode(expected[0]).astype(np.float32) - pixels).mean() < 1

@@ -29,7 +29,7 @@ from transfusion import objective
 from transfusion.checkpoint import save as save_module
 from transfusion.checkpoint.open import describe_run, open_checkpoint, restore_newest
 from transfusion.checkpoint.save import Saver
-from transfusion.cli import runs
+from transfusion.cli.preview import previewer
 from transfusion.config import FaultToleranceConfig, Run
 from transfusion.data.sources import open_raw
 from transfusion.inference.engine import Engine
@@ -371,7 +371,7 @@ def test_slow_parts_of_saves_evaluation_and_previews_feed_the_watchdog(tmp_path,
     run = replace(small_run(2, checkpoint_every=2), fault_tolerance=FaultToleranceConfig(watchdog=0.1))
     trainer = new_trainer(tmp_path, run)
     run_folder = SimpleNamespace(path=tmp_path, description=describe_run(tmp_path))
-    trainer.on_preview = runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), SINGLE_PROCESS)
+    trainer.on_preview = previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), SINGLE_PROCESS)
     trainer.loop.preview_every = 2
     trainer.heldout = {name: batches[:1] * 3 for name, batches in trainer.heldout.items()}
     places = {

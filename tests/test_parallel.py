@@ -37,7 +37,7 @@ from transfusion import parallel
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import describe_run, find_newest_checkpoint, open_checkpoint, restore_newest
 from transfusion.checkpoint.start import open_start
-from transfusion.cli import runs
+from transfusion.cli.preview import previewer
 from transfusion.cli.run_folder import RunFolder
 from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.config import ParallelConfig, Run
@@ -448,7 +448,7 @@ def train_with_previews(ranks: Ranks, folder: Path, run: Run) -> Outcome:
     """With the previews of the command."""
     trainer = new_trainer(folder, run, ranks=ranks)
     run_folder = RunFolder(folder, replace(describe_run(folder), run=run), encoder=None)
-    trainer.on_preview = runs._previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks)
+    trainer.on_preview = previewer(run_folder, open_raw(run.data, "heldout"), torch.device("cpu"), ranks)
     trainer.loop.preview_every = 1
     assert trainer.train()
     return gather_tensors(trainer), metrics_of(folder)

@@ -1,7 +1,11 @@
 """`plan` against measurements of a training step: bytes of weights, saved activations and shards."""
 
+import itertools
 import json
+import re
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,17 +16,22 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory import MemoryCounter
+from tests.processes import ROOT
 from tests.profile import THOROUGH, examples
 from tests.test_cli import command, fails
 from transfusion import objective, parallel, plan
+from transfusion.cli import measure as measure_module
+from transfusion.cli.run_folder import RunFolder
 from transfusion.cli.runs import Train
 from transfusion.cli.settings import parse_run
 from transfusion.config import DataConfig, Machines, ModelConfig, ParallelConfig, Run, TrainingConfig, to_json
+from transfusion.gpus import GPUS, find_gpu
+from transfusion.inference.cache import Cache
 from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
 from transfusion.paper import PAPER
-from transfusion.parallel import Ranks, parallelize
+from transfusion.parallel import Ranks, lower_weights, parallelize
 from transfusion.plan import BF16, FP32
 from transfusion.runs import NAMES, SIZES, named_run
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
@@ -165,6 +174,87 @@ def test_ranks_hold_every_weight_once(shard_bytes):
     assert sizes[0] > sizes[-1]  # sizes are not divisible by 7: the last rank holds less
 
 
+# Memory for generation
+
+
+@pytest.mark.parametrize(("dtype", "model"), [
+    ("float32", {}), ("bfloat16", {"kv_heads": 1}), ("float16", {"patches": "unet"}),
+    ("bfloat16", {"patches": "codes", "patch_size": 1, "tie_word_embeddings": True}),
+], ids=str)  # fmt: skip
+def test_memory_for_generation_is_that_of_weights_and_cache(dtype, model):
+    run = one_row(**model)
+    network = lower_weights(build(run.model, 0), plan.PRECISIONS[dtype])
+    cache = Cache(run.model, torch.device("cpu"), plan.PRECISIONS[dtype])
+    slots = [cache.acquire()]
+    while cache.free:
+        slots.append(cache.acquire())
+    cache.view(slots, run.data.seq_len)
+    batch = plan.typical_row(run.model, run.data.seq_len)
+    estimate = plan.plan(run, Machines()).generation[dtype]
+    assert estimate.weights == sum(parameter.nbytes for parameter in network.parameters())
+    assert estimate.cache == cache.keys.nbytes + cache.values.nbytes
+    assert estimate.latents == (0 if run.model.patches == "codes" else batch.groups[0].x0[:1].nbytes)
+    assert estimate.all == estimate.weights + estimate.cache + estimate.latents
+
+
+# Known GPUs
+
+
+@pytest.mark.parametrize(("device", "name"), [
+    ("NVIDIA GeForce RTX 3090", "rtx-3090"), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 5090", "rtx-5090"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", "l40s"), ("NVIDIA L40", None),
+    ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-PCIE-40GB", "a100-40"), ("A100-SXM4-40GB", "a100-40"),
+    ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-80"), ("NVIDIA A10", None),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100-nvl"),
+    ("NVIDIA H200", "h200"), ("NVIDIA H200 NVL", "h200-nvl"), ("NVIDIA GH200 480GB", None), ("NVIDIA H20", None),
+    ("NVIDIA B200", "b200"), ("NVIDIA GB200", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("", None),
+])  # fmt: skip
+def test_known_gpus_are_found_by_the_name_of_the_driver(device, name):
+    assert find_gpu(device) == GPUS.get(name)
+
+
+def test_gpu_decides_memory_and_peak(capsys):
+    def machines(*options: object) -> dict:
+        command("plan", "7b", "--json", *options)
+        return json.loads(capsys.readouterr().out)["machines"]
+
+    for name in ("l4", "h100-nvl", "b200"):
+        gpu = GPUS[name]
+        values = machines("--gpu", name)
+        assert (values["memory"], values["tflops"]) == (gpu.memory, gpu.tflops)
+    assert machines() == machines("--gpu", "h100")
+    values = machines("--gpu", "l4", "--memory", "20GB", "--tflops", 100)
+    assert (values["memory"], values["tflops"]) == (20 * 10**9, 100)
+
+
+HARDWARE = (ROOT / "docs" / "hardware.md").read_text()
+
+
+@pytest.mark.parametrize(("memory", "time", "arguments"), re.findall(
+    r"^\|.*\| ([\d.]+) GB.*\| ([\d.]+ days) \| `transfusion plan (.*)` \|$", HARDWARE, re.M
+))  # fmt: skip
+def test_documented_runs_need_what_the_plan_prints(memory, time, arguments, capsys):
+    command("plan", *arguments.split())
+    printed = capsys.readouterr().out
+    assert re.search(r"  fits in .* yes\n", printed) and f" {time}   " in printed
+    assert f"{float(re.search(r'^  all +([0-9.]+)$', printed, re.M)[1]):.1f}" == memory
+
+
+def test_documented_lines_are_printed(capsys):
+    for arguments in ("0.76b --gpu rtx-4090", "7b"):
+        command("plan", *arguments.split())
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for block in re.findall(r"```text\n(.*?)```", HARDWARE, re.S) for line in block.splitlines()]
+    assert len(lines) == 4 and [line for line in lines if line not in printed] == []
+
+
+def test_documented_gpus_are_the_known_ones():
+    rows = re.findall(r"^\| `(\S+)` \| (\d+) \| ([\d.,]+) \| (.+) \|$", HARDWARE, re.M)
+    known = [(name, str(gpu.memory // 10**9), f"{gpu.tflops:,}", gpu.source) for name, gpu in GPUS.items()]
+    assert rows == known
+
+
 # Parameters, FLOPs, time
 
 
@@ -261,11 +351,11 @@ def test_fitted_micro_batch_is_the_largest_that_fits(name, gpus, share, own, num
      "torchrun --nproc-per-node 8 -m transfusion train 7b --data.sources shapes --model.width=2048 "
      "--parallel.micro_batch_size 2"),
     (["7b", "--gpus", "64", "--gpus_per_machine", "4", "--parallel.shard", "hybrid", "--parallel.activation-checkpointing"],
-     "torchrun --nnodes 16 --nproc-per-node 4 --rdzv-endpoint HOST:29500 -m transfusion train 7b --parallel.shard hybrid "
-     "--parallel.activation-checkpointing --data DIR"),
+     "torchrun --nnodes 16 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m transfusion train 7b "
+     "--parallel.shard hybrid --parallel.activation-checkpointing --data DIR"),
     (["0.16b", "--gpus", "20", "--training.batch-size", "40"],
-     "torchrun --nnodes 4 --nproc-per-node 5 --rdzv-endpoint HOST:29500 -m transfusion train 0.16b --training.batch-size 40 "
-     "--data DIR"),
+     "torchrun --nnodes 4 --nproc-per-node 5 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m transfusion train 0.16b "
+     "--training.batch-size 40 --data DIR"),
 ])  # fmt: skip
 def test_command_to_type(capsys, arguments, expected):
     """With the settings of the plan, for `train` and as many processes as GPUs."""
@@ -348,7 +438,12 @@ def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     (["--memory", "80"], "not '80'"), (["--memory", "0GB"], "not '0GB'"), (["--memory=-1GB"], "not '-1GB'"),
     (["--memory", "9" * 400 + "GB"], "--memory takes a size"),
     (["--gpus", "12"], "--training.batch-size 512 is not divisible by 12 processes: use a batch size of 504 or 516, or 8 "),
-    (["--parallel.cpu-matmul", "bfloat16"], "--parallel.cpu-matmul has no effect on a plan, which is for GPUs"),
+    (["--parallel.cpu-matmul", "bfloat16"], "--parallel.cpu-matmul has no effect on a plan for GPUs: add --device cpu"),
+    (["--gpu", "h1000"], "there is no GPU 'h1000' (did you mean h100"),
+    *((["--device", "cpu", f"--{name}", value], f"--{name} has no effect with --device, which measures the run on this")
+      for name, value in (("gpus", "8"), ("gpus-per-machine", "4"), ("gpu", "l4"), ("memory", "80GB"), ("tflops", "9"),
+                          ("mfu", "0.3"))),
+    (["--device", "gpu"], "there is no device gpu"),
     (["--gpus-per-machine", "4"], "--gpus-per-machine has no effect without --parallel.shard hybrid"),
     (["--mfu", "40"], "--mfu must be between 0.001 and 1"), (["--tflops", "0"], "--tflops must be at least 0.001"),
     (["--gpus", "12", "--training.batch-size", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
@@ -359,5 +454,72 @@ def test_wrong_options_are_one_line(capsys, arguments, message):
     assert stderr.count("\n") == 1
 
 
+def test_device_needs_one_run_and_its_data(capsys):
+    assert "--device measures one run: name it" in fails(capsys, 2, "plan", "--device", "cpu")
+    assert "this run names no data: give --data DIR" in fails(capsys, 1, "plan", "7b", "--device", "cpu")
+
+
 def test_unknown_run_is_reported(capsys):
     assert "there is no recipe or folder '8b'" in fails(capsys, 2, "plan", "8b")
+
+
+# On this machine
+
+
+def test_measured_plan(trained, tmp_path, monkeypatch, capsys):
+    """The time of the run is that of its steps, evaluations and previews; the run's folder stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    words = "plan", trained, "--device", "cpu", "--training.steps", 100, "--training.validate-every", 30
+    command(*words, "--json")
+    values = json.loads(capsys.readouterr().out)
+    measured = values["measured"]
+    assert (measured["evaluations"], measured["previews"]) == (5, 26)  # at 0, 30, 60, 90, 100; at 0, 4, ..., 100
+    assert min(measured[part] for part in ("step", "evaluation", "preview")) > 0 and measured["steps"] >= 1
+    pauses = 5 * measured["evaluation"] + 26 * measured["preview"]
+    assert values["seconds"] == pytest.approx(100 * measured["step"] + pauses)
+    assert values["memory"]["cuda"] == 0 < values["memory"]["all"] < measured["peak_memory"]
+    command(*words, "--parallel.micro-batch-size", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 100 and lines[0] == "digits on this machine (cpu)"  # (the last is a command)
+    assert any(re.fullmatch(r"  held-out evaluations +5 x \S+ s", line) for line in lines)
+    assert not any("GPU" in line or "MFU" in line for line in lines)
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_parts_are_scaled_to_those_of_the_run(trained, monkeypatch, capsys):
+    """A forward pass to all of a step, the first held-out batch of each source to all, four denoising steps to twelve."""
+    monkeypatch.setattr(measure_module, "_time_steps", lambda trainer: [1.0, 2.0, 9.0])
+    monkeypatch.setattr(measure_module, "_time", lambda work: 3.0)
+    words = "--training.batch-size", 6, "--parallel.micro-batch-size", 2, "--generation.steps", 12
+    command("plan", trained, "--device", "cpu", "--json", *words)
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    with mock.patch("transfusion.cli.run_folder.HELDOUT", 24):  # as in `command`
+        batches = RunFolder.open(trained).heldout_batches(2)
+    assert (measured["step"], measured["preview"]) == (2.0 * 6 / 2, 3.0 * 12 / 4)
+    assert measured["evaluation"] == 3.0 / len(batches) * sum(map(len, batches.values())) and len(batches) == 2
+
+
+class Clock:
+    """Seconds that pass only where a test lets them."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.5, 10), (12, 5), (25, 3), (70, 1)])
+def test_long_steps_are_measured_once(seconds, expected, monkeypatch):
+    """Two steps are a warm-up; at most a minute of steps follows, and at least one."""
+    clock = Clock()
+    monkeypatch.setattr(measure_module, "monotonic", clock)
+
+    def take_step(trainer, number, micro_batches):
+        clock.now += seconds if number >= 2 else 100 * seconds
+
+    monkeypatch.setattr(measure_module, "take_step", take_step)
+    trainer = SimpleNamespace(batches=lambda state: itertools.repeat(([], None)))
+    assert measure_module._time_steps(trainer) == [seconds] * expected

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -26,6 +27,11 @@ from tests.documents import contents, contents_of, same_batch
 from tests.profile import THOROUGH, examples
 from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos, write_texts
+from tests.test_cli import command
+from transfusion import parallel
+from transfusion.codecs.autoencoder import Autoencoder, build_network
+from transfusion.codecs.codec import fit_codec, move_to
+from transfusion.codecs.config import AutoencoderConfig
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
@@ -48,6 +54,7 @@ from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
+from transfusion.parallel import pick_device
 from transfusion.sequence import Document, Image, Text, collate, encode_document, split_chunk
 
 CONFIG = PrepareConfig(tokenizer_size=300, records_per_shard=16)
@@ -833,3 +840,32 @@ def test_account_of_prepared_data_closes_for_any_number_of_shards(tmp_path):
     assert accounts[0]["kinds"]["records"]["passed_over"] == {"duplicate id": 3, "missing image": 1}
     assert accounts[0]["kinds"]["files"]["passed_over"] == {"named by no record": 1}
     assert accounts[0]["kinds"]["fields"]["passed_over"] == {"in 'lang'": 20}
+
+
+# Devices
+
+
+@pytest.mark.parametrize(("shared", "rank", "expected"), [(True, 5, "cuda:1"), (True, 1, "cuda:1"), (False, 5, "cuda:5")])
+def test_processes_that_prepare_share_the_gpus(shared, rank, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parallel.torch, "empty", lambda *shape, **options: None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert str(pick_device("auto", shared=shared)) == expected
+
+
+def test_images_are_encoded_on_the_device_of_the_command(tmp_path, monkeypatch, capsys):
+    moved = []
+    monkeypatch.setattr(preparing, "move_to", lambda codec, device: moved.append((codec.kind, str(device))))
+    monkeypatch.setattr(parallel, "pick_device", lambda name, shared: torch.device(f"{name}:3" if shared else name))
+    folder = source_folder() / "photos"
+    command("data", "prepare", folder, "--out", tmp_path, "--device", "cuda", "--tokenizer-size", 300)
+    assert moved == [("block_pca", "cuda:3")]
+
+
+def test_a_codec_is_moved_with_its_network(monkeypatch):
+    network = build_network(AutoencoderConfig(width=8, multipliers=(1, 1), blocks=1), 0)
+    codec = Autoencoder.fit(network, [picture(number)[1] for number in range(4)])
+    move_to(codec, "meta")
+    assert {parameter.device.type for parameter in codec.network.parameters()} == {"meta"}
+    move_to(fit_codec("pixels", [picture(0)[1]], 4, 6), "meta")  # it has no network

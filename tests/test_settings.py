@@ -18,7 +18,7 @@ from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
 from transfusion.checkpoint.open import describe_run
 from transfusion.cli import main
-from transfusion.cli.dry_run import check_memory
+from transfusion.cli.measure import check_memory
 from transfusion.cli.runs import Train
 from transfusion.cli.screen import UsageError
 from transfusion.cli.settings import parse_run, read_run, to_yaml
@@ -221,7 +221,7 @@ def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypa
     words = ("train", "digits", *TINY, "--model.width", 64, "--training.batch-size", 16, "--out", tmp_path / "run")
     ways = {}
     for memory in (1_000_000, 11_000_000):
-        monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr("transfusion.cli.measure.device_memory", lambda device, memory=memory: memory)
         line, _, ways[memory] = fails(capsys, 2, *words).splitlines()[-1].partition(": use ")
         assert line == "transfusion: digits needs 0.0 GB of memory for each process, and there are 0.0 GB"
         assert not (tmp_path / "run").exists()

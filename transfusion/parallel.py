@@ -25,13 +25,14 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 TIMEOUT = timedelta(days=7)  # of collectives; the watchdog ends a process that hangs long before
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", shared: bool = False) -> torch.device:
     """The named device; "auto" is cuda, else mps, else cpu. ValueError when the device is not available. Under torchrun
-    "auto" and "cuda" mean the GPU with this process's local rank."""
+    "auto" and "cuda" mean the GPU with this process's local rank; if GPUs may be `shared`, more processes take turns."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        rank = int(os.environ["LOCAL_RANK"])
+        name = f"cuda:{rank % max(1, torch.cuda.device_count()) if shared else rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -81,11 +82,12 @@ def lower_precision(device: torch.device, cpu_matmul: str = "auto"):
     return contextlib.nullcontext() if lower == torch.float32 else torch.autocast(device.type, lower)
 
 
-def lower_weights(model: nn.Module, device: torch.device) -> None:
-    """Convert matrices and kernels to the device's precision in place; autocast would convert them in every pass."""
+def lower_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert matrices and kernels to the precision of products in place; autocast would convert them in every pass."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(precision(device))
+            module.to(dtype)
+    return model
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from itertools import pairwise
 from math import ceil, prod
 
 import numpy as np
+import torch
 from torch import nn
 
 from transfusion.config import Machines, ModelConfig, Run
@@ -18,7 +19,7 @@ from transfusion.model.flops import count_training_flops, count_usual_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
 from transfusion.objective import CHUNK, CPU_CHUNK
-from transfusion.parallel import rows_per_pass, share_batch
+from transfusion.parallel import lower_weights, rows_per_pass, share_batch
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 FP32, BF16 = 4, 2  # bytes of a value
@@ -26,6 +27,8 @@ PAPER_LATENT = 32  # side of a latent: 256 pixels, and an autoencoder with downs
 NUM_MARKERS = 4  # positions around the patches of an image document: bos, boi, eoi, eos
 CUDA_BYTES = 2_000_000_000  # approximate memory of CUDA and NCCL
 MAX_GPUS = 16_384
+NUM_SEQUENCES = 8  # that generate together in the plan: as many as inference allocates memory for at the start
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of matrix products
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,38 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class GenerationMemory:
+    """Bytes that generation needs, without the codec and temporary tensors."""
+
+    weights: int  # matrices in the precision of products, all else in float32
+    cache: int  # keys and values of NUM_SEQUENCES rows; a sequence that draws with guidance takes two
+    latents: int  # of one image, in float32
+
+    @property
+    def all(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of a run's parts on a device, in seconds, each with how often the run does it."""
+
+    device: str
+    steps: int  # that were measured
+    step: float  # median
+    evaluation: float
+    evaluations: int
+    preview: float
+    previews: int
+    peak_memory: int  # bytes: allocated on a GPU, or resident in this process, with Python and PyTorch
+
+    @property
+    def pauses(self) -> float:
+        """Seconds of all evaluations and previews."""
+        return self.evaluation * self.evaluations + self.preview * self.previews
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run needs on these machines."""
 
@@ -60,6 +95,8 @@ class Plan:
     text_positions: int  # positions with a text loss in a forward pass
     flops: float  # per position, forward and backward
     usual_flops: float  # the same in the convention that counts all attention pairs
+    generation: dict[str, GenerationMemory]  # by the precision of matrix products
+    measured: Measurement | None = None  # on this machine; without it, speed follows from the peak and MFU of `machines`
 
     @property
     def fits(self) -> bool:
@@ -80,11 +117,15 @@ class Plan:
     @property
     def positions_per_second(self) -> float:
         """Positions per second of one GPU."""
+        if self.measured:
+            return self.positions_per_step / self.measured.step
         return self.machines.mfu * self.machines.tflops * 1e12 / self.flops
 
     @property
     def seconds(self) -> float:
-        return self.positions / (self.positions_per_second * self.machines.gpus)
+        """Of the whole run; evaluations and previews are only counted if they were measured."""
+        pauses = self.measured.pauses if self.measured else 0
+        return self.positions / (self.positions_per_second * self.machines.gpus) + pauses
 
     @property
     def checkpoint(self) -> int:
@@ -106,6 +147,7 @@ def plan(run: Run, machines: Machines) -> Plan:
         text_positions=batch.text_count * rows,
         flops=count_training_flops(batch, config) / batch.positions,
         usual_flops=count_usual_flops(config, sum(parameters.values()), run.data.seq_len),
+        generation={name: estimate_generation_memory(run, name) for name in PRECISIONS},
     )  # fmt: skip
 
 
@@ -166,6 +208,23 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
         backward=max(count_loss(run, rows, size), count_block_backward(run, rows, size)),
         cuda=CUDA_BYTES if is_cuda else 0,
     )  # fmt: skip
+
+
+def estimate_generation_memory(run: Run, precision: str) -> GenerationMemory:
+    """Memory that generation needs with matrix products in this precision."""
+    config, groups = run.model, typical_row(run.model, run.data.seq_len).groups
+    position = 2 * config.layers * config.num_kv_heads * config.head_size * PRECISIONS[precision].itemsize
+    return GenerationMemory(
+        weights=count_generation_weights(config, precision),
+        cache=NUM_SEQUENCES * run.data.seq_len * position,
+        latents=FP32 * prod(groups[0].x0.shape[1:]) if groups and config.patches != "codes" else 0,
+    )
+
+
+@cache
+def count_generation_weights(config: ModelConfig, precision: str) -> int:
+    """Bytes of a model's weights as `open_checkpoint` creates them."""
+    return sum(parameter.nbytes for parameter in lower_weights(build_on_meta(config), PRECISIONS[precision]).parameters())
 
 
 @cache

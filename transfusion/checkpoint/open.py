@@ -26,7 +26,7 @@ from transfusion.disk import (
     sha256_of,
     to_name,
 )  # fmt: skip
-from transfusion.model.transfusion import Transfusion, build_uninitialized, count_parameters, read_config
+from transfusion.model.transfusion import Transfusion, build_on_meta, count_parameters, read_config
 from transfusion.model.weights import SINGLE, load_weights, read_into
 from transfusion.parallel import SINGLE_PROCESS, Ranks, lower_precision, lower_weights, pick_device, precision
 from transfusion.sequence import Vocabulary
@@ -88,7 +88,8 @@ def open_checkpoint(
     torch_device = pick_device(device)
     folder = find_folder(place, revision, local_files_only)
     description = describe_run(folder)
-    model = build_uninitialized(description.run.model, torch_device).requires_grad_(False)
+    model = lower_weights(build_on_meta(description.run.model), precision(torch_device)).requires_grad_(False)
+    model.to_empty(device=torch_device)  # never with all weights in float32, twice the memory
     if is_exported(folder):
         step = _load_exported(folder, model, weights)
     else:
@@ -96,7 +97,6 @@ def open_checkpoint(
         verify_checkpoint(checkpoint)
         fill_tensors(checkpoint, {checkpoint_part(weights): model.state_dict()})
         step = read_step(checkpoint)
-    lower_weights(model, torch_device)
     return OpenedRun(**vars(description), model=model.eval(), step=step, device=torch_device)
 
 

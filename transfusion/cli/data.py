@@ -13,7 +13,7 @@ import tyro
 
 from transfusion.cli.codec import fit_codec
 from transfusion.cli.ignored import changed, check_prepare, refuse
-from transfusion.cli.options import parse
+from transfusion.cli.options import Device, parse
 from transfusion.cli.screen import UsageError, check_exists, fail, nearest, print_status, progress
 from transfusion.cli.sources import SOURCES, Reading, open_readers
 from transfusion.config import ChatLayout, PrepareConfig
@@ -61,6 +61,7 @@ class Prepare:
     """Folder of the prepared data."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+    device: Device = "auto"
 
 
 def validate(args: Validate) -> None:
@@ -172,8 +173,9 @@ def prepare(args: Prepare) -> None:
     from transfusion.data import prepare as preparation
     from transfusion.data.leaks import Leaks
     from transfusion.data.reading.account import Account
-    from transfusion.parallel import Ranks
+    from transfusion.parallel import Ranks, pick_device
 
+    device = pick_device(args.device, shared=True)
     with Ranks.of_torchrun() as ranks:
         is_main = ranks.rank == 0
         for reader in readers if is_main else ():
@@ -182,7 +184,7 @@ def prepare(args: Prepare) -> None:
         with progress("preparing", quiet=not is_main) as on_progress:
             dataset = preparation.prepare(
                 readers, config, args.out, ranks.rank, ranks.world, ranks.barrier, on_progress,
-                print_status if is_main else lambda line: None,
+                print_status if is_main else lambda line: None, device,
             )  # fmt: skip
     if is_main:
         sizes = ", ".join("{}x{}".format(*size) for size in dataset["sizes"])

@@ -71,7 +71,8 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
         is_option = word.startswith("-")
         wrong = f"there is no option {word}{nearest(word, {*flags})}" if is_option else f"nothing takes {word!r} here"
         raise UsageError(f"{wrong}; {see_help}")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device := getattr(config, "device", "auto")):
+    device = getattr(config, "device", None)
+    if device is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UsageError(f"there is no device {device}; there are auto, cpu, cuda, cuda:0, cuda:1 ... and mps")
     return config
 

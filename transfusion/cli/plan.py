@@ -1,4 +1,4 @@
-"""transfusion plan: the memory, time and disk that a run needs, as a table."""
+"""transfusion plan: the memory, time and disk that a run needs, as a table; measured on this machine with --device."""
 
 import json
 import re
@@ -12,18 +12,22 @@ from typing import Annotated, NamedTuple, get_args
 
 import tyro
 
+from transfusion.cli.ignored import refuse
 from transfusion.cli.options import as_usage_error
-from transfusion.cli.screen import UsageError
-from transfusion.cli.settings import ChosenRun, config_file, option_names, parse_run, read_run
+from transfusion.cli.screen import UsageError, nearest
+from transfusion.cli.settings import ChosenRun, check_data, config_file, option_names, parse_run, read_run
 from transfusion.config import MFU, Machines, Run, Teraflops, TrainingConfig
 from transfusion.disk import check_prepared
 from transfusion.fields import PositiveInt
+from transfusion.gpus import GPUS
 from transfusion.paper import PAPER
 from transfusion.runs import SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 NAME_WIDTH, FIGURE_WIDTH = 30, 14  # columns of the table
+ASSUMED = "gpus gpus_per_machine gpu memory tflops mfu"  # options that describe the GPUs of an estimate
 MICRO_BATCH = "--parallel.micro-batch-size"
+GPU_HELP = f"Kind of each GPU, which decides its memory and peak: {', '.join(GPUS)}."
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,15 @@ class PlanOptions:
     """Number of GPUs that train the run."""
     gpus_per_machine: PositiveInt = 8
     """Number of GPUs in a machine, which share one copy of the weights with hybrid sharding."""
-    memory: str = "80GB"
-    """Memory of each GPU with its unit, for example 80GB or 40GiB."""
-    tflops: Teraflops = 989.0
-    """Peak TFLOP/s of each GPU; 989 is an H100 in bfloat16."""
+    gpu: Annotated[str, tyro.conf.arg(help=GPU_HELP)] = "h100"
+    memory: str | None = None
+    """Memory of each GPU with its unit, for example 80GB or 40GiB; that of --gpu if not set."""
+    tflops: Teraflops | None = None
+    """Peak TFLOP/s of each GPU in bfloat16, dense; that of --gpu if not set."""
     mfu: MFU = 0.4
     """Share of the peak that the run's exact FLOPs reach."""
+    device: str | None = None
+    """Measure some steps on this device of this machine instead: auto, cpu, cuda, cuda:1 or mps. It needs the run's data."""
     config: Path | None = None
     """YAML or JSON file with some settings or all, as in `train`; options override it."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -66,19 +73,26 @@ def plan(arguments: list[str]) -> None:
         rows = [asdict(row) | {"parameters": _count_parameters(row.run)} for row in PAPER]
         return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
     single = bool(arguments) and (not arguments[0].startswith("-") or config_file(arguments) is not None)
+    if not single and "--device" in option_names(arguments):
+        raise UsageError("--device measures one run: name it, for example plan small --data DIR --device cpu")
     sizes = () if single else SIZES
     runs = [ChosenRun(named_run(size), arguments, is_recipe=True) for size in sizes] or [read_run("plan", arguments)]
     parsed = [_parse(chosen, f"plan {chosen.run.recipe}" if single else "plan") for chosen in runs]
-    from transfusion.plan import fit_micro_batch
-    from transfusion.plan import plan as plan_run
+    args, is_free = parsed[0][2], MICRO_BATCH not in option_names(arguments)
+    if args.device is not None:
+        from transfusion.cli.measure import measure
 
-    is_free = MICRO_BATCH not in option_names(arguments)
-    with as_usage_error(TrainingConfig, "--training."):
-        plans = [plan_run(fit_micro_batch(run, machines) if is_free else run, machines) for run, machines, _ in parsed]
+        plans = [measure(parsed[0][0], args.device, is_free)]
+    else:
+        from transfusion.plan import fit_micro_batch
+        from transfusion.plan import plan as plan_run
+
+        with as_usage_error(TrainingConfig, "--training."):
+            plans = [plan_run(fit_micro_batch(run, machines) if is_free else run, machines) for run, machines, _ in parsed]
     values = [_to_json(estimate) for estimate in plans]
     if single and plans[0].fits:
         values[0]["command"] = _write_command(plans[0], parsed[0][0], arguments)
-    if parsed[0][2].json:
+    if args.json:
         return print(json.dumps(values[0] if single else values, indent=2))
     print_plans(plans)
     if "command" in values[0]:
@@ -102,11 +116,12 @@ def _write_command(estimate, run: Run, arguments: list[str]) -> str:
             next(rest)  # its value
     if not run.data.prepared and not run.data.sources:
         words += ["--data", "DIR"]
-    if estimate.run != run:
+    if estimate.run.parallel.micro_batch_size != run.parallel.micro_batch_size:
         words += [MICRO_BATCH, str(estimate.rows_per_pass)]
     gpus, per_machine = estimate.machines.gpus, estimate.machines.gpus_per_machine
     machines = next(n for n in range(ceil(gpus / per_machine), gpus + 1) if gpus % n == 0)
-    nodes, endpoint = (f"--nnodes {machines} ", "--rdzv-endpoint HOST:29500 ") if machines > 1 else ("", "")
+    nodes = f"--nnodes {machines} " if machines > 1 else ""
+    endpoint = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 " if machines > 1 else ""  # static would need --node-rank
     launcher = f"torchrun {nodes}--nproc-per-node {gpus // machines} {endpoint}-m " if gpus > 1 else ""
     return f"{launcher}transfusion train {shlex.join(words)}"
 
@@ -115,15 +130,24 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
     """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a recipe."""
     before, is_recipe = chosen.run, chosen.is_recipe
     run, args = parse_run(PlanOptions, command, before, chosen.arguments)
-    memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
-    machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
-    if args.gpus_per_machine != PlanOptions.gpus_per_machine and run.parallel.shard == "full":
-        raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
-    if run.parallel.cpu_matmul != before.parallel.cpu_matmul:
-        raise UsageError("--parallel.cpu-matmul has no effect on a plan, which is for GPUs")
+    if args.gpu not in GPUS:
+        raise UsageError(f"there is no GPU {args.gpu!r}{nearest(args.gpu, GPUS)}; there are {', '.join(GPUS)}")
+    memory, tflops = GPUS[args.gpu].memory, GPUS[args.gpu].tflops if args.tflops is None else args.tflops
+    if args.memory is not None:
+        memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
+    machines = Machines(args.gpus, args.gpus_per_machine, memory, tflops, args.mfu)
+    given = [f.name for f in fields(args) if f.name in ASSUMED.split() and getattr(args, f.name) != f.default]
+    refuse(given, [
+        (args.device is not None, ASSUMED, "with --device, which measures the run on this machine"),
+        (run.parallel.shard == "full", "gpus_per_machine", "without --parallel.shard hybrid"),
+    ])  # fmt: skip
+    if run.parallel.cpu_matmul != before.parallel.cpu_matmul and args.device is None:
+        raise UsageError("--parallel.cpu-matmul has no effect on a plan for GPUs: add --device cpu")
+    if args.device is not None:
+        check_data(run)
     for folder in run.data.prepared if is_recipe else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
-    if is_recipe and (run.data.sources or run.data.prepared):
+    if is_recipe and args.device is None and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
@@ -143,9 +167,10 @@ def _number(text: str, units: dict[str, int], rule: str) -> int:
 
 def _table(plans: list) -> Iterator[str]:
     """One column for each run; a single run has a remark beside each figure."""
-    single, run = len(plans) == 1, plans[0].run
+    single, run, measured = len(plans) == 1, plans[0].run, plans[0].measured
     sharding = f", {run.parallel.shard} sharding" if plans[0].machines.gpus > 1 else ""
-    yield f"{run.recipe + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    place = f"this machine ({measured.device})" if measured else f"{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    yield f"{run.recipe + ' on ' if single else ''}{place}"
     if not single:
         yield " " * NAME_WIDTH + "".join(f"{estimate.run.recipe:>{FIGURE_WIDTH}}" for estimate in plans)
     unit = "MB" if all(estimate.memory.all - estimate.memory.cuda < BYTES["GB"] for estimate in plans) else "GB"
@@ -191,14 +216,20 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
         "backward pass, largest": (memory.backward, f"{largest}, with gradients"),
         "CUDA and NCCL": (memory.cuda, "approximate"), "all": (memory.all, ""),
     }  # fmt: skip
+    peak = [Line("peak of the measured steps", _size(estimate.measured.peak_memory, unit),
+                 "resident, with Python and PyTorch" if machines.device == "cpu" else "allocated by PyTorch")
+            ] if estimate.measured else []  # fmt: skip
     patches = f"{run.model.patches} patches, vocabulary {run.model.vocab_size:,}"
     return [
         Line("Parameters"),
         *(Line(name, f"{number:,}") for name, number in estimate.parameters.items()),
         Line("all", f"{sum(estimate.parameters.values()):,}", patches),
-        Line(f"Memory of each GPU, {unit}"),
-        *(Line(name, _size(number, unit), remark) for name, (number, remark) in figures.items()),
+        Line(f"Memory, {unit}" if estimate.measured else f"Memory of each GPU, {unit}"),
+        *(Line(name, _size(number, unit), remark) for name, (number, remark) in figures.items()
+          if number or machines.device == "cuda"),
+        *peak,
         Line(f"fits in {machines.memory / BYTES['GB']:.4g} GB", "yes" if estimate.fits else "no"),
+        *_generation_lines(estimate, unit),
     ]
 
 
@@ -210,19 +241,49 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("Millions of FLOPs per position, forward and backward"),
         Line("exact", f"{estimate.flops / 1e6:,.1f}", "attention pairs of the mask, head on text only"),
         Line("6 N + 12 layers width length", f"{estimate.usual_flops / 1e6:,.1f}", "usual convention: all attention pairs"),
-        Line("Time"),
-        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"assumed, of {machines.tflops:g} TFLOP/s"),
-        Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
-        Line("positions per second", _rounded(estimate.positions_per_second), "of one GPU"),
-        Line("... of all GPUs", _rounded(estimate.positions_per_second * machines.gpus)),
+        *(_measured_lines(estimate) if estimate.measured else _assumed_lines(estimate)),
         Line("positions per step", f"{estimate.positions_per_step:,}", f"{batch_size:,} rows x {run.data.seq_len:,}"),
-        Line("rows per forward pass", f"{estimate.rows_per_pass:,}", f"{passes} of each GPU in a step"),
+        Line("rows per forward pass", f"{estimate.rows_per_pass:,}", f"{passes} of each process in a step"),
         Line("steps", f"{run.training.steps:,}"),
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
-        Line("time", _duration(estimate.seconds)),
+        Line("time of the whole run", _duration(estimate.seconds), "without checkpoints, which are saved during training"),
         Line(f"Disk, {unit}"),
         Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and moments, fp32"),
         Line(f"{_count(keep, 'checkpoint')} kept", _size(keep * estimate.checkpoint, unit), "one more while writing"),
+    ]
+
+
+def _generation_lines(estimate, unit: str) -> Iterator[Line]:
+    from transfusion.plan import NUM_SEQUENCES
+
+    uses = {"float32": "CPU, MPS", "bfloat16": "CUDA", "float16": "other software"}
+    yield Line(f"Memory for generation, {unit}: {NUM_SEQUENCES} sequences of {estimate.run.data.seq_len:,}, without codec")
+    for precision, memory in estimate.generation.items():
+        parts = f"weights {_size(memory.weights, unit)}, keys and values {_size(memory.cache, unit)}"
+        yield Line(f"in {precision}", _size(memory.all, unit), f"{parts}: {uses[precision]}")
+    yield Line("of it, latents of one image", f"{memory.latents / 1e6:.3f} MB")
+
+
+def _assumed_lines(estimate) -> list[Line]:
+    machines, speed = estimate.machines, estimate.positions_per_second
+    return [
+        Line("Time"),
+        Line("MFU, exact FLOPs", f"{machines.mfu:.1%}", f"assumed, of {machines.tflops:g} TFLOP/s"),
+        Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
+        Line("positions per second", _rounded(speed), "of one GPU"),
+        Line("... of all GPUs", _rounded(speed * machines.gpus)),
+    ]
+
+
+def _measured_lines(estimate) -> list[Line]:
+    measured, speed = estimate.measured, estimate.positions_per_second
+    return [
+        Line("Time, measured"),
+        Line("a step", f"{measured.step:.3g} seconds", f"median of {_count(measured.steps, 'step')}, after a warm-up"),
+        Line("positions per second", _rounded(speed)),
+        Line("TFLOP/s, exact FLOPs", f"{speed * estimate.flops / 1e12:.3g}"),
+        Line("held-out evaluations", f"{measured.evaluations:,} x {measured.evaluation:.3g} s"),
+        Line("previews", f"{measured.previews:,} x {measured.preview:.3g} s"),
     ]
 
 
@@ -246,12 +307,15 @@ def _notes(plans: list) -> Iterator[str]:
 
 def _to_json(estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
+    measured = asdict(estimate.measured) if estimate.measured else None
     names = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
         "run": estimate.run.recipe, "machines": asdict(estimate.machines),
         "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
         "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
+        "generation": {name: asdict(memory) | {"all": memory.all} for name, memory in estimate.generation.items()},
+        "measured": measured,
         **{name: getattr(estimate, name) for name in names},
         "steps": estimate.run.training.steps,
     }  # fmt: skip

@@ -18,12 +18,14 @@ from transfusion.checkpoint.start import (
 from transfusion.cli.ignored import changed
 from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import ChatLayout, Run, to_json
-from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
+from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights, heldout_batches
 from transfusion.data.sources import chat_layout, fit, has_tokenizer_and_codec, hash_sources, open_sources, reuse
 from transfusion.disk import RUN, run_name
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
+from transfusion.sequence import Batch
 
+HELDOUT = 256  # documents of each source for the held-out losses
 Start = tuple[str, str]  # the kind of the initial weights, "run" or "llama", and their folder or name on the hub
 FREE = (  # settings that a trained run may change, by the beginning of their names: they do not change what a step learns
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
@@ -43,6 +45,10 @@ class RunFolder:
     @property
     def run(self) -> Run:
         return self.description.run
+
+    def with_run(self, run: Run) -> "RunFolder":
+        """The same folder with other settings."""
+        return self._of(self.path, replace(self.description, run=run))
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -77,6 +83,11 @@ class RunFolder:
             create_run_folder(self.path, self.run, about.tokenizer, about.codec, about.vocabulary, about.notes)
         elif describe_run(self.path).run != self.run:
             update_settings(self.path, self.run)
+
+    def heldout_batches(self, rows: int) -> dict[str, list[Batch]]:
+        """The held-out batches of each source, of so many rows."""
+        sources = open_sources(self.run.data, "heldout")
+        return {source.name: heldout_batches(source, self.encoder, HELDOUT, rows) for source in sources}
 
     def first_weights(self, ranks: Ranks) -> Callable[[Transfusion], None] | None:
         """The function that fills in the weights of another run or model. None when seed or checkpoint decide them."""

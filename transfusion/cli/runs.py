@@ -1,6 +1,5 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,17 +9,15 @@ import tyro
 from transfusion.cli.evaluate import measure
 from transfusion.cli.ignored import check_generate, check_train, warn_about_warmup
 from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_error, parse
-from transfusion.cli.screen import UsageError, check_exists, nearest, print_status, progress
-from transfusion.cli.settings import option_names, parse_run, read_run, to_yaml
-from transfusion.config import BUILT_IN, EvaluationConfig, GenerationConfig, Run, parse_size
-from transfusion.disk import RUN, check_prepared, check_run, find_folder, is_exported, read_json
+from transfusion.cli.screen import UsageError, check_exists, print_status, progress
+from transfusion.cli.settings import check_data, option_names, parse_run, read_run, to_yaml
+from transfusion.config import EvaluationConfig, GenerationConfig, Run, parse_size
+from transfusion.disk import RUN, check_run, find_folder, is_exported, read_json
 from transfusion.fields import Range, Seed
 from transfusion.runs import named_run
 from transfusion.training.loggers import check_loggers
 
 NumImages = Annotated[int, Range(at_least=1, limit=10_000)]
-HELDOUT = 256  # documents of each source for the held-out losses
-NUM_PREVIEWS, PREVIEW_DOCUMENTS = 10, 256  # captions of a preview, and the held-out documents they are taken from
 
 
 @dataclass(frozen=True)
@@ -133,14 +130,7 @@ def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -
 def _check_inputs(run: Run, args: Train) -> None:
     """An error for missing packages or data, or for a missing start of a new run, before anything heavy is imported."""
     check_loggers(run.training.log)
-    for folder in run.data.prepared:
-        check_prepared(Path(folder))
-    for name in run.data.sources if not run.data.prepared else ():
-        if name not in BUILT_IN:
-            raise ValueError(f"there is no source {name!r}{nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
-    if not run.data.prepared and not run.data.sources:
-        raise ValueError("this run names no data: give --data DIR (from transfusion data prepare), or for example "
-                         "--data.sources shapes")  # fmt: skip
+    check_data(run)
     if (args.out / RUN).exists():
         return  # a resumed run does not read its start
     check_exists(args.init_from)
@@ -153,9 +143,10 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
 
     `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
     """
-    from transfusion.cli.dry_run import check_memory
+    from transfusion.cli.measure import check_memory
+    from transfusion.cli.preview import previewer
     from transfusion.cli.run_folder import RunFolder
-    from transfusion.data.loader import Loader, heldout_batches
+    from transfusion.data.loader import Loader
     from transfusion.data.sources import name_sources, open_raw, open_sources
     from transfusion.parallel import Ranks, keep_freed_memory, pick_device, rows_per_pass
     from transfusion.training.lock import TrainingLock
@@ -172,9 +163,8 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
         loader = Loader(open_sources(run.data, "train"), encoder, run.training.batch_size, ranks.rank, ranks.world)
-        sources, num_rows = open_sources(run.data, "heldout"), rows_per_pass(run, ranks.world)
-        heldout = {source.name: heldout_batches(source, encoder, HELDOUT, num_rows) for source in sources}
-        preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
+        heldout = folder.heldout_batches(rows_per_pass(run, ranks.world))
+        preview = previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
         trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
         trainer.loop.restore(print_status)
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
@@ -235,36 +225,6 @@ def _write_report(folder: Path, device: str) -> None:
     with progress("report") as on_progress:
         path = write_report(folder, engine, on_progress)
     print_status(f"wrote {path}")
-
-
-def _previewer(folder, heldout: list, device, ranks):
-    """A function that draws held-out captions with the averaged weights into samples/step-NNNNNN.png, below the held-out
-    pictures; None without captions. Every rank draws, because each holds a part of the weights; the main rank writes."""
-    from transfusion.checkpoint.open import OpenedRun
-    from transfusion.codecs.pictures import contact_sheet
-    from transfusion.data.loader import read_pairs
-    from transfusion.inference.engine import Engine, Request
-
-    pairs = next((pairs for pairs in (list(read_pairs(source, PREVIEW_DOCUMENTS)) for source in heldout) if pairs), None)
-    if pairs is None:
-        return None
-    pictures: dict = {}  # the first held-out picture of each caption
-    for _, caption, pixels in pairs:
-        pictures.setdefault(caption, pixels)
-    captions = list(pictures)[:NUM_PREVIEWS]
-
-    def preview(model, step: int, reset_watchdog: Callable[[], None]) -> None:
-        engine = Engine(OpenedRun(**vars(folder.description), model=model, step=step, device=device))
-        engine.on_step = lambda num_finished: reset_watchdog()
-        answers = engine.generate([Request(parts=(caption,), num_images=2) for caption in captions])
-        if not ranks.is_main:
-            return
-        drawn = {f"drawn {n + 1}": [samples[n].parts[0] for samples in answers] for n in range(2)}
-        path = folder.path / "samples" / f"step-{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        contact_sheet(captions, {"held out": [pictures[caption] for caption in captions], **drawn}).save(path)
-
-    return preview
 
 
 def _print_answers(engine, args: Generate) -> None:

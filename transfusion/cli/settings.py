@@ -9,8 +9,8 @@ from typing import Any
 
 from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError, nearest
-from transfusion.config import Run, from_json, to_json
-from transfusion.disk import RUN, OpenError, check_run, check_run_format, is_exported, read_json
+from transfusion.config import BUILT_IN, Run, from_json, to_json
+from transfusion.disk import RUN, OpenError, check_prepared, check_run, check_run_format, is_exported, read_json
 from transfusion.runs import NAMES, named_run
 
 DECIDED = "vocab_size", "latent_channels"  # fields of the model that training takes from its data
@@ -63,6 +63,18 @@ def parse_run(
         run = _without_sources(run)
     args = parse(cls, command, arguments, cls(run, **defaults))
     return args.run, args
+
+
+def check_data(run: Run) -> None:
+    """An error for data that are missing or not named, before anything heavy is imported."""
+    for folder in run.data.prepared:
+        check_prepared(Path(folder))
+    for name in run.data.sources if not run.data.prepared else ():
+        if name not in BUILT_IN:
+            raise ValueError(f"there is no source {name!r}{nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
+    if not run.data.prepared and not run.data.sources:
+        raise ValueError("this run names no data: give --data DIR (from transfusion data prepare), or for example "
+                         "--data.sources shapes")  # fmt: skip
 
 
 def option_names(arguments: list[str]) -> set[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
@@ -82,6 +83,12 @@ def codec_from_tensors(kind: str, tensors: dict[str, np.ndarray]) -> Codec | VQ:
         raise ValueError(f"a codec of kind {kind} needs {error}, which is missing") from None
     except TypeError:
         raise ValueError(f"not a codec of kind {kind}: its tensors are {', '.join(tensors)}") from None
+
+
+def move_to(codec: Codec | VQ, device: str | torch.device) -> None:
+    """Move the network of a codec, if it has one, to a device, in place."""
+    if isinstance(codec, Autoencoder | VQ | Pretrained):
+        codec.network.to(device)
 
 
 def codec_to_bytes(codec: Codec | VQ) -> bytes:

@@ -78,9 +78,10 @@ class Pretrained:
         batch_size = max(1, BATCH_PIXELS // num_pixels)
         mean, std = (values[:, None, None].astype(np.float32) for values in (self.mean, self.std))
         for first in range(0, len(images), batch_size):
-            batch = from_uint8(torch.from_numpy(np.stack(images[first : first + batch_size])))  # (N, 3, Y, X)
+            pixels = torch.from_numpy(np.stack(images[first : first + batch_size]))
+            batch = from_uint8(pixels.to(self.network.device))  # (N, 3, Y, X)
             latents = (self.network.encode(batch).latent_dist.mode() - self.shift) * self.factor  # (N, C, Y / f, X / f)
-            normalised += list((latents.float().numpy() - mean) / std)
+            normalised += list((latents.float().cpu().numpy() - mean) / std)
         return normalised
 
     @torch.inference_mode()
@@ -89,7 +90,7 @@ class Pretrained:
         self._set_tiling(latent.shape[1] * latent.shape[2] * self.downsampling**2)
         scaled = latent.astype(np.float32) * self.std[:, None, None] + self.mean[:, None, None]
         raw = torch.from_numpy(scaled)[None].float() / self.factor + self.shift  # (1, C, Y / f, X / f)
-        return to_uint8(self.network.decode(raw).sample)[0].numpy()
+        return to_uint8(self.network.decode(raw.to(self.network.device)).sample)[0].cpu().numpy()
 
     def _set_tiling(self, num_pixels: int) -> None:
         if num_pixels > TILING_PIXELS:

@@ -16,8 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
 from transfusion.chat import describe_layout
+from transfusion.codecs.codec import move_to
 from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, PrepareConfig
 from transfusion.data import fitting
@@ -52,11 +54,11 @@ class ShardJob:
 def prepare(
     readers: Sequence[Reader], config: PrepareConfig, folder: Path, rank: int = 0, world: int = 1,
     barrier: Callable[[], None] = lambda: None, on_progress: Callable[[int, int], None] = lambda done, total: None,
-    report: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None, device: str | torch.device = "cpu",
 ) -> dict:  # fmt: skip
     """Prepare a data set, or resume its preparation; returns its dataset.json. Each of `world` processes calls this with its
-    rank; `barrier` returns when all processes have called it. `on_progress` gets the number of records that are done, and
-    their total. PrepareError or OSError when the work stops early."""
+    rank; `barrier` returns when all processes have called it. Images are encoded on the `device`. `on_progress` gets the
+    number of records that are done, and their total. PrepareError or OSError when the work stops early."""
     check_not_nested(readers, folder)
     config = _choose_chat(readers, config)
     jobs = list_jobs(readers, config)
@@ -76,6 +78,7 @@ def prepare(
     barrier()
     if not (folder / "dataset.json").exists():
         tokenizer_and_codec = fitting.open_tokenizer_and_codec(folder)
+        move_to(tokenizer_and_codec.codec, device)
         encoder = ShardEncoder(tokenizer_and_codec, fraction)
         _write_shards(jobs, config, encoder, folder, rank, world, on_progress)
         barrier()

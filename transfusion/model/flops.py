@@ -3,21 +3,19 @@
 import torch
 
 from transfusion.config import ModelConfig
+from transfusion.gpus import find_gpu
 from transfusion.model.mask import packed_mask
 from transfusion.model.patches import TIME_FEATURES
 from transfusion.model.unet import count_unet_macs
 from transfusion.sequence import Batch
 
 BACKWARD_PER_FORWARD = 2  # a backward pass costs two forward passes
-PEAK_TFLOPS = {  # bfloat16, from the data sheets; the first name that is part of the device's name is used
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
-}  # fmt: skip
 
 
 def find_peak_tflops(device: torch.device) -> float | None:
-    """The dense bfloat16 peak of a GPU in TFLOP/s; None for a CPU and for a GPU that is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    """The dense bfloat16 peak of a GPU in TFLOP/s; None for a CPU and for a GPU that is not in `GPUS`."""
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu and gpu.tflops
 
 
 def count_usual_flops(config: ModelConfig, parameters: int, seq_len: int) -> int:
