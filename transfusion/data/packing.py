@@ -1,36 +1,81 @@
 """Documents to full rows by best-fit packing: nothing is lost or repeated; only what is longer than a row is split."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
+from transfusion.seeding import derive_seeds
 from transfusion.sequence import Chunk, Document, Row, Vocabulary, encode_document, split_chunk
 
 
-def pack(documents: Iterable[Document], seq_len: int, vocabulary: Vocabulary, seed: int) -> list[Row]:
-    """Rows of at most `seq_len` positions. A pure function of the documents and the seed. Chunks are placed longest first,
-    each into the row where it leaves the least space. Then rows, and chunks within rows, are shuffled. ValueError when a
-    document cannot be split to fit."""
-    chunks = [chunk for document in documents for chunk in _split_document(document, seq_len, vocabulary)]
-    bins: list[list[Chunk]] = []
-    free: list[tuple[int, int]] = []  # (free positions, bin), sorted
-    for chunk in sorted(chunks, key=len, reverse=True):
-        best = bisect_left(free, (len(chunk), 0))
-        if best < len(free):
-            left, number = free.pop(best)
-        else:
-            left, number = seq_len, len(bins)
-            bins.append([])
-        bins[number].append(chunk)
-        insort(free, (left - len(chunk), number))
-    rng = np.random.default_rng(seed)
-    rows = [Row(tuple(members[n] for n in rng.permutation(len(members)))) for members in bins]
-    return [rows[n] for n in rng.permutation(len(rows))]
+def pack(documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, seed: int) -> list[Row]:
+    """Rows of at most `seq_len` positions. A pure function of the documents and the seed. ValueError when a document cannot
+    be split to fit."""
+    chunks = [chunk for document in documents for chunk in split_document(document, seq_len, vocabulary)]
+    chunks = [chunks[n] for n in np.argsort(derive_seeds(seed, np.arange(len(chunks))))]
+    order, ends = shuffle_rows(best_fit(np.array([len(chunk) for chunk in chunks], np.int64), seq_len), seed)
+    return [Row(tuple(chunks[n] for n in part)) for part in np.split(order, ends[:-1])] if chunks else []
 
 
-def _split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> list[Chunk]:
+def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> list[Chunk]:
+    """The encoded document, split if it is longer than a row. ValueError, which names it, when it cannot be split to fit."""
     try:
         return split_chunk(encode_document(document, vocabulary), seq_len)
     except ValueError as error:
         raise ValueError(f"document {document.id} of {document.source}: {error}") from None
+
+
+def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """The bin (n,) of each chunk of these lengths (n,), all at most `seq_len`: best-fit decreasing. The longest are placed
+    first, each into the bin where it leaves the least space; equal ones in the given order.
+
+    Equal lengths are placed together: the bin that is the best fit for one of them remains it until no other fits in.
+    """
+    order = _stable_order(seq_len - lengths, seq_len)
+    ordered = lengths[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=0))  # of equal lengths
+    counts = np.diff(starts, append=len(ordered))
+    free: list[int] = []  # of bins that are not full: free positions and the bin, as free * 2^32 + bin, sorted
+    bins, times, num_bins = [], [], 0  # the next times[n] chunks are in bins[n]
+    for length, count in zip(ordered[starts].tolist(), counts.tolist(), strict=True):
+        while count:
+            best = bisect_left(free, length << 32)
+            if best < len(free):
+                space, number = divmod(free.pop(best), 1 << 32)
+            else:
+                space, number = seq_len, num_bins
+                num_bins += 1
+            placed = 1 if count == 1 else min(count, space // length)
+            bins.append(number)
+            times.append(placed)
+            count -= placed
+            space -= placed * length
+            if space:
+                insort(free, space << 32 | number)
+    result = np.empty(len(lengths), np.int64)
+    result[order] = np.repeat(np.array(bins, np.int64), times)
+    return result
+
+
+def shuffle_rows(bins: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bins as rows in random order: the numbers (n,) of the chunks, row by row, in the given order within a row; and the
+    end (rows,) of each row there."""
+    num_rows = bins.max(initial=-1) + 1
+    rows = np.argsort(np.argsort(derive_seeds(seed, np.arange(num_rows))))[bins]  # of each chunk
+    return _stable_order(rows, num_rows), np.cumsum(np.bincount(rows))
+
+
+def _stable_order(values: np.ndarray, limit: int) -> np.ndarray:
+    """The order that sorts values from 0 to `limit`. NumPy sorts 16-bit numbers ten times as fast as others."""
+    return np.argsort(values.astype(np.min_scalar_type(limit)), kind="stable")
+
+
+def split_texts(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """The chunks of documents of one text each, as `split_chunk` makes them: the number of chunks (n,) of each document, and
+    the end of each chunk in its document. `lengths` (n,) with bos and eos; `seq_len` is at least 2."""
+    counts = -(-lengths // seq_len)
+    numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of the chunk in its document
+    totals = np.repeat(lengths, counts)
+    ends = np.minimum((numbers + 1) * seq_len, totals)
+    return counts, np.where(ends == totals - 1, ends - 1, ends)  # a chunk does not begin with eos
