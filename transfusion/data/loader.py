@@ -4,10 +4,11 @@ The stream of documents is a pure function of the seed. It is divided into block
 rows of all blocks, in order, are dealt to batches and ranks. So a loader's state is two numbers: block and row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count, islice, pairwise, starmap
 from typing import Protocol
 
 import numpy as np
@@ -17,13 +18,14 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
 from transfusion.data.lengths import Lengths, change, choose_changes, is_edit, kind_of, lengths_of_documents
 from transfusion.data.order import Entries, Stream, document_key
-from transfusion.data.packing import best_fit, pack, shuffle_rows, split_document, split_texts
+from transfusion.data.packing import best_fit, pack, shuffle_bins, split_document, split_texts
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import StoredSource
-from transfusion.seeding import derive_seed
+from transfusion.seeding import derive_seed, derive_seeds
 from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 ENCODED_TOGETHER = 64  # documents of a block whose raw images are in memory at once
+PACKED_TOGETHER = 2**14  # documents whose blocks are packed together if their lengths are known
 NUM_PROBED_DOCUMENTS = 1024  # documents of a source that are encoded to estimate its mean length
 
 
@@ -98,23 +100,23 @@ def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarra
     return islice(((n, *pair) for n, pair in pairs if pair is not None), count)
 
 
-@dataclass
-class Block:
-    """How one block of documents is packed. Row n has the chunks from ends[n - 1] to ends[n] - 1."""
+@dataclass(frozen=True)
+class Packed:
+    """How blocks of documents are packed. Row n has the chunks from ends[n - 1] to ends[n] - 1."""
 
     entries: Entries
     changes: np.ndarray  # of each document
     documents: dict[int, Document]  # those that were encoded to learn their lengths
-    chunks: np.ndarray | None = None  # (chunks, 3), row by row: number of the document in `entries`, first position in it, end
-    ends: np.ndarray | None = None  # (rows,)
-    encoded: dict[int, Chunk] = field(default_factory=dict)  # those that are split, so that each is laid out once
+    chunks: np.ndarray  # (chunks, 3), row by row: number of the document in `entries`, first position in it, end
+    ends: np.ndarray  # (rows,)
+    rows: list[range]  # of each block
 
 
 class Loader:
     """The packed rows of each step, without end. A step has `batch_size` rows over all ranks.
 
     Every rank packs all documents, by their lengths alone, and reads only those of its own rows. The lengths of prepared data
-    are known; other documents are encoded by every rank.
+    are known. Other documents are encoded by every rank, and so are those that are longer than a row and have images.
     """
 
     def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, batch_size: int, rank: int = 0, world: int = 1):
@@ -123,6 +125,9 @@ class Loader:
         self.weights = document_weights(sources, encoder)
         names, sizes = [source.name for source in sources], [len(source) for source in sources]
         self.stream = Stream(names, sizes, self.weights, encoder.seed, self.config.shuffle_block)
+        is_known = all(isinstance(source, StoredSource) for source in sources)
+        self.blocks_together = max(1, PACKED_TOGETHER // self.config.shuffle_block) if is_known else 1
+        self._packed = lru_cache(maxsize=1)(self._pack)
 
     def batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
         """This rank's rows of each step from `start`, and the state from which the next step is read. Steps are the same for
@@ -138,83 +143,104 @@ class Loader:
     def _batches(self, start: LoaderState) -> Iterator[tuple[list[Row], LoaderState]]:
         rows, total, first = [], 0, start.row
         for number in count(start.block):
-            block = self.pack_block(number)
-            last = len(block.ends) - 1
-            for row in range(first, last + 1):
+            block = self.block(number)
+            for row in range(first, len(block)):
                 if total % self.world == self.rank:
-                    rows.append(self.read_row(block, row))
+                    rows.append(block[row])
                 total += 1
                 if total == self.batch_size:
-                    yield rows, LoaderState(number, row + 1) if row < last else LoaderState(number + 1, 0)
+                    yield rows, LoaderState(number, row + 1) if row + 1 < len(block) else LoaderState(number + 1, 0)
                     rows, total = [], 0
             first = 0
 
-    def pack_block(self, number: int) -> Block:
+    def block(self, number: int) -> "Block":
         """The rows of one block: a pure function of the seed and the block's number. ValueError when a document cannot be
         split to fit into a row."""
-        entries = self.stream.block(number)
+        packed, number = divmod(number, self.blocks_together)
+        return Block(self, self._packed(packed), number)
+
+    def _pack(self, number: int) -> Packed:
+        """Packs some blocks together: the larger the arrays, the less time a document takes."""
+        blocks = np.arange(number * self.blocks_together, (number + 1) * self.blocks_together)
+        entries = self.stream.read(int(blocks[0]), len(blocks))
         lengths, documents = self._lengths(entries)
-        block = Block(entries, choose_changes(entries.keys, lengths.kinds, self.config), documents)
-        chunks = self._split(block, lengths.after(block.changes), lengths.images)
-        shuffled = np.argsort((entries.keys[chunks[:, 0]] >> np.uint64(48)).astype(np.uint16), kind="stable")
-        bins = best_fit((chunks[:, 2] - chunks[:, 1])[shuffled], self.config.seq_len)
-        order, block.ends = shuffle_rows(bins, derive_seed(self.encoder.seed, "pack", number))
-        block.chunks = chunks[shuffled[order]]
-        return block
+        changes = choose_changes(entries.keys, lengths.kinds, self.config)
+        chunks = self._split(lengths.after(changes), lengths.images, entries, changes, documents)
+        chunks = chunks[np.argsort((entries.keys[chunks[:, 0]] >> np.uint64(48)).astype(np.uint16), kind="stable")]  # shuffled
+        bins, bin_blocks = best_fit(
+            chunks[:, 2] - chunks[:, 1], chunks[:, 0] // self.config.shuffle_block, self.config.seq_len
+        )
+        order, ends = shuffle_bins(bins, bin_blocks, derive_seeds(derive_seed(self.encoder.seed, "pack"), blocks))
+        bounds = np.searchsorted(bin_blocks, np.arange(len(blocks) + 1)).tolist()
+        return Packed(entries, changes, documents, chunks[order], ends, list(starmap(range, pairwise(bounds))))
 
-    def read_row(self, block: Block, number: int) -> Row:
-        """One row of a block, with all its documents read."""
-        begin = block.ends[number - 1] if number else 0
-        chunks = block.chunks[begin : block.ends[number]].tolist()
-        return Row(tuple(self._read_chunk(block, *chunk) for chunk in chunks))
-
-    def _read_chunk(self, block: Block, entry: int, begin: int, end: int) -> Chunk:
-        if (chunk := block.encoded.get(entry)) is None:
-            chunk = encode_document(self._read_document(block, entry), self.vocabulary)
-            if begin == 0 and end == len(chunk):
-                return chunk
-            block.encoded[entry] = chunk
-        return chunk.part(begin, end)
-
-    def _read_document(self, block: Block, entry: int) -> Document:
-        entries = block.entries
-        source = self.sources[entries.sources[entry]]
-        document = block.documents.get(entry) or source[int(entries.ids[entry])]
-        document = replace(document, source=source.name, key=int(entries.keys[entry]))
-        return change(document, block.changes[entry], self.config)
+    def read(self, entries: Entries, changes: np.ndarray, documents: Mapping[int, Document], number: int) -> Document:
+        """Document `number` of these, read if it is not in `documents`, and changed."""
+        source = self.sources[entries.sources[number]]
+        document = documents.get(number) or source[int(entries.ids[number])]
+        document = replace(document, source=source.name, key=int(entries.keys[number]))
+        return change(document, changes[number], self.config)
 
     def _lengths(self, entries: Entries) -> tuple[Lengths, dict[int, Document]]:
         """The lengths of documents, and those documents that were encoded for that."""
-        parts, documents, end = [], {}, 0
-        counts = np.bincount(entries.sources, minlength=len(self.sources)).tolist()
-        for source, number in zip(self.sources, counts, strict=True):
-            begin, end = end, end + number
+        table, documents = np.empty((len(Lengths._fields), len(entries.ids)), np.int64), {}
+        for number, source in enumerate(self.sources):
+            of_source = np.flatnonzero(entries.sources == number)
             if isinstance(source, StoredSource):
-                parts.append(source.lengths(entries.ids[begin:end], self.vocabulary.patch_size))
+                lengths = source.lengths(entries.ids[of_source], self.vocabulary.patch_size)
             else:
-                encoded = self._encode(source, entries.ids[begin:end].tolist())
-                documents |= zip(range(begin, end), encoded, strict=True)
-                parts.append(lengths_of_documents(encoded, self.vocabulary))
-        return Lengths(*map(np.concatenate, zip(*parts, strict=True))), documents
+                encoded = self._encode(source, entries.ids[of_source].tolist())
+                documents |= zip(of_source.tolist(), encoded, strict=True)
+                lengths = lengths_of_documents(encoded, self.vocabulary)
+            for row, values in zip(table, lengths, strict=True):
+                row[of_source] = values
+        return Lengths(*table), documents
 
     def _encode(self, source: Source, ids: list[int]) -> list[Document]:
         parts = (ids[n : n + ENCODED_TOGETHER] for n in range(0, len(ids), ENCODED_TOGETHER))
         return [document for part in parts for document in self.encoder.encode([source[id_] for id_ in part])]
 
-    def _split(self, block: Block, lengths: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """`Block.chunks` of all documents, in any order. Only documents with images that are longer than a row are read."""
-        if lengths.max() <= self.config.seq_len:
+    def _split(self, lengths: np.ndarray, images: np.ndarray, *of_documents) -> np.ndarray:
+        """`Packed.chunks` of all documents, in any order. Only documents with images that are longer than a row are read."""
+        seq_len = self.config.seq_len
+        if lengths.max() <= seq_len:
             return np.stack([np.arange(len(lengths)), np.zeros_like(lengths), lengths], axis=1)
-        is_long, is_text = lengths > self.config.seq_len, (images == 0) & (self.config.seq_len > 1)
-        entries, texts = np.flatnonzero(~is_long), np.flatnonzero(is_long & is_text)
-        counts, text_ends = split_texts(lengths[texts], self.config.seq_len)
-        parts = [(entries, lengths[entries]), (np.repeat(texts, counts), text_ends)]
-        for entry in np.flatnonzero(is_long & ~is_text).tolist():
-            chunks = split_document(self._read_document(block, entry), self.config.seq_len, self.vocabulary)
-            parts.append((np.full(len(chunks), entry), np.cumsum([len(chunk) for chunk in chunks])))
-        entries, ends = map(np.concatenate, zip(*parts, strict=True))
-        begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], entries[1:] == entries[:-1]])
-        return np.stack([entries, begins, ends], axis=1)
+        is_long, is_text = lengths > seq_len, (images == 0) & (seq_len > 1)
+        numbers, texts = np.flatnonzero(~is_long), np.flatnonzero(is_long & is_text)
+        counts, text_ends = split_texts(lengths[texts], seq_len)
+        parts = [(numbers, lengths[numbers]), (np.repeat(texts, counts), text_ends)]
+        for number in np.flatnonzero(is_long & ~is_text).tolist():
+            chunks = split_document(self.read(*of_documents, number), seq_len, self.vocabulary)
+            parts.append((np.full(len(chunks), number), np.cumsum([len(chunk) for chunk in chunks])))
+        numbers, ends = map(np.concatenate, zip(*parts, strict=True))
+        begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], numbers[1:] == numbers[:-1]])
+        return np.stack([numbers, begins, ends], axis=1)
+
+
+class Block(Sequence):
+    """The rows of one block. The documents of a row are read when it is taken."""
+
+    def __init__(self, loader: Loader, packed: Packed, number: int):
+        self.loader, self.packed, self.rows = loader, packed, packed.rows[number]
+        self._split: dict[int, Chunk] = {}  # documents in several chunks, so that each is read once
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.rows[number]
+        begin = self.packed.ends[row - 1] if row else 0
+        return Row(tuple(self._chunk(*chunk) for chunk in self.packed.chunks[begin : self.packed.ends[row]].tolist()))
+
+    def _chunk(self, number: int, begin: int, end: int) -> Chunk:
+        if (chunk := self._split.get(number)) is None:
+            packed = self.packed
+            document = self.loader.read(packed.entries, packed.changes, packed.documents, number)
+            chunk = encode_document(document, self.loader.vocabulary)
+            if end - begin == len(chunk):
+                return chunk
+            self._split[number] = chunk
+        return chunk.part(begin, end)
 
 
 def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int, num_rows: int) -> list[Batch]:

@@ -2,7 +2,6 @@
 its position, with a few operations on arrays."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import numpy as np
 from transfusion.seeding import derive_seed, derive_seeds
 
 DOCUMENT = "document"  # label of the seeds of documents
-WINDOW = 2**14  # documents that are ordered together: the larger the arrays, the less time a document takes
 ONE = np.uint64(1)
 HALF = np.uint64(32)  # bits
 ROUNDS = 8  # of the permutation
@@ -28,7 +26,7 @@ class Entries(NamedTuple):
 
 
 class Stream:
-    """An endless stream of blocks of documents, a pure function of the seed. `weights`: shares of documents of the sources."""
+    """An endless stream of documents in blocks, a pure function of the seed. `weights`: of the sources, by documents."""
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int, block_size: int):
         self.sizes, self.block_size = np.array(sizes, np.int64), block_size
@@ -36,22 +34,14 @@ class Stream:
         self.order_seeds, self.document_seeds = (
             np.array([derive_seed(seed, name, purpose) for name in names], np.uint64) for purpose in ("order", DOCUMENT)
         )
-        self._blocks_together = max(1, WINDOW // block_size)
-        self._together = lru_cache(maxsize=2)(self._read_together)
 
-    def block(self, number: int) -> Entries:
-        """The documents of one block, ordered by source."""
-        together, number = divmod(number, self._blocks_together)
-        part = slice(number * self.block_size, (number + 1) * self.block_size)
-        return Entries(*(values[part] for values in self._together(together)))
-
-    def _read_together(self, number: int) -> Entries:
-        first = number * self._blocks_together
+    def read(self, first: int, num_blocks: int = 1) -> Entries:
+        """The documents of blocks first, first + 1, ...: block by block, and in a block source by source."""
         counts = np.array([
-            count_by_weight(block * self.block_size, self.weights) for block in range(first, first + self._blocks_together + 1)
+            count_by_weight(block * self.block_size, self.weights) for block in range(first, first + num_blocks + 1)
         ])  # (blocks + 1, sources): documents before each block
         begins, lengths = counts[:-1].ravel(), np.diff(counts, axis=0).ravel()
-        sources = np.repeat(np.tile(np.arange(len(self.sizes)), self._blocks_together), lengths)
+        sources = np.repeat(np.tile(np.arange(len(self.sizes)), num_blocks), lengths)
         places = np.arange(len(sources)) + np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
         sizes = self.sizes[sources]
         epochs, places = np.divmod(places, sizes)

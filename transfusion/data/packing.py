@@ -13,9 +13,13 @@ def pack(documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, se
     """Rows of at most `seq_len` positions. A pure function of the documents and the seed. ValueError when a document cannot
     be split to fit."""
     chunks = [chunk for document in documents for chunk in split_document(document, seq_len, vocabulary)]
+    if not chunks:
+        return []
     chunks = [chunks[n] for n in np.argsort(derive_seeds(seed, np.arange(len(chunks))))]
-    order, ends = shuffle_rows(best_fit(np.array([len(chunk) for chunk in chunks], np.int64), seq_len), seed)
-    return [Row(tuple(chunks[n] for n in part)) for part in np.split(order, ends[:-1])] if chunks else []
+    lengths = np.array([len(chunk) for chunk in chunks])
+    bins, blocks = best_fit(lengths, np.zeros_like(lengths), seq_len)
+    order, ends = shuffle_bins(bins, blocks, np.array([seed], np.uint64))
+    return [Row(tuple(chunks[n] for n in part)) for part in np.split(order, ends[:-1])]
 
 
 def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> list[Chunk]:
@@ -26,44 +30,53 @@ def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> 
         raise ValueError(f"document {document.id} of {document.source}: {error}") from None
 
 
-def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """The bin (n,) of each chunk of these lengths (n,), all at most `seq_len`: best-fit decreasing. The longest are placed
-    first, each into the bin where it leaves the least space; equal ones in the given order.
+def best_fit(lengths: np.ndarray, blocks: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bin (n,) of each chunk, and the block (bins,) of each bin, from the lengths (n,) of the chunks, at most `seq_len`, and
+    their blocks (n,), which are packed separately: best-fit decreasing. The longest are placed first, each into the bin where
+    it leaves the least space; equal ones in the given order.
 
     Equal lengths are placed together: the bin that is the best fit for one of them remains it until no other fits in.
     """
     order = _stable_order(seq_len - lengths, seq_len)
-    ordered = lengths[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=0))  # of equal lengths
-    counts = np.diff(starts, append=len(ordered))
-    free: list[int] = []  # of bins that are not full: free positions and the bin, as free * 2^32 + bin, sorted
-    bins, times, num_bins = [], [], 0  # the next times[n] chunks are in bins[n]
-    for length, count in zip(ordered[starts].tolist(), counts.tolist(), strict=True):
+    order = order[_stable_order(blocks[order], blocks.max())]
+    ordered, ordered_blocks = lengths[order], blocks[order]
+    is_first = np.ones(len(order), bool)  # of equal ones
+    is_first[1:] = (ordered[1:] != ordered[:-1]) | (ordered_blocks[1:] != ordered_blocks[:-1])
+    starts = np.flatnonzero(is_first)
+    counts = np.diff(starts, append=len(order))
+    free: list[int] = []  # of bins of this block that are not full: free positions and the bin, as free * 2^32 + bin, sorted
+    bins, times, bin_blocks, current = [], [], [], -1  # the next times[n] chunks are in bins[n]
+    for length, count, block in zip(
+        ordered[starts].tolist(), counts.tolist(), ordered_blocks[starts].tolist(), strict=True
+    ):
+        if block != current:
+            free, current = [], block
         while count:
             best = bisect_left(free, length << 32)
             if best < len(free):
-                space, number = divmod(free.pop(best), 1 << 32)
+                space = free.pop(best)
+                number, space = space & 0xFFFFFFFF, space >> 32
             else:
-                space, number = seq_len, num_bins
-                num_bins += 1
-            placed = 1 if count == 1 else min(count, space // length)
+                space, number = seq_len, len(bin_blocks)
+                bin_blocks.append(block)
+            placed = count if count * length <= space else space // length
             bins.append(number)
             times.append(placed)
             count -= placed
             space -= placed * length
             if space:
                 insort(free, space << 32 | number)
-    result = np.empty(len(lengths), np.int64)
-    result[order] = np.repeat(np.array(bins, np.int64), times)
-    return result
+    result = np.empty(len(order), np.int64)
+    result[order] = np.repeat(bins, times)
+    return result, np.array(bin_blocks)
 
 
-def shuffle_rows(bins: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bins as rows in random order: the numbers (n,) of the chunks, row by row, in the given order within a row; and the
-    end (rows,) of each row there."""
-    num_rows = bins.max(initial=-1) + 1
-    rows = np.argsort(np.argsort(derive_seeds(seed, np.arange(num_rows))))[bins]  # of each chunk
-    return _stable_order(rows, num_rows), np.cumsum(np.bincount(rows))
+def shuffle_bins(bins: np.ndarray, bin_blocks: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bins of each block as rows in random order: the numbers (n,) of the chunks, row by row, in the given order within a
+    row; and the end (rows,) of each row there. `seeds` (blocks,): of each block."""
+    numbers = np.arange(len(bin_blocks)) - np.searchsorted(bin_blocks, bin_blocks)  # of a bin in its block
+    rows = np.argsort(np.lexsort((derive_seeds(seeds[bin_blocks], numbers), bin_blocks)))[bins]  # of each chunk
+    return _stable_order(rows, len(bin_blocks)), np.cumsum(np.bincount(rows))
 
 
 def _stable_order(values: np.ndarray, limit: int) -> np.ndarray:
