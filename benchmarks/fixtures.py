@@ -13,7 +13,7 @@ from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import build
 from transfusion.parallel import lower_weights
 from transfusion.runs import SIZES, named_run
-from transfusion.sequence import Document, Image, Text, Vocabulary
+from transfusion.sequence import Batch, Document, Image, Text, Vocabulary, collate
 
 LATENT_SHAPE = 8, 32, 32  # of an image of 256x256; with patches of 2x2 it takes 256 positions
 NUM_TEXT_TOKENS = 31_900  # with the markers the vocabulary has the paper's 32,000 entries
@@ -55,6 +55,12 @@ def make_paper_loader(seq_len: int, batch_size: int) -> Loader:
     config = DataConfig(mixture_weights=(PAIR_SHARE, 1 - PAIR_SHARE), seq_len=seq_len, shuffle_block=512)
     vocabulary = Vocabulary.build(NUM_TEXT_TOKENS, [LATENT_SHAPE[1:]], patch_size=2)
     return Loader([CaptionedImages(), Passages()], DocumentEncoder(None, None, vocabulary, config, seed=0), batch_size)
+
+
+def make_paper_batch(seq_len: int, num_rows: int) -> Batch:
+    """The first rows of this loader."""
+    loader = make_paper_loader(seq_len, num_rows)
+    return collate(next(loader.batches())[0], seq_len, loader.vocabulary)
 
 
 def make_engine(name: str, setting: Setting) -> Engine:

@@ -278,7 +278,7 @@ def train(folders, name: str, *options: str) -> list[str]:
         "train", "small", "--data", str(folders / "data"),
         "--model.width", "32", "--model.layers", "2", "--model.heads", "2", "--model.intermediate-size", "48",
         "--training.steps", "3", "--training.validate-every", "3", "--training.preview-every", "3",
-        "--data.rows", "2", *options, "--out", str(folders / name),
+        "--training.batch-size", "2", *options, "--out", str(folders / name),
     ]  # fmt: skip
 
 

@@ -317,10 +317,12 @@ def test_command_is_read_as_the_run(name, data):
         "model": {"layers": st.integers(1, 9), "kv_heads": st.sampled_from((None, 1)), "qk_norm": st.booleans(),
                   "rope_scaling": st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 8192)))},
         "diffusion": {"prediction": st.sampled_from(("epsilon", "x0"))},
-        "data": {"rows": st.integers(1, 9), "caption_dropout": st.floats(0, 1), "codec": st.just("block_pca"),
+        "data": {"caption_dropout": st.floats(0, 1), "codec": st.just("block_pca"),
                  "digits": st.builds(DigitsConfig, st.floats(0, 1))},
-        "training": {"betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), "learning_rate": st.floats(0, 1)},
-        "parallel": {"compile": st.sampled_from((None, True, False)), "activation_checkpointing": st.booleans()},
+        "training": {"betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), "learning_rate": st.floats(0, 1),
+                     "batch_size": st.integers(1, 9)},
+        "parallel": {"compile": st.sampled_from((None, True, False)), "activation_checkpointing": st.booleans(),
+                     "micro_batch_size": st.sampled_from((None, 3))},
         "fault_tolerance": {"skip_spikes_above": st.sampled_from((None, 6.0))},
         "generation": {"guidance_interval": st.just((0.2, 0.7)), "t_shift": st.sampled_from((None, 3.0))},
     }  # fmt: skip
@@ -338,7 +340,7 @@ def test_command_is_read_as_the_run(name, data):
 
 def test_command_of_a_run_on_prepared_data_that_starts_from_another(prepared):
     """The data by --data alone, --from, and no setting that data or start decide."""
-    data = name_sources(DataConfig(prepared=(str(prepared / "prepared"),), seq_len=128, rows=8))
+    data = name_sources(DataConfig(prepared=(str(prepared / "prepared"),), seq_len=128))
     run = replace(named_run("small"), data=replace(named_run("small").data, **vars(data)))
     run = replace(run, model=replace(run.model, vocab_size=999, latent_channels=3))
     start = {"kind": "run", "place": "runs/first run", "name": "first run", "step": 7}

@@ -58,16 +58,16 @@ def test_rows_match_the_tables():
     settings = {3: (5.0, 30_000), 4: (None, None), 9: (None, 30_000)}
     for row in PAPER:
         assert (row.guidance_scale, row.fid_images) == settings.get(row.table, (3.0, 5_000)), row.label
-    text_only = [(row.table, row.label, row.batch) for row in PAPER if row.sources == "text"]
-    assert text_only == [(4, "Llama 2", "1M"), (4, "Chameleon: + stability modifications", "1M")]
+    text_only = [(row.table, row.label, row.batch_size) for row in PAPER if row.sources == "text"]
+    assert text_only == [(4, "Llama 2", 256), (4, "Chameleon: + stability modifications", 256)]
 
 
 def test_batch_of_each_row():
-    """On 64 GPUs. Rows with text alone count half of the positions, which is their text."""
+    """2M positions, in Table 9 4M. Rows with text alone have half of the positions, which is their text."""
     for row in PAPER:
         run = named_run(row.run)
-        positions = 64 * run.data.rows * run.data.seq_len * run.training.accumulate
-        assert row.batch == f"{positions / 2**20 * (0.5 if row.sources == 'text' else 1):.0f}M", row.label
+        assert run.training.batch_size * run.data.seq_len == 2**21 * (2 if row.table == 9 else 1), row.label
+        assert row.batch_size == run.training.batch_size // (2 if row.sources == "text" else 1), row.label
 
 
 def test_rows_differ_only_in_the_ablated_settings():
@@ -84,7 +84,7 @@ def test_rows_differ_only_in_the_ablated_settings():
     assert differs("0.76b", "0.76b-causal") == differs("0.76b-unet", "0.76b-unet-causal") == {"model.image_attention"}
     assert differs("0.76b", "0.76b-unet") == {"model.patches"}
     assert differs("0.76b-unet", "0.76b-unet-limit") == {"data.image_first_max_t"}
-    assert differs("7b-unet", "7b-large") == {"training.steps", "training.accumulate"}
+    assert differs("7b-unet", "7b-large") == {"training.steps", "training.batch_size"}
 
 
 def test_chameleon_vocab_size():

@@ -35,7 +35,7 @@ from transfusion.training.metrics import MetricsWriter, read_metrics
 from transfusion.training.progress_bar import ProgressBar, format_time
 
 ROOT = Path(__file__).parent.parent
-TWO_SOURCES = DataConfig(sources=("digits", "topics"), seq_len=128, rows=4, tokenizer_size=260, fit_documents=20)
+TWO_SOURCES = DataConfig(sources=("digits", "topics"), seq_len=128, tokenizer_size=260, fit_documents=20)
 
 
 # The lines

@@ -322,9 +322,9 @@ class FaultToleranceConfig(Config, part="fault_tolerance."):
 class ParallelConfig(Config, part="parallel."):
     """How the work is computed and distributed. Results depend on it only by rounding; a resumed run may change these."""
 
+    shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
     # Rows in one forward pass of a process, which sums the gradients of its passes; its whole share of a step if not set.
     micro_batch_size: Size | None = None
-    shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
     activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, about a third slower.
     compile: bool | None = None  # Compile the blocks with torch.compile; on CUDA only if not set.
     # Matrix products of training on a CPU: auto is float32 by oneDNN on AMD CPUs with AVX512 and otherwise default, which is

@@ -109,16 +109,12 @@ def plan(run: Run, machines: Machines) -> Plan:
     )  # fmt: skip
 
 
-def with_micro_batch(run: Run, rows: int) -> Run:
-    return replace(run, parallel=replace(run.parallel, micro_batch_size=rows))
-
-
 def fit_micro_batch(run: Run, machines: Machines) -> Run:
     """The run with its own micro batch if it fits, else with the largest smaller one that fits and divides a GPU's share of
     the batch, so that all forward passes have one shape. When none fits, 1."""
     share, rows = share_batch(run.training.batch_size, machines.gpus), rows_per_pass(run, machines.gpus)
-    smaller = (with_micro_batch(run, n) for n in range(rows - 1, 0, -1) if share % n == 0)
-    candidates = [run, *smaller]
+    smaller = [n for n in range(rows - 1, 0, -1) if share % n == 0]
+    candidates = [run, *(replace(run, parallel=replace(run.parallel, micro_batch_size=n)) for n in smaller)]
     return next((r for r in candidates if estimate_memory(r, machines).all <= machines.memory), candidates[-1])
 
 

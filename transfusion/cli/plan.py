@@ -29,7 +29,7 @@ MICRO_BATCH = "--parallel.micro-batch-size"
 @dataclass(frozen=True)
 class PlanOptions:
     """Estimate memory, time and disk of a run: transfusion plan RUN, a named run or a run.json, with the options of `train`.
-    Without --parallel.micro-batch-size, the largest one up to the run's that fits. Without RUN, the paper's five sizes."""
+    Without --parallel.micro-batch-size it is the largest that fits, up to the run's. Without RUN, the paper's five sizes."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     gpus: PositiveInt = 1
@@ -240,9 +240,8 @@ def _notes(plans: list) -> Iterator[str]:
         yield "Assumed: rows are text, because they are too short for images."
     for estimate in plans:
         if not estimate.fits:
-            ways = " or ".join(ways_to_fit(estimate.run, estimate.machines))
-            ways = ways or "no change of micro batch, activation checkpointing or GPUs"
-            yield f"{estimate.run.name} does not fit; it would with {ways}."
+            ways = [*ways_to_fit(estimate.run, estimate.machines)] or ["no micro batch, checkpointing or number of GPUs"]
+            yield "\n  or ".join([f"{estimate.run.name} does not fit; it would with {ways[0]}", *ways[1:]])
 
 
 def _to_json(estimate) -> dict:

@@ -102,11 +102,13 @@ class Trainer:
         """The micro-batches of each step with their noise, sampled on the CPU during the step before. The last one of a step
         is smaller when their size does not divide this rank's rows."""
         for rows, state in self.loader.batches(LoaderState(*loader_state or ())):
-            parts = [rows[first : first + self.rows_per_pass] for first in range(0, len(rows), self.rows_per_pass)]
-            yield list(map(self._collate, parts)), [state.block, state.row]
+            parts = (rows[first : first + self.rows_per_pass] for first in range(0, len(rows), self.rows_per_pass))
+            yield [self._with_noise(self._collate(part)) for part in parts], [state.block, state.row]
 
-    def _collate(self, rows: list[Row]) -> tuple[Batch, list[NoiseSample]]:
-        batch = collate(rows, self.run.data.seq_len, self.loader.vocabulary)
+    def _collate(self, rows: list[Row]) -> Batch:
+        return collate(rows, self.run.data.seq_len, self.loader.vocabulary)
+
+    def _with_noise(self, batch: Batch) -> tuple[Batch, list[NoiseSample]]:
         noise_samples = objective.sample_noise(batch, self.run.diffusion)
         if self.device.type == "cuda":
             return batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
