@@ -25,7 +25,7 @@ from transfusion.training.optimizer import get_learning_rate
 
 FREE = {  # what a run with a checkpoint may change, beside all of generation, parallel and fault_tolerance
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
-    "training.preview_every", "training.log_every", "training.log", "data.workers",
+    "training.preview_every", "training.log_every", "training.log",
 }  # fmt: skip
 DECIDED = {"name", "model.vocab_size", "model.latent_channels", "data.prepared"}  # by the data, or tested below
 VALUES = (  # one of these is another valid value of any field
