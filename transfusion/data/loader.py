@@ -130,17 +130,18 @@ class Loader:
         self._packed = lru_cache(maxsize=1)(self._pack)
 
     def batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
-        """This rank's rows of each step from `start`, and the state from which the next step is read. Steps are the same for
-        any number of ranks; rank r gets their rows r, r + world, ... A thread reads one step ahead."""
+        """The same as `read_batches`; a thread reads one step ahead."""
         with ThreadPoolExecutor(1, "loader") as thread:
-            batches = self._batches(start)
+            batches = self.read_batches(start)
             batch = thread.submit(next, batches)
             while True:
                 result = batch.result()
                 batch = thread.submit(next, batches)
                 yield result
 
-    def _batches(self, start: LoaderState) -> Iterator[tuple[list[Row], LoaderState]]:
+    def read_batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
+        """This rank's rows of each step from `start`, and the state from which the next step is read. Steps are the same for
+        any number of ranks; rank r gets their rows r, r + world, ..."""
         rows, total, first = [], 0, start.row
         for number in count(start.block):
             block = self.block(number)

@@ -102,7 +102,7 @@ def _check_file(path: Path, digest: str) -> None:
 
 class StoredSource:
     """The documents of one source and split, by number. Shards are memory-mapped: data are read when they are used. The
-    checksum of a document is checked whenever it is read."""
+    checksum of a document is checked whenever it is read; a shard's SHA-256 before original images and places are read."""
 
     def __init__(self, prepared: PreparedFolder, name: str, split: str):
         self.prepared, self.name, self.split = prepared, name, split
@@ -111,7 +111,7 @@ class StoredSource:
         self.leading_shape = () if isinstance(codec, VQ) else (codec.channels,)  # of an image, before Y and X
         self._ends = list(accumulate(shard["documents"][split] for shard in self.metadata["shards"]))
         self._shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
-        self._batches = lru_cache(maxsize=4)(lambda number: read_batches(self._path(number)))
+        self._batches = lru_cache(maxsize=4)(self._open_batches)
         self._layouts: dict[int, np.ndarray] = {}  # of shards that were open
 
     def __len__(self) -> int:
@@ -181,6 +181,14 @@ class StoredSource:
                 return batch.column(name)[row].as_py()
             row -= len(batch)
         raise OpenError(f"{self._path(number)} has fewer documents than dataset.json records")
+
+    def _open_batches(self, number: int) -> list[pa.RecordBatch]:
+        path = self._path(number)
+        try:
+            _check_file(path, self.metadata["shards"][number]["sha256"][path.name])
+        except OpenError as error:
+            raise OpenError(f"{error}; {validate_command(path)} checks all shards") from None
+        return read_batches(path)
 
     def _find(self, id: int) -> tuple[int, int]:
         """The number of a document's shard, and its row there."""
