@@ -1,4 +1,4 @@
-"""Reading of prepared data by one of many ranks beside a single one, from many shards beside few, and what is kept in memory.
+"""Prepared data read by one of many ranks beside a single one, from many shards beside few; and what is kept in memory.
 
 Measured in CPU seconds of one thread without reading ahead; alternatives take turns.
 """
@@ -37,10 +37,12 @@ def measure(setting: Setting, mixture: DataConfig, folder: Path) -> Iterator[Fig
         yield Figure(f"{name}, one rank of 1", one, "positions/s")
         yield Figure(f"  one rank of {setting.world}", many, "positions/s", many / one, "one rank of 1")
     numbers = FEW, setting.pick(MANY, 2 * FEW)
-    configs = [repeat_shard(digits, folder / f"digits-{number}", number) for number in numbers]
-    few, many = read_in_turns({c.prepared: make_loader(c) for c in configs}, setting.pick(20, 1)).values()
+    loaders = {n: make_loader(repeat_shard(digits, folder / f"digits-{n}", n)) for n in numbers}
+    seconds = {number: open_shards(loader, number) for number, loader in loaders.items()}
+    few, many = read_in_turns(loaders, setting.pick(20, 1)).values()
     yield Figure(f"digits in {numbers[0]} shards", few, "positions/s")
     yield Figure(f"  in {numbers[1]:,} shards", many, "positions/s", many / few, f"{numbers[0]} shards")
+    yield Figure("  opening one of them for the first time", 1e6 * seconds[numbers[1]] / numbers[1], "us")
     for name, size in measure_kept(digits, setting.pick(12, 1)).items():
         yield Figure(f"kept per document, {name}", size, "bytes")
 
@@ -65,6 +67,15 @@ def read_in_turns(loaders: Mapping[object, Loader], rounds: int, steps: int = 8)
     return {name: positions[name] / seconds[name] for name in loaders}
 
 
+def open_shards(loader: Loader, number: int) -> float:
+    """CPU seconds for reading the first document of each shard of the only source."""
+    [source] = loader.sources
+    start = thread_time()
+    for id_ in range(0, len(source), len(source) // number):
+        source[id_]
+    return thread_time() - start
+
+
 def repeat_shard(config: DataConfig, folder: Path, number: int) -> DataConfig:
     """A prepared folder with this number of shards, which are all links to the first one of `config`'s only source."""
     source = Path(config.prepared[0]).resolve()
@@ -87,34 +98,32 @@ def repeat_shard(config: DataConfig, folder: Path, number: int) -> DataConfig:
 
 
 def measure_kept(config: DataConfig, blocks: int) -> dict[str, float]:
-    """Bytes that are kept for each document that was read: objects of Python and NumPy; private memory of the process, if the
-    system reports it; and the file with the sizes of documents, which is mapped and shared by all processes."""
-    fit(config, patch_size=2, seed=0)  # so that modules are imported
-    gc.collect()
-    kept, before = {}, private_bytes()
-    loader, documents = read_blocks(config, blocks)
-    gc.collect()
+    """Bytes that are kept for each document that was read, beyond what is kept after the first ones: objects of Python and
+    NumPy; private memory of the process, if the system reports it. And the size of a document in the file of sizes, which is
+    mapped and shared by all processes."""
+    loader, kept = make_loader(config), {}
+    documents = blocks * config.shuffle_block
+    read_blocks(loader, 0, blocks)
+    before = private_bytes()
+    read_blocks(loader, blocks, blocks)
     if before is not None:
         kept["private memory"] = max(0, private_bytes() - before) / documents
-    kept["mapped and shared"] = loader.sources[0].sizes.itemsize
-    del loader
     tracemalloc.start()
     try:
-        loader, documents = read_blocks(config, blocks)
-        gc.collect()
-        kept["objects"] = tracemalloc.get_traced_memory()[0] / documents
+        read_blocks(loader, 0, blocks)
+        before = tracemalloc.get_traced_memory()[0]
+        read_blocks(loader, blocks, blocks)
+        kept["objects"] = max(0, tracemalloc.get_traced_memory()[0] - before) / documents
     finally:
         tracemalloc.stop()
-    return kept
+    return kept | {"mapped and shared": loader.sources[0].sizes.itemsize}
 
 
-def read_blocks(config: DataConfig, blocks: int) -> tuple[Loader, int]:
-    """A new loader that has read these blocks, and the number of documents in them."""
-    loader = make_loader(config)
-    for number in range(blocks):
-        for _ in loader.block(number):
+def read_blocks(loader: Loader, first: int, number: int) -> None:
+    for block in range(first, first + number):
+        for _ in loader.block(block):
             pass
-    return loader, blocks * config.shuffle_block
+    gc.collect()
 
 
 def private_bytes() -> int | None:

@@ -29,7 +29,7 @@ UNCHANGED, IMAGE_FIRST, WITHOUT_TEXT, TARGET_ONLY = range(4)  # changes of a doc
 CHANGES = np.array([  # of each kind: the first, the second, and none
     (UNCHANGED, UNCHANGED, UNCHANGED), (IMAGE_FIRST, WITHOUT_TEXT, UNCHANGED), (IMAGE_FIRST, UNCHANGED, UNCHANGED),
     (WITHOUT_TEXT, TARGET_ONLY, UNCHANGED),
-])  # fmt: skip
+], np.int8)  # fmt: skip
 
 
 class Lengths(NamedTuple):
@@ -43,7 +43,8 @@ class Lengths(NamedTuple):
 
     def after(self, changes: np.ndarray) -> np.ndarray:
         """Positions (n,) of the documents after these changes (n,)."""
-        return np.choose(changes, (self.whole, self.whole, self.without_text, self.target_only))
+        lengths = np.where(changes == WITHOUT_TEXT, self.without_text, self.whole)
+        return np.where(changes == TARGET_ONLY, self.target_only, lengths)
 
 
 def lengths_of_sizes(sizes: np.ndarray, shapes: Sequence[tuple[int, int]], patch_size: int) -> Lengths:
@@ -111,15 +112,15 @@ def choose_changes(keys: np.ndarray, kinds: np.ndarray, config: DataConfig) -> n
     """The change (n,) of each document, from its key.
 
     Caption-image pairs (section 4.1): in some documents the image is first, in others the caption is dropped, but only in
-    documents of one pair. Edits: in some the text is dropped, in others all conditions (text and images), to train the branches
-    of guidance.
+    documents of one pair. Edits: in some the text is dropped, in others all conditions (text and images), to train the
+    branches of guidance.
     """
     image_first, without_text = config.image_first, config.condition_text_dropout
     caption_dropout = image_first + (1 - image_first) * config.caption_dropout
     first = np.array([0, image_first, image_first, without_text])  # of each kind: below it the first change,
     second = np.array([0, caption_dropout, 0, without_text + config.condition_dropout])  # else below it the second
     u = uniforms_from(keys, "change")
-    return CHANGES[kinds, (u >= first[kinds]).astype(int) + (u >= np.maximum(first, second)[kinds])]
+    return CHANGES[kinds, (u >= first[kinds]).view(np.int8) + (u >= np.maximum(first, second)[kinds])]
 
 
 def change(document: Document, how: int, config: DataConfig) -> Document:

@@ -115,8 +115,9 @@ class Packed:
 class Loader:
     """The packed rows of each step, without end. A step has `batch_size` rows over all ranks.
 
-    Every rank packs all documents, by their lengths alone, and reads only those of its own rows. The lengths of prepared data
-    are known. Other documents are encoded by every rank, and so are those that are longer than a row and have images.
+    Every rank packs all documents, by their lengths alone, and reads only those of its own rows. The lengths of prepared
+    documents are known. Others are encoded by every rank; and those with images that are longer than a row are read by every
+    rank, to split them.
     """
 
     def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, batch_size: int, rank: int = 0, world: int = 1):
@@ -166,14 +167,14 @@ class Loader:
         entries = self.stream.read(int(blocks[0]), len(blocks))
         lengths, documents = self._lengths(entries)
         changes = choose_changes(entries.keys, lengths.kinds, self.config)
-        chunks = self._split(lengths.after(changes), lengths.images, entries, changes, documents)
-        chunks = chunks[np.argsort((entries.keys[chunks[:, 0]] >> np.uint64(48)).astype(np.uint16), kind="stable")]  # shuffled
-        bins, bin_blocks = best_fit(
-            chunks[:, 2] - chunks[:, 1], chunks[:, 0] // self.config.shuffle_block, self.config.seq_len
-        )
+        numbers, begins, chunk_ends = self._split(lengths.after(changes), lengths.images, entries, changes, documents)
+        shuffled = np.argsort((entries.keys[numbers] >> np.uint64(48)).astype(np.uint16), kind="stable")
+        sizes, numbers_of_blocks = (chunk_ends - begins)[shuffled], (numbers // self.config.shuffle_block)[shuffled]
+        bins, bin_blocks = best_fit(sizes, numbers_of_blocks, self.config.seq_len)
         order, ends = shuffle_bins(bins, bin_blocks, derive_seeds(derive_seed(self.encoder.seed, "pack"), blocks))
         bounds = np.searchsorted(bin_blocks, np.arange(len(blocks) + 1)).tolist()
-        return Packed(entries, changes, documents, chunks[order], ends, list(starmap(range, pairwise(bounds))))
+        chunks = np.stack([numbers, begins, chunk_ends], axis=1)[shuffled[order]]
+        return Packed(entries, changes, documents, chunks, ends, list(starmap(range, pairwise(bounds))))
 
     def read(self, entries: Entries, changes: np.ndarray, documents: Mapping[int, Document], number: int) -> Document:
         """Document `number` of these, read if it is not in `documents`, and changed."""
@@ -201,11 +202,11 @@ class Loader:
         parts = (ids[n : n + ENCODED_TOGETHER] for n in range(0, len(ids), ENCODED_TOGETHER))
         return [document for part in parts for document in self.encoder.encode([source[id_] for id_ in part])]
 
-    def _split(self, lengths: np.ndarray, images: np.ndarray, *of_documents) -> np.ndarray:
-        """`Packed.chunks` of all documents, in any order. Only documents with images that are longer than a row are read."""
+    def _split(self, lengths: np.ndarray, images: np.ndarray, *of_documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The columns of `Packed.chunks`, in any order. Only documents with images that are longer than a row are read."""
         seq_len = self.config.seq_len
         if lengths.max() <= seq_len:
-            return np.stack([np.arange(len(lengths)), np.zeros_like(lengths), lengths], axis=1)
+            return np.arange(len(lengths)), np.zeros_like(lengths), lengths
         is_long, is_text = lengths > seq_len, (images == 0) & (seq_len > 1)
         numbers, texts = np.flatnonzero(~is_long), np.flatnonzero(is_long & is_text)
         counts, text_ends = split_texts(lengths[texts], seq_len)
@@ -215,7 +216,7 @@ class Loader:
             parts.append((np.full(len(chunks), number), np.cumsum([len(chunk) for chunk in chunks])))
         numbers, ends = map(np.concatenate, zip(*parts, strict=True))
         begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], numbers[1:] == numbers[:-1]])
-        return np.stack([numbers, begins, ends], axis=1)
+        return numbers, begins, ends
 
 
 class Block(Sequence):

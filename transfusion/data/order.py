@@ -12,7 +12,7 @@ from transfusion.seeding import derive_seed, derive_seeds
 DOCUMENT = "document"  # label of the seeds of documents
 ONE = np.uint64(1)
 HALF = np.uint64(32)  # bits
-ROUNDS = 8  # of the permutation
+ROUNDS = 6  # of the permutation
 WEIGHT_UNIT = 2**52  # weights become whole numbers, so that counts are exact at any position
 
 
@@ -69,8 +69,8 @@ def count_by_weight(total: int, weights: Sequence[int]) -> list[int]:
 def permute(places: np.ndarray, sizes: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """The number at each place (n,) of a pseudorandom permutation of 0 .. sizes[i] - 1; each seed has another permutation.
 
-    A number is a pair (high, low), of which each is shifted in turn by a hash of the other: a Feistel network. There are about
-    sqrt(size) more pairs than numbers. What is mapped to one of these is mapped again ("cycle walking"; Black and Rogaway,
+    A number is a pair (high, low), of which each is shifted in turn by a hash of the other: a Feistel network. There are up
+    to sqrt(size) more pairs than numbers. What is mapped to one of these is mapped again ("cycle walking"; Black and Rogaway,
     "Ciphers with arbitrary finite domains", 2002).
     """
     sizes = sizes.astype(np.uint64)

@@ -31,9 +31,10 @@ def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> 
 
 
 def best_fit(lengths: np.ndarray, blocks: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bin (n,) of each chunk, and the block (bins,) of each bin, from the lengths (n,) of the chunks, at most `seq_len`, and
-    their blocks (n,), which are packed separately: best-fit decreasing. The longest are placed first, each into the bin where
-    it leaves the least space; equal ones in the given order.
+    """Best-fit decreasing: the bin (n,) of each chunk, and the block (bins,) of each bin.
+
+    `lengths` (n,): of the chunks, at most `seq_len`. `blocks` (n,): their blocks, which are packed separately. The longest are
+    placed first, each into the bin where it leaves the least space; equal ones in the given order.
 
     Equal lengths are placed together: the bin that is the best fit for one of them remains it until no other fits in.
     """
@@ -72,8 +73,8 @@ def best_fit(lengths: np.ndarray, blocks: np.ndarray, seq_len: int) -> tuple[np.
 
 
 def shuffle_bins(bins: np.ndarray, bin_blocks: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bins of each block as rows in random order: the numbers (n,) of the chunks, row by row, in the given order within a
-    row; and the end (rows,) of each row there. `seeds` (blocks,): of each block."""
+    """The bins of each block as rows in random order: the numbers (n,) of the chunks, row by row, in the given order within
+    a row; and the end (rows,) of each row there. `seeds` (blocks,): of each block."""
     numbers = np.arange(len(bin_blocks)) - np.searchsorted(bin_blocks, bin_blocks)  # of a bin in its block
     rows = np.argsort(np.lexsort((derive_seeds(seeds[bin_blocks], numbers), bin_blocks)))[bins]  # of each chunk
     return _stable_order(rows, len(bin_blocks)), np.cumsum(np.bincount(rows))

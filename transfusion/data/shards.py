@@ -154,8 +154,9 @@ class Shard:
     """An open shard. Offsets in a damaged file may be any numbers: they may lead to other values, but not out of the file,
     and then the checksum differs.
 
-    `layout` (batches, arrays, 2): the first byte of each of the `Arrays`, and its size. Whoever keeps it opens the shard again
-    in microseconds. ValueError or OSError when the file is no shard."""
+    `layout` (batches, arrays, 2): the first byte of each of the `Arrays`, and its size. With it the shard is opened again in
+    microseconds. ValueError, OSError or ArrowException when the file is no shard.
+    """
 
     def __init__(self, path: Path, is_vq: bool, layout: np.ndarray | None = None):
         buffer = pa.memory_map(str(path)).read_buffer()

@@ -4,9 +4,10 @@ A prepared folder has `dataset.json` (settings, counts, hashes), `tokenizer.json
 (records that were left out, and why), and for each source a folder of shards: `train-00000.arrow` and `heldout-00000.arrow`
 (Arrow streams, which `datasets` also reads), and `00000.json` (their counts); beside them `train-sizes.npy` and
 `heldout-sizes.npy`, the size and the checksum of each document (`lengths.SIZES`).
-A document is one row of `shards.schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also keep
-their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes that
-decide the split (`heldout.py`) are kept, so that leaks can be counted.
+
+A document is one row of `shards.schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also
+keep their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes
+that decide the split (`heldout.py`) are kept, so that leaks can be counted.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ from transfusion.sequence import Document, Image, Text, Vocabulary
 
 FORMAT = 5  # of a prepared folder; other formats are not supported
 SPLITS = ("train", "heldout")
-MAX_OPEN_SHARDS = 2048  # memory-mapped shards of a source: a few kilobytes each, and one of the 65,530 maps of a process
+MAX_OPEN_SHARDS = 2**14  # of a folder, memory-mapped: 3 kB each, and one of the 65,530 maps that Linux allows a process
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class StoredSource:
         codec = prepared.codec
         self.leading_shape = () if isinstance(codec, VQ) else (codec.channels,)  # of an image, before Y and X
         self._ends = list(accumulate(shard["documents"][split] for shard in self.metadata["shards"]))
-        self._shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
+        self._shard = lru_cache(maxsize=max(1, MAX_OPEN_SHARDS // len(prepared.names)))(self._open_shard)
         self._batches = lru_cache(maxsize=4)(self._open_batches)
         self._layouts: dict[int, np.ndarray] = {}  # of shards that were open
 
