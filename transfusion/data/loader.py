@@ -116,8 +116,7 @@ class Loader:
     """The packed rows of each step, without end. A step has `batch_size` rows over all ranks.
 
     Every rank packs all documents, by their lengths alone, and reads only those of its own rows. The lengths of prepared
-    documents are known. Others are encoded by every rank; and those with images that are longer than a row are read by every
-    rank, to split them.
+    documents are known. Others are encoded by every rank.
     """
 
     def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, batch_size: int, rank: int = 0, world: int = 1):
@@ -176,10 +175,15 @@ class Loader:
         chunks = np.stack([numbers, begins, chunk_ends], axis=1)[shuffled[order]]
         return Packed(entries, changes, documents, chunks, ends, list(starmap(range, pairwise(bounds))))
 
-    def read(self, entries: Entries, changes: np.ndarray, documents: Mapping[int, Document], number: int) -> Document:
-        """Document `number` of these, read if it is not in `documents`, and changed."""
+    def read(
+        self, entries: Entries, changes: np.ndarray, documents: Mapping[int, Document], number: int, is_checked: bool = True
+    ) -> Document:
+        """Document `number` of these, read if it is not in `documents`, and changed. `is_checked=False`: only its outline is
+        needed (see `StoredSource.outline`)."""
         source = self.sources[entries.sources[number]]
-        document = documents.get(number) or source[int(entries.ids[number])]
+        if (document := documents.get(number)) is None:
+            id_ = int(entries.ids[number])
+            document = source[id_] if is_checked else source.outline(id_)
         document = replace(document, source=source.name, key=int(entries.keys[number]))
         return change(document, changes[number], self.config)
 
@@ -203,7 +207,7 @@ class Loader:
         return [document for part in parts for document in self.encoder.encode([source[id_] for id_ in part])]
 
     def _split(self, lengths: np.ndarray, images: np.ndarray, *of_documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The columns of `Packed.chunks`, in any order. Only documents with images that are longer than a row are read."""
+        """The columns of `Packed.chunks`, in any order."""
         seq_len = self.config.seq_len
         if lengths.max() <= seq_len:
             return np.arange(len(lengths)), np.zeros_like(lengths), lengths
@@ -212,8 +216,8 @@ class Loader:
         counts, text_ends = split_texts(lengths[texts], seq_len)
         parts = [(numbers, lengths[numbers]), (np.repeat(texts, counts), text_ends)]
         for number in np.flatnonzero(is_long & ~is_text).tolist():
-            chunks = split_document(self.read(*of_documents, number), seq_len, self.vocabulary)
-            parts.append((np.full(len(chunks), number), np.cumsum([len(chunk) for chunk in chunks])))
+            long_ends = split_document(self.read(*of_documents, number, is_checked=False), seq_len, self.vocabulary)
+            parts.append((np.full(len(long_ends), number), np.array(long_ends)))
         numbers, ends = map(np.concatenate, zip(*parts, strict=True))
         begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], numbers[1:] == numbers[:-1]])
         return numbers, begins, ends

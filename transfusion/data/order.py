@@ -70,8 +70,8 @@ def permute(places: np.ndarray, sizes: np.ndarray, seeds: np.ndarray) -> np.ndar
     """The number at each place (n,) of a pseudorandom permutation of 0 .. sizes[i] - 1; each seed has another permutation.
 
     A number is a pair (high, low), of which each is shifted in turn by a hash of the other: a Feistel network. There are up
-    to sqrt(size) more pairs than numbers. What is mapped to one of these is mapped again ("cycle walking"; Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002).
+    to sqrt(size) more pairs than numbers. What is mapped to one of these is mapped again ("cycle walking": Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     sizes = sizes.astype(np.uint64)
     low_bits = (np.frexp(sizes - ONE)[1] // 2).astype(np.uint64)

@@ -2,17 +2,22 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from transfusion.seeding import derive_seeds
-from transfusion.sequence import Chunk, Document, Row, Vocabulary, encode_document, split_chunk
+from transfusion.sequence import Document, Row, Vocabulary, encode_document, find_breaks, find_splits
 
 
 def pack(documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, seed: int) -> list[Row]:
     """Rows of at most `seq_len` positions. A pure function of the documents and the seed. ValueError when a document cannot
     be split to fit."""
-    chunks = [chunk for document in documents for chunk in split_document(document, seq_len, vocabulary)]
+    chunks = []
+    for document in documents:
+        chunk = encode_document(document, vocabulary)
+        ends = split_document(document, seq_len, vocabulary) if len(chunk) > seq_len else [len(chunk)]
+        chunks += [chunk.part(*span) for span in pairwise([0, *ends])]
     if not chunks:
         return []
     chunks = [chunks[n] for n in np.argsort(derive_seeds(seed, np.arange(len(chunks))))]
@@ -22,10 +27,10 @@ def pack(documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, se
     return [Row(tuple(chunks[n] for n in part)) for part in np.split(order, ends[:-1])]
 
 
-def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> list[Chunk]:
-    """The encoded document, split if it is longer than a row. ValueError, which names it, when it cannot be split to fit."""
+def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> list[int]:
+    """The end of each of its chunks. ValueError, which names the document, when it cannot be split to fit."""
     try:
-        return split_chunk(encode_document(document, vocabulary), seq_len)
+        return find_splits(find_breaks(document, vocabulary), seq_len)
     except ValueError as error:
         raise ValueError(f"document {document.id} of {document.source}: {error}") from None
 
@@ -33,8 +38,8 @@ def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> 
 def best_fit(lengths: np.ndarray, blocks: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Best-fit decreasing: the bin (n,) of each chunk, and the block (bins,) of each bin.
 
-    `lengths` (n,): of the chunks, at most `seq_len`. `blocks` (n,): their blocks, which are packed separately. The longest are
-    placed first, each into the bin where it leaves the least space; equal ones in the given order.
+    `lengths` (n,): of the chunks, at most `seq_len`. `blocks` (n,): their blocks, which are packed separately. The longest
+    are placed first, each into the bin where it leaves the least space; equal ones in the given order.
 
     Equal lengths are placed together: the bin that is the best fit for one of them remains it until no other fits in.
     """

@@ -168,8 +168,8 @@ class Shard:
             for batch in self.layout.tolist()
         ]  # fmt: skip
 
-    def document(self, row: int, id: int, source: str, leading_shape: tuple[int, ...], crc: int) -> Document:
-        """The document in this row. ValueError when it is not there or has another checksum than `crc`."""
+    def document(self, row: int, id: int, source: str, leading_shape: tuple[int, ...], crc: int | None) -> Document:
+        """The document in this row. ValueError when it is not there or has another checksum than `crc`, if that is given."""
         for batch in self.batches:
             if row < len(batch.segment_offsets) - 1:
                 return _read_document(batch, row, id, source, leading_shape, crc)
@@ -178,7 +178,7 @@ class Shard:
 
 
 def _read_document(
-    batch: Arrays, row: int, id: int, source: str, leading_shape: tuple[int, ...], crc: int
+    batch: Arrays, row: int, id: int, source: str, leading_shape: tuple[int, ...], crc: int | None
 ) -> Document:
     (begin, end), tokens, contents = (
         offsets[row : row + 2].tolist() for offsets in (batch.segment_offsets, batch.token_offsets, batch.content_offsets)
@@ -188,7 +188,7 @@ def _read_document(
     bits = (_read_bits(values, begin, end) for values in (batch.is_image, batch.loss))
     numbers = (values[begin:end] for values in (batch.max_t, batch.num_tokens, batch.height, batch.width))
     fields = [*bits, *numbers]
-    if checksum(is_pairs, *fields, tokens, contents) != crc:
+    if crc is not None and checksum(is_pairs, *fields, tokens, contents) != crc:
         raise ValueError("its checksum is not the recorded one")
     parts: list[Text | Image] = []
     token = content = 0
