@@ -174,7 +174,7 @@ class OurModel:
         codec = Pixels(0 * ones, ones, -3 * ones, 3 * ones)
         tokenizer = Tokenizer.train([], VOCAB_SIZE)  # one token per byte
         model = self.trainer.ema.eval()
-        self.engine = Engine(OpenedRun(run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
+        self.engine = Engine(OpenedRun("compare", run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
         self.passes = 0
         model.transformer.register_forward_pre_hook(self._count_passes)
 

@@ -64,7 +64,7 @@ def make_paper_batch(seq_len: int, num_rows: int) -> Batch:
 
 
 def make_engine(name: str, setting: Setting) -> Engine:
-    """The engine of a small named run, with rows of 512. On CUDA the model is 0.16b: with a smaller one Python dominates."""
+    """The engine of a small recipe, with rows of 512. On CUDA the model is 0.16b: with a smaller one Python dominates."""
     run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, seed=0)
     config = replace(SIZES["0.16b"], latent_channels=run.model.latent_channels) if setting.cuda else run.model
@@ -73,5 +73,5 @@ def make_engine(name: str, setting: Setting) -> Engine:
     model = build(config, 0, setting.device).eval().requires_grad_(False)
     lower_weights(model, setting.device)
     return Engine(
-        OpenedRun(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, model, step=0, device=setting.device)
+        OpenedRun(name, run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}, model, step=0, device=setting.device)
     )

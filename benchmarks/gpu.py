@@ -67,7 +67,7 @@ def largest_run(run: Run, memory: int) -> Run:
             candidate = replace(run, model=model, training=training)
             if estimate_memory(candidate, Machines()).all <= memory:
                 return candidate
-    raise ValueError(f"{run.name}: one layer with 4 rows does not fit in {memory:,} bytes; use a GPU with more memory")
+    raise ValueError(f"{run.recipe}: one layer with 4 rows does not fit in {memory:,} bytes; use a GPU with more memory")
 
 
 def measure_training(run: Run, setting: Setting) -> Iterator[Figure]:
@@ -82,7 +82,7 @@ def measure_training(run: Run, setting: Setting) -> Iterator[Figure]:
     steps = run_steps(trainer, islice(loaded, setting.pick(MAX_STEPS, 2)))
     loaded.close()
     parameters, seq_len = count_parameters(trainer.model), run.data.seq_len
-    size = f"{run.name}, {run.model.layers} layers, {run.training.batch_size} x {seq_len:,}"
+    size = f"{run.recipe}, {run.model.layers} layers, {run.training.batch_size} x {seq_len:,}"
     speed = steps.positions / steps.seconds
     yield Figure(size, speed, "positions/s", beside=f"{parameters:,} parameters")
     peak = find_peak_tflops(device)

@@ -1,4 +1,4 @@
-"""Training steps of every named run that fits the device: positions per second, share of the peak FLOP/s, and memory."""
+"""Training steps of every recipe that fits the device: positions per second, share of the peak FLOP/s, and memory."""
 
 import gc
 import multiprocessing
@@ -107,7 +107,7 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
         "FLOPs of the actual batch": mean_per_step(reads, lambda batch: count_training_flops(batch, run.model)),
         "standard FLOPs, 6 N + 12 l w L": standard * positions,
     }
-    size = f"{run.name}, {parameters / 1e6:.1f}M, {run.training.batch_size} x {run.data.seq_len:,}"
+    size = f"{run.recipe}, {parameters / 1e6:.1f}M, {run.training.batch_size} x {run.data.seq_len:,}"
     yield Figure(f"{size}: a step", positions / seconds["step"], "positions/s")
     for other in others:
         yield Figure("  a step", positions / seconds["step"], "positions/s", seconds[other] / seconds["step"], other)

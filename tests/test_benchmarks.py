@@ -32,7 +32,7 @@ HAS_AMX = "amx_tile" in cpu_flags(CPUINFO)  # oneDNN computes float32 in bfloat1
 
 
 def short_run(name: str) -> Run:
-    """A named run with few and short rows."""
+    """A recipe with few and short rows."""
     run = named_run(name)
     data, training = replace(run.data, fit_documents=100, seq_len=64), replace(run.training, batch_size=2)
     return replace(run, data=data, training=training)

@@ -615,7 +615,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def undisturbed(tmp_path_factory) -> Path:
     """A run of two processes under torchrun, for tests that compare with it."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert "training digits on 2 processes (cpu)" in torchrun(command, *TRAIN, "--out", folder)
+    assert f"training {folder} on 2 processes (cpu), recipe digits" in torchrun(command, *TRAIN, "--out", folder)
     return folder
 
 

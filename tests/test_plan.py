@@ -362,4 +362,4 @@ def test_wrong_options_are_one_line(capsys, arguments, message):
 
 
 def test_unknown_run_is_reported(capsys):
-    assert "there is no run '8b'" in fails(capsys, 2, "plan", "8b")
+    assert "there is no recipe or folder '8b'" in fails(capsys, 2, "plan", "8b")

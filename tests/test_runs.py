@@ -1,4 +1,4 @@
-"""The named runs: every row of the paper's tables has one, with the paper's size and generation settings."""
+"""The recipes: every row of the paper's tables has one, with the paper's size and generation settings."""
 
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ UNET = {"0.16b": 172}  # millions, from the 106.1 % of Table 7; 0.27 billion for
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_named_run_equals_its_json(name):
+def test_recipe_equals_its_json(name):
     run = named_run(name)
-    assert run.name == name
+    assert run.recipe == name
     assert from_json(Run, to_json(run)) == run
 
 
@@ -25,7 +25,7 @@ def test_named_run_equals_its_json(name):
 def test_rows_have_the_papers_parameters(row):
     run = named_run(row.run)
     size = next(size for size in SIZES if run.model.layers == SIZES[size].layers and run.model.width == SIZES[size].width)
-    assert size in run.name or run.name == "7b-large"
+    assert size in run.recipe or run.recipe == "7b-large"
     count = count_parameters(build_on_meta(run.model))
     without_images = replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocab_size=32_000)
     text_only = count_parameters(build_on_meta(without_images))

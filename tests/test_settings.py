@@ -36,7 +36,7 @@ def run_of(*words: object) -> Run:
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_written_settings_are_read_as_they_were(tmp_path, suffix):
-    """With another value of every setting than the named run's."""
+    """With another value of every setting than the recipe's."""
     run = named_run("digits")
     for name in sorted({*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights"}):
         run = other_run(run, name)
@@ -79,7 +79,7 @@ def test_settings_of_a_trained_run_serve_as_a_file(trained, tmp_path, monkeypatc
     ("a.yaml", "training: 5", "a.yaml: training must be"), ("a.yaml", "model: {heads: 5}", "a.yaml: model.heads 5: width"),
     ("a.yaml", "", "a.yaml does not hold settings"), ("a.yaml", "- 1", "a.yaml does not hold settings"),
     ("a.yaml", "1: 2", "a.yaml: unknown field 1"), ("a.yaml", "a: [", "cannot read a.yaml: while parsing"),
-    ("a.yaml", "name: 2024-13-45", "cannot read a.yaml: month must be"), ("a.yaml", "\x00", "cannot read a.yaml"),
+    ("a.yaml", "recipe: 2024-13-45", "cannot read a.yaml: month must be"), ("a.yaml", "\x00", "cannot read a.yaml"),
     ("a.yaml", "a: !!python/object/apply:os.getcwd []", "cannot read a.yaml: could not determine a constructor"),
     ("a.yaml", "a: &a [*a]", "cannot read a.yaml: maximum recursion"), ("a.yaml", "[" * 500, "cannot read a.yaml"),
     ("a.json", "{", "cannot read a.json"), ("a.json", "[]", "a.json does not hold a JSON object"),
@@ -98,8 +98,8 @@ def test_unusable_file_is_one_line(tmp_path, monkeypatch, capsys, name, content,
 
 def test_file_without_a_run_is_refused(tmp_path):
     path = tmp_path / "my.yaml"
-    path.write_text("name: other\n")
-    with pytest.raises(UsageError, match="my.yaml has no name of a run: give RUN before --config"):
+    path.write_text("recipe: other\n")
+    with pytest.raises(UsageError, match="my.yaml names no recipe: give RUN before --config"):
         run_of("--config", path)
     with pytest.raises(OpenError, match="cannot read missing.yaml"):
         run_of("missing.yaml")

@@ -322,7 +322,7 @@ def test_previews_do_not_change_training(tmp_path):
     images = []
 
     def draw(model, step):
-        description = run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
+        description = "tiny", run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
         engine = Engine(OpenedRun(*description, model, step, torch.device("cpu")))
         torch.manual_seed(step)  # a preview may change the global generator
         answers = engine.generate([Request(("three",), 2, seed=step), Request(("a",), seed=step)])

@@ -126,7 +126,7 @@ def build_engine(
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
     )  # fmt: skip
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    engine = Engine(OpenedRun(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
+    engine = Engine(OpenedRun("tiny", run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
     added_bias = torch.zeros(vocabulary.size)
     for token, value in (bias(vocabulary) if callable(bias) else bias or {}).items():
         added_bias[token] = value

@@ -432,7 +432,7 @@ class Machines(Config):
 class Run(Config):
     """A whole run, as in `run.json` and `train`."""
 
-    name: str
+    recipe: str  # Name of the recipe (`runs.py`) that the other settings began from; the run is called as its folder.
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""The rows of the paper's Tables 3 to 9: the named run of each, and how its images were generated and scored."""
+"""The rows of the paper's Tables 3 to 9: the recipe of each, and how its images were generated and scored."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The named runs of `train NAME`: from five minutes on two cores to every row of the paper's tables."""
+"""The recipes of `train RECIPE`: from five minutes on two cores to every row of the paper's tables."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ CHAMELEON_VOCAB_SIZE = 48_512  # 32,000 text ids, 16,384 codes and the markers, 
 def digits() -> Run:
     """Scans of 8x8 pixels with English captions, and Python's documentation: trains in five minutes on two cores."""
     return Run(
-        name="digits",
+        recipe="digits",
         model=ModelConfig(width=192, layers=4, heads=3, intermediate_size=512, qk_norm=True,
                           unet_width=64, latent_channels=1),
         diffusion=DiffusionConfig(prediction="velocity"),
@@ -47,7 +47,7 @@ def digits() -> Run:
 def shapes() -> Run:
     """Rendered scenes of 32x32 colour pixels with captions, whose images can be scored automatically."""
     return Run(
-        name="shapes",
+        recipe="shapes",
         model=ModelConfig(width=128, layers=4, heads=4, intermediate_size=344, qk_norm=True,
                           unet_width=64, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
@@ -66,7 +66,7 @@ def small() -> Run:
     """For your own data on two cores: images of 16 to 64 patches with short captions, minutes to an hour."""
     run = shapes()
     return replace(
-        run, name="small", model=replace(run.model, width=192, heads=3, intermediate_size=512),
+        run, recipe="small", model=replace(run.model, width=192, heads=3, intermediate_size=512),
         data=replace(run.data, sources=(), seq_len=256),
         training=replace(run.training, batch_size=8, learning_rate=3e-3, image_weight=2.0),
     )  # fmt: skip
@@ -74,7 +74,7 @@ def small() -> Run:
 
 def paper(size: str, **model) -> Run:
     """A run of the paper by its size, with changed model settings."""
-    return Run(name=size, model=replace(SIZES[size], **model), parallel=ParallelConfig(micro_batch_size=8))
+    return Run(recipe=size, model=replace(SIZES[size], **model), parallel=ParallelConfig(micro_batch_size=8))
 
 
 def chameleon(size: str, **model) -> Run:
@@ -118,5 +118,5 @@ NAMES = tuple(RUNS)
 
 
 def named_run(name: str) -> Run:
-    """The run of this name. KeyError for an unknown name."""
-    return replace(RUNS[name](), name=name)
+    """The run of this recipe. KeyError for an unknown name."""
+    return replace(RUNS[name](), recipe=name)

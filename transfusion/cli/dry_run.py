@@ -28,7 +28,7 @@ def check_memory(run: Run, device: torch.device) -> None:
     if not estimate.fits:
         ways = [way for way in ways_to_fit(estimate.run, estimate.machines) if "--gpus" not in way]
         ways += ["more GPUs with torchrun"] if device.type == "cuda" else []
-        raise UsageError(f"{run.name} {_compare(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
+        raise UsageError(f"{run.recipe} {_compare(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
 
 
 def plan_here(run: Run, device: torch.device) -> Plan:

@@ -28,7 +28,7 @@ MICRO_BATCH = "--parallel.micro-batch-size"
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Estimate memory, time and disk of a run: transfusion plan RUN, a named run or a run.json, with the options of `train`.
+    """Estimate memory, time and disk of a run: transfusion plan RUN, a recipe or a run.json, with the options of `train`.
     Without --parallel.micro-batch-size it is the largest that fits, up to the run's. Without RUN, the paper's five sizes."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
@@ -47,7 +47,7 @@ class PlanOptions:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of a table."""
     tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Without RUN, print the named run, size and generation settings of each row of the paper's Tables 3 to 9."""
+    """Without RUN, print the recipe, size and generation settings of each row of the paper's Tables 3 to 9."""
 
 
 class Line(NamedTuple):
@@ -67,8 +67,8 @@ def plan(arguments: list[str]) -> None:
         return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
     single = bool(arguments) and (not arguments[0].startswith("-") or config_file(arguments) is not None)
     sizes = () if single else SIZES
-    runs = [ChosenRun(named_run(size), arguments, is_named=True) for size in sizes] or [read_run("plan", arguments)]
-    parsed = [_parse(chosen, f"plan {chosen.run.name}" if single else "plan") for chosen in runs]
+    runs = [ChosenRun(named_run(size), arguments, is_recipe=True) for size in sizes] or [read_run("plan", arguments)]
+    parsed = [_parse(chosen, f"plan {chosen.run.recipe}" if single else "plan") for chosen in runs]
     from transfusion.plan import fit_micro_batch
     from transfusion.plan import plan as plan_run
 
@@ -112,8 +112,8 @@ def _write_command(estimate, run: Run, arguments: list[str]) -> str:
 
 
 def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]:
-    """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
-    before, is_named = chosen.run, chosen.is_named
+    """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a recipe."""
+    before, is_recipe = chosen.run, chosen.is_recipe
     run, args = parse_run(PlanOptions, command, before, chosen.arguments)
     memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
     machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
@@ -121,9 +121,9 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
         raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
     if run.parallel.cpu_matmul != before.parallel.cpu_matmul:
         raise UsageError("--parallel.cpu-matmul has no effect on a plan, which is for GPUs")
-    for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
+    for folder in run.data.prepared if is_recipe else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
-    if is_named and (run.data.sources or run.data.prepared):
+    if is_recipe and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
@@ -145,9 +145,9 @@ def _table(plans: list) -> Iterator[str]:
     """One column for each run; a single run has a remark beside each figure."""
     single, run = len(plans) == 1, plans[0].run
     sharding = f", {run.parallel.shard} sharding" if plans[0].machines.gpus > 1 else ""
-    yield f"{run.name + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    yield f"{run.recipe + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
     if not single:
-        yield " " * NAME_WIDTH + "".join(f"{estimate.run.name:>{FIGURE_WIDTH}}" for estimate in plans)
+        yield " " * NAME_WIDTH + "".join(f"{estimate.run.recipe:>{FIGURE_WIDTH}}" for estimate in plans)
     unit = "MB" if all(estimate.memory.all - estimate.memory.cuda < BYTES["GB"] for estimate in plans) else "GB"
     for lines in zip(*([*_memory_lines(e, unit), *_time_and_disk_lines(e, unit)] for e in plans), strict=True):
         name, figure, remark = lines[0]
@@ -241,7 +241,7 @@ def _notes(plans: list) -> Iterator[str]:
     for estimate in plans:
         if not estimate.fits:
             ways = [*ways_to_fit(estimate.run, estimate.machines)] or ["no micro batch, checkpointing or number of GPUs"]
-            yield "\n  or ".join([f"{estimate.run.name} does not fit; it would with {ways[0]}", *ways[1:]])
+            yield "\n  or ".join([f"{estimate.run.recipe} does not fit; it would with {ways[0]}", *ways[1:]])
 
 
 def _to_json(estimate) -> dict:
@@ -249,7 +249,7 @@ def _to_json(estimate) -> dict:
     names = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
-        "run": estimate.run.name, "machines": asdict(estimate.machines),
+        "run": estimate.run.recipe, "machines": asdict(estimate.machines),
         "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
         "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
         **{name: getattr(estimate, name) for name in names},

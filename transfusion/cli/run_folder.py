@@ -20,7 +20,7 @@ from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import ChatLayout, Run, to_json
 from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
 from transfusion.data.sources import chat_layout, fit, has_tokenizer_and_codec, hash_sources, open_sources, reuse
-from transfusion.disk import RUN
+from transfusion.disk import RUN, run_name
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
 
@@ -59,7 +59,11 @@ class RunFolder:
         changes = _describe_changes(known.run, run, fixed_model_fields(known.notes.get("start"))) if known else {}
         if changes:
             print_status(f"{path} has no checkpoint, so it takes this command's settings: {'; '.join(changes.values())}")
-        return _create(cls, run, path, start)
+        drafted = _create(cls, run, path, start)
+        before, after = (about.notes.get("start") for about in (known or drafted.description, drafted.description))
+        if before != after:
+            print_status(f"{path} has no checkpoint, so it starts from {_name_start(after)}, not from {_name_start(before)}")
+        return drafted
 
     @classmethod
     def _of(cls, path: Path, about: RunDescription) -> "RunFolder":
@@ -83,6 +87,13 @@ class RunFolder:
         return lambda model: origin.fill(model, self.run.training.seed, ranks)
 
 
+def _name_start(note: dict | None) -> str:
+    """The initial weights as text: their place, and the step of a run."""
+    if note is None:
+        return "random weights"
+    return note["place"] if note["step"] is None else f"{note['place']} at step {note['step']}"
+
+
 def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> RunFolder:
     """A new run: its data and its start decide the sizes of the model. UsageError or ValueError when they do not suit."""
     origin = open_start(*start) if start else None
@@ -94,7 +105,8 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     run = replace(run, model=origin.adapt_config(model) if origin else model)
     notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
     notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
-    return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), encoder)
+    about = RunDescription(run_name(path), run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
+    return cls(path, about, encoder)
 
 
 def _create_encoder(run: Run, origin) -> DocumentEncoder:
@@ -104,7 +116,7 @@ def _create_encoder(run: Run, origin) -> DocumentEncoder:
         encoder = reuse(run.data, other.tokenizer, other.codec, other.vocabulary, run.training.seed)
     else:
         if not run.data.prepared:
-            print_status(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.name}")
+            print_status(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.recipe}")
         encoder = fit(run.data, run.model.patch_size, run.training.seed, origin and origin.tokenizer)
     has_codes = encoder.vocabulary.num_image_codes > 0
     if has_codes != (run.model.patches == "codes"):
@@ -136,8 +148,8 @@ def _resume(known: RunDescription, run: Run, path: Path, start: Start | None) ->
     if start and (not note or (note["kind"], note["place"]) != (start[0], resolve_source(*start))):
         first = f"from {note['place']}" if note else "from random weights"
         raise UsageError(f"{path} started {first}, not from {start[1]}: give another --out")
-    if known.run.name != run.name:
-        raise UsageError(f"{path} holds the run {known.run.name}, not {run.name}: give another --out")
+    if known.run.recipe != run.recipe:
+        raise UsageError(f"{path} has the recipe {known.run.recipe}, not {run.recipe}: give another --out")
     fixed_sizes = fixed_model_fields(note)
     changes = _describe_changes(known.run, run, fixed_sizes)
     if fixed := [text for name, text in changes.items() if not name.startswith(FREE)]:

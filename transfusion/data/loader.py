@@ -250,10 +250,13 @@ class Block(Sequence):
 
 
 def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int, num_rows: int) -> list[Batch]:
-    """Batches of at most `num_rows` rows with the first held-out documents, in order, always the same. No captions and no
-    conditions are dropped."""
-    config = replace(encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0)
-    encoder = replace(encoder, config=config)
+    """Batches of at most `num_rows` rows with the first held-out documents, in order, with the same noise and t for every
+    seed. No captions and no conditions are dropped, and images before their caption have t = 0 and no loss, as in a prompt:
+    so the figures do not depend on the settings that change documents and t for training."""
+    config = replace(
+        encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0, image_first_max_t=0.0
+    )
+    encoder = replace(encoder, config=config, seed=0)
     encoded = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
     rows = pack(encoded, config.seq_len, encoder.vocabulary, seed=0)
     return [
