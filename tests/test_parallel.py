@@ -581,7 +581,10 @@ def test_codec_training_is_the_same_on_two_ranks_and_resumes_with_any_number(pai
     assert_same(outcome, expected, 1e-9)
 
 
-def test_codec_batch_not_divisible_by_ranks_is_refused(tmp_path):
+def test_batch_not_divisible_by_ranks_is_refused(tmp_path):
+    """By both trainers."""
+    with pytest.raises(ValueError, match="batch_size 8 is not divisible by 3 processes: use a batch size of 6 or 9, or 2"):
+        Trainer(a_run(batch_size=8), tmp_path, None, {}, torch.device("cpu"), Ranks(1, 3))
     with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3 processes: use a batch size of 3 or 6, or 2"):
         CodecTrainer(AUTOENCODER, FITTING, tmp_path, np.zeros((30, 16, 16, 3), np.uint8), torch.device("cpu"), Ranks(1, 3))
 
