@@ -222,9 +222,9 @@ def _image_span(image: Image, vocabulary: Vocabulary) -> Span:
 
 
 def find_breaks(document: Document, vocabulary: Vocabulary) -> np.ndarray:
-    """(n,) bool: may a new chunk begin at this position of the document? At any token of a text, and at the first position of
-    an image. But a pair may only be split before the first position of its first segment, or of its second if the first is
-    empty."""
+    """(n,) bool: may a new chunk begin at this position of the document? At any token of a text, and at the first position
+    of an image. But a pair may only be split before the first position of its first segment, or of its second if the first
+    is empty."""
     parts, is_pending = [np.zeros(1, bool)], True
     for number, segment in enumerate(document.segments):
         is_pending |= not document.pairs or number % 2 == 0
