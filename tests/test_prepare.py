@@ -722,7 +722,8 @@ def test_mean_length_includes_caption_dropout():
 def test_heldout_batches_have_all_heldout_images():
     sources = open_sources(encoder().config, "heldout")
     batches = [batch for source in sources for batch in heldout_batches(source, encoder(), 99, 2)]
-    assert sum(batch.image_count for batch in batches) == len(open_prepared(reference()).source("photos", "heldout"))
+    images = sum(len(group.keys) for batch in batches for group in batch.groups)
+    assert images == len(open_prepared(reference()).source("photos", "heldout"))
 
 
 def test_decoded_documents_are_close_to_the_originals():
