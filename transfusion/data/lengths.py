@@ -18,12 +18,12 @@ from transfusion.sequence import Document, Image, Text, Vocabulary
 SIZES = np.dtype([
     ("tokens", "<u4"),  # of all its texts
     ("area", "<u4"),  # Y x X of the latents of all its images
-    ("checksum", "<u4"),  # of its content, see `store.py`
+    ("checksum", "<u4"),  # of its content, see `shards.py`
     ("images", "<u2"),
     ("kind", "u1"),
     ("target", "u1"),  # of an edit: the shape of its last image, its number among the shapes of the source
 ])  # fmt: skip
-MAX_IMAGES, MAX_SHAPES = 2**16 - 1, 2**8  # of a document, of a source
+MAX_SHAPES = 2**8  # of a source
 OTHER, ONE_PAIR, PAIRS, EDIT = range(4)  # kinds of documents: a caption-image pair, several pairs, edits, and all others
 UNCHANGED, IMAGE_FIRST, WITHOUT_TEXT, TARGET_ONLY = range(4)  # changes of a document
 CHANGES = np.array([  # of each kind: the first, the second, and none
@@ -80,8 +80,12 @@ def sizes_of_segments(
 
     count = offsets[1:] - begin
     sizes = np.empty(len(pairs), SIZES)
-    sizes["tokens"], sizes["checksum"] = total(tokens), checksums
-    sizes["area"], sizes["images"] = total(height.astype(np.int64) * width), total(is_image)
+    sizes["checksum"] = checksums
+    for name, values in (("tokens", tokens), ("area", height.astype(np.int64) * width), ("images", is_image)):
+        totals, limit = total(values), np.iinfo(SIZES[name]).max
+        if totals.max(initial=0) > limit:
+            raise ValueError(f"a document has {totals.max():,} {name}, at most {limit:,} are supported: divide it")
+        sizes[name] = totals
     if not len(is_image):  # no document has a segment
         sizes["kind"], sizes["target"] = OTHER, 0
         return sizes

@@ -101,13 +101,30 @@ def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarra
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Documents of the stream, which are read when they are needed."""
+
+    sources: Sequence[Source]
+    entries: Entries
+    changes: np.ndarray  # of each document
+    encoded: Mapping[int, Document]  # those that were encoded to learn their lengths
+    config: DataConfig
+
+    def read(self, number: int, is_checked: bool = True) -> Document:
+        """One document, changed. `is_checked=False`: only its segments are needed (see `StoredSource.outline`)."""
+        source, id_ = self.sources[self.entries.sources[number]], int(self.entries.ids[number])
+        if (document := self.encoded.get(number)) is None:
+            document = source[id_] if is_checked else source.outline(id_)
+        document = replace(document, source=source.name, key=int(self.entries.keys[number]))
+        return change(document, self.changes[number], self.config)
+
+
+@dataclass(frozen=True)
 class Packed:
     """How blocks of documents are packed. Row n has the chunks from ends[n - 1] to ends[n] - 1."""
 
-    entries: Entries
-    changes: np.ndarray  # of each document
-    documents: dict[int, Document]  # those that were encoded to learn their lengths
-    chunks: np.ndarray  # (chunks, 3), row by row: number of the document in `entries`, first position in it, end
+    documents: Documents
+    chunks: np.ndarray  # (chunks, 3), row by row: number of the document, first position in it, end
     ends: np.ndarray  # (rows,)
     rows: list[range]  # of each block
 
@@ -157,57 +174,49 @@ class Loader:
     def block(self, number: int) -> "Block":
         """The rows of one block: a pure function of the seed and the block's number. ValueError when a document cannot be
         split to fit into a row."""
-        packed, number = divmod(number, self.blocks_together)
-        return Block(self, self._packed(packed), number)
+        together, number = divmod(number, self.blocks_together)
+        return Block(self._packed(together), number, self.vocabulary)
 
     def _pack(self, number: int) -> Packed:
         """Packs some blocks together: the larger the arrays, the less time a document takes."""
         blocks = np.arange(number * self.blocks_together, (number + 1) * self.blocks_together)
         entries = self.stream.read(int(blocks[0]), len(blocks))
-        lengths, documents = self._lengths(entries)
+        lengths, encoded = self._lengths(entries)
         changes = choose_changes(entries.keys, lengths.kinds, self.config)
-        numbers, begins, chunk_ends = self._split(lengths.after(changes), lengths.images, entries, changes, documents)
+        documents = Documents(self.sources, entries, changes, encoded, self.config)
+        numbers, begins, chunk_ends = self._split(lengths.after(changes), lengths.images, documents)
         shuffled = np.argsort((entries.keys[numbers] >> np.uint64(48)).astype(np.uint16), kind="stable")
-        sizes, numbers_of_blocks = (chunk_ends - begins)[shuffled], (numbers // self.config.shuffle_block)[shuffled]
-        bins, bin_blocks = best_fit(sizes, numbers_of_blocks, self.config.seq_len)
+        chunk_blocks = numbers // self.config.shuffle_block
+        bins, bin_blocks = best_fit((chunk_ends - begins)[shuffled], chunk_blocks[shuffled], self.config.seq_len)
         order, ends = shuffle_bins(bins, bin_blocks, derive_seeds(derive_seed(self.encoder.seed, "pack"), blocks))
         bounds = np.searchsorted(bin_blocks, np.arange(len(blocks) + 1)).tolist()
         chunks = np.stack([numbers, begins, chunk_ends], axis=1)[shuffled[order]]
-        return Packed(entries, changes, documents, chunks, ends, list(starmap(range, pairwise(bounds))))
-
-    def read(
-        self, entries: Entries, changes: np.ndarray, documents: Mapping[int, Document], number: int, is_checked: bool = True
-    ) -> Document:
-        """Document `number` of these, read if it is not in `documents`, and changed. `is_checked=False`: only its outline is
-        needed (see `StoredSource.outline`)."""
-        source = self.sources[entries.sources[number]]
-        if (document := documents.get(number)) is None:
-            id_ = int(entries.ids[number])
-            document = source[id_] if is_checked else source.outline(id_)
-        document = replace(document, source=source.name, key=int(entries.keys[number]))
-        return change(document, changes[number], self.config)
+        return Packed(documents, chunks, ends, list(starmap(range, pairwise(bounds))))
 
     def _lengths(self, entries: Entries) -> tuple[Lengths, dict[int, Document]]:
         """The lengths of documents, and those documents that were encoded for that."""
-        table, documents = np.empty((len(Lengths._fields), len(entries.ids)), np.int64), {}
+        table, encoded = np.empty((len(Lengths._fields), len(entries.ids)), np.int64), {}
         for number, source in enumerate(self.sources):
             of_source = np.flatnonzero(entries.sources == number)
             if isinstance(source, StoredSource):
                 lengths = source.lengths(entries.ids[of_source], self.vocabulary.patch_size)
             else:
-                encoded = self._encode(source, entries.ids[of_source].tolist())
-                documents |= zip(of_source.tolist(), encoded, strict=True)
-                lengths = lengths_of_documents(encoded, self.vocabulary)
+                documents = self._encode(source, entries.ids[of_source].tolist())
+                encoded |= zip(of_source.tolist(), documents, strict=True)
+                lengths = lengths_of_documents(documents, self.vocabulary)
             for row, values in zip(table, lengths, strict=True):
                 row[of_source] = values
-        return Lengths(*table), documents
+        return Lengths(*table), encoded
 
     def _encode(self, source: Source, ids: list[int]) -> list[Document]:
         parts = (ids[n : n + ENCODED_TOGETHER] for n in range(0, len(ids), ENCODED_TOGETHER))
         return [document for part in parts for document in self.encoder.encode([source[id_] for id_ in part])]
 
-    def _split(self, lengths: np.ndarray, images: np.ndarray, *of_documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The columns of `Packed.chunks`, in any order."""
+    def _split(
+        self, lengths: np.ndarray, images: np.ndarray, documents: Documents
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The columns of `Packed.chunks`, in any order. Texts are split by their lengths, documents with images by their
+        segments."""
         seq_len = self.config.seq_len
         if lengths.max() <= seq_len:
             return np.arange(len(lengths)), np.zeros_like(lengths), lengths
@@ -216,7 +225,7 @@ class Loader:
         counts, text_ends = split_texts(lengths[texts], seq_len)
         parts = [(numbers, lengths[numbers]), (np.repeat(texts, counts), text_ends)]
         for number in np.flatnonzero(is_long & ~is_text).tolist():
-            long_ends = split_document(self.read(*of_documents, number, is_checked=False), seq_len, self.vocabulary)
+            long_ends = split_document(documents.read(number, is_checked=False), seq_len, self.vocabulary)
             parts.append((np.full(len(long_ends), number), np.array(long_ends)))
         numbers, ends = map(np.concatenate, zip(*parts, strict=True))
         begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], numbers[1:] == numbers[:-1]])
@@ -226,8 +235,8 @@ class Loader:
 class Block(Sequence):
     """The rows of one block. The documents of a row are read when it is taken."""
 
-    def __init__(self, loader: Loader, packed: Packed, number: int):
-        self.loader, self.packed, self.rows = loader, packed, packed.rows[number]
+    def __init__(self, packed: Packed, number: int, vocabulary: Vocabulary):
+        self.packed, self.rows, self.vocabulary = packed, packed.rows[number], vocabulary
         self._split: dict[int, Chunk] = {}  # documents in several chunks, so that each is read once
 
     def __len__(self) -> int:
@@ -240,9 +249,7 @@ class Block(Sequence):
 
     def _chunk(self, number: int, begin: int, end: int) -> Chunk:
         if (chunk := self._split.get(number)) is None:
-            packed = self.packed
-            document = self.loader.read(packed.entries, packed.changes, packed.documents, number)
-            chunk = encode_document(document, self.loader.vocabulary)
+            chunk = encode_document(self.packed.documents.read(number), self.vocabulary)
             if end - begin == len(chunk):
                 return chunk
             self._split[number] = chunk

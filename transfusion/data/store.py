@@ -119,16 +119,17 @@ class StoredSource:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, id: int) -> Document:
-        return self._read(id, self.sizes["checksum"][id])
+        return self._read(id, is_checked=True)
 
     def outline(self, id: int) -> Document:
         """The same without a check, so that its latents are not read before they are used."""
-        return self._read(id, None)
+        return self._read(id, is_checked=False)
 
-    def _read(self, id: int, crc: int | None) -> Document:
+    def _read(self, id: int, is_checked: bool) -> Document:
         if not 0 <= id < len(self):
             raise IndexError(f"{self.name} ({self.split}) has documents 0 to {len(self) - 1}, not {id}")
         number, row = self._find(id)
+        crc = self.sizes["checksum"][id] if is_checked else None
         try:
             return self._shard(number).document(row, id, self.name, self.leading_shape, crc)
         except (ValueError, IndexError) as error:
