@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 
 from tests.profile import THOROUGH
 from tests.test_cli import TINY, TINY_FITTED, command, fails
+from tests.test_export import edit_json
 from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
 from transfusion.checkpoint.open import describe_run
@@ -101,8 +103,19 @@ def test_file_without_a_run_is_refused(tmp_path):
     path.write_text("recipe: other\n")
     with pytest.raises(UsageError, match="my.yaml names no recipe: give RUN before --config"):
         run_of("--config", path)
+    with pytest.raises(UsageError, match="my.yaml: unknown field lr"):
+        path.write_text("lr: 1\n")
+        run_of(path)
     with pytest.raises(OpenError, match="cannot read missing.yaml"):
         run_of("missing.yaml")
+
+
+@pytest.mark.parametrize("words", [["{}"], ["{}/run.json"], ["digits", "--config", "{}/run.json"]])
+def test_run_of_another_version_is_refused_with_its_format(written, tmp_path, words):
+    folder = Path(shutil.copytree(written, tmp_path / "old"))
+    edit_json(folder / "run.json", format=2, run={"name": "digits"})
+    with pytest.raises(OpenError, match=f"{folder} has format 2, written by transfusion .*; this version reads format 3"):
+        run_of(*(word.format(folder) for word in words))
 
 
 def test_print_config_needs_no_data_and_is_a_file_for_config(tmp_path, monkeypatch, capsys):
@@ -204,13 +217,17 @@ def test_drawn_commands_run_dry_or_are_refused_in_one_line(prepared, tmp_path, m
 
 
 def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device: 11_000_000)
+    """The line names a change with which it fits, if there is one."""
     words = ("train", "digits", *TINY, "--model.width", 64, "--training.batch-size", 16, "--out", tmp_path / "run")
-    stderr = fails(capsys, 2, *words).splitlines()[-1]
-    assert "digits needs 0.0 GB of memory for each process, and there are 0.0 GB: use " in stderr
-    assert not (tmp_path / "run").exists()
-    way = stderr.partition(": use ")[2].split(" or ")
-    assert way, stderr
+    ways = {}
+    for memory in (1_000_000, 11_000_000):
+        monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device, memory=memory: memory)
+        line, _, ways[memory] = fails(capsys, 2, *words).splitlines()[-1].partition(": use ")
+        assert line == "transfusion: digits needs 0.0 GB of memory for each process, and there are 0.0 GB"
+        assert not (tmp_path / "run").exists()
+    assert ways[1_000_000] == "a smaller run"
+    command(*words, *ways[11_000_000].split(" or ")[0].split())
+    assert (tmp_path / "run" / "run.json").exists()
 
 
 def test_batch_that_the_processes_cannot_share_is_refused(trained, monkeypatch, capsys):
