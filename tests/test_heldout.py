@@ -387,7 +387,7 @@ def test_figures_include_only_held_out_pictures(tmp_path):
     assert [(n, caption) for n, caption, _ in read_pairs(heldout, 9)] == [(0, "held"), (1, "held")]
     assert all(np.array_equal(pixels, pixels_of(held)) for _, _, pixels in read_pairs(heldout, 9))
     assert [is_edit(both(prepared, "s1")[1][n]) for n in (0, 1)] == [False, True]
-    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256)
+    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256, image_first=0.0)
     encoder = fit(data, 2, 0)
     batches = [heldout_batches(source, encoder, 9, 2) for source in open_sources(data, "heldout")]
     assert [sum(batch.image_count for batch in of_source) for of_source in batches] == [2, 1]  # the images in the loss

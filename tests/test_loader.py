@@ -420,18 +420,22 @@ def test_shards_that_were_closed_are_opened_again(monkeypatch, tmp_path):
                    for a, b in zip(document.segments, original[id_].segments, strict=True) if isinstance(a, Image))
 
 
-@pytest.mark.parametrize("kind", ["another shard", "shorter", "missing"])
+@pytest.mark.parametrize("kind", ["another shard", "another latent", "shorter", "missing"])
 def test_a_shard_that_was_replaced_is_named(kind, monkeypatch, tmp_path):
     """While it was not open, after it had been."""
     shutil.copytree(prepared()[1] / "pairs", tmp_path / "pairs")
     monkeypatch.setattr(store, "MAX_OPEN_SHARDS", 1)
     source = StoredSource(replace(prepared()[0][0].prepared, folder=tmp_path), "pairs", "train")
-    source[10], source[0]
+    latent = source[10].segments[1].content.tobytes()
+    source[0]
     path = tmp_path / "pairs" / "train-00001.arrow"
     content = path.read_bytes()
     path.unlink()
     if kind != "missing":
-        path.write_bytes((path.with_name("train-00003.arrow")).read_bytes() if kind == "another shard" else content[:200])
+        path.write_bytes({
+            "another shard": path.with_name("train-00003.arrow").read_bytes(), "shorter": content[:200],
+            "another latent": content.replace(latent, latent[:-1] + bytes([latent[-1] ^ 1])),
+        }[kind])  # fmt: skip
     with pytest.raises(OpenError, match="train-00001.arrow"):
         source[10]
     assert source[30]
