@@ -34,13 +34,15 @@ class Options:
     """Also compare with transfusion-pytorch 0.20.0, which is installed in a separate environment."""
     peer_python: Path | None = None
     """Python of that environment. Default: .venv-peer, which is created if it is missing."""
+    world: int = 64
+    """Number of processes, of which the part loading measures one."""
     before: str | None = None
     """A commit to measure too, in processes that take turns with this checkout's: the ratios are to its figures."""
 
 
 def main(options: Options) -> None:
     """Print and write every figure as soon as it is measured, so that an interruption loses nothing."""
-    setting = Setting(pick_device(options.device), options.quick, options.peer_python)
+    setting = Setting(pick_device(options.device), options.quick, options.peer_python, options.world)
     keep_freed_memory(setting.device)  # as `transfusion train`
     selected = [part for part in PARTS if part in options.parts or (part == "compare" and options.compare)]
     if not options.parts:

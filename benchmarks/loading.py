@@ -1,5 +1,5 @@
-"""Data loading on one core from prepared data, against the consumption of a GPU: 256-patch images and text, 1:1. Then the
-reading of sources (`reading.py`).
+"""Data loading on one core from prepared data, against the consumption of a GPU: 256-patch images and text, 1:1. Then one of
+many ranks, many shards (`ranks.py`), and the reading of sources (`reading.py`).
 
 Images of 256x256 pixels are latents of 8x32x32 (256 patches of 32 numbers, in float16). Rows have 4,096 positions. The
 consumption of a GPU is computed, not measured: 40 % of an H100's 989 TFLOP/s.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image as PILImage
 
-from benchmarks import reading
+from benchmarks import ranks, reading
 from benchmarks.timing import Figure, Setting
 from transfusion import objective
 from transfusion.config import DataConfig, DiffusionConfig, PrepareConfig
@@ -65,6 +65,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
             consumption = MFU * H100_FLOPS / (count_training_flops(sample[0], model) / sample[0].positions)
             label = f"  consumed by an H100 at 40 % with {name}"
             yield Figure(label, consumption, "positions/s", consumption / noising, "one core, with noise")
+        yield from ranks.measure(setting, config, folder)
     yield from reading.measure(setting)
 
 

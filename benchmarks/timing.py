@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of every part. `quick`: minimal work, as a test; the figures are meaningless."""
+    """Settings of every part. `quick`: minimal work, as a test; the figures are meaningless. `world`: ranks of which one
+    reads data."""
 
     device: torch.device
     quick: bool = False
     peer_python: Path | None = None
+    world: int = 64
 
     @property
     def cuda(self) -> bool:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.profile import examples
-from transfusion.config import ModelConfig
+from transfusion.config import DataConfig, ModelConfig
+from transfusion.data.lengths import change, choose_changes, kind_of
+from transfusion.data.loader import Loader
 from transfusion.data.packing import pack
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.model import transfusion
@@ -109,6 +111,18 @@ def positioned_chunks(rows: list[Row]) -> list[tuple[int, int, Chunk]]:
             positions.append((b, begin, chunk))
             begin += len(chunk)
     return positions
+
+
+def changed(document: Document, config: DataConfig) -> Document:
+    """The document as its key decides: image first, or with dropped parts."""
+    [how] = choose_changes(np.array([document.key], np.uint64), np.array([kind_of(document)]), config)
+    return change(document, how, config)
+
+
+def entries_of(loader: Loader, block: int, num_blocks: int = 1) -> list[tuple[int, int, int]]:
+    """(source, epoch, id) of all documents of some blocks."""
+    entries = loader.stream.read(block, num_blocks)
+    return list(zip(entries.sources.tolist(), entries.epochs.tolist(), entries.ids.tolist(), strict=True))
 
 
 def contents(chunk: Chunk) -> tuple:

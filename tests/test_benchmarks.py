@@ -12,13 +12,14 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import attention, before, compare, fixtures, loss, training, worker
+from benchmarks import attention, before, compare, fixtures, loss, ranks, training, worker
 from benchmarks.__main__ import PARTS, Options, main
 from benchmarks.timing import Figure, Setting, format_number, time_alternately
 from benchmarks.training import train_and_read_memory
 from tests.processes import context
 from tests.profile import few_samples
 from transfusion.config import DataConfig, ModelConfig, Run, TrainingConfig
+from transfusion.data.built_in import digits
 from transfusion.model.mask import packed_mask
 from transfusion.parallel import CPUINFO, cpu_flags, has_cpu_bfloat16
 from transfusion.runs import SIZES, named_run
@@ -49,6 +50,7 @@ def test_every_part_is_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "WARMUP_STEPS", 1)
     monkeypatch.setattr(training, "named_run", short_run)
     monkeypatch.setattr(training, "train_and_read_memory", memory_of_short_run)
+    monkeypatch.setattr(digits, "NUM_REPEATS", 1)
     forked = context()
     monkeypatch.setattr(training.multiprocessing, "get_context", lambda kind: forked)
     threads = torch.get_num_threads()
@@ -82,6 +84,19 @@ def test_numbers_have_three_significant_digits():
         "0.0123", "0.500", "1.00", "9.88", "98.8", "988", "98,765"
     ]  # fmt: skip
     assert Figure("7b", beside="left out").format() == "  7b: left out"
+
+
+# Loading
+
+
+def test_reading_by_ranks_and_from_shards_is_measured(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "NUM_REPEATS", 1)
+    config = DataConfig(prepared=(str(prepared / "prepared"),), seq_len=256, shuffle_block=32)
+    figures = list(ranks.measure(replace(QUICK, world=3), config, tmp_path))
+    assert [figure.what.strip() for figure in figures if figure.ratio] == ["one rank of 3"] * 2 + ["in 20 shards"]
+    kept = {figure.what: figure.value for figure in figures if figure.unit == "bytes"}
+    assert kept["kept per document, mapped and shared"] == 16
+    assert all(figure.value > 0 for figure in figures if figure.unit != "bytes")
 
 
 # Training

@@ -17,9 +17,11 @@ from tokenizers import Tokenizer as Engine
 from tests.documents import (
     VOCABULARY,
     Notes,
+    changed,
     contents,
     contents_of,
     documents,
+    entries_of,
     few,
     image_lists,
     many,
@@ -35,7 +37,7 @@ from transfusion.config import DataConfig, DigitsConfig
 from transfusion.data import sources as run_sources
 from transfusion.data.built_in.digits import NAMES, Digits, load_scans
 from transfusion.data.built_in.topics import HELDOUT_EVERY, Topics, split_text
-from transfusion.data.loader import START, DocumentEncoder, Loader, LoaderState, heldout_batches, reorder_and_drop
+from transfusion.data.loader import START, DocumentEncoder, Loader, LoaderState, heldout_batches
 from transfusion.data.packing import pack
 from transfusion.data.raw import RawDocument, RawText
 from transfusion.sequence import NO_TARGET, Document, Image, Text, Vocabulary, collate, encode_document, split_chunk
@@ -83,7 +85,7 @@ def pair(key: int, pairs: int = 1) -> Document:
 
 def test_image_first_and_caption_dropout_have_the_configured_rates():
     config = DataConfig(image_first=0.3, caption_dropout=0.2, image_first_max_t=0.5)
-    documents = [reorder_and_drop(pair(key), config) for key in range(5000)]
+    documents = [changed(pair(key), config) for key in range(5000)]
     dropped = [document.segments[1] == Text((), loss=False) for document in documents]
     image_first = [isinstance(document.segments[0], Image) and not is_dropped
                    for document, is_dropped in zip(documents, dropped, strict=True)]  # fmt: skip
@@ -99,7 +101,7 @@ def test_image_first_and_caption_dropout_have_the_configured_rates():
 @given(pair_documents(caption_first=st.just(True)), st.sampled_from((0.0, 0.5, 1.0)))
 def test_image_first_swaps_every_pair_and_limits_max_t(document, limit):
     config = DataConfig(image_first=1.0, caption_dropout=1.0, image_first_max_t=limit)
-    segments = reorder_and_drop(document, config).segments
+    segments = changed(document, config).segments
     assert segments[1::2] == document.segments[::2]  # captions and their loss are unchanged
     for swapped, image in zip(segments[::2], document.segments[1::2], strict=True):
         assert swapped.content is image.content
@@ -110,7 +112,7 @@ def test_image_first_swaps_every_pair_and_limits_max_t(document, limit):
 @many
 @given(pair_documents(caption_first=st.just(True)))
 def test_dropped_caption_leaves_bos_boi_and_no_loss_after_the_image(document):
-    dropped = reorder_and_drop(document, DataConfig(image_first=0.0, caption_dropout=1.0))
+    dropped = changed(document, DataConfig(image_first=0.0, caption_dropout=1.0))
     if len(document.segments) > 2:
         assert dropped == document  # only single pairs lose their caption
         return
@@ -127,8 +129,8 @@ def test_dropped_caption_leaves_bos_boi_and_no_loss_after_the_image(document):
 @given(documents(), pair_documents(caption_first=st.just(True)))
 def test_only_pairs_are_changed_and_only_if_configured(document, of_pairs):
     always = DataConfig(image_first=1.0, caption_dropout=1.0, condition_text_dropout=0.0, condition_dropout=0.0)
-    assert reorder_and_drop(document, always) == document
-    assert reorder_and_drop(of_pairs, DataConfig(image_first=0.0, caption_dropout=0.0)) == of_pairs
+    assert changed(document, always) == document
+    assert changed(of_pairs, DataConfig(image_first=0.0, caption_dropout=0.0)) == of_pairs
 
 
 # The loader
@@ -200,7 +202,7 @@ def test_iterators_of_one_loader_are_independent():
 
 def test_batches_are_the_rows_of_the_blocks_in_order():
     reader = loader(3)
-    rows = [row for block in range(4) for row in reader.pack_block(block)]
+    rows = [row for block in range(4) for row in reader.block(block)]
     for n, (batch, _) in enumerate(take(len(rows) // 3, reader)):
         assert same_batch(batch, collate(rows[3 * n : 3 * n + 3], 96, reader.encoder.vocabulary))
 
@@ -210,20 +212,19 @@ def test_block_contains_each_of_its_documents_once(monkeypatch, together):
     monkeypatch.setattr("transfusion.data.loader.ENCODED_TOGETHER", together)
     reader = loader()
     for block in (0, 3):
-        entries = [reader.stream[n] for n in range(32 * block, 32 * block + 32)]
         expected = [
             reader.encoder.to_document(reader.sources[source][id_], reader.sources[source].name, epoch)
-            for source, epoch, id_ in entries
+            for source, epoch, id_ in entries_of(reader, block)
         ]
         chunks = [split_chunk(encode_document(document, reader.encoder.vocabulary), 96) for document in expected]
-        packed = Counter(chunk for row in contents_of(reader.pack_block(block)) for chunk in row)
+        packed = Counter(chunk for row in contents_of(reader.block(block)) for chunk in row)
         assert packed == Counter(contents(chunk) for parts in chunks for chunk in parts)
 
 
 def test_each_epoch_reads_every_document_once_in_a_new_order():
     sources = [Notes("one", 50), Notes("two", 13, 40)]
-    stream = Loader(sources, encoder(), 1).stream
-    entries = [stream[n] for n in range(400)]
+    small = replace(encoder(), config=replace(encoder().config, shuffle_block=20))
+    entries = entries_of(Loader(sources, small, 1), 0, 20)
     for number, source in enumerate(sources):
         ids = [(epoch, id_) for index, epoch, id_ in entries if index == number]
         epochs = [[id_ for e, id_ in ids if e == epoch] for epoch in range(len(ids) // len(source))]
@@ -231,8 +232,7 @@ def test_each_epoch_reads_every_document_once_in_a_new_order():
         assert all(sorted(order) == list(range(len(source))) for order in epochs)
         assert len({tuple(order) for order in epochs}) == len(epochs)
         assert [epoch for epoch, _ in ids] == sorted(epoch for epoch, _ in ids)
-    other_seed = Loader(sources, replace(encoder(), seed=1), 1)
-    assert [other_seed.stream[n] for n in range(40)] != entries[:40]
+    assert entries_of(Loader(sources, replace(small, seed=1), 1), 0, 2) != entries[:40]
 
 
 def test_document_key_depends_on_seed_source_epoch_and_id():
@@ -257,7 +257,7 @@ def test_documents_encoded_together_equal_each_alone(texts, per_document):
     parts = [(RawText(text, loss, parse_special), Notes("one", 9)[0].segments[1]) for text, loss, parse_special in texts]
     raw = [RawDocument(sum(parts[n : n + per_document], ()), id=n) for n in range(0, len(parts), per_document)]
     entries = [(document, "one", 0) for document in (*raw, Document((Text((1, 2)),), id=99))]
-    together, alone = special.to_documents(entries), [special.to_document(*entry) for entry in entries]
+    together, alone = special.encode([document for document, *_ in entries]), [special.to_document(*e) for e in entries]
     assert [encode_document(a, special.vocabulary).tokens.tolist() for a in together] == [
         encode_document(a, special.vocabulary).tokens.tolist() for a in alone
     ]
@@ -285,7 +285,7 @@ def test_mixture_weights_are_shares_of_positions(weights, means):
     with few_samples(1024):
         reader = Loader(sources, replace(encoder(), config=config), 1)
     positions = Counter()
-    for source, epoch, id_ in (reader.stream[n] for n in range(1500)):
+    for source, epoch, id_ in entries_of(reader, 0, 47):
         document = reader.encoder.to_document(sources[source][id_], sources[source].name, epoch)
         positions[source] += len(encode_document(document, reader.encoder.vocabulary))
     for source, weight in enumerate(weights):
@@ -305,8 +305,7 @@ def test_digits_and_topics_have_their_shares_within_a_few_blocks():
     with few_samples(1024):
         reader = Loader(run_sources.open_sources(config, "train"), fitted, 1)
     positions = [0, 0]
-    for n in range(3 * config.shuffle_block):
-        source, epoch, id_ = reader.stream[n]
+    for source, epoch, id_ in entries_of(reader, 0, 3):
         document = fitted.to_document(reader.sources[source][id_], reader.sources[source].name, epoch)
         positions[source] += len(encode_document(document, fitted.vocabulary))
     assert abs(positions[1] / sum(positions) - 0.15) < 0.02

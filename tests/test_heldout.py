@@ -25,7 +25,7 @@ from tests.profile import examples
 from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
 from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
-from transfusion.data import fitting, prepare, store
+from transfusion.data import fitting, prepare, shards
 from transfusion.data import heldout as heldout_module
 from transfusion.data.heldout import (
     HASH_RANGE,
@@ -387,7 +387,7 @@ def test_figures_include_only_held_out_pictures(tmp_path):
     assert [(n, caption) for n, caption, _ in read_pairs(heldout, 9)] == [(0, "held"), (1, "held")]
     assert all(np.array_equal(pixels, pixels_of(held)) for _, _, pixels in read_pairs(heldout, 9))
     assert [is_edit(both(prepared, "s1")[1][n]) for n in (0, 1)] == [False, True]
-    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256)
+    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256, image_first=0.0)
     encoder = fit(data, 2, 0)
     batches = [heldout_batches(source, encoder, 9, 2) for source in open_sources(data, "heldout")]
     assert [sum(batch.image_count for batch in of_source) for of_source in batches] == [2, 1]  # the images in the loss
@@ -521,8 +521,8 @@ def test_likely_duplicates_are_counted(tmp_path):
 
 
 def test_shard_is_flushed_by_its_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "MAX_BATCH_BYTES", 4000)
-    writer = store.ShardWriter(tmp_path / "a.arrow")
+    monkeypatch.setattr(shards, "MAX_BATCH_BYTES", 4000)
+    writer = shards.ShardWriter(tmp_path / "a.arrow")
     documents = [Document((Text(tuple(range(first, first + 300))),)) for first in range(10)]
     for document in documents:
         writer.add(document, SplitDocument(RawDocument((), split="train"), (), (), 1))
@@ -537,13 +537,13 @@ def test_shard_is_flushed_by_its_text(tmp_path, monkeypatch):
 
 def test_offsets_have_64_bits():
     lengths = range(2**31), range(5)
-    lists = store._list_array(lengths, pa.nulls(2**31 + 5))
+    lists = shards._list_array(lengths, pa.nulls(2**31 + 5))
     assert lists.value_lengths().to_pylist() == [2**31, 5]
-    assert not any(pa.types.is_list(column.type) for column in store.schema(is_vq=False))
+    assert not any(pa.types.is_list(column.type) for column in shards.schema(is_vq=False))
 
 
 def test_memory_does_not_grow_with_the_number_of_long_texts(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "MAX_BATCH_BYTES", 50_000)
+    monkeypatch.setattr(shards, "MAX_BATCH_BYTES", 50_000)
     monkeypatch.setattr(prepare, "MAX_BATCH_CHARS", 20_000)
     peaks = []
     for count in (8, 24):

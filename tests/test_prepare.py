@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
-from tests.documents import contents, contents_of, same_batch
+from tests.documents import changed, contents, contents_of, entries_of
 from tests.profile import THOROUGH, examples
 from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos, write_texts
@@ -37,6 +37,7 @@ from transfusion.config import DataConfig, PrepareConfig
 from transfusion.data import fitting
 from transfusion.data import prepare as preparing
 from transfusion.data.heldout import HASH_RANGE, MAX_FRACTION, hash_pixels
+from transfusion.data.lengths import choose_changes
 from transfusion.data.loader import (
     START,
     DocumentEncoder,
@@ -44,14 +45,14 @@ from transfusion.data.loader import (
     contains_edits,
     document_weights,
     heldout_batches,
-    reorder_and_drop,
 )  # fmt: skip
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import RawDocument, RawText
 from transfusion.data.reading.account import Account
 from transfusion.data.reading.readers import open_reader
+from transfusion.data.shards import ShardWriter
 from transfusion.data.sources import fit, open_raw, open_sources
-from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
+from transfusion.data.store import PreparedFolder, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
 from transfusion.parallel import pick_device
@@ -270,7 +271,7 @@ def test_one_run_reads_several_compatible_folders(tmp_path):
     texts = [{source.where(n): source[n].segments for n in range(len(source))} for source in sources[1:]]
     assert all(texts[0][where] == texts[1][where] for where in texts[0].keys() & texts[1].keys())
     assert fitted.vocabulary == encoder().vocabulary
-    assert Loader(sources, fitted, 1).pack_block(0)
+    assert list(Loader(sources, fitted, 1).block(0))
     with pytest.raises(ValueError, match="called photos"):
         encoder(prepared=(str(reference()), str(reference())))
     prepare(readers(), replace(CONFIG, tokenizer_size=280), tmp_path / "other")
@@ -596,23 +597,16 @@ def test_every_position_of_an_epoch_is_read_exactly_once():
     epochs = {(source.name, id_): 0 for source in reader.sources for id_ in range(len(source))}
     expected, packed, block = Counter(), Counter(), 0
     while min(epochs.values()) < 2:  # until every document has been read twice
-        entries = [reader.stream[n] for n in range(24 * block, 24 * block + 24)]
-        for source, epoch, id_ in entries:
+        for source, epoch, id_ in entries_of(reader, block):
             name = reader.sources[source].name
             assert epochs[name, id_] == epoch  # once per epoch, in order of epochs
             epochs[name, id_] += 1
             document = reader.encoder.to_document(reader.sources[source][id_], name, epoch)
             chunks = split_chunk(encode_document(document, reader.encoder.vocabulary), 64)
             expected.update(map(contents, chunks))
-        packed.update(chunk for row in contents_of(reader.pack_block(block)) for chunk in row)
+        packed.update(chunk for row in contents_of(reader.block(block)) for chunk in row)
         block += 1
     assert packed == expected
-
-
-@pytest.mark.parametrize("workers", [2, 4])
-def test_number_of_workers_does_not_change_batches(workers):
-    expected, actual = take(loader(), START, 30), take(loader(workers=workers), START, 30)
-    assert all(same_batch(a, b) and x == y for (a, x), (b, y) in zip(expected, actual, strict=True))
 
 
 RANK_CHANGES = [(1, 4, 4), (4, 1, 4), (2, 4, 8), (4, 2, 8), (1, 2, 8)]  # ranks before, ranks after, rows of a step
@@ -681,17 +675,17 @@ def test_random_corpora_are_read_completely_and_once(corpus, shard):
         reader = Loader(open_sources(data, "train"), fitted, 1)
         epoch = len(reader.sources[0])
         blocks = -(-epoch // 7)
-        packed = [row for block in range(blocks) for row in contents_of(reader.pack_block(block))]
+        packed = [row for block in range(blocks) for row in contents_of(reader.block(block))]
         expected = Counter()
-        for n in range(7 * blocks):
-            _, number, id_ = reader.stream[n]
+        entries = entries_of(reader, 0, blocks)
+        for _, number, id_ in entries:
             document = fitted.to_document(reader.sources[0][id_], "some", number)
             chunk = encode_document(document, fitted.vocabulary)
             parts = split_chunk(chunk, 40)
             assert np.array_equal(np.concatenate([part.tokens for part in parts]), chunk.tokens)
             expected.update(map(contents, parts))
         assert Counter(chunk for row in packed for chunk in row) == expected
-        assert sorted(reader.stream[n][2] for n in range(epoch)) == list(range(len(records)))
+        assert sorted(id_ for _, _, id_ in entries[:epoch]) == list(range(len(records)))
 
 
 def test_float16_latents_become_float32_in_batches():
@@ -707,7 +701,7 @@ def test_row_too_short_for_an_image_is_an_error_before_training():
     with pytest.raises(ValueError, match="raise data.seq_len"):
         encoder(seq_len=shortest - 2)
     reader = loader(seq_len=shortest - 1)
-    assert all(len(reader.pack_block(block)) for block in range(4))
+    assert all(len(reader.block(block)) for block in range(4))
 
 
 def test_weights_use_exact_mean_lengths():
@@ -725,17 +719,18 @@ def test_weights_use_exact_mean_lengths():
 def test_mean_length_includes_caption_dropout():
     reader = loader(caption_dropout=0.5, image_first=0.2)
     source, vocabulary = reader.sources[0], reader.encoder.vocabulary
-    measured = np.mean([
-        len(encode_document(reader.encoder.to_document(source[n], source.name, epoch), vocabulary))
-        for n in range(len(source)) for epoch in range(60)
-    ])  # fmt: skip
+    entries = reader.stream.read(0, 2000)
+    photos = entries.sources == 0
+    lengths = source.lengths(entries.ids[photos], vocabulary.patch_size)
+    measured = lengths.after(choose_changes(entries.keys[photos], lengths.kinds, reader.config)).mean()
     assert abs(source.mean_positions(vocabulary, 0.8 * 0.5) - measured) < 0.1
 
 
 def test_heldout_batches_have_all_heldout_images():
     sources = open_sources(encoder().config, "heldout")
     batches = [batch for source in sources for batch in heldout_batches(source, encoder(), 99, 2)]
-    assert sum(batch.image_count for batch in batches) == len(open_prepared(reference()).source("photos", "heldout"))
+    images = sum(len(group.keys) for batch in batches for group in batch.groups)
+    assert images == len(open_prepared(reference()).source("photos", "heldout"))
 
 
 def test_decoded_documents_are_close_to_the_originals():
@@ -765,7 +760,7 @@ def test_conditions_are_dropped_at_the_configured_rates():
     kinds = Counter()
     for key in range(4000):
         document = edit(key)
-        segments = reorder_and_drop(document, config).segments
+        segments = changed(document, config).segments
         if segments is not document.segments:
             assert segments[-1] == Text((), loss=False)  # no loss after the image
             assert segments[-2] is document.segments[-1]
@@ -790,7 +785,7 @@ def test_sources_with_edits_are_detected():
 ])  # fmt: skip
 def test_documents_without_conditions_are_unchanged(segments):
     config = DataConfig(condition_text_dropout=0.5, condition_dropout=0.5)
-    assert reorder_and_drop(Document(segments), config).segments == segments
+    assert changed(Document(segments), config).segments == segments
 
 
 # Files that are cut short, and the account

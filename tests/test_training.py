@@ -505,7 +505,8 @@ def test_ema_is_a_moving_average_that_soon_replaces_the_start(values, decay):
 def test_non_finite_loss_raises_and_applies_no_update(tmp_path, bad, step):
     def change(batch, number):
         if number == step - 1:
-            batch.groups[0].x0[0, 0, 0, 0] = bad
+            with_loss = batch.groups[0].loss.nonzero()[0]
+            batch.groups[0].x0[with_loss, 0, 0, 0] = bad
         return batch
 
     trainer = new_trainer(tmp_path, small_run(5, checkpoint_every=2), change=change)

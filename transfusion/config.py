@@ -196,8 +196,6 @@ class DataConfig(Config, part="data."):
     condition_dropout: Share = 0.05  # Share of edit documents whose text and images before the target are dropped.
     # Number of consecutive documents of the shuffled stream that are packed together.
     shuffle_block: Annotated[int, Range(at_least=1, limit=2**24)] = 2048
-    # Threads that read ahead; the batches do not depend on their number.
-    workers: Annotated[int, Range(at_least=1, limit=1024)] = 1
 
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)

@@ -7,7 +7,7 @@ prefills with it, so the two cannot disagree.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -179,7 +179,6 @@ class Span(NamedTuple):
 
     tokens: list[int]
     loss_mask: list[bool]  # has the token next-token loss, as a target?
-    can_break: list[bool]
 
 
 def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = True) -> Chunk:
@@ -189,38 +188,28 @@ def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = 
     patch, patch to eoi, and the end. Codes are tokens instead of patches (Chameleon, 2405.09818). `add_eos=False`
     omits eos (a prompt).
     """
-    tokens, loss_mask, can_break, images = [vocabulary.bos], [False], [False], []
-    # A pair may only be split before the first position of its first segment, or of its second if the first is empty.
-    break_pending = True
-    for number, segment in enumerate(document.segments):
-        break_pending |= not document.pairs or number % 2 == 0
+    tokens, loss_mask, images = [vocabulary.bos], [False], []
+    for segment in document.segments:
         if isinstance(segment, Text):
-            span = _text_span(segment, break_pending, every_token=not document.pairs)
+            span = Span(list(segment.tokens), [segment.loss] * len(segment.tokens))
         else:
-            span = _image_span(segment, vocabulary, break_pending)
+            span = _image_span(segment, vocabulary)
             if not segment.is_codes:
                 key = derive_seed(document.key, len(images))
                 images.append(PlacedImage(segment, len(tokens) + 1, key))
-        break_pending &= not span.tokens
         tokens += span.tokens
         loss_mask += span.loss_mask
-        can_break += span.can_break
     if add_eos:
         tokens.append(vocabulary.eos)
         loss_mask.append(not document.segments or document.segments[-1].loss)
-        can_break.append(False)
     ids = np.array(tokens, dtype=np.int64)
     targets = np.full(len(ids), NO_TARGET, dtype=np.int64)
     targets[:-1] = np.where(loss_mask[1:], ids[1:], NO_TARGET)
-    return Chunk(ids, targets, tuple(images), np.array(can_break), document.source, document.id)
+    can_break = find_breaks(document, vocabulary)[: len(ids)]
+    return Chunk(ids, targets, tuple(images), can_break, document.source, document.id)
 
 
-def _text_span(text: Text, can_break: bool, every_token: bool) -> Span:
-    n = len(text.tokens)
-    return Span(list(text.tokens), [text.loss] * n, [every_token or (can_break and i == 0) for i in range(n)])
-
-
-def _image_span(image: Image, vocabulary: Vocabulary, can_break: bool) -> Span:
+def _image_span(image: Image, vocabulary: Vocabulary) -> Span:
     n = vocabulary.num_patches(image.shape)
     if image.is_codes:
         patches = (vocabulary.first_code + image.content.ravel()).tolist()  # row by row
@@ -229,8 +218,23 @@ def _image_span(image: Image, vocabulary: Vocabulary, can_break: bool) -> Span:
     return Span(
         [vocabulary.boi[image.shape], *patches, vocabulary.eoi],
         [image.loss, *[image.loss and image.is_codes] * n, False],
-        [can_break] + [False] * (n + 1),
     )
+
+
+def find_breaks(document: Document, vocabulary: Vocabulary) -> np.ndarray:
+    """(n,) bool: may a new chunk begin at this position of the document? At any token of a text, and at the first position
+    of an image. But a pair may only be split before the first position of its first segment, or of its second if the first
+    is empty."""
+    parts, is_pending = [np.zeros(1, bool)], True
+    for number, segment in enumerate(document.segments):
+        is_pending |= not document.pairs or number % 2 == 0
+        is_text = isinstance(segment, Text)
+        part = np.full(len(segment.tokens) if is_text else vocabulary.num_patches(segment.shape) + 2,
+                       is_text and not document.pairs)  # fmt: skip
+        part[:1] = is_pending
+        is_pending &= not len(part)
+        parts.append(part)
+    return np.concatenate([*parts, np.zeros(1, bool)])
 
 
 def split_chunk(chunk: Chunk, length: int) -> list[Chunk]:
@@ -239,15 +243,20 @@ def split_chunk(chunk: Chunk, length: int) -> list[Chunk]:
     The first position of a later chunk is still predicted, from the last one of the chunk before it. ValueError when an
     image (with its caption) is longer than a row.
     """
-    chunks, begin = [], 0
-    while len(chunk) - begin > length:
-        allowed = np.flatnonzero(chunk.can_break[begin + 1 : begin + length + 1])
+    ends = find_splits(chunk.can_break, length)
+    return [chunk.part(*span) for span in pairwise([0, *ends])]
+
+
+def find_splits(can_break: np.ndarray, length: int) -> list[int]:
+    """The end of each chunk of at most `length` positions, the last one included. ValueError as for `split_chunk`."""
+    ends, begin = [], 0
+    while len(can_break) - begin > length:
+        allowed = np.flatnonzero(can_break[begin + 1 : begin + length + 1])
         if not len(allowed):
             raise ValueError(f"an image with its caption does not fit in a row of {length} positions: raise data.seq_len")
-        end = begin + 1 + int(allowed[-1])
-        chunks.append(chunk.part(begin, end))
-        begin = end
-    return [*chunks, chunk.part(begin)]
+        begin += 1 + int(allowed[-1])
+        ends.append(begin)
+    return [*ends, len(can_break)]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,6 @@ def shrink(run: Run) -> Run:
         run,
         model=replace(run.model, width=WIDTH, layers=1, heads=1, kv_heads=None, head_dim=None, intermediate_size=None,
                       unet_width=None),
-        data=replace(run.data, shuffle_block=DOCUMENTS, workers=1), training=replace(run.training, batch_size=1),
+        data=replace(run.data, shuffle_block=DOCUMENTS), training=replace(run.training, batch_size=1),
         parallel=replace(run.parallel, shard="full", compile=False),
     )  # fmt: skip

@@ -29,7 +29,7 @@ HELDOUT = 256  # documents of each source for the held-out losses
 Start = tuple[str, str]  # the kind of the initial weights, "run" or "llama", and their folder or name on the hub
 FREE = (  # settings that a trained run may change, by the beginning of their names: they do not change what a step learns
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
-    "training.preview_every", "training.log", "data.prepared", "data.workers", "generation.", "parallel.",
+    "training.preview_every", "training.log", "data.prepared", "generation.", "parallel.",
     "fault_tolerance.",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from transfusion.data.heldout import HASH_RANGE, limit_of
 from transfusion.data.reading.account import counted
-from transfusion.data.store import read_hashes
+from transfusion.data.shards import read_hashes
 
 NUM_NAMED = 10
 

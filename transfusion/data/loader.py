@@ -4,24 +4,28 @@ The stream of documents is a pure function of the seed. It is divided into block
 rows of all blocks, in order, are dealt to batches and ranks. So a loader's state is two numbers: block and row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import lru_cache
+from itertools import count, islice, pairwise, starmap
 from typing import Protocol
 
-import grain
 import numpy as np
 
 from transfusion.codecs.codec import Codec
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig
-from transfusion.data.packing import pack
+from transfusion.data.lengths import Lengths, change, choose_changes, is_edit, kind_of, lengths_of_documents
+from transfusion.data.order import Entries, Stream, document_key
+from transfusion.data.packing import best_fit, pack, shuffle_bins, split_document, split_texts
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import StoredSource
-from transfusion.seeding import derive_seed, uniform_from
-from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
+from transfusion.seeding import derive_seed, derive_seeds
+from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 ENCODED_TOGETHER = 64  # documents of a block whose raw images are in memory at once
+PACKED_TOGETHER = 2**14  # documents whose blocks are packed together if their lengths are known
 NUM_PROBED_DOCUMENTS = 1024  # documents of a source that are encoded to estimate its mean length
 
 
@@ -57,65 +61,31 @@ class DocumentEncoder:
     seed: int
 
     def to_document(self, document: RawDocument | Document, source: str, epoch: int) -> Document:
-        """The document, encoded, reordered and dropped; its randomness is derived from (seed, source, epoch, id)."""
-        return self.to_documents([(document, source, epoch)])[0]
+        """The document, encoded and changed (`lengths.choose_changes`); its randomness is derived from (seed, source, epoch,
+        id)."""
+        [encoded] = self.encode([document])
+        key = document_key(self.seed, source, epoch, document.id)
+        [how] = choose_changes(np.array([key], np.uint64), np.array([kind_of(encoded)]), self.config)
+        return change(replace(encoded, source=source, key=key), how, self.config)
 
-    def to_documents(self, documents: Sequence[tuple[RawDocument | Document, str, int]]) -> list[Document]:
-        """`to_document` of each (document, source, epoch). The texts of all are encoded together."""
+    def encode(self, documents: Sequence[RawDocument | Document]) -> list[Document]:
+        """The documents, encoded, all segments in order. The texts of all are encoded together."""
         texts: dict[bool, list[str]] = {True: [], False: []}  # by `parse_special`
-        for document, *_ in documents:
+        for document in documents:
             for part in document.segments:
                 if isinstance(part, RawText):
                     texts[part.parse_special].append(part.text)
         ids = {parse: iter(self.tokenizer.encode_batch(group, parse) if group else ()) for parse, group in texts.items()}
-        return [self._to_document(*entry, ids) for entry in documents]
+        return [self._encode(document, ids) for document in documents]
 
-    def _to_document(
-        self, document: RawDocument | Document, source: str, epoch: int, ids: dict[bool, Iterator[tuple[int, ...]]]
-    ) -> Document:
+    def _encode(self, document: RawDocument | Document, ids: dict[bool, Iterator[tuple[int, ...]]]) -> Document:
         segments = tuple(
             Text(next(ids[part.parse_special]), part.loss) if isinstance(part, RawText)
             else Image(self.codec.encode(part.pixels), part.loss, part.max_t) if isinstance(part, RawImage)
             else part
             for part in document.segments
         )  # fmt: skip
-        key = derive_seed(self.seed, source, epoch, document.id)
-        return reorder_and_drop(Document(segments, document.id, source, key, document.pairs), self.config)
-
-
-def reorder_and_drop(document: Document, config: DataConfig) -> Document:
-    """Caption-image pairs (section 4.1): in some documents the image is first, in some the caption is dropped. The caption
-    is dropped only in documents of one pair. An empty Text without loss then follows the image, so that eos is no target:
-    otherwise the model would be trained to end without a caption. For edits see `_drop_conditions`."""
-    if not document.pairs:
-        return _drop_conditions(document, config)
-    captions, images = document.segments[::2], document.segments[1::2]
-    if uniform_from(document.key, "order") < config.image_first:
-        images = [replace(image, max_t=min(image.max_t, config.image_first_max_t)) for image in images]
-        segments = [part for pair in zip(images, captions, strict=True) for part in pair]
-        return replace(document, segments=tuple(segments))
-    if len(images) == 1 and uniform_from(document.key, "dropout") < config.caption_dropout:
-        return replace(document, segments=(*images, Text((), loss=False)))
-    return document
-
-
-def _drop_conditions(document: Document, config: DataConfig) -> Document:
-    """Drops the text of some edits, and all conditions (text and images) of others, to train the branches of guidance."""
-    if not is_edit(document):
-        return document
-    *conditions, target = document.segments
-    u = uniform_from(document.key, "condition")
-    if u >= config.condition_text_dropout + config.condition_dropout:
-        return document
-    images = [part for part in conditions if isinstance(part, Image)] if u < config.condition_text_dropout else []
-    return replace(document, segments=(*images, target, Text((), loss=False)))
-
-
-def is_edit(document: RawDocument | Document) -> bool:
-    """Whether its last segment is an image with loss, and an image without loss (a condition) is before it."""
-    *conditions, target = document.segments or (None,)
-    images = [part for part in conditions if isinstance(part, Image | RawImage)]
-    return isinstance(target, Image | RawImage) and target.loss and any(not image.loss for image in images)
+        return Document(segments, document.id, pairs=document.pairs)
 
 
 def contains_edits(source: Source) -> bool:
@@ -130,48 +100,160 @@ def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarra
     return islice(((n, *pair) for n, pair in pairs if pair is not None), count)
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Documents of the stream, which are read when they are needed."""
+
+    sources: Sequence[Source]
+    entries: Entries
+    changes: np.ndarray  # of each document
+    encoded: Mapping[int, Document]  # those that were encoded to learn their lengths
+    config: DataConfig
+
+    def read(self, number: int, is_checked: bool = True) -> Document:
+        """One document, changed. `is_checked=False`: only its segments are needed (see `StoredSource.outline`)."""
+        source, id_ = self.sources[self.entries.sources[number]], int(self.entries.ids[number])
+        if (document := self.encoded.get(number)) is None:
+            document = source[id_] if is_checked else source.outline(id_)
+        document = replace(document, source=source.name, key=int(self.entries.keys[number]))
+        return change(document, self.changes[number], self.config)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How blocks of documents are packed. Row n has the chunks from ends[n - 1] to ends[n] - 1."""
+
+    documents: Documents
+    chunks: np.ndarray  # (chunks, 3), row by row: number of the document, first position in it, end
+    ends: np.ndarray  # (rows,)
+    rows: list[range]  # of each block
+
+
 class Loader:
-    """The packed rows of each step, without end. A step has `batch_size` rows over all ranks."""
+    """The packed rows of each step, without end. A step has `batch_size` rows over all ranks.
+
+    Every rank packs all documents, by their lengths alone, and reads only those of its own rows. The lengths of prepared
+    documents are known. Others are encoded by every rank.
+    """
 
     def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, batch_size: int, rank: int = 0, world: int = 1):
         self.sources, self.encoder, self.config, self.vocabulary = sources, encoder, encoder.config, encoder.vocabulary
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.weights = document_weights(sources, encoder)
-        self.stream = _build_stream(sources, self.weights, encoder.seed)
+        names, sizes = [source.name for source in sources], [len(source) for source in sources]
+        self.stream = Stream(names, sizes, self.weights, encoder.seed, self.config.shuffle_block)
+        is_known = all(isinstance(source, StoredSource) for source in sources)
+        self.blocks_together = max(1, PACKED_TOGETHER // self.config.shuffle_block) if is_known else 1
+        self._packed = lru_cache(maxsize=1)(self._pack)
 
     def batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
+        """The same as `read_batches`; a thread reads one step ahead."""
+        with ThreadPoolExecutor(1, "loader") as thread:
+            batches = self.read_batches(start)
+            batch = thread.submit(next, batches)
+            while True:
+                result = batch.result()
+                batch = thread.submit(next, batches)
+                yield result
+
+    def read_batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
         """This rank's rows of each step from `start`, and the state from which the next step is read. Steps are the same for
         any number of ranks; rank r gets their rows r, r + world, ..."""
-        pending: list[Row] = []
-        for row, state in self._rows(start):
-            pending.append(row)
-            if len(pending) == self.batch_size:
-                yield pending[self.rank :: self.world], state
-                pending = []
+        rows, total, first = [], 0, start.row
+        for number in count(start.block):
+            block = self.block(number)
+            for row in range(first, len(block)):
+                if total % self.world == self.rank:
+                    rows.append(block[row])
+                total += 1
+                if total == self.batch_size:
+                    yield rows, LoaderState(number, row + 1) if row + 1 < len(block) else LoaderState(number + 1, 0)
+                    rows, total = [], 0
+            first = 0
 
-    def _rows(self, start: LoaderState) -> Iterator[tuple[Row, LoaderState]]:
-        blocks = grain.MapDataset.range(start.block, 2**62).map(lambda block: (block, self.pack_block(block)))
-        threads = self.config.workers
-        iterator = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-        skip = start.row
-        for block, rows in iterator:
-            for number in range(skip, len(rows)):
-                is_last = number + 1 == len(rows)
-                yield rows[number], LoaderState(block + 1, 0) if is_last else LoaderState(block, number + 1)
-            skip = 0
+    def block(self, number: int) -> "Block":
+        """The rows of one block: a pure function of the seed and the block's number. ValueError when a document cannot be
+        split to fit into a row."""
+        together, number = divmod(number, self.blocks_together)
+        return Block(self._packed(together), number, self.vocabulary)
 
-    def pack_block(self, block: int) -> list[Row]:
-        """All rows of one block: a pure function of the seed and the block's number."""
-        first = block * self.config.shuffle_block
-        entries = [self.stream[n] for n in range(first, first + self.config.shuffle_block)]
-        documents: list[Document] = []
-        for n in range(0, len(entries), ENCODED_TOGETHER):
-            documents += self.encoder.to_documents([
-                (self.sources[source][id_], self.sources[source].name, epoch)
-                for source, epoch, id_ in entries[n : n + ENCODED_TOGETHER]
-            ])  # fmt: skip
-        seed = derive_seed(self.encoder.seed, "pack", block)
-        return pack(documents, self.config.seq_len, self.encoder.vocabulary, seed)
+    def _pack(self, number: int) -> Packed:
+        """Packs some blocks together: the larger the arrays, the less time a document takes."""
+        blocks = np.arange(number * self.blocks_together, (number + 1) * self.blocks_together)
+        entries = self.stream.read(int(blocks[0]), len(blocks))
+        lengths, encoded = self._lengths(entries)
+        changes = choose_changes(entries.keys, lengths.kinds, self.config)
+        documents = Documents(self.sources, entries, changes, encoded, self.config)
+        numbers, begins, chunk_ends = self._split(lengths.after(changes), lengths.images, documents)
+        shuffled = np.argsort((entries.keys[numbers] >> np.uint64(48)).astype(np.uint16), kind="stable")
+        chunk_blocks = numbers // self.config.shuffle_block
+        bins, bin_blocks = best_fit((chunk_ends - begins)[shuffled], chunk_blocks[shuffled], self.config.seq_len)
+        order, ends = shuffle_bins(bins, bin_blocks, derive_seeds(derive_seed(self.encoder.seed, "pack"), blocks))
+        bounds = np.searchsorted(bin_blocks, np.arange(len(blocks) + 1)).tolist()
+        chunks = np.stack([numbers, begins, chunk_ends], axis=1)[shuffled[order]]
+        return Packed(documents, chunks, ends, list(starmap(range, pairwise(bounds))))
+
+    def _lengths(self, entries: Entries) -> tuple[Lengths, dict[int, Document]]:
+        """The lengths of documents, and those documents that were encoded for that."""
+        table, encoded = np.empty((len(Lengths._fields), len(entries.ids)), np.int64), {}
+        for number, source in enumerate(self.sources):
+            of_source = np.flatnonzero(entries.sources == number)
+            if isinstance(source, StoredSource):
+                lengths = source.lengths(entries.ids[of_source], self.vocabulary.patch_size)
+            else:
+                documents = self._encode(source, entries.ids[of_source].tolist())
+                encoded |= zip(of_source.tolist(), documents, strict=True)
+                lengths = lengths_of_documents(documents, self.vocabulary)
+            for row, values in zip(table, lengths, strict=True):
+                row[of_source] = values
+        return Lengths(*table), encoded
+
+    def _encode(self, source: Source, ids: list[int]) -> list[Document]:
+        parts = (ids[n : n + ENCODED_TOGETHER] for n in range(0, len(ids), ENCODED_TOGETHER))
+        return [document for part in parts for document in self.encoder.encode([source[id_] for id_ in part])]
+
+    def _split(
+        self, lengths: np.ndarray, images: np.ndarray, documents: Documents
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The columns of `Packed.chunks`, in any order. Texts are split by their lengths, documents with images by their
+        segments."""
+        seq_len = self.config.seq_len
+        if lengths.max() <= seq_len:
+            return np.arange(len(lengths)), np.zeros_like(lengths), lengths
+        is_long, is_text = lengths > seq_len, (images == 0) & (seq_len > 1)
+        numbers, texts = np.flatnonzero(~is_long), np.flatnonzero(is_long & is_text)
+        counts, text_ends = split_texts(lengths[texts], seq_len)
+        parts = [(numbers, lengths[numbers]), (np.repeat(texts, counts), text_ends)]
+        for number in np.flatnonzero(is_long & ~is_text).tolist():
+            long_ends = split_document(documents.read(number, is_checked=False), seq_len, self.vocabulary)
+            parts.append((np.full(len(long_ends), number), np.array(long_ends)))
+        numbers, ends = map(np.concatenate, zip(*parts, strict=True))
+        begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], numbers[1:] == numbers[:-1]])
+        return numbers, begins, ends
+
+
+class Block(Sequence):
+    """The rows of one block. The documents of a row are read when it is taken."""
+
+    def __init__(self, packed: Packed, number: int, vocabulary: Vocabulary):
+        self.packed, self.rows, self.vocabulary = packed, packed.rows[number], vocabulary
+        self._split: dict[int, Chunk] = {}  # documents in several chunks, so that each is read once
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.rows[number]
+        begin = self.packed.ends[row - 1] if row else 0
+        return Row(tuple(self._chunk(*chunk) for chunk in self.packed.chunks[begin : self.packed.ends[row]].tolist()))
+
+    def _chunk(self, number: int, begin: int, end: int) -> Chunk:
+        if (chunk := self._split.get(number)) is None:
+            chunk = encode_document(self.packed.documents.read(number), self.vocabulary)
+            if end - begin == len(chunk):
+                return chunk
+            self._split[number] = chunk
+        return chunk.part(begin, end)
 
 
 def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int, num_rows: int) -> list[Batch]:
@@ -213,13 +295,3 @@ def mean_positions(source: Source, encoder: DocumentEncoder) -> float:
         ids = rng.integers(len(source), size=NUM_PROBED_DOCUMENTS).tolist()
     documents = (encoder.to_document(source[id_], source.name, 0) for id_ in ids)
     return sum(len(encode_document(document, encoder.vocabulary)) for document in documents) / len(ids)
-
-
-def _build_stream(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Maps n, a position in the stream, to (source index, epoch, document id). Each epoch of a source has its own order."""
-    streams = []
-    for number, source in enumerate(sources):
-        size = len(source)
-        order = grain.MapDataset.range(size).seed(derive_seed(seed, source.name, "order") % 2**31).shuffle().repeat(None)
-        streams.append(order.map_with_index(lambda n, id_, number=number, size=size: (number, n // size, id_)))
-    return grain.MapDataset.mix(streams, weights=list(weights)) if len(streams) > 1 else streams[0]

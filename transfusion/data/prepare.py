@@ -26,10 +26,12 @@ from transfusion.data import fitting
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.leaks import count_leaks, find_copies
+from transfusion.data.lengths import MAX_SHAPES
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader, Unit
-from transfusion.data.store import FORMAT, SPLITS, ShardWriter
+from transfusion.data.shards import ShardWriter
+from transfusion.data.store import FORMAT, SPLITS, shapes_of, write_sizes
 from transfusion.disk import check_format, find_folder, read_json, write_json, write_whole
 from transfusion.sequence import Document, Image, Text
 
@@ -331,6 +333,12 @@ def _write_dataset(
             raise PrepareError(f"{name} has no training documents ({counts}): add documents, or use --heldout 0")
         kinds = Counter(fault["kind"] for fault in left_out[name])
         source |= {"documents": totals, "account": accounts[name].to_json(), "faults": dict(kinds.most_common())}
+        num_shapes = len(shapes_of(source["shards"]))
+        if num_shapes > MAX_SHAPES:
+            raise PrepareError(f"{name} has latents of {num_shapes} shapes; at most {MAX_SHAPES}: use fewer --sizes")
+        source["sha256"] = {}
+        for split in SPLITS:
+            source["sha256"] |= write_sizes(folder / name, split, source["shards"])
     fitted, recipe = read_json(folder / "fitted.json"), read_json(folder / "recipe.json")
     quarantine = ({"source": name, **fault} for name, faults in left_out.items() for fault in faults)
     lines = "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in quarantine)

@@ -2,20 +2,21 @@
 
 A prepared folder has `dataset.json` (settings, counts, hashes), `tokenizer.json`, `codec.safetensors`, `quarantine.jsonl`
 (records that were left out, and why), and for each source a folder of shards: `train-00000.arrow` and `heldout-00000.arrow`
-(Arrow streams, which `datasets` also reads), and `00000.json` (their counts).
-A document is one row of `schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also keep
-their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes that
-decide the split (`heldout.py`) are kept, so that leaks can be counted.
+(Arrow streams, which `datasets` also reads), and `00000.json` (their counts); beside them `train-sizes.npy` and
+`heldout-sizes.npy`, the size and the checksum of each document (`lengths.SIZES`).
+
+A document is one row of `shards.schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also
+keep their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes
+that decide the split (`heldout.py`) are kept, so that leaks can be counted.
 """
 
 import hashlib
 import json
-import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,114 +24,20 @@ import numpy as np
 import pyarrow as pa
 
 from transfusion.codecs.codec import Codec, codec_from_bytes
-from transfusion.codecs.pictures import encode_picture, pixels_of, read_picture
+from transfusion.codecs.pictures import pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, from_json
-from transfusion.data.heldout import SplitDocument
+from transfusion.data.lengths import SIZES, Lengths, lengths_of_sizes, sizes_of_segments
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.reading.columns import CONVERSATIONS
+from transfusion.data.shards import SEGMENT, Shard, read_batches, unreadable, validate_command
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
-FORMAT = 4  # of a prepared folder; other formats are not supported
+FORMAT = 5  # of a prepared folder; other formats are not supported
 SPLITS = ("train", "heldout")
-MAX_BATCH_BYTES = 64 * 2**20  # bytes of ids, latents and images after which a batch of documents is written
-MAX_OPEN_SHARDS = 4096  # shards that stay memory-mapped
-
-SEGMENT = pa.struct([
-    ("image", pa.bool_()), ("loss", pa.bool_()), ("max_t", pa.float32()),
-    ("tokens", pa.int32()),  # number of tokens of a text
-    ("height", pa.int32()), ("width", pa.int32()),  # of an image's latent
-])  # fmt: skip
-
-
-def schema(is_vq: bool) -> pa.Schema:
-    """The columns of a shard; `is_vq`: images are codes, not latents."""
-    return pa.schema([
-        ("where", pa.string()),  # file and row of its record
-        ("name", pa.string()),  # its id in the source, if any
-        ("pairs", pa.bool_()),
-        ("segments", pa.large_list(SEGMENT)),
-        ("tokens", pa.large_list(pa.int32())),  # of all its texts, concatenated
-        # (C, Y, X) or (Y, X) of all its images, concatenated
-        ("codes", pa.large_list(pa.int32())) if is_vq else ("latents", pa.large_list(pa.float16())),
-        ("original_images", pa.large_list(pa.large_binary())),  # of a held-out document, before the codec: PNG
-        ("image_hashes", pa.large_list(pa.uint64())), ("perceptual_hashes", pa.large_list(pa.uint64())),  # of each image
-        ("text_hash", pa.uint64()),  # of a document without images
-    ])  # fmt: skip
-
-
-class ShardWriter:
-    """Writes documents to one Arrow stream. The file gets its final name only when `close` succeeds."""
-
-    def __init__(self, path: Path, is_vq: bool = False):
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
-        self.schema, self.dtype = schema(is_vq), np.dtype(np.int32 if is_vq else np.float16)
-        self.file = self.temporary.open("wb")
-        self.stream = pa.ipc.new_stream(self.file, self.schema)
-        self.rows: list[tuple] = []  # values in the order of the schema
-        self.size = 0
-
-    def add(self, document: Document, item: SplitDocument) -> None:
-        """Add a document that was encoded from `item`. A held-out one keeps its original images."""
-        raw, segments, contents = item.document, [], []
-        for part in document.segments:
-            if isinstance(part, Text):
-                segments.append((False, part.loss, 1.0, len(part.tokens), 0, 0))
-            else:
-                contents.append(part.content.astype(self.dtype).ravel())
-                segments.append((True, part.loss, part.max_t, 0, *part.shape))
-        tokens = [np.array(part.tokens, np.int32) for part in document.segments if isinstance(part, Text)]
-        tokens = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
-        values = np.concatenate(contents) if contents else np.empty(0, self.dtype)
-        is_heldout = raw.split == "heldout"
-        pngs = [encode_picture(part.pixels) for part in raw.segments if isinstance(part, RawImage)] if is_heldout else []
-        self.rows.append((raw.where, raw.name or None, document.pairs, segments, tokens, values, pngs,
-                          item.image_hashes, item.perceptual_hashes, item.text_hash))  # fmt: skip
-        self.size += tokens.nbytes + values.nbytes + sum(map(len, pngs))
-        if self.size >= MAX_BATCH_BYTES:
-            self._flush()
-
-    def close(self) -> str:
-        """Write everything to disk under the final name; returns the SHA-256 of the file."""
-        self._flush()
-        self.stream.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.temporary.replace(self.path)
-        return sha256_of(self.path)
-
-    def abort(self) -> None:
-        """Delete the temporary file."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        if self.rows:
-            where, name, pairs, segments, tokens, contents, images, *image_hashes, text_hash = zip(*self.rows, strict=True)
-            columns = [
-                pa.array(where, pa.string()), pa.array(name, pa.string()), pa.array(pairs, pa.bool_()),
-                _list_array(segments, _flatten(segments, SEGMENT)),
-                _list_array(tokens, pa.array(np.concatenate(tokens))),
-                _list_array(contents, pa.array(np.concatenate(contents))),
-                _list_array(images, _flatten(images, pa.large_binary())),
-                *(_list_array(hashes, _flatten(hashes, pa.uint64())) for hashes in image_hashes),
-                pa.array(text_hash, pa.uint64()),
-            ]  # fmt: skip
-            self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
-        self.rows, self.size = [], 0
-
-
-def _flatten(lists: Iterable[Sequence], type: pa.DataType) -> pa.Array:
-    """The elements of all lists."""
-    return pa.array([value for values in lists for value in values], type)
-
-
-def _list_array(lists: Iterable[Sequence], values: pa.Array) -> pa.LargeListArray:
-    """The values, which are the elements of all lists, as lists of the same lengths."""
-    return pa.LargeListArray.from_arrays(pa.array([0, *accumulate(map(len, lists))], pa.int64()), values)
+MAX_OPEN_SHARDS = 2**14  # of a folder, memory-mapped: 3 kB each, and one of the 65,530 maps that Linux allows a process
 
 
 @dataclass(frozen=True)
@@ -150,8 +57,7 @@ class PreparedFolder:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Every latent shape (Y, X) in it."""
-        shards = (shard for source in self.metadata["sources"].values() for shard in source["shards"])
-        return sorted({_parse_shape(name) for shard in shards for name in shard["max_image_overhead"]})
+        return shapes_of(shard for source in self.metadata["sources"].values() for shard in source["shards"])
 
     def chat_layout(self, names: Iterable[str] | None = None) -> ChatLayout | None:
         """The layout of the conversations in these sources (not given: all); None if they have no conversations."""
@@ -165,11 +71,11 @@ class PreparedFolder:
         return StoredSource(self, name, split)
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every shard with the recorded one. OpenError names the first file that differs."""
+        """Compare the SHA-256 of every file of the sources with the recorded one. OpenError names the first that differs."""
         for name, source in self.metadata["sources"].items():
-            for shard in source["shards"]:
-                for file, digest in shard["sha256"].items():
-                    _check_shard(self.folder / name / file, digest)
+            for files in (source, *source["shards"]):
+                for file, digest in files["sha256"].items():
+                    _check_file(self.folder / name / file, digest)
 
 
 def open_prepared(folder: Path) -> PreparedFolder:
@@ -187,7 +93,7 @@ def open_prepared(folder: Path) -> PreparedFolder:
         raise OpenError(f"{folder / 'dataset.json'} is damaged: {error!r}") from None
 
 
-def _check_shard(path: Path, digest: str) -> None:
+def _check_file(path: Path, digest: str) -> None:
     """OpenError when a file is missing or its SHA-256 differs."""
     if not path.is_file():
         raise OpenError(f"{path} is missing")
@@ -197,39 +103,62 @@ def _check_shard(path: Path, digest: str) -> None:
 
 class StoredSource:
     """The documents of one source and split, by number. Shards are memory-mapped: data are read when they are used. The
-    SHA-256 of a shard is checked when it is first opened."""
+    checksum of a document is checked whenever it is read; a shard's SHA-256 before original images and places are read."""
 
     def __init__(self, prepared: PreparedFolder, name: str, split: str):
         self.prepared, self.name, self.split = prepared, name, split
         self.metadata = prepared.metadata["sources"][name]
         codec = prepared.codec
         self.leading_shape = () if isinstance(codec, VQ) else (codec.channels,)  # of an image, before Y and X
-        self._counts = [shard["documents"][split] for shard in self.metadata["shards"]]
-        self._ends = list(accumulate(self._counts))
-        self._shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
-        self._checked: set[int] = set()  # numbers of shards
+        self._ends = list(accumulate(shard["documents"][split] for shard in self.metadata["shards"]))
+        self._shard = lru_cache(maxsize=max(1, MAX_OPEN_SHARDS // len(prepared.names)))(self._open_shard)
+        self._batches = lru_cache(maxsize=4)(self._open_batches)
+        self._layouts: dict[int, np.ndarray] = {}  # of shards that were open
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, id: int) -> Document:
+        return self._read(id, is_checked=True)
+
+    def outline(self, id: int) -> Document:
+        """The same without a check, so that its latents are not read before they are used."""
+        return self._read(id, is_checked=False)
+
+    def _read(self, id: int, is_checked: bool) -> Document:
         if not 0 <= id < len(self):
             raise IndexError(f"{self.name} ({self.split}) has documents 0 to {len(self) - 1}, not {id}")
-        batch, row = self._find(id)
+        number, row = self._find(id)
+        crc = self.sizes["checksum"][id] if is_checked else None
         try:
-            return batch.document(row, id, self.name, self.leading_shape)
+            return self._shard(number).document(row, id, self.name, self.leading_shape, crc)
         except (ValueError, IndexError) as error:
-            raise OpenError(f"document {id} of {self.name} ({self.split}) is damaged: {error}") from None
+            path = self._path(number)
+            raise OpenError(f"{path} was changed after it was written: document {id} of {self.name} is damaged ({error}); "
+                            f"{validate_command(path)} checks all shards") from None  # fmt: skip
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """`SIZES` of all documents, memory-mapped. OpenError when the file is damaged."""
+        path = self.prepared.folder / self.name / f"{self.split}-sizes.npy"
+        _check_file(path, self.metadata["sha256"][path.name])
+        return np.asarray(np.load(path, mmap_mode="r"))
+
+    def lengths(self, ids: np.ndarray, patch_size: int) -> Lengths:
+        """The lengths of these documents (n,), without reading them."""
+        return lengths_of_sizes(self.sizes[ids], self._shapes, patch_size)
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, int]]:
+        return shapes_of(self.metadata["shards"])
 
     def where(self, id: int) -> str:
         """File and row of the document's record."""
-        batch, row = self._find(id)
-        return batch.where[row].as_py()
+        return self._column("where", id)
 
     def original_images(self, id: int) -> list[np.ndarray]:
         """The images (Y, X, channels) uint8 of a held-out document before the codec; empty for training documents."""
-        batch, row = self._find(id)
-        return [pixels_of(read_picture(png, f"in {self.where(id)}")) for png in batch.images[row].as_py()]
+        return [pixels_of(read_picture(png, f"in {self.where(id)}")) for png in self._column("original_images", id)]
 
     def content_hash(self) -> str:
         """A SHA-256 over the digests of its shards and the rows that are skipped in them."""
@@ -253,101 +182,81 @@ class StoredSource:
             for shard in self.metadata["shards"] for name, overhead in shard["max_image_overhead"].items()
         ), default=1)  # fmt: skip
 
-    def _find(self, id: int) -> tuple["_ArrowBatch", int]:
+    def _column(self, name: str, id: int):
+        """The value of a document in a column of its shard."""
+        number, row = self._find(id)
+        for batch in self._batches(number):
+            if row < len(batch):
+                return batch.column(name)[row].as_py()
+            row -= len(batch)
+        raise OpenError(f"{self._path(number)} has fewer documents than dataset.json records")
+
+    def _open_batches(self, number: int) -> list[pa.RecordBatch]:
+        path = self._path(number)
+        try:
+            _check_file(path, self.metadata["shards"][number]["sha256"][path.name])
+        except OpenError as error:
+            raise OpenError(f"{error}; {validate_command(path)} checks all shards") from None
+        return read_batches(path)
+
+    def _find(self, id: int) -> tuple[int, int]:
+        """The number of a document's shard, and its row there."""
         number = bisect_right(self._ends, id)
         row = id - (self._ends[number - 1] if number else 0)
-        batches, skipped = self._shard(number)
-        row += int(np.searchsorted(skipped, row, side="right"))
-        for batch in batches:
-            if row < batch.rows:
-                return batch, row
-            row -= batch.rows
-        raise OpenError(f"{self._path(number)} has fewer documents than dataset.json records")
+        if skipped := self.metadata["shards"][number].get("skipped", {}).get(self.split):
+            row += bisect_right(range(len(skipped)), row, key=lambda n: skipped[n] - n)
+        return number, row
 
     def _path(self, number: int) -> Path:
         return self.prepared.folder / self.name / f"{self.split}-{number:05d}.arrow"
 
-    def _open_shard(self, number: int) -> tuple[list["_ArrowBatch"], np.ndarray]:
-        """The batches of a shard; and for each skipped row, how many of the documents are before it."""
-        path, shard = self._path(number), self.metadata["shards"][number]
-        if number not in self._checked:
-            try:
-                _check_shard(path, shard["sha256"][path.name])
-            except OpenError as error:
-                raise OpenError(f"{error}; {_validate(path)} checks all shards") from None
-            self._checked.add(number)
-        skipped = np.array(shard.get("skipped", {}).get(self.split, ()), int)
-        return [_ArrowBatch(batch) for batch in _read_batches(path)], skipped - np.arange(len(skipped))
+    def _open_shard(self, number: int) -> Shard:
+        path = self._path(number)
+        try:
+            shard = Shard(path, isinstance(self.prepared.codec, VQ), self._layouts.get(number))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        self._layouts[number] = shard.layout
+        return shard
 
 
-def read_hashes(folder: Path, split: str, shards: Sequence[dict]) -> Iterator[tuple[int, np.ndarray, pa.RecordBatch]]:
-    """Where the documents of a source are from, and their hashes, in batches, each with the number of its shard and the rows
-    there. `shards`: as in dataset.json. OpenError when a shard is damaged."""
-    for number, shard in enumerate(shards):
-        row, skipped = 0, shard.get("skipped", {}).get(split, ())
-        for batch in _read_batches(folder / f"{split}-{number:05d}.arrow"):
-            rows = np.arange(row, row + len(batch))
-            row += len(batch)
-            is_kept = ~np.isin(rows, skipped)
-            if not is_kept.all():
-                batch, rows = batch.filter(pa.array(is_kept)), rows[is_kept]
-            yield number, rows, batch.select(["where", "image_hashes", "perceptual_hashes", "text_hash"])
+def shapes_of(shards: Iterable[dict]) -> list[tuple[int, int]]:
+    """Every latent shape (Y, X) in these shards, sorted."""
+    return sorted({_parse_shape(name) for shard in shards for name in shard["max_image_overhead"]})
 
 
-def _read_batches(path: Path) -> list[pa.RecordBatch]:
-    """The record batches of a shard, memory-mapped."""
-    try:
-        batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
-        for batch in batches:
-            if not any(batch.schema.equals(schema(is_vq)) for is_vq in (False, True)):
-                raise ValueError("its columns are not those of a shard")
-            batch.validate(full=True)  # otherwise invalid offsets are followed without an error
-        return batches
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise OpenError(f"cannot read {path}: {reason}; {_validate(path)} checks all shards") from None
+def write_sizes(folder: Path, split: str, shards: Sequence[dict]) -> dict[str, str]:
+    """Write `SIZES` of all documents of a source that are not skipped; the file's name and its SHA-256. `shards`: as in
+    dataset.json."""
+    path, shapes = folder / f"{split}-sizes.npy", shapes_of(shards)
+    header = {"descr": np.lib.format.dtype_to_descr(SIZES), "fortran_order": False}
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (sum(s["documents"][split] for s in shards),)})
+        for number, shard in enumerate(shards):
+            batches = [_sizes_of_batch(batch, shapes) for batch in read_batches(folder / f"{split}-{number:05d}.arrow")]
+            sizes = np.concatenate([np.empty(0, SIZES), *batches])
+            file.write(np.delete(sizes, shard["skipped"][split]).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return {path.name: sha256_of(path)}
 
 
-def _validate(path: Path) -> str:
-    """The command that checks the folder of a shard."""
-    return f"transfusion data validate {path.parent.parent}"
+def _sizes_of_batch(batch: pa.RecordBatch, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
+    segments = batch.column("segments")
+    fields = dict(zip(SEGMENT.names, segments.values.flatten(), strict=True))
+    is_image, loss, tokens, height, width = (
+        fields[name].to_numpy(zero_copy_only=False) for name in ("image", "loss", "tokens", "height", "width")
+    )
+    pairs, checksums = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("pairs", "checksum"))
+    return sizes_of_segments(pairs, segments.offsets.to_numpy(), is_image, loss, tokens, height, width, checksums, shapes)
 
 
 def _parse_shape(name: str) -> tuple[int, int]:
     """"8x6" -> (8, 6), the height and the width of a latent."""
     height, width = map(int, name.split("x"))
     return height, width
-
-
-class _ArrowBatch:
-    """One record batch of a shard; its columns are arrays in the mapped file."""
-
-    def __init__(self, batch: pa.RecordBatch):
-        self.rows = len(batch)
-        self.where = batch.column("where")
-        self.pairs = batch.column("pairs").to_numpy(zero_copy_only=False)
-        segments, tokens, contents, self.images = (batch.column(number) for number in (3, 4, 5, 6))
-        self.segment_offsets, self.token_offsets, self.content_offsets = (
-            column.offsets.to_numpy() for column in (segments, tokens, contents)
-        )
-        fields = [segments.values.field(n).to_numpy(zero_copy_only=False) for n in range(SEGMENT.num_fields)]
-        self.segments = list(zip(*(values.tolist() for values in fields), strict=True))
-        self.tokens, self.contents = tokens.values.to_numpy(), contents.values.to_numpy()
-
-    def document(self, row: int, id: int, source: str, leading_shape: tuple[int, ...]) -> Document:
-        token_start, content_start = int(self.token_offsets[row]), int(self.content_offsets[row])
-        parts: list[Text | Image] = []
-        for is_image, loss, max_t, tokens, Y, X in self.segments[self.segment_offsets[row] : self.segment_offsets[row + 1]]:
-            if is_image:
-                shape = (*leading_shape, Y, X)
-                end = content_start + math.prod(shape)
-                parts.append(Image(self.contents[content_start:end].reshape(shape), loss, max_t))
-                content_start = end
-            else:
-                end = token_start + tokens
-                parts.append(Text(tuple(self.tokens[token_start:end].tolist()), loss))
-                token_start = end
-        return Document(tuple(parts), id, source, pairs=bool(self.pairs[row]))
 
 
 class DecodedSource:
