@@ -13,10 +13,9 @@ from itertools import islice
 from pathlib import Path
 from time import thread_time
 
-import numpy as np
-
 from benchmarks.timing import Figure, Setting
 from transfusion.config import DataConfig, PrepareConfig
+from transfusion.data.lengths import SIZES
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import open_reader
@@ -87,10 +86,10 @@ def repeat_shard(config: DataConfig, folder: Path, number: int) -> DataConfig:
         file = f"train-{n:05d}.arrow"
         (folder / name / file).symlink_to(source / name / "train-00000.arrow")
         shards.append(shard | {"sha256": {file: shard["sha256"]["train-00000.arrow"]}})
-    sizes = np.load(source / name / "train-sizes.npy")[: shard["documents"]["train"]]
-    np.save(folder / name / "train-sizes.npy", np.tile(sizes, number))
-    digest = hashlib.sha256((folder / name / "train-sizes.npy").read_bytes()).hexdigest()
-    values |= {"shards": shards, "sha256": {"train-sizes.npy": digest}}
+    with (source / name / "train-sizes.bin").open("rb") as file:
+        sizes = number * file.read(shard["documents"]["train"] * SIZES.itemsize)
+    (folder / name / "train-sizes.bin").write_bytes(sizes)
+    values |= {"shards": shards, "sha256": {"train-sizes.bin": hashlib.sha256(sizes).hexdigest()}}
     for file in ("tokenizer.json", "codec.safetensors"):
         (folder / file).symlink_to(source / file)
     (folder / "dataset.json").write_text(json.dumps(metadata), encoding="utf-8")

@@ -64,7 +64,8 @@ def test_every_part_is_printed_and_written(tmp_path, capsys, monkeypatch):
         assert any(figure["ratio"] for figure in figures), part
         for figure in figures:
             assert figure["what"].strip() in printed
-            is_growth = figure["what"].startswith("  memory of one more")  # of a few pictures: below the noise
+            # of a few pictures or documents: below the noise
+            is_growth = figure["what"].startswith(("  memory of one more", "kept per document"))
             smallest = -math.inf if is_growth else 0
             assert figure["beside"] if figure["value"] is None else smallest < figure["value"] < math.inf
             assert figure["ratio"] is None or (0 < figure["ratio"] < math.inf and figure["beside"])
@@ -108,7 +109,7 @@ def test_half_of_the_positions_are_patches():
     assert loader.encoder.vocabulary.size == SIZES["7b"].vocab_size
     batches = [collate(rows, 4096, loader.vocabulary) for rows, _ in islice(loader.batches(), 3)]
     positions = sum(batch.positions for batch in batches)
-    assert positions > 0.97 * 3 * 8 * 4096
+    assert positions > 0.95 * 3 * 8 * 4096  # the last row of a block may be short
     patches = sum(group.index.numel() for batch in batches for group in batch.groups)
     assert patches / positions == pytest.approx(0.5, abs=0.03)
 

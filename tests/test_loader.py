@@ -443,8 +443,8 @@ def test_a_shard_that_was_replaced_is_named(kind, monkeypatch, tmp_path):
 
 def test_damaged_sizes_are_named(tmp_path):
     shutil.copytree(prepared()[1] / "texts", tmp_path / "texts")
-    path = tmp_path / "texts" / "train-sizes.npy"
+    path = tmp_path / "texts" / "train-sizes.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\7")
     source = StoredSource(replace(prepared()[0][1].prepared, folder=tmp_path), "texts", "train")
-    with pytest.raises(OpenError, match="train-sizes.npy was changed"):
+    with pytest.raises(OpenError, match="train-sizes.bin was changed"):
         source[0]

@@ -2,8 +2,8 @@
 
 A prepared folder has `dataset.json` (settings, counts, hashes), `tokenizer.json`, `codec.safetensors`, `quarantine.jsonl`
 (records that were left out, and why), and for each source a folder of shards: `train-00000.arrow` and `heldout-00000.arrow`
-(Arrow streams, which `datasets` also reads), and `00000.json` (their counts); beside them `train-sizes.npy` and
-`heldout-sizes.npy`, the size and the checksum of each document (`lengths.SIZES`).
+(Arrow streams, which `datasets` also reads), and `00000.json` (their counts); beside them `train-sizes.bin` and
+`heldout-sizes.bin`, the size and the checksum of each document (`lengths.SIZES`).
 
 A document is one row of `shards.schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also
 keep their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes
@@ -140,9 +140,9 @@ class StoredSource:
     @cached_property
     def sizes(self) -> np.ndarray:
         """`SIZES` of all documents, memory-mapped. OpenError when the file is damaged."""
-        path = self.prepared.folder / self.name / f"{self.split}-sizes.npy"
+        path = self.prepared.folder / self.name / f"{self.split}-sizes.bin"
         _check_file(path, self.metadata["sha256"][path.name])
-        return np.asarray(np.load(path, mmap_mode="r"))
+        return np.frombuffer(pa.memory_map(str(path)).read_buffer(), SIZES)
 
     def lengths(self, ids: np.ndarray, patch_size: int) -> Lengths:
         """The lengths of these documents (n,), without reading them."""
@@ -228,11 +228,9 @@ def shapes_of(shards: Iterable[dict]) -> list[tuple[int, int]]:
 def write_sizes(folder: Path, split: str, shards: Sequence[dict]) -> dict[str, str]:
     """Write `SIZES` of all documents of a source that are not skipped; the file's name and its SHA-256. `shards`: as in
     dataset.json."""
-    path, shapes = folder / f"{split}-sizes.npy", shapes_of(shards)
-    header = {"descr": np.lib.format.dtype_to_descr(SIZES), "fortran_order": False}
+    path, shapes = folder / f"{split}-sizes.bin", shapes_of(shards)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (sum(s["documents"][split] for s in shards),)})
         for number, shard in enumerate(shards):
             batches = [_sizes_of_batch(batch, shapes) for batch in read_batches(folder / f"{split}-{number:05d}.arrow")]
             sizes = np.concatenate([np.empty(0, SIZES), *batches])
