@@ -22,7 +22,7 @@ from transfusion.checkpoint.open import find_newest_checkpoint
 from transfusion.disk import read_json
 from transfusion.inference.engine import open_run
 from transfusion.training.codec import CodecTrainer
-from transfusion.training.signals import SIGNALS
+from transfusion.training.signals import SIGNALS, exit_on_signal
 from transfusion.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("default_signals")
@@ -104,6 +104,21 @@ def test_signal_that_is_repeated_does_not_change_the_exit_code(tmp_path, monkeyp
         monkeypatch.setattr("transfusion.parallel.pick_device", lambda name: signal.raise_signal(signal.SIGTERM))
     assert exit_code("train", "digits", *TINY, "--out", tmp_path / "run") == 75
     assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
+
+
+def test_signal_after_another_process_has_stopped_leaves_its_error(monkeypatch):
+    """torchrun signals the others as soon as one has ended; an exit code 0 would hide that."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(ConnectionError, match="another process"), exit_on_signal():
+        try:
+            raise ConnectionError("another process of this run has stopped")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit), exit_on_signal():
+        try:
+            raise ImportError
+        except ImportError:  # of a package that looks for another one
+            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("is_under_torchrun", [False, True])

@@ -37,8 +37,16 @@ def stop_on_signal(loop: Stoppable) -> Iterator[None]:
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """While open, a signal ends the process with `exit_stopped`: before training there is nothing to save."""
-    with _handle_signals(lambda number, frame: exit_stopped()):
+    """While open, a signal ends the process with `exit_stopped`: before training there is nothing to save.
+
+    But when another process has stopped, torchrun also signals this one, whose error stays the reason for its end.
+    """
+
+    def end(number, frame):
+        if not isinstance(sys.exception(), ConnectionError):
+            exit_stopped()
+
+    with _handle_signals(end):
         yield
 
 
