@@ -198,7 +198,7 @@ def test_odd_words_are_parsed_or_refused_in_one_line():
         except UsageError as error:
             refused += 1
             name = flag.rpartition(".")[2]  # e.g. "--model.heads 3: width 1 is not divisible by 3" of --model.width 1
-                assert name in str(error) and "\n" not in str(error), (flag, words, error)
+            assert name in str(error) and "\n" not in str(error), (flag, words, error)
     assert refused > 10
 
 
