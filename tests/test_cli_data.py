@@ -141,7 +141,7 @@ def test_stats_counts_documents_sizes_and_tokens(folder, capsys):
     (("data", "prepare", "FOLDER/photos", "--out", "FOLDER/prepared", *PREPARE), 1, "its sources are photos, texts"),
     (("data", "stats", "FOLDER/texts.jsonl", "--tokenizer", "FOLDER/texts.jsonl"), 1, "not a tokenizer"),
     (("train", "small"), 1, "--data DIR"), (("train", "small", "--data", "FOLDER/photos"), 1, "not prepared data"),
-    (("train", "small", "--data", "FOLDER/nowhere"), 1, "not prepared data"),
+    (("train", "small", "--data", "FOLDER/nowhere"), 1, "no such folder; if it was moved, give its new path"),
     (("train", "small", "--data", "FOLDER/prepared", "--data.sources", "films"), 1, "no source 'films'"),
     (("train", "small", "--data", "FOLDER/prepared", "--data.seq-len", "9"), 1, "raise data.seq_len"),
     (("train", "small", "--data", "FOLDER/prepared", "--data.mixture-weights", "1", "2", "3"), 1, "3 numbers for 2 sources"),

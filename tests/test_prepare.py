@@ -366,6 +366,18 @@ def test_finished_folder_is_not_prepared_again(monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in reference().rglob("*")} == before
 
 
+def test_lost_sizes_are_written_again_as_their_error_says(tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reference(), out)
+    name = open_prepared(out).names[0]
+    (out / name / "train-sizes.bin").unlink()
+    with pytest.raises(OpenError, match="train-sizes.bin is missing; delete .*/dataset.json and run the same"):
+        open_prepared(out).source(name, "train")[0]
+    (out / "dataset.json").unlink()
+    prepare(readers(), CONFIG, out)
+    assert files_of(out) == files_of(reference())
+
+
 def test_other_files_or_settings_for_the_same_folder_are_an_error(tmp_path):
     shutil.copytree(reference(), tmp_path / "out")
     with pytest.raises(PrepareError, match="heldout is 1000 in the folder, 5 in this command"):

@@ -184,6 +184,9 @@ def check_codec(folder: Path) -> Path:
 
 def check_prepared(folder: Path) -> Path:
     """The folder, if `transfusion data prepare` wrote it completely. OpenError when it did not."""
+    if not folder.exists():
+        raise OpenError(f"{folder} is not prepared data: there is no such folder; if it was moved, give its new path (of a "
+                        "run's data: --data DIR)")  # fmt: skip
     if not (folder / "dataset.json").exists():
         if (folder / "recipe.json").exists():
             raise OpenError(f"{folder} is not finished: run the same `transfusion data prepare` again")

@@ -130,8 +130,9 @@ class StoredSource:
             raise IndexError(f"{self.name} ({self.split}) has documents 0 to {len(self) - 1}, not {id}")
         number, row = self._find(id)
         crc = self.sizes["checksum"][id] if is_checked else None
+        shard = self._shard(number)
         try:
-            return self._shard(number).document(row, id, self.name, self.leading_shape, crc)
+            return shard.document(row, id, self.name, self.leading_shape, crc)
         except (ValueError, IndexError) as error:
             path = self._path(number)
             raise OpenError(f"{path} was changed after it was written: document {id} of {self.name} is damaged ({error}); "
@@ -141,7 +142,12 @@ class StoredSource:
     def sizes(self) -> np.ndarray:
         """`SIZES` of all documents, memory-mapped. OpenError when the file is damaged."""
         path = self.prepared.folder / self.name / f"{self.split}-sizes.bin"
-        _check_file(path, self.metadata["sha256"][path.name])
+        try:
+            _check_file(path, self.metadata["sha256"][path.name])
+        except OpenError as error:
+            dataset = self.prepared.folder / "dataset.json"
+            raise OpenError(f"{error}; delete {dataset} and run the same `transfusion data prepare` again, which writes the "
+                            "sizes from the shards") from None  # fmt: skip
         return np.frombuffer(pa.memory_map(str(path)).read_buffer(), SIZES)
 
     def lengths(self, ids: np.ndarray, patch_size: int) -> Lengths:
