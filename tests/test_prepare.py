@@ -767,6 +767,13 @@ def edit(key: int) -> Document:
     return Document((source, Text((1, 2, 3), loss=False), target), key=key)
 
 
+def test_dropouts_of_conditions_are_shares_of_the_same_documents():
+    with pytest.raises(ValueError, match="their sum must be at most 1"):
+        DataConfig(condition_text_dropout=0.8, condition_dropout=0.3)
+    DataConfig(condition_text_dropout=0.7, condition_dropout=0.3)
+
+
+
 def test_conditions_are_dropped_at_the_configured_rates():
     config = DataConfig(condition_text_dropout=0.2, condition_dropout=0.1)
     kinds = Counter()

@@ -204,6 +204,9 @@ class DataConfig(Config, part="data."):
         super().__post_init__()
         if self.mixture_weights and self.sources and len(self.mixture_weights) != len(self.sources):
             raise ValueError(f"data.mixture_weights has {len(self.mixture_weights)} numbers for {len(self.sources)} sources")
+        if self.condition_text_dropout + self.condition_dropout > 1:
+            raise ValueError(f"data.condition_text_dropout {self.condition_text_dropout} and condition_dropout "
+                             f"{self.condition_dropout} are shares of the same documents: their sum must be at most 1")  # fmt: skip
 
 
 @dataclass(frozen=True)
