@@ -206,7 +206,7 @@ class DataConfig(Config, part="data."):
             raise ValueError(f"data.mixture_weights has {len(self.mixture_weights)} numbers for {len(self.sources)} sources")
         if self.condition_text_dropout + self.condition_dropout > 1:
             raise ValueError(f"data.condition_text_dropout {self.condition_text_dropout} and condition_dropout "
-                             f"{self.condition_dropout} are shares of the same documents: their sum must be at most 1")  # fmt: skip
+                             f"{self.condition_dropout} are shares of the same documents: their sum must be at most 1")
 
 
 @dataclass(frozen=True)
