@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -466,14 +467,17 @@ def test_unknown_run_is_reported(capsys):
 # On this machine
 
 
-def test_plan_is_called_as_the_folder_of_the_run(trained, capsys):
-    command("plan", trained)
-    assert capsys.readouterr().out.startswith(f"{trained.name} on 1 GPU, recipe digits\n")
-    command("plan", trained, "--json")
+def test_plan_is_called_as_the_folder_of_the_run(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "my digits")
+    command("plan", folder)
+    assert capsys.readouterr().out.startswith("my-digits on 1 GPU, recipe digits\n")
+    command("plan", folder, "--json")
     values = json.loads(capsys.readouterr().out)
-    assert (values["run"], values["recipe"]) == (trained.name, "digits")
-    command("plan", trained, "--memory", "1KB")
-    assert f"{trained.name} does not fit" in capsys.readouterr().out
+    assert (values["run"], values["recipe"]) == ("my-digits", "digits")
+    command("plan", folder, "--memory", "1MB")
+    assert "\nmy-digits does not fit" in capsys.readouterr().out
+    command("train", folder, "--dry-run")
+    assert capsys.readouterr().out.startswith("my-digits on 1 GPU, recipe digits\n")
 
 
 def test_measured_plan(trained, tmp_path, monkeypatch, capsys):
@@ -491,7 +495,7 @@ def test_measured_plan(trained, tmp_path, monkeypatch, capsys):
     assert values["memory"]["cuda"] == 0 < values["memory"]["all"] < measured["peak_memory"]
     command(*words, "--parallel.micro-batch-size", 1)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines[:-1])) <= 100 and lines[0] == f"{trained.name} on this machine (cpu), recipe digits"  # (the last is a command)
+    assert max(map(len, lines[:-1])) <= 100 and lines[0] == "digits on this machine (cpu)"  # (the last is a command)
     assert any(re.fullmatch(r"  held-out evaluations +5 x \S+ s", line) for line in lines)
     assert not any("GPU" in line or "MFU" in line for line in lines)
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
