@@ -13,6 +13,7 @@ import yaml
 
 from transfusion.codecs.config import CodecTrainingConfig
 from transfusion.config import Run
+from transfusion.disk import run_name
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -102,3 +103,29 @@ def has_in_order(line: str, parts: list[str]) -> bool:
 ])  # fmt: skip
 def test_messages_in_troubleshooting_are_in_the_code(line):
     assert any(has_in_order(line, parts) for parts in messages())
+
+
+def text_of(path: Path) -> str:
+    """A page's text; of a notebook with the output of its cells."""
+    if path.suffix == ".md":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join(
+        "".join(lines) for cell in cells
+        for lines in (cell["source"], *(output.get("text", ()) for output in cell.get("outputs", ())))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_steps_are_shown_as_training_prints_them(path):
+    lines = re.findall(r"^step \d+/\d+ .*$", text_of(path), re.M)
+    assert [line for line in lines if not re.search(r"  [\d,]+ positions/s  (\d+:\d\d:\d\d|-:--:--) left$", line)] == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_requests_name_the_run_that_is_served(path):
+    """As /v1 knows it: a page that serves a run and asks for a model asks for the name of its folder."""
+    text = text_of(path)
+    served = {run_name(Path(folder)) for folder in re.findall(r"^transfusion serve (\S+)", text, re.M)}
+    asked = {*re.findall(r'"model": "([\w.-]+)"|\bmodel="([\w.-]+)"', text)}
+    assert not served or {a or b for a, b in asked} <= served

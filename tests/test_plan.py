@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -464,6 +465,19 @@ def test_unknown_run_is_reported(capsys):
 
 
 # On this machine
+
+
+def test_plan_is_called_as_the_folder_of_the_run(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "my digits")
+    command("plan", folder)
+    assert capsys.readouterr().out.startswith("my-digits on 1 GPU, recipe digits\n")
+    command("plan", folder, "--json")
+    values = json.loads(capsys.readouterr().out)
+    assert (values["run"], values["recipe"]) == ("my-digits", "digits")
+    command("plan", folder, "--memory", "1MB")
+    assert "\nmy-digits does not fit" in capsys.readouterr().out
+    command("train", folder, "--dry-run")
+    assert capsys.readouterr().out.startswith("my-digits on 1 GPU, recipe digits\n")
 
 
 def test_measured_plan(trained, tmp_path, monkeypatch, capsys):

@@ -57,6 +57,23 @@ def test_options_override_a_file_and_a_file_the_run(tmp_path):
     assert run_of("digits", "--training.steps", 9, "--config", path) == expected
 
 
+def test_recipe_is_the_one_that_the_other_settings_are_of(tmp_path):
+    """The file's, or the RUN before --config; a file may also be RUN."""
+    path = tmp_path / "my.yaml"
+    path.write_text("recipe: small\nmodel: {width: 96}\n")
+    for name, words in {"small": [path], "digits": ["digits", "--config", path]}.items():
+        run = named_run(name)
+        assert run_of(*words) == replace(run, model=replace(run.model, width=96))
+
+
+def test_second_file_is_refused(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("recipe: small\n")
+    for words in ([path, f"--config={path}"], ["digits", "--config", path, "--config", path]):
+        with pytest.raises(UsageError, match="takes one file of settings, not .*my.yaml and .*my.yaml"):
+            run_of(*words)
+
+
 def test_data_in_a_file_replace_the_sources_of_the_run(tmp_path):
     path = tmp_path / "my.json"
     path.write_text(json.dumps({"data": {"prepared": ["mine"], "mixture_weights": [1, 2]}}))
@@ -105,7 +122,7 @@ def test_file_without_a_run_is_refused(tmp_path):
         run_of("--config", path)
     with pytest.raises(UsageError, match="my.yaml: unknown field lr"):
         path.write_text("lr: 1\n")
-        run_of(path)
+        run_of("digits", "--config", path)
     with pytest.raises(OpenError, match="cannot read missing.yaml"):
         run_of("missing.yaml")
 
@@ -124,8 +141,7 @@ def test_print_config_needs_no_data_and_is_a_file_for_config(tmp_path, monkeypat
     Path("my.yaml").write_text(capsys.readouterr().out)
     small = named_run("small")
     expected = replace(small, training=replace(small.training, steps=7))
-    assert run_of("my.yaml") == replace(expected, model=run_of("my.yaml").model)
-    assert run_of("--config", "my.yaml") == expected
+    assert run_of("my.yaml") == run_of("--config", "my.yaml") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
 
@@ -223,7 +239,7 @@ def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypa
     for memory in (1_000_000, 11_000_000):
         monkeypatch.setattr("transfusion.cli.measure.device_memory", lambda device, memory=memory: memory)
         line, _, ways[memory] = fails(capsys, 2, *words).splitlines()[-1].partition(": use ")
-        assert line == "transfusion: digits needs 0.0 GB of memory for each process, and there are 0.0 GB"
+        assert line == "transfusion: run needs 0.0 GB of memory for each process, and there are 0.0 GB"
         assert not (tmp_path / "run").exists()
     assert ways[1_000_000] == "a smaller run"
     command(*words, *ways[11_000_000].split(" or ")[0].split())
@@ -236,7 +252,7 @@ def test_batch_that_the_processes_cannot_share_is_refused(trained, monkeypatch, 
     message = "--training.batch-size 2 is not divisible by 3 processes: use a batch size of 3, or 2 processes"
     assert fails(capsys, 2, "train", trained, "--dry-run").splitlines()[-1] == f"transfusion: {message}"
     with pytest.raises(UsageError, match=message):
-        check_memory(describe_run(trained).run, torch.device("cpu"))
+        check_memory("trained", describe_run(trained).run, torch.device("cpu"))
 
 
 def test_memory_of_a_cpu_is_that_of_its_container(tmp_path, monkeypatch):

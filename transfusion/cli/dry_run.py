@@ -14,6 +14,7 @@ from transfusion.cli.screen import print_status
 from transfusion.config import Machines, Run
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import name_sources, open_sources
+from transfusion.disk import run_name
 from transfusion.parallel import pick_device
 from transfusion.plan import plan
 from transfusion.training.trainer import Trainer
@@ -30,7 +31,7 @@ def dry_run(run: Run, path: Path, device: str, start: Start | None) -> None:
     folder = RunFolder.draft(replace(run, data=name_sources(run.data)), path, start)
     here, losses = plan_here(folder.run, torch_device), _step_of_copy(folder, torch_device)
     memory = here.machines.memory if torch_device.type == "cuda" else Machines.memory
-    print_plans([plan(folder.run, replace(here.machines, memory=memory, device="cuda"))])
+    print_plans([run_name(path)], [plan(folder.run, replace(here.machines, memory=memory, device="cuda"))])
     print(f"On this machine ({torch_device}) it {compare_memory(here)}.")
     print_status(f"one step of a copy with one layer of width {WIDTH}: {losses}; nothing was written")
 

@@ -29,13 +29,13 @@ WARM_UP, MAX_STEPS, MAX_SECONDS = 2, 10, 60.0  # steps before the measurement, a
 PREVIEW_STEPS = 4  # denoising steps of the measured preview
 
 
-def check_memory(run: Run, device: torch.device) -> None:
-    """UsageError when the run needs more memory than this device has."""
+def check_memory(name: str, run: Run, device: torch.device) -> None:
+    """UsageError when the run of this name needs more memory than this device has."""
     estimate = plan_here(run, device)
     if not estimate.fits:
         ways = [way for way in ways_to_fit(estimate.run, estimate.machines) if "--gpus" not in way]
         ways += ["more GPUs with torchrun"] if device.type == "cuda" else []
-        raise UsageError(f"{run.recipe} {compare_memory(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
+        raise UsageError(f"{name} {compare_memory(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
 
 
 def plan_here(run: Run, device: torch.device) -> Plan:
@@ -56,18 +56,18 @@ def compare_memory(estimate: Plan) -> str:
     return f"needs {needed:,.1f} GB of memory for each process, and there are {there:,.1f} GB"
 
 
-def measure(run: Run, device: str, chooses_micro_batch: bool) -> Plan:
-    """The plan of a run on this machine, with the times of its parts; nothing is kept. `chooses_micro_batch`: take a smaller
-    one if that of the run does not fit. UsageError when none fits."""
+def measure(name: str, run: Run, device: str, chooses_micro_batch: bool) -> Plan:
+    """The plan of the run of this name on this machine, with the times of its parts; nothing is kept.
+    `chooses_micro_batch`: take a smaller one if that of the run does not fit. UsageError when none fits."""
     torch_device = pick_device(device)
     with TemporaryDirectory() as temporary:
         folder = RunFolder.draft(replace(run, data=name_sources(run.data)), Path(temporary), None)
         if chooses_micro_batch:
             fitting = fit_micro_batch(folder.run, plan_here(folder.run, torch_device).machines)
             folder = folder.with_run(fitting)
-        check_memory(folder.run, torch_device)
+        check_memory(name, folder.run, torch_device)
         keep_freed_memory(torch_device)
-        print_status(f"measuring {run.recipe} on {torch_device}")
+        print_status(f"measuring {name} on {torch_device}")
         measured = _measure(folder, torch_device)
     return replace(plan_here(folder.run, torch_device), measured=measured)
 

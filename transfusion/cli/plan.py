@@ -17,7 +17,7 @@ from transfusion.cli.options import as_usage_error
 from transfusion.cli.screen import UsageError, nearest
 from transfusion.cli.settings import ChosenRun, check_data, config_file, option_names, parse_run, read_run
 from transfusion.config import MFU, Machines, Run, Teraflops, TrainingConfig
-from transfusion.disk import check_prepared
+from transfusion.disk import check_prepared, run_name
 from transfusion.fields import PositiveInt
 from transfusion.gpus import GPUS
 from transfusion.paper import PAPER
@@ -78,30 +78,31 @@ def plan(arguments: list[str]) -> None:
     sizes = () if single else SIZES
     runs = [ChosenRun(named_run(size), arguments, is_recipe=True) for size in sizes] or [read_run("plan", arguments)]
     parsed = [_parse(chosen, f"plan {chosen.run.recipe}" if single else "plan") for chosen in runs]
+    names = [run_name(chosen.folder) if chosen.folder else chosen.run.recipe for chosen in runs]
     args, is_free = parsed[0][2], MICRO_BATCH not in option_names(arguments)
     if args.device is not None:
         from transfusion.cli.measure import measure
 
-        plans = [measure(parsed[0][0], args.device, is_free)]
+        plans = [measure(names[0], parsed[0][0], args.device, is_free)]
     else:
         from transfusion.plan import fit_micro_batch
         from transfusion.plan import plan as plan_run
 
         with as_usage_error(TrainingConfig, "--training."):
             plans = [plan_run(fit_micro_batch(run, machines) if is_free else run, machines) for run, machines, _ in parsed]
-    values = [_to_json(estimate) for estimate in plans]
+    values = [_to_json(name, estimate) for name, estimate in zip(names, plans, strict=True)]
     if single and plans[0].fits:
         values[0]["command"] = _write_command(plans[0], parsed[0][0], arguments)
     if args.json:
         return print(json.dumps(values[0] if single else values, indent=2))
-    print_plans(plans)
+    print_plans(names, plans)
     if "command" in values[0]:
         print(f"Train it with:\n  {values[0]['command']}")
 
 
-def print_plans(plans: list) -> None:
-    """Print plans as a table, one column for each, and notes on them."""
-    print(*_table(plans), *_notes(plans), sep="\n")
+def print_plans(names: list[str], plans: list) -> None:
+    """Print the plans of runs with these names as a table, one column for each, and notes on them."""
+    print(*_table(names, plans), *_notes(names, plans), sep="\n")
 
 
 def _write_command(estimate, run: Run, arguments: list[str]) -> str:
@@ -165,14 +166,15 @@ def _number(text: str, units: dict[str, int], rule: str) -> int:
     return round(number)
 
 
-def _table(plans: list) -> Iterator[str]:
+def _table(names: list[str], plans: list) -> Iterator[str]:
     """One column for each run; a single run has a remark beside each figure."""
     single, run, measured = len(plans) == 1, plans[0].run, plans[0].measured
     sharding = f", {run.parallel.shard} sharding" if plans[0].machines.gpus > 1 else ""
     place = f"this machine ({measured.device})" if measured else f"{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
-    yield f"{run.recipe + ' on ' if single else ''}{place}"
+    recipe = f", recipe {run.recipe}" if single and names[0] != run.recipe else ""
+    yield f"{names[0] + ' on ' if single else ''}{place}{recipe}"
     if not single:
-        yield " " * NAME_WIDTH + "".join(f"{estimate.run.recipe:>{FIGURE_WIDTH}}" for estimate in plans)
+        yield " " * NAME_WIDTH + "".join(f"{name:>{FIGURE_WIDTH}}" for name in names)
     unit = "MB" if all(estimate.memory.all - estimate.memory.cuda < BYTES["GB"] for estimate in plans) else "GB"
     for lines in zip(*([*_memory_lines(e, unit), *_time_and_disk_lines(e, unit)] for e in plans), strict=True):
         name, figure, remark = lines[0]
@@ -287,7 +289,7 @@ def _measured_lines(estimate) -> list[Line]:
     ]
 
 
-def _notes(plans: list) -> Iterator[str]:
+def _notes(names: list[str], plans: list) -> Iterator[str]:
     """The assumptions, and changes that make a run fit."""
     from transfusion.plan import ways_to_fit
 
@@ -299,24 +301,24 @@ def _notes(plans: list) -> Iterator[str]:
         yield f"Assumed: half of a row is images of {patches} patches ({y}x{x} latents), half is text of one document."
     else:
         yield "Assumed: rows are text, because they are too short for images."
-    for estimate in plans:
+    for name, estimate in zip(names, plans, strict=True):
         if not estimate.fits:
             ways = [*ways_to_fit(estimate.run, estimate.machines)] or ["no micro batch, checkpointing or number of GPUs"]
-            yield "\n  or ".join([f"{estimate.run.recipe} does not fit; it would with {ways[0]}", *ways[1:]])
+            yield "\n  or ".join([f"{name} does not fit; it would with {ways[0]}", *ways[1:]])
 
 
-def _to_json(estimate) -> dict:
+def _to_json(name: str, estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
     measured = asdict(estimate.measured) if estimate.measured else None
-    names = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
+    figures = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
-        "run": estimate.run.recipe, "machines": asdict(estimate.machines),
+        "run": name, "recipe": estimate.run.recipe, "machines": asdict(estimate.machines),
         "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
         "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
         "generation": {name: asdict(memory) | {"all": memory.all} for name, memory in estimate.generation.items()},
         "measured": measured,
-        **{name: getattr(estimate, name) for name in names},
+        **{figure: getattr(estimate, figure) for figure in figures},
         "steps": estimate.run.training.steps,
     }  # fmt: skip
 
@@ -331,7 +333,7 @@ def _size(number: float, unit: str) -> str:
 
 def _rounded(number: float) -> str:
     """Rounded to three significant digits."""
-    return f"{float(f'{number:.3g}'):,.0f}"
+    return f"{number:.3g}" if number < 99.95 else f"{float(f'{number:.3g}'):,.0f}"
 
 
 def _duration(seconds: float) -> str:

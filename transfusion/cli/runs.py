@@ -12,7 +12,7 @@ from transfusion.cli.options import Device, Overrides, RunArgument, as_usage_err
 from transfusion.cli.screen import UsageError, check_exists, print_status, progress
 from transfusion.cli.settings import check_data, option_names, parse_run, read_run, to_yaml
 from transfusion.config import EvaluationConfig, GenerationConfig, Run, parse_size
-from transfusion.disk import RUN, check_run, find_folder, is_exported, read_json
+from transfusion.disk import RUN, check_run, find_folder, is_exported, read_json, run_name
 from transfusion.fields import Range, Seed
 from transfusion.runs import named_run
 from transfusion.training.loggers import check_loggers
@@ -157,7 +157,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     with Ranks.of_torchrun(torch_device) as ranks, TrainingLock(path, ranks) as lock:
         if ranks.is_main:
             folder = RunFolder.draft(replace(run, data=name_sources(run.data)), path, start)
-            check_memory(folder.run, torch_device)
+            check_memory(run_name(path), folder.run, torch_device)
             folder.write()
         ranks.barrier()
         folder = RunFolder.open(path)

@@ -14,6 +14,7 @@ from transfusion.disk import RUN, OpenError, check_prepared, check_run, check_ru
 from transfusion.runs import NAMES, named_run
 
 DECIDED = "vocab_size", "latent_channels"  # fields of the model that training takes from its data
+SUFFIXES = ".json", ".yaml", ".yml"  # of files of settings
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # in YAML 1.1 a text without a point or without a sign
 
 
@@ -28,18 +29,22 @@ class ChosenRun:
 
 
 def read_run(command: str, arguments: list[str]) -> ChosenRun:
-    """The run of the first argument: a recipe, folder or file. Without it, the recipe that the file of --config names."""
+    """The run of the first argument: a recipe, a folder or its run.json, or a file as for --config. Without it, the recipe
+    that the file of --config names."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
         print(f"usage: transfusion {command} RUN [options]\n\n"
-              f"RUN is the folder of a run, the path of a run.json, or a recipe:\n{names}\n\n"
+              f"RUN is the folder of a run, its run.json, a file as for --config, or a recipe:\n{names}\n\n"
               f"transfusion {command} RUN --help lists every option with the run's own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
+    path = Path(arguments[0])
+    if path.suffix in SUFFIXES and path.name != RUN and not path.is_dir():
+        arguments = ["--config", *arguments]
     word, rest = arguments[0], arguments[1:]
     if (file := config_file(arguments)) is not None and word.startswith("-"):
         word, rest = read_settings(file).get("recipe"), arguments
         if word not in NAMES:
-            raise UsageError(f"{file} names no recipe: give RUN before --config, or in the file recipe: {NAMES[0]}")
+            raise UsageError(f"{file} names no recipe: give RUN before --config, or in the file recipe: small")
     if word in NAMES:
         return ChosenRun(named_run(word), rest, is_recipe=True)
     path = Path(word)
@@ -47,7 +52,7 @@ def read_run(command: str, arguments: list[str]) -> ChosenRun:
         if is_exported(check_run(path)):
             raise UsageError(f"{path} is an exported run: give it with --from, after a recipe")
         return ChosenRun(_from_settings(path / RUN, read_settings(path / RUN)), rest, folder=path)
-    if path.suffix not in (".json", ".yaml", ".yml"):
+    if path.name != RUN:
         raise UsageError(f"there is no recipe or folder {word!r}{nearest(word, NAMES)}; recipes are {', '.join(NAMES)}")
     return ChosenRun(_from_settings(path, read_settings(path)), rest)
 
@@ -83,17 +88,20 @@ def option_names(arguments: list[str]) -> set[str]:
 
 
 def config_file(arguments: list[str]) -> Path | None:
-    """The file of --config, if the command has it."""
+    """The file of --config, if the command has it. UsageError when it has several."""
+    files = []
     for number, word in enumerate(arguments):
         name, equals, value = word.partition("=")
         if name == "--config" and (equals or arguments[number + 1 :]):
-            return Path(value if equals else arguments[number + 1])
-    return None
+            files.append(value if equals else arguments[number + 1])
+    if len(files) > 1:
+        raise UsageError(f"a command takes one file of settings, not {' and '.join(files)}: join them")
+    return Path(files[0]) if files else None
 
 
 def _with_settings(run: Run, file: Path, keeps_sources: bool) -> Run:
-    """The run with the settings of a file."""
-    values = read_settings(file)
+    """The run with the settings of a file. The run's recipe stays, because its settings apply where the file has none."""
+    values = {name: value for name, value in read_settings(file).items() if name != "recipe"}
     if file.name == RUN and isinstance(values.get("model"), dict):
         values["model"] = _without_decided(values["model"])
     data = values.get("data")
