@@ -85,7 +85,10 @@ def test_an_error_of_a_process_is_raised_and_all_processes_end(items, children, 
     assert children() == []
 
 
-def test_a_killed_process_is_an_error(items, children):
+def test_a_killed_process_is_an_error(children, tmp_path):
+    write(tmp_path, {"records.jsonl": [{"text": f"text {number}"} for number in range(3_000)]})  # more than a pipe holds
+    reader = open_reader(str(tmp_path))
+    items = Summarizer(reader, None, hashes=False).read(reader.units(1), Account(), processes=2)
     assert len(list(islice(items, 2))) == 2
     for process in children():
         os.kill(process.pid, signal.SIGKILL)

@@ -59,7 +59,11 @@ class RunFolder:
         changes = _describe_changes(known.run, run, fixed_model_fields(known.notes.get("start"))) if known else {}
         if changes:
             print_status(f"{path} has no checkpoint, so it takes this command's settings: {'; '.join(changes.values())}")
-        return _create(cls, run, path, start)
+        drafted = _create(cls, run, path, start)
+        before, after = (about.notes.get("start") for about in (known or drafted.description, drafted.description))
+        if before != after:
+            print_status(f"{path} has no checkpoint, so it starts from {_name_start(after)}, not from {_name_start(before)}")
+        return drafted
 
     @classmethod
     def _of(cls, path: Path, about: RunDescription) -> "RunFolder":
@@ -81,6 +85,13 @@ class RunFolder:
             return None
         origin = reopen_start(note, self.path)
         return lambda model: origin.fill(model, self.run.training.seed, ranks)
+
+
+def _name_start(note: dict | None) -> str:
+    """The initial weights as text: their place, and the step of a run."""
+    if note is None:
+        return "random weights"
+    return note["place"] if note["step"] is None else f"{note['place']} at step {note['step']}"
 
 
 def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> RunFolder:

@@ -20,13 +20,13 @@ class TrainingLock:
     system releases it when the process ends, whatever ends it.
 
     status.json has the process, its host, the time, and the state: training, then finished or stopped (see `end`), or failed
-    with the error. After a kill the state is still training. A new folder in which an error leaves nothing else is removed.
+    with the error. After a kill the state is still training. New folders in which an error leaves nothing else are removed.
     OpenError when another process trains in the folder.
     """
 
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder, self.is_main, self.state = folder, ranks.is_main, "stopped"
-        self.is_new = not folder.exists()
+        self.created = [path for path in (folder, *folder.parents) if not path.exists()]  # by __enter__
         self.lock = FileLock(folder / LOCK)
 
     def __enter__(self) -> "TrainingLock":
@@ -50,8 +50,11 @@ class TrainingLock:
         try:
             if error is None or isinstance(error, SystemExit):  # a signal before training
                 self._write(self.state)
-            elif self.is_new and {path.name for path in self.folder.iterdir()} <= {LOCK, STATUS}:
+            elif self.created and {path.name for path in self.folder.iterdir()} <= {LOCK, STATUS}:
                 shutil.rmtree(self.folder)
+                for parent in self.created[1:]:
+                    if not any(parent.iterdir()):
+                        parent.rmdir()
             else:
                 self._write("failed", error=(str(error) or kind.__name__).splitlines()[0])
         except OSError:
