@@ -9,14 +9,16 @@ cell. Cells that docs/results has need not be in the lab's folder: in a clone th
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import tyro
+
 from experiments import attention, drawings, editing, lab, multimodal, noise, patches, scaling, text
 from experiments.judge import OPEN, Evidence
-from experiments.lab import DOCS, SEEDS, Options
+from experiments.lab import DOCS, SEEDS, Options, Preset
 from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_claims
 from transfusion.disk import read_json, write_json
 
@@ -68,8 +70,20 @@ favour of models that draw blobs. A row of old seeds is replaced as soon as it h
 """
 
 
+@dataclass
+class PageOptions:
+    """Write docs/results.md from the cells that exist."""
+
+    out: Path = Path("runs/lab")
+    """Folder of the tables' runs. It may be missing."""
+    preset: Preset = "cpu"
+    """Tables of two CPU cores (cpu) or of one GPU (gpu)."""
+    device: str = "auto"
+    """Device for measuring the codecs, if their folders are there: auto, cpu, cuda or mps."""
+
+
 def write_page(options: Options) -> Path:
-    """Write the page from the cells that exist; return its path."""
+    """Write the page from the cells that exist, of all seeds; return its path."""
     options = replace(options, seeds=SEEDS)
     (DOCS / "results").mkdir(exist_ok=True)
     sections: list[str] = []
@@ -169,5 +183,5 @@ def _format_section(options: Options, module: ModuleType, table: str, cells: lis
 
 
 if __name__ == "__main__":
-    options = replace(lab.parse_options(__doc__), show=True)
-    print(f"wrote {write_page(options)}")
+    options = tyro.cli(PageOptions, description=__doc__)
+    print(f"wrote {write_page(Options(options.out, preset=options.preset, device=options.device))}")
