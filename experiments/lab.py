@@ -267,7 +267,7 @@ def show_table(options: Options, table: Table) -> None:
         text += f"\n{STALE}\n"
     lines = [[claim.text, *it] for claim in table.claims if (it := describe_claim(options, table, claim)) is not None]
     if lines:
-        text += "\n" + format_markdown(["comparison", "means", "advantage, 95 % interval"], lines)
+        text += "\n" + format_markdown(["expected", "means", "advantage, 95 % interval"], lines)
     if num_missing := len(table.claims) - len(lines):
         text += f"\n{num_missing} comparison{'s' * (num_missing > 1)} without a figure: rows not run yet\n"
     options.out.mkdir(parents=True, exist_ok=True)

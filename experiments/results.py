@@ -44,7 +44,8 @@ seeds were fixed before these runs were made, in `experiments/primary.py`.
   captions too. **Partly**: the interval over captions contains 0. **Not**: no difference is shown, or the opposite. If none
   of the claims is true, the probability of any false verdict is at most 5 %. `python -m experiments.error_rates` measures it
   on synthetic tables, and the power.
-- All other comparisons on this page have intervals and no verdict. They are not corrected for their number.
+- All other comparisons on this page have intervals and no verdict. They are not corrected for their number. Their column
+  "expected" has what the paper leads one to expect, which is not a result.
 
 Compare rows with each other, not with the paper's numbers. `python -m experiments.tables` makes all missing runs, those of
 the claims above first. The command below each table makes its runs (`--seeds`, `--variants` select cells;
@@ -58,14 +59,16 @@ the claims above first. The command below each table makes its runs (`--seeds`, 
 - "Caption exact match" is the share of held-out images whose generated caption equals the reference.
 - "Conditioning gap" is the relative increase of the image loss when an image has the caption of another image.
 - Images are held out, not captions: there are few captions of one object, and all occur in training.
-- Training FLOPs are 6 x parameters x positions. Minutes were measured on a shared machine.
+- Training FLOPs are 6 x parameters x positions, the paper's estimate; attention and convolutions are not counted exactly.
+  Minutes were measured on a shared machine.
 
 {old}All {runs} runs together took {hours:.1f} hours of training, each on one thread and most of them with another run on the
 same machine.
 """
 OLD = """**Rows of seeds 0, 1 and 2** were made before the claims were fixed. All seeds of these rows share 400 captions and
 the starting noise, so their spread is too small. The program that judged their images took some round blobs for circles, in
-favour of models that draw blobs. A row of old seeds is replaced as soon as it has a run of the new ones.
+favour of models that draw blobs; the red frames of their drawings are also of that program. A row of old seeds is replaced
+as soon as it has a run of the new ones.
 
 """
 
@@ -122,10 +125,13 @@ def _format_claim(options: Options, primary: Primary, verdict: str, evidence: Ev
     """The line of a primary claim: what the paper says, the verdict, the effect, and the command that makes its runs."""
     table, claim = primary.find(options.preset)
     rows, column = find_rows(table, claim), table.columns[claim.column]
-    effect = "no interval yet"
-    if evidence is not None:
-        effect = f"{column.title} {lab.format_interval(evidence.seeds, column)} over seeds"
-        effect += f", {lab.format_interval(evidence.captions, column)} over captions" if evidence.captions else ""
+    effect = "not run yet"
+    if (described := lab.describe_claim(options, table, claim)) is not None:
+        means, interval = described
+        effect = f"{column.title} {means}: {interval}"
+        if evidence is not None:
+            captions = evidence.captions and lab.format_interval(evidence.captions, column)
+            effect += f" over seeds, {captions} over captions" if captions else " over seeds"
         effect += " (seeds 0 to 2)" if lab.is_old(lab.read_cells(options, table, rows[0])) else ""
     if verdict == OPEN:
         verdict = f"{OPEN}, {count_cells(options, primary)} of {2 * len(SEEDS)} runs"
