@@ -2,7 +2,6 @@
 the rows, columns and claims of the tables are in other files, and are not.
 """
 
-import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from transfusion.evaluation.perplexity import heldout_topics
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
+from transfusion.report.record import Record
 
 NUM_SCENES = 400  # held-out captions; one image is drawn for each
 NUM_TRAINING_SCENES = 2_000  # for the small network that computes features
@@ -85,14 +85,14 @@ def measure_captions(name: str, engine: Engine) -> dict[str, float]:
 
 
 def final_losses(folder: Path) -> dict[str, float]:
-    """Held-out losses at the last step, trained positions, and training time in minutes.
+    """Held-out losses and velocity error at the last step, trained positions, and training time in minutes.
 
-    With several sources the name of each loss starts with its source.
+    With several sources the name of each figure starts with its source.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    heldout = [losses for line in lines if (losses := {tuple(name.removeprefix("heldout_").split("/", 1)): value
-                                            for name, value in line.items() if name.startswith("heldout_")})][-1]
+    record = Record.read(folder)
+    heldout = {(metric, source): values[-1] for metric in ("text_loss", "image_loss", "velocity_error")
+               for source, (_, values) in record.heldout(metric).items()}  # fmt: skip
     sources = {source for _, source in heldout}
     losses = {name if len(sources) == 1 else f"{source}_{name}": value for (name, source), value in heldout.items()}
     positions = read_json(max((folder / "checkpoints").glob("*/state.json")))["num_seen"]
-    return {**losses, "positions": positions, "minutes": [line["seconds"] for line in lines if "seconds" in line][-1] / 60}
+    return {**losses, "positions": positions, "minutes": record.trained[-1]["seconds"] / 60}

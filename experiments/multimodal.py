@@ -105,11 +105,12 @@ def make_variant(
     """A run on text and images. `family` is "transfusion", "chameleon", or, on text alone, "llama" or "chameleon, text"."""
     numbers, codes = PRESETS[preset], family == "chameleon"
     images = ("--model.patches", "codes", "--model.patch-size", "1") if codes else ("--model.patch-size", "2")
-    text_only = (*TEXT_ONLY, "--data.rows", str(numbers.rows // 3)) if family in ("llama", "chameleon, text") else ()
+    is_text_only = family in ("llama", "chameleon, text")
     arguments = (
         "small", "--data.sources", "shapes", "topics", "--data.mixture-weights", "2", "1", "--data.seq-len", "320",
-        "--data.rows", str(numbers.rows), "--data.image-first-max-t", "1", *scenes.model_options(preset, size), *images,
-        *(STABLE if family.startswith("chameleon") else ()), *text_only,
+        "--training.batch-size", str(numbers.rows), "--data.image-first-max-t", "1",
+        *scenes.model_options(preset, size), *images, *(STABLE if family.startswith("chameleon") else ()),
+        *((*TEXT_ONLY, "--training.batch-size", str(numbers.rows // 3)) if is_text_only else ()),
         "--training.steps", str(2 * numbers.steps), "--training.learning-rate", scenes.format_rate(numbers.learning_rate),
         "--training.image-weight", "2", "--training.preview-every", "0",
         "--generation.sampler", "dpm", "--generation.steps", "20", *more,

@@ -61,8 +61,8 @@ def make_variant(
     numbers = PRESETS[preset]
     learning_rate = numbers.learning_rate if patches == "linear" else numbers.learning_rate / 2
     arguments = (
-        "shapes", "--data.shapes.level", str(numbers.level), "--data.seq-len", "320", "--data.rows", str(numbers.rows),
-        "--data.image-first-max-t", "1", *model_options(preset, size),
+        "shapes", "--data.shapes.level", str(numbers.level), "--data.seq-len", "320",
+        "--training.batch-size", str(numbers.rows), "--data.image-first-max-t", "1", *model_options(preset, size),
         "--model.patches", patches, "--model.patch-size", str(patch_size),
         "--training.steps", str(numbers.steps), "--training.learning-rate", format_rate(learning_rate),
         "--training.preview-every", "0", "--generation.sampler", "dpm", "--generation.steps", "20", *more,

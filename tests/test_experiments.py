@@ -106,6 +106,8 @@ def test_cell_contains_measurements_and_heldout_losses(filled, variants):
     last = [line for line in lines if "heldout_text_loss/digits" in line][-1]
     assert values["text_loss"] == last["heldout_text_loss/digits"]
     assert values["image_loss"] == last["heldout_image_loss/digits"]
+    assert values["velocity_error"] == last["heldout_velocity_error/digits"]
+    assert not [name for name in values if "by_t" in name]
     assert values["parameters"] > 0 and values["minutes"] > 0 and values["positions"] > 0
     assert values["machine"] and re.fullmatch(r"[0-9a-f]{7,}(\+changes)?|unknown", values["commit"])
 
@@ -317,7 +319,7 @@ def test_variants_and_claims_of_a_table_are_valid(module, preset):
         kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
         assert type(model.patches).__name__ == kind
         assert (run.data.seq_len, run.training.steps) == (320, (2 if run.data.prepared else 1) * numbers.steps)
-        assert run.data.rows == numbers.rows // (3 if run.data.sources == ("topics",) else 1)
+        assert run.training.batch_size == numbers.rows // (3 if run.data.sources == ("topics",) else 1)
     for claim in table.claims:
         assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
 
@@ -364,7 +366,7 @@ def test_scenes_are_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "run_command", command)
     measures.small_network.cache_clear()
     variant = scenes.make_variant("cpu", "tiny", "linear", 4, "S", "--generation.steps", "2", "--data.fit-documents", "50",
-                                  "--data.rows", "1", "--data.shuffle-block", "16")  # fmt: skip
+                                  "--training.batch-size", "1", "--data.shuffle-block", "16")  # fmt: skip
     options = Options(tmp_path, seeds=(3,), train=("--training.steps=2", "--training.warmup-steps=1"))
     table = Table("t", [variant], scenes.COLUMNS, scenes.measure("cpu"))
     noise_seeds = []
@@ -397,8 +399,9 @@ def test_cells_of_optimizers_have_all_columns(run, tmp_path, monkeypatch, capsys
     """Of both optimizers, trained for two steps."""
     monkeypatch.setattr(measures, "NUM_CAPTIONS", 4)
     monkeypatch.setattr(lab, "run_command", command)
-    tiny = "--data.fit-documents=50", "--data.rows=1", "--data.shuffle-block=16", "--model.width=32", "--model.heads=2"
-    options = Options(tmp_path, seeds=(0,), train=(*tiny, "--training.steps=2", "--training.warmup-steps=1"))
+    tiny = "--data.fit-documents=50", "--data.shuffle-block=16", "--model.width=32", "--model.heads=2"
+    train = *tiny, "--training.batch-size=1", "--training.steps=2", "--training.warmup-steps=1"
+    options = Options(tmp_path, seeds=(0,), train=train)
     table = optimizers.build_table(run)
     lab.run_table(options, table)
     for variant, optimizer in zip(table.variants, ("adamw", "muon"), strict=True):

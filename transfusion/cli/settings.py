@@ -24,31 +24,31 @@ class ChosenRun:
     run: Run
     arguments: list[str]
     folder: Path | None = None  # if the word is a run's folder
-    is_named: bool = False  # a run of `runs.py`, whose model has not been fitted to data
+    is_recipe: bool = False  # one of `runs.py`, whose model has not been fitted to data
 
 
 def read_run(command: str, arguments: list[str]) -> ChosenRun:
-    """The run of the first argument: its name, folder or file. Without it, the named run that the file of --config names."""
+    """The run of the first argument: a recipe, folder or file. Without it, the recipe that the file of --config names."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
         print(f"usage: transfusion {command} RUN [options]\n\n"
-              f"RUN is the folder of a run, the path of a run.json, or one of\n{names}\n\n"
+              f"RUN is the folder of a run, the path of a run.json, or a recipe:\n{names}\n\n"
               f"transfusion {command} RUN --help lists every option with the run's own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
     word, rest = arguments[0], arguments[1:]
     if (file := config_file(arguments)) is not None and word.startswith("-"):
-        word, rest = read_settings(file).get("name"), arguments
+        word, rest = read_settings(file).get("recipe"), arguments
         if word not in NAMES:
-            raise UsageError(f"{file} has no name of a run: give RUN before --config, or as its name {', '.join(NAMES)}")
+            raise UsageError(f"{file} names no recipe: give RUN before --config, or in the file recipe: {NAMES[0]}")
     if word in NAMES:
-        return ChosenRun(named_run(word), rest, is_named=True)
+        return ChosenRun(named_run(word), rest, is_recipe=True)
     path = Path(word)
     if path.is_dir():
         if is_exported(check_run(path)):
-            raise UsageError(f"{path} is an exported run: give it with --from, after the name of a run")
+            raise UsageError(f"{path} is an exported run: give it with --from, after a recipe")
         return ChosenRun(from_json(Run, read_settings(path / RUN)), rest, folder=path)
     if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"there is no run {word!r}{nearest(word, NAMES)}; there are {', '.join(NAMES)}")
+        raise UsageError(f"there is no recipe or folder {word!r}{nearest(word, NAMES)}; recipes are {', '.join(NAMES)}")
     return ChosenRun(from_json(Run, read_settings(path)), rest)
 
 
@@ -66,8 +66,8 @@ def parse_run(
 
 
 def option_names(arguments: list[str]) -> set[str]:
-    """The options in a command: "--data" also of --data=DIR."""
-    return {word.partition("=")[0] for word in arguments}
+    """The options in a command: "--data" also of --data=DIR, and "--log-every" also of --log_every."""
+    return {word.partition("=")[0].replace("_", "-") for word in arguments}
 
 
 def config_file(arguments: list[str]) -> Path | None:
