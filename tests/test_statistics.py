@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,10 @@ def test_welch_of_constants_has_no_division_by_zero():
     assert welch([0.9, 0.9], [0.9, 0.9, 0.9]) == (Interval(0, 0, 0), 1)
     interval, p = welch([1.0, 1.0], [0.5, 0.5])
     assert (interval, p) == (Interval(0.5, 0.5, 0.5), 0)
+    with warnings.catch_warnings(action="error"):
+        interval, p = welch([0.95, 0.96, 0.97], [0.9975, 0.9975, 0.9975])
+    half_width = student.ppf(0.975, 2) * 0.01 / math.sqrt(3)
+    assert (interval.low, interval.high) == pytest.approx((-0.0375 - half_width, -0.0375 + half_width))
 
 
 @examples(100)
@@ -107,10 +112,12 @@ def test_verdicts():
 
 @pytest.mark.parametrize("name", error_rates.DISTRIBUTIONS if THOROUGH else ["normal"])
 def test_six_null_claims_rarely_have_a_false_verdict(name):
-    """At most 6 % of tables, here with three standard errors; a test of each claim alone would be wrong in about 25 %."""
+    """At most 6 % of tables, here with three standard errors; a test of each claim alone would be wrong in about 25 %. With five
+    seeds, Welch's test is a little too bold if one row is three times as wide."""
     count = 5_000 if THOROUGH else 300
     rate = error_rates.rate_of_false_verdicts(error_rates.Options(count), error_rates.DISTRIBUTIONS[name])
-    assert 0.005 < rate <= 0.06 + (0 if THOROUGH else 3 * math.sqrt(0.05 * 0.95 / count))
+    highest = 0.07 if "three times" in name else 0.06
+    assert 0.005 < rate <= highest + (0 if THOROUGH else 3 * math.sqrt(0.05 * 0.95 / count))
 
 
 def test_power_grows_with_the_effect(capsys):
