@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SHOWING = "transfusion.report", "transfusion.page"  # subpackages and modules that show results and change none
+SHOWING = "transfusion.report.write", "transfusion.page"  # modules that show results and change none
 
 
 @cache

@@ -197,7 +197,7 @@ def test_code_of_a_cell_is_what_trains_and_measures(filled):
     modules = find_modules(*image_table.code(Variant("", ())), *table_of_edits.code(Variant("", (), "prepared data")))
     assert {name for name in modules if name.startswith("experiments.")} == {"experiments.measures", "experiments.edits"}
     assert {"transfusion.objective", "transfusion.evaluation.fid", "transfusion.data.prepare"} <= modules.keys()
-    assert not [name for name in modules if "serving" in name or "report" in name]
+    assert not [name for name in modules if "serving" in name] and "transfusion.report.write" not in modules
 
 
 @pytest.fixture
@@ -276,18 +276,21 @@ def test_code_that_changes_while_a_table_is_made_stops_it(tmp_path, monkeypatch)
     ({"words": ("--model.heads", "5")}, "variant 'Width 48': --model.heads 5: width 48 is not divisible by 5"),
     ({"words": ("--training.seed", "7")}, "variant 'Width 48': --training.seed is set for each cell; use --seeds"),
     ({"train": ("--out=x",)}, "variant 'Width 32': --out is set for each cell; use --seeds, --device or --out"),
-    ({"words": ("--data.sources", "shape")}, "variant 'Width 48': there is no source 'shape'"),
-    ({"words": ("--model.patch-size", "3")}, "variant 'Width 48': a latent of 8x8 cannot be divided into patches of side 3"),
+    ({"words": ("--data.sources", "shape"), "needs_data": True}, "variant 'Width 48': there is no source 'shape'"),
+    ({"words": ("--model.patch-size", "3"), "needs_data": True},
+     "variant 'Width 48': a latent of 8x8 cannot be divided into patches of side 3"),
 ])  # fmt: skip
 def test_wrong_table_is_refused_before_anything_is_trained(variants, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(lab, "run_command", lambda *arguments: pytest.fail("something was trained"))
     rows = [variants[0], replace(variants[1], arguments=(*variants[1].arguments, *change.get("words", ())))]
     claims = [Claim("c", *change["claim"])] if "claim" in change else []
-    table = make_table(rows * change.get("variants", 1), claims=claims)
+    prepared = []
+    table = make_table(rows * change.get("variants", 1), claims=claims, prepare=prepared.append)
     options = Options(tmp_path, change.get("chosen", ()), change.get("seeds", (0,)), change.get("train", ()))
     with pytest.raises(SystemExit) as error:
         lab.fill_cells(options, table)
     assert message in error.value.code and "\n" not in error.value.code
+    assert prepared == ([options] if "needs_data" in change else [])
 
 
 # Tables
