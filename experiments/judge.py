@@ -56,9 +56,9 @@ def compare(
 
 
 def judge(evidence: Sequence[Evidence | None]) -> list[str]:
-    """The verdict on each of a family of claims; None is a claim without its seeds. For a whole family of claims at their limit,
-    where the advantage is 0, the probability of any verdict but "no difference shown" is about 5 % at most: see
-    `error_rates`, since Welch's test is approximate."""
+    """The verdict on each of a family of claims; None is a claim without its seeds. If all claims are at their limit, where
+    the advantage is 0, the probability of any verdict but "no difference shown" is at most 5 %, as far as Welch's test is
+    exact (`error_rates`)."""
     adjusted = holm([1.0 if it is None else it.p for it in evidence])
     return [OPEN if it is None else _judge_one(it, p) for it, p in zip(evidence, adjusted, strict=True)]
 
