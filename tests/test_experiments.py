@@ -47,6 +47,7 @@ from transfusion.data.built_in.shapes import Shapes
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
 from transfusion.model.transfusion import build_on_meta
+from transfusion.parallel import share_batch
 from transfusion.sequence import Vocabulary
 
 
@@ -460,6 +461,12 @@ def inject_faults(folder: Path, monkeypatch, faults: int, steps: int, seed: int)
     with pytest.raises(SystemExit) as error:
         fault_tolerance.main(fault_tolerance.Options(folder, faults))
     return error.value.code
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_interrupted_run_trains_on_one_and_on_two_processes(world):
+    batch_size = parse_arguments(*fault_tolerance.RUN).training.batch_size
+    assert share_batch(batch_size, world) * world == batch_size
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from tests.ranks import World, precision
 from tests.sources import write_photos
 from tests.test_cli import TINY, command
 from tests.test_training import metrics_of, new_trainer, resumed_trainer, stop_at_step
+from tests.test_velocity_error import evaluate_guesser
 from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
@@ -185,6 +186,13 @@ def test_two_ranks_start_with_the_same_weights_as_one_process(pair, tmp_path, ki
     for weights in pair(first_weights, kind, source):
         assert weights.keys() == expected.keys()
         assert all(np.array_equal(value, expected[name]) for name, value in weights.items())
+
+
+def test_velocity_errors_of_two_ranks_are_those_of_one(pair, tmp_path):
+    (values, seen), (values_too, seen_too) = pair(evaluate_guesser, tmp_path / "two")
+    expected, all_seen = evaluate_guesser(SINGLE_PROCESS, tmp_path / "one")
+    assert values == values_too == pytest.approx(expected, rel=1e-12) and len(values) == 12
+    assert seen != seen_too and {*seen} | {*seen_too} == {*all_seen}  # each has its own batches
 
 
 class SyntheticLoader:
@@ -581,7 +589,10 @@ def test_codec_training_is_the_same_on_two_ranks_and_resumes_with_any_number(pai
     assert_same(outcome, expected, 1e-9)
 
 
-def test_codec_batch_not_divisible_by_ranks_is_refused(tmp_path):
+def test_batch_not_divisible_by_ranks_is_refused(tmp_path):
+    """By both trainers."""
+    with pytest.raises(ValueError, match="batch_size 8 is not divisible by 3 processes: use a batch size of 6 or 9, or 2"):
+        Trainer(a_run(batch_size=8), tmp_path, None, {}, torch.device("cpu"), Ranks(1, 3))
     with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3 processes: use a batch size of 3 or 6, or 2"):
         CodecTrainer(AUTOENCODER, FITTING, tmp_path, np.zeros((30, 16, 16, 3), np.uint8), torch.device("cpu"), Ranks(1, 3))
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 
 from tests.profile import THOROUGH
 from tests.test_cli import TINY, TINY_FITTED, command, fails
+from tests.test_export import edit_json
 from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
 from transfusion.checkpoint.open import describe_run
@@ -101,8 +103,19 @@ def test_file_without_a_run_is_refused(tmp_path):
     path.write_text("recipe: other\n")
     with pytest.raises(UsageError, match="my.yaml names no recipe: give RUN before --config"):
         run_of("--config", path)
+    with pytest.raises(UsageError, match="my.yaml: unknown field lr"):
+        path.write_text("lr: 1\n")
+        run_of(path)
     with pytest.raises(OpenError, match="cannot read missing.yaml"):
         run_of("missing.yaml")
+
+
+@pytest.mark.parametrize("words", [["{}"], ["{}/run.json"], ["digits", "--config", "{}/run.json"]])
+def test_run_of_another_version_is_refused_with_its_format(written, tmp_path, words):
+    folder = Path(shutil.copytree(written, tmp_path / "old"))
+    edit_json(folder / "run.json", format=2, run={"name": "digits"})
+    with pytest.raises(OpenError, match=f"{folder} has format 2, written by transfusion .*; this version reads format 3"):
+        run_of(*(word.format(folder) for word in words))
 
 
 def test_print_config_needs_no_data_and_is_a_file_for_config(tmp_path, monkeypatch, capsys):

@@ -132,7 +132,11 @@ def test_sums_by_t_equal_slow_sums_and_have_only_images_with_a_loss(packed, conf
 
 
 class Guesser(torch.nn.Module):
-    """A model whose x0 is wrong by 0.1 (1 + t) sigma in every value: a velocity error of (0.1 (1 + t))^2."""
+    """A model whose x0 is wrong by `size` * sigma in every value of an image: a velocity error of size^2."""
+
+    @staticmethod
+    def size(t: float, key: int) -> float:
+        return 0.1 * (1 + t) * (1 + key % 3)
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
@@ -143,7 +147,8 @@ class Guesser(torch.nn.Module):
         for group, noisy, time in zip(batch.groups, x_t, t, strict=True):
             has_loss = group.loss.numpy()
             _, sigma = alpha_sigma(time.double().clamp(min=0.01), self.config.noise_schedule)
-            guess = group.x0.double().numpy() + 0.1 * sigma * (1 + time.view(-1, 1, 1, 1).numpy())
+            sizes = [*map(self.size, time.tolist(), group.keys)]
+            guess = group.x0.double().numpy() + sigma * np.reshape(sizes, (-1, 1, 1, 1))
             predicted = as_prediction(guess, noisy.double().numpy(), time.clamp(min=0.01), self.config)
             predictions.append(torch.from_numpy(np.where(has_loss.reshape(-1, 1, 1, 1), predicted, 9.0)))
             for key, value, image, loss in zip(group.keys, time.tolist(), noisy, has_loss, strict=True):
@@ -153,16 +158,19 @@ class Guesser(torch.nn.Module):
         return Prediction(TextLoss(zero.sum(), zero), predictions)
 
 
-def evaluate(folder: Path, ranks: Ranks = SINGLE_PROCESS, seed: int = 0, data: dict | None = None, **diffusion_) -> tuple:
+def evaluate_guesser(
+    ranks: Ranks, folder: Path, seed: int = 0, data: dict | None = None, **diffusion_
+) -> tuple[dict, dict]:
     """The held-out figures of a run whose averaged model is a Guesser, and what it has seen."""
     run = small_run(steps=1, seed=seed)
     run = replace(run, data=replace(run.data, **data or {}), diffusion=DiffusionConfig(**diffusion_))
     trainer = new_trainer(folder, run, ranks=ranks)
     (source,), (run, encoder) = open_sources(run.data, "heldout"), prepared(run)
-    trainer.heldout = {"digits": heldout_batches(source, encoder, 99)}
+    batches = heldout_batches(source, encoder, 120, 4)
+    trainer.heldout = {"digits": batches[: len(batches) - 1 | 1]}  # odd: the second of two ranks has none in the last round
     trainer.ema = Guesser(run.diffusion)
     values, _ = trainer.evaluate_heldout(lambda: None)
-    return {name: value for name, value in values.items() if "velocity" in name}, dict(trainer.ema.seen)
+    return {name: value for name, value in values.items() if "text" not in name}, dict(trainer.ema.seen)
 
 
 @pytest.mark.parametrize("noise_schedule", SCHEDULES)
@@ -173,27 +181,19 @@ def test_figures_of_equal_models_are_equal_for_all_settings(tmp_path, noise_sche
     }  # fmt: skip
     changes = [{}, {"seed": 1}, {"data": {"image_first_max_t": 1.0, "caption_dropout": 1.0}}]
     outcomes = [
-        evaluate(tmp_path / prediction, prediction=prediction, noise_schedule=noise_schedule, **options, **change)
+        evaluate_guesser(SINGLE_PROCESS, tmp_path / prediction, prediction=prediction, noise_schedule=noise_schedule,
+                         **options, **change)
         for (prediction, options), change in zip(settings.items(), changes, strict=True)
-    ]
+    ]  # fmt: skip
     seen = outcomes[0][1]
     assert {*seen} == {*GRID}
-    expected = {f"velocity_error_by_t/digits/t{t:.2f}": (0.1 * (1 + t)) ** 2 for t in GRID}
-    expected |= {"velocity_error/digits": np.mean([*expected.values()])}
+    by_t = {t: np.mean([Guesser.size(t, key) ** 2 for key, _ in seen[t]]) for t in GRID}
+    expected = {f"velocity_error_by_t/digits/t{t:.2f}": error for t, error in by_t.items()}
+    expected["velocity_error/digits"] = np.mean([*by_t.values()])
     for values, seen_too in outcomes:
+        del values["image_loss/digits"]  # it differs: that is why there are velocity errors
         assert values == pytest.approx(expected, rel=1e-3)
         assert {t: sorted(images) for t, images in seen_too.items()} == {t: sorted(images) for t, images in seen.items()}
-
-
-def test_figures_of_two_ranks_are_those_of_one(pair, tmp_path):
-    (values, seen), (values_too, seen_too) = pair(evaluate_on, tmp_path / "two")
-    expected, all_seen = evaluate(tmp_path / "one", prediction="x0")
-    assert values == values_too == pytest.approx(expected, rel=1e-12)
-    assert seen != seen_too and {*seen} | {*seen_too} == {*all_seen}  # each has its own batches
-
-
-def evaluate_on(ranks: Ranks, folder: Path) -> tuple:
-    return evaluate(folder, ranks, prediction="x0")
 
 
 def test_names_in_metrics_and_no_figures_without_images(tmp_path):

@@ -106,8 +106,8 @@ def _write_command(estimate, run: Run, arguments: list[str]) -> str:
         words += [MICRO_BATCH, str(estimate.rows_per_pass)]
     gpus, per_machine = estimate.machines.gpus, estimate.machines.gpus_per_machine
     machines = next(n for n in range(ceil(gpus / per_machine), gpus + 1) if gpus % n == 0)
-    several = f"--nnodes {machines} --rdzv-endpoint HOST:29500 " if machines > 1 else ""
-    launcher = f"torchrun {several}--nproc-per-node {gpus // machines} -m " if gpus > 1 else ""
+    nodes, endpoint = (f"--nnodes {machines} ", "--rdzv-endpoint HOST:29500 ") if machines > 1 else ("", "")
+    launcher = f"torchrun {nodes}--nproc-per-node {gpus // machines} {endpoint}-m " if gpus > 1 else ""
     return f"{launcher}transfusion train {shlex.join(words)}"
 
 

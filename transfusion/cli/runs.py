@@ -185,6 +185,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
             return lock.end(finished=True)
         report_line(f"training {path} on {devices}, recipe {run.recipe}")
         warn_about_warmup(run.training, report_line)
+        lock.begin()
         return lock.end(trainer.train())
 
 

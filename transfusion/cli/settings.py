@@ -10,7 +10,7 @@ from typing import Any
 from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError, nearest
 from transfusion.config import Run, from_json, to_json
-from transfusion.disk import RUN, OpenError, check_run, is_exported, read_json
+from transfusion.disk import RUN, OpenError, check_run, check_run_format, is_exported, read_json
 from transfusion.runs import NAMES, named_run
 
 DECIDED = "vocab_size", "latent_channels"  # fields of the model that training takes from its data
@@ -46,10 +46,10 @@ def read_run(command: str, arguments: list[str]) -> ChosenRun:
     if path.is_dir():
         if is_exported(check_run(path)):
             raise UsageError(f"{path} is an exported run: give it with --from, after a recipe")
-        return ChosenRun(from_json(Run, read_settings(path / RUN)), rest, folder=path)
+        return ChosenRun(_from_settings(path / RUN, read_settings(path / RUN)), rest, folder=path)
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise UsageError(f"there is no recipe or folder {word!r}{nearest(word, NAMES)}; recipes are {', '.join(NAMES)}")
-    return ChosenRun(from_json(Run, read_settings(path)), rest)
+    return ChosenRun(_from_settings(path, read_settings(path)), rest)
 
 
 def parse_run(
@@ -80,15 +80,20 @@ def config_file(arguments: list[str]) -> Path | None:
 
 
 def _with_settings(run: Run, file: Path, keeps_sources: bool) -> Run:
-    """The run with the settings of a file. UsageError names the file and the field."""
+    """The run with the settings of a file."""
     values = read_settings(file)
     if file.name == RUN and isinstance(values.get("model"), dict):
         values["model"] = _without_decided(values["model"])
     data = values.get("data")
     if not keeps_sources and isinstance(data, dict) and {"prepared", "sources"} & data.keys():
         run = _without_sources(run)
+    return _from_settings(file, _merge(to_json(run), values))
+
+
+def _from_settings(file: Path, values: dict) -> Run:
+    """The run with all these settings of a file. UsageError names the file and the field."""
     try:
-        return from_json(Run, _merge(to_json(run), values))
+        return from_json(Run, values)
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from None
 
@@ -107,10 +112,13 @@ def _merge(values: dict, others: dict) -> dict:
 
 
 def read_settings(path: Path) -> dict:
-    """The settings in a YAML or JSON file; of a run.json its run. OpenError when it has none."""
+    """The settings in a YAML or JSON file; of a run.json its run. OpenError when it has none, or is of another format."""
     if path.suffix not in (".yaml", ".yml"):
         values = read_json(path)
-        return values["run"] if isinstance(values.get("run"), dict) else values
+        if not isinstance(values.get("run"), dict):
+            return values
+        check_run_format(path.parent, values)
+        return values["run"]
     import yaml
 
     try:
