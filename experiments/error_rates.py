@@ -83,8 +83,8 @@ def find_family() -> list[tuple[Claim, Column]]:
 def main(options: Options) -> None:
     rows = [[name, f"{rate_of_false_verdicts(options, sampler):.1%}"] for name, sampler in DISTRIBUTIONS.items()]
     print(format_markdown(["values over seeds", "tables with a false verdict"], rows))
-    rows = [[f"{effect} standard deviations", *(f"{share:.0%}" for share in power(options, effect))] for effect in EFFECTS]
-    print(format_markdown(["advantage", "claims found, all six true", "claims found, one true"], rows), end="")
+    rows = [[str(effect), *(f"{share:.0%}" for share in power(options, effect))] for effect in EFFECTS]
+    print(format_markdown(["advantage in standard deviations", "claims found, all six true", "claims found, one true"], rows), end="")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ seeds were fixed before these runs were made, in `experiments/primary.py`.
 - **Errors of the verdicts**, measured on 5,000 synthetic tables (`python -m experiments.error_rates`): if none of the claims
   is true, any verdict is false in 3.6 % of tables for normal values, 4.0 % for shares of 400 images, 1.9 % for exponential
   values, and 6.2 % if one row has three times the spread of the other, where Welch's test is a little too bold with five
-  seeds. POWER
+  seeds. A true advantage of 1, 2 or 3 standard deviations over seeds is found in 7, 51 and 97 % of cases if all six claims
+  are true, and in 7, 38 and 80 % if one is: "no difference shown" does not mean that there is none.
 - All other comparisons on this page have intervals and no verdict. They are not corrected for their number. Their column
   "expected" has what the paper leads one to expect, which is not a result.
 
