@@ -69,9 +69,7 @@ def power(options: Options, effect: float) -> tuple[float, float]:
     alone = [effect] + [0] * (len(family) - 1)
     together = [sample_verdicts(rng, family, sampler, [effect] * len(family)) for _ in range(options.tables)]
     single = [sample_verdicts(rng, family, sampler, alone)[0] for _ in range(options.tables)]
-    return float(np.mean([np.mean([it == REPRODUCED for it in verdicts]) for verdicts in together])), float(
-        np.mean([it == REPRODUCED for it in single])
-    )
+    return float(np.mean(np.array(together) == REPRODUCED)), float(np.mean(np.array(single) == REPRODUCED))
 
 
 def find_family() -> list[tuple[Claim, Column]]:
@@ -84,7 +82,8 @@ def main(options: Options) -> None:
     rows = [[name, f"{rate_of_false_verdicts(options, sampler):.1%}"] for name, sampler in DISTRIBUTIONS.items()]
     print(format_markdown(["values over seeds", "tables with a false verdict"], rows))
     rows = [[str(effect), *(f"{share:.0%}" for share in power(options, effect))] for effect in EFFECTS]
-    print(format_markdown(["advantage in standard deviations", "claims found, all six true", "claims found, one true"], rows), end="")
+    head = ["advantage in standard deviations", "claims found, all six true", "claims found, one true"]
+    print(format_markdown(head, rows), end="")
 
 
 if __name__ == "__main__":

@@ -284,15 +284,15 @@ def describe_claim(options: Options, table: Table, claim: Claim) -> tuple[str, s
     means = " and ".join(f"{statistics.mean(cell[claim.column] for cell in row.values()):{column.format}}" for row in rows)
     evidence = compare_rows(options, table, claim)
     if evidence is None:
-        return means, "one seed: no interval" if is_old(rows[0]) == is_old(rows[1]) else "measured differently"
+        return means, "runs of different code: no interval" if _count_codes(rows) > 1 else "one seed: no interval"
     return means, format_interval(evidence.seeds, column)
 
 
 def compare_rows(options: Options, table: Table, claim: Claim) -> Evidence | None:
-    """The evidence of all seeds of both rows. None if a row has fewer than two, or if the seeds of one alone are old: the
-    measurement was another one then."""
+    """The evidence of all seeds of both rows. None if a row has fewer than two, or if the cells are not of one code, which
+    may have measured them differently."""
     rows = _claim_cells(options, table, claim)
-    if min(map(len, rows)) < 2 or is_old(rows[0]) != is_old(rows[1]):
+    if min(map(len, rows)) < 2 or _count_codes(rows) > 1:
         return None
     values, counts = ([[cell[name] for cell in row.values() if name in cell] for row in rows]
                       for name in (claim.column, f"{claim.column}_by_caption"))  # fmt: skip
@@ -302,6 +302,11 @@ def compare_rows(options: Options, table: Table, claim: Claim) -> Evidence | Non
 def is_old(cells: Mapping[int, dict]) -> bool:
     """True if all cells of a row are of OLD_SEEDS."""
     return cells.keys() <= {*OLD_SEEDS}
+
+
+def _count_codes(rows: Sequence[Mapping[int, dict]]) -> int:
+    """The number of hashes of code among these cells; the oldest cells have none, which counts as one."""
+    return len({cell.get("code") for row in rows for cell in row.values()})
 
 
 def _claim_cells(options: Options, table: Table, claim: Claim) -> list[dict[int, dict]]:

@@ -54,8 +54,8 @@ def count_cells(options: Options, primary: Primary) -> int:
 
 
 def judge_claims(options: Options) -> list[tuple[str, Evidence | None]]:
-    """The verdict on each claim, and the evidence so far. A claim is open until its ten cells exist; its evidence is then of
-    fewer or of old seeds."""
+    """The verdict on each claim, and the evidence so far. A claim is open until its ten cells exist and are of one code; its
+    evidence is then of fewer or of old seeds."""
     options = replace(options, seeds=SEEDS)
     evidence = [compare_rows(options, *primary.find(options.preset)) for primary in CLAIMS]
     is_complete = [count_cells(options, primary) == 2 * len(SEEDS) for primary in CLAIMS]

@@ -30,8 +30,8 @@ The paper's claims, tested {hardware}: synthetic scenes of 32x32 pixels and Pyth
 to {largest:.2f} million parameters.
 
 {claims}
-{num_open} of {num_claims} claims are open. A verdict needs {num_seeds} seeds of both rows ({seeds}). Claims, metrics and
-seeds were fixed before these runs were made, in `experiments/primary.py`.
+{num_open} of {num_claims} claims are open. A verdict needs {num_seeds} seeds of both rows ({seeds}), made by the same
+code. Claims, metrics and seeds were fixed before these runs were made, in `experiments/primary.py`.
 
 - **Effect**: how much better the first row is than the second; above 0 speaks for the claim. For a claim with a margin: how
   much better it is than the second row less the margin.

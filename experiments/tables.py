@@ -4,7 +4,8 @@ three seeds of the other rows, and last the edits, which start from other runs.
     python -m experiments.tables
 
 Every cell is written to docs/results as soon as it is measured, to be committed; the page is written at the end. The same
-command resumes after Ctrl-C, also in another clone: cells in docs/results are not made again.
+command resumes after Ctrl-C, also in another clone: cells in docs/results are not made again. The runs of a claim must be of
+one code, so let it not change meanwhile, or make them again with `--rerun-stale`.
 """
 
 from collections.abc import Iterator
