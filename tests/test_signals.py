@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import processes
 from tests.processes import Process
@@ -18,6 +19,7 @@ from tests.test_cli import TINY, command
 from tests.test_training import new_trainer
 from tests.test_vq import FIT
 from tests.tiny import small_run
+from transfusion import parallel
 from transfusion.checkpoint.open import find_newest_checkpoint
 from transfusion.disk import read_json
 from transfusion.inference.engine import open_run
@@ -114,11 +116,24 @@ def test_signal_after_another_process_has_stopped_leaves_its_error(monkeypatch):
             raise ConnectionError("another process of this run has stopped")
         finally:
             signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(SystemExit), exit_on_signal():
-        try:
-            raise ImportError
-        except ImportError:  # of a package that looks for another one
-            signal.raise_signal(signal.SIGTERM)
+
+
+def run_with_signal_to_rank_0_before_it_joins(*args: object) -> None:
+    def pick_device(name: str) -> torch.device:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return torch.device("cpu")
+
+    parallel.pick_device = pick_device
+    command(*args)
+
+
+def test_signal_to_one_rank_before_training_stops_all(tmp_path):
+    """Under torchrun. The others waited for ever for one that had ended."""
+    output = processes.torchrun(
+        run_with_signal_to_rank_0_before_it_joins, "train", "digits", *TINY, "--training.batch-size", 4, "--out", tmp_path
+    )
+    assert "stopped at step 0 and saved" in output and state_of(tmp_path) == "stopped"
 
 
 @pytest.mark.parametrize("is_under_torchrun", [False, True])

@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+before_training = threading.Event()  # a signal under torchrun that came before training
 
 
 class Stoppable(Protocol):
@@ -32,6 +34,7 @@ def stop_on_signal(loop: Stoppable) -> Iterator[None]:
         loop.stop_requested = True
 
     with _handle_signals(request_stop):
+        loop.stop_requested |= before_training.is_set()
         yield
 
 
@@ -39,15 +42,14 @@ def stop_on_signal(loop: Stoppable) -> Iterator[None]:
 def exit_on_signal() -> Iterator[None]:
     """While open, a signal ends the process with `exit_stopped`: before training there is nothing to save.
 
-    But when another process has stopped, torchrun also signals this one, whose error stays the reason for its end.
+    Under torchrun it waits for `stop_on_signal`, whose loop stops all processes after the same step: if one ended alone, the
+    others would wait for it, or take it for lost.
     """
-
-    def end(number, frame):
-        if not isinstance(sys.exception(), ConnectionError):
-            exit_stopped()
-
-    with _handle_signals(end):
-        yield
+    with _handle_signals(lambda number, frame: before_training.set() if is_under_torchrun() else exit_stopped()):
+        try:
+            yield
+        finally:
+            before_training.clear()
 
 
 def exit_stopped() -> None:
