@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import redirect_stderr
 from dataclasses import replace
 
@@ -172,12 +173,22 @@ def test_a_stream_that_waits_has_comments(monkeypatch, engine, path):
         assert rest[-2] == "data: [DONE]" if path != DRAW else '"type": "image_generation.completed"' in rest[-2]
 
 
+def open_after_the_deadline(gate: Gate, deadline: float) -> None:
+    """Opens the gate when a request that is still to come has passed its deadline, which is checked between two steps."""
+    def wait_and_open():
+        gate.allow(1)  # the request has arrived
+        time.sleep(1.2 * deadline)
+        gate.open()
+
+    threading.Thread(target=wait_and_open).start()
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT, DRAW])
 def test_an_error_after_the_first_comment_is_an_event(monkeypatch, engine, path):
     monkeypatch.setattr(streams, "SILENT_SECONDS", 0.1)
     gate = Gate(engine)
     with serving(engine, Limits(deadline=0.5)) as server, server.client() as client:
-        threading.Timer(1, gate.open).start()
+        open_after_the_deadline(gate, 0.5)
         response = client.post(path, json=valid_body(path) | {"stream": True} | ({"steps": 900} if path == DRAW else {}))
         *_, event, data = response.text.strip().splitlines()
         assert (response.status_code, event) == (200, "event: error")
@@ -191,8 +202,7 @@ def test_openais_client_reads_comments_and_errors(monkeypatch, engine):
     gate = Gate(engine)
     with serving(engine, Limits(deadline=2)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        gate.permits.release(3)
-        threading.Timer(2.5, gate.open).start()  # the deadline is checked between two steps
+        open_after_the_deadline(gate, 2)
         with pytest.raises(openai.APIError, match="longer than 2 seconds"):
             list(client.completions.create(model="tiny", prompt="a", max_tokens=100, stream=True))
 
