@@ -80,6 +80,7 @@ def main(options: Options) -> None:
     counts, num_failed, num_runs, num_different = Counter(), 0, 0, 0
     while counts.total() < options.faults:
         num_runs, folder = num_runs + 1, options.out / f"run-{num_runs:03d}"
+        start, before = time.monotonic(), counts.total()
         while True:
             process = _start(options, folder)
             try:
@@ -90,6 +91,8 @@ def main(options: Options) -> None:
                 counts[name] += 1
                 print(f"{counts.total():4}  {name}, at step {_last_step(folder)}", flush=True)
                 continue
+            if counts.total() == before:  # another speed of the machine than before
+                duration = time.monotonic() - start
             break
         num_failed += bool(process.returncode)
         num_different += not process.returncode and _read_weights(folder) != expected
