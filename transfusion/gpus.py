@@ -1,4 +1,4 @@
-"""Known GPUs: their memory and peak speed, from the vendor's documents. For `plan`, and for the MFU of a training step."""
+"""Known GPUs: their memory and peak speed, for `plan` and for the MFU of a training step. From tables of others."""
 
 import re
 from typing import NamedTuple
@@ -10,7 +10,7 @@ class GPU(NamedTuple):
     device: str  # regular expression for the name that the driver gives it
     memory: int  # bytes; its data sheet's GB are taken as 10^9 bytes
     tflops: float  # peak in bfloat16, dense, accumulated in float32; for sparse matrices data sheets give twice as much
-    source: str  # document of NVIDIA
+    source: str  # NVIDIA's document that those tables name; compare it before you rely on a figure
 
 
 GB = 10**9
