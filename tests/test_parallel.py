@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.documents import in_double
-from tests.llama import write_llama
+from tests.language_models import write_language_model
 from tests.processes import torchrun
 from tests.profile import THOROUGH, examples
 from tests.ranks import World, precision
@@ -172,16 +172,16 @@ def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray
     return {name: value.detach().numpy().copy() for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "run", "exported"])
+@pytest.mark.parametrize("kind", ["language_model", "run", "exported"])
 def test_two_ranks_start_with_the_same_weights_as_one_process(pair, tmp_path, kind):
     """Bit for bit."""
-    if kind == "llama":
-        write_llama(tmp_path / "source", shard="20KB")
+    if kind == "language_model":
+        write_language_model(tmp_path / "source", shard="20KB")
     else:
         write_run(tmp_path / "source", (3,))
     if kind == "exported":
         export(tmp_path / "source", tmp_path / "exported", shard=20_000)
-    source, kind = tmp_path / ("exported" if kind == "exported" else "source"), "llama" if kind == "llama" else "run"
+    source, kind = tmp_path / ("exported" if kind == "exported" else "source"), "run" if kind == "exported" else kind
     expected = first_weights(SINGLE_PROCESS, kind, source)
     for weights in pair(first_weights, kind, source):
         assert weights.keys() == expected.keys()

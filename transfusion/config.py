@@ -71,7 +71,8 @@ class ModelConfig(Config, part="model."):
     norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-5  # Epsilon of the RMS norms.
     rope_theta: Annotated[float, Range(at_least=1)] = 10_000.0  # Base of the rotary position frequencies.
     rope_scaling: RopeScaling | None = None  # Llama 3's scaling of rotary frequencies, as four numbers; off if not set.
-    qk_norm: bool = False  # Normalise queries and keys, as in Chameleon.
+    qk_norm: bool = False  # Normalise queries and keys, as in Chameleon and Qwen3.
+    qkv_bias: bool = False  # Add biases to queries, keys and values, as in Qwen2.
     post_norm: bool = False  # Normalise the output of each sublayer instead of its input, as in Chameleon.
     z_loss: NonNegativeFloat = 0.0  # Weight of the squared log of the softmax normaliser in the loss (Chameleon: 1e-5).
     latent_channels: Size = 8  # Channels of an image latent; training replaces it by those of its codec.

@@ -15,8 +15,8 @@ from transfusion.checkpoint.open import (
 )
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
-from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json, to_name
-from transfusion.model.llama import LLAMA_FIELDS, Llama
+from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, is_on_hub, read_json, to_name
+from transfusion.model.language_model import DECIDED_FIELDS, LanguageModel
 from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.model.weights import Weights
 from transfusion.parallel import Ranks
@@ -59,42 +59,43 @@ class OtherRunStart:
             fill_tensors(checkpoint, {checkpoint_part("ema"): model.state_dict()}, ranks)
 
 
-class LlamaStart:
-    """A folder with a language model of the Llama architecture and its tokenizer: the text weights of the new run."""
+class LanguageModelStart:
+    """A language model and its tokenizer, in a folder or on the hub: the text weights of the new run."""
 
-    kind = "llama"
-    fixed_fields = ("vocab_size", "latent_channels", *LLAMA_FIELDS)
+    kind = "language_model"
+    fixed_fields = ("vocab_size", "latent_channels", *DECIDED_FIELDS)
     step = None
 
     def __init__(self, source: str):
-        self.folder, self.name = Path(source), to_name(Path(source).resolve().name)
-        self.llama = Llama(self.folder)
+        self.folder, self.name = find_folder(source), to_name(Path(source).resolve().name)
+        self.language_model = LanguageModel(self.folder)
         if not (self.folder / "tokenizer.json").exists():
-            raise OpenError(f"{self.folder} has no tokenizer.json")
+            raise OpenError(f"{self.folder} has no tokenizer.json: open its tokenizer with AutoTokenizer of transformers, "
+                            "and save it into the folder with save_pretrained")  # fmt: skip
         self.tokenizer = Tokenizer.from_file(self.folder / "tokenizer.json")
+        self.language_model.check_weights(self.tokenizer.size)
 
     def adapt_config(self, model: ModelConfig) -> ModelConfig:
-        """The config with the language model's sizes. OpenError when its weights do not have them."""
-        model = self.llama.config(model)
-        self.llama.check_weights(model, self.tokenizer.size)
-        return model
+        """The config with the language model's sizes."""
+        return self.language_model.config(model)
 
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
         """Load the weights into the model. Patch layers and new ids, which it lacks, are initialised from the seed."""
-        init_weights(model, seed, lambda name, values: self.llama.fill(model.config, self.tokenizer.size, name, values))
+        init_weights(model, seed, lambda name, values: self.language_model.fill(self.tokenizer.size, name, values))
 
 
-Start = OtherRunStart | LlamaStart
+Start = OtherRunStart | LanguageModelStart
 
 
 def open_start(kind: str, source: str) -> Start:
-    """Open the source of a run's first weights; `kind` is "run" or "llama"."""
-    return OtherRunStart(source) if kind == OtherRunStart.kind else LlamaStart(source)
+    """Open the source of a run's first weights; `kind` is "run" or "language_model"."""
+    return OtherRunStart(source) if kind == OtherRunStart.kind else LanguageModelStart(source)
 
 
 def resolve_source(kind: str, source: str) -> str:
-    """The absolute path of a folder; a name on the hub unchanged."""
-    return str(Path(source).resolve()) if kind == LlamaStart.kind or Path(source).exists() else source
+    """The absolute path of a folder; the name of a model in the package or on the hub unchanged."""
+    is_name = is_on_hub(source) if kind == LanguageModelStart.kind else not Path(source).exists()
+    return source if is_name else str(Path(source).resolve())
 
 
 def describe_start(start: Start, source: str) -> dict:
@@ -113,7 +114,8 @@ def reopen_start(note: dict, folder: Path) -> Start:
 
 def fixed_model_fields(note: dict | None) -> tuple[str, ...]:
     """The fields of ModelConfig that a run's data and its start (None: the seed) determine."""
-    return LlamaStart.fixed_fields if note and note["kind"] == LlamaStart.kind else OtherRunStart.fixed_fields
+    is_language_model = note and note["kind"] == LanguageModelStart.kind
+    return LanguageModelStart.fixed_fields if is_language_model else OtherRunStart.fixed_fields
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

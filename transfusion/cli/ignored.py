@@ -43,18 +43,18 @@ def changed(before: Any, after: Any, prefix: str = "") -> list[str]:
 
 
 def check_train(before: Run, run: Run, start: str | None) -> None:
-    """The settings of a run that `train` changes; `start` is "run" or "llama" when its weights are not random."""
+    """The settings of a run that `train` changes; `start` is "run" or "language_model" when its weights are not random."""
     data, given = run.data, changed(before, run)
     diffusion, sizes = " ".join(f"diffusion.{f.name}" for f in fields(run.diffusion)), ""
-    if start == "llama":
-        from transfusion.model.llama import LLAMA_FIELDS
+    if start == "language_model":
+        from transfusion.model.language_model import DECIDED_FIELDS
 
-        sizes = " ".join(f"model.{name}" for name in LLAMA_FIELDS)
+        sizes = " ".join(f"model.{name}" for name in DECIDED_FIELDS)
     unread = [name for name in ("digits", "shapes") if data.prepared or name not in data.sources]
     refuse(given, [
         (True, "model.vocab_size", "in training: the tokenizer decides it"),
         (True, "model.latent_channels", "in training: the codec decides it"),
-        (start == "llama", f"{sizes} data.tokenizer_size", "with --init-from: the language model decides it"),
+        (start == "language_model", f"{sizes} data.tokenizer_size", "with --init-from: the language model decides it"),
         (start == "run", FITTED, "with --from: the other run decides tokenizer and codec"),
         (bool(data.prepared), FITTED, "on prepared data, which decide tokenizer and codec"),
         (data.codec != "block_pca", "data.codec_block data.codec_components", "without --data.codec block_pca"),

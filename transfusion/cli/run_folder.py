@@ -24,7 +24,7 @@ from transfusion.disk import RUN, run_name
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
 
-Start = tuple[str, str]  # the kind of the initial weights, "run" or "llama", and their folder or name on the hub
+Start = tuple[str, str]  # the kind of the initial weights, "run" or "language_model", and their folder or name on the hub
 FREE = (  # settings that a trained run may change, by the beginning of their names: they do not change what a step learns
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
     "training.preview_every", "training.log", "data.prepared", "data.workers", "generation.", "parallel.",

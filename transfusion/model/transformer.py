@@ -111,9 +111,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_size
         self.heads, self.kv_heads = config.heads, config.num_kv_heads
-        self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=False)
-        self.key = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
+        self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
