@@ -137,6 +137,7 @@ class LanguageModel:
         _check("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1], "supported is 1")
         causal = [name for name in values.get("architectures") or ["ForCausalLM"] if str(name).endswith("ForCausalLM")]
         _check("architectures", values.get("architectures"), bool(causal), "a language model is a ForCausalLM")
+        _check("is_causal", values.get("is_causal"), [None, True], "supported is true")
         _check("hidden_act", values.get("hidden_act", "silu"), ["silu", "swish"], "supported is silu")
         for name in ("mlp_bias",) if self.family == "qwen2" else ("attention_bias", "mlp_bias"):
             _check(name, values.get(name), not values.get(name), "supported are the biases of query, key and value of qwen2")
