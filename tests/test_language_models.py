@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.documents import few, many, with_all_logits
+from tests.documents import few, with_all_logits
 from tests.language_models import CLASSES, CONFIG, SPECIAL, edit, write_language_model, write_tokenizer
+from tests.profile import examples
 from tests.sources import write_photos
 from tests.test_cli import TINY, TINY_FITTED, TINY_TRAINING, command, fails
 from tests.test_model import decoders, run, sizes_of
@@ -116,7 +117,8 @@ ODD_CONFIGS = {  # family, sizes, changes of config.json: as published files hav
         "qwen3", CONFIG, {"layer_types": ..., "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
     "a window, but full attention in all layers": ("qwen2", CONFIG, {
         "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
-    "a window of a family without": ("llama", CONFIG, {"sliding_window": 7, "use_sliding_window": True}),
+    "a window of a family without": ("llama", CONFIG, {
+        "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     "Qwen3: default width of a head": ("qwen3", replace(CONFIG, head_dim=128), {"head_dim": ...}),
     "Qwen2: default number of key heads": ("qwen2", WIDE, {"num_key_value_heads": ..., "head_dim": ...}),
     "Qwen3: default number of key heads": ("qwen3", WIDE, {"num_key_value_heads": ...}),
@@ -405,6 +407,8 @@ NOT_SUPPORTED = "which is not supported: "
     ("mistral", {"sliding_window": [None, 64]}, "sliding_window is [None, 64]"),
     ("qwen2", {"layer_types": ..., "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "is 64"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is ['full_attention', 'sliding_attent"),
+    ("qwen3", {"layer_types": 7}, "layer_types is 7"), ("llama", {"architectures": 7}, "architectures is 7"),
+    ("qwen2", {"layer_types": ..., "use_sliding_window": True, "max_window_layers": "4"}, "'<' not supported between"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported: save the"),
     ("llama", {"hidden_size": ...}, "'hidden_size' is missing"),
     ("llama", {"hidden_size": 64}, "embed_tokens.weight is (300, 32); config.json and the tokenizer require (300, 64)"),
@@ -444,7 +448,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-@many
+@examples(1_000, 200)
 @given(
     st.sampled_from([*CLASSES]), st.dictionaries(st.sampled_from(FIELDS), odd_values, max_size=2),
     st.none() | st.dictionaries(st.sampled_from(ROPE_FIELDS), odd_values, min_size=1, max_size=3),

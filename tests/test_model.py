@@ -41,6 +41,7 @@ VARIANTS = {
     "ungrouped, wide heads": replace(TINY, kv_heads=None, head_dim=12),
     "tie_word_embeddings": replace(TINY, tie_word_embeddings=True),
     "qk_norm": replace(TINY, qk_norm=True),
+    "qkv_bias": replace(TINY, qkv_bias=True),
     "post_norm": replace(TINY, post_norm=True),
     "causal images": replace(TINY, image_attention="causal"),
     "scaled": replace(TINY, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
@@ -225,7 +226,7 @@ def test_model_depends_on_the_order_of_patches(order, variant):
 
 
 @pytest.mark.parametrize(("variant", "other"), [
-    ("qk_norm", "plain"), ("post_norm", "plain"), ("scaled", "plain"), ("causal images", "plain"),
+    ("qk_norm", "plain"), ("qkv_bias", "plain"), ("post_norm", "plain"), ("scaled", "plain"), ("causal images", "plain"),
 ])  # fmt: skip
 def test_options_change_the_output(variant, other):
     document = Document((Text(tuple(range(20))), image((4, 4), seed=5), Text((3,))))

@@ -135,16 +135,17 @@ class LanguageModel:
             _check(f"rope_parameters.{name}", value, not isinstance(value, dict), "supported is one RoPE for all layers")
         _check("rope_type", _rope_type(rope), ["default", "llama3"], "supported are default and llama3")
         _check("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1], "supported is 1")
-        causal = [name for name in values.get("architectures") or ["ForCausalLM"] if str(name).endswith("ForCausalLM")]
-        _check("architectures", values.get("architectures"), bool(causal), "a language model is a ForCausalLM")
+        names = values.get("architectures")
+        _check("architectures", names, not names or "ForCausalLM" in str(names), "a language model is a ForCausalLM")
         _check("is_causal", values.get("is_causal"), [None, True], "supported is true")
         _check("hidden_act", values.get("hidden_act", "silu"), ["silu", "swish"], "supported is silu")
         for name in ("mlp_bias",) if self.family == "qwen2" else ("attention_bias", "mlp_bias"):
             _check(name, values.get(name), not values.get(name), "supported are the biases of query, key and value of qwen2")
         quantization = values.get("quantization_config")
         _check("quantization_config", quantization, not quantization, "save the model in bfloat16, float16 or float32")
-        layer_types = {*map(str, values.get("layer_types") or ())}
-        _check("layer_types", values.get("layer_types"), layer_types <= {"full_attention"}, "supported is full_attention")
+        layer_types = values.get("layer_types") or []
+        is_full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+        _check("layer_types", layer_types, is_full, "supported is full_attention in all layers")
         window = self._window()
         _check("sliding_window", window, window is None, f"set it to null if data.seq_len is at most {window}")
 
