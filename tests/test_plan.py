@@ -90,8 +90,8 @@ def test_weights_gradients_moments_and_ema_are_exact(changes):
 
 
 @pytest.mark.parametrize("model", [
-    {}, {"qk_norm": False, "qkv_bias": True}, {"heads": 4, "kv_heads": 2, "head_dim": 48}, {"post_norm": True}, {"layers": 2},
-    {"intermediate_size": 2048}, {"vocab_size": 8192}, {"patches": "unet"},
+    {}, {"qk_norm": False, "qkv_bias": True}, {"heads": 4, "kv_heads": 2, "head_dim": 48}, {"post_norm": True},
+    {"layers": 2}, {"intermediate_size": 2048}, {"vocab_size": 8192}, {"patches": "unet"},
     {"patches": "unet", "unet_width": 128, "patch_size": 4},
     {"patches": "unet", "patch_size": 1},
 ], ids=str)  # fmt: skip
