@@ -21,10 +21,12 @@ from transfusion.config import DataConfig, Machines, ModelConfig, ParallelConfig
 from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
+from transfusion.model.untied import Routing
 from transfusion.paper import PAPER
 from transfusion.parallel import Ranks, parallelize
 from transfusion.plan import BF16, FP32
 from transfusion.runs import NAMES, SIZES, named_run
+from transfusion.sequence import Sides
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
 SAVED_ERROR, PEAK_ERROR = 0.05, 0.1  # relative; the plan ignores indices, noise, timesteps and tensors freed early
@@ -124,7 +126,7 @@ def test_compiled_bfloat16_block_matches_the_plan(model, monkeypatch):
     mask.prepare()
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        block(x, rotation, mask, None)
+        block([x.flatten(0, 1)], Routing(Sides(torch.arange(128), torch.arange(0))), rotation, mask, None)
     excluded = {t.data_ptr() for t in (*block.parameters(), *rotation)}
     bias = BF16 * mask.attn_bias.numel()  # on a CPU only
     size = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in excluded) - bias

@@ -104,8 +104,8 @@ class RecordingModel:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
-        prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
+    def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides) -> Prediction:
+        prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides)
         slots = cache.slots[:, 0].tolist()
         self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, cache.end))
         return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)

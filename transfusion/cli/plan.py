@@ -128,6 +128,7 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
         fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
+        fitted["num_text_tokens"] = encoder.vocabulary.num_text_tokens
         run = replace(run, model=replace(run.model, **fitted))
     return run, machines, args
 
