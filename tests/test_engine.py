@@ -51,6 +51,8 @@ MODEL_OPTIONS = [
     {"kv_heads": 2, "qk_norm": True},
     {"image_attention": "causal"},
     {"kv_heads": 1, "post_norm": True, "tie_word_embeddings": True},
+    {"untied": "feed_forward", "image_init": "fresh"},
+    {"untied": "full", "image_init": "fresh", "qk_norm": True, "tie_word_embeddings": True},
 ]
 
 

@@ -72,8 +72,10 @@ def planned(run: Run) -> tuple[int, int]:
         {"optimizer": "muon", "image_lr_scale": 0.0},
     ], ids=str,
 )  # fmt: skip
-def test_weights_gradients_moments_and_ema_are_exact(changes):
+@pytest.mark.parametrize("untied", ["none", "feed_forward", "full"])
+def test_weights_gradients_moments_and_ema_are_exact(changes, untied):
     run = named_run("shapes")
+    run = replace(run, model=replace(run.model, untied=untied, text_vocab_size=300))
     run = replace(run, training=replace(run.training, **changes))
     model, ema = build(run.model, 0), build(run.model, 0)
     freeze(model, run.training.lr_scales)

@@ -120,7 +120,8 @@ def build_engine(
     text = text or tokenizer()
     vocabulary = Vocabulary.build(text.size, shapes, patch_size=2)
     sizes = {"width": 32, "layers": 2, "heads": 4, "intermediate_size": 48} | model
-    config = ModelConfig(vocab_size=vocabulary.size, latent_channels=CHANNELS, **sizes)
+    ids = {"vocab_size": vocabulary.size, "text_vocab_size": vocabulary.text_size}
+    config = ModelConfig(latent_channels=CHANNELS, **ids, **sizes)
     run = Run(
         "tiny", config, diffusion, DataConfig(seq_len=context),
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),

@@ -81,12 +81,13 @@ class ModelConfig(Config, part="model."):
     patches: Literal["linear", "unet", "codes"] = "linear"
     unet_width: Size | None = None  # U-Net channels at the lowest resolution; 5/4 width, at most 1184, if not set (Table 7).
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # Attention inside an image (Table 5).
-    # Weights of their own for image positions (Mixture-of-Transformers, not in the paper): none, those of the feed_forward and
-    # its norm, or full, which adds queries, keys, values, outputs and all norms. FLOPs do not change.
+    # Weights of their own for image positions (Mixture-of-Transformers, not in the paper): none, feed_forward with its norm,
+    # or full, which adds queries, keys, values, outputs and all norms. FLOPs do not change.
     untied: Literal["none", "feed_forward", "full"] = "none"
     image_init: Literal["copy", "fresh"] = "copy"  # First untied image weights: a copy of the text's, or random ones.
-    # Number of ids of the tokenizer; with untied the rows of all other ids are image weights. Training sets it.
-    num_text_tokens: VocabSize | None = None
+    # Number of token ids of text; with untied the rows of all others, which are ids of images, are image weights. Training
+    # sets it.
+    text_vocab_size: VocabSize | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,8 +105,8 @@ class ModelConfig(Config, part="model."):
         if self.patches == "unet" and self.unet_width is not None and self.unet_width % multiple:
             raise ValueError(f"model.unet_width must be a multiple of {multiple} with patches of side {self.patch_size}, "
                              f"not {self.unet_width}")  # fmt: skip
-        if self.num_text_tokens is not None and self.num_text_tokens > self.vocab_size:
-            raise ValueError(f"model.num_text_tokens {self.num_text_tokens} is above model.vocab_size {self.vocab_size}")
+        if self.text_vocab_size is not None and self.text_vocab_size > self.vocab_size:
+            raise ValueError(f"model.text_vocab_size {self.text_vocab_size} is above model.vocab_size {self.vocab_size}")
         if self.patches == "codes" and self.patch_size != 1:
             raise ValueError(f"model.patch_size must be 1 with model.patches codes, not {self.patch_size}")
 
@@ -123,8 +124,8 @@ class ModelConfig(Config, part="model."):
 
     @property
     def num_text_rows(self) -> int:
-        """Rows of token embedding and head that are text weights: all, or with `untied` those of the tokenizer's ids."""
-        return self.vocab_size if self.untied == "none" or self.num_text_tokens is None else self.num_text_tokens
+        """Rows of token embedding and head that are text weights: all, or with `untied` those of the ids of text."""
+        return self.vocab_size if self.untied == "none" or self.text_vocab_size is None else self.text_vocab_size
 
     @property
     def patch_width(self) -> int:
@@ -296,7 +297,7 @@ class TrainingConfig(Config, part="training."):
     # them.
     text_lr_scale: NonNegativeFloat = 1.0
     # Multiplies the learning rate of the patch layers, and with model.untied of the blocks' image weights and of ids that
-    # the tokenizer lacks; 0 freezes them.
+    # only images have; 0 freezes them.
     image_lr_scale: NonNegativeFloat = 1.0
     # Multiplies the learning rate of the weights of the blocks, and of the last norm, that text and images share; 0 freezes
     # them.

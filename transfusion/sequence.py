@@ -104,6 +104,11 @@ class Vocabulary:
         return max(self.num_text_tokens - 1, self.bos, self.eos, self.pad, self.eoi, *self.boi.values()) + 1
 
     @property
+    def text_size(self) -> int:
+        """Number of ids that text has: the tokenizer's, bos, eos and pad. Those from eoi on are of images."""
+        return self.eoi
+
+    @property
     def num_used(self) -> int:
         """Number of ids with a meaning, 0 .. num_used - 1."""
         return self.first_code + self.num_image_codes

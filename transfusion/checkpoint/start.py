@@ -21,7 +21,7 @@ from transfusion.config import ModelConfig
 from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json, to_name
 from transfusion.model.llama import LLAMA_FIELDS, Llama
 from transfusion.model.transfusion import Transfusion, build_on_meta, build_uninitialized, init_weights
-from transfusion.model.untied import NEW, first_name
+from transfusion.model.untied import IMAGE, first_name
 from transfusion.model.weights import Weights
 from transfusion.parallel import Ranks
 
@@ -31,7 +31,7 @@ class OtherRunStart:
     use its tokenizer, codec and ids, which are in `description`."""
 
     kind = "run"
-    fixed_fields = ("vocab_size", "num_text_tokens", "latent_channels")
+    fixed_fields = ("vocab_size", "text_vocab_size", "latent_channels")
 
     def __init__(self, source: str):
         self.folder = find_folder(source)
@@ -44,12 +44,10 @@ class OtherRunStart:
     def adapt_config(self, model: ModelConfig) -> ModelConfig:
         """The config with the other run's `fixed_fields`. ValueError when its weights have other shapes; weights that are
         shared in the other run may be untied in this one."""
-        other, num_text_tokens = self.description.run.model, self.description.vocabulary.num_text_tokens
-        model = replace(
-            model, vocab_size=other.vocab_size, num_text_tokens=num_text_tokens, latent_channels=other.latent_channels
-        )
+        other, text_size = self.description.run.model, self.description.vocabulary.text_size
+        model = replace(model, vocab_size=other.vocab_size, text_vocab_size=text_size, latent_channels=other.latent_channels)
         untied = model.untied if other.untied == "none" else other.untied
-        if _shapes(model) != _shapes(replace(other, untied=untied, num_text_tokens=num_text_tokens)):
+        if _shapes(model) != _shapes(replace(other, untied=untied, text_vocab_size=text_size)):
             names = [f.name for f in fields(ModelConfig) if getattr(model, f.name) != getattr(other, f.name)]
             changes = [f"model.{n} is {getattr(other, n)} in the folder, {getattr(model, n)} in this command" for n in names]
             raise ValueError(f"the weights of {self.folder} have other shapes: {'; '.join(changes)}")
@@ -76,8 +74,8 @@ class OtherRunStart:
         def overwrite(name: str, values: Tensor) -> None:
             if name in names:
                 values.copy_(read(name)[: len(values)])
-            elif name.startswith(NEW):
-                values.copy_(read(name.removeprefix(NEW))[num_text_rows:])
+            elif name.startswith(IMAGE):
+                values.copy_(read(name.removeprefix(IMAGE))[num_text_rows:])
             elif (source := first_name(name, model.config.image_init)) in names:
                 values.copy_(read(source))
 

@@ -52,7 +52,7 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         sizes = " ".join(f"model.{name}" for name in LLAMA_FIELDS)
     unread = [name for name in ("digits", "shapes") if data.prepared or name not in data.sources]
     refuse(given, [
-        (True, "model.vocab_size model.num_text_tokens", "in training: the tokenizer decides it"),
+        (True, "model.vocab_size model.text_vocab_size", "in training: the tokenizer decides it"),
         (True, "model.latent_channels", "in training: the codec decides it"),
         (start == "llama", f"{sizes} data.tokenizer_size", "with --init-from: the language model decides it"),
         (start == "run", FITTED, "with --from: the other run decides tokenizer and codec"),

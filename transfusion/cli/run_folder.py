@@ -103,7 +103,7 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     encoder = _end_answers(encoder, chat)
     vocabulary, channels = encoder.vocabulary, encoder.codec.channels
     model = replace(
-        run.model, vocab_size=vocabulary.size, num_text_tokens=vocabulary.num_text_tokens, latent_channels=channels
+        run.model, vocab_size=vocabulary.size, text_vocab_size=vocabulary.text_size, latent_channels=channels
     )
     run = replace(run, model=origin.adapt_config(model) if origin else model)
     notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}

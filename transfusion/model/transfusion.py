@@ -16,7 +16,7 @@ from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet import UNetPatches
-from transfusion.model.untied import NEW, first_name
+from transfusion.model.untied import IMAGE, first_name
 from transfusion.model.weights import load_weights, write_weights
 from transfusion.seeding import derive_seed
 from transfusion.sequence import Batch, Sides
@@ -40,9 +40,9 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        num_new = config.vocab_size - config.num_text_rows
+        num_image_rows = config.vocab_size - config.num_text_rows
         self.tokens = nn.Embedding(config.num_text_rows, config.width)
-        self.new_tokens = nn.Embedding(num_new, config.width) if num_new else None
+        self.image_tokens = nn.Embedding(num_image_rows, config.width) if num_image_rows else None
         match config.patches:
             case "linear":
                 self.patches = LinearPatches(config)
@@ -54,7 +54,7 @@ class Transfusion(nn.Module):
         # Tied embeddings have no head module: one tensor with one name cannot be saved twice or untied by accident.
         has_head = not config.tie_word_embeddings
         self.head = nn.Linear(config.width, config.num_text_rows, bias=False) if has_head else None
-        self.new_head = nn.Linear(config.width, num_new, bias=False) if has_head and num_new else None
+        self.image_head = nn.Linear(config.width, num_image_rows, bias=False) if has_head and num_image_rows else None
 
     def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor], head: Head | None = None) -> Prediction:
         """Packed rows. For each image group of the batch: latents x_t (N, C, Y, X) at times t (N,).
@@ -97,16 +97,16 @@ class Transfusion(nn.Module):
         ])  # fmt: skip
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D). Ids that the tokenizer lacks have rows of their own."""
-        if self.new_tokens is None:
+        """(B, L) -> (B, L, D). Untied ids of images have rows of their own."""
+        if self.image_tokens is None:
             return self.tokens(tokens)
-        is_new = tokens >= self.config.num_text_rows
-        text = self.tokens(tokens.masked_fill(is_new, 0))
-        return torch.where(is_new[..., None], self.new_tokens((tokens - self.config.num_text_rows).clamp(min=0)), text)
+        is_image = tokens >= self.config.num_text_rows
+        text = self.tokens(tokens.masked_fill(is_image, 0))
+        return torch.where(is_image[..., None], self.image_tokens((tokens - self.config.num_text_rows).clamp(min=0)), text)
 
     def _apply_head(self, hidden: Tensor, head: Head | None) -> Any:
-        """The logits (T, V) of hidden states (T, D), or the result of `head`. Without a new head: one matrix, no copy."""
-        modules = (self.tokens, self.new_tokens) if self.head is None else (self.head, self.new_head)
+        """The logits (T, V) of hidden states (T, D), or the result of `head`. Tied: one matrix, no copy."""
+        modules = (self.tokens, self.image_tokens) if self.head is None else (self.head, self.image_head)
         weights = [module.weight for module in modules if module is not None]
         if head is None:
             return torch.cat([F.linear(hidden, weight) for weight in weights], -1)
@@ -220,7 +220,7 @@ def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, 
     elif layer.endswith("norm"):
         values.fill_(1)
     else:
-        if layer.removeprefix(NEW) == "tokens":
+        if layer.removeprefix(IMAGE) == "tokens":
             std = config.width**-0.5 if config.tie_word_embeddings else 1
         elif layer in RESIDUAL_OUTPUTS:
             std = (2 * config.layers * values[0].numel()) ** -0.5

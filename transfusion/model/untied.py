@@ -1,6 +1,7 @@
 """Weights of their own for image positions (Mixture-of-Transformers, 2411.04996): which positions and parameters they are.
 
 Image weights have the names of the text's with "image_" before one word: `image_attention.query` beside `attention.query`.
+`image_tokens` and `image_head` are the rows of ids that only images have: eoi, boi and codes.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from transfusion.sequence import Sides
 
-IMAGE = "image_"  # before a word of the names of image weights
+IMAGE = "image_"
 SIDES = "text", "image", "transformer"  # of parameters; "transformer" is what text and images share
-NEW = "new_"  # before that of the rows of ids that the tokenizer lacks
 
 
 def side_of(name: str, untied: str) -> str:
     """The side of a parameter, one of SIDES: which learning rate scale it has."""
     first = name.partition(".")[0]
-    if first == "patches" or first.startswith(NEW) or text_name(name) != name:
+    if first == "patches" or first.startswith(IMAGE) or text_name(name) != name:
         return "image"
     has_image_weight = untied == "full" or (untied == "feed_forward" and ".feed_forward" in name)
     return "transformer" if first == "transformer" and not has_image_weight else "text"
@@ -31,7 +31,7 @@ def first_name(name: str, image_init: str) -> str:
 
 
 def text_name(name: str) -> str:
-    """The name of the text weight that an image weight corresponds to; any other name itself."""
+    """The name of the text weight beside an image weight of the transformer; any other name itself."""
     return name.replace(f".{IMAGE}", ".")
 
 

@@ -74,8 +74,9 @@ class Trainer:
         """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
         model = build_on_meta(self.run.model)
         parallelize(
-            model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",), trained=source is None
-        )
+            model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",), trained=source is None,
+            dynamic=False if self.run.model.untied == "none" else None,
+        )  # fmt: skip
         model.to_empty(device=self.device)
         if source is not None:
             with torch.no_grad():
