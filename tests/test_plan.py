@@ -97,7 +97,7 @@ def test_weights_gradients_moments_and_ema_are_exact(changes, untied):
     {}, {"qk_norm": False}, {"heads": 4, "kv_heads": 2, "head_dim": 48}, {"post_norm": True}, {"layers": 2},
     {"intermediate_size": 2048}, {"vocab_size": 8192}, {"patches": "unet"},
     {"patches": "unet", "unet_width": 128, "patch_size": 4},
-    {"patches": "unet", "patch_size": 1},
+    {"patches": "unet", "patch_size": 1}, {"untied": "feed_forward"}, {"untied": "full"},
 ], ids=str)  # fmt: skip
 def test_activations_and_logits_match_a_step(model):
     run = one_row(**model)

@@ -218,6 +218,8 @@ def saved_by_block(run: Run, value_bytes: int = BF16) -> int:
     values = 4 * config.width + 2 * queries + 2 * keys + 3 * config.feed_forward_size
     if config.qk_norm:
         values += queries + keys
+    if config.untied == "full":
+        values += queries  # what attention returns, also by side
     size = value_bytes * values + FP32 * config.heads  # the softmax normalisers
     if run.parallel.compile is False:
         size += value_bytes * config.feed_forward_size  # silu, which compiled blocks recompute
