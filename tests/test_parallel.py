@@ -70,8 +70,7 @@ def a_run(
 
 def untie(run: Run, untied: str) -> Run:
     """With image weights of their own, which differ from the first step on."""
-    text_size = prepared(run)[1].vocabulary.text_size
-    return replace(run, model=replace(run.model, untied=untied, image_init="fresh", text_vocab_size=text_size))
+    return replace(run, model=replace(run.model, untied=untied, image_init="fresh"))
 
 
 def gather_tensors(trainer: Trainer) -> dict[str, np.ndarray]:

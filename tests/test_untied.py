@@ -243,10 +243,9 @@ SCALES = {"text": "text_lr_scale", "image": "image_lr_scale", "transformer": "tr
 
 
 def untied_run(untied: str, steps: int = 4, **training) -> Run:
-    """A small run with weight decay. The tokenizer's own ids are text; its markers, and padding, are not."""
+    """A small run with weight decay."""
     run = small_run(steps, weight_decay=0.5, validate_every=100, preview_every=0, **training)
-    text_size = prepared(run)[1].vocabulary.text_size
-    return replace(run, model=replace(run.model, untied=untied, text_vocab_size=text_size))
+    return replace(run, model=replace(run.model, untied=untied))
 
 
 def test_sides_of_all_parameters():

@@ -215,7 +215,8 @@ def _fitted(data: DataConfig, patch_size: int, seed: int):
 def prepared(run: Run):
     """The run with its vocabulary, and the encoder of its data."""
     encoder = _fitted(run.data, run.model.patch_size, run.training.seed)
-    return replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size)), encoder
+    ids = {"vocab_size": encoder.vocabulary.size, "text_vocab_size": encoder.vocabulary.text_size}
+    return replace(run, model=replace(run.model, **ids)), encoder
 
 
 def run_tensors(run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
