@@ -170,11 +170,11 @@ def test_two_ranks_with_muon_train_like_one_process(pair, tmp_path):
     assert_same(other_outcome, outcome, 0)
 
 
-def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray]:
+def first_weights(ranks: Ranks, kind: str, source: Path, untied: str) -> dict[str, np.ndarray]:
     """The first weights of a run from this source, gathered from all ranks."""
     start = open_start(kind, str(source))
     config = a_run().model if kind == "run" else replace(a_run().model, vocab_size=384)
-    model = build_on_meta(start.adapt_config(config))
+    model = build_on_meta(start.adapt_config(replace(config, untied=untied)))
     mesh = ranks.mesh("cpu", "full") if ranks.world > 1 else None
     parallel.parallelize(model, model.transformer.blocks, torch.device("cpu"), mesh, compiled=False)
     model.to_empty(device="cpu")
@@ -183,7 +183,7 @@ def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray
     return {name: value.detach().numpy().copy() for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "run", "exported"])
+@pytest.mark.parametrize("kind", ["llama", "run", "exported", "untied"])
 def test_two_ranks_start_with_the_same_weights_as_one_process(pair, tmp_path, kind):
     """Bit for bit."""
     if kind == "llama":
@@ -192,9 +192,10 @@ def test_two_ranks_start_with_the_same_weights_as_one_process(pair, tmp_path, ki
         write_run(tmp_path / "source", (3,))
     if kind == "exported":
         export(tmp_path / "source", tmp_path / "exported", shard=20_000)
-    source, kind = tmp_path / ("exported" if kind == "exported" else "source"), "llama" if kind == "llama" else "run"
-    expected = first_weights(SINGLE_PROCESS, kind, source)
-    for weights in pair(first_weights, kind, source):
+    source, untied = tmp_path / ("exported" if kind == "exported" else "source"), "full" if kind == "untied" else "none"
+    kind = "llama" if kind == "llama" else "run"
+    expected = first_weights(SINGLE_PROCESS, kind, source, untied)
+    for weights in pair(first_weights, kind, source, untied):
         assert weights.keys() == expected.keys()
         assert all(np.array_equal(value, expected[name]) for name, value in weights.items())
 

@@ -105,12 +105,13 @@ class Transfusion(nn.Module):
         return torch.where(is_image[..., None], self.image_tokens((tokens - self.config.num_text_rows).clamp(min=0)), text)
 
     def _apply_head(self, hidden: Tensor, head: Head | None) -> Any:
-        """The logits (T, V) of hidden states (T, D), or the result of `head`. Tied: one matrix, no copy."""
-        modules = (self.tokens, self.image_tokens) if self.head is None else (self.head, self.image_head)
-        weights = [module.weight for module in modules if module is not None]
-        if head is None:
-            return torch.cat([F.linear(hidden, weight) for weight in weights], -1)
-        return head(hidden, torch.cat(weights) if len(weights) > 1 else weights[0])
+        """The logits (T, V) of hidden states (T, D), or the result of `head`."""
+        text, image = (self.tokens, self.image_tokens) if self.head is None else (self.head, self.image_head)
+        if image is None:
+            return (head or F.linear)(hidden, text.weight)
+        if head is not None:
+            return head(hidden, torch.cat([text.weight, image.weight]))
+        return torch.cat([F.linear(hidden, text.weight), F.linear(hidden, image.weight)], -1)  # no copy of the weights
 
     @classmethod
     def from_pretrained(
