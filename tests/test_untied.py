@@ -328,6 +328,8 @@ def test_text_of_a_frozen_language_model_is_unchanged_bit_for_bit(tmp_path, sour
         opened = open_checkpoint(tmp_path / "run", weights)
         vocabulary, first = opened.vocabulary, network.build_uninitialized(opened.run.model)
         start.fill(first, 0, SINGLE_PROCESS)
+        first_weights = dict(first.named_parameters())
+        assert all(torch.equal(p, first_weights[text_name(name)]) for name, p in first_weights.items())
         latent = np.zeros((opened.run.model.latent_channels, *next(iter(vocabulary.boi))), np.float32)
         texts = [encode_document(Document((Text(tuple(range(n, n + 9))),)), vocabulary) for n in (0, 100)]
         picture = encode_document(Document((Text((7, 8)), Image(latent))), vocabulary)
@@ -389,8 +391,10 @@ def test_untied_run_starts_from_a_shared_one(tmp_path, image_init, exported):
 @pytest.mark.parametrize("exported", [False, True])
 def test_run_starts_from_an_untied_one_of_its_kind_only(tmp_path, exported):
     """Image weights are the other run's, not copies of its text weights."""
-    begin_run(tmp_path / "run", untied_run("full"))
-    tensors = run_tensors(prepared(untied_run("full"))[0], 1)
+    run, _ = prepared(untied_run("full"))
+    run = replace(run, model=replace(run.model, image_init="fresh"))  # else image weights equal the text's
+    begin_run(tmp_path / "run", run)
+    tensors = run_tensors(run, 1)
     save(tmp_path / "run", 1, tensors, {"step": 1})
     if exported:
         export(tmp_path / "run", tmp_path / "exported")
