@@ -1,7 +1,10 @@
 """First weights from another source than the seed: another run, an exported run, or a language model."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from transfusion.checkpoint.open import (
     RunDescription,
@@ -17,7 +20,8 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
 from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, is_on_hub, read_json, to_name
 from transfusion.model.language_model import DECIDED_FIELDS, LanguageModel
-from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
+from transfusion.model.transfusion import Transfusion, build_on_meta, build_uninitialized, init_weights
+from transfusion.model.untied import IMAGE, first_name
 from transfusion.model.weights import Weights
 from transfusion.parallel import Ranks
 
@@ -27,7 +31,7 @@ class OtherRunStart:
     use its tokenizer, codec and ids, which are in `description`."""
 
     kind = "run"
-    fixed_fields = ("vocab_size", "latent_channels")
+    fixed_fields = ("vocab_size", "text_vocab_size", "latent_channels")
 
     def __init__(self, source: str):
         self.folder = find_folder(source)
@@ -38,11 +42,14 @@ class OtherRunStart:
         self.step = about["step"] if self.exported else read_step(find_newest_checkpoint(self.folder))
 
     def adapt_config(self, model: ModelConfig) -> ModelConfig:
-        """The config with the other run's `fixed_fields`. ValueError when its weights have other shapes."""
-        other = self.description.run.model
-        model = replace(model, **{name: getattr(other, name) for name in self.fixed_fields})
-        if _shapes(model) != _shapes(other):
-            names = [f.name for f in fields(ModelConfig) if getattr(model, f.name) != getattr(other, f.name)]
+        """The config with the other run's `fixed_fields`. ValueError when its weights have other shapes; weights that are
+        shared in the other run may be untied in this one."""
+        other, text_size = self.description.run.model, self.description.vocabulary.text_size
+        model = replace(model, vocab_size=other.vocab_size, text_vocab_size=text_size, latent_channels=other.latent_channels)
+        untied = model.untied if other.untied == "none" else other.untied
+        if _shapes(model) != _shapes(replace(other, untied=untied, text_vocab_size=text_size)):
+            names = [f.name for f in fields(ModelConfig)
+                     if getattr(model, f.name) != getattr(other, f.name) and f.name not in self.fixed_fields]  # fmt: skip
             changes = [f"model.{n} is {getattr(other, n)} in the folder, {getattr(model, n)} in this command" for n in names]
             raise ValueError(f"the weights of {self.folder} have other shapes: {'; '.join(changes)}")
         return model
@@ -52,18 +59,35 @@ class OtherRunStart:
         if self.exported:
             check_exported(self.folder, "ema")
             weights = Weights(self.folder)
-            init_weights(model, seed, lambda name, values: values.copy_(weights.read(name)))
-        else:
-            checkpoint = find_newest_checkpoint(self.folder)
-            verify_checkpoint(checkpoint, ranks)
-            fill_tensors(checkpoint, {checkpoint_part("ema"): model.state_dict()}, ranks)
+            return self._init_weights(model, seed, weights.names, weights.read)
+        checkpoint, config = find_newest_checkpoint(self.folder), self.description.run.model
+        verify_checkpoint(checkpoint, ranks)
+        if config.untied == model.config.untied:
+            return fill_tensors(checkpoint, {checkpoint_part("ema"): model.state_dict()}, ranks)
+        shared = build_uninitialized(config).requires_grad_(False).state_dict()  # whole, on each rank
+        fill_tensors(checkpoint, {checkpoint_part("ema"): shared})
+        return self._init_weights(model, seed, {*shared}, shared.get)
+
+    def _init_weights(self, model: Transfusion, seed: int, names: set[str], read: Callable[[str], Tensor]) -> None:
+        """With the weights of these names. An untied model that begins from a shared one splits the rows of its ids."""
+        num_text_rows = model.config.num_text_rows
+
+        def overwrite(name: str, values: Tensor) -> None:
+            if name in names:
+                values.copy_(read(name)[: len(values)])
+            elif name.startswith(IMAGE):
+                values.copy_(read(name.removeprefix(IMAGE))[num_text_rows:])
+            elif (source := first_name(name, model.config.image_init)) in names:
+                values.copy_(read(source))
+
+        init_weights(model, seed, overwrite)
 
 
 class LanguageModelStart:
     """A language model and its tokenizer, in a folder or on the hub: the text weights of the new run."""
 
     kind = "language_model"
-    fixed_fields = ("vocab_size", "latent_channels", *DECIDED_FIELDS)
+    fixed_fields = (*OtherRunStart.fixed_fields, *DECIDED_FIELDS)
     step = None
 
     def __init__(self, source: str):
@@ -81,7 +105,10 @@ class LanguageModelStart:
 
     def fill(self, model: Transfusion, seed: int, ranks: Ranks) -> None:
         """Load the weights into the model. Patch layers and new ids, which it lacks, are initialised from the seed."""
-        init_weights(model, seed, lambda name, values: self.language_model.fill(self.tokenizer.size, name, values))
+        def overwrite(name: str, values: Tensor) -> None:
+            self.language_model.fill(self.tokenizer.size, first_name(name, model.config.image_init), values)
+
+        init_weights(model, seed, overwrite)
 
 
 Start = OtherRunStart | LanguageModelStart

@@ -101,7 +101,10 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     # Data without conversations keep the layout of the run that this one starts from.
     chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
     encoder = _end_answers(encoder, chat)
-    model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
+    vocabulary, channels = encoder.vocabulary, encoder.codec.channels
+    model = replace(
+        run.model, vocab_size=vocabulary.size, text_vocab_size=vocabulary.text_size, latent_channels=channels
+    )
     run = replace(run, model=origin.adapt_config(model) if origin else model)
     notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
     notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}

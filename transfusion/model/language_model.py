@@ -62,7 +62,8 @@ class LanguageModel:
 
     def check_weights(self, num_text_tokens: int) -> None:
         """OpenError unless names and shapes are those of config.json, with a row for every token id of the tokenizer."""
-        parameters = {name: tuple(p.shape) for name, p in build_on_meta(self._config).named_parameters() if self._name(name)}
+        parameters = {name: tuple(parameter.shape) for name, parameter in build_on_meta(self._config).named_parameters()
+                      if not name.startswith("patches.")}  # fmt: skip
         ignored = {name for name in self.weights.names if name.endswith("rotary_emb.inv_freq")}  # in early Llama files
         if self._config.tie_word_embeddings:
             self._check_tied()
@@ -80,18 +81,16 @@ class LanguageModel:
                 raise OpenError(f"{self.folder}: {theirs} is {shape}; config.json and the tokenizer require {size}")
 
     def fill(self, num_text_tokens: int, name: str, values: Tensor) -> None:
-        """Copy the parameter of this name into `values`, if a language model has it; of VOCAB_WEIGHTS, only the rows of text
+        """Copy the parameter of this name into `values`, if the folder has it; of VOCAB_WEIGHTS, only the rows of text
         tokens."""
-        their_name = self._name(name)
-        if their_name is not None:
-            source = self.weights.read(their_name)
+        theirs = self._name(name)
+        if theirs in self.weights.names:
+            source = self.weights.read(theirs)
             rows = num_text_tokens if name in VOCAB_WEIGHTS else len(source)
             values[:rows].copy_(source[:rows])
 
-    def _name(self, name: str) -> str | None:
-        """The name in the folder of our parameter; None for patch layers."""
-        if name.startswith("patches."):
-            return None
+    def _name(self, name: str) -> str:
+        """The name in the folder of a parameter."""
         theirs = ".".join(WORDS.get(word, word) for word in name.split("."))
         # Of tied matrices, a file from `safetensors.torch.save_model` has only the first name in the alphabet.
         return HEAD if theirs == EMBEDDING and HEAD in self.weights.names and EMBEDDING not in self.weights.names else theirs
