@@ -42,9 +42,9 @@ class LanguageModel:
             raise OpenError(f"there is no folder {folder}")
         if (folder / "adapter_config.json").exists():  # `transformers` applies it to the model
             raise OpenError(f"{folder} holds an adapter (adapter_config.json): merge it into its model, and save the result")
-        self.folder, self.values = folder, {} if (folder / RUN).exists() else read_json(folder / CONFIG)
-        if not self.values or self.values.get("model_type") == MODEL_TYPE["model_type"]:
+        if (folder / RUN).exists() or read_json(folder / CONFIG).get("model_type") == MODEL_TYPE["model_type"]:
             raise OpenError(f"{folder} is a run, not a language model: use --from")
+        self.folder, self.values = folder, read_json(folder / CONFIG)
         try:
             _check("model_type", self.values.get("model_type"), [*FAMILIES], f"supported are {', '.join(FAMILIES)}")
             self.family = self.values["model_type"]
