@@ -88,7 +88,7 @@ def measure_training(run: Run, setting: Setting) -> Iterator[Figure]:
     peak = find_peak_tflops(device)
     per_position = {
         "FLOPs of the actual batch": count_training_flops(steps.batch, run.model) / steps.batch.positions,
-        "standard FLOPs, 6 N + 12 l w L": count_usual_flops(run.model, parameters, seq_len),
+        "standard FLOPs, 6 N + 12 l w L": count_usual_flops(run.model, seq_len),
     }
     for convention, flops in per_position.items():
         mfu = peak and speed * flops / (peak * 1e12)

@@ -102,7 +102,7 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
     if peak_tflops is not None:
         baselines[f"{peak_tflops} TFLOP/s, data sheet"] = peak_tflops * 1e12
     parameters, positions = count_parameters(trainer.model), mean_per_step(reads, lambda batch: batch.positions)
-    standard = count_usual_flops(run.model, parameters, run.data.seq_len)
+    standard = count_usual_flops(run.model, run.data.seq_len)
     conventions = {
         "FLOPs of the actual batch": mean_per_step(reads, lambda batch: count_training_flops(batch, run.model)),
         "standard FLOPs, 6 N + 12 l w L": standard * positions,

@@ -54,11 +54,11 @@ class IdentityCodec:
         return codes[..., None].astype(np.uint8)
 
 
-def build_engine(seed: int = 0, context: int = 120, **options) -> Engine:
+def build_engine(seed: int = 0, context: int = 120, untied: str = "none", **options) -> Engine:
     """An engine with random weights; qk_norm and post_norm make its logits differ clearly."""
     config = ModelConfig(width=32, layers=2, heads=4, intermediate_size=48, vocab_size=VOCABULARY.size,
-                         patches="codes", patch_size=1,
-                         qk_norm=True, post_norm=True)  # fmt: skip
+                         text_vocab_size=VOCABULARY.text_size, untied=untied, image_init="fresh",
+                         patches="codes", patch_size=1, qk_norm=True, post_norm=True)  # fmt: skip
     generation = GenerationConfig(**{"guidance_scale": 2.0, "max_tokens": 8, "temperature": 0.0} | options)
     run = Run("tiny", config, DiffusionConfig(), DataConfig(seq_len=context), generation=generation)
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
@@ -149,9 +149,12 @@ def test_mean_losses_of_latents():
 
 
 @few
-@given(words, st.sampled_from(SHAPES), st.sampled_from([1.0, 2.0, 3.5]), st.integers(0, 99))
-def test_cached_sampling_equals_uncached_sampling(text, shape, scale, seed):
-    engine = build_engine(seed, guidance_scale=scale)
+@given(
+    words, st.sampled_from(SHAPES), st.sampled_from([1.0, 2.0, 3.5]), st.sampled_from(("none", "feed_forward", "full")),
+    st.integers(0, 99),
+)
+def test_cached_sampling_equals_uncached_sampling(text, shape, scale, untied, seed):
+    engine = build_engine(seed, untied=untied, guidance_scale=scale)
     (answer,) = engine.generate([Request((text,), num_images=1, size=shape[::-1])])[0]
     expected = sample_uncached(engine, (Text(tokenizer().encode(text)),), shape, scale)
     assert np.array_equal(answer.parts[0][..., 0], expected)

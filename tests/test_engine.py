@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders as decoding
 
 from tests.documents import CHANNELS, SHAPES
-from tests.profile import examples
+from tests.profile import THOROUGH, examples
 from tests.tiny import (
     SIZES,
     Latents,
@@ -37,7 +37,7 @@ from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, 
 from transfusion.inference.samplers import SamplingSchedule
 from transfusion.model.mask import Mask, cached_mask
 from transfusion.seeding import derive_seed
-from transfusion.sequence import Document, Image, Text, encode_document
+from transfusion.sequence import Document, Image, Sides, Text, encode_document
 
 few = examples(12, quick=5)
 some = examples(25, quick=10)
@@ -51,6 +51,8 @@ MODEL_OPTIONS = [
     {"kv_heads": 2, "qk_norm": True},
     {"image_attention": "causal"},
     {"kv_heads": 1, "post_norm": True, "tie_word_embeddings": True},
+    {"untied": "full", "image_init": "fresh", "qk_norm": True, "tie_word_embeddings": True},
+    *([{"untied": "feed_forward", "image_init": "fresh"}] if THOROUGH else []),
 ]
 
 
@@ -449,7 +451,8 @@ def test_mask_is_cast_once_and_not_in_every_layer(autocast):
             return attend(mask, q, k, v)
 
         with mock.patch.object(Mask, "attend", record), torch.no_grad():
-            model.forward_cached(zeros, view.position_ids, mask, view, zeros.new_zeros(0), [], [], [])
+            sides = Sides(torch.arange(6), torch.arange(0))
+            model.forward_cached(zeros, view.position_ids, mask, view, zeros.new_zeros(0), [], [], [], sides)
     assert len(biases) == 1
 
 

@@ -144,7 +144,7 @@ def test_model_card_has_the_results(run, tmp_path):
 def test_model_card_has_metadata_and_sections(run, tmp_path):
     """The hub reads the header."""
     home = shutil.copytree(run, tmp_path / "run")
-    start = {"kind": "llama", "place": "/models/base", "name": "base", "step": None}
+    start = {"kind": "language_model", "place": "/models/base", "name": "base", "step": None}
     edit_json(home / "run.json", notes={"start": start})
     card = huggingface_hub.ModelCard((export(home, tmp_path / "out") / "README.md").read_text())
     header = card.data.to_dict()
@@ -259,7 +259,7 @@ def test_hub_download_fetches_only_json_and_safetensors(exported, tmp_path, monk
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    files = {"allow_patterns": ["*.json", "*.safetensors"]}
+    files = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
     assert same(answers_of("owner/name"), answers_of(exported))
     for opening in (open_run, Transfusion.from_pretrained):
         opening("owner/name", revision="v1.0", local_files_only=True)
@@ -291,7 +291,7 @@ def test_every_failure_of_the_hub_is_one_line(tmp_path, monkeypatch, error, word
     for opening in (open_run, Transfusion.from_pretrained):
         with pytest.raises(OpenError) as caught:
             opening("owner/name", revision="v9")
-        assert str(caught.value) == f"owner/name is not a run: there is no such folder, and {words}"
+        assert str(caught.value) == f"owner/name cannot be opened: there is no such folder, and {words}"
 
 
 def test_name_that_is_not_in_the_cache_is_one_line(tmp_path, monkeypatch):

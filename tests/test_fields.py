@@ -75,7 +75,7 @@ def test_every_field_refuses_another_type(cls):
     "width": st.sampled_from((4, 8, 12, 24)), "heads": st.integers(1, 4), "kv_heads": st.integers(1, 4),
     "head_dim": st.integers(1, 6), "intermediate_size": st.integers(1, 9), "norm_eps": st.sampled_from((1e-12, 0.1)),
     "latent_channels": st.integers(1, 3), "patch_size": st.integers(1, 4), "unet_width": st.sampled_from((8, 12, 16, 32)),
-    "qk_norm": st.booleans(), "post_norm": st.booleans(), "tie_word_embeddings": st.booleans(),
+    "qk_norm": st.booleans(), "qkv_bias": st.booleans(), "post_norm": st.booleans(), "tie_word_embeddings": st.booleans(),
 }))  # fmt: skip
 def test_constructed_models_compute_finite_values(values):
     values = {"width": 8, "layers": 1, "heads": 2, "unet_width": 16, "patch_size": 1, "vocab_size": 16, **values}

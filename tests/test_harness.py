@@ -16,9 +16,9 @@ from tokenizers import decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from tests import tiny
-from tests.llama import SPECIAL, write_llama
+from tests.language_models import SPECIAL, write_language_model
 from tests.profile import THOROUGH, examples
-from tests.test_llama import NO_LEARNING, train
+from tests.test_language_models import NO_LEARNING, train
 from transfusion.checkpoint.export import export
 from transfusion.codecs.text import Tokenizer
 from transfusion.evaluation import harness
@@ -162,7 +162,7 @@ def both(tmp_path_factory) -> tuple[HarnessModel, LM]:
 
     folder = tmp_path_factory.mktemp("both")
     llama, written = folder / "llama", folder / "written"
-    theirs = write_llama(llama, rows=262)
+    theirs = write_language_model(llama, rows=262)
     tokenizer = HFTokenizer.from_file(str(llama / "tokenizer.json"))  # like Llama 3's: bos before each text
     tokenizer.post_processor = TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 260)])
     tokenizer.save(str(llama / "tokenizer.json"))

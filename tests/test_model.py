@@ -41,9 +41,12 @@ VARIANTS = {
     "ungrouped, wide heads": replace(TINY, kv_heads=None, head_dim=12),
     "tie_word_embeddings": replace(TINY, tie_word_embeddings=True),
     "qk_norm": replace(TINY, qk_norm=True),
+    "qkv_bias": replace(TINY, qkv_bias=True),
     "post_norm": replace(TINY, post_norm=True),
     "causal images": replace(TINY, image_attention="causal"),
     "scaled": replace(TINY, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
+    "untied feed-forward": replace(TINY, untied="feed_forward", image_init="fresh", text_vocab_size=VOCABULARY.text_size),
+    "untied": replace(TINY, untied="full", image_init="fresh", text_vocab_size=VOCABULARY.text_size, post_norm=True),
 }
 MODELS = {name: build(config, seed=3) for name, config in VARIANTS.items()}
 variants = st.sampled_from(sorted(VARIANTS))
@@ -225,7 +228,7 @@ def test_model_depends_on_the_order_of_patches(order, variant):
 
 
 @pytest.mark.parametrize(("variant", "other"), [
-    ("qk_norm", "plain"), ("post_norm", "plain"), ("scaled", "plain"), ("causal images", "plain"),
+    ("qk_norm", "plain"), ("qkv_bias", "plain"), ("post_norm", "plain"), ("scaled", "plain"), ("causal images", "plain"),
 ])  # fmt: skip
 def test_options_change_the_output(variant, other):
     document = Document((Text(tuple(range(20))), image((4, 4), seed=5), Text((3,))))
@@ -434,10 +437,11 @@ def test_text_with_images_uses_every_parameter(variant):
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_text_without_images_gives_patch_layers_zero_gradients(variant):
-    """Not missing: with several ranks the gradients of every weight are summed."""
+    """Not missing: with several ranks the gradients of every weight are summed. Also image weights of the transformer."""
     missing, zero = unused_parameters(alone(encode_document(Document((Text((1, 2, 3)),)), VOCABULARY)), variant)
     names = {name for name, _ in MODELS[variant].named_parameters()}
-    assert zero == {name for name in names if name.startswith("patches.")}
+    of_images = "patches.", "image_tokens." if variant.startswith("untied") else "patches."
+    assert zero == {name for name in names if name.startswith(of_images) or ".image_" in name}
     assert not missing
 
 

@@ -10,6 +10,7 @@ from tests.documents import TINY, build
 from tests.test_training import assert_same_tensors, copy_tensors, new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import small_run
 from transfusion.config import TrainingConfig
+from transfusion.model.untied import side_of
 from transfusion.training.optimizer import build_optimizer, optimizer_tensors
 
 CONFIG = TrainingConfig(learning_rate=3e-3, weight_decay=0.1, betas=(0.8, 0.9), optimizer="muon")
@@ -23,10 +24,10 @@ def test_muon_is_torchs_for_matrices_of_blocks_and_adamw_for_the_rest():
     """Bit for bit, each parameter alone, with its learning rate and weight decay."""
     ours = build(replace(TINY, patches="unet", unet_width=16, qk_norm=True), dtype=torch.float32)
     theirs = copy.deepcopy(ours)
-    scales = {"transformer": 0.5, "tokens": 2.0}
+    scales = {"transformer": 0.5, "text": 2.0, "image": 1.0}
     optimizer, references, generator = build_optimizer(ours, CONFIG, scales, "muon"), [], torch.Generator().manual_seed(0)
     for name, p in theirs.named_parameters():
-        decay, scale = CONFIG.weight_decay if p.dim() > 1 else 0.0, scales.get(name.split(".")[0], 1.0)
+        decay, scale = CONFIG.weight_decay if p.dim() > 1 else 0.0, scales[side_of(name, "none")]
         if is_matrix_of_block(name, p):
             references.append(torch.optim.Muon([p], scale * 3e-3, decay, adjust_lr_fn="match_rms_adamw"))
         else:

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.documents import in_double
-from tests.llama import write_llama
+from tests.language_models import write_language_model
 from tests.processes import torchrun
 from tests.profile import THOROUGH, examples
 from tests.ranks import World, precision
@@ -65,6 +66,11 @@ def a_run(
     run = small_run(steps, batch_size, **{"validate_every": STEPS, "warmup_steps": 4} | training)
     model = replace(run.model, patches=patches, unet_width=16)
     return replace(run, model=model, data=replace(run.data, sources=("digits", "topics")), parallel=parallel)
+
+
+def untie(run: Run, untied: str) -> Run:
+    """With image weights of their own, which differ from the first step on."""
+    return replace(run, model=replace(run.model, untied=untied, image_init="fresh"))
 
 
 def gather_tensors(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -122,22 +128,27 @@ def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
 # Two ranks equal one process
 
 
-KINDS = [("linear", torch.float32), ("unet", torch.float64)]
+KINDS = [("linear", torch.float32, "none"), ("unet", torch.float64, "none"), ("linear", torch.float64, "full")]
+MORE_KINDS = [("linear", torch.float64, "none"), ("unet", torch.float64, "feed_forward")]
 
 
-@pytest.mark.parametrize(("patches", "dtype"), [*KINDS, ("linear", torch.float64)] if THOROUGH else KINDS)
-def test_two_ranks_train_like_one_process(pair, tmp_path, patches, dtype):
+@pytest.mark.parametrize(("patches", "dtype", "untied"), [*KINDS, *MORE_KINDS] if THOROUGH else KINDS)
+def test_two_ranks_train_like_one_process(pair, tmp_path, patches, dtype, untied):
     """With half as many rows each."""
-    expected = train_alone(a_run(patches), dtype)
-    outcome, other_outcome = pair(train, tmp_path / "two", a_run(patches), dtype)
+    run = untie(a_run(patches), untied)
+    expected = train_alone(run, dtype)
+    outcome, other_outcome = pair(train, tmp_path / "two", run, dtype)
     assert_same(outcome, expected, TOLERANCE[dtype])
     assert_same(other_outcome, outcome, 0)
 
 
-@pytest.mark.parametrize("frozen", ["text_lr_scale", "image_lr_scale", "transformer_lr_scale"])
-def test_two_ranks_train_frozen_parts_like_one_process(pair, tmp_path, frozen):
+@pytest.mark.parametrize(("untied", "frozen"), [
+    ("none", "text_lr_scale"), ("none", "image_lr_scale"), ("none", "transformer_lr_scale"), ("full", "text_lr_scale"),
+    *([("full", "image_lr_scale"), ("feed_forward", "transformer_lr_scale")] if THOROUGH else []),
+])  # fmt: skip
+def test_two_ranks_train_frozen_parts_like_one_process(pair, tmp_path, untied, frozen):
     """No deadlock, with or without images on a rank, and the parts that are not frozen are trained as by one process."""
-    run = a_run(steps=3, **{frozen: 0.0})
+    run = untie(a_run(steps=3, **{frozen: 0.0}), untied)
     expected = train_alone(run, torch.float64)
     outcome, other_outcome = pair(train, tmp_path / "two", run, torch.float64)
     assert_same(outcome, expected, 1e-9)
@@ -159,11 +170,11 @@ def test_two_ranks_with_muon_train_like_one_process(pair, tmp_path):
     assert_same(other_outcome, outcome, 0)
 
 
-def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray]:
+def first_weights(ranks: Ranks, kind: str, source: Path, untied: str) -> dict[str, np.ndarray]:
     """The first weights of a run from this source, gathered from all ranks."""
     start = open_start(kind, str(source))
     config = a_run().model if kind == "run" else replace(a_run().model, vocab_size=384)
-    model = build_on_meta(start.adapt_config(config))
+    model = build_on_meta(start.adapt_config(replace(config, untied=untied)))
     mesh = ranks.mesh("cpu", "full") if ranks.world > 1 else None
     parallel.parallelize(model, model.transformer.blocks, torch.device("cpu"), mesh, compiled=False)
     model.to_empty(device="cpu")
@@ -172,18 +183,19 @@ def first_weights(ranks: Ranks, kind: str, source: Path) -> dict[str, np.ndarray
     return {name: value.detach().numpy().copy() for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "run", "exported"])
+@pytest.mark.parametrize("kind", ["language_model", "run", "exported", "untied"])
 def test_two_ranks_start_with_the_same_weights_as_one_process(pair, tmp_path, kind):
     """Bit for bit."""
-    if kind == "llama":
-        write_llama(tmp_path / "source", shard="20KB")
+    if kind == "language_model":
+        write_language_model(tmp_path / "source", shard="20KB")
     else:
         write_run(tmp_path / "source", (3,))
     if kind == "exported":
         export(tmp_path / "source", tmp_path / "exported", shard=20_000)
-    source, kind = tmp_path / ("exported" if kind == "exported" else "source"), "llama" if kind == "llama" else "run"
-    expected = first_weights(SINGLE_PROCESS, kind, source)
-    for weights in pair(first_weights, kind, source):
+    source, untied = tmp_path / ("exported" if kind == "exported" else "source"), "full" if kind == "untied" else "none"
+    kind = "language_model" if kind == "language_model" else "run"
+    expected = first_weights(SINGLE_PROCESS, kind, source, untied)
+    for weights in pair(first_weights, kind, source, untied):
         assert weights.keys() == expected.keys()
         assert all(np.array_equal(value, expected[name]) for name, value in weights.items())
 
@@ -222,20 +234,22 @@ class SyntheticLoader:
 MIXTURES = "ti bt tt tb it ib ii bi nb nt in nn tn".split()
 
 
-def train_synthetic(ranks: Ranks, folder: Path, patches: str) -> Outcome:
+def train_synthetic(ranks: Ranks, folder: Path, patches: str, untied: str, **training) -> Outcome:
     """One step of each kind, in float64."""
     with precision(torch.float64):
-        run = a_run(patches, steps=len(MIXTURES), batch_size=2, validate_every=100)
+        run = untie(a_run(patches, steps=len(MIXTURES), batch_size=2, validate_every=100, **training), untied)
         trainer = new_trainer(folder, run, None, lambda batch, _: in_double(batch), ranks)
         trainer.heldout, trainer.loader = {}, SyntheticLoader(MIXTURES, ranks, prepared(run)[1].vocabulary)
         assert trainer.train()
         return gather_tensors(trainer), metrics_of(folder)
 
 
-@pytest.mark.parametrize("patches", ["linear", "unet"])
-def test_ranks_without_images_or_text_cause_no_deadlock_and_no_bias(pair, tmp_path, patches):
-    expected = train_synthetic(SINGLE_PROCESS, tmp_path / "one", patches)
-    outcome, other_outcome = pair(train_synthetic, tmp_path / "two", patches)
+@pytest.mark.parametrize(("patches", "untied", "training"), [
+    ("linear", "none", {}), ("unet", "none", {}), ("linear", "full", {}), ("linear", "full", {"text_lr_scale": 0.0}),
+])  # fmt: skip
+def test_ranks_without_images_or_text_cause_no_deadlock_and_no_bias(pair, tmp_path, patches, untied, training):
+    expected = train_synthetic(SINGLE_PROCESS, tmp_path / "one", patches, untied, **training)
+    outcome, other_outcome = pair(partial(train_synthetic, **training), tmp_path / "two", patches, untied)
     assert_same(outcome, expected, 1e-9)
     assert_same(other_outcome, outcome, 0)
 
@@ -442,6 +456,14 @@ def test_compiled_blocks_train_the_same_and_are_compiled_once(pair, tmp_path, ra
     assert counts[0] == 0
     assert 0 < counts[1] < 4
     assert len(set(counts[1:])) == 1
+
+
+def test_compiled_untied_blocks_are_compiled_once_more_for_any_number_of_images(tmp_path):
+    run = untie(a_run(steps=5, validate_every=100, parallel=ParallelConfig(compile=True)), "full")
+    expected = train_alone(replace(run, parallel=ParallelConfig(compile=False)), torch.float64)
+    outcome, counts = train_and_count_graphs(SINGLE_PROCESS, tmp_path / "compiled", run, "aot_eager")
+    assert_same(outcome, expected, 1e-12)
+    assert 0 < counts[1] <= counts[2] <= 2 * counts[1] and len(set(counts[2:])) == 1
 
 
 def train_with_previews(ranks: Ranks, folder: Path, run: Run) -> Outcome:

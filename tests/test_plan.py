@@ -31,10 +31,12 @@ from transfusion.inference.cache import Cache
 from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
+from transfusion.model.untied import Routing
 from transfusion.paper import PAPER
 from transfusion.parallel import Ranks, lower_weights, parallelize
 from transfusion.plan import BF16, FP32
 from transfusion.runs import NAMES, SIZES, named_run
+from transfusion.sequence import Sides
 from transfusion.training.optimizer import build_optimizer, freeze, optimizer_tensors
 
 SAVED_ERROR, PEAK_ERROR = 0.05, 0.1  # relative; the plan ignores indices, noise, timesteps and tensors freed early
@@ -74,14 +76,18 @@ def planned(run: Run) -> tuple[int, int]:
 # Memory
 
 
-@pytest.mark.parametrize(
-    "changes", [
-        {}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}, {"optimizer": "muon"},
-        {"optimizer": "muon", "image_lr_scale": 0.0},
-    ], ids=str,
-)  # fmt: skip
-def test_weights_gradients_moments_and_ema_are_exact(changes):
+CHANGES = [
+    {}, {"text_lr_scale": 0.0}, {"image_lr_scale": 0.0}, {"transformer_lr_scale": 0.0}, {"optimizer": "muon"},
+    {"optimizer": "muon", "image_lr_scale": 0.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("untied", "changes"), [
+    *(("none", changes) for changes in CHANGES), ("feed_forward", CHANGES[3]), ("full", CHANGES[1]), ("full", CHANGES[5]),
+], ids=str)  # fmt: skip
+def test_weights_gradients_moments_and_ema_are_exact(untied, changes):
     run = named_run("shapes")
+    run = replace(run, model=replace(run.model, untied=untied, text_vocab_size=300))
     run = replace(run, training=replace(run.training, **changes))
     model, ema = build(run.model, 0), build(run.model, 0)
     freeze(model, run.training.lr_scales)
@@ -100,10 +106,10 @@ def test_weights_gradients_moments_and_ema_are_exact(changes):
 
 
 @pytest.mark.parametrize("model", [
-    {}, {"qk_norm": False}, {"heads": 4, "kv_heads": 2, "head_dim": 48}, {"post_norm": True}, {"layers": 2},
-    {"intermediate_size": 2048}, {"vocab_size": 8192}, {"patches": "unet"},
+    {}, {"qk_norm": False, "qkv_bias": True}, {"heads": 4, "kv_heads": 2, "head_dim": 48}, {"post_norm": True},
+    {"layers": 2}, {"intermediate_size": 2048}, {"vocab_size": 8192}, {"patches": "unet"},
     {"patches": "unet", "unet_width": 128, "patch_size": 4},
-    {"patches": "unet", "patch_size": 1},
+    {"patches": "unet", "patch_size": 1}, {"untied": "feed_forward"}, {"untied": "full"},
 ], ids=str)  # fmt: skip
 def test_activations_and_logits_match_a_step(model):
     run = one_row(**model)
@@ -134,7 +140,7 @@ def test_compiled_bfloat16_block_matches_the_plan(model, monkeypatch):
     mask.prepare()
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        block(x, rotation, mask, None)
+        block([x.flatten(0, 1)], Routing(Sides(torch.arange(128), torch.arange(0))), rotation, mask, None)
     excluded = {t.data_ptr() for t in (*block.parameters(), *rotation)}
     bias = BF16 * mask.attn_bias.numel()  # on a CPU only
     size = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in excluded) - bias

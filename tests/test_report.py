@@ -288,7 +288,8 @@ def test_command_of_the_report_trains_an_equal_run(digits, monkeypatch):
     cli.main(command)
     [(parsed, out)] = calls
     assert out == folder
-    assert replace(parsed.model, vocab_size=run.model.vocab_size) == run.model
+    ids = {name: getattr(run.model, name) for name in ("vocab_size", "text_vocab_size")}
+    assert replace(parsed.model, **ids) == run.model
     assert (parsed.data, parsed.training, parsed.generation) == (run.data, run.training, run.generation)
 
 

@@ -30,11 +30,13 @@ FREE = {  # what a run with a checkpoint may change, beside all of generation, p
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
     "training.preview_every", "training.log_every", "training.log",
 }  # fmt: skip
-DECIDED = {"recipe", "model.vocab_size", "model.latent_channels", "data.prepared"}  # by the data, or tested below
+DECIDED = {  # by the data, or tested below
+    "recipe", "model.vocab_size", "model.text_vocab_size", "model.latent_channels", "data.prepared",
+}  # fmt: skip
 VALUES = (  # one of these is another valid value of any field
     4, 2, 1, 64, 96, 300, 0, 0.01, 0.3, 0.7, 1.5, True, False, (0.5, 0.6), "muon", "hybrid", "bfloat16", "dpm", "linear",
     "unet", "causal", "x0", "epsilon", "velocity", "rectified_flow", "logit_normal", "block_pca", (1.0,), ("shapes",),
-    RopeScaling(), ("wandb",),
+    RopeScaling(), ("wandb",), "full", "fresh",
 )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def test_settings_of_a_trained_run_serve_as_a_file(trained, tmp_path, monkeypatc
     monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: not runs.append(run))
     command("train", "digits", "--config", trained / "run.json")
     run = json.loads((trained / "run.json").read_text())["run"]
-    decided = {name: getattr(named_run("digits").model, name) for name in ("vocab_size", "latent_channels")}
+    names = "vocab_size", "text_vocab_size", "latent_channels"
+    decided = {name: getattr(named_run("digits").model, name) for name in names}
     assert json.loads(json.dumps(to_json(runs[0]))) == run | {"model": run["model"] | decided}
 
 

@@ -104,8 +104,8 @@ class RecordingModel:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index) -> Prediction:
-        prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
+    def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides) -> Prediction:
+        prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides)
         slots = cache.slots[:, 0].tolist()
         self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, cache.end))
         return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)
@@ -120,7 +120,8 @@ def build_engine(
     text = text or tokenizer()
     vocabulary = Vocabulary.build(text.size, shapes, patch_size=2)
     sizes = {"width": 32, "layers": 2, "heads": 4, "intermediate_size": 48} | model
-    config = ModelConfig(vocab_size=vocabulary.size, latent_channels=CHANNELS, **sizes)
+    ids = {"vocab_size": vocabulary.size, "text_vocab_size": vocabulary.text_size}
+    config = ModelConfig(latent_channels=CHANNELS, **ids, **sizes)
     run = Run(
         "tiny", config, diffusion, DataConfig(seq_len=context),
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
@@ -214,7 +215,8 @@ def _fitted(data: DataConfig, patch_size: int, seed: int):
 def prepared(run: Run):
     """The run with its vocabulary, and the encoder of its data."""
     encoder = _fitted(run.data, run.model.patch_size, run.training.seed)
-    return replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size)), encoder
+    ids = {"vocab_size": encoder.vocabulary.size, "text_vocab_size": encoder.vocabulary.text_size}
+    return replace(run, model=replace(run.model, **ids)), encoder
 
 
 def run_tensors(run: Run, seed: int) -> dict[str, dict[str, Tensor]]:

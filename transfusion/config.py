@@ -71,7 +71,8 @@ class ModelConfig(Config, part="model."):
     norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-5  # Epsilon of the RMS norms.
     rope_theta: Annotated[float, Range(at_least=1)] = 10_000.0  # Base of the rotary position frequencies.
     rope_scaling: RopeScaling | None = None  # Llama 3's scaling of rotary frequencies, as four numbers; off if not set.
-    qk_norm: bool = False  # Normalise queries and keys, as in Chameleon.
+    qk_norm: bool = False  # Normalise queries and keys, as in Chameleon and Qwen3.
+    qkv_bias: bool = False  # Add biases to queries, keys and values, as in Qwen2.
     post_norm: bool = False  # Normalise the output of each sublayer instead of its input, as in Chameleon.
     z_loss: NonNegativeFloat = 0.0  # Weight of the squared log of the softmax normaliser in the loss (Chameleon: 1e-5).
     latent_channels: Size = 8  # Channels of an image latent; training replaces it by those of its codec.
@@ -81,6 +82,13 @@ class ModelConfig(Config, part="model."):
     patches: Literal["linear", "unet", "codes"] = "linear"
     unet_width: Size | None = None  # U-Net channels at the lowest resolution; 5/4 width, at most 1184, if not set (Table 7).
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # Attention inside an image (Table 5).
+    # Weights of their own for image positions (Mixture-of-Transformers, not in the paper): none, feed_forward with its norm,
+    # or full, which adds queries, keys, values, outputs and all norms. FLOPs do not change.
+    untied: Literal["none", "feed_forward", "full"] = "none"
+    image_init: Literal["copy", "fresh"] = "copy"  # First untied image weights: a copy of the text's, or random ones.
+    # Number of token ids of text; with untied the rows of all others, which are ids of images, are image weights. Training
+    # sets it.
+    text_vocab_size: VocabSize | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,6 +106,8 @@ class ModelConfig(Config, part="model."):
         if self.patches == "unet" and self.unet_width is not None and self.unet_width % multiple:
             raise ValueError(f"model.unet_width must be a multiple of {multiple} with patches of side {self.patch_size}, "
                              f"not {self.unet_width}")  # fmt: skip
+        if self.text_vocab_size is not None and self.text_vocab_size > self.vocab_size:
+            raise ValueError(f"model.text_vocab_size {self.text_vocab_size} is above model.vocab_size {self.vocab_size}")
         if self.patches == "codes" and self.patch_size != 1:
             raise ValueError(f"model.patch_size must be 1 with model.patches codes, not {self.patch_size}")
 
@@ -112,6 +122,11 @@ class ModelConfig(Config, part="model."):
     @property
     def feed_forward_size(self) -> int:
         return -(-8 * self.width // 3 // 256) * 256 if self.intermediate_size is None else self.intermediate_size
+
+    @property
+    def num_text_rows(self) -> int:
+        """Rows of token embedding and head that are text weights: all, or with `untied` those of the ids of text."""
+        return self.vocab_size if self.untied == "none" or self.text_vocab_size is None else self.text_vocab_size
 
     @property
     def patch_width(self) -> int:
@@ -280,9 +295,14 @@ class TrainingConfig(Config, part="training."):
     weight_decay: NonNegativeFloat = 0.1  # Weight decay of matrices, times the learning rate in every step.
     max_grad_norm: PositiveFloat = 1.0  # Gradients with a larger norm are scaled down to it.
     ema_decay: Decay = 0.9999  # Decay per step of the moving average of the weights.
-    text_lr_scale: NonNegativeFloat = 1.0  # Multiplies the learning rate of token embedding and head; 0 freezes them.
-    image_lr_scale: NonNegativeFloat = 1.0  # Multiplies the learning rate of the patch layers; 0 freezes them.
-    # Multiplies the learning rate of the blocks and the last norm; 0 freezes them.
+    # Multiplies the learning rate of token embedding and head, and with model.untied of the blocks' text weights; 0 freezes
+    # them.
+    text_lr_scale: NonNegativeFloat = 1.0
+    # Multiplies the learning rate of the patch layers, and with model.untied of the blocks' image weights and of ids that
+    # only images have; 0 freezes them.
+    image_lr_scale: NonNegativeFloat = 1.0
+    # Multiplies the learning rate of the weights of the blocks, and of the last norm, that text and images share; 0 freezes
+    # them.
     transformer_lr_scale: NonNegativeFloat = 1.0
     image_weight: NonNegativeFloat = 5.0  # Weight of the image loss (lambda in the paper; 5 is for prediction epsilon).
     seed: Seed = 0  # Seed of weights, data order, noise and dropout.
@@ -302,9 +322,8 @@ class TrainingConfig(Config, part="training."):
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """Learning rate scale by the first word of a parameter's name."""
-        scale = self.text_lr_scale
-        return {"tokens": scale, "head": scale, "patches": self.image_lr_scale, "transformer": self.transformer_lr_scale}
+        """Learning rate scale by the side of a parameter (`model.untied.side_of`)."""
+        return {"text": self.text_lr_scale, "image": self.image_lr_scale, "transformer": self.transformer_lr_scale}
 
 
 @dataclass(frozen=True)
@@ -443,6 +462,12 @@ class Run(Config):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model.untied == "full" and not self.training.text_lr_scale and not self.training.image_lr_scale:
+            raise ValueError("training.text_lr_scale and image_lr_scale are both 0 with model.untied full: nothing would be "
+                             "trained; set one above 0")  # fmt: skip
 
 
 to_json = asdict  # a config as plain JSON values

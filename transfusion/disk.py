@@ -118,18 +118,23 @@ def packaged_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob(f"*/{CONFIG}"))
 
 
+def is_on_hub(place: str | Path) -> bool:
+    """Is this the name of a repository on the hub, `owner/name`? Never a name whose path or parent folder exists locally."""
+    path = Path(place)
+    return not path.exists() and not path.parent.is_dir() and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)))
+
+
 def find_folder(place: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
     """A local folder, else the folder of a model in the package, else a snapshot of the hub's repository `owner/name`, only
     its safetensors and JSON files.
 
     revision: a branch, tag or commit of the repository; default main. local_files_only: use only the hub's local cache.
-    A name whose path or parent folder exists locally is never looked up on the hub. OpenError when the hub does not have it
-    or cannot be reached.
+    OpenError when the hub does not have it or cannot be reached.
     """
     path = Path(place)
     if not path.exists() and str(place) in packaged_models():
         path = MODELS / path
-    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(place)):
+    if not is_on_hub(path):
         if revision is not None:
             raise OpenError(f"{place} is not on the hub, so it has no revision {revision}: leave it out")
         return path
@@ -138,6 +143,7 @@ def find_folder(place: str | Path, revision: str | None = None, local_files_only
     try:
         return Path(snapshot_download(
             str(place), revision=revision, local_files_only=local_files_only, allow_patterns=["*.json", "*.safetensors"],
+            ignore_patterns=["*/*", "consolidated*"],  # Mistral's repositories have all weights twice
         ))  # fmt: skip
     except errors.GatedRepoError:
         reason = "the hub gives access only to users whom its owner accepted (then hf auth login)"
@@ -149,7 +155,7 @@ def find_folder(place: str | Path, revision: str | None = None, local_files_only
         reason = "it is not in the hub's local cache" + ("" if local_files_only else ", and the hub cannot be reached")
     except Exception as error:  # the hub's client raises many kinds
         reason = f"the hub says: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-    raise OpenError(f"{place} is not a run: there is no such folder, and {reason}")
+    raise OpenError(f"{place} cannot be opened: there is no such folder, and {reason}")
 
 
 def is_exported(folder: Path) -> bool:

@@ -333,18 +333,19 @@ def _exit_with_parent() -> None:
 
 def parallelize(
     model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, mesh: DeviceMesh | None, compiled: bool,
-    methods: Sequence[str] = (), trained: bool = True,
+    methods: Sequence[str] = (), trained: bool = True, dynamic: bool | None = False,
 ) -> None:  # fmt: skip
     """Compile and shard a model that is on the meta device, in place. mesh None: a single process.
 
     FSDP2: each block is a unit, and so is the rest; every rank holds its part of weights, gradients, moments and EMA.
     Gradients are summed, not averaged: losses are divided by the counts of all ranks. On CUDA weights are gathered and used
-    in bfloat16, and gradients are reduced in float32. Each block is compiled separately, for one shape of rows. `methods`
-    are other forward methods of the model that gather weights too. A model that is not `trained` has no backward passes.
+    in bfloat16, and gradients are reduced in float32. Each block is compiled separately, for one shape of rows; with
+    `dynamic` None once more for any numbers of text and image positions. `methods` are other forward methods of the model
+    that gather weights too. A model that is not `trained` has no backward passes.
     """
     if compiled:
         for block in blocks:
-            block.compile(backend=COMPILE_BACKEND, dynamic=False)
+            block.compile(backend=COMPILE_BACKEND, dynamic=dynamic)
     if mesh is None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -12,12 +12,12 @@ from math import ceil, prod
 
 import numpy as np
 import torch
-from torch import nn
 
 from transfusion.config import Machines, ModelConfig, Run
 from transfusion.model.flops import count_training_flops, count_usual_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
+from transfusion.model.untied import SIDES, side_of
 from transfusion.objective import CHUNK, CPU_CHUNK
 from transfusion.parallel import lower_weights, rows_per_pass, share_batch
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
@@ -137,16 +137,20 @@ def plan(run: Run, machines: Machines) -> Plan:
     """The plan of a run on these machines. ValueError when its batch or its sharding does not suit them."""
     config, batch, rows = run.model, typical_row(run.model, run.data.seq_len), rows_per_pass(run, machines.gpus)
     counts = {part: sum(map(prod, shapes)) for part, shapes in weight_shapes(config).items()}
+    sides = {side: counts["block", side] * config.layers + counts["norm", side] for side in SIDES}
     parameters = {
-        "transformer": counts["block"] * config.layers + counts["norm"],
-        "embeddings and head": counts["embeddings"], "patches": counts["patches"],
+        "transformer": sides["transformer"], **({} if config.untied == "none" else {
+            "transformer, text only": sides["text"], "transformer, images only": sides["image"],
+        }),
+        "embeddings and head": counts["embeddings", "text"] + counts["embeddings", "image"],
+        "patches": counts["patches", "image"],
     }  # fmt: skip
     return Plan(
         run, machines, parameters, estimate_memory(run, machines), rows_per_pass=rows, loss=count_loss(run, rows),
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * rows,
         flops=count_training_flops(batch, config) / batch.positions,
-        usual_flops=count_usual_flops(config, sum(parameters.values()), run.data.seq_len),
+        usual_flops=count_usual_flops(config, run.data.seq_len),
         generation={name: estimate_generation_memory(run, name) for name in PRECISIONS},
     )  # fmt: skip
 
@@ -161,18 +165,14 @@ def fit_micro_batch(run: Run, machines: Machines) -> Run:
 
 
 @cache
-def weight_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of the weights of one block, the last norm, the patch layers, and embeddings and head."""
-    model = build_on_meta(config)
-    parts = {
-        "block": model.transformer.blocks[0].parameters(), "norm": model.transformer.norm.parameters(),
-        "patches": list_parameters(model.patches), "embeddings": list_parameters(model.tokens, model.head),
-    }  # fmt: skip
-    return {part: [tuple(p.shape) for p in parameters] for part, parameters in parts.items()}
-
-
-def list_parameters(*modules: nn.Module | None) -> list[nn.Parameter]:
-    return [parameter for module in modules if module is not None for parameter in module.parameters()]
+def weight_shapes(config: ModelConfig) -> dict[tuple[str, str], list[tuple[int, ...]]]:
+    """Shapes of the weights of one block, the last norm, the patch layers, and embeddings and head, by part and side."""
+    shapes = {(part, side): [] for part in ("block", "norm", "patches", "embeddings") for side in SIDES}
+    for name, parameter in build_on_meta(replace(config, layers=1)).named_parameters():
+        part = {"transformer": "norm", "patches": "patches"}.get(name.partition(".")[0], "embeddings")
+        part = "block" if name.startswith("transformer.blocks.") else part
+        shapes[part, side_of(name, config.untied)].append(tuple(parameter.shape))
+    return shapes
 
 
 def count_shard(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:
@@ -185,16 +185,17 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     without accumulation has none yet."""
     shapes, ranks = weight_shapes(run.model), machines.shard_group_size(run.parallel.shard)
     rows = rows_per_pass(run, machines.gpus)
-    rest = [shape for part in ("norm", "patches", "embeddings") for shape in shapes[part]]
-    parts = {part: FP32 * count_shard(shapes[part], ranks) for part in shapes}
-    parts["block"] *= run.model.layers
-    scales = {"block": run.training.transformer_lr_scale, "norm": run.training.transformer_lr_scale,
-              "patches": run.training.image_lr_scale, "embeddings": run.training.text_lr_scale}  # fmt: skip
-    weights, trained = sum(parts.values()), sum(size for part, size in parts.items() if scales[part])
+    in_block = [shape for (part, _), each in shapes.items() if part == "block" for shape in each]
+    rest = [shape for (part, _), each in shapes.items() if part != "block" for shape in each]
+    copies = {part: FP32 * (run.model.layers if part == "block" else 1) for part, _ in shapes}
+    sizes = {(part, side): copies[part] * count_shard(each, ranks) for (part, side), each in shapes.items()}
+    scales = run.training.lr_scales
+    weights, trained = sum(sizes.values()), sum(size for (_, side), size in sizes.items() if scales[side])
     moments = 2 * trained
-    if run.training.optimizer == "muon" and scales["block"]:  # one for the matrices of blocks
-        moments -= FP32 * run.model.layers * count_shard([shape for shape in shapes["block"] if len(shape) == 2], ranks)
-    root, block = count_shard(rest, 1), count_shard(shapes["block"], 1)
+    if run.training.optimizer == "muon":  # one for the matrices of blocks
+        matrices = [s for side in SIDES if scales[side] for s in shapes["block", side] if len(s) == 2]
+        moments -= copies["block"] * count_shard(matrices, ranks)
+    root, block = count_shard(rest, 1), count_shard(in_block, 1)
     is_cuda = machines.device == "cuda"
     is_lower = is_cuda or run.parallel.cpu_matmul == "bfloat16"
     size = BF16 if is_lower else FP32
@@ -276,6 +277,8 @@ def saved_by_block(run: Run, value_bytes: int = BF16) -> int:
     values = 4 * config.width + 2 * queries + 2 * keys + 3 * config.feed_forward_size
     if config.qk_norm:
         values += queries + keys
+    if config.untied == "full":
+        values += queries  # what attention returns, also by side
     size = value_bytes * values + FP32 * config.heads  # the softmax normalisers
     if run.parallel.compile is False:
         size += value_bytes * config.feed_forward_size  # silu, which compiled blocks recompute

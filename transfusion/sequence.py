@@ -104,6 +104,11 @@ class Vocabulary:
         return max(self.num_text_tokens - 1, self.bos, self.eos, self.pad, self.eoi, *self.boi.values()) + 1
 
     @property
+    def text_size(self) -> int:
+        """Number of ids that text has: the tokenizer's, bos, eos and pad. Those from eoi on are of images."""
+        return self.eoi
+
+    @property
     def num_used(self) -> int:
         """Number of ids with a meaning, 0 .. num_used - 1."""
         return self.first_code + self.num_image_codes
@@ -278,6 +283,13 @@ class ImageGroup:
     keys: list[int]
 
 
+class Sides(NamedTuple):
+    """All positions, as indices into B * L, by the weights that a model with untied image weights uses for them."""
+
+    text: Tensor  # (n,) text, markers and padding
+    image: Tensor  # (m,) patches and codes of images
+
+
 @dataclass
 class Batch:
     """Rows as tensors. Logits are computed only at positions with text loss."""
@@ -286,6 +298,7 @@ class Batch:
     position_ids: Tensor  # (B, L) from 0 in each chunk
     document_ids: Tensor  # (B, L) number of the chunk in its row; -1: padding
     image_ids: Tensor  # (B, L) number of the image in its row, or NO_IMAGE
+    sides: Sides
     text_index: Tensor  # (T,) into B * L: positions with text loss
     text_target: Tensor  # (T,)
     first_code: int  # targets from this id on are codes of images
@@ -316,7 +329,8 @@ class Batch:
         def apply(part):
             return replace(part, **{k: function(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
 
-        return replace(apply(self), groups=[apply(group) for group in self.groups])
+        sides = Sides(*map(function, self.sides))
+        return replace(apply(self), sides=sides, groups=[apply(group) for group in self.groups])
 
 
 def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
@@ -345,11 +359,13 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
         positions += begin
     flat_targets = targets.reshape(-1)
     text_index = np.flatnonzero(flat_targets != NO_TARGET)
+    is_image = ((image_ids != NO_IMAGE) | (tokens >= vocabulary.first_code)).reshape(-1)  # (B * L,)
     return Batch(
         tokens=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(position_ids),
         document_ids=torch.from_numpy(document_ids),
         image_ids=torch.from_numpy(image_ids),
+        sides=Sides(*(torch.from_numpy(np.flatnonzero(mask)) for mask in (~is_image, is_image))),
         text_index=torch.from_numpy(text_index),
         text_target=torch.from_numpy(flat_targets[text_index]),
         first_code=vocabulary.first_code,

@@ -115,6 +115,9 @@ def write_card(opened: OpenedRun, weights: str, dtype: str, license: str | None,
     run, model, vocabulary, codec = opened.run, opened.run.model, opened.vocabulary, opened.codec
     sizes = ", ".join(f"{x * codec.downsampling}x{y * codec.downsampling}" for y, x in vocabulary.boi)
     images = "codes" if model.patches == "codes" else f"{model.patches} patches of side {model.patch_size}"
+    images += {"none": "", "full": ", with transformer weights of their own"}.get(
+        model.untied, ", with feed-forward weights of their own"
+    )
     kind = "the moving average (EMA)" if weights == "ema" else "the raw weights of the last step, without moving average"
     mixture = run.data.mixture_weights or (1.0,) * len(run.data.sources)
     sources = ", ".join(f"{name} ({weight / sum(mixture):.0%} of the positions)"

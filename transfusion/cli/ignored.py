@@ -43,24 +43,27 @@ def changed(before: Any, after: Any, prefix: str = "") -> list[str]:
 
 
 def check_train(before: Run, run: Run, start: str | None) -> None:
-    """The settings of a run that `train` changes; `start` is "run" or "llama" when its weights are not random."""
+    """The settings of a run that `train` changes; `start` is "run" or "language_model" when its weights are not random."""
     data, given = run.data, changed(before, run)
     diffusion, sizes = " ".join(f"diffusion.{f.name}" for f in fields(run.diffusion)), ""
-    if start == "llama":
-        from transfusion.model.llama import LLAMA_FIELDS
+    if start == "language_model":
+        from transfusion.model.language_model import DECIDED_FIELDS
 
-        sizes = " ".join(f"model.{name}" for name in LLAMA_FIELDS)
+        sizes = " ".join(f"model.{name}" for name in DECIDED_FIELDS)
     unread = [name for name in ("digits", "shapes") if data.prepared or name not in data.sources]
     refuse(given, [
-        (True, "model.vocab_size", "in training: the tokenizer decides it"),
+        (True, "model.vocab_size model.text_vocab_size", "in training: the tokenizer decides it"),
         (True, "model.latent_channels", "in training: the codec decides it"),
-        (start == "llama", f"{sizes} data.tokenizer_size", "with --init-from: the language model decides it"),
+        (start == "language_model", f"{sizes} data.tokenizer_size", "with --init-from: the language model decides it"),
         (start == "run", FITTED, "with --from: the other run decides tokenizer and codec"),
         (bool(data.prepared), FITTED, "on prepared data, which decide tokenizer and codec"),
         (data.codec != "block_pca", "data.codec_block data.codec_components", "without --data.codec block_pca"),
         *((True, f"data.{name}.interleaved data.{name}.level data.{name}.size",
            f"on these data, which do not read the built-in source {name}") for name in unread),
-        (not run.training.transformer_lr_scale, "training.optimizer", "with frozen blocks: Muon is for their matrices"),
+        (run.model.untied == "none", "model.image_init", "without --model.untied: images have no such weights"),
+        (run.model.untied == "full", "training.transformer_lr_scale", "with --model.untied full: nothing is shared"),
+        (run.model.untied == "none" and not run.training.transformer_lr_scale, "training.optimizer",
+         "with frozen blocks: Muon is for their matrices"),
         (run.model.patches == "codes", diffusion, "with --model.patches codes: codes are sampled like text"),
     ])  # fmt: skip
 

@@ -152,7 +152,8 @@ def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
-        fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
+        vocabulary, channels = encoder.vocabulary, encoder.codec.channels
+        fitted = {"vocab_size": vocabulary.size, "text_vocab_size": vocabulary.text_size, "latent_channels": channels}
         run = replace(run, model=replace(run.model, **fitted))
     return run, machines, args
 

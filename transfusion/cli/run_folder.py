@@ -26,7 +26,7 @@ from transfusion.parallel import Ranks
 from transfusion.sequence import Batch
 
 HELDOUT = 256  # documents of each source for the held-out losses
-Start = tuple[str, str]  # the kind of the initial weights, "run" or "llama", and their folder or name on the hub
+Start = tuple[str, str]  # the kind of the initial weights, "run" or "language_model", and their folder or name on the hub
 FREE = (  # settings that a trained run may change, by the beginning of their names: they do not change what a step learns
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
     "training.preview_every", "training.log", "data.prepared", "generation.", "parallel.",
@@ -112,7 +112,10 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     # Data without conversations keep the layout of the run that this one starts from.
     chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
     encoder = _end_answers(encoder, chat)
-    model = replace(run.model, vocab_size=encoder.vocabulary.size, latent_channels=encoder.codec.channels)
+    vocabulary, channels = encoder.vocabulary, encoder.codec.channels
+    model = replace(
+        run.model, vocab_size=vocabulary.size, text_vocab_size=vocabulary.text_size, latent_channels=channels
+    )
     run = replace(run, model=origin.adapt_config(model) if origin else model)
     notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
     notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}

@@ -30,7 +30,7 @@ class Train:
     start: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Start from another run, exported run or model in the package, as named in generate; prepare your data --like it."""
     init_from: str | None = None
-    """Start from a Llama language model, a folder with config.json, safetensors and tokenizer.json; it decides all sizes."""
+    """Start from a language model (Llama, Mistral, Qwen2 or Qwen3), a folder or a name on the hub; it decides all sizes."""
     device: Device = "auto"
     config: Path | None = None
     """YAML or JSON file with some settings or all, such as --print-config prints; options override it."""
@@ -101,7 +101,8 @@ def train(arguments: list[str]) -> None:
     before, folder = chosen.run, chosen.folder
     resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.recipe
     run, args = parse_run(Train, f"train {before.recipe}", before, chosen.arguments, resumes, out=out)
-    starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
+    sources = {"run": args.start, "language_model": args.init_from}
+    starts = [(kind, source) for kind, source in sources.items() if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     if resumes and not starts and (note := read_json(folder / RUN).get("notes", {}).get("start")):
@@ -133,7 +134,8 @@ def _check_inputs(run: Run, args: Train) -> None:
     check_data(run)
     if (args.out / RUN).exists():
         return  # a resumed run does not read its start
-    check_exists(args.init_from)
+    if args.init_from is not None:
+        check_exists(find_folder(args.init_from))
     if args.start is not None:
         check_run(find_folder(args.start))
 
@@ -141,7 +143,7 @@ def _check_inputs(run: Run, args: Train) -> None:
 def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None = None) -> bool:
     """Start or resume a run on all processes of torchrun. False when a signal stopped it.
 
-    `start`: "run" or "llama", and its folder or name on the hub; see RunFolder.
+    `start`: "run" or "language_model", and its folder or name on the hub; see RunFolder.
     """
     from transfusion.cli.measure import check_memory
     from transfusion.cli.preview import previewer

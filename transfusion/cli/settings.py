@@ -13,7 +13,7 @@ from transfusion.config import BUILT_IN, Run, from_json, to_json
 from transfusion.disk import RUN, OpenError, check_prepared, check_run, check_run_format, is_exported, read_json
 from transfusion.runs import NAMES, named_run
 
-DECIDED = "vocab_size", "latent_channels"  # fields of the model that training takes from its data
+DECIDED = "vocab_size", "text_vocab_size", "latent_channels"  # fields of the model that training takes from its data
 SUFFIXES = ".json", ".yaml", ".yml"  # of files of settings
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # in YAML 1.1 a text without a point or without a sign
 

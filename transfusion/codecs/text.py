@@ -77,7 +77,7 @@ class Tokenizer:
     def from_file(cls, path: Path) -> "Tokenizer":
         """From a tokenizer.json. Its markers are those that NAMING_FILES in the same folder name, then those of a known
         spelling. A bos that is missing beside a named eos is this eos: it separates documents in the model's training.
-        ValueError when the file cannot be read, OpenError when the names are wrong or contradict each other."""
+        ValueError when the file cannot be read, OpenError when a name is wrong."""
         try:
             tokenizer = cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -92,8 +92,9 @@ class Tokenizer:
 
     def _named_markers(self, folder: Path) -> dict:
         """The markers that the files of a folder name. Every named eos ends an answer, and a document ends with the first.
-        One token may be bos, eos and pad."""
-        named: dict[str, dict[int, str]] = {"bos": {}, "eos": {}, "pad": {}}  # ids, and the first file with each
+        Of several bos the last is used: `transformers` begins texts with the tokenizer's. One token may be bos, eos and
+        pad."""
+        named: dict[str, list[int]] = {"bos": [], "eos": [], "pad": []}
         for name in NAMING_FILES:
             values = read_json(folder / name) if (folder / name).exists() else {}
             added = values.get("added_tokens_decoder")
@@ -103,17 +104,14 @@ class Tokenizer:
                 by_id, by_spelling = values.get(f"{marker}_token_id"), values.get(f"{marker}_token")
                 for value in by_id if isinstance(by_id, list) else [by_id]:
                     if value not in (None, -1):  # -1: none, in early Llama files
-                        ids.setdefault(self._special_id(value, f"{folder / name}: {marker}_token_id"), name)
+                        ids.append(self._special_id(value, f"{folder / name}: {marker}_token_id"))
                 if isinstance(by_spelling, dict):
                     by_spelling = by_spelling.get("content")
                 is_ours = by_spelling in added and self._tokenizer.token_to_id(by_spelling) is None  # in an exported run
                 if by_spelling is not None and not is_ours:
-                    ids.setdefault(self._special_id(by_spelling, f"{folder / name}: {marker}_token"), name)
-        bos, eos, pad = (list(ids) for ids in named.values())
-        if len(bos) > 1:
-            names = " and ".join(f"{id_} in {name}" for id_, name in named["bos"].items())
-            raise OpenError(f"{folder} names two tokens as bos, {names}: correct the wrong one")
-        markers = {"bos": bos, "eos": eos, "pad": pad}
+                    ids.append(self._special_id(by_spelling, f"{folder / name}: {marker}_token"))
+        eos = [*dict.fromkeys(named["eos"])]
+        markers = {"bos": named["bos"][-1:], "eos": eos, "pad": named["pad"]}
         return {marker: ids[0] for marker, ids in markers.items() if ids} | ({"other_eos_ids": eos[1:]} if eos[1:] else {})
 
     def _special_id(self, value: object, place: str) -> int:

@@ -21,6 +21,7 @@ from transfusion.inference.cache import Cache
 from transfusion.inference.samplers import Update, apply_updates, get_updates
 from transfusion.model.mask import cached_mask
 from transfusion.model.transfusion import Transfusion
+from transfusion.sequence import Sides
 
 T_TOLERANCE = 1e-6  # of the ends of guidance_interval: step 0.8 must lie in an interval that ends at 0.8
 
@@ -189,5 +190,7 @@ def predict(model: Transfusion, cache: Cache, slots: list[int], x_t: Tensor, t: 
     index = torch.arange(B * P, device=x_t.device).view(B, P)
     is_full = model.config.image_attention == "bidirectional" and view.needs_no_mask
     mask = None if is_full else cached_mask(view.lengths, P, zeros, model.config.image_attention)
-    prediction = model.forward_cached(zeros, view.position_ids, mask, view, zeros.new_zeros(0), [x_t], [t], [index])
+    empty = zeros.new_zeros(0)
+    sides = Sides(text=empty, image=index.view(-1))
+    prediction = model.forward_cached(zeros, view.position_ids, mask, view, empty, [x_t], [t], [index], sides)
     return prediction.images[0].to(x_t.dtype)

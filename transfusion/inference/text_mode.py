@@ -37,7 +37,7 @@ def extend_cache(
     x0 = [group.x0 for group in batch.groups]
     t = [torch.zeros(len(latents), device=cache.device) for latents in x0]
     prediction = model.forward_cached(
-        batch.tokens, view.position_ids, mask, view, index, x0, t, [group.index for group in batch.groups]
+        batch.tokens, view.position_ids, mask, view, index, x0, t, [group.index for group in batch.groups], batch.sides
     )
     for slot, chunk in zip(slots, chunks, strict=True):
         cache.commit(slot, len(chunk))

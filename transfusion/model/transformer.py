@@ -1,6 +1,7 @@
-"""The Llama transformer: RMSNorm, rotary attention, SwiGLU. Text and patches share all weights (section 3)."""
+"""The Llama transformer: RMSNorm, rotary attention, SwiGLU. Text and patches share the weights (section 3), or not."""
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig, RopeScaling
 from transfusion.model.mask import Mask
+from transfusion.model.untied import Routing
+from transfusion.sequence import Sides
 
 
 class Cache(Protocol):
@@ -29,18 +32,23 @@ class Transformer(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
+        self.image_norm = RMSNorm(config.width, config.norm_eps) if config.untied == "full" else None
         self.activation_checkpointing = False  # in training: recompute the activations of a block in its backward pass
 
-    def forward(self, x: Tensor, position_ids: Tensor, mask: Mask | None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, mask: Mask | None, sides: Sides, cache: Cache | None = None
+    ) -> Tensor:
         cos_sin = rope_cos_sin(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
         if mask is not None:
             mask.prepare(self._query_dtype(x))
+        routing, parts = Routing(sides), [x.flatten(0, 1)]
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos_sin, mask, cache, use_reentrant=False)
+                parts = checkpoint(block, parts, routing, cos_sin, mask, cache, use_reentrant=False)
             else:
-                x = block(x, cos_sin, mask, cache)
-        return self.norm(x)
+                parts = block(parts, routing, cos_sin, mask, cache)
+        normed = routing.apply(routing.select(self.norm, self.image_norm), parts)
+        return routing.arrange(normed, 1)[0].view(x.shape)
 
     def _query_dtype(self, x: Tensor) -> torch.dtype:
         """That of the output of linear layers."""
@@ -88,45 +96,72 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each with a norm; with `untied` also those of image positions."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.attention = Attention(config, layer)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        self.post_norm = config.post_norm
+        self.layer, self.post_norm = layer, config.post_norm
+        norm = partial(RMSNorm, config.width, config.norm_eps)
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm, self.feed_forward_norm = norm(), norm()
+        self.image_attention = self.image_attention_norm = self.image_feed_forward = self.image_feed_forward_norm = None
+        if config.untied == "full":
+            self.image_attention, self.image_attention_norm = Attention(config), norm()
+        if config.untied != "none":
+            self.image_feed_forward, self.image_feed_forward_norm = FeedForward(config), norm()
 
-    def forward(self, x: Tensor, cos_sin: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
-        if self.post_norm:  # the norm is on the branch (Swin v2, Chameleon): x + norm(f(x))
-            x = x + self.attention_norm(self.attention(x, cos_sin, mask, cache))
-            return x + self.feed_forward_norm(self.feed_forward(x))
-        x = x + self.attention(self.attention_norm(x), cos_sin, mask, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(
+        self, x: list[Tensor], routing: Routing, cos_sin: Tensor, mask: Mask | None, cache: Cache | None
+    ) -> list[Tensor]:
+        """Hidden states as `Routing` has them: (B * L, D) in one tensor or in two."""
+        layers = routing.select(self.attention, self.image_attention)
+        norms = routing.select(self.attention_norm, self.image_attention_norm)
+        x = self._add(x, routing, norms, lambda x: self._attend(x, routing, layers, cos_sin, mask, cache))
+        layers = routing.select(self.feed_forward, self.image_feed_forward)
+        norms = routing.select(self.feed_forward_norm, self.image_feed_forward_norm)
+        return self._add(x, routing, norms, lambda x: routing.apply(layers, x))
+
+    def _add(self, x: list[Tensor], routing: Routing, norms: list[nn.Module], sublayer) -> list[Tensor]:
+        """x + f(norm(x)), or with post-norm (Swin v2, Chameleon) x + norm(f(x)), which is on the branch."""
+        x = routing.arrange(x, len(norms))
+        added = routing.apply(norms, sublayer(x)) if self.post_norm else sublayer(routing.apply(norms, x))
+        return [part + change for part, change in zip(x, added, strict=True)]
+
+    def _attend(
+        self, x: list[Tensor], routing: Routing, layers: list["Attention"], cos_sin: Tensor, mask: Mask | None,
+        cache: Cache | None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Attention of all positions to each other, whose queries, keys, values and outputs are those of their side."""
+        B, L = cos_sin.shape[1:3]
+        projected = zip(*(layer.project(part) for layer, part in zip(layers, x, strict=True)), strict=True)
+        q, k, v = (routing.arrange([*parts], 1)[0].unflatten(0, (B, L)) for parts in projected)  # (B, L, H or Hkv, h)
+        v = v.transpose(1, 2)  # (B, Hkv, L, h)
+        q = apply_rotary_emb(q, cos_sin).transpose(1, 2).to(v.dtype)  # (B, H, L, h)
+        k = apply_rotary_emb(k, cos_sin).transpose(1, 2).to(v.dtype)  # (B, Hkv, L, h)
+        attended = mask.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, L, h)
+        attended = attended.transpose(1, 2).reshape(B * L, -1)
+        return routing.apply([layer.out for layer in layers], [attended])
 
 
 class Attention(nn.Module):
-    """Rotary attention under a mask. With fewer kv_heads than heads: grouped-query attention."""
+    """The projections of attention. With fewer kv_heads than heads: grouped-query attention."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_size
+        self.head_dim = config.head_size
         self.heads, self.kv_heads = config.heads, config.num_kv_heads
-        self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=False)
-        self.key = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
+        self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos_sin: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
-        B, L, _ = x.shape
-        v = self.value(x).view(B, L, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, Hkv, L, h)
-        q = self.q_norm(self.query(x).view(B, L, self.heads, self.head_dim))  # (B, L, H, h)
-        k = self.k_norm(self.key(x).view(B, L, self.kv_heads, self.head_dim))  # (B, L, Hkv, h)
-        q = apply_rotary_emb(q, cos_sin).transpose(1, 2).to(v.dtype)  # (B, H, L, h)
-        k = apply_rotary_emb(k, cos_sin).transpose(1, 2).to(v.dtype)  # (B, Hkv, L, h)
-        attended = mask.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, L, h)
-        return self.out(attended.transpose(1, 2).reshape(B, L, -1))  # (B, L, D)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (n, H, h), keys and values (n, Hkv, h) of hidden states (n, D), without positions."""
+        q = self.q_norm(self.query(x).view(-1, self.heads, self.head_dim))
+        k = self.k_norm(self.key(x).view(-1, self.kv_heads, self.head_dim))
+        return q, k, self.value(x).view(-1, self.kv_heads, self.head_dim)
 
 
 class FeedForward(nn.Module):

@@ -16,9 +16,10 @@ from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet import UNetPatches
+from transfusion.model.untied import IMAGE, first_name
 from transfusion.model.weights import load_weights, write_weights
 from transfusion.seeding import derive_seed
-from transfusion.sequence import Batch
+from transfusion.sequence import Batch, Sides
 
 RESIDUAL_OUTPUTS = ("out", "down")  # last layers of attention and convolution blocks, and of the feed-forward
 MODEL_TYPE = {"architectures": ["Transfusion"], "model_type": "transfusion"}  # in config.json
@@ -39,7 +40,9 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        num_image_rows = config.vocab_size - config.num_text_rows
+        self.tokens = nn.Embedding(config.num_text_rows, config.width)
+        self.image_tokens = nn.Embedding(num_image_rows, config.width) if num_image_rows else None
         match config.patches:
             case "linear":
                 self.patches = LinearPatches(config)
@@ -49,28 +52,34 @@ class Transfusion(nn.Module):
                 self.patches = None  # images are tokens
         self.transformer = Transformer(config)
         # Tied embeddings have no head module: one tensor with one name cannot be saved twice or untied by accident.
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        has_head = not config.tie_word_embeddings
+        self.head = nn.Linear(config.width, config.num_text_rows, bias=False) if has_head else None
+        self.image_head = nn.Linear(config.width, num_image_rows, bias=False) if has_head and num_image_rows else None
 
-    def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor], head: Head = F.linear) -> Prediction:
+    def forward(self, batch: Batch, x_t: list[Tensor], t: list[Tensor], head: Head | None = None) -> Prediction:
         """Packed rows. For each image group of the batch: latents x_t (N, C, Y, X) at times t (N,).
 
-        head(hidden (T, D), lm_head (V, D)) gives the logits (T, V), or a loss that never has all of them in memory. It is
+        head(hidden (T, D), lm_head (V, D)) replaces the logits (T, V) by a loss that never has all of them in memory. It is
         called in here because FSDP gathers the weights only for the forward pass."""
         mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention)
         image_index = [group.index for group in batch.groups]
-        return self._predict(batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index, head)
+        return self._predict(
+            batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index, batch.sides, head
+        )
 
     def forward_cached(
         self, tokens: Tensor, position_ids: Tensor, mask: Mask | None, cache: Cache, text_index: Tensor,
-        x_t: list[Tensor], t: list[Tensor], image_index: list[Tensor],
+        x_t: list[Tensor], t: list[Tensor], image_index: list[Tensor], sides: Sides,
     ) -> Prediction:  # fmt: skip
         """New positions after those in the cache: tokens and position_ids (B, L); logits at text_index (T,) into B * L;
-        x_t and t as in `forward`, at the positions image_index (N, P) into B * L. Without a mask they attend to all
-        positions of their row."""
-        return self._predict(tokens, position_ids, mask, cache, text_index, x_t, t, image_index)
+        x_t and t as in `forward`, at the positions image_index (N, P) into B * L; `sides` has all B * L. Without a mask they
+        attend to all positions of their row."""
+        return self._predict(tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides)
 
-    def _predict(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, head=F.linear) -> Prediction:
-        x = self.tokens(tokens)  # (B, L, D)
+    def _predict(
+        self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides, head=None
+    ) -> Prediction:  # fmt: skip
+        x = self._embed_tokens(tokens)  # (B, L, D)
         if self.patches is not None and not x_t and torch.is_grad_enabled():
             # Keep unused image weights in the graph with zero gradient: otherwise FSDP's reduce-scatter deadlocks when one
             # rank has no image.
@@ -81,12 +90,28 @@ class Transfusion(nn.Module):
             patches = torch.cat([vectors.reshape(-1, D) for vectors, _ in embedded])  # (all patches, D)
             index = torch.cat([group.view(-1) for group in image_index])
             x = x.view(-1, D).index_copy(0, index, patches.to(x.dtype)).view(B, L, D)
-        hidden = self.transformer(x, position_ids, mask, cache).view(-1, D)  # (B * L, D)
-        lm_head = self.tokens.weight if self.head is None else self.head.weight  # (V, D)
-        return Prediction(head(hidden.index_select(0, text_index), lm_head), [
+        hidden = self.transformer(x, position_ids, mask, sides, cache).view(-1, D)  # (B * L, D)
+        return Prediction(self._apply_head(hidden.index_select(0, text_index), head), [
             self.patches.unembed(hidden.index_select(0, index.view(-1)).view(*index.shape, D), skips)
             for index, (_, skips) in zip(image_index, embedded, strict=True)
         ])  # fmt: skip
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D). Untied ids of images have rows of their own."""
+        if self.image_tokens is None:
+            return self.tokens(tokens)
+        is_image = tokens >= self.config.num_text_rows
+        text = self.tokens(tokens.masked_fill(is_image, 0))
+        return torch.where(is_image[..., None], self.image_tokens((tokens - self.config.num_text_rows).clamp(min=0)), text)
+
+    def _apply_head(self, hidden: Tensor, head: Head | None) -> Any:
+        """The logits (T, V) of hidden states (T, D), or the result of `head`."""
+        text, image = (self.tokens, self.image_tokens) if self.head is None else (self.head, self.image_head)
+        if image is None:
+            return (head or F.linear)(hidden, text.weight)
+        if head is not None:
+            return head(hidden, torch.cat([text.weight, image.weight]))
+        return torch.cat([F.linear(hidden, text.weight), F.linear(hidden, image.weight)], -1)  # no copy of the weights
 
     @classmethod
     def from_pretrained(
@@ -171,10 +196,11 @@ class _SkipInit(TorchFunctionMode):
 @torch.no_grad()
 def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor], None] | None = None) -> None:
     """Set the starting weights, in float32 on the CPU, each parameter with a generator from (seed, its name). Of sharded
-    weights each rank sets its own shard. `overwrite(name, values)` may replace values in place."""
+    weights each rank sets its own shard. `overwrite(name, values)` may replace values in place. Untied image weights have
+    the generator of the text's; with `image_init` fresh their own."""
     for name, parameter in model.named_parameters():
         values = torch.empty(parameter.shape, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        generator = torch.Generator().manual_seed(derive_seed(seed, first_name(name, model.config.image_init)))
         _init_parameter(values, *name.split(".")[-2:], model.config, generator)
         if overwrite is not None:
             overwrite(name, values)
@@ -195,7 +221,7 @@ def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, 
     elif layer.endswith("norm"):
         values.fill_(1)
     else:
-        if layer == "tokens":
+        if layer.removeprefix(IMAGE) == "tokens":
             std = config.width**-0.5 if config.tie_word_embeddings else 1
         elif layer in RESIDUAL_OUTPUTS:
             std = (2 * config.layers * values[0].numel()) ** -0.5

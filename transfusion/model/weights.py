@@ -26,7 +26,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
             os.fsync(file.fileno())
         open_to_others(folder / name)
         paths.append(folder / name)
-    (folder / INDEX).unlink(missing_ok=True)  # from earlier weights in this folder
+    (folder / (SINGLE if split.is_sharded else INDEX)).unlink(missing_ok=True)  # from earlier weights in this folder
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         paths.append(folder / INDEX)
@@ -34,17 +34,18 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
 
 
 class Weights:
-    """The tensors of a folder by name; each is read on request. OpenError when one is missing or damaged."""
+    """The tensors of a folder by name; each is read on request. As in `transformers`, the single file is preferred to the
+    index of several. OpenError when one is missing or damaged."""
 
     def __init__(self, folder: Path):
         self.folder, self._files = folder, {}
-        if (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            self._file_names = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        elif (folder / INDEX).exists():
             self._file_names = read_json(folder / INDEX).get("weight_map")
             names = self._file_names.values() if isinstance(self._file_names, dict) else [None]
             if any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise OpenError(f"{folder / INDEX} has no valid weight_map from tensor names to files")
-        elif (folder / SINGLE).exists():
-            self._file_names = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             raise OpenError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} exists")
 

@@ -13,7 +13,7 @@ from transfusion.disk import RUN
 from transfusion.fields import Config, field_types
 from transfusion.runs import NAMES, named_run
 
-STARTS = {"run": "--from", "llama": "--init-from"}
+STARTS = {"run": "--from", "language_model": "--init-from"}
 
 
 def training_command(run: Run, folder: Path, start: dict | None = None) -> str:

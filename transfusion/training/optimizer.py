@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion.config import TrainingConfig
+from transfusion.model.untied import side_of
 from transfusion.parallel import get_shard
 
 BLOCKS = "transformer.blocks."  # names of the parameters of blocks begin with it
@@ -37,14 +38,14 @@ def build_optimizer(
 ) -> torch.optim.AdamW | MuonWithAdamW:  # fmt: skip
     """AdamW with weight decay on matrices only, not on norms and biases. ValueError when all parameters are frozen.
 
-    `lr_scales` scales the learning rate by part, the first word of a parameter's name. Each group stores it as "lr_scale".
+    `lr_scales` scales the learning rate by the side of a parameter. Each group stores it as "lr_scale".
     `kind` muon: the matrices of the transformer's blocks use Muon (kellerjordan.github.io/posts/muon), with the learning
     rate and weight decay of AdamW, because updates are scaled to the size of AdamW's (2502.16982).
     """
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_vector, lr_scale = parameter.dim() < 2, (lr_scales or {}).get(name.partition(".")[0], 1.0)
+            is_vector, lr_scale = parameter.dim() < 2, lr_scales[side_of(name, model.config.untied)] if lr_scales else 1.0
             uses_muon = kind == "muon" and name.startswith(BLOCKS) and not is_vector
             groups.setdefault((uses_muon, lr_scale, is_vector), []).append(parameter)
     if not groups:
@@ -62,9 +63,9 @@ def build_optimizer(
 
 
 def freeze(model: nn.Module, lr_scales: Mapping[str, float]) -> None:
-    """Freeze the parts whose scale is 0: they get no gradients, no moments and no weight decay."""
+    """Freeze the sides whose scale is 0: they get no gradients, no moments, no weight decay and no new average."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(lr_scales.get(name.partition(".")[0], 1.0) > 0)
+        parameter.requires_grad_(lr_scales[side_of(name, model.config.untied)] > 0)
 
 
 def get_learning_rate(step: int, config: TrainingConfig) -> float:
@@ -90,7 +91,8 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float, applie
     """ema += (1 - d) (model - ema), with d = min(decay, (1 + step) / (10 + step)): early steps soon replace the start.
     Nothing changes unless `applied`, () bool, which is not read on the CPU."""
     decay = min(decay, (1 + step) / (10 + step))
-    averages, values = ([get_shard(p) for p in network.parameters()] for network in (ema, model))
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averages, values = zip(*[map(get_shard, pair) for pair in pairs if pair[1].requires_grad], strict=True)
     weight = applied.to(averages[0].dtype) * (1 - decay)
     torch._foreach_lerp_(averages, values, [weight] * len(values))
 

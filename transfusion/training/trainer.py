@@ -11,7 +11,7 @@ from transfusion import objective
 from transfusion.config import Run, to_json
 from transfusion.data.loader import Loader, LoaderState
 from transfusion.model.flops import count_training_flops, count_usual_flops, find_peak_tflops
-from transfusion.model.transfusion import Transfusion, build_on_meta, count_parameters, init_weights
+from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.objective import NoiseSample
 from transfusion.parallel import (
     SINGLE_PROCESS,
@@ -66,7 +66,7 @@ class Trainer:
         self.ema = self._build(compiled=False, source=self.model).requires_grad_(False)
         freeze(self.model, run.training.lr_scales)
         self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales, run.training.optimizer)
-        self.usual_flops = count_usual_flops(run.model, count_parameters(build_on_meta(run.model)), run.data.seq_len)
+        self.usual_flops = count_usual_flops(run.model, run.data.seq_len)
         preview_every = run.training.preview_every if on_preview else 0
         self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every, run.training.log)
 
@@ -74,8 +74,9 @@ class Trainer:
         """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
         model = build_on_meta(self.run.model)
         parallelize(
-            model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",), trained=source is None
-        )
+            model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",), trained=source is None,
+            dynamic=False if self.run.model.untied == "none" else None,
+        )  # fmt: skip
         model.to_empty(device=self.device)
         if source is not None:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Writes a small random Llama model to disk in the format of transformers."""
+"""Writes small random language models to disk in the format of transformers."""
 
 import json
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from transfusion.config import ModelConfig
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 CONFIG = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, intermediate_size=48)
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # in transformers, by family
 
 
 def write_tokenizer(folder: Path, special: Sequence[str] = SPECIAL) -> Tokenizer:
@@ -24,20 +25,32 @@ def write_tokenizer(folder: Path, special: Sequence[str] = SPECIAL) -> Tokenizer
     return Tokenizer.from_file(folder / "tokenizer.json")
 
 
-def write_llama(folder: Path, config: ModelConfig = CONFIG, rows: int = 300, shard: str = "5GB", **changed):
-    """Write a small random model with a tokenizer, with these changes of its config.json, and return it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def write_language_model(
+    folder: Path, family: str = "llama", config: ModelConfig = CONFIG, rows: int = 300, shard: str = "5GB",
+    dtype: torch.dtype = torch.float32, **changed,
+):  # fmt: skip
+    """Write a small random model with a tokenizer, with these changes of its config.json (...: without this field), and
+    return it. It is written by transformers."""
+    import transformers
 
     folder.mkdir(exist_ok=True)
     write_tokenizer(folder)
     torch.manual_seed(0)
-    markers = {"bos_token_id": 260, "eos_token_id": 261}
-    model = LlamaForCausalLM(LlamaConfig(**sizes_of(config) | {"vocab_size": rows} | markers))
+    values = sizes_of(config) | {"vocab_size": rows, "bos_token_id": 260, "eos_token_id": 261}
+    if family == "mistral":
+        values["sliding_window"] = None
+    name = CLASSES[family]
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**values))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1, 0.3)
-    model.save_pretrained(folder, max_shard_size=shard)
+            if "norm" in name or name.endswith("bias"):
+                parameter.normal_("norm" in name, 0.3)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    edit(folder, **changed)
+    return model.eval()
+
+
+def edit(folder: Path, **changed) -> None:
+    """Change fields of config.json; ... removes one."""
     values = json.loads((folder / "config.json").read_text()) | changed
     (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
-    return model.eval()
