@@ -458,14 +458,6 @@ def test_compiled_blocks_train_the_same_and_are_compiled_once(pair, tmp_path, ra
     assert len(set(counts[1:])) == 1
 
 
-def test_compiled_untied_blocks_are_compiled_once_more_for_any_number_of_images(tmp_path):
-    run = untie(a_run(steps=5, validate_every=100, parallel=ParallelConfig(compile=True)), "full")
-    expected = train_alone(replace(run, parallel=ParallelConfig(compile=False)), torch.float64)
-    outcome, counts = train_and_count_graphs(SINGLE_PROCESS, tmp_path / "compiled", run, "aot_eager")
-    assert_same(outcome, expected, 1e-12)
-    assert 0 < counts[1] <= counts[2] <= 2 * counts[1] and len(set(counts[2:])) == 1
-
-
 def train_with_previews(ranks: Ranks, folder: Path, run: Run) -> Outcome:
     """With the previews of the command."""
     trainer = new_trainer(folder, run, ranks=ranks)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tests.documents import (
     TINY,
@@ -29,6 +31,7 @@ from tests.test_cli import fails
 from tests.test_language_models import train
 from tests.test_training import copy_tensors, new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
+from transfusion import parallel
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import OtherRunStart, open_start
@@ -237,6 +240,28 @@ def test_plan_counts_both_sides_and_no_more_flops(untied):
     document = Document((Text((1, 2, 3)), image((4, 4), 0), Text((4,))))
     batch = alone(encode_document(document, VOCABULARY))
     assert count_training_flops(batch, run.model) == count_training_flops(batch, shared.model)
+
+
+def test_compiled_untied_blocks_get_a_graph_for_any_number_of_images_and_one_for_none():
+    """All blocks share them, whatever the number of rows, in training and in evaluation."""
+    config = replace(TINY, untied="full", text_vocab_size=VOCABULARY.text_size)
+    plain, compiled = build(config), build(config)
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch.object(parallel, "COMPILE_BACKEND", "eager"):
+        parallel.parallelize(compiled, compiled.transformer.blocks, torch.device("cpu"), None, compiled=True, dynamic=None)
+    counts = []
+    for images in ((1, 1), (2, 1), (0, 0), (1,), (0,), (2, 2), (0, 0), (2,)):
+        documents = [Document((Text((1, 2)), *(image((4, 4), n) for n in range(number)), Text((3,)))) for number in images]
+        batch = collate([Row((encode_document(document, VOCABULARY),)) for document in documents], 64, VOCABULARY)
+        expected = predict(plain, batch)
+        assert_close(predict(compiled, batch), expected, 1e-12)
+        with torch.no_grad():
+            assert_close(predict(compiled, batch), expected, 1e-12)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert not counters["unimplemented"]  # also of a limit that is reached
+    assert counts[0] == 2 and counts[1] == 4  # with and without gradient
+    assert 8 < counts[4] == counts[-1]  # torch's default limit is 8
 
 
 # Learning rates by side

@@ -41,7 +41,9 @@ class Transformer(nn.Module):
         cos_sin = rope_cos_sin(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
         if mask is not None:
             mask.prepare(self._query_dtype(x))
-        routing, parts = Routing(sides), [x.flatten(0, 1)]
+        routing = Routing(sides)
+        # As all other blocks get it, so that one compiled graph is of all.
+        parts = routing.arrange([x.flatten(0, 1)], 1 if self.config.untied == "none" else len(routing.used))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 parts = checkpoint(block, parts, routing, cos_sin, mask, cache, use_reentrant=False)
