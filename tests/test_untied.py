@@ -243,16 +243,17 @@ def test_plan_counts_both_sides_and_no_more_flops(untied):
     assert count_training_flops(batch, run.model) == count_training_flops(batch, shared.model)
 
 
+@torch._dynamo.config.patch(recompile_limit=4)  # torch's is 8, which a longer training reaches
 def test_compiled_untied_blocks_get_a_graph_for_any_number_of_images_and_one_for_none():
-    """All blocks share them, whatever the number of rows, in training and in evaluation."""
-    config = replace(TINY, untied="full", text_vocab_size=VOCABULARY.text_size)
+    """All blocks share them, in training and in evaluation."""
+    config = untie(TINY, "full")
     plain, compiled = build(config), build(config)
     torch._dynamo.reset()
     counters.clear()
     with mock.patch.object(parallel, "COMPILE_BACKEND", "eager"):
         parallel.parallelize(compiled, compiled.transformer.blocks, torch.device("cpu"), None, compiled=True, dynamic=None)
     counts = []
-    for images in ((1, 1), (2, 1), (0, 0), (1,), (2, 2), (0, 0), (2,)):
+    for images in ((1, 1), (2, 1), (0, 0), (2, 2), (0, 0), (0, 1)):
         documents = [Document((Text((1, 2)), *(image((4, 4), n) for n in range(number)), Text((3,)))) for number in images]
         batch = collate([Row((encode_document(document, VOCABULARY),)) for document in documents], 64, VOCABULARY)
         expected = predict(plain, batch)
@@ -260,9 +261,8 @@ def test_compiled_untied_blocks_get_a_graph_for_any_number_of_images_and_one_for
         with torch.no_grad():
             assert_close(predict(compiled, batch), expected, 1e-12)
         counts.append(counters["stats"]["unique_graphs"])
-    assert not counters["unimplemented"]  # also of a limit that is reached
-    assert counts[0] == 2 and counts[1] == 4  # with and without gradient
-    assert 8 < counts[3] == counts[-1]  # torch's default limit is 8
+    assert not counters["unimplemented"]  # such as a limit that is reached
+    assert counts[:2] == [2, 4] and counts[2] == counts[-1]  # with and without gradient
 
 
 # Learning rates by side
