@@ -398,12 +398,21 @@ def test_options_without_effect_are_refused(tmp_path, capsys):
     save(tmp_path / "untied", 1, run_tensors(run, 1), {"step": 1})
     message = fails(capsys, 2, *args, *untied, *DIGITS, "--from", tmp_path / "untied", "--model.image-init", "fresh")
     assert "--model.image-init has no effect with --from a run whose weights are untied" in message
-    for name, content in (("texts", write_texts), ("pairs", write_photos)):
-        content(tmp_path / f"{name}.jsonl" if name == "texts" else tmp_path / name, 30)
-    command("data", "prepare", tmp_path / "pairs", "--out", tmp_path / "prepared-pairs")
-    command("data", "prepare", tmp_path / "texts.jsonl", "--like", tmp_path / "prepared-pairs", "--out", tmp_path / "texts")
-    message = fails(capsys, 2, *args, *TINY_FITTED, *untied, "--data", tmp_path / "texts")
+
+
+def test_run_on_data_without_images_has_no_image_weights_and_supports_no_images(tmp_path, capsys):
+    write_photos(tmp_path / "photos", 30)
+    write_texts(tmp_path / "texts.jsonl", 30)
+    command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "pairs")
+    command("data", "prepare", tmp_path / "texts.jsonl", "--like", tmp_path / "pairs", "--out", tmp_path / "texts")
+    small = "train", "small", *TINY_FITTED, "--training.steps", 1
+    message = fails(capsys, 2, *small, "--data", tmp_path / "texts", "--out", tmp_path / "run", "--model.untied", "full")
     assert "--model.untied has no effect on data without images" in message
+    command(*small, "--data", tmp_path / "texts", "--out", tmp_path / "run")
+    message = fails(capsys, 1, *small, "--data", tmp_path / "pairs", "--from", tmp_path / "run", "--out", tmp_path / "next")
+    assert "latents of 4x4, the initial run supports no images: only those of its prepared folders" in message
+    message = fails(capsys, 1, "data", "prepare", tmp_path / "photos", "--like", tmp_path / "run", "--out", tmp_path / "new")
+    assert "trained without images, so it has no sizes of images" in message
 
 
 # Starts

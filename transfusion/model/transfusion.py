@@ -212,9 +212,9 @@ def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor
 
 
 def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, generator: torch.Generator) -> None:
-    """Biases and the image head: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is also the head. All others:
-    N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are also divided by sqrt(2
-    layers), so that its variance does not grow with depth."""
+    """Biases and `proj_out` of patches: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is also the head. All
+    others: N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are also divided by
+    sqrt(2 layers), so that its variance does not grow with depth."""
     std = values[0].numel() ** -0.5
     if kind == "bias" or layer == "proj_out":
         values.zero_()
