@@ -7,8 +7,7 @@ Fine-tuning starts from the weights of "Transfusion L" of `experiments.scaling`.
 instruction such as "make it green" or "make it a square", and the scene with that change. Source images have no noise and no
 loss.
 
-Reproduced (one seed): 70 % of held-out edits apply the instruction and 85 % keep the object in its place. Without
-fine-tuning the model draws an unrelated scene. (4 minutes of one core, in addition to the base run.)
+The costs of the fine-tuned row are those of fine-tuning, in addition to those of the base run, which are in the other row.
 
     python -m experiments.editing
 """
@@ -36,7 +35,7 @@ def build_table(preset: str) -> Table:
         ),
         {
             "right": Column("edits correct", ".1%"), "changed": Column("instruction applied", ".1%"),
-            "stayed": Column("object in place", ".1%"), "minutes": Column("minutes", ".1f", "lower"),
+            "stayed": Column("object in place", ".1%"),
         },
         measure_edits,
         (Claim("fine-tuning improves editing", "right", "fine-tuned on 8,000 edits", "without fine-tuning"),),
@@ -59,6 +58,9 @@ def main(options: Options) -> None:
         lab.show_table(options, table)
         command = f"python -m experiments.scaling --variants 'Transfusion L' --rerun-stale --seeds {' '.join(missing)}"
         sys.exit(f"the base runs are missing; first run {command}")
+    for seed, run in runs.items():
+        if not (run / "checkpoints").exists():  # measured in another clone
+            lab.train(options, base_table, base, seed)
     data = lab.data_folder(options, tuned.data)
     if due and not (data / "dataset.json").exists():
         multimodal.prepare(options)

@@ -18,11 +18,11 @@ NUM_HELDOUT = 300
 MAX_SHIFT = 2.0  # pixels; an object that moved no farther has stayed in place
 
 
-def generate_edits(split: str, count: int) -> Iterator[tuple[Scene, str, Scene]]:
-    """Yield (source scene, instruction, target scene). The random numbers of an edit depend only on its index."""
-    source = Shapes(level=0, split=split)
+def generate_edits(split: str, count: int, seed: int = 0) -> Iterator[tuple[Scene, str, Scene]]:
+    """Yield (source scene, instruction, target scene). An edit depends only on its index and the seed."""
+    source = Shapes(level=0, split=split, seed=seed)
     for n in range(count):
-        rng = np.random.default_rng(derive_seed("edit", split, n))
+        rng = np.random.default_rng(derive_seed("edit", split, seed * count + n))
         scene = source.scene(n)
         (scene_object,) = scene.objects
         if rng.random() < 0.5:
@@ -47,9 +47,12 @@ def write_edits(folder: Path) -> Path:
 
 
 def measure_edits(engine: Engine) -> dict[str, float]:
-    """Shares of held-out edits: fully correct, the instructed attribute changed, the object stayed in place."""
-    edits = list(generate_edits("heldout", NUM_HELDOUT))
-    requests = [Request((render(before), instruction), 1, seed=n) for n, (before, instruction, _) in enumerate(edits)]
+    """Shares of held-out edits, other ones for each seed: fully correct, the instructed attribute changed, the object stayed
+    in place."""
+    seed = engine.run.training.seed
+    edits = list(generate_edits("heldout", NUM_HELDOUT, seed))
+    requests = [Request((render(before), instruction), 1, seed=seed * NUM_HELDOUT + n)
+                for n, (before, instruction, _) in enumerate(edits)]  # fmt: skip
     images = [answer.parts[-1] for (answer,) in engine.generate(requests)]
     judgements = [judge(caption(after), pixels) for (_, _, after), pixels in zip(edits, images, strict=True)]
     stayed = [_has_stayed(pixels, before) for (before, _, _), pixels in zip(edits, images, strict=True)]

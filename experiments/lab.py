@@ -1,16 +1,17 @@
-"""Shared code of all tables: train variants of runs with several seeds, measure them, print the table and its verdicts.
+"""Shared code of all tables: train variants of runs with several seeds, measure them, print the table and its comparisons.
 
 A cell is the folder of one run, runs/WORDS-CODE/seed-N, made by ordinary `transfusion` commands. It holds one more file,
 measured.json. WORDS is the hash of the options and of the recipe of the data, so tables with the same variant share its
 cells. CODE is the hash of the code that trains and measures, see `code_hash`. A cell of older code is shown, marked with its
 commit, and not made again without `--rerun-stale`. The same command resumes an interrupted table. `--variants` and `--seeds`
 split a table among processes or machines.
+
+The cells of the published page are in docs/results, one file for each table: a clone has them without the runs.
 """
 
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import statistics
@@ -25,9 +26,9 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from scipy import stats
 
 from experiments.code_hash import check_code, hash_code
+from experiments.judge import Evidence, Interval, compare
 from experiments.measures import final_losses
 from transfusion.cli import runs
 from transfusion.cli.screen import UsageError
@@ -36,6 +37,8 @@ from transfusion.disk import read_json, write_json
 from transfusion.inference.engine import Engine, open_run
 
 Preset = Literal["cpu", "gpu"]
+SEEDS = 10, 11, 12, 13, 14  # of the rows of primary claims; other rows have the first three
+OLD_SEEDS = 0, 1, 2  # of the cells that were made before the primary claims were fixed
 
 
 @dataclass
@@ -46,8 +49,8 @@ class Options:
     """Folder shared by all tables. Variants that several tables contain are trained once."""
     variants: tuple[str, ...] = ()
     """Train only these variants. Default: all."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the weights, the data order and the noise. Each seed is one run."""
+    seeds: tuple[int, ...] = SEEDS[:3]
+    """Seeds of the weights, the data order, the noise, and the captions that are drawn. Each seed is one run."""
     train: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Further options of `transfusion train` for every cell: --train=--training.steps=20"""
     preset: Preset = "cpu"
@@ -84,7 +87,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper about two rows: `first` is better than `second`.
+    """A statement about two rows: `first` is better than `second`. `primary.CLAIMS` selects the six that are judged.
 
     With a margin the claim is non-inferiority: `first` is worse by less than that share of `second`.
     """
@@ -123,7 +126,10 @@ STALE = (
     "“(N of COMMIT)”: N of the seeds are of that commit, and the code that trains or measures has changed since. "
     "`--rerun-stale` trains them again."
 )
-NOT_RUN = "not run yet"
+COSTS = {
+    "parameters": Column("parameters", ",.0f"), "flops": Column("training FLOPs", ".2e"),
+    "minutes": Column("minutes", ".1f", "lower"),
+}  # of every table; FLOPs are 6 x parameters x positions, as in the paper  # fmt: skip
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -222,14 +228,16 @@ def measure_run(options: Options, table: Table, variant: Variant, seed: int, run
     if engine.opened.step < engine.run.training.steps:
         sys.exit("training stopped early; run the same command again to resume it")
     values = {**table.measure(engine), **final_losses(run), "parameters": engine.opened.parameters}
+    values["flops"] = 6 * values["parameters"] * values["positions"]
     check_code(*table.code(variant))
     folder = cell_folder(options, table, variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    cell = {"arguments": [*variant.arguments, *options.train], "code": hash_code(*table.code(variant))}
-    write_json(folder / MEASURED, cell | _describe_machine(str(engine.device)) | values)
+    words = {"seed": seed, "arguments": [*variant.arguments, *options.train], "data": variant.data}
+    cell = words | {"code": hash_code(*table.code(variant))}
+    write_json(folder / MEASURED, cell | describe_machine(str(engine.device)) | values)
 
 
-def _describe_machine(device: str) -> dict[str, str | int]:
+def describe_machine(device: str) -> dict[str, str | int]:
     """Commit, machine and number of threads of a cell."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+changes"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -238,7 +246,7 @@ def _describe_machine(device: str) -> dict[str, str | int]:
 
 
 def show_table(options: Options, table: Table) -> None:
-    """Print the table and its verdicts, and write them to NAME.md and NAME.json.
+    """Print the table and its comparisons, and write them to NAME.md and the cells to NAME.json.
 
     Each cell shows the mean over seeds ± the standard deviation. The next row shows the paper's figures, if there are any.
     The number of seeds is followed by the commits of the cells of older code.
@@ -246,28 +254,96 @@ def show_table(options: Options, table: Table) -> None:
     rows, marks = [], []
     for variant in table.variants:
         cells = read_cells(options, table, variant).values()
-        means = [
-            _format_mean([cell[name] for cell in cells if name in cell], column.format)
-            for name, column in table.columns.items()
-        ]
+        means = [_format_mean([cell[name] for cell in cells if name in cell], column.format)
+                 for name, column in table.columns.items()]  # fmt: skip
+        costs = [f"{statistics.mean(cell[name] for cell in cells):{column.format}}" if cells else ""
+                 for name, column in COSTS.items()]  # fmt: skip
         marks.append(mark_stale(table, variant, cells))
-        rows += [[variant.name, f"{len(cells)}{marks[-1]}", *means]] if cells else []
+        rows += [[variant.name, f"{len(cells)}{marks[-1]}", *means, *costs]] if cells else []
         if cells and variant.paper:
-            rows += [["*paper*", "", *(str(variant.paper.get(name, "")) for name in table.columns)]]
-    text = format_markdown(["", "seeds", *(column.title for column in table.columns.values())], rows)
+            rows += [["*paper*", "", *(str(variant.paper.get(name, "")) for name in (*table.columns, *COSTS))]]
+    text = format_markdown(["", "seeds", *(column.title for column in (*table.columns.values(), *COSTS.values()))], rows)
     if any(marks):
         text += f"\n{STALE}\n"
-    judged = [(claim.text, judge_claim(options, table, claim)) for claim in table.claims]
-    verdicts = [f"- {claim}: **{verdict}**" for claim, verdict in judged if verdict != NOT_RUN]
-    if num_missing := len(judged) - len(verdicts):
-        verdicts.append(f"- {num_missing} claim{'s' * (num_missing > 1)} without a verdict: rows not run yet")
-    text += "\n" + "\n".join(verdicts) + "\n" if verdicts else ""
+    lines = [[claim.text, *it] for claim in table.claims if (it := describe_claim(options, table, claim)) is not None]
+    if lines:
+        text += "\n" + format_markdown(["expected", "means", "advantage, 95 % interval"], lines)
+    if num_missing := len(table.claims) - len(lines):
+        text += f"\n{num_missing} comparison{'s' * (num_missing > 1)} without a figure: rows not run yet\n"
     options.out.mkdir(parents=True, exist_ok=True)
     table_path(options, table, ".md").write_text(text, encoding="utf-8")
-    cells = {variant.name: [*read_cells(options, table, variant).values()] for variant in table.variants}
-    contents = {"table": table.name, "preset": options.preset, "cells": cells, "verdicts": verdicts}
-    write_json(table_path(options, table, ".json"), contents)
+    save_cells(options, table, options.out)
     print(text, end="")
+
+
+def describe_claim(options: Options, table: Table, claim: Claim) -> tuple[str, str] | None:
+    """The means of both rows and the advantage of the first with its interval over seeds; None if a row is not run yet."""
+    rows, column = _claim_cells(options, table, claim), table.columns[claim.column]
+    if not all(rows):
+        return None
+    means = " and ".join(f"{statistics.mean(cell[claim.column] for cell in row.values()):{column.format}}" for row in rows)
+    evidence = compare_rows(options, table, claim)
+    if evidence is None:
+        return means, "runs of different code: no interval" if _count_codes(rows) > 1 else "one seed: no interval"
+    return means, format_interval(evidence.seeds, column)
+
+
+def compare_rows(options: Options, table: Table, claim: Claim) -> Evidence | None:
+    """The evidence of all seeds of both rows. None if a row has fewer than two, or if the cells are not of one code, which
+    may have measured them differently."""
+    rows = _claim_cells(options, table, claim)
+    if min(map(len, rows)) < 2 or _count_codes(rows) > 1:
+        return None
+    values, counts = ([[cell[name] for cell in row.values() if name in cell] for row in rows]
+                      for name in (claim.column, f"{claim.column}_by_caption"))  # fmt: skip
+    return compare(*values, table.columns[claim.column].better, claim.margin, *counts)
+
+
+def is_old(cells: Mapping[int, dict]) -> bool:
+    """True if all cells of a row are of OLD_SEEDS."""
+    return cells.keys() <= {*OLD_SEEDS}
+
+
+def _count_codes(rows: Sequence[Mapping[int, dict]]) -> int:
+    """The number of hashes of code among these cells; the oldest cells have none, which counts as one."""
+    return len({cell.get("code") for row in rows for cell in row.values()})
+
+
+def _claim_cells(options: Options, table: Table, claim: Claim) -> list[dict[int, dict]]:
+    """The cells of both rows by seed."""
+    by_name = {variant.name: variant for variant in table.variants}
+    cells = [read_cells(options, table, by_name[name]) for name in (claim.first, claim.second)]
+    return [{seed: cell for seed, cell in row.items() if claim.column in cell} for row in cells]
+
+
+def format_interval(interval: Interval, column: Column) -> str:
+    """As in "+0.064 [+0.040, +0.088]"; shares in percentage points."""
+    is_share = column.format.endswith("%")
+    values = [100 * value if is_share else value for value in (interval.estimate, interval.low, interval.high)]
+    estimate, low, high = (f"{value:+{column.format.replace('%', 'f')}}" for value in values)
+    return f"{estimate} [{low}, {high}]{' points' * is_share}"
+
+
+def save_cells(options: Options, table: Table, folder: Path) -> None:
+    """Write all cells of a table that it shows to one file of this folder."""
+    cells = {variant.name: [*read_cells(options, table, variant).values()] for variant in table.variants}
+    contents = {"table": table.name, "preset": options.preset, "cells": cells}
+    write_json(folder / table_path(options, table, ".json").name, contents)
+
+
+def restore_cells(options: Options, table: Table) -> None:
+    """Write the cells of docs/results to the lab's folder where it has none, so that they are shown, and not made again. Not
+    those with other settings than the table's."""
+    path = DOCS / "results" / table_path(options, table, ".json").name
+    contents = read_json(path)["cells"] if path.exists() and not options.train else {}
+    for variant in table.variants:
+        for cell in contents.get(variant.name, []):
+            is_same = cell["arguments"] == [*variant.arguments] and cell["data"] == variant.data
+            if is_same and find_cell(options, table, variant, cell["seed"]) is None:
+                name = "-".join([_hash_words(options, variant), *([cell["code"]] if "code" in cell else [])])
+                folder = options.out / "runs" / name / f"seed-{cell['seed']}"
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / MEASURED, cell)
 
 
 def mark_stale(table: Table, variant: Variant, cells: Iterable[Mapping[str, Any]]) -> str:
@@ -281,35 +357,13 @@ def table_path(options: Options, table: Table, suffix: str) -> Path:
     return options.out / f"{table.name}{'' if options.preset == 'cpu' else f'-{options.preset}'}{suffix}"
 
 
-def judge_claim(options: Options, table: Table, claim: Claim) -> str:
-    """The verdict on a claim, from a two-sided 95 % t-test over seeds with pooled variance.
-
-    "holds" and "does not hold" are significant differences; "not shown" is neither. One seed per row gives no verdict.
-    """
-    column = table.columns[claim.column]
-    by_name = {variant.name: read_cells(options, table, variant).values() for variant in table.variants}
-    first, second = ([cell[claim.column] for cell in by_name[name] if claim.column in cell]
-                     for name in (claim.first, claim.second))  # fmt: skip
-    if not first or not second:
-        return NOT_RUN
-    mean_first, mean_second = statistics.mean(first), statistics.mean(second)
-    means = f"{mean_first:{column.format}} and {mean_second:{column.format}}"
-    degrees = len(first) + len(second) - 2
-    if not degrees:
-        return f"one seed each ({means}): no verdict"
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in (first, second) if len(values) > 1)
-    half_width = stats.t.ppf(0.975, degrees) * math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
-    advantage = mean_first - mean_second
-    advantage = advantage if column.better == "higher" else -advantage
-    advantage += claim.margin * abs(mean_second)
-    verdict = "holds" if advantage > half_width else "does not hold" if advantage < -half_width else "not shown"
-    return f"{verdict} ({means})"
-
-
 def read_cells(options: Options, table: Table, variant: Variant) -> dict[int, dict]:
-    """The measured values of a variant by seed, those of older code included."""
-    folders = {seed: find_cell(options, table, variant, seed) for seed in options.seeds}
-    return {seed: read_json(folder / MEASURED) for seed, folder in folders.items() if folder is not None}
+    """The measured values of a variant by seed, those of older code included. If there are none, those of OLD_SEEDS."""
+    for seeds in (options.seeds, OLD_SEEDS):
+        folders = {seed: find_cell(options, table, variant, seed) for seed in seeds}
+        if cells := {seed: read_json(folder / MEASURED) for seed, folder in folders.items() if folder is not None}:
+            return cells
+    return {}
 
 
 def find_cell(options: Options, table: Table, variant: Variant, seed: int) -> Path | None:

@@ -2,8 +2,10 @@
 the rows, columns and claims of the tables are in other files, and are not.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,13 +27,16 @@ NUM_CAPTIONS = 400
 ATTRIBUTES = "count", "colour", "shape", "size", "place"
 
 
-def measure_scenes(level: int, engine: Engine) -> dict[str, float]:
+def measure_scenes(level: int, engine: Engine) -> dict[str, Any]:
     """Accuracy of drawn scenes, image metrics against real scenes, caption accuracy and the conditioning gap.
 
-    `level` is that of `shapes`. Real scenes are the rendered pixels, without the run's codec.
+    `level` is that of `shapes`. Real scenes are the rendered pixels, without the run's codec. Scenes, captions and starting
+    noise are a function of the run's seed, and the same for all variants. `..._by_caption`: how many of a caption's images
+    are right, and how many it has.
     """
-    source = Shapes(level, split="heldout")
-    accuracy, drawn = draw_scenes(engine, source, NUM_SCENES)
+    seed = engine.run.training.seed
+    source = Shapes(level, split="heldout", seed=seed)
+    accuracy, drawn = draw_scenes(engine, source, NUM_SCENES, seed * NUM_SCENES)
     real = [source[n].pair[1] for n in range(NUM_SCENES)]
     features = small_network(level)
     scores = image_scores(features(real), features([pixels for _, pixels, _ in drawn]))
@@ -42,8 +47,20 @@ def measure_scenes(level: int, engine: Engine) -> dict[str, float]:
         **{name: accuracy[name] for name in ATTRIBUTES},
         **{name: scores[name] for name in ("fid", "kid", "precision", "recall", "density", "coverage")},
         "captions": captions["exact"], "cider": captions.get("cider", float("nan")),
+        "right_by_caption": _count_by_caption((caption, is_right) for caption, _, is_right in drawn),
+        "captions_by_caption": _count_by_caption((it["reference"], it["reference"] == it["prediction"])
+                                                 for it in captions["answers"]),
         "gap": conditioning_gap(engine, source, NUM_SCENES)["gap"],
     }  # fmt: skip
+
+
+def _count_by_caption(images: Iterable[tuple[str, bool]]) -> dict[str, tuple[int, int]]:
+    """(caption, right) of each image -> for each distinct caption the number of right images and of all."""
+    counts: dict[str, tuple[int, int]] = {}
+    for caption, is_right in images:
+        right, count = counts.get(caption, (0, 0))
+        counts[caption] = right + is_right, count + 1
+    return counts
 
 
 @cache
@@ -55,7 +72,7 @@ def small_network(level: int) -> SmallFeatureNetwork:
         return SmallFeatureNetwork("shapes", images, captions)
 
 
-def measure_text_and_scenes(level: int, engine: Engine) -> dict[str, float]:
+def measure_text_and_scenes(level: int, engine: Engine) -> dict[str, Any]:
     """Bits per byte of held-out text; for runs trained on scenes also everything that `measure_scenes` returns."""
     values = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
     return values | (measure_scenes(level, engine) if "shapes" in engine.run.data.sources else {})

@@ -21,9 +21,10 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from experiments import measures, scenes
-from experiments.lab import Column, Measure, Options, Variant, data_folder, run_command
+from experiments.lab import Column, Measure, Options, Variant, data_folder, describe_machine, run_command
 from experiments.measures import measure_text_and_scenes
 from experiments.scenes import PRESETS
 from transfusion.codecs.codec import encode_many
@@ -44,7 +45,6 @@ COLUMNS = {
     "bits_per_byte": Column("bits per byte", ".3f", "lower"), "captions": Column("caption exact match", ".1%"),
     "cider": Column("CIDEr", ".2f"), "fid": Column("FID", ".2f", "lower"), "right": Column("images correct", ".1%"),
     "attributes": Column("attributes correct", ".1%"), "positions": Column("positions", ",.0f"),
-    "minutes": Column("minutes", ".1f", "lower"),
 }  # fmt: skip
 
 
@@ -73,22 +73,30 @@ def data_name(preset: str, name: str) -> str:
     return f"{name}-{preset}-{hashlib.sha256(recipe.encode()).hexdigest()[:6]}"
 
 
-def describe_codecs(options: Options) -> str:
-    """Reconstruction quality of both codecs on held-out scenes, the upper bound of image quality; "" if they are missing."""
+def measure_codecs(options: Options) -> dict[str, Any] | None:
+    """The quality of both codecs on held-out scenes, the upper bound of image quality. None if they are missing."""
     if not (lab_folder(options, "vq") / "codec.json").exists():
-        return ""
+        return None
     source = Shapes(PRESETS[options.preset].level, split="heldout")
     captions, images = zip(*(source[n].pair for n in range(measures.NUM_SCENES)), strict=True)
-    descriptions = []
+    features, values = measures.small_network(source.level), describe_machine(options.device)
     for name, (codec_name, _) in zip(("autoencoder", "VQ twin"), CODECS.values(), strict=True):
         folder = lab_folder(options, codec_name)
-        psnr, codec = read_json(folder / "codec.json")["heldout"]["psnr"], open_codec(folder)
+        codec = open_codec(folder)
         reconstructions = [codec.decode(content) for content in encode_many(codec, images)]
-        features = measures.small_network(source.level)
-        accuracy = judge_scenes(captions, reconstructions)[0]["everything"]
-        score = fid(features(images), features(reconstructions))
-        descriptions.append(f"{name} {psnr:.1f} dB PSNR, {accuracy:.1%} correct, FID {score:.2f}")
-    return f"Reconstructions of held-out scenes: {'; '.join(descriptions)}."
+        values[name] = {
+            "psnr": read_json(folder / "codec.json")["heldout"]["psnr"],
+            "right": judge_scenes(captions, reconstructions)[0]["everything"],
+            "fid": fid(features(images), features(reconstructions)),
+        }  # fmt: skip
+    return values
+
+
+def describe_codecs(values: Mapping[str, Any]) -> str:
+    """What `measure_codecs` returns, as a sentence."""
+    texts = [f"{name} {it['psnr']:.1f} dB PSNR, {it['right']:.1%} correct, FID {it['fid']:.2f}"
+             for name, it in values.items() if isinstance(it, dict)]  # fmt: skip
+    return f"Reconstructions of held-out scenes (commit {values['commit']}): {'; '.join(texts)}."
 
 
 def make_variant(

@@ -3,28 +3,25 @@
 Claim (section 4.2): Transfusion scales better on every metric, and equals the largest Chameleon with a fraction of its
 compute: 0.49 of it for text, 0.22 for captions, 0.03 for images (FID).
 
-Compute is 6 ND: parameters times positions. For each family a power law is fitted (a line in log-log space). The parity
-ratio is the compute at which Transfusion's fit reaches the value of Chameleon's fit at its largest run, divided by the
-compute of that run.
-
-Partly reproduced (one seed, three of Transfusion M). Text is better at each size, with half of the compute. Captions are
-better overall, but vary from 71 to 86 % exact between seeds of M. Images are not better: a codebook of 512 describes flat
-shapes on a plain background almost without loss. (6, 9 and 14 minutes of one core for S, M and L, as many for Chameleon, and
-20 for each codec.)
+The parity ratio is the compute (6 x parameters x positions) at which Transfusion's power law reaches the value of
+Chameleon's at its largest size, divided by the compute of that size. Each law is fitted to the means of the sizes; the
+intervals are a bootstrap over seeds (`experiments/parity.py`). The paper's metric of images is FID; the judged claim is by
+images correct.
 
     python -m experiments.scaling
 """
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from experiments import lab, multimodal
-from experiments.lab import Claim, Options, Table, read_cells
+from experiments.lab import Claim, Options, Table
 from experiments.multimodal import COLUMNS, make_variant, measure
+from experiments.parity import Points, fit_line, parity_ratio
 from experiments.scenes import SIZES
 
 FAMILIES = {"Transfusion": "transfusion", "Chameleon": "chameleon"}
@@ -33,7 +30,6 @@ PAPER = {
     "Chameleon L": {"bits_per_byte": "8.41", "cider": 0.18, "fid": 29.6},
 }
 PAPER_PARITY = {"bits_per_byte": 0.489, "cider": 0.218, "fid": 0.029}  # Table 3
-MAX_LOG_FLOPS = math.log(1e30)
 
 
 def build_table(preset: str) -> Table:
@@ -44,98 +40,63 @@ def build_table(preset: str) -> Table:
         COLUMNS,
         measure(preset),
         tuple(Claim(f"Transfusion is better than Chameleon at {size}, by {COLUMNS[column].title}", column,
-                    f"Transfusion {size}", f"Chameleon {size}") for size in SIZES for column in PAPER_PARITY),
+                    f"Transfusion {size}", f"Chameleon {size}") for size in SIZES for column in (*PAPER_PARITY, "right")),
         multimodal.prepare,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PowerLaw:
-    """log metric = intercept + slope * log FLOPs."""
-
-    intercept: float
-    slope: float
-
-    @classmethod
-    def fit(cls, points: Sequence[tuple[float, float]]) -> "PowerLaw | None":
-        """Least squares in log-log space for points (FLOPs, metric). None if metrics above 0 have fewer than two sizes."""
-        logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
-        if len({x for x, _ in logs}) < 2:
-            return None
-        slope, intercept = statistics.linear_regression(*zip(*logs, strict=True))
-        return cls(intercept, slope)
-
-    def predict(self, flops: float) -> float:
-        return math.exp(self.intercept + self.slope * math.log(flops))
-
-    def invert(self, metric: float) -> float | None:
-        """The FLOPs at which the law predicts this metric. None if they are outside 1e-30 to 1e30."""
-        log_flops = (math.log(metric) - self.intercept) / self.slope if self.slope else math.inf
-        return math.exp(log_flops) if abs(log_flops) < MAX_LOG_FLOPS else None
-
-
-def collect_points(options: Options, family: str, column: str) -> list[tuple[float, float]]:
-    """(FLOPs, metric) of every run of a family."""
+def collect_points(options: Options, family: str, column: str) -> Points:
+    """The mean FLOPs of each size of a family, and the metric of each seed. Old cells, measured differently, only if the
+    table has no others."""
     table = build_table(options.preset)
-    variants = [variant for variant in table.variants if variant.name.startswith(family)]
-    cells = [cell for variant in variants for cell in read_cells(options, table, variant).values() if column in cell]
-    return [(6 * cell["parameters"] * cell["positions"], cell[column]) for cell in cells]
-
-
-def parity_ratio(options: Options, column: str) -> float | None:
-    """Transfusion's compute for the metric of the largest Chameleon, divided by that Chameleon's compute.
-
-    None if a fit is not possible, or if Transfusion does not improve with size.
-    """
-    transfusion, chameleon = (collect_points(options, family, column) for family in FAMILIES)
-    transfusion_law, chameleon_law = PowerLaw.fit(transfusion), PowerLaw.fit(chameleon)
-    if transfusion_law is None or chameleon_law is None:
-        return None
-    if (transfusion_law.slope > 0) != (COLUMNS[column].better == "higher"):
-        return None
-    largest = max(x for x, _ in chameleon)
-    flops = transfusion_law.invert(chameleon_law.predict(largest))
-    return None if flops is None else flops / largest
-
-
-def _max_flops(options: Options, family: str) -> float:
-    return max(x for x, _ in collect_points(options, family, "fid"))
+    rows = {variant.name: lab.read_cells(options, table, variant) for variant in table.variants}
+    has_new = any(row and not lab.is_old(row) for row in rows.values())
+    cells = [[cell for cell in row.values() if column in cell] for name, row in rows.items()
+             if name.startswith(family) and not (has_new and lab.is_old(row))]  # fmt: skip
+    return [(statistics.mean(cell["flops"] for cell in row), [cell[column] for cell in row]) for row in cells if row]
 
 
 def has_several_sizes(options: Options) -> bool:
     """True if both families have runs of at least two sizes."""
-    return all(len({x for x, _ in collect_points(options, family, "fid")}) > 1 for family in FAMILIES)
+    return all(len(collect_points(options, family, "fid")) > 1 for family in FAMILIES)
 
 
 def describe_parity(options: Options) -> str:
-    """The parity ratios and the paper's, as Markdown."""
+    """The parity ratios with their intervals, and the paper's, as Markdown."""
     if not has_several_sizes(options):
         return "Parity ratios need runs of at least two sizes of both families."
     lines = []
     for column, paper in PAPER_PARITY.items():
-        ratio = parity_ratio(options, column)
-        value = "no fit possible" if ratio is None else f"**{ratio:.3g}**"
-        if ratio is not None and ratio * _max_flops(options, "Chameleon") > _max_flops(options, "Transfusion"):
-            value += ", beyond Transfusion's largest run"
+        points = [collect_points(options, family, column) for family in FAMILIES]
+        ratio = parity_ratio(*points, COLUMNS[column].better == "higher")
+        if isinstance(ratio, str):
+            value = ratio
+        else:
+            has_interval = not math.isnan(ratio.low)
+            bounds = f" [{ratio.low:.3g}, {ratio.high:.3g}]" if has_interval else ", no interval: one seed of each size"
+            value = f"**{ratio.estimate:.3g}**{bounds}"
+            first, second = (max(flops for flops, _ in row) for row in points)
+            value += ", beyond Transfusion's largest run" if ratio.estimate * second > first else ""
         lines.append(f"- parity-FLOP ratio by {COLUMNS[column].title}: {value} (paper {paper})")
     return "\n".join(lines) + "\n"
 
 
 def plot(options: Options, path: Path) -> None:
-    """Plot each metric against compute for both families, with the fitted power laws."""
+    """Plot each metric against compute for both families, with the power laws that are fitted to the means of the sizes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(PAPER_PARITY)), PAPER_PARITY, strict=True):
         for family, colour in zip(FAMILIES, ("#2c5bcb", "#b0500a"), strict=True):
             points = sorted(collect_points(options, family, column))
-            if not points or min(y for _, y in points) <= 0:
+            line = fit_line(points)
+            if line is None:
                 continue
-            axes.loglog(*zip(*points, strict=True), "o", color=colour, label=family)
-            power_law = PowerLaw.fit(points)
-            if power_law is not None:
-                ends = [points[0][0], points[-1][0]]
-                axes.loglog(ends, [power_law.predict(x) for x in ends], color=colour)
+            intercept, slope = line
+            ends = np.array([points[0][0], points[-1][0]])
+            axes.loglog(ends, np.exp(intercept + slope * np.log(ends)), color=colour)
+            seeds = [(flops, value) for flops, values in points for value in values]
+            axes.loglog(*zip(*seeds, strict=True), "o", color=colour, label=family)
         axes.set(title=f"{COLUMNS[column].title} ({COLUMNS[column].better} is better)", xlabel="FLOPs (6ND)")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -148,6 +109,6 @@ def plot(options: Options, path: Path) -> None:
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
     lab.run_table(options, build_table(options.preset))
-    print(multimodal.describe_codecs(options), describe_parity(options), sep="\n")
+    print(describe_parity(options))
     if has_several_sizes(options) and find_spec("matplotlib"):
         plot(options, options.out / "scaling.png")

@@ -12,6 +12,7 @@ from experiments.lab import Column, Measure, Variant
 from experiments.measures import measure_scenes
 
 SIZES = ("S", "M", "L")
+Size = tuple[int, int, int, int, int]  # width, layers, heads, intermediate_size, unet_width
 
 
 @dataclass(frozen=True)
@@ -19,29 +20,36 @@ class Preset:
     """Model sizes and training of all tables, for two CPU cores or for one GPU."""
 
     level: int  # of `shapes`
-    sizes: Mapping[str, tuple[int, int, int, int, int]]  # width, layers, heads, intermediate_size, unet_width
+    sizes: Mapping[str, Size]
+    wide: Mapping[str, Size]  # with linear patches these have as many parameters as `sizes` with a U-Net, within 2 %
     rows: int  # per step, of 320 positions each
     steps: int
     learning_rate: float  # for linear patches; a U-Net uses half of it
 
 
 PRESETS = {
-    "cpu": Preset(0, {"S": (64, 3, 2, 176, 32), "M": (96, 4, 3, 256, 48), "L": (128, 4, 4, 344, 64)}, 6, 1_200, 4e-3),
-    "gpu": Preset(1, {"S": (256, 8, 4, 704, 128), "M": (384, 10, 6, 1024, 192), "L": (512, 12, 8, 1408, 256)}, 60, 5_000,
-                  1e-3),
+    "cpu": Preset(
+        0, {"S": (64, 3, 2, 176, 32), "M": (96, 4, 3, 256, 48), "L": (128, 4, 4, 344, 64)},
+        {"S": (92, 3, 2, 248, 32), "M": (132, 4, 3, 352, 48), "L": (176, 4, 4, 472, 64)}, 6, 1_200, 4e-3,
+    ),
+    "gpu": Preset(
+        1, {"S": (256, 8, 4, 704, 128), "M": (384, 10, 6, 1024, 192), "L": (512, 12, 8, 1408, 256)},
+        {"S": (312, 8, 4, 832, 128), "M": (444, 10, 6, 1216, 192), "L": (592, 12, 8, 1600, 256)}, 60, 5_000, 1e-3,
+    ),
 }  # fmt: skip
 COLUMNS = {
     "right": Column("images correct", ".1%"), "attributes": Column("attributes correct", ".1%"),
     "fid": Column("FID", ".2f", "lower"), "captions": Column("caption exact match", ".1%"),
     "gap": Column("conditioning gap", ".1%"), "image_loss": Column("image loss", ".4f", "lower"),
-    "text_loss": Column("text loss", ".3f", "lower"), "minutes": Column("minutes", ".1f", "lower"),
+    "text_loss": Column("text loss", ".3f", "lower"),
 }  # fmt: skip
 
 
 def model_options(preset: str, size: str) -> tuple[str, ...]:
-    """The options of `transfusion train` for a model size."""
+    """The options of `transfusion train` for a model size: "L" or "L wide"."""
     names = ("width", "layers", "heads", "intermediate-size", "unet-width")
-    numbers = zip(names, PRESETS[preset].sizes[size], strict=True)
+    letter, _, wide = size.partition(" ")
+    numbers = zip(names, (PRESETS[preset].wide if wide else PRESETS[preset].sizes)[letter], strict=True)
     return tuple(argument for name, number in numbers for argument in (f"--model.{name}", str(number)))
 
 

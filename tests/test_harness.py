@@ -10,16 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, trainers
+from tokenizers.processors import TemplateProcessing
 
 from tests import tiny
+from tests.llama import SPECIAL, write_llama
 from tests.profile import THOROUGH, examples
+from tests.test_llama import NO_LEARNING, train
+from transfusion.checkpoint.export import export
 from transfusion.codecs.text import Tokenizer
 from transfusion.evaluation import harness
 from transfusion.evaluation.harness import HarnessModel
 from transfusion.evaluation.likelihood import encode_pair, likelihoods, rolling_likelihood
-from transfusion.inference.engine import Engine
+from transfusion.inference.engine import Engine, open_run
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
 
@@ -29,8 +34,8 @@ def text_engine(context: int = 200, **options) -> Engine:
     return tiny.build_engine(lambda v: {id_: -1e4 for id_ in (v.eos, *v.boi.values())}, context=context, **options)
 
 
-def requests(*args: tuple) -> list[Instance]:
-    return [Instance("generate_until", {}, arguments, n) for n, arguments in enumerate(args)]
+def requests(*args: tuple, kind: str = "generate_until") -> list[Instance]:
+    return [Instance(kind, {}, arguments, n) for n, arguments in enumerate(args)]
 
 
 def generate(model: HarnessModel, contexts: list[str], **options) -> list[str]:
@@ -144,6 +149,74 @@ def test_continuation_longer_than_a_row_is_scored_in_several_rows(caplog):
     assert [record.message for record in caplog.records] == [
         "2 of 3 continuations are longer than a row, 24 positions: each is scored in several rows"
     ]
+
+
+# The same figures as lm_eval's own model of transformers
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> tuple[HarnessModel, LM]:
+    """An exported run that started from a Llama, and lm_eval's model of the same weights: the run's rows of image tokens are
+    added to the Llama, which is told not to write them."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path_factory.mktemp("both")
+    llama, written = folder / "llama", folder / "written"
+    theirs = write_llama(llama, rows=262)
+    tokenizer = HFTokenizer.from_file(str(llama / "tokenizer.json"))  # like Llama 3's: bos before each text
+    tokenizer.post_processor = TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 260)])
+    tokenizer.save(str(llama / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
+    (llama / "tokenizer_config.json").write_text(json.dumps(names))
+    train(folder / "run", "--training.steps", 1, *NO_LEARNING, "--init-from", llama)
+    engine = open_run(export(folder / "run", folder / "exported"), device="cpu")
+    theirs.resize_token_embeddings(engine.vocabulary.size, mean_resizing=False)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight[262:] = engine.opened.model.tokens.weight[262:]
+        theirs.lm_head.weight[262:] = engine.opened.model.head.weight[262:]
+    theirs.generation_config.suppress_tokens = [*range(262, engine.vocabulary.size)]
+    theirs.save_pretrained(written)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (written / name).write_bytes((llama / name).read_bytes())
+    options = {"device": "cpu", "dtype": "float32", "max_length": engine.max_positions, "batch_size": 3}
+    return HarnessModel(engine), HFLM(str(written), **options)
+
+
+PAIRS = [("a small", " house"), ("", "a house"), ("zwei kleine ", "Häuser"), ("a long " * 40, " house of")]
+
+
+def test_loglikelihood_equals_that_of_transformers(both):
+    """Also after an empty context, with a space at its end, and after one longer than a row."""
+    ours, theirs = (model.loglikelihood(requests(*PAIRS, kind="loglikelihood")) for model in both)
+    assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], abs=1e-4)
+    (greedy,) = both[0].generate_until(requests(("a small", GREEDY | {"max_gen_toks": 2})))
+    pairs = requests(("a small", greedy), ("a small", " house"), kind="loglikelihood")
+    assert [[is_greedy for _, is_greedy in model.loglikelihood(pairs)] for model in both] == [[True, False]] * 2
+
+
+def test_rolling_loglikelihood_equals_that_of_transformers(both, monkeypatch):
+    """With `add_bos_token=False`: by default lm_eval puts two bos before such a text, and scores the second."""
+    ours, theirs = both
+    texts = requests(("a small house",), ("é" * 150,), ("",), kind="loglikelihood_rolling")
+    monkeypatch.setattr(theirs, "add_bos_token", False)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=1e-4)
+
+
+GREEDY = {"do_sample": False, "max_gen_toks": 24, "until": []}
+
+
+def test_greedy_text_equals_that_of_transformers(both):
+    """To the limit, and to a stop string that it has."""
+    ours, theirs = both
+    contexts = ["a small", "zwei", "q", "house house house"]
+    whole = requests(*((context, GREEDY) for context in contexts))
+    texts = ours.generate_until(whole)
+    assert texts == theirs.generate_until(whole)
+    assert min(map(len, texts)) > 8 and len(set(texts)) == len(texts)
+    stops = [text[5:7] for text in texts]
+    stopped = requests(*((context, GREEDY | {"until": [stop]}) for context, stop in zip(contexts, stops, strict=True)))
+    expected = [text[: text.index(stop)] for text, stop in zip(texts, stops, strict=True)]
+    assert ours.generate_until(stopped) == theirs.generate_until(stopped) == expected
 
 
 # lm_eval's command line
