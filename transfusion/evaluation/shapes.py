@@ -30,10 +30,10 @@ from transfusion.data.built_in.shapes import (
 )
 
 UNCLEAR = "unclear"  # the shape of a blob that fits none; the size of one that is far too small or too large
-# Of a shape: an error up to the first limit is clear. Up to the second it is clear only if no other shape and no rival is as
-# near. All others are unclear. error = |blob - ideal|^2 / |ideal|^2
+# A shape is clear at one of two limits of its error with the margin of that limit. The margin is to the second-best of the
+# three shapes (in likeness) and to the nearest rival (in error): with a small error a rival may be a little nearer.
 MAX_ERROR = {"circle": (0.022, 0.04), "square": (0.028, 0.05), "triangle": (0.035, 0.04)}
-MIN_MARGIN = 0.001  # in error; to another of the three shapes in likeness
+MIN_MARGIN = (-0.005, 0.001)
 MAX_SIZE_RATIO = 1.7  # between an object's area and the nearest valid one; above it the size is unclear
 AREA_PENALTY = 0.04  # of the likeness, times |log(area / valid area)|
 BLUR_SIGMA = 0.7  # of the Gaussian blur before shapes are compared, in canvas units
@@ -105,6 +105,19 @@ def read_scene(pixels: np.ndarray) -> list[DetectedShape]:
     return [_classify(offset, mask, colour, occupied) for mask, colour in blobs]
 
 
+def rival_coverage(widths: Callable[[np.ndarray], np.ndarray], area: float, x: float, y: float, size: int) -> np.ndarray:
+    """Share of each pixel that a rival of this area and centre of mass covers, (size, size), by four lines a pixel."""
+    depth = (np.arange(64) + 0.5) / 64
+    side = np.sqrt(area / widths(depth).mean())
+    top = y - side * np.average(depth, weights=widths(depth))
+    pixel = CANVAS / size
+    depth = ((np.arange(4 * size) + 0.5) * pixel / 4 - top) / side  # (4 Y,)
+    half_width = widths(np.clip(depth, 0, 1)) * side / 2 * ((depth > 0) & (depth < 1))  # (4 Y,)
+    columns = (np.arange(size) + 0.5) * pixel  # (X,)
+    covered = (half_width[:, None] - np.abs(columns - x)) / pixel + 0.5  # (4 Y, X)
+    return np.clip(covered, 0, np.minimum(2 * half_width[:, None] / pixel, 1)).reshape(size, 4, size).mean(1)  # (Y, X)
+
+
 def _find_blobs(offset: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     """Connected regions of one colour, each as a mask (Y, X) and the colour's name."""
     names, colours = tuple(COLOURS), _colour_offsets()  # (6, 3)
@@ -134,7 +147,7 @@ def _components(mask: np.ndarray, min_pixels: float) -> Iterator[np.ndarray]:
             yield component
 
 
-class Fit(NamedTuple):
+class _Fit(NamedTuple):
     """How well a blob fits one shape of its area and centre of mass."""
 
     likeness: float  # 1 - error - AREA_PENALTY |log(area / valid area)|
@@ -161,14 +174,15 @@ def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.nd
     x, y = ((np.average(at, weights=weights) + 0.5) * CANVAS / size for at in (columns, rows))
     blurred = _blur(covered)  # (Y, X)
     second, best = sorted(_fit_shape(blurred, area, x, y, shape) for shape in SHAPES)[-2:]
-    rival_error = min(_error(blurred, _rival_coverage(widths, area, x, y, size)) for widths in RIVALS.values())
+    rival_error = min(_error(blurred, rival_coverage(widths, area, x, y, size)) for widths in RIVALS.values())
     margin = min(best.likeness - second.likeness, rival_error - best.error)
-    is_clear = best.error <= MAX_ERROR[best.shape][margin >= MIN_MARGIN]
+    limits = zip(MAX_ERROR[best.shape], MIN_MARGIN, strict=True)
+    is_clear = any(best.error <= max_error and margin >= min_margin for max_error, min_margin in limits)
     item = SceneObject(best.size, colour, best.shape if is_clear else UNCLEAR)
     return DetectedShape(item, best.centre, best.box, best.likeness)
 
 
-def _fit_shape(blurred: np.ndarray, area: float, x: float, y: float, shape: str) -> Fit:
+def _fit_shape(blurred: np.ndarray, area: float, x: float, y: float, shape: str) -> _Fit:
     """`blurred`: the blurred coverage of a blob, (Y, X); x and y: its centre of mass."""
     areas = [_area(shape, BOXES[size, shape]) for size in SIZES]
     is_large = int(area >= np.sqrt(areas[0] * areas[1]))
@@ -179,25 +193,12 @@ def _fit_shape(blurred: np.ndarray, area: float, x: float, y: float, shape: str)
     error = _error(blurred, coverage(shape, (width, height), centre, len(blurred)))
     log_ratio = abs(float(np.log(area / areas[is_large])))
     kind = SIZES[is_large] if log_ratio < np.log(MAX_SIZE_RATIO) else UNCLEAR
-    return Fit(1 - error - AREA_PENALTY * log_ratio, error, shape, kind, centre, (width, height))
+    return _Fit(1 - error - AREA_PENALTY * log_ratio, error, shape, kind, centre, (width, height))
 
 
 def _error(blurred: np.ndarray, ideal: np.ndarray) -> float:
     ideal = _blur(ideal)  # (Y, X)
     return float(((blurred - ideal) ** 2).sum() / (ideal**2).sum())
-
-
-def _rival_coverage(widths: Callable[[np.ndarray], np.ndarray], area: float, x: float, y: float, size: int) -> np.ndarray:
-    """Share of each pixel that a rival of this area and centre of mass covers, (size, size), by four lines a pixel."""
-    depth = (np.arange(64) + 0.5) / 64
-    side = np.sqrt(area / widths(depth).mean())
-    top = y - side * np.average(depth, weights=widths(depth))
-    pixel = CANVAS / size
-    depth = ((np.arange(4 * size) + 0.5) * pixel / 4 - top) / side  # (4 Y,)
-    half_width = widths(np.clip(depth, 0, 1)) * side / 2 * ((depth > 0) & (depth < 1))  # (4 Y,)
-    columns = (np.arange(size) + 0.5) * pixel  # (X,)
-    covered = (half_width[:, None] - np.abs(columns - x)) / pixel + 0.5  # (4 Y, X)
-    return np.clip(covered, 0, np.minimum(2 * half_width[:, None] / pixel, 1)).reshape(size, 4, size).mean(1)  # (Y, X)
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
