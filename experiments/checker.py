@@ -25,6 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
 from experiments.lab import DOCS, format_markdown
+from experiments.page import write_output
 from experiments.readers import write_sheets
 from transfusion.data.built_in.shapes import BACKGROUND, BOXES, CANVAS, COLOURS, SHAPES, SIZES, Shapes, coverage
 from transfusion.evaluation.scenes import draw_captions
@@ -35,7 +36,6 @@ COUNT, PER_ROW, SIDE = 200, 20, 160
 ABSENT = "absent"  # the shape of an object that only the other one lists
 SHAPE_WORDS = (*SHAPES, "none", ABSENT)
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-MARKS = "<!-- begin: python -m experiments.checker compare -->\n", "<!-- end -->\n"  # around the tables in the docs
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def main(options: Options) -> None:
         case "compare":
             tables = compare(options.out)
             print(tables, end="")
-            page = DOCS / "evaluation.md"
-            before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-            page.write_text(before + MARKS[0] + tables + MARKS[1] + rest.split(MARKS[1], 1)[1], encoding="utf-8")
+            write_output(DOCS / "evaluation.md", "python -m experiments.checker compare", tables)
 
 
 def draw_pictures(runs: Sequence[str], out: Path) -> None:

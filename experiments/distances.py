@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from experiments.lab import DOCS, format_markdown
+from experiments.page import write_output
 from experiments.scenes import NUM_SCENES, PRESETS, small_network
 from transfusion.data.built_in.shapes import (
     BACKGROUND,
@@ -31,7 +32,6 @@ from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.scenes import judge_scenes
 from transfusion.evaluation.shapes import RIVALS, rival_coverage
 
-MARKS = "<!-- begin: python -m experiments.distances -->\n", "<!-- end -->\n"  # around the table in the docs
 BLURS = 0.5, 0.75, 1.0, 1.5, 2.0  # standard deviation in pixels
 SHARES = 0.1, 0.2, 0.4, 1.0  # of the scenes
 NOISES = 8.0, 16.0, 32.0  # standard deviation, of 255
@@ -50,9 +50,7 @@ def main() -> None:
         rows.append([name, *figures, f"{right:.0%}"])
         print(*rows[-1], sep="  ", flush=True)
     table = format_markdown(["", "FID", "KID", "precision", "recall", "images correct"], rows)
-    page = DOCS / "evaluation.md"
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    page.write_text(before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1], 1)[1], encoding="utf-8")
+    write_output(DOCS / "evaluation.md", "python -m experiments.distances", table)
 
 
 def change_scenes(scenes: Sequence[Scene]) -> dict[str, list[np.ndarray]]:
@@ -60,7 +58,7 @@ def change_scenes(scenes: Sequence[Scene]) -> dict[str, list[np.ndarray]]:
     images = [render(scene) for scene in scenes]
     faults = {
         "another shape": [render(change_shape(scene)) for scene in scenes],
-        "an arch as shape": [draw_arch(scene) for scene in scenes],
+        "an arch as shape": [draw_rival(scene, "arch") for scene in scenes],
         "no object": [np.full_like(image, BACKGROUND) for image in images],
     }
     rng = np.random.default_rng(0)
@@ -88,14 +86,14 @@ def change_shape(scene: Scene) -> Scene:
     return Scene(Description(objects, (1,) * len(objects)), scene.centres)
 
 
-def draw_arch(scene: Scene) -> np.ndarray:
-    """The image of an arch of the area, the centre of mass and the colour of the scene's only object."""
+def draw_rival(scene: Scene, rival: str) -> np.ndarray:
+    """The image of an arch or a mound of the area, the centre of mass and the colour of the scene's only object."""
     (item,), (centre,) = scene.objects, scene.centres
     box = BOXES[item.size, item.shape]
     ideal = coverage(item.shape, box, centre)  # (Y, X)
     at = np.arange(CANVAS) + 0.5
     x, y = (np.average(at, weights=ideal.sum(axis)) for axis in (0, 1))
-    mask = rival_coverage(RIVALS["arch"], float(ideal.sum()), x, y, CANVAS)  # (Y, X)
+    mask = rival_coverage(RIVALS[rival], float(ideal.sum()), x, y, CANVAS)  # (Y, X)
     return (BACKGROUND + mask[..., None] * np.subtract(COLOURS[item.colour], BACKGROUND)).round().astype(np.uint8)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from experiments.distances import draw_rival
 from tests.blobs import sample_blobs
 from tests.profile import THOROUGH, examples
 from transfusion.data.built_in.shapes import (
@@ -36,7 +37,7 @@ from transfusion.data.built_in.shapes import (
     sample_scene,
 )
 from transfusion.evaluation.scenes import draw_scenes
-from transfusion.evaluation.shapes import judge, read_scene
+from transfusion.evaluation.shapes import RIVALS, judge, read_scene
 
 MANY, SOME = (1000, 500) if THOROUGH else (300, 150)  # scenes
 PARTS = ("count", "colour", "shape", "size", "place")
@@ -243,6 +244,13 @@ def test_blobs_mounds_peaks_half_discs_and_stars_have_no_shape(kind, max_overlap
     shapes = [detected.object.shape for image in images for detected in read_scene(image)]
     assert len(shapes) >= len(images)  # a blob with a narrow neck may be two
     assert shapes.count("unclear") >= 0.99 * len(shapes), Counter(shapes)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_arches_and_mounds_of_an_objects_area_have_no_shape(rival):
+    images = [draw_rival(sample_scene(0, seed), rival) for seed in range(SOME // 2)]
+    shapes = Counter(detected.object.shape for image in images for detected in read_scene(image))
+    assert shapes == {"unclear": len(images)}
 
 
 @pytest.mark.parametrize(
