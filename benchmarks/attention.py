@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks.fixtures import make_paper_loader
+from benchmarks.fixtures import make_paper_batch
 from benchmarks.timing import Figure, Setting, time_alternately
 from transfusion.model.mask import packed_mask
 from transfusion.parallel import precision
@@ -25,8 +25,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
 
 
 def make_batch(setting: Setting, length: int) -> Batch:
-    batch, _ = next(make_paper_loader(length, 8 if setting.cuda else 2).batches())
-    return batch.to(setting.device)
+    return make_paper_batch(length, 8 if setting.cuda else 2).to(setting.device)
 
 
 def measure_mask(batch: Batch, setting: Setting) -> Figure:

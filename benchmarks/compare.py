@@ -29,7 +29,7 @@ from transfusion.inference.engine import Engine, Request
 from transfusion.model.transfusion import count_parameters
 from transfusion.parallel import keep_freed_memory, onednn_is_faster, pick_device
 from transfusion.runs import named_run
-from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document
+from transfusion.sequence import Chunk, Document, Image, Row, Text, Vocabulary, encode_document
 from transfusion.training.trainer import Trainer
 
 PEER, VERSION = "transfusion-pytorch", "0.20.0"
@@ -144,9 +144,9 @@ class RandomLoader:
             segments += [Image(self.rng.standard_normal((CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)), text]
         return encode_document(Document(tuple(segments)), self.vocabulary)
 
-    def batches(self, start: LoaderState = START) -> Iterator[tuple[Batch, LoaderState]]:
+    def batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
         while True:
-            yield collate([Row((self.make_chunk(),)) for _ in range(BATCH_SIZE)], self.seq_len, self.vocabulary), start
+            yield [Row((self.make_chunk(),)) for _ in range(BATCH_SIZE)], start
 
 
 class OurModel:
@@ -161,8 +161,10 @@ class OurModel:
                 width=width, intermediate_size=intermediate_size, layers=6, heads=width // 64, vocab_size=vocabulary.size,
                 latent_channels=CHANNELS, patch_size=1,
             ),
-            data=DataConfig(seq_len=loader.seq_len, rows=BATCH_SIZE),
-            training=TrainingConfig(learning_rate=worker.LEARNING_RATE, max_grad_norm=worker.MAX_GRAD_NORM),
+            data=DataConfig(seq_len=loader.seq_len),
+            training=TrainingConfig(
+                batch_size=BATCH_SIZE, learning_rate=worker.LEARNING_RATE, max_grad_norm=worker.MAX_GRAD_NORM
+            ),
         )  # fmt: skip
         device = pick_device("cpu")
         keep_freed_memory(device)
@@ -172,7 +174,7 @@ class OurModel:
         codec = Pixels(0 * ones, ones, -3 * ones, 3 * ones)
         tokenizer = Tokenizer.train([], VOCAB_SIZE)  # one token per byte
         model = self.trainer.ema.eval()
-        self.engine = Engine(OpenedRun(run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
+        self.engine = Engine(OpenedRun("compare", run, tokenizer, codec, vocabulary, {}, model, step=0, device=device))
         self.passes = 0
         model.transformer.register_forward_pre_hook(self._count_passes)
 

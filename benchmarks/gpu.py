@@ -63,10 +63,11 @@ def largest_run(run: Run, memory: int) -> Run:
     """The run with most layers, and 8 rows or 4, that fits in `memory` bytes by `plan`. ValueError if none does."""
     for layers in range(run.model.layers, 0, -1):
         for rows in (8, 4):
-            candidate = replace(run, model=replace(run.model, layers=layers), data=replace(run.data, rows=rows))
+            model, training = replace(run.model, layers=layers), replace(run.training, batch_size=rows)
+            candidate = replace(run, model=model, training=training)
             if estimate_memory(candidate, Machines()).all <= memory:
                 return candidate
-    raise ValueError(f"{run.name}: one layer with 4 rows does not fit in {memory:,} bytes; use a GPU with more memory")
+    raise ValueError(f"{run.recipe}: one layer with 4 rows does not fit in {memory:,} bytes; use a GPU with more memory")
 
 
 def measure_training(run: Run, setting: Setting) -> Iterator[Figure]:
@@ -74,14 +75,14 @@ def measure_training(run: Run, setting: Setting) -> Iterator[Figure]:
     device = setting.device
     if setting.cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    loader = make_paper_loader(run.data.seq_len, run.data.rows)
+    loader = make_paper_loader(run.data.seq_len, run.training.batch_size)
     trainer = Trainer(run, Path(), loader, {}, device, init_from=init_on_device)
     loaded = load_ahead(trainer.batches(None))
     run_steps(trainer, islice(loaded, setting.pick(WARMUP_STEPS, 1)))  # they compile
     steps = run_steps(trainer, islice(loaded, setting.pick(MAX_STEPS, 2)))
     loaded.close()
     parameters, seq_len = count_parameters(trainer.model), run.data.seq_len
-    size = f"{run.name}, {run.model.layers} layers, {run.data.rows} x {seq_len:,}"
+    size = f"{run.recipe}, {run.model.layers} layers, {run.training.batch_size} x {seq_len:,}"
     speed = steps.positions / steps.seconds
     yield Figure(size, speed, "positions/s", beside=f"{parameters:,} parameters")
     peak = find_peak_tflops(device)

@@ -29,7 +29,7 @@ from transfusion.data.reading.readers import open_reader
 from transfusion.data.sources import fit, open_sources
 from transfusion.model.flops import count_training_flops
 from transfusion.runs import SIZES
-from transfusion.sequence import Batch
+from transfusion.sequence import Batch, collate
 
 H100_FLOPS, MFU = 989e12, 0.4
 ROWS = 8
@@ -47,18 +47,19 @@ def measure(setting: Setting) -> Iterator[Figure]:
         records = sum(source["records"] for source in dataset["sources"].values())
         yield Figure("prepared from images and text", records / prepare_seconds, "documents/s")
         config = DataConfig(
-            prepared=(str(folder / "prepared"),), seq_len=4096, rows=ROWS, shuffle_block=setting.pick(2048, 64)
+            prepared=(str(folder / "prepared"),), seq_len=4096, shuffle_block=setting.pick(2048, 64)
         )
         encoder = fit(config, patch_size=2, seed=0)
-        batches = Loader(open_sources(config, "train"), encoder).batches()
-        sample = [batch for batch, _ in islice(batches, setting.pick(40, 2))]  # more than two shuffle blocks
+        rows = Loader(open_sources(config, "train"), encoder, ROWS).batches()
+        batches = (collate(step, config.seq_len, encoder.vocabulary) for step, _ in rows)
+        sample = list(islice(batches, setting.pick(40, 2)))  # more than two shuffle blocks
         positions = sum(batch.positions for batch in sample)
         yield Figure("filled positions of rows of 4,096", 100 * positions / (len(sample) * ROWS * config.seq_len), "%")
         images = sum(batch.image_count for batch in sample) * 258 / positions
         yield Figure("  of these in images", 100 * images, "%")
-        speed = positions_per_second(lambda: next(batches)[0], seconds)
+        speed = positions_per_second(lambda: next(batches), seconds)
         yield Figure("read and packed, one core", speed, "positions/s")
-        noising = positions_per_second(lambda: add_noise(next(batches)[0]), seconds)
+        noising = positions_per_second(lambda: add_noise(next(batches)), seconds)
         yield Figure("  with t and noise sampled", noising, "positions/s")
         for name, model in SIZES.items():
             consumption = MFU * H100_FLOPS / (count_training_flops(sample[0], model) / sample[0].positions)

@@ -1,4 +1,4 @@
-"""Training steps of every named run that fits the device: positions per second, share of the peak FLOP/s, and memory."""
+"""Training steps of every recipe that fits the device: positions per second, share of the peak FLOP/s, and memory."""
 
 import gc
 import multiprocessing
@@ -55,13 +55,13 @@ def make_small_trainer(name: str, device: torch.device) -> Trainer:
     run = named_run(name)
     encoder = fit(run.data, run.model.patch_size, 0)
     run = replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size))
-    return Trainer(run, Path(), Loader(open_sources(run.data, "train"), encoder), {}, device)
+    return Trainer(run, Path(), Loader(open_sources(run.data, "train"), encoder, run.training.batch_size), {}, device)
 
 
 def make_paper_trainer(name: str, rows: int, device: torch.device) -> Trainer:
     """A model of the paper before its first step."""
     run = named_run(name)
-    run = replace(run, data=replace(run.data, rows=rows))
+    run = replace(run, training=replace(run.training, batch_size=rows))
     return Trainer(run, Path(), make_paper_loader(run.data.seq_len, rows), {}, device)
 
 
@@ -107,7 +107,7 @@ def measure_steps(trainer: Trainer, setting: Setting) -> Iterator[Figure]:
         "FLOPs of the actual batch": mean_per_step(reads, lambda batch: count_training_flops(batch, run.model)),
         "standard FLOPs, 6 N + 12 l w L": standard * positions,
     }
-    size = f"{run.name}, {parameters / 1e6:.1f}M, {run.data.rows} x {run.data.seq_len:,}"
+    size = f"{run.recipe}, {parameters / 1e6:.1f}M, {run.training.batch_size} x {run.data.seq_len:,}"
     yield Figure(f"{size}: a step", positions / seconds["step"], "positions/s")
     for other in others:
         yield Figure("  a step", positions / seconds["step"], "positions/s", seconds[other] / seconds["step"], other)
@@ -170,7 +170,7 @@ NUM_MATMULS = 12  # about the work of one layer's forward and backward pass
 
 def matmul_shapes(run: Run) -> list[tuple[int, int, int]]:
     """The shapes (m, k, n) of a run's products: rows x width x width, the fused q, k, v, and the feed-forward layers."""
-    rows, width, intermediate = run.data.rows * run.data.seq_len, run.model.width, run.model.feed_forward_size
+    rows, width, intermediate = run.training.batch_size * run.data.seq_len, run.model.width, run.model.feed_forward_size
     return sorted(
         {(rows, width, width), (rows, width, 3 * width), (rows, width, 2 * intermediate), (rows, intermediate, width)}
     )

@@ -10,8 +10,6 @@ core with linear patches and 14 with a U-Net; measuring takes two more.)
     python -m experiments.attention
 """
 
-from functools import partial
-
 from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, make_variant, measure
@@ -29,6 +27,7 @@ def build_table(preset: str) -> Table:
             make_variant(preset, "U-Net, bidirectional", "unet", paper={"fid": 16.7}),
         ),
         COLUMNS,
+        measure(preset),
         (
             Claim("bidirectional is better than causal with linear patches, by FID", "fid", "linear, bidirectional",
                   "linear, causal"),
@@ -43,4 +42,4 @@ def build_table(preset: str) -> Table:
 
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    lab.run_table(options, build_table(options.preset), partial(measure, options.preset))
+    lab.run_table(options, build_table(options.preset))

@@ -3,7 +3,7 @@
     python -m experiments.distances
 
 400 held-out scenes are changed by one fault at each strength and compared with 400 other held-out scenes by the features of
-the tables (`scenes.small_network`). The table goes into docs/evaluation.md.
+the tables (`measures.small_network`). The table goes into docs/evaluation.md.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ import numpy as np
 from scipy import ndimage
 
 from experiments.lab import DOCS, format_markdown
+from experiments.measures import NUM_SCENES, small_network
 from experiments.page import write_output
-from experiments.scenes import NUM_SCENES, PRESETS, small_network
+from experiments.scenes import PRESETS
 from transfusion.data.built_in.shapes import (
     BACKGROUND,
     BOXES,

@@ -30,9 +30,10 @@ def draw_rows(options: Options) -> dict[str, list[Drawing]]:
     source = Shapes(PRESETS[options.preset].level, split="heldout")
     rows, done = {}, set()
     for module in TABLES:
-        for variant in module.build_table(options.preset).variants:
-            folder = lab.cell_folder(options, variant, options.seeds[0])
-            if folder in done or not (folder / "checkpoints").exists() or not (folder / "measured.json").exists():
+        table = module.build_table(options.preset)
+        for variant in table.variants:
+            folder = lab.find_cell(options, table, variant, options.seeds[0])
+            if folder is None or folder in done or not (folder / "checkpoints").exists():
                 continue
             done.add(folder)
             print(variant.name, flush=True)

@@ -2,7 +2,7 @@
 
 A run is killed, stopped by a signal, or its newest checkpoint is damaged; then the same command resumes it. Its final
 weights must equal those of an uninterrupted run bit for bit. The script prints the number of faults of each kind. It exits
-with 1 if a run did not resume or ended with different weights.
+with 1 if a run did not resume or ended with different weights. Messages of all runs are in log.txt in the folder.
 
     python -m experiments.fault_tolerance --faults 100 --out runs/fault-tolerance
     python -m experiments.fault_tolerance --faults 20 --processes 2 --out runs/fault-tolerance-2
@@ -26,11 +26,12 @@ from safetensors.numpy import load_file
 
 from transfusion.checkpoint.save import list_checkpoints
 
+LOG = "log.txt"  # what all runs print
 STEPS = 40
 RUN = (
     "digits", "--training.steps", str(STEPS), "--training.checkpoint-every", "2", "--training.validate-every", str(STEPS),
     "--training.preview-every", "0", "--model.width", "64", "--model.heads", "2", "--model.intermediate-size", "256",
-    "--model.layers", "2", "--device", "cpu",
+    "--model.layers", "2", "--training.batch-size", "12", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def main(options: Options) -> None:
     reference = options.out / "reference"
     start = time.monotonic()
     if _start(options, reference).wait():
-        sys.exit("the uninterrupted run failed")
+        sys.exit(f"the uninterrupted run failed: see {options.out / LOG}")
     duration, expected = time.monotonic() - start, _read_weights(reference)
     counts, num_failed, num_runs, num_different = Counter(), 0, 0, 0
     while counts.total() < options.faults:
@@ -104,7 +105,9 @@ def main(options: Options) -> None:
 def _start(options: Options, folder: Path) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.processes)] if options.processes > 1 else []
     command = [sys.executable, *torchrun, "-m", "transfusion", "train", *RUN, "--out", str(folder)]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / LOG).open("ab") as log:
+        return subprocess.Popen(command, stderr=log, start_new_session=True)
 
 
 def _inject_fault(process: subprocess.Popen, fault: Fault, folder: Path, rng: random.Random) -> str:

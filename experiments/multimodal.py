@@ -19,19 +19,19 @@ Steps, mixture weights and image weight come from pilot runs of Transfusion S:
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from experiments import scenes
-from experiments.lab import Column, Options, Variant, run_command
+from experiments import measures, scenes
+from experiments.lab import Column, Measure, Options, Variant, data_folder, run_command
+from experiments.measures import measure_text_and_scenes
 from experiments.scenes import PRESETS
 from transfusion.codecs.codec import encode_many
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.fitting import open_codec
 from transfusion.disk import read_json
 from transfusion.evaluation.fid import fid
-from transfusion.evaluation.perplexity import heldout_topics
 from transfusion.evaluation.scenes import judge_scenes
-from transfusion.inference.engine import Engine
 
 CODEC = (
     "--size", "32x32", "--max-images", "20000", "--training.steps", "5400", "--training.validate-every", "600",
@@ -64,12 +64,12 @@ def prepare(options: Options) -> None:
 
 def lab_folder(options: Options, name: str) -> Path:
     """The folder of a codec or of prepared data in the lab."""
-    return options.out / folder_name(options.preset, name)
+    return data_folder(options, data_name(options.preset, name))
 
 
-def folder_name(preset: str, name: str) -> str:
-    """The name of a folder of a codec or of data; it contains a hash of the recipe, so another recipe has another folder."""
-    recipe = json.dumps([CODEC, CODECS, MAX_DOCUMENTS]).replace("--max-images", "--most")  # former name: same folders
+def data_name(preset: str, name: str) -> str:
+    """The name of a codec or of data; it contains a hash of the recipe, so another recipe has another name."""
+    recipe = json.dumps([CODEC, CODECS, MAX_DOCUMENTS])
     return f"{name}-{preset}-{hashlib.sha256(recipe.encode()).hexdigest()[:6]}"
 
 
@@ -78,13 +78,13 @@ def describe_codecs(options: Options) -> str:
     if not (lab_folder(options, "vq") / "codec.json").exists():
         return ""
     source = Shapes(PRESETS[options.preset].level, split="heldout")
-    captions, images = zip(*(source[n].pair for n in range(scenes.NUM_SCENES)), strict=True)
+    captions, images = zip(*(source[n].pair for n in range(measures.NUM_SCENES)), strict=True)
     descriptions = []
     for name, (codec_name, _) in zip(("autoencoder", "VQ twin"), CODECS.values(), strict=True):
         folder = lab_folder(options, codec_name)
         psnr, codec = read_json(folder / "codec.json")["heldout"]["psnr"], open_codec(folder)
         reconstructions = [codec.decode(content) for content in encode_many(codec, images)]
-        features = scenes.small_network(source.level)
+        features = measures.small_network(source.level)
         accuracy = judge_scenes(captions, reconstructions)[0]["everything"]
         score = fid(features(images), features(reconstructions))
         descriptions.append(f"{name} {psnr:.1f} dB PSNR, {accuracy:.1%} correct, FID {score:.2f}")
@@ -97,19 +97,19 @@ def make_variant(
     """A run on text and images. `family` is "transfusion", "chameleon", or, on text alone, "llama" or "chameleon, text"."""
     numbers, codes = PRESETS[preset], family == "chameleon"
     images = ("--model.patches", "codes", "--model.patch-size", "1") if codes else ("--model.patch-size", "2")
-    text_only = (*TEXT_ONLY, "--data.rows", str(numbers.rows // 3)) if family in ("llama", "chameleon, text") else ()
+    is_text_only = family in ("llama", "chameleon, text")
     arguments = (
         "small", "--data.sources", "shapes", "topics", "--data.mixture-weights", "2", "1", "--data.seq-len", "320",
-        "--data.rows", str(numbers.rows), "--data.image-first-max-t", "1", *scenes.model_options(preset, size), *images,
-        *(STABLE if family.startswith("chameleon") else ()), *text_only,
+        "--training.batch-size", str(numbers.rows), "--data.image-first-max-t", "1",
+        *scenes.model_options(preset, size), *images, *(STABLE if family.startswith("chameleon") else ()),
+        *((*TEXT_ONLY, "--training.batch-size", str(numbers.rows // 3)) if is_text_only else ()),
         "--training.steps", str(2 * numbers.steps), "--training.learning-rate", scenes.format_rate(numbers.learning_rate),
         "--training.image-weight", "2", "--training.preview-every", "0",
         "--generation.sampler", "dpm", "--generation.steps", "20", *more,
     )  # fmt: skip
-    return Variant(name, arguments, folder_name(preset, "codes" if codes else "latents"), paper or {})
+    return Variant(name, arguments, data_name(preset, "codes" if codes else "latents"), paper or {})
 
 
-def measure(preset: str, engine: Engine) -> dict[str, float]:
-    """Bits per byte of held-out text; for runs trained on scenes also everything that `scenes.measure` returns."""
-    values = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
-    return values | (scenes.measure(preset, engine) if "shapes" in engine.run.data.sources else {})
+def measure(preset: str) -> Measure:
+    """The measurements of a run on text and images."""
+    return partial(measure_text_and_scenes, PRESETS[preset].level)

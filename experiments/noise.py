@@ -9,8 +9,6 @@ FID, and not significantly different by images correct. (A run takes 15 to 22 mi
     python -m experiments.noise
 """
 
-from functools import partial
-
 from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, make_variant, measure
@@ -28,6 +26,7 @@ def build_table(preset: str) -> Table:
         ),
         # The held-out losses are not comparable: their noise levels differ between rows.
         {name: column for name, column in COLUMNS.items() if name not in ("image_loss", "text_loss")},
+        measure(preset),
         (
             Claim("the limit improves captions", "captions", "t up to 0.5", "no limit"),
             Claim("the limit is non-inferior for image generation, by FID within 10 %", "fid", "t up to 0.5", "no limit",
@@ -39,4 +38,4 @@ def build_table(preset: str) -> Table:
 
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    lab.run_table(options, build_table(options.preset), partial(measure, options.preset))
+    lab.run_table(options, build_table(options.preset))

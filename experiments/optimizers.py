@@ -6,13 +6,12 @@ AdamW's learning rate and weight decay. Here both use the learning rate of the r
     python -m experiments.optimizers
 """
 
+from functools import partial
+
 from experiments import lab
 from experiments.lab import Claim, Column, Table, Variant
-from transfusion.data.sources import open_raw
-from transfusion.evaluation.captions import caption_heldout
-from transfusion.inference.engine import Engine
+from experiments.measures import measure_captions
 
-NUM_CAPTIONS = 400
 LOSSES = {  # run -> held-out losses by the names in its cells, and their titles
     "digits": {"digits_text_loss": "caption loss", "digits_image_loss": "image loss", "topics_text_loss": "text loss"},
     "shapes": {"text_loss": "caption loss", "image_loss": "image loss"},
@@ -29,6 +28,7 @@ def build_table(run: str) -> Table:
         f"optimizers-{run}",
         (Variant("AdamW", arguments), Variant("Muon", (*arguments, "--training.optimizer", "muon"))),
         columns,
+        partial(measure_captions, run),
         [
             Claim(f"Muon is better than AdamW on {run}, by {columns[name].title}", name, "Muon", "AdamW")
             for name in columns if name != "minutes"
@@ -36,13 +36,7 @@ def build_table(run: str) -> Table:
     )  # fmt: skip
 
 
-def measure(engine: Engine) -> dict[str, float]:
-    """Accuracy of greedy captions of held-out images."""
-    source = next(source for source in open_raw(engine.run.data, "heldout") if source.name in LOSSES)
-    return {"captions": caption_heldout(engine, source, NUM_CAPTIONS)["exact"]}
-
-
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
     for run in LOSSES:
-        lab.run_table(options, build_table(run), measure)
+        lab.run_table(options, build_table(run))

@@ -11,8 +11,6 @@ for both. (A run takes 7 to 16 minutes with linear patches and 11 to 22 with a U
     python -m experiments.patches
 """
 
-from functools import partial
-
 from experiments import lab
 from experiments.lab import Claim, Table
 from experiments.scenes import COLUMNS, make_variant, measure
@@ -34,6 +32,7 @@ def build_table(preset: str) -> Table:
             make_variant(preset, "U-Net, 16 patches, M", "unet", 2, "M", paper={"fid": 18.1}),
         ),
         COLUMNS,
+        measure(preset),
         (
             *(Claim(f"a U-Net is better than linear patches, by {COLUMNS[column].title}, {setting}", column,
                     f"U-Net, {setting}", f"linear, {setting}")
@@ -47,4 +46,4 @@ def build_table(preset: str) -> Table:
 
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    lab.run_table(options, build_table(options.preset), partial(measure, options.preset))
+    lab.run_table(options, build_table(options.preset))

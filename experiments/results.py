@@ -24,7 +24,8 @@ INTRODUCTION = """# The paper's tables at small scale
 
 The paper's claims, tested {hardware}: synthetic scenes of 32x32 pixels and Python's documentation, models of {smallest:.2f}
 to {largest:.2f} million parameters. Compare rows with each other, not with the paper's numbers. Negative results are
-included. The command below each table makes it again or resumes it (`--seeds`, `--variants` select cells).
+included. The command below each table makes it or resumes it (`--seeds`, `--variants` select cells; `--rerun-stale` trains
+cells of older code again).
 `python -m experiments.results` writes this page.
 
 - FID uses 48 features of a small network trained to caption these scenes (`transfusion/evaluation/small_network.py`). It
@@ -54,8 +55,8 @@ def write_page(options: Options) -> Path:
     for module in TABLES:
         table = module.build_table(options.preset)
         table_cells = {
-            lab.cell_folder(options, variant, seed): cell
-            for variant in table.variants for seed, cell in lab.read_cells_by_seed(options, variant).items()
+            lab.find_cell(options, table, variant, seed): cell
+            for variant in table.variants for seed, cell in lab.read_cells(options, table, variant).items()
         }  # fmt: skip
         if not table_cells:
             continue

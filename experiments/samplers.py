@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 
 from experiments.lab import format_markdown
-from experiments.scenes import ATTRIBUTES
+from experiments.measures import ATTRIBUTES
 from transfusion.data.sources import open_raw
 from transfusion.disk import OpenError
 from transfusion.evaluation.digits import draw_digits

@@ -19,7 +19,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,8 +42,10 @@ def build_table(preset: str) -> Table:
         tuple(make_variant(preset, f"{name} {size}", family, size, paper=PAPER.get(f"{name} {size}"))
               for name, family in FAMILIES.items() for size in SIZES),
         COLUMNS,
+        measure(preset),
         tuple(Claim(f"Transfusion is better than Chameleon at {size}, by {COLUMNS[column].title}", column,
                     f"Transfusion {size}", f"Chameleon {size}") for size in SIZES for column in PAPER_PARITY),
+        multimodal.prepare,
     )  # fmt: skip
 
 
@@ -75,8 +76,9 @@ class PowerLaw:
 
 def collect_points(options: Options, family: str, column: str) -> list[tuple[float, float]]:
     """(FLOPs, metric) of every run of a family."""
-    variants = [variant for variant in build_table(options.preset).variants if variant.name.startswith(family)]
-    cells = [cell for variant in variants for cell in read_cells(options, variant) if column in cell]
+    table = build_table(options.preset)
+    variants = [variant for variant in table.variants if variant.name.startswith(family)]
+    cells = [cell for variant in variants for cell in read_cells(options, table, variant).values() if column in cell]
     return [(6 * cell["parameters"] * cell["positions"], cell[column]) for cell in cells]
 
 
@@ -145,7 +147,7 @@ def plot(options: Options, path: Path) -> None:
 
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    lab.run_table(options, build_table(options.preset), partial(measure, options.preset), multimodal.prepare)
+    lab.run_table(options, build_table(options.preset))
     print(multimodal.describe_codecs(options), describe_parity(options), sep="\n")
     if has_several_sizes(options) and find_spec("matplotlib"):
         plot(options, options.out / "scaling.png")

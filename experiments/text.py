@@ -15,8 +15,6 @@ with images.)
     python -m experiments.text
 """
 
-from functools import partial
-
 from experiments import lab, multimodal
 from experiments.lab import Claim, Table
 from experiments.multimodal import COLUMNS, make_variant, measure
@@ -33,6 +31,7 @@ def build_table(preset: str) -> Table:
             make_variant(preset, "Chameleon: + codes", "chameleon", paper={"bits_per_byte": "11.8"}),
         ),
         {name: COLUMNS[name] for name in ("bits_per_byte", "positions", "minutes")},
+        measure(preset),
         (
             Claim("Transfusion's text is non-inferior to text alone within 3 % of perplexity", "bits_per_byte",
                   "Transfusion: + diffusion", "Llama, text alone", margin=0.01),
@@ -41,10 +40,11 @@ def build_table(preset: str) -> Table:
             Claim("post-norm and z-loss cost text quality", "bits_per_byte", "Llama, text alone",
                   "Chameleon, text alone: + post-norm, z-loss"),
         ),
+        multimodal.prepare,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    lab.run_table(options, build_table(options.preset), partial(measure, options.preset), multimodal.prepare)
+    lab.run_table(options, build_table(options.preset))
     print(multimodal.describe_codecs(options))

@@ -18,10 +18,11 @@ from benchmarks.timing import Figure, Setting, format_number, time_alternately
 from benchmarks.training import train_and_read_memory
 from tests.processes import context
 from tests.profile import few_samples
-from transfusion.config import DataConfig, ModelConfig, Run
+from transfusion.config import DataConfig, ModelConfig, Run, TrainingConfig
 from transfusion.model.mask import packed_mask
 from transfusion.parallel import CPUINFO, cpu_flags, has_cpu_bfloat16
 from transfusion.runs import SIZES, named_run
+from transfusion.sequence import collate
 from transfusion.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -30,9 +31,10 @@ HAS_AMX = "amx_tile" in cpu_flags(CPUINFO)  # oneDNN computes float32 in bfloat1
 
 
 def short_run(name: str) -> Run:
-    """A named run with few and short rows."""
+    """A recipe with few and short rows."""
     run = named_run(name)
-    return replace(run, data=replace(run.data, fit_documents=100, seq_len=64, rows=2))
+    data, training = replace(run.data, fit_documents=100, seq_len=64), replace(run.training, batch_size=2)
+    return replace(run, data=data, training=training)
 
 
 def memory_of_short_run(name: str) -> float | None:
@@ -87,9 +89,9 @@ def test_numbers_have_three_significant_digits():
 
 def test_half_of_the_positions_are_patches():
     with few_samples(1024):
-        loader = fixtures.make_paper_loader(seq_len=4096, rows=8)
+        loader = fixtures.make_paper_loader(seq_len=4096, batch_size=8)
     assert loader.encoder.vocabulary.size == SIZES["7b"].vocab_size
-    batches = [batch for batch, _ in islice(loader.batches(), 3)]
+    batches = [collate(rows, 4096, loader.vocabulary) for rows, _ in islice(loader.batches(), 3)]
     positions = sum(batch.positions for batch in batches)
     assert positions > 0.97 * 3 * 8 * 4096
     patches = sum(group.index.numel() for batch in batches for group in batch.groups)
@@ -98,7 +100,7 @@ def test_half_of_the_positions_are_patches():
 
 def test_measured_step_is_the_trainers_step():
     model = ModelConfig(width=32, layers=1, heads=2, intermediate_size=32)
-    run = Run("tiny", model, data=DataConfig(seq_len=512, rows=1))
+    run = Run("tiny", model, data=DataConfig(seq_len=512), training=TrainingConfig(batch_size=1))
     trainer = Trainer(run, Path(), fixtures.make_paper_loader(512, 1), {}, CPU)
     weight = trainer.model.head.weight.clone()
     step, *others = training.measure_steps(trainer, QUICK)
@@ -151,7 +153,7 @@ def test_rows_are_halved_until_they_fit(monkeypatch):
 
 
 def test_make_causal_gives_a_causal_mask():
-    batch, _ = next(fixtures.make_paper_loader(512, 2).batches())
+    batch = fixtures.make_paper_batch(512, 2)
     ((plain, _),) = training.make_causal([(batch, [])])
     assert torch.equal(
         packed_mask(plain.document_ids, plain.image_ids).dense, torch.ones(2, 1, 512, 512, dtype=torch.bool).tril()
@@ -162,7 +164,7 @@ def test_make_causal_gives_a_causal_mask():
 
 
 def test_different_attention_output_is_an_error():
-    batch, _ = next(fixtures.make_paper_loader(512, 1).batches())
+    batch = fixtures.make_paper_batch(512, 1)
     mask, tensors = packed_mask(batch.document_ids, batch.image_ids), [torch.randn(1, 2, 512, 16) for _ in range(4)]
     expected = attention.forward_backward(attention.dense_attention(mask.attn_bias), *tensors)
     attention.check_close(attention.forward_backward(mask.attend, *tensors), expected)
@@ -321,7 +323,7 @@ def test_ended_worker_is_an_error(tmp_path):
 def test_our_workload_has_the_shared_size():
     size = worker.LATENT_SIZE
     loader = compare.RandomLoader(fixtures.Vocabulary.build(worker.VOCAB_SIZE, [(size, size)], patch_size=1))
-    batch, _ = next(loader.batches())
+    batch = collate(next(loader.batches())[0], loader.seq_len, loader.vocabulary)
     markers = 2 + 2 * 2  # bos, eos, and around each image boi, eoi
     assert batch.positions == worker.POSITIONS + worker.BATCH_SIZE * markers == batch.tokens.numel()
     (group,) = batch.groups

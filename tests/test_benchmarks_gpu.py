@@ -115,11 +115,12 @@ def test_gpu_part_measures_training_with_its_loader(monkeypatch):
 def test_largest_run_fits_by_plan():
     run = named_run("7b")
     state = 20 * count_parameters(build_on_meta(run.model))
-    assert gpu.largest_run(run, 3 * state) == replace(run, data=replace(run.data, rows=8))
+    assert gpu.largest_run(run, 3 * state) == replace(run, training=replace(run.training, batch_size=8))
     part = gpu.largest_run(run, state // 2)
-    assert 1 < part.model.layers < 16 and part.data.rows in (4, 8)
+    assert 1 < part.model.layers < 16 and part.training.batch_size in (4, 8)
     assert estimate_memory(part, Machines()).all <= state // 2
-    more = replace(part, model=replace(part.model, layers=part.model.layers + 1), data=replace(run.data, rows=4))
+    model, training = replace(part.model, layers=part.model.layers + 1), replace(run.training, batch_size=4)
+    more = replace(part, model=model, training=training)
     assert estimate_memory(more, Machines()).all > state // 2
     with pytest.raises(ValueError, match="7b: one layer with 4 rows does not fit in 1,000 bytes"):
         gpu.largest_run(run, 1_000)

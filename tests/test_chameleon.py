@@ -62,7 +62,7 @@ def build_engine(seed: int = 0, context: int = 120, **options) -> Engine:
     generation = GenerationConfig(**{"guidance_scale": 2.0, "max_tokens": 8, "temperature": 0.0} | options)
     run = Run("tiny", config, DiffusionConfig(), DataConfig(seq_len=context), generation=generation)
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    return Engine(OpenedRun(run, tokenizer(), IdentityCodec(), VOCABULARY, {}, model, 0, torch.device("cpu")))
+    return Engine(OpenedRun("tiny", run, tokenizer(), IdentityCodec(), VOCABULARY, {}, model, 0, torch.device("cpu")))
 
 
 def logits_after(engine: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
@@ -278,7 +278,7 @@ def train(folders, name: str, *options: str) -> list[str]:
         "train", "small", "--data", str(folders / "data"),
         "--model.width", "32", "--model.layers", "2", "--model.heads", "2", "--model.intermediate-size", "48",
         "--training.steps", "3", "--training.validate-every", "3", "--training.preview-every", "3",
-        "--data.rows", "2", *options, "--out", str(folders / name),
+        "--training.batch-size", "2", *options, "--out", str(folders / name),
     ]  # fmt: skip
 
 

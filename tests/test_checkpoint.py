@@ -345,7 +345,7 @@ def test_missing_or_truncated_file_is_named(copy, name, size):
 def test_another_format_is_refused_with_both_numbers(copy, number):
     values = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(values | {"format": number, "versions": {"transfusion": "9.8"}}))
-    message = f"format {number}, written by transfusion 9.8; this version reads format 2"
+    message = f"format {number}, written by transfusion 9.8; this version reads format 3"
     with pytest.raises(OpenError, match=message) as error:
         open_checkpoint(copy)
     one_line(error)

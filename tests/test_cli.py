@@ -27,7 +27,7 @@ from transfusion.config import RopeScaling
 
 TINY_TRAINING = (
     "--training.steps 4 --training.warmup-steps 2 --training.checkpoint-every 2 --training.validate-every 4 "
-    "--training.preview-every 4 --data.rows 2 --data.shuffle-block 64 --generation.steps 2"
+    "--training.preview-every 4 --training.batch-size 2 --data.shuffle-block 64 --generation.steps 2"
 ).split()
 TINY_MODEL = "--model.width 32 --model.layers 2 --model.heads 2 --model.intermediate-size 64".split()
 TINY_FITTED = [*TINY_MODEL, *TINY_TRAINING]  # for data whose tokenizer and codec are fitted already

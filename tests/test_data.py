@@ -139,32 +139,33 @@ def encoder() -> DocumentEncoder:
     """Each byte is an id; images are not compressed."""
     tokenizer = Tokenizer.train(["abc"], 256)
     codec = Pixels.fit([np.arange(256, dtype=np.uint8).reshape(16, 16, 1)])
-    config = DataConfig(seq_len=96, rows=2, shuffle_block=32)
+    config = DataConfig(seq_len=96, shuffle_block=32)
     vocabulary = Vocabulary.build(tokenizer.size, [(4, 4), (8, 8)], patch_size=2)
     return DocumentEncoder(tokenizer, codec, vocabulary, config, seed=0)
 
 
-def loader(rank: int = 0, world: int = 1, seed: int = 0, **config) -> Loader:
+def loader(batch_size: int = 2, rank: int = 0, world: int = 1, seed: int = 0, **config) -> Loader:
     configured = replace(encoder(), config=replace(encoder().config, **config), seed=seed)
-    return Loader([Notes("one", 5000), Notes("two", 1000, 40)], configured, rank, world)
+    return Loader([Notes("one", 5000), Notes("two", 1000, 40)], configured, batch_size, rank, world)
 
 
 def take(number: int, loader: Loader, start: LoaderState = START) -> list:
-    return list(islice(loader.batches(start), number))
+    """The loader's rows of the first steps as batches, each with the state after it."""
+    return [(collate(rows, 96, loader.vocabulary), state) for rows, state in islice(loader.batches(start), number)]
 
 
 @examples(8)
-@given(st.integers(0, 99), st.integers(1, 3), st.sampled_from((5, 12, 16)))
-def test_ranks_split_the_rows_of_a_single_rank(seed, rows, block):
-    """Rank r of 4 gets the rows r, r + 4, ... of a single rank with a batch four times as large."""
-    single = take(4, loader(seed=seed, rows=4 * rows, shuffle_block=block))
-    ranks = [take(4, loader(rank, 4, seed, rows=rows, shuffle_block=block)) for rank in range(4)]
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 4), st.sampled_from((5, 12, 16)))
+def test_ranks_split_the_rows_of_a_single_rank(seed, rows, world, block):
+    """Rank r of 4 gets the rows r, r + 4, ... of each step of a single rank."""
+    single = take(4, loader(rows * world, seed=seed, shuffle_block=block))
+    ranks = [take(4, loader(rows * world, rank, world, seed, shuffle_block=block)) for rank in range(world)]
     for n, (batch, state) in enumerate(single):
         assert {batches[n][1] for batches in ranks} == {state}
-        for rank in range(4):
+        for rank in range(world):
             part = ranks[rank][n][0]
             for name in ("tokens", "position_ids", "document_ids", "image_ids"):
-                assert torch.equal(getattr(part, name), getattr(batch, name)[rank::4])
+                assert torch.equal(getattr(part, name), getattr(batch, name)[rank::world])
         keys = Counter(key for batches in ranks for group in batches[n][0].groups for key in group.keys)
         assert keys == Counter(key for group in batch.groups for key in group.keys)
         assert sum(batches[n][0].text_count for batches in ranks) == batch.text_count
@@ -175,9 +176,9 @@ def test_ranks_split_the_rows_of_a_single_rank(seed, rows, block):
     st.integers(0, 99), st.integers(1, 3), st.sampled_from((3, 8, 16)), st.integers(0, 7), st.integers(1, 2)
 )
 def test_loader_resumes_from_any_state(seed, rows, block, interrupted, world):
-    expected = take(9, loader(0, world, seed, rows=rows, shuffle_block=block))
+    expected = take(9, loader(rows * world, 0, world, seed, shuffle_block=block))
     state = expected[interrupted][1]
-    resumed = take(8 - interrupted, loader(0, world, seed, rows=rows, shuffle_block=block), state)
+    resumed = take(8 - interrupted, loader(rows * world, 0, world, seed, shuffle_block=block), state)
     for (batch, after), (resumed_batch, resumed_after) in zip(expected[interrupted + 1 :], resumed, strict=True):
         assert after == resumed_after
         assert same_batch(batch, resumed_batch)
@@ -185,7 +186,7 @@ def test_loader_resumes_from_any_state(seed, rows, block, interrupted, world):
 
 def test_iterators_of_one_loader_are_independent():
     expected, shared = take(6, loader()), loader()
-    iterator = shared.batches()
+    iterator = ((collate(rows, 96, shared.vocabulary), state) for rows, state in shared.batches())
     first = [next(iterator) for _ in range(3)]
     np.random.seed(1)
     torch.manual_seed(1)
@@ -198,7 +199,7 @@ def test_iterators_of_one_loader_are_independent():
 
 
 def test_batches_are_the_rows_of_the_blocks_in_order():
-    reader = loader(rows=3)
+    reader = loader(3)
     rows = [row for block in range(4) for row in reader.pack_block(block)]
     for n, (batch, _) in enumerate(take(len(rows) // 3, reader)):
         assert same_batch(batch, collate(rows[3 * n : 3 * n + 3], 96, reader.encoder.vocabulary))
@@ -221,7 +222,7 @@ def test_block_contains_each_of_its_documents_once(monkeypatch, together):
 
 def test_each_epoch_reads_every_document_once_in_a_new_order():
     sources = [Notes("one", 50), Notes("two", 13, 40)]
-    stream = Loader(sources, encoder()).stream
+    stream = Loader(sources, encoder(), 1).stream
     entries = [stream[n] for n in range(400)]
     for number, source in enumerate(sources):
         ids = [(epoch, id_) for index, epoch, id_ in entries if index == number]
@@ -230,7 +231,7 @@ def test_each_epoch_reads_every_document_once_in_a_new_order():
         assert all(sorted(order) == list(range(len(source))) for order in epochs)
         assert len({tuple(order) for order in epochs}) == len(epochs)
         assert [epoch for epoch, _ in ids] == sorted(epoch for epoch, _ in ids)
-    other_seed = Loader(sources, replace(encoder(), seed=1))
+    other_seed = Loader(sources, replace(encoder(), seed=1), 1)
     assert [other_seed.stream[n] for n in range(40)] != entries[:40]
 
 
@@ -282,7 +283,7 @@ def test_mixture_weights_are_shares_of_positions(weights, means):
     sources = [Notes(name, 20_000, mean) for name, mean, _ in zip("abc", means, weights, strict=False)]
     config = replace(encoder().config, sources=tuple("abc"[: len(weights)]), mixture_weights=tuple(map(float, weights)))
     with few_samples(1024):
-        reader = Loader(sources, replace(encoder(), config=config))
+        reader = Loader(sources, replace(encoder(), config=config), 1)
     positions = Counter()
     for source, epoch, id_ in (reader.stream[n] for n in range(1500)):
         document = reader.encoder.to_document(sources[source][id_], sources[source].name, epoch)
@@ -302,7 +303,7 @@ def small_run() -> tuple[DataConfig, DocumentEncoder]:
 def test_digits_and_topics_have_their_shares_within_a_few_blocks():
     config, fitted = small_run()
     with few_samples(1024):
-        reader = Loader(run_sources.open_sources(config, "train"), fitted)
+        reader = Loader(run_sources.open_sources(config, "train"), fitted, 1)
     positions = [0, 0]
     for n in range(3 * config.shuffle_block):
         source, epoch, id_ = reader.stream[n]
@@ -315,8 +316,12 @@ def test_heldout_batches_are_fixed_and_keep_their_captions():
     config, fitted = small_run()
     source = run_sources.open_sources(config, "heldout")[0]
     dropping = replace(fitted, config=replace(config, caption_dropout=1.0))
-    batches = heldout_batches(source, dropping, 40)
-    assert all(same_batch(*pair) for pair in zip(batches, heldout_batches(source, dropping, 40), strict=True))
+    batches = heldout_batches(source, dropping, 40, 8)
+    assert all(same_batch(*pair) for pair in zip(batches, heldout_batches(source, dropping, 40, 8), strict=True))
+    for num_rows in (1, 3, 100):
+        others = heldout_batches(source, dropping, 40, num_rows)
+        assert max(len(batch.tokens) for batch in others) <= num_rows
+        assert torch.equal(*(torch.cat([batch.tokens for batch in group]) for group in (batches, others)))
     documents = Counter(document for batch in batches for row in batch.documents for document in row)
     assert documents == Counter(f"digits {n}" for n in range(40))
     captions = {fitted.tokenizer.encode(name) for name in NAMES}

@@ -1,12 +1,16 @@
 """Experiments: cells are made once, stored and shown; the arguments of every table are valid."""
 
+import ast
 import json
 import math
+import os
 import re
 import shutil
 import statistics
+import sys
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -19,10 +23,13 @@ from scipy.stats import ttest_ind
 
 from experiments import (
     attention,
+    code_hash,
     drawings,
     editing,
+    edits,
     fault_tolerance,
     lab,
+    measures,
     multimodal,
     noise,
     optimizers,
@@ -32,6 +39,7 @@ from experiments import (
     scenes,
     text,
 )  # fmt: skip
+from experiments.code_hash import ROOT, find_modules, hash_source
 from experiments.lab import Claim, Column, Options, Table, Variant, cell_folder
 from experiments.scaling import PowerLaw
 from tests.processes import Process, run
@@ -44,6 +52,7 @@ from transfusion.config import Run
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
 from transfusion.model.transfusion import build_on_meta
+from transfusion.parallel import share_batch
 from transfusion.sequence import Vocabulary
 
 
@@ -53,30 +62,40 @@ def variants() -> list[Variant]:
     return [Variant(f"Width {width}", (*arguments, "--model.width", str(width))) for width in (32, 48)]
 
 
+def measure_width(engine) -> dict:
+    return {"width": engine.run.model.width}
+
+
+def measure_nothing(engine) -> dict:
+    raise AssertionError("a cell is measured that exists")
+
+
+def make_table(variants, measure=measure_width, **more) -> Table:
+    return Table("widths", variants, {"width": Column("width", ".0f"), "text_loss": Column("text loss", ".3f", "lower")},
+                 measure, **more)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def filled(variants, tmp_path_factory) -> tuple[Options, list[str]]:
-    """A table of two variants and two seeds with three of its cells made, and the cells in the order of measurement."""
-    options, measured = Options(tmp_path_factory.mktemp("table"), seeds=(0, 1)), []
-
-    def measure(engine):
-        measured.append(f"{engine.run.model.width} {engine.run.training.seed}")
-        return {"width": engine.run.model.width}
-
+    """A table of two variants and two seeds with three of its cells made, and the files whose code was executed for it."""
+    options, files = Options(tmp_path_factory.mktemp("table"), seeds=(0, 1)), set()
+    before = sys.gettrace()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab, "run_command", command)  # in this process: starting a new one takes longer than training
-        lab.fill_cells(Options(options.out, seeds=(0,)), variants, measure)
-    lab.fill_cells(Options(options.out, ("Width 48",), (0, 1)), variants, measure)
-    return options, measured
+        sys.settrace(lambda frame, event, _: files.add(frame.f_code.co_filename))
+        lab.fill_cells(replace(options, seeds=(0,)), make_table(variants))
+        sys.settrace(before)
+        lab.fill_cells(replace(options, variants=("Width 48",)), make_table(variants))
+    return options, files
 
 
 def test_each_cell_is_made_once_under_any_row_name(filled, variants):
-    options, measured = filled
-    assert measured == ["32 0", "48 0", "48 1"]
-    lab.fill_cells(Options(options.out, seeds=(0,)), [replace(variants[0], name="Narrow")], lambda engine: 1 / 0)
+    options, table = filled[0], make_table(variants)
     folders = {path.parent for path in options.out.rglob("measured.json")}
-    assert folders == {cell_folder(options, variants[n], seed) for n, seed in ((0, 0), (1, 0), (1, 1))}
-    changed = Options(options.out, train=("--training.steps=5",))
-    assert cell_folder(changed, variants[0], 0) != cell_folder(options, variants[0], 0)
+    assert folders == {cell_folder(options, table, variants[n], seed) for n, seed in ((0, 0), (1, 0), (1, 1))}
+    lab.fill_cells(replace(options, seeds=(0,)), make_table([replace(variants[0], name="Narrow")], measure_nothing))
+    changed = replace(options, train=("--training.steps=5",))
+    assert cell_folder(changed, table, variants[0], 0) != cell_folder(options, table, variants[0], 0)
 
 
 def test_train_options_are_appended(monkeypatch):
@@ -87,23 +106,25 @@ def test_train_options_are_appended(monkeypatch):
 
 
 def test_cell_contains_measurements_and_heldout_losses(filled, variants):
-    folder = cell_folder(filled[0], variants[0], 0)
+    folder = cell_folder(filled[0], make_table(variants), variants[0], 0)
     values = json.loads((folder / "measured.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "heldout_text_loss/digits" in line][-1]
     assert values["text_loss"] == last["heldout_text_loss/digits"]
     assert values["image_loss"] == last["heldout_image_loss/digits"]
+    assert values["velocity_error"] == last["heldout_velocity_error/digits"]
+    assert not [name for name in values if "by_t" in name]
     assert values["parameters"] > 0 and values["minutes"] > 0 and values["positions"] > 0
-    assert values["commit"] and values["machine"]
+    assert values["machine"] and re.fullmatch(r"[0-9a-f]{7,}(\+changes)?|unknown", values["commit"])
 
 
 def test_table_shows_means_and_standard_deviations(filled, variants, capsys):
     options, _ = filled
-    cells = lab.read_cells(options, variants[1])
     rows = [variants[0], replace(variants[1], paper={"width": "768"}), Variant("Not made", ())]
     claims = [Claim("wide is better", "text_loss", "Width 48", "Width 32"), Claim("none", "width", "Not made", "Width 32")]
-    columns = {"width": Column("width", ".0f"), "text_loss": Column("text loss", ".3f", "lower")}
-    lab.show_table(options, Table("widths", rows, columns, claims))
+    table = make_table(rows, claims=claims)
+    cells = [*lab.read_cells(options, table, variants[1]).values()]
+    lab.show_table(options, table)
     printed = capsys.readouterr().out
     assert printed == (options.out / "widths.md").read_text()
     head, _, narrow, wide, paper, *rest = printed.splitlines()
@@ -118,21 +139,18 @@ def test_table_shows_means_and_standard_deviations(filled, variants, capsys):
     assert contents["cells"]["Width 48"] == cells
 
 
-def test_unknown_variant_is_an_error(filled, variants):
-    with pytest.raises(SystemExit, match="unknown variant 'Width 64'; use 'Width 32', 'Width 48'"):
-        lab.fill_cells(Options(filled[0].out, ("Width 64",)), variants, lambda engine: {})
-
-
 def test_stopped_run_is_not_measured(filled, variants, tmp_path, monkeypatch):
-    """A stopped command leaves a checkpoint and exit code 0, but training is not complete."""
-    folder = cell_folder(Options(tmp_path), variants[0], 0)
-    shutil.copytree(cell_folder(filled[0], variants[0], 0), folder)
+    """Under torchrun a stopped command ends with exit code 0, but training is not complete."""
+    table = make_table(variants[:1])
+    folder = cell_folder(Options(tmp_path), table, variants[0], 0)
+    shutil.copytree(cell_folder(filled[0], table, variants[0], 0), folder)
     (folder / "measured.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step-000004")
     (folder / "checkpoints" / "latest").write_text("step-000002")
     monkeypatch.setattr(lab, "run_command", lambda *arguments: None)
+    monkeypatch.setattr(lab, "check_cell", lambda *arguments: None)
     with pytest.raises(SystemExit, match="stopped"):
-        lab.fill_cells(Options(tmp_path, seeds=(0,)), variants[:1], lambda engine: {})
+        lab.fill_cells(Options(tmp_path, seeds=(0,)), table)
     assert not (folder / "measured.json").exists()
 
 
@@ -142,11 +160,147 @@ def test_failed_command_exits_with_its_code():
     assert error.value.code == 2
 
 
+# The code of a cell
+
+
+SOURCE = """
+import os  # a comment
+def rate(step: int, most: float = 4e-3) -> float:
+    '''The learning rate.'''
+    text = f"{step:{os.sep}>10} of {most}" "" 'x'
+    return most * min(1, step / 100) if step else 0
+"""
+
+
+def test_hash_of_code_ignores_how_it_is_written():
+    """Neither comments, docstrings, quotes, brackets nor empty lines change it; a constant, a name or an order does."""
+    same = [
+        ast.unparse(ast.parse(SOURCE)), SOURCE.replace("  # a comment", ""), SOURCE.replace("The learning", "Another"),
+        SOURCE.replace("    '''The learning rate.'''\n", ""), SOURCE.replace("4e-3", "0.0040"),
+        SOURCE.replace("step: int,", "\n\n  step: int, # steps\n"), SOURCE.replace("step / 100)", "(step / 100))"),
+    ]  # fmt: skip
+    others = [SOURCE.replace(*pair) for pair in (("4e-3", "5e-3"), ("min", "max"), ("1, step / 100", "step / 100, 1"),
+                                                 ("'x'", "'y'"), (">10", ">11"), ("else 0", "else None"))]  # fmt: skip
+    assert {hash_source(text.encode()) for text in same} == {hash_source(SOURCE.encode())}
+    assert len({hash_source(text.encode()) for text in [SOURCE, *others]}) == 7
+
+
+def test_hash_of_code_is_the_same_in_every_version_of_python():
+    assert hash_source(SOURCE.encode())[:8] == "07c0c538"
+
+
+def test_code_of_a_cell_is_what_trains_and_measures(filled):
+    """All code that is executed for a cell is in its hash. What only serves or shows is not, nor are the tables."""
+    code = make_table([]).code(Variant("", ()))[:2]  # without the measure, which is in this file
+    found = {str(path) for path in find_modules(*code).values()}
+    executed = {name for name in filled[1] if name.startswith((f"{ROOT}/transfusion/", f"{ROOT}/experiments/"))}
+    starting = {str(ROOT / "experiments" / name) for name in ("lab.py", "code_hash.py")}
+    assert len(executed) > 30 and executed - found <= starting, executed - found
+    image_table, table_of_edits = noise.build_table("cpu"), editing.build_table("cpu")
+    modules = find_modules(*image_table.code(Variant("", ())), *table_of_edits.code(Variant("", (), "prepared data")))
+    assert {name for name in modules if name.startswith("experiments.")} == {"experiments.measures", "experiments.edits"}
+    assert {"transfusion.objective", "transfusion.evaluation.fid", "transfusion.data.prepare"} <= modules.keys()
+    assert not [name for name in modules if "serving" in name] and "transfusion.report.write" not in modules
+
+
+@pytest.fixture
+def copied(filled, tmp_path) -> Options:
+    """The cells of `filled`, to be changed."""
+    shutil.copytree(filled[0].out, tmp_path / "table")
+    return replace(filled[0], out=tmp_path / "table")
+
+
+def change_code(monkeypatch) -> None:
+    """As if a constant had changed since the cells were made."""
+    monkeypatch.setattr(lab, "hash_code", lambda *modules: "0a1b2c3d")
+
+
+def test_cell_of_older_code_is_marked_until_it_is_made_again(copied, variants, monkeypatch, capsys):
+    table, old = make_table(variants, measure_nothing), lab.find_cell(copied, make_table(variants), variants[1], 0)
+    path = old / "measured.json"
+    write_json(path, read_json(path) | {"commit": "abc1234+changes"})
+    lab.fill_cells(replace(copied, seeds=(0,)), table)
+    lab.show_table(copied, table)
+    assert "abc1234" not in capsys.readouterr().out
+    change_code(monkeypatch)
+    lab.fill_cells(replace(copied, seeds=(0,)), table)  # none is missing
+    lab.show_table(copied, table)
+    printed = capsys.readouterr().out
+    commit = read_json(copied.out / "widths.json")["cells"]["Width 48"][1]["commit"]
+    assert f"| Width 48 | 2 (1 of abc1234+changes, 1 of {commit}) | 48 ± 0 |" in printed and lab.STALE in printed
+
+    trained = []
+    monkeypatch.setattr(lab, "check_code", lambda *modules: None)
+    monkeypatch.setattr(lab, "check_cell", lambda *arguments: None)
+    monkeypatch.setattr(lab, "run_command", lambda *words: (trained.append(words[-1]), shutil.copytree(old, words[-1])))
+    again = replace(copied, seeds=(0,), variants=("Width 48",), rerun_stale=True)
+    for _ in range(2):  # the second time it is of this code
+        lab.fill_cells(again, make_table(variants))
+    assert trained == [lab.cell_folder(copied, table, variants[1], 0)] != [old]
+    capsys.readouterr()
+    lab.show_table(copied, table)
+    assert f"| Width 48 | 2 (1 of {commit}) |" in capsys.readouterr().out  # seed 1 is older
+    lab.show_table(replace(copied, seeds=(0,)), make_table(variants[1:]))
+    assert "| Width 48 | 1 |" in capsys.readouterr().out
+
+
+def test_newest_cell_of_older_code_is_shown(copied, variants, monkeypatch):
+    """Also one without a hash of its code in its name."""
+    table, old = make_table(variants), cell_folder(copied, make_table(variants), variants[0], 0)
+    without = old.parent.with_name(old.parent.name.partition("-")[0]) / old.name
+    without.mkdir(parents=True)
+    write_json(without / "measured.json", {"commit": "1", "width": 7})
+    os.utime(old / "measured.json", (1, 1))
+    assert lab.find_cell(copied, table, variants[0], 0) == old  # of this code, whatever its age
+    change_code(monkeypatch)
+    assert lab.find_cell(copied, table, variants[0], 0) == without
+    os.utime(without / "measured.json", (0, 0))
+    assert lab.find_cell(copied, table, variants[0], 0) == old
+
+
+def test_code_that_changes_while_a_table_is_made_stops_it(tmp_path, monkeypatch):
+    (tmp_path / "changing.py").write_text("rate = 1")
+    monkeypatch.setattr(code_hash, "ROOT", tmp_path)
+    code_hash.check_code("changing")
+    (tmp_path / "changing.py").write_text("rate = 1  # per step")
+    code_hash.check_code("changing")
+    (tmp_path / "changing.py").write_text("rate = 2")
+    with pytest.raises(SystemExit, match="the code has changed"):
+        code_hash.check_code("changing")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"variants": 2}, "variant 'Width 32' is given twice"),
+    ({"seeds": (0, 1, 0)}, "seed 0 is given twice"),
+    ({"chosen": ("Width 64",)}, "unknown variant 'Width 64'; use 'Width 32', 'Width 48'"),
+    ({"claim": ("width", "Width 48", "Width 64")}, "claim 'c': unknown variant 'Width 64'; use 'Width 32', 'Width 48'"),
+    ({"claim": ("widht", "Width 48", "Width 32")}, "claim 'c': unknown column 'widht'; use 'width', 'text_loss'"),
+    ({"words": ("--model.widht", "48")}, "variant 'Width 48': there is no option --model.widht"),
+    ({"words": ("--model.heads", "5")}, "variant 'Width 48': --model.heads 5: width 48 is not divisible by 5"),
+    ({"words": ("--training.seed", "7")}, "variant 'Width 48': --training.seed is set for each cell; use --seeds"),
+    ({"train": ("--out=x",)}, "variant 'Width 32': --out is set for each cell; use --seeds, --device or --out"),
+    ({"words": ("--data.sources", "shape"), "needs_data": True}, "variant 'Width 48': there is no source 'shape'"),
+    ({"words": ("--model.patch-size", "3"), "needs_data": True},
+     "variant 'Width 48': a latent of 8x8 cannot be divided into patches of side 3"),
+])  # fmt: skip
+def test_wrong_table_is_refused_before_anything_is_trained(variants, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(lab, "run_command", lambda *arguments: pytest.fail("something was trained"))
+    rows = [variants[0], replace(variants[1], arguments=(*variants[1].arguments, *change.get("words", ())))]
+    claims = [Claim("c", *change["claim"])] if "claim" in change else []
+    prepared = []
+    table = make_table(rows * change.get("variants", 1), claims=claims, prepare=prepared.append)
+    options = Options(tmp_path, change.get("chosen", ()), change.get("seeds", (0,)), change.get("train", ()))
+    with pytest.raises(SystemExit) as error:
+        lab.fill_cells(options, table)
+    assert message in error.value.code and "\n" not in error.value.code
+    assert prepared == ([options] if "needs_data" in change else [])
+
+
 # Verdicts
 
 
-def write_cell(options: Options, variant: Variant, seed: int, values: dict) -> None:
-    folder = cell_folder(options, variant, seed)
+def write_cell(options: Options, table: Table, variant: Variant, seed: int, values: dict) -> None:
+    folder = cell_folder(options, table, variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "measured.json", values)
 
@@ -154,10 +308,11 @@ def write_cell(options: Options, variant: Variant, seed: int, values: dict) -> N
 def verdict_on(folder: Path, first: list[float], second: list[float], column: Column, margin: float = 0.0) -> str:
     """The verdict on "A is better than B", with these values over seeds."""
     options, variants = Options(folder, seeds=tuple(range(9))), [Variant("A", ("a",)), Variant("B", ("b",))]
+    table = Table("t", variants, {"x": column}, measure_width)
     for variant, values in zip(variants, (first, second), strict=True):
         for seed, value in enumerate(values):
-            write_cell(options, variant, seed, {"x": value})
-    return lab.judge_claim(options, Table("t", variants, {"x": column}), Claim("", "x", "A", "B", margin))
+            write_cell(options, table, variant, seed, {"x": value})
+    return lab.judge_claim(options, table, Claim("", "x", "A", "B", margin))
 
 
 @pytest.mark.parametrize(("first", "second", "better", "verdict"), [
@@ -207,9 +362,10 @@ def test_power_law_fit_recovers_its_parameters(slope, factor, flops):
 def test_parity_ratio_is_a_ratio_of_compute(tmp_path):
     """Two families with the same slope; Transfusion needs a quarter of the compute for the same FID."""
     options = Options(tmp_path, seeds=(0,))
-    for n, variant in enumerate(scaling.build_table("cpu").variants):
+    table = scaling.build_table("cpu")
+    for n, variant in enumerate(table.variants):
         flops, factor = 6e12 * 2 ** (n % 3), 4 if variant.name.startswith("Transfusion") else 1
-        write_cell(options, variant, 0, {
+        write_cell(options, table, variant, 0, {
             "parameters": 1e6, "positions": flops / 6e6, "fid": (flops * factor) ** -0.5, "cider": 0.0,
             "bits_per_byte": (flops * factor) ** 0.1})  # fmt: skip
     assert math.isclose(scaling.parity_ratio(options, "fid"), 0.25, rel_tol=1e-6)
@@ -225,9 +381,10 @@ def test_parity_ratio_is_a_ratio_of_compute(tmp_path):
 @pytest.mark.parametrize(("advantage", "is_beyond"), [(4, False), (0.25, True)])
 def test_extrapolated_parity_ratio_is_marked(tmp_path, advantage, is_beyond):
     options = Options(tmp_path, seeds=(0,))
-    for n, variant in enumerate(scaling.build_table("cpu").variants):
+    table = scaling.build_table("cpu")
+    for n, variant in enumerate(table.variants):
         flops, factor = 6e12 * 2 ** (n % 3), advantage if variant.name.startswith("Transfusion") else 1
-        write_cell(options, variant, 0, {
+        write_cell(options, table, variant, 0, {
             "parameters": 1e6, "positions": flops / 6e6, "fid": (flops * factor) ** -0.5, "cider": 0.0,
             "bits_per_byte": 0.0})  # fmt: skip
     assert ("by FID: **4**, beyond Transfusion's largest run" in scaling.describe_parity(options)) == is_beyond
@@ -263,7 +420,7 @@ def test_variants_and_claims_of_a_table_are_valid(module, preset):
         kind = {"linear": "LinearPatches", "unet": "UNetPatches", "codes": "NoneType"}[run.model.patches]
         assert type(model.patches).__name__ == kind
         assert (run.data.seq_len, run.training.steps) == (320, (2 if run.data.prepared else 1) * numbers.steps)
-        assert run.data.rows == numbers.rows // (3 if run.data.sources == ("topics",) else 1)
+        assert run.training.batch_size == numbers.rows // (3 if run.data.sources == ("topics",) else 1)
     for claim in table.claims:
         assert {claim.first, claim.second} <= set(names) and claim.column in table.columns
 
@@ -279,7 +436,8 @@ def test_number_of_patches_matches_the_variant_name(preset):
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_tables_share_common_cells(preset):
     def cells(module) -> set[Path]:
-        return {cell_folder(Options(), variant, 0) for variant in module.build_table(preset).variants}
+        table = module.build_table(preset)
+        return {cell_folder(Options(), table, variant, 0) for variant in table.variants}
 
     for first, second, num_common in ((attention, patches, 2), (attention, noise, 1), (text, scaling, 2)):
         assert len(cells(first) & cells(second)) == num_common
@@ -293,6 +451,8 @@ def test_committed_cells_have_the_arguments_of_their_variant(module):
     assert list(cells) == [variant.name for variant in table.variants]
     for variant in table.variants:
         assert all(cell["arguments"] == list(variant.arguments) for cell in cells[variant.name])
+        assert {*re.findall(r"\d+ of (\w+)", lab.mark_stale(table, variant, cells[variant.name]))} == {
+            cell["commit"] for cell in cells[variant.name] if "code" not in cell}  # written before cells had a hash
 
 
 def test_learning_rates_are_formatted_without_padding():
@@ -301,22 +461,23 @@ def test_learning_rates_are_formatted_without_padding():
 
 def test_scenes_are_measured_and_drawn(tmp_path, monkeypatch):
     """All measurements and drawings of a run that is trained for two steps."""
-    monkeypatch.setattr(scenes, "NUM_SCENES", 60)
-    monkeypatch.setattr(scenes, "NUM_TRAINING_SCENES", 200)
+    monkeypatch.setattr(measures, "NUM_SCENES", 60)
+    monkeypatch.setattr(measures, "NUM_TRAINING_SCENES", 200)
     monkeypatch.setattr(small_network, "STEPS", 10)
     monkeypatch.setattr(lab, "run_command", command)
-    scenes.small_network.cache_clear()
+    measures.small_network.cache_clear()
     variant = scenes.make_variant("cpu", "tiny", "linear", 4, "S", "--generation.steps", "2", "--data.fit-documents", "50",
-                                  "--data.rows", "1", "--data.shuffle-block", "16")  # fmt: skip
+                                  "--training.batch-size", "1", "--data.shuffle-block", "16")  # fmt: skip
     options = Options(tmp_path, seeds=(0,), train=("--training.steps=2", "--training.warmup-steps=1"))
-    lab.fill_cells(options, [variant], partial(scenes.measure, "cpu"))
-    scenes.small_network.cache_clear()
-    (values,) = lab.read_cells(options, variant)
+    table = Table("t", [variant], scenes.COLUMNS, scenes.measure("cpu"))
+    lab.fill_cells(options, table)
+    measures.small_network.cache_clear()
+    (values,) = lab.read_cells(options, table, variant).values()
     assert scenes.COLUMNS.keys() <= values.keys()
     assert statistics.mean(values[name] for name in ("count", "colour", "shape", "size", "place")) == values["attributes"]
 
     variants = [variant, replace(variant, name="same run"), replace(variant, name="not made", arguments=())]
-    table = Table("t", variants, {})
+    table = replace(table, variants=variants)
     monkeypatch.setattr(drawings, "TABLES", [SimpleNamespace(build_table=lambda preset: table)])
     rows = drawings.draw_rows(options)
     assert {name: len(row) for name, row in rows.items()} == {"tiny": drawings.IMAGES_PER_ROW}
@@ -327,16 +488,17 @@ def test_scenes_are_measured_and_drawn(tmp_path, monkeypatch):
 @pytest.mark.parametrize("run", optimizers.LOSSES if THOROUGH else ["digits"])
 def test_cells_of_optimizers_have_all_columns(run, tmp_path, monkeypatch, capsys):
     """Of both optimizers, trained for two steps."""
-    monkeypatch.setattr(optimizers, "NUM_CAPTIONS", 4)
+    monkeypatch.setattr(measures, "NUM_CAPTIONS", 4)
     monkeypatch.setattr(lab, "run_command", command)
-    tiny = "--data.fit-documents=50", "--data.rows=1", "--data.shuffle-block=16", "--model.width=32", "--model.heads=2"
-    options = Options(tmp_path, seeds=(0,), train=(*tiny, "--training.steps=2", "--training.warmup-steps=1"))
+    tiny = "--data.fit-documents=50", "--data.shuffle-block=16", "--model.width=32", "--model.heads=2"
+    train = *tiny, "--training.batch-size=1", "--training.steps=2", "--training.warmup-steps=1"
+    options = Options(tmp_path, seeds=(0,), train=train)
     table = optimizers.build_table(run)
-    lab.run_table(options, table, optimizers.measure)
+    lab.run_table(options, table)
     for variant, optimizer in zip(table.variants, ("adamw", "muon"), strict=True):
-        (values,) = lab.read_cells(options, variant)
+        (values,) = lab.read_cells(options, table, variant).values()
         assert table.columns.keys() <= values.keys()
-        assert read_json(cell_folder(options, variant, 0) / "run.json")["run"]["training"]["optimizer"] == optimizer
+        assert read_json(cell_folder(options, table, variant, 0) / "run.json")["run"]["training"]["optimizer"] == optimizer
     assert capsys.readouterr().out.count("one seed each") == len(table.columns) - 1  # no claim on minutes
 
 
@@ -355,19 +517,20 @@ def test_codecs_differ_only_in_the_codebook(tmp_path, monkeypatch):
 
 
 def test_edit_changes_one_attribute_and_names_it(tmp_path, monkeypatch):
-    for before, instruction, after in editing.generate_edits("heldout", 50):
+    for before, instruction, after in edits.generate_edits("heldout", 50):
         (old,), (new,) = before.objects, after.objects
         assert before.centres == after.centres and old.size == new.size
         value = instruction.split()[3] if instruction.startswith("make it a ") else instruction.split()[2]
         assert value in (new.colour, new.shape) and value not in (old.colour, old.shape)
         assert (old.colour == new.colour) != (old.shape == new.shape)
-    monkeypatch.setattr(editing, "NUM_EDITS", 3)
-    lines = editing.write_edits(tmp_path / "files").read_text().splitlines()
+    monkeypatch.setattr(edits, "NUM_EDITS", 3)
+    lines = edits.write_edits(tmp_path / "files").read_text().splitlines()
     assert len(lines) == 3 and (tmp_path / "files" / json.loads(lines[2])["target"]).exists()
 
 
 def test_editing_without_its_base_run_is_an_error(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="first run python -m experiments.scaling --variants 'Transfusion L' --seeds 3 4"):
+    base = "first run python -m experiments.scaling --variants 'Transfusion L' --rerun-stale --seeds 3 4"
+    with pytest.raises(SystemExit, match=base):
         editing.main(Options(tmp_path, seeds=(3, 4)))
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}  # the table without new cells
     with pytest.raises(SystemExit, match="unknown variant 'tuned'"):
@@ -377,8 +540,9 @@ def test_editing_without_its_base_run_is_an_error(tmp_path, capsys):
 def test_page_contains_the_tables_that_have_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "DOCS", tmp_path)
     options = Options(tmp_path / "lab", seeds=(0,))
-    for variant in (*noise.build_table("cpu").variants, *text.build_table("cpu").variants):
-        write_cell(options, variant, 0, {
+    tables = noise.build_table("cpu"), text.build_table("cpu")
+    for made, variant in [pair for table in tables for pair in product([table], table.variants)]:
+        write_cell(options, made, variant, 0, {
             "commit": "abc", "machine": "a", "threads": 1, "minutes": 2.0,
             "fid": 3.0, "captions": 0.5, "right": 0.5, "attributes": 0.5, "gap": 0.1,
             "image_loss": 0.1, "text_loss": 1.0, "bits_per_byte": 2.0, "cider": 1.0, "parameters": 10, "positions": 10,
@@ -389,8 +553,7 @@ def test_page_contains_the_tables_that_have_cells(tmp_path, monkeypatch):
     assert "## Table 8 at small scale" in page and "## Table 4 at small scale" in page and "## Section 4.5" not in page
     assert "`python -m experiments.noise`: 3 runs of 0.0 million positions, 6 minutes" in page and "no verdict" in page
     assert "at least two sizes of both" in page  # shared variants appear in other tables: two in Table 3, one in 5 and in 6
-    tables = {path.stem for path in (tmp_path / "results").iterdir()}
-    assert tables == {"noise", "text", "scaling", "attention", "patches"}
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == {"noise", "text", "scaling", "attention", "patches"}
 
 
 def inject_faults(folder: Path, monkeypatch, faults: int, steps: int, seed: int) -> object:
@@ -402,6 +565,12 @@ def inject_faults(folder: Path, monkeypatch, faults: int, steps: int, seed: int)
     with pytest.raises(SystemExit) as error:
         fault_tolerance.main(fault_tolerance.Options(folder, faults))
     return error.value.code
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_interrupted_run_trains_on_one_and_on_two_processes(world):
+    batch_size = parse_arguments(*fault_tolerance.RUN).training.batch_size
+    assert share_batch(batch_size, world) * world == batch_size
 
 
 @pytest.mark.slow

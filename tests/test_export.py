@@ -166,7 +166,7 @@ def test_model_card_has_the_licence_and_the_text_about_the_model(run, tmp_path, 
     command("export", run, "--out", tmp_path / "out", *options)
     card = huggingface_hub.ModelCard((tmp_path / "out" / "README.md").read_text())
     assert card.data.to_dict()["license"] == "cc-by-sa-4.0"
-    assert "\n# numbers\n" in card.text and open_run(tmp_path / "out").run.name == "numbers"
+    assert "\n# numbers\n" in card.text and open_run(tmp_path / "out").opened.name == "numbers"
     assert f"moving average (EMA).\n\n{text}\n## How to use it\n" in card.text
     assert "## Licence\n\nThe weights are licensed under `cc-by-sa-4.0`.\n\n## Results" in card.text
     for wrong in ("CC BY", "x\ntags: []", ""):
@@ -404,7 +404,7 @@ def test_exported_run_of_another_version_is_refused_with_its_version(copy, tmp_p
     model = values["run"]["model"]
     model["hidden"] = model.pop("intermediate_size")  # a field of 0.1.0
     edit_json(copy / "config.json", format=1, versions={"transfusion": "0.1.0"}, run=values["run"])
-    message = "has format 1, written by transfusion 0.1.0; this version reads format 2"
+    message = "has format 1, written by transfusion 0.1.0; this version reads format 3"
     for opening in (open_run, Transfusion.from_pretrained):
         with pytest.raises(OpenError, match=message):
             opening(copy)

@@ -105,11 +105,11 @@ def test_constructed_models_compute_finite_values(values):
     (lambda: GenerationConfig(top_p=0), "top_p must be above 0 and at most 1, not 0.0"),
     (lambda: Run("a", model={"width": 8}), "model must be a ModelConfig, not {'width': 8}"),
     (lambda: RopeScaling(8, 4, 4), "high_frequency_factor must be above low_frequency_factor, 4.0, not 4.0"),
-    (lambda: from_json(Run, {}), "the field name is missing"),
+    (lambda: from_json(Run, {}), "the field recipe is missing"),
     (lambda: from_json(Run, []), "the config must be an object, not a list"),
-    (lambda: from_json(Run, {"name": "a", "model": {"hidden": 8}}), "unknown field model.hidden"),
-    (lambda: from_json(Run, {"name": "a", "training": {"betas": [0.9]}}), "training.betas must be 2 numbers, not [0.9]"),
-    (lambda: from_json(Run, {"name": "a", "training": {"max_grad_norm": 0}}), "max_grad_norm must be above 0, not 0.0"),
+    (lambda: from_json(Run, {"recipe": "a", "model": {"hidden": 8}}), "unknown field model.hidden"),
+    (lambda: from_json(Run, {"recipe": "a", "training": {"betas": [0.9]}}), "training.betas must be 2 numbers, not [0.9]"),
+    (lambda: from_json(Run, {"recipe": "a", "training": {"max_grad_norm": 0}}), "max_grad_norm must be above 0, not 0.0"),
 ])  # fmt: skip
 def test_messages(make, message):
     with pytest.raises(ValueError) as error:
@@ -224,12 +224,12 @@ def test_options_of_a_command_are_checked(words, message):
 def test_data_is_a_short_name_of_prepared_data(words):
     run, args = parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--from=c"])
     assert run.data.prepared == ("a", "b")
-    assert run.data.sources == run.data.mixture_weights == ()  # those of the named run are replaced
+    assert run.data.sources == run.data.mixture_weights == ()  # those of the recipe are replaced
     assert args.start == "c"
     chosen, _ = parse_run(runs.Train, "train", named_run("digits"), [*words.split(), "--data.sources=d"])
     assert chosen.data.sources == ("d",)
 
 
-def test_sources_replace_those_of_the_named_run_with_their_weights():
+def test_sources_replace_those_of_the_recipe_with_their_weights():
     run, _ = parse_run(runs.Train, "train", named_run("digits"), ["--data.sources", "digits"])
     assert run.data.sources == ("digits",) and run.data.mixture_weights == ()

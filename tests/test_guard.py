@@ -43,7 +43,7 @@ BAD = (math.nan, math.inf, -math.inf)
 
 def a_run(steps: int = 8, skip: int = 0, spike: float | None = None, **training) -> Run:
     return replace(
-        small_run(steps, 2, **training), fault_tolerance=FaultToleranceConfig(skip_nonfinite=skip, skip_spikes_above=spike)
+        small_run(steps, **training), fault_tolerance=FaultToleranceConfig(skip_nonfinite=skip, skip_spikes_above=spike)
     )
 
 

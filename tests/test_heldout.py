@@ -387,9 +387,9 @@ def test_figures_include_only_held_out_pictures(tmp_path):
     assert [(n, caption) for n, caption, _ in read_pairs(heldout, 9)] == [(0, "held"), (1, "held")]
     assert all(np.array_equal(pixels, pixels_of(held)) for _, _, pixels in read_pairs(heldout, 9))
     assert [is_edit(both(prepared, "s1")[1][n]) for n in (0, 1)] == [False, True]
-    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256, rows=2)
+    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256)
     encoder = fit(data, 2, 0)
-    batches = [heldout_batches(source, encoder, 9) for source in open_sources(data, "heldout")]
+    batches = [heldout_batches(source, encoder, 9, 2) for source in open_sources(data, "heldout")]
     assert [sum(batch.image_count for batch in of_source) for of_source in batches] == [2, 1]  # the images in the loss
     assert count_leaks([(prepared.folder, prepared.metadata)]).shared == 1
 
@@ -398,11 +398,11 @@ def test_no_condition_of_a_held_out_edit_is_dropped(tmp_path):
     images = [to_url(encoded(n, "png")) for n in range(NUM_PICTURES)]
     records = [{"source": image, "instruction": "change", "target": images[n - 1]} for n, image in enumerate(images)]
     prepared = prepare_in(tmp_path / "out", [str(write_lines(tmp_path / "a.jsonl", records))])
-    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256, rows=2)
+    data = DataConfig(prepared=(str(prepared.folder),), seq_len=256)
     (source,), encoder = open_sources(data, "heldout"), fit(data, 2, 0)
     dropping = replace(encoder, config=replace(data, condition_text_dropout=0.5, condition_dropout=0.5))
-    expected = heldout_batches(source, encoder, 99)
-    assert all(same_batch(*pair) for pair in zip(heldout_batches(source, dropping, 99), expected, strict=True))
+    expected = heldout_batches(source, encoder, 99, 2)
+    assert all(same_batch(*pair) for pair in zip(heldout_batches(source, dropping, 99, 2), expected, strict=True))
     assert sum(len(group.keys) for batch in expected for group in batch.groups) == 2 * len(source)
 
 

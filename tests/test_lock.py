@@ -68,9 +68,25 @@ def test_status_is_how_training_ended(tmp_path):
         assert read_json(tmp_path / "status.json")["state"] == ("finished" if finished else "stopped")
     for error, line in ((ValueError("a line\nanother"), "a line"), (KeyboardInterrupt(), "KeyboardInterrupt")):
         with pytest.raises(type(error)), TrainingLock(tmp_path, SINGLE_PROCESS) as lock:
+            lock.begin()
             raise error
         status = read_json(tmp_path / "status.json")
         assert (status["state"], status["error"]) == ("failed", line)
+
+
+@pytest.mark.parametrize("error", [ValueError("refused"), SystemExit(75)])
+def test_refused_command_leaves_the_status_of_an_earlier_one(tmp_path, error):
+    """A script must not take a finished run for a failed one, because someone gave it a wrong option."""
+    with TrainingLock(tmp_path, SINGLE_PROCESS) as lock:
+        lock.end(finished=True)
+    before = (tmp_path / "status.json").read_bytes()
+    with pytest.raises(type(error)), TrainingLock(tmp_path, SINGLE_PROCESS):
+        raise error
+    assert (tmp_path / "status.json").read_bytes() == before
+    with pytest.raises(type(error)), TrainingLock(tmp_path, SINGLE_PROCESS) as lock:
+        lock.begin()
+        raise error
+    assert (tmp_path / "status.json").read_bytes() != before
 
 
 def test_new_folder_is_removed_after_an_error_unless_it_has_files(tmp_path):

@@ -112,7 +112,8 @@ def test_api_opens_and_serves_a_model(models, monkeypatch):
 def test_local_path_wins(models, written, capsys, kind):
     if kind == "folder":
         shutil.copytree(written, "emoji")
-        assert open_run("emoji").run.name == "tiny"
+        edit_json(Path("emoji/run.json"), run=read_json(Path("emoji/run.json"))["run"] | {"recipe": "mine"})
+        assert open_run("emoji").run.recipe == "mine"
         shutil.rmtree("emoji")
         Path("emoji").mkdir()
     else:
@@ -154,7 +155,7 @@ def problems(folder: Path) -> list[str]:
     engine, card = open_run(folder), huggingface_hub.ModelCard((folder / "README.md").read_text())
     size = sum(path.stat().st_size for path in folder.iterdir())
     rules = {
-        "its run is called like its folder, which is its name in the API": engine.run.name == folder.name,
+        "its run is called like its folder, which is its name in the API": engine.opened.name == folder.name,
         "its weights are float16": read_json(folder / "config.json")["dtype"] == "float16",
         f"it has at most {MAX_BYTES} bytes": size <= MAX_BYTES,
         "its card has a licence": card.data.to_dict()["license"] != "unknown",

@@ -1,10 +1,11 @@
 """Several ranks train like one process: sharded weights, gradients, checkpoints and signals, over gloo on this machine."""
 
 import os
+import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
@@ -22,11 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.documents import in_double
 from tests.llama import write_llama
 from tests.processes import torchrun
-from tests.profile import THOROUGH
+from tests.profile import THOROUGH, examples
 from tests.ranks import World, precision
 from tests.sources import write_photos
 from tests.test_cli import TINY, command
 from tests.test_training import metrics_of, new_trainer, resumed_trainer, stop_at_step
+from tests.test_velocity_error import evaluate_guesser
 from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
@@ -43,9 +47,8 @@ from transfusion.disk import read_json
 from transfusion.model.transfusion import build_on_meta
 from transfusion.parallel import SINGLE_PROCESS, Ranks
 from transfusion.seeding import derive_seed
-from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
+from transfusion.sequence import NO_TARGET, Document, Image, Row, Text, Vocabulary, collate, encode_document
 from transfusion.training.codec import CodecTrainer
-from transfusion.training.guard import TrainingError
 from transfusion.training.trainer import Trainer
 
 STEPS = 20 if THOROUGH else 6
@@ -55,11 +58,11 @@ Outcome = tuple[dict[str, np.ndarray], list[dict]]  # tensors by name, and the l
 
 
 def a_run(
-    rows: int = 4, patches: str = "linear", steps: int = STEPS,
+    patches: str = "linear", steps: int = STEPS, batch_size: int = 4,
     parallel: ParallelConfig = ParallelConfig(), **training,  # noqa: B008
 ) -> Run:  # fmt: skip
     """Digits and texts in turn, so that rows have images, text or both."""
-    run = small_run(steps, rows, **{"validate_every": STEPS, "warmup_steps": 4} | training)
+    run = small_run(steps, batch_size, **{"validate_every": STEPS, "warmup_steps": 4} | training)
     model = replace(run.model, patches=patches, unet_width=16)
     return replace(run, model=model, data=replace(run.data, sources=("digits", "topics")), parallel=parallel)
 
@@ -125,8 +128,8 @@ KINDS = [("linear", torch.float32), ("unet", torch.float64)]
 @pytest.mark.parametrize(("patches", "dtype"), [*KINDS, ("linear", torch.float64)] if THOROUGH else KINDS)
 def test_two_ranks_train_like_one_process(pair, tmp_path, patches, dtype):
     """With half as many rows each."""
-    expected = train_alone(a_run(4, patches), dtype)
-    outcome, other_outcome = pair(train, tmp_path / "two", a_run(2, patches), dtype)
+    expected = train_alone(a_run(patches), dtype)
+    outcome, other_outcome = pair(train, tmp_path / "two", a_run(patches), dtype)
     assert_same(outcome, expected, TOLERANCE[dtype])
     assert_same(other_outcome, outcome, 0)
 
@@ -134,9 +137,9 @@ def test_two_ranks_train_like_one_process(pair, tmp_path, patches, dtype):
 @pytest.mark.parametrize("frozen", ["text_lr_scale", "image_lr_scale", "transformer_lr_scale"])
 def test_two_ranks_train_frozen_parts_like_one_process(pair, tmp_path, frozen):
     """No deadlock, with or without images on a rank, and the parts that are not frozen are trained as by one process."""
-    lr_scales = {frozen: 0.0}
-    expected = train_alone(a_run(4, steps=3, **lr_scales), torch.float64)
-    outcome, other_outcome = pair(train, tmp_path / "two", a_run(2, steps=3, **lr_scales), torch.float64)
+    run = a_run(steps=3, **{frozen: 0.0})
+    expected = train_alone(run, torch.float64)
+    outcome, other_outcome = pair(train, tmp_path / "two", run, torch.float64)
     assert_same(outcome, expected, 1e-9)
     assert_same(other_outcome, outcome, 0)
 
@@ -149,9 +152,9 @@ def train_with_muon(ranks: Ranks, folder: Path, run: Run) -> Outcome:
 
 def test_two_ranks_with_muon_train_like_one_process(pair, tmp_path):
     """In bfloat16 they agree as little as bfloat16 and float64 do: within a tenth of an update."""
-    runs = [a_run(rows, steps=3, warmup_steps=1, optimizer="muon") for rows in (4, 2)]
-    expected = train_with_muon(SINGLE_PROCESS, tmp_path / "one", runs[0])
-    outcome, other_outcome = pair(train_with_muon, tmp_path / "two", runs[1])
+    run = a_run(steps=3, warmup_steps=1, optimizer="muon")
+    expected = train_with_muon(SINGLE_PROCESS, tmp_path / "one", run)
+    outcome, other_outcome = pair(train_with_muon, tmp_path / "two", run)
     assert_same(outcome, expected, 1e-9)
     assert_same(other_outcome, outcome, 0)
 
@@ -185,28 +188,33 @@ def test_two_ranks_start_with_the_same_weights_as_one_process(pair, tmp_path, ki
         assert all(np.array_equal(value, expected[name]) for name, value in weights.items())
 
 
+def test_velocity_errors_of_two_ranks_are_those_of_one(pair, tmp_path):
+    (values, seen), (values_too, seen_too) = pair(evaluate_guesser, tmp_path / "two")
+    expected, all_seen = evaluate_guesser(SINGLE_PROCESS, tmp_path / "one")
+    assert values == values_too == pytest.approx(expected, rel=1e-12) and len(values) == 12
+    assert seen != seen_too and {*seen} | {*seen_too} == {*all_seen}  # each has its own batches
+
+
 class SyntheticLoader:
     """A loader of synthetic rows. `kinds` has one word per step, with one letter per row over all ranks."""
 
     def __init__(self, kinds: list[str], ranks: Ranks, vocabulary: Vocabulary):
         self.kinds, self.ranks, self.vocabulary = kinds, ranks, vocabulary
 
-    def batches(self, start) -> Iterator[tuple[Batch, LoaderState]]:
+    def batches(self, start) -> Iterator[tuple[list[Row], LoaderState]]:
         for step in count(start.block):
             kinds = list(enumerate(self.kinds[step % len(self.kinds)]))[self.ranks.rank :: self.ranks.world]
-            batch = in_double(collate([self._row(kind, 10 * step + n) for n, kind in kinds], LENGTH, self.vocabulary))
-            # The boi token before an image has a text loss; rows without text loss must not have it.
-            without_text = torch.tensor([kind in "in" for _, kind in kinds])  # (B,)
-            has_loss = ~without_text[batch.text_index // LENGTH]  # (T,)
-            batch = replace(batch, text_index=batch.text_index[has_loss], text_target=batch.text_target[has_loss])
-            yield batch, LoaderState(step + 1)
+            yield [self._row(kind, 10 * step + n) for n, kind in kinds], LoaderState(step + 1)
 
     def _row(self, kind: str, seed: int) -> Row:
         rng = np.random.default_rng(seed)
         image = Image(rng.standard_normal((1, 8, 8), dtype=np.float32), loss=kind != "n")
         text = Text(tuple(rng.integers(0, 200, 5).tolist()), loss=kind in "tb")
         segments = {"t": (text,), "i": (image, text), "b": (text, image), "n": (text, image)}[kind]
-        return Row((encode_document(Document(segments, seed, "made", derive_seed(seed)), self.vocabulary),))
+        chunk = encode_document(Document(segments, seed, "made", derive_seed(seed)), self.vocabulary)
+        if kind in "in":  # the boi token before an image has a text loss too
+            chunk = replace(chunk, targets=np.full_like(chunk.targets, NO_TARGET))
+        return Row((chunk,))
 
 
 # The row of each of two ranks in a step, by what has a loss: (t)ext, (i)mage, (b)oth, (n)othing (with an image as input).
@@ -217,8 +225,8 @@ MIXTURES = "ti bt tt tb it ib ii bi nb nt in nn tn".split()
 def train_synthetic(ranks: Ranks, folder: Path, patches: str) -> Outcome:
     """One step of each kind, in float64."""
     with precision(torch.float64):
-        run = a_run(patches=patches, steps=len(MIXTURES), validate_every=100)
-        trainer = new_trainer(folder, run, ranks=ranks)
+        run = a_run(patches, steps=len(MIXTURES), batch_size=2, validate_every=100)
+        trainer = new_trainer(folder, run, None, lambda batch, _: in_double(batch), ranks)
         trainer.heldout, trainer.loader = {}, SyntheticLoader(MIXTURES, ranks, prepared(run)[1].vocabulary)
         assert trainer.train()
         return gather_tensors(trainer), metrics_of(folder)
@@ -236,16 +244,62 @@ def test_synthetic_rows_have_the_losses_of_their_kind():
     """A check of the test above."""
     vocabulary = prepared(a_run())[1].vocabulary
     for rank, (texts, images) in enumerate(((True, True), (True, False), (False, True), (False, False))):
-        batch, _ = next(SyntheticLoader(["btin"], Ranks(rank, 4), vocabulary).batches(LoaderState()))
+        rows, _ = next(SyntheticLoader(["btin"], Ranks(rank, 4), vocabulary).batches(LoaderState()))
+        batch = collate(rows, LENGTH, vocabulary)
         assert (batch.text_count > 0, batch.image_count > 0) == (texts, images)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4] if THOROUGH else [4])
-def test_ranks_equal_gradient_accumulation(pair, tmp_path, accumulate):
-    """Also combined: 2 ranks that accumulate 2 micro-batches equal one process that accumulates 4."""
-    expected = train_alone(a_run(2, steps=STEPS // 2, accumulate=accumulate), torch.float64)
-    outcome, _ = pair(train, tmp_path / "two", a_run(2, steps=STEPS // 2, accumulate=accumulate // 2), torch.float64)
+@pytest.fixture(scope="module")
+def train_on(pair) -> Iterator[Callable[..., Outcome]]:
+    """`train_on(world, *args)` is the outcome of `train` on one, two or three ranks."""
+    trio = World(3)
+    worlds = {1: lambda function, *args: [function(SINGLE_PROCESS, *args)], 2: pair, 3: trio}
+    yield lambda world, *args: worlds[world](train, *args)[0]
+    trio.close()
+
+
+def split_run(micro_batch_size: int | None, patches: str = "linear", steps: int = STEPS) -> Run:
+    """A run of 6 rows per step, which one, two and three ranks share evenly."""
+    return a_run(patches, steps, 6, ParallelConfig(micro_batch_size=micro_batch_size))
+
+
+@examples(12, quick=3)
+@given(st.sampled_from((1, 2, 3)), st.integers(1, 7))
+@example(1, 4)  # passes of 4 and 2 rows
+@example(2, 2)  # of 2 and 1
+@example(3, 1)
+def test_ranks_and_micro_batches_change_no_weight_and_no_loss(train_on, world, micro_batch_size):
+    """Neither trained nor held-out losses. The micro batch may be larger than a rank's share."""
+    expected = train_alone(split_run(None, steps=3), torch.float64)
+    with TemporaryDirectory() as folder:
+        outcome = train_on(world, Path(folder) / "run", split_run(micro_batch_size, steps=3), torch.float64)
     assert_same(outcome, expected, 1e-9)
+
+
+@examples(200)
+@given(st.integers(1, 600), st.integers(1, 700))
+@example(512, 6)
+@example(1, 2)
+def test_batch_is_shared_evenly_or_refused_with_the_nearest_numbers_that_work(batch_size, world):
+    if batch_size % world == 0:
+        assert parallel.share_batch(batch_size, world) * world == batch_size
+        return
+    with pytest.raises(ValueError) as error:
+        parallel.share_batch(batch_size, world)
+    rule, fix = str(error.value).split(": ")
+    assert rule == f"training.batch_size {batch_size} is not divisible by {world} processes"
+    sizes, worlds = ([*map(int, re.findall(r"\d+", words))] for words in fix.split(", or "))
+    works = [size for size in range(1, batch_size + world) if size % world == 0]
+    assert sizes == [n for n in works if abs(n - batch_size) < world]
+    works = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    assert worlds == [n for n in works if n < world][-1:] + [n for n in works if n > world][:1]
+
+
+@examples(100)
+@given(st.integers(1, 40), st.integers(1, 8), st.none() | st.integers(1, 50))
+def test_rows_of_a_forward_pass_are_the_micro_batch_or_the_whole_share(share, world, micro_batch_size):
+    run = a_run(batch_size=share * world, parallel=ParallelConfig(micro_batch_size=micro_batch_size))
+    assert parallel.rows_per_pass(run, world) == (share if micro_batch_size is None else min(share, micro_batch_size))
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -273,7 +327,7 @@ def count_collectives(ranks: Ranks, folder: Path, run: Run) -> Counter:
 
 def test_step_has_no_needless_collectives(pair, tmp_path):
     """Each block but the last is gathered forward and backward; the last one and the rest of the model once."""
-    run = a_run(2, steps=4, validate_every=100)
+    run = a_run(steps=4, validate_every=100)
     run = replace(run, model=replace(run.model, layers=4))
     for counts in pair(count_collectives, tmp_path / "run", run):
         # Counts and stop flag; losses. DTensor's reduction of the gradient norm is not counted here.
@@ -283,21 +337,19 @@ def test_step_has_no_needless_collectives(pair, tmp_path):
 # Checkpoints
 
 
-@pytest.mark.parametrize("worlds", [(2, 1, 2), (1, 2, 1)] if THOROUGH else [(2, 1, 2)])
-def test_run_resumes_with_any_number_of_ranks(pair, tmp_path, worlds):
-    expected = train_alone(a_run(4, "unet"), torch.float64)
-    for world, stop_at in zip(worlds, (2, 4, None), strict=True):
-        run = a_run(4 // world, "unet")
-        if world == 1:
-            outcome = train(SINGLE_PROCESS, tmp_path / "run", run, torch.float64, stop_at)
-        else:
-            outcome, _ = pair(train, tmp_path / "run", run, torch.float64, stop_at)
+@pytest.mark.parametrize("sessions", [
+    [(2, 1), (3, None), (1, 4)], *([[(1, None), (3, 1), (2, 2)], [(3, 2), (1, 5), (2, None)]] if THOROUGH else []),
+])  # fmt: skip
+def test_run_resumes_with_any_number_of_ranks_and_micro_batch(train_on, tmp_path, sessions):
+    expected = train_alone(split_run(None, "unet"), torch.float64)
+    for (world, micro_batch_size), stop_at in zip(sessions, (2, 4, None), strict=True):
+        outcome = train_on(world, tmp_path / "run", split_run(micro_batch_size, "unet"), torch.float64, stop_at)
     assert_same(outcome, expected, 1e-9)
 
 
 def test_resumed_ranks_equal_uninterrupted_and_one_process_opens_their_checkpoint(pair, tmp_path):
     """Bit for bit."""
-    run = a_run(2, "unet" if THOROUGH else "linear", steps=4, checkpoint_every=2)
+    run = a_run("unet" if THOROUGH else "linear", steps=4, checkpoint_every=2)
     expected, _ = pair(train, tmp_path / "one", run)
     for stop_at in (1, 3, None):
         outcome, _ = pair(train, tmp_path / "run", run, torch.float32, stop_at)
@@ -316,7 +368,7 @@ def flip_bit(path: Path) -> None:
 
 def test_all_ranks_use_the_checkpoint_before_a_damaged_one(pair, tmp_path):
     """Whichever rank hashes the damaged file."""
-    run = a_run(2, steps=4, checkpoint_every=2, keep_checkpoints=3)
+    run = a_run(steps=4, checkpoint_every=2, keep_checkpoints=3)
     expected, _ = pair(train, tmp_path / "one", run)
     shards = sorted(path.name for path in (tmp_path / "one" / "checkpoints" / "step-000004" / "model").iterdir())
     assert len(shards) == 2
@@ -337,7 +389,7 @@ def test_activation_checkpointing_changes_nothing(pair, tmp_path, ranks):
     """Bit for bit; and the blocks run twice."""
     outcomes, counts = [], []
     for enabled in (False, True):
-        args = tmp_path / str(enabled), a_run(2, steps=3, parallel=ParallelConfig(activation_checkpointing=enabled))
+        args = tmp_path / str(enabled), a_run(steps=3, parallel=ParallelConfig(activation_checkpointing=enabled))
         train = train_and_count_passes
         outcome, count = train(SINGLE_PROCESS, *args) if ranks == 1 else pair(train, *args)[0]
         outcomes.append(outcome)
@@ -376,7 +428,7 @@ CASES = [(1, True), (2, False)]  # ranks, activation checkpointing; `make test-a
 @pytest.mark.parametrize(("ranks", "checkpointing"), [*CASES, (1, False), (2, True)] if THOROUGH else CASES)
 def test_compiled_blocks_train_the_same_and_are_compiled_once(pair, tmp_path, ranks, checkpointing):
     """One process has more layers than dynamo's limit of recompilations."""
-    run = a_run(2, steps=4, parallel=ParallelConfig(activation_checkpointing=checkpointing, compile=True))
+    run = a_run(steps=4, parallel=ParallelConfig(activation_checkpointing=checkpointing, compile=True))
     run = replace(run, model=replace(run.model, layers=10 if ranks == 1 else 4))
     plain = replace(run, parallel=ParallelConfig(compile=False))
     if ranks == 1:
@@ -403,8 +455,8 @@ def train_with_previews(ranks: Ranks, folder: Path, run: Run) -> Outcome:
 
 def test_previews_on_two_ranks_change_nothing(pair, tmp_path):
     """Previews after every step, and held-out losses after every step, on every rank."""
-    expected, _ = pair(train, tmp_path / "one", a_run(2, steps=3, validate_every=100))
-    outcome, _ = pair(train_with_previews, tmp_path / "two", a_run(2, steps=3, validate_every=1))
+    expected, _ = pair(train, tmp_path / "one", a_run(steps=3, validate_every=100))
+    outcome, _ = pair(train_with_previews, tmp_path / "two", a_run(steps=3, validate_every=1))
     trained = [line for line in outcome[1] if "gradient_norm" in line]
     assert len(outcome[1]) == len(trained) + 4
     assert_same((outcome[0], trained), (expected[0], [line for line in expected[1] if "gradient_norm" in line]), 0)
@@ -428,7 +480,7 @@ def train_with_a_signal(ranks: Ranks, folder: Path, run: Run, number: int, step:
 
 
 def test_signal_to_one_rank_stops_all_after_the_same_step(pair, tmp_path):
-    run = a_run(2, steps=7 if THOROUGH else 4)
+    run = a_run(steps=7 if THOROUGH else 4)
     expected, _ = pair(train, tmp_path / "one", run)
     signals = ((signal.SIGTERM, 1, 0), (signal.SIGUSR1, 3, 1), (signal.SIGINT, 5, 1))
     for number, step, to in signals if THOROUGH else signals[:2]:
@@ -448,11 +500,11 @@ def test_hybrid_sharding_trains_like_one_process(tmp_path):
     One process resumes from their checkpoint, and they resume from its checkpoint. Machines add up the gradients of each of
     their 3 units once, although there are two micro-batches.
     """
-    run = a_run(4, "unet" if THOROUGH else "linear", steps=3, accumulate=2)
+    run = a_run("unet" if THOROUGH else "linear", steps=3, batch_size=8)
     if not THOROUGH:  # torch needs long to plan the first step of a U-Net's many parameters
         run = replace(run, model=replace(run.model, patch_size=1), data=replace(run.data, seq_len=128))
     assert any(len(parameter) == 1 for parameter in build_on_meta(run.model).patches.parameters())
-    hybrid = replace(run, data=replace(run.data, rows=1), parallel=ParallelConfig("hybrid"))
+    hybrid = replace(run, parallel=ParallelConfig("hybrid", micro_batch_size=1))
     expected = train_alone(run, torch.float64)
     world = World(4, per_machine=2)
     try:
@@ -463,7 +515,7 @@ def test_hybrid_sharding_trains_like_one_process(tmp_path):
         assert_same(outcome, expected, 1e-9)
         for other_outcome in others:
             assert_same(other_outcome, outcome, 0)
-        for counts in world(count_collectives, tmp_path / "counted", replace(hybrid, training=run.training)):
+        for counts in world(count_collectives, tmp_path / "counted", hybrid):
             assert counts["_reduce_scatter_base_"] == 2 * 3
             assert counts["allreduce_"] == 3 + 2
     finally:
@@ -537,15 +589,18 @@ def test_codec_training_is_the_same_on_two_ranks_and_resumes_with_any_number(pai
     assert_same(outcome, expected, 1e-9)
 
 
-def test_batch_size_not_divisible_by_ranks_is_refused(tmp_path):
-    with pytest.raises(TrainingError, match="batch_size 4 is not divisible by the 3 processes"):
+def test_batch_not_divisible_by_ranks_is_refused(tmp_path):
+    """By both trainers."""
+    with pytest.raises(ValueError, match="batch_size 8 is not divisible by 3 processes: use a batch size of 6 or 9, or 2"):
+        Trainer(a_run(batch_size=8), tmp_path, None, {}, torch.device("cpu"), Ranks(1, 3))
+    with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3 processes: use a batch size of 3 or 6, or 2"):
         CodecTrainer(AUTOENCODER, FITTING, tmp_path, np.zeros((30, 16, 16, 3), np.uint8), torch.device("cpu"), Ranks(1, 3))
 
 
 # Commands under torchrun
 
-TRAIN = ("train", "digits", *TINY, "--training.steps", 9, "--training.validate-every", 9, "--training.preview-every", 9,
-         "--training.log-every", 1)  # fmt: skip
+TRAIN = ("train", "digits", *TINY, "--training.batch-size", 4, "--training.steps", 9, "--training.log-every", 1,
+         "--training.validate-every", 9, "--training.preview-every", 9)  # fmt: skip
 
 
 def run_with_signal_at_step_6(number: int, *args: object) -> None:
@@ -571,7 +626,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def undisturbed(tmp_path_factory) -> Path:
     """A run of two processes under torchrun, for tests that compare with it."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert "training digits on 2 processes (cpu)" in torchrun(command, *TRAIN, "--out", folder)
+    assert f"training {folder} on 2 processes (cpu), recipe digits" in torchrun(command, *TRAIN, "--out", folder)
     return folder
 
 
@@ -585,13 +640,13 @@ def assert_same_runs(folder: Path, expected_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_train_under_torchrun_restarts_after_a_killed_process(undisturbed, tmp_path):
-    """kill -9, after which torchrun restarts both. The metrics are close to those of one process with as many rows."""
+    """kill -9, after which torchrun restarts both. The metrics are close to those of one process."""
     output = torchrun(run_with_signal_at_step_6, signal.SIGKILL, *TRAIN, "--out", tmp_path / "killed", restarts=1)
     assert "resuming from" in output
     assert "transfusion: another process of this run has stopped; see its error message" in output
     assert "Traceback" not in output
     assert_same_runs(tmp_path / "killed", undisturbed)
-    command(*TRAIN, "--data.rows", 4, "--out", tmp_path / "alone")
+    command(*TRAIN, "--out", tmp_path / "alone")
     pairs = zip(metrics_of(undisturbed), metrics_of(tmp_path / "alone"), strict=True)
     for line, expected in [(line, expected) for line, expected in pairs if "text_loss" in line]:
         assert line == pytest.approx(expected, rel=1e-3)

@@ -6,14 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory import MemoryCounter
-from tests.profile import THOROUGH
+from tests.profile import THOROUGH, examples
 from tests.test_cli import command, fails
-from transfusion import objective, plan
-from transfusion.config import DataConfig, Machines, ModelConfig, ParallelConfig, Run, to_json
+from transfusion import objective, parallel, plan
+from transfusion.cli.runs import Train
+from transfusion.cli.settings import parse_run
+from transfusion.config import DataConfig, Machines, ModelConfig, ParallelConfig, Run, TrainingConfig, to_json
 from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Block, RMSNorm, rope_cos_sin
 from transfusion.model.transfusion import build, build_on_meta, count_parameters
@@ -30,7 +34,8 @@ def one_row(length: int = 512, parallel: ParallelConfig = ParallelConfig(compile
     """A run like `digits` with one row in a batch, as in the plan."""
     digits = named_run("digits")
     config = replace(digits.model, **{"vocab_size": 640} | model)
-    return replace(digits, model=config, parallel=parallel, data=replace(digits.data, rows=1, seq_len=length))
+    return replace(digits, model=config, parallel=parallel, data=replace(digits.data, seq_len=length),
+                   training=replace(digits.training, batch_size=1))
 
 
 def measure(run: Run) -> tuple[int, int]:
@@ -110,7 +115,7 @@ def test_activation_checkpointing_saves_block_inputs(model):
 def test_compiled_bfloat16_block_matches_the_plan(model, monkeypatch):
     monkeypatch.setattr(RMSNorm, "forward", nn.RMSNorm.forward)  # as on CUDA
     config = ModelConfig(width=256, layers=1, heads=4, intermediate_size=768, **model)
-    run = Run("", config, data=DataConfig(rows=2, seq_len=64))
+    run = Run("", config, data=DataConfig(seq_len=64))
     block = Block(config, 0).bfloat16()
     block.compile(backend="aot_eager_decomp_partition", dynamic=False)
     x = torch.randn(2, 64, 256, dtype=torch.bfloat16, requires_grad=True)
@@ -148,15 +153,15 @@ def shard_bytes(request):
     ("7b", 64, "full"), ("7b", 64, "hybrid"), ("0.16b", 7, "full"), ("1.4b", 48, "full"),
 ])  # fmt: skip
 def test_first_rank_holds_the_planned_bytes(shard_bytes, size, gpus, shard):
-    run = Run(size, SIZES[size], parallel=ParallelConfig(shard=shard))
+    run = Run(size, SIZES[size], training=TrainingConfig(batch_size=gpus), parallel=ParallelConfig(shard=shard))
     assert shard_bytes(run.model, 0, gpus, shard) == plan.estimate_memory(run, Machines(gpus)).weights
 
 
 def test_ranks_hold_every_weight_once(shard_bytes):
     config = replace(SIZES["0.16b"], layers=2)
-    sizes = [shard_bytes(config, rank, 7) for rank in range(7)]
+    run, sizes = Run("", config, training=TrainingConfig(batch_size=7)), [shard_bytes(config, rank, 7) for rank in range(7)]
     assert sum(sizes) == FP32 * count_parameters(build_on_meta(config))
-    assert max(sizes) == sizes[0] == plan.estimate_memory(Run("", config), Machines(7)).weights
+    assert max(sizes) == sizes[0] == plan.estimate_memory(run, Machines(7)).weights
     assert sizes[0] > sizes[-1]  # sizes are not divisible by 7: the last rank holds less
 
 
@@ -201,15 +206,10 @@ def test_typical_row_is_full_at_any_length(length, patch_size, patches):
 def test_time_and_disk():
     run, machines = named_run("7b"), Machines(gpus=64, mfu=0.5, tflops=1000)
     estimate = plan.plan(run, machines)
-    assert estimate.positions == 250_000 * 8 * 4096 * 64
+    assert estimate.positions == 250_000 * 512 * 4096
     assert estimate.seconds == pytest.approx(estimate.positions * estimate.flops / (0.5 * 1e15 * 64))
     assert estimate.checkpoint == 16 * count_parameters(build_on_meta(run.model))
     assert estimate.usual_mfu * estimate.flops == pytest.approx(0.5 * estimate.usual_flops)
-
-
-@pytest.mark.parametrize(("positions", "accumulate"), [(2**21, 1), (2**23, 4), (5 * 2**20, 2), (1, 1)])
-def test_batch_gives_nearest_accumulation(positions, accumulate):
-    assert plan.with_batch(named_run("7b"), 64, positions).training.accumulate == accumulate
 
 
 # Ways to fit
@@ -230,11 +230,58 @@ def test_no_way_to_fit():
     assert not [*plan.ways_to_fit(named_run("7b"), Machines(8, memory=3_000_000_000))]
 
 
+@examples(100, quick=20)
+@given(st.sampled_from(("7b", "0.37b-unet", "shapes")), st.sampled_from((1, 2, 8)), st.integers(1, 24),
+       st.sampled_from((None, 1, 6, 8, 100)), st.integers(0, 24))  # fmt: skip
+@example("7b", 2, 10, None, 9)
+def test_fitted_micro_batch_is_the_largest_that_fits(name, gpus, share, own, num_fitting):
+    """Of a GPU with memory for `num_fitting` rows: up to the run's own, and with passes of one shape if it is not that."""
+    run = named_run(name)
+    training = replace(run.training, batch_size=gpus * share)
+    run = replace(run, training=training, parallel=ParallelConfig(micro_batch_size=own))
+    with_rows = [replace(run, parallel=ParallelConfig(micro_batch_size=n)) for n in range(1, share + 1)]
+    memory = [0, *(plan.estimate_memory(rows, Machines(gpus)).all for rows in with_rows)]
+    num_fitting, own = min(num_fitting, share), min(own or share, share)
+    fitted = plan.fit_micro_batch(run, Machines(gpus, memory=max(1, memory[num_fitting])))
+    if own <= num_fitting:
+        assert fitted == run
+    else:
+        smaller = [n for n in range(1, num_fitting + 1) if share % n == 0]
+        assert fitted == (with_rows[max(smaller, default=1) - 1] if own > 1 else run)
+
+
 # The command
 
 
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["0.16b"], "transfusion train 0.16b --data DIR"),
+    (["0.37b", "--memory=24GB", "--tflops", "165"],
+     "transfusion train 0.37b --data DIR --parallel.micro-batch-size 4"),
+    (["7b", "--data.sources", "shapes", "--gpus", "8", "--model.width=2048", "--parallel.micro_batch_size", "2"],
+     "torchrun --nproc-per-node 8 -m transfusion train 7b --data.sources shapes --model.width=2048 "
+     "--parallel.micro_batch_size 2"),
+    (["7b", "--gpus", "64", "--gpus_per_machine", "4", "--parallel.shard", "hybrid", "--parallel.activation-checkpointing"],
+     "torchrun --nnodes 16 --nproc-per-node 4 --rdzv-endpoint HOST:29500 -m transfusion train 7b --parallel.shard hybrid "
+     "--parallel.activation-checkpointing --data DIR"),
+    (["0.16b", "--gpus", "20", "--training.batch-size", "40"],
+     "torchrun --nnodes 4 --nproc-per-node 5 --rdzv-endpoint HOST:29500 -m transfusion train 0.16b --training.batch-size 40 "
+     "--data DIR"),
+])  # fmt: skip
+def test_command_to_type(capsys, arguments, expected):
+    """With the settings of the plan, for `train` and as many processes as GPUs."""
+    command("plan", *arguments)
+    assert f"Train it with:\n  {expected}\n" in capsys.readouterr().out
+    command("plan", *arguments, "--json")
+    values = json.loads(capsys.readouterr().out)
+    assert (values["command"], values["fits"]) == (expected, True)
+    name, *words = expected.partition("transfusion train ")[2].split()
+    run, _ = parse_run(Train, "train", named_run(name), words)
+    assert parallel.rows_per_pass(run, values["machines"]["gpus"]) == values["rows_per_pass"]
+    assert run.training.batch_size * run.data.seq_len == values["positions_per_step"]
+
+
 def test_table_equals_json(capsys):
-    arguments = ("plan", "7b", "--gpus", 64, "--memory", "80GB")
+    arguments = ("plan", "7b", "--gpus", 64, "--memory", "80GB", "--parallel.micro_batch_size", 8)
     command(*arguments)
     table = capsys.readouterr().out
     command(*arguments, "--json")
@@ -243,8 +290,8 @@ def test_table_equals_json(capsys):
     assert f"{values['parameters']['all']:,}" in table
     assert f"{values['memory']['activations'] / 1e9:.2f}" in table
     assert values["memory"]["all"] == sum(v for name, v in values["memory"].items() if name != "all")
-    assert not values["fits"]
-    assert "it would with --parallel.activation-checkpointing or" in table
+    assert not values["fits"] and "command" not in values and "Train it" not in table
+    assert "with --parallel.activation-checkpointing\n  or --parallel.micro-batch-size 4\n  or --gpus 128\n" in table
 
 
 def test_tables_lists_the_papers_rows(capsys):
@@ -266,7 +313,8 @@ def test_plan_without_a_run_shows_five_sizes(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == list(SIZES)
     assert max(map(len, lines)) <= 100
-    command("plan", "--data.rows", 2, "--json")
+    assert not any("train" in line for line in lines)  # a command for each would be too much
+    command("plan", "--training.batch-size", 2, "--json")
     plans = json.loads(capsys.readouterr().out)
     assert [values["run"] for values in plans] == list(SIZES)
     assert {values["positions_per_step"] for values in plans} == {2 * 4096}
@@ -286,18 +334,11 @@ def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     data = DataConfig(prepared=("/elsewhere",), seq_len=64)
     run = Run("mine", ModelConfig(width=64, layers=2, heads=2, vocab_size=384), data=data)
     (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
-    command("plan", tmp_path / "run.json", "--model.layers", 3, "--batch", "1k", "--json")
+    command("plan", tmp_path / "run.json", "--model.layers", 3, "--training.batch-size", 16, "--json")
     values = json.loads(capsys.readouterr().out)
     config = replace(run.model, layers=3)
     assert values["parameters"]["all"] == count_parameters(build_on_meta(config))
-    assert values["positions_per_step"] == 2 * 8 * 64
-
-
-def test_indivisible_batch_is_reported(capsys):
-    command("plan", "7b", "--gpus", 64, "--batch", "2M")
-    assert "--batch 2,000,000 is not a multiple of 2,097,152: the nearest is 2,097,152." in capsys.readouterr().out
-    command("plan", "7b", "--gpus", 64, "--batch", 2**22)
-    assert "--batch" not in capsys.readouterr().out
+    assert (values["positions_per_step"], values["rows_per_pass"]) == (16 * 64, 16)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -305,12 +346,12 @@ def test_indivisible_batch_is_reported(capsys):
     (["--gpus-per-machine", "0"], "--gpus-per-machine must be at least 1"),
     (["--memory", "80 apples"], "--memory takes a size, for example 80GB or 40GiB, not '80 apples'"),
     (["--memory", "80"], "not '80'"), (["--memory", "0GB"], "not '0GB'"), (["--memory=-1GB"], "not '-1GB'"),
-    (["--memory", "9" * 400 + "GB"], "--memory takes a size"), (["--batch", "many"], "--batch takes a number of positions"),
-    (["--batch", "2M", "--training.accumulate", "3"], "--batch decides training.accumulate: give only one of them"),
+    (["--memory", "9" * 400 + "GB"], "--memory takes a size"),
+    (["--gpus", "12"], "--training.batch-size 512 is not divisible by 12 processes: use a batch size of 504 or 516, or 8 "),
     (["--parallel.cpu-matmul", "bfloat16"], "--parallel.cpu-matmul has no effect on a plan, which is for GPUs"),
     (["--gpus-per-machine", "4"], "--gpus-per-machine has no effect without --parallel.shard hybrid"),
     (["--mfu", "40"], "--mfu must be between 0.001 and 1"), (["--tflops", "0"], "--tflops must be at least 0.001"),
-    (["--gpus", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
+    (["--gpus", "12", "--training.batch-size", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(capsys, arguments, message):
     stderr = fails(capsys, 2, "plan", "7b", *arguments)
@@ -319,4 +360,4 @@ def test_wrong_options_are_one_line(capsys, arguments, message):
 
 
 def test_unknown_run_is_reported(capsys):
-    assert "there is no run '8b'" in fails(capsys, 2, "plan", "8b")
+    assert "there is no recipe or folder '8b'" in fails(capsys, 2, "plan", "8b")

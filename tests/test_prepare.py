@@ -48,7 +48,7 @@ from transfusion.data.sources import fit, open_raw, open_sources
 from transfusion.data.store import PreparedFolder, ShardWriter, open_prepared
 from transfusion.data.survey import survey
 from transfusion.disk import OpenError, read_json
-from transfusion.sequence import Document, Image, Text, encode_document, split_chunk
+from transfusion.sequence import Document, Image, Text, collate, encode_document, split_chunk
 
 CONFIG = PrepareConfig(tokenizer_size=300, records_per_shard=16)
 
@@ -263,7 +263,7 @@ def test_one_run_reads_several_compatible_folders(tmp_path):
     texts = [{source.where(n): source[n].segments for n in range(len(source))} for source in sources[1:]]
     assert all(texts[0][where] == texts[1][where] for where in texts[0].keys() & texts[1].keys())
     assert fitted.vocabulary == encoder().vocabulary
-    assert Loader(sources, fitted).pack_block(0)
+    assert Loader(sources, fitted, 1).pack_block(0)
     with pytest.raises(ValueError, match="called photos"):
         encoder(prepared=(str(reference()), str(reference())))
     prepare(readers(), replace(CONFIG, tokenizer_size=280), tmp_path / "other")
@@ -570,18 +570,18 @@ def test_shards_without_documents_are_supported(tmp_path):
 
 @cache
 def encoder(**config) -> DocumentEncoder:
-    defaults = {"prepared": (str(reference()),), "seq_len": 64, "rows": 2, "shuffle_block": 24}
+    defaults = {"prepared": (str(reference()),), "seq_len": 64, "shuffle_block": 24}
     return fit(DataConfig(**defaults | config), patch_size=2, seed=0)
 
 
-def loader(rank: int = 0, world: int = 1, **config) -> Loader:
+def loader(batch_size: int = 2, rank: int = 0, world: int = 1, **config) -> Loader:
     fitted = encoder(**config)
-    return Loader(open_sources(fitted.config, "train"), fitted, rank, world)
+    return Loader(open_sources(fitted.config, "train"), fitted, batch_size, rank, world)
 
 
 def take(loader: Loader, start, count: int) -> list:
-    """The first `count` batches, each with the loader state after it."""
-    return list(islice(loader.batches(start), count))
+    """The loader's rows of the first `count` steps as batches, each with the loader state after it."""
+    return [(collate(rows, 64, loader.vocabulary), state) for rows, state in islice(loader.batches(start), count)]
 
 
 def test_every_position_of_an_epoch_is_read_exactly_once():
@@ -608,18 +608,18 @@ def test_number_of_workers_does_not_change_batches(workers):
     assert all(same_batch(a, b) and x == y for (a, x), (b, y) in zip(expected, actual, strict=True))
 
 
-RANK_CHANGES = [(1, 4, 4), (4, 1, 4), (2, 4, 8), (4, 2, 8), (1, 2, 8)]  # ranks before, ranks after, global rows
+RANK_CHANGES = [(1, 4, 4), (4, 1, 4), (2, 4, 8), (4, 2, 8), (1, 2, 8)]  # ranks before, ranks after, rows of a step
 
 
 @pytest.mark.parametrize(
     ("before", "after", "batch"), list(product((1, 2, 4), (1, 2, 4), (4, 8))) if THOROUGH else RANK_CHANGES
 )
 def test_number_of_ranks_may_change_when_a_run_resumes(before, after, batch):
-    """With the same global batch size the global batches are the same."""
-    uninterrupted = take(loader(rows=batch), START, 9)
+    """The steps have the same rows."""
+    uninterrupted = take(loader(batch), START, 9)
 
     def global_batches(world: int, start, count: int):
-        ranks = [take(loader(rank, world, rows=batch // world), start, count) for rank in range(world)]
+        ranks = [take(loader(batch, rank, world), start, count) for rank in range(world)]
         for parts in zip(*ranks, strict=True):
             assert len({state for _, state in parts}) == 1
             tokens = np.empty((batch, 64), np.int64)
@@ -640,14 +640,14 @@ def test_no_row_is_skipped_or_repeated_when_batch_sizes_change(sessions):
     """Each session has its own number of ranks and rows, and stops after a few batches."""
     state, read = START, []
     for world, rows, count in sessions:
-        ranks = [take(loader(rank, world, rows=rows), state, count) for rank in range(world)]
+        ranks = [take(loader(rows * world, rank, world), state, count) for rank in range(world)]
         for n in range(count):
             tokens = np.concatenate([batches[n][0].tokens.numpy() for batches in ranks])
             order = np.argsort([rank + world * row for rank in range(world) for row in range(rows)])
             read.append(tokens[order])
         state = ranks[0][-1][1]
     read = np.concatenate(read)
-    single_rows = take(loader(rows=1), START, len(read))
+    single_rows = take(loader(1), START, len(read))
     assert np.array_equal(read, np.concatenate([batch.tokens.numpy() for batch, _ in single_rows]))
     assert single_rows[-1][1] == state
 
@@ -669,9 +669,9 @@ def test_random_corpora_are_read_completely_and_once(corpus, shard):
         path = write_lines(Path(temporary) / "some.jsonl", records)
         config = PrepareConfig(tokenizer_size=260, records_per_shard=shard, heldout=0)
         prepare([open_reader(str(path))], config, Path(temporary) / "out")
-        data = DataConfig(prepared=(f"{temporary}/out",), seq_len=40, rows=1, shuffle_block=7)
+        data = DataConfig(prepared=(f"{temporary}/out",), seq_len=40, shuffle_block=7)
         fitted = fit(data, 2, seed=3)
-        reader = Loader(open_sources(data, "train"), fitted)
+        reader = Loader(open_sources(data, "train"), fitted, 1)
         epoch = len(reader.sources[0])
         blocks = -(-epoch // 7)
         packed = [row for block in range(blocks) for row in contents_of(reader.pack_block(block))]
@@ -688,7 +688,7 @@ def test_random_corpora_are_read_completely_and_once(corpus, shard):
 
 
 def test_float16_latents_become_float32_in_batches():
-    batch, _ = next(loader().batches())
+    ((batch, _),) = take(loader(), START, 1)
     assert all(str(group.x0.dtype) == "torch.float32" for group in batch.groups)
 
 
@@ -727,7 +727,7 @@ def test_mean_length_includes_caption_dropout():
 
 def test_heldout_batches_have_all_heldout_images():
     sources = open_sources(encoder().config, "heldout")
-    batches = [batch for source in sources for batch in heldout_batches(source, encoder(), 99)]
+    batches = [batch for source in sources for batch in heldout_batches(source, encoder(), 99, 2)]
     assert sum(batch.image_count for batch in batches) == len(open_prepared(reference()).source("photos", "heldout"))
 
 

@@ -192,11 +192,14 @@ def digits_run(folder: Path) -> Run:
     """A run on digits and topics, with metrics and results in the format of training and evaluation."""
     run = make_run(folder, "digits", sources=("digits", "topics"), seq_len=128, digits=DigitsConfig(interleaved=0.15))
     heldout = {"heldout_text_loss/digits": 6.0, "heldout_image_loss/digits": 1.0, "heldout_text_loss/topics": 6.0}
+    heldout |= {"heldout_velocity_error/digits": 0.4, "heldout_velocity_error_by_t/digits/t0.05": 0.9,
+                "heldout_velocity_error_by_t/digits/t0.95": 0.8}  # fmt: skip
     lines = [{"step": 0, "event": "start"}, {"step": 0, **heldout}]
     for n in range(1, 8):
         speed = {"positions_per_second": 9, "seconds": 61.0 * n}
         lines.append({"step": n, "text_loss": 6 / n, "image_loss": 1 / n, **speed})
-    lines.append({"step": 7, **heldout, "heldout_text_loss/topics": 6.3, "heldout_image_loss/digits": 1.01})
+    lines.append({"step": 7, **heldout, "heldout_text_loss/topics": 6.3, "heldout_image_loss/digits": 1.01,
+                  "heldout_velocity_error/digits": 0.3, "heldout_velocity_error_by_t/digits/t0.95": 0.2})  # fmt: skip
     complete = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(complete + '{"step": 8, "text_lo')  # incomplete after a crash
     answers = [{"document": n, "reference": "six", "prediction": "six" if n % 3 else HOSTILE} for n in range(60)]
@@ -244,6 +247,9 @@ def test_report_of_digits_has_all_sections(digits):
         "The texts of topics overfit: their held-out loss was lowest at step 0 (6.000) and is 6.300 at step 7." in text
     )
     assert text.count("overfit") == 1  # 1 % is no overfitting
+    assert "<title>digits0</title>" in html and "A Transfusion run of the recipe digits" in text
+    plots = [attributes["aria-label"] for _, attributes in ParsedPage(html).tags if "aria-label" in attributes]
+    assert {"Velocity error: digits: from 0.4 to 0.3", "Velocity error by t: digits: from 0.9 to 0.2"} <= {*plots}
     labels = ("query position", "key position", "training step", "loss (nats per token), log scale", "guidance scale")
     assert [label for label in labels if label not in text] == []
 
@@ -287,16 +293,17 @@ def test_command_of_the_report_trains_an_equal_run(digits, monkeypatch):
 
 
 def test_report_of_shapes_without_results(tmp_path):
-    make_run(tmp_path, "shapes <b>", sources=("shapes",), codec="block_pca", seq_len=128)
-    html = write_report(tmp_path, open_run(tmp_path, device="cpu")).read_text()
+    folder = tmp_path / "my shapes"
+    make_run(folder, "shapes <b>", sources=("shapes",), codec="block_pca", seq_len=128)
+    html = write_report(folder, open_run(folder, device="cpu")).read_text()
     assert headings(html) == [
         "What this is", "How good it is", "Drawn from a caption", "Held-out scenes and drawings", "From noise to an image",
         "Captions of held-out scenes", "How to reproduce it",
     ]  # fmt: skip
     assert_self_contained(html)
     parsed = ParsedPage(html)
-    assert "not measured yet" in parsed.text and f"transfusion evaluate {tmp_path}" in parsed.text
-    assert "<h1>shapes &lt;b&gt;</h1>" in html
+    assert "not measured yet" in parsed.text and f"transfusion evaluate '{folder}'" in parsed.text
+    assert "<p>A Transfusion run of the recipe shapes &lt;b&gt;</p><h1>my-shapes</h1>" in html
     assert sum(pixels.shape == (32, 32, 3) for _, pixels in parsed.pictures) == 8 + 64 + 2 * 16 + 2 * 2 + 32
     drawn = [pixels for alt, pixels in parsed.pictures if alt.endswith(", right")]
     scenes = [pixels for alt, pixels in parsed.pictures if pixels.shape == (32, 32, 3)][8:]
@@ -317,10 +324,12 @@ def test_command_is_read_as_the_run(name, data):
         "model": {"layers": st.integers(1, 9), "kv_heads": st.sampled_from((None, 1)), "qk_norm": st.booleans(),
                   "rope_scaling": st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 8192)))},
         "diffusion": {"prediction": st.sampled_from(("epsilon", "x0"))},
-        "data": {"rows": st.integers(1, 9), "caption_dropout": st.floats(0, 1), "codec": st.just("block_pca"),
+        "data": {"caption_dropout": st.floats(0, 1), "codec": st.just("block_pca"),
                  "digits": st.builds(DigitsConfig, st.floats(0, 1))},
-        "training": {"betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), "learning_rate": st.floats(0, 1)},
-        "parallel": {"compile": st.sampled_from((None, True, False)), "activation_checkpointing": st.booleans()},
+        "training": {"betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), "learning_rate": st.floats(0, 1),
+                     "batch_size": st.integers(1, 9)},
+        "parallel": {"compile": st.sampled_from((None, True, False)), "activation_checkpointing": st.booleans(),
+                     "micro_batch_size": st.sampled_from((None, 3))},
         "fault_tolerance": {"skip_spikes_above": st.sampled_from((None, 6.0))},
         "generation": {"guidance_interval": st.just((0.2, 0.7)), "t_shift": st.sampled_from((None, 3.0))},
     }  # fmt: skip
@@ -338,7 +347,7 @@ def test_command_is_read_as_the_run(name, data):
 
 def test_command_of_a_run_on_prepared_data_that_starts_from_another(prepared):
     """The data by --data alone, --from, and no setting that data or start decide."""
-    data = name_sources(DataConfig(prepared=(str(prepared / "prepared"),), seq_len=128, rows=8))
+    data = name_sources(DataConfig(prepared=(str(prepared / "prepared"),), seq_len=128))
     run = replace(named_run("small"), data=replace(named_run("small").data, **vars(data)))
     run = replace(run, model=replace(run.model, vocab_size=999, latent_channels=3))
     start = {"kind": "run", "place": "runs/first run", "name": "first run", "step": 7}
@@ -349,9 +358,9 @@ def test_command_of_a_run_on_prepared_data_that_starts_from_another(prepared):
     parsed, args = parse_run(Train, "train", named_run("small"), words[3:])
     assert name_sources(parsed.data) == run.data
     assert args.start == "runs/first run"
-    other = replace(run, name="mine", data=replace(run.data, sources=("photos",)))
+    other = replace(run, recipe="mine", data=replace(run.data, sources=("photos",)))
     assert training_command(other, Path("runs/mine")) == "transfusion train runs/mine/run.json --out runs/mine"
-    assert "--data.sources photos" in training_command(replace(other, name="small"), Path("runs/mine"))
+    assert "--data.sources photos" in training_command(replace(other, recipe="small"), Path("runs/mine"))
 
 
 # Overfitting
@@ -376,7 +385,7 @@ def test_overfitting_is_a_rise_above_the_lowest_loss(losses, factor):
 def compared(tmp_path_factory) -> tuple[list[Path], str]:
     """Two runs, one with other settings, losses and without results; and the page of both."""
     root = tmp_path_factory.mktemp("compared")
-    for name, width, factor in (("first", 192, 1.0), ("second <b>", 256, 0.5)):
+    for name, width, factor in (("first", 192, 1.0), ("second <b>", 256, 0.5)):  # the page calls it second-b
         run = named_run("digits")
         run = replace(run, model=replace(run.model, width=width, heads=4), training=replace(run.training, steps=900))
         lines = [{"step": 0, "heldout_text_loss/digits": 6.0}, {"step": 0, "event": "start"}]
@@ -398,14 +407,14 @@ def test_comparison_has_figures_curves_and_settings_that_differ(compared):
     assert headings(html) == ["Figures", "Curves", "Settings that differ"]
     assert_self_contained(html)
     rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in html.split("<tr>")[1:]]
-    assert ["figure", "first", "second &lt;b&gt;"] in rows
+    assert ["figure", "first", "second-b"] in rows
     assert ["held-out text loss of digits", "3.0000", "1.5000"] in rows
     assert ["digits captions: exact", "0.75", "–"] in rows and ["parameters", "1,234", "–"] in rows
     assert ["positions per second, median", "250", "250"] in rows and ["peak memory", "1.00 GiB", "1.00 GiB"] in rows
-    settings = rows[rows.index(["setting", "first", "second &lt;b&gt;"]) + 1 :]
+    settings = rows[rows.index(["setting", "first", "second-b"]) + 1 :]
     assert settings == [["model.width", "192", "256"]]
     plots = [attributes["aria-label"] for _, attributes in ParsedPage(html).tags if "aria-label" in attributes][1:]
-    assert "Held-out text loss of digits: first: from 6 to 3; second <b>: from 6 to 1.5" in plots
+    assert "Held-out text loss of digits: first: from 6 to 3; second-b: from 6 to 1.5" in plots
     assert [plot.partition(":")[0] for plot in plots] == [
         "Held-out text loss of digits", "Held-out image loss of first", "Held-out image loss of second <b>",
         "Text loss, training", "Speed",
@@ -422,6 +431,29 @@ def test_comparison_of_runs_with_equal_names_and_more_runs_than_colours(compared
     assert "All settings are equal." in html
     assert all(str(folder) in html for folder in copies)
     assert html.count('<li class="series-1 dashed">') == html.count('<li class="series-1">') > 0
+
+
+@pytest.mark.parametrize("other", ["", "codec", "noise schedule", "prediction"])
+def test_comparison_says_which_velocity_errors_can_be_compared(compared, tmp_path, other):
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for folder, error in zip(folders, (0.5, 0.25, None), strict=True):
+        shutil.copytree(compared[0][0], folder)
+        saved = json.loads((folder / "run.json").read_text()) | {"codec": {"sha256": "1"}}
+        if folder.name == "c" or (folder.name, other) == ("b", "codec"):  # c has no velocity errors
+            saved["codec"]["sha256"] = "2"
+        if folder.name == "b" and other in ("noise schedule", "prediction"):
+            name = other.replace(" ", "_")
+            saved["run"]["diffusion"][name] = {"noise_schedule": "rectified_flow", "prediction": "x0"}[name]
+        (folder / "run.json").write_text(json.dumps(saved))
+        if error is not None:
+            by_t = {f"heldout_velocity_error_by_t/digits/t{t}": error + t for t in (0.05, 0.95)}
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": 4, "heldout_velocity_error/digits": error, **by_t}) + "\n")
+    html = write_comparison(folders, tmp_path / "page.html").read_text()
+    assert '<th scope="row">held-out velocity error of digits</th><td>0.5000</td><td>0.2500</td><td>–</td>' in html
+    plots = [attributes["aria-label"] for _, attributes in ParsedPage(html).tags if "aria-label" in attributes]
+    assert "Held-out velocity error of digits by t: a: from 0.55 to 1.45; b: from 0.3 to 1.2" in plots
+    assert ("The velocity errors of these runs cannot be compared" in html) == (other in ("codec", "noise schedule"))
 
 
 def test_comparison_of_wrong_folders_is_one_line(compared, tmp_path, capsys):

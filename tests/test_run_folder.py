@@ -27,7 +27,7 @@ FREE = {  # what a run with a checkpoint may change, beside all of generation, p
     "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.validate_every",
     "training.preview_every", "training.log_every", "training.log", "data.workers",
 }  # fmt: skip
-DECIDED = {"name", "model.vocab_size", "model.latent_channels", "data.prepared"}  # by the data, or tested below
+DECIDED = {"recipe", "model.vocab_size", "model.latent_channels", "data.prepared"}  # by the data, or tested below
 VALUES = (  # one of these is another valid value of any field
     4, 2, 1, 64, 96, 300, 0, 0.01, 0.3, 0.7, 1.5, True, False, (0.5, 0.6), "muon", "hybrid", "bfloat16", "dpm", "linear",
     "unet", "causal", "x0", "epsilon", "velocity", "rectified_flow", "logit_normal", "block_pca", (1.0,), ("shapes",),
@@ -84,8 +84,8 @@ def test_every_setting_is_free_or_refused_with_from(folder):
 
 
 def test_another_run_in_the_folder_is_refused(folder):
-    with pytest.raises(UsageError, match="holds the run tiny, not other"):
-        RunFolder.draft(replace(describe_run(folder).run, name="other"), folder, None)
+    with pytest.raises(UsageError, match="has the recipe tiny, not other"):
+        RunFolder.draft(replace(describe_run(folder).run, recipe="other"), folder, None)
 
 
 def test_changed_settings_are_written_and_named_in_one_line(folder, capsys):

@@ -1,4 +1,4 @@
-"""The named runs: every row of the paper's tables has one, with the paper's size and generation settings."""
+"""The recipes: every row of the paper's tables has one, with the paper's size and generation settings."""
 
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ UNET = {"0.16b": 172}  # millions, from the 106.1 % of Table 7; 0.27 billion for
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_named_run_equals_its_json(name):
+def test_recipe_equals_its_json(name):
     run = named_run(name)
-    assert run.name == name
+    assert run.recipe == name
     assert from_json(Run, to_json(run)) == run
 
 
@@ -25,7 +25,7 @@ def test_named_run_equals_its_json(name):
 def test_rows_have_the_papers_parameters(row):
     run = named_run(row.run)
     size = next(size for size in SIZES if run.model.layers == SIZES[size].layers and run.model.width == SIZES[size].width)
-    assert size in run.name or run.name == "7b-large"
+    assert size in run.recipe or run.recipe == "7b-large"
     count = count_parameters(build_on_meta(run.model))
     without_images = replace(run.model, patches="codes", patch_size=1, qk_norm=False, vocab_size=32_000)
     text_only = count_parameters(build_on_meta(without_images))
@@ -58,16 +58,16 @@ def test_rows_match_the_tables():
     settings = {3: (5.0, 30_000), 4: (None, None), 9: (None, 30_000)}
     for row in PAPER:
         assert (row.guidance_scale, row.fid_images) == settings.get(row.table, (3.0, 5_000)), row.label
-    text_only = [(row.table, row.label, row.batch) for row in PAPER if row.sources == "text"]
-    assert text_only == [(4, "Llama 2", "1M"), (4, "Chameleon: + stability modifications", "1M")]
+    text_only = [(row.table, row.label, row.batch_size) for row in PAPER if row.sources == "text"]
+    assert text_only == [(4, "Llama 2", 256), (4, "Chameleon: + stability modifications", 256)]
 
 
 def test_batch_of_each_row():
-    """On 64 GPUs. Rows with text alone count half of the positions, which is their text."""
+    """2M positions, in Table 9 4M. Rows with text alone have half of the positions, which is their text."""
     for row in PAPER:
         run = named_run(row.run)
-        positions = 64 * run.data.rows * run.data.seq_len * run.training.accumulate
-        assert row.batch == f"{positions / 2**20 * (0.5 if row.sources == 'text' else 1):.0f}M", row.label
+        assert run.training.batch_size * run.data.seq_len == 2**21 * (2 if row.table == 9 else 1), row.label
+        assert row.batch_size == run.training.batch_size // (2 if row.sources == "text" else 1), row.label
 
 
 def test_rows_differ_only_in_the_ablated_settings():
@@ -84,7 +84,7 @@ def test_rows_differ_only_in_the_ablated_settings():
     assert differs("0.76b", "0.76b-causal") == differs("0.76b-unet", "0.76b-unet-causal") == {"model.image_attention"}
     assert differs("0.76b", "0.76b-unet") == {"model.patches"}
     assert differs("0.76b-unet", "0.76b-unet-limit") == {"data.image_first_max_t"}
-    assert differs("7b-unet", "7b-large") == {"training.steps", "training.accumulate"}
+    assert differs("7b-unet", "7b-large") == {"training.steps", "training.batch_size"}
 
 
 def test_chameleon_vocab_size():

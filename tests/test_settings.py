@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import yaml
 
 from tests.profile import THOROUGH
 from tests.test_cli import TINY, TINY_FITTED, command, fails
+from tests.test_export import edit_json
 from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
+from transfusion.checkpoint.open import describe_run
 from transfusion.cli import main
+from transfusion.cli.dry_run import check_memory
 from transfusion.cli.runs import Train
 from transfusion.cli.screen import UsageError
 from transfusion.cli.settings import parse_run, read_run, to_yaml
@@ -34,7 +38,7 @@ def run_of(*words: object) -> Run:
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_written_settings_are_read_as_they_were(tmp_path, suffix):
-    """With another value of every setting than the named run's."""
+    """With another value of every setting than the recipe's."""
     run = named_run("digits")
     for name in sorted({*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights"}):
         run = other_run(run, name)
@@ -77,7 +81,7 @@ def test_settings_of_a_trained_run_serve_as_a_file(trained, tmp_path, monkeypatc
     ("a.yaml", "training: 5", "a.yaml: training must be"), ("a.yaml", "model: {heads: 5}", "a.yaml: model.heads 5: width"),
     ("a.yaml", "", "a.yaml does not hold settings"), ("a.yaml", "- 1", "a.yaml does not hold settings"),
     ("a.yaml", "1: 2", "a.yaml: unknown field 1"), ("a.yaml", "a: [", "cannot read a.yaml: while parsing"),
-    ("a.yaml", "name: 2024-13-45", "cannot read a.yaml: month must be"), ("a.yaml", "\x00", "cannot read a.yaml"),
+    ("a.yaml", "recipe: 2024-13-45", "cannot read a.yaml: month must be"), ("a.yaml", "\x00", "cannot read a.yaml"),
     ("a.yaml", "a: !!python/object/apply:os.getcwd []", "cannot read a.yaml: could not determine a constructor"),
     ("a.yaml", "a: &a [*a]", "cannot read a.yaml: maximum recursion"), ("a.yaml", "[" * 500, "cannot read a.yaml"),
     ("a.json", "{", "cannot read a.json"), ("a.json", "[]", "a.json does not hold a JSON object"),
@@ -96,11 +100,22 @@ def test_unusable_file_is_one_line(tmp_path, monkeypatch, capsys, name, content,
 
 def test_file_without_a_run_is_refused(tmp_path):
     path = tmp_path / "my.yaml"
-    path.write_text("name: other\n")
-    with pytest.raises(UsageError, match="my.yaml has no name of a run: give RUN before --config"):
+    path.write_text("recipe: other\n")
+    with pytest.raises(UsageError, match="my.yaml names no recipe: give RUN before --config"):
         run_of("--config", path)
+    with pytest.raises(UsageError, match="my.yaml: unknown field lr"):
+        path.write_text("lr: 1\n")
+        run_of(path)
     with pytest.raises(OpenError, match="cannot read missing.yaml"):
         run_of("missing.yaml")
+
+
+@pytest.mark.parametrize("words", [["{}"], ["{}/run.json"], ["digits", "--config", "{}/run.json"]])
+def test_run_of_another_version_is_refused_with_its_format(written, tmp_path, words):
+    folder = Path(shutil.copytree(written, tmp_path / "old"))
+    edit_json(folder / "run.json", format=2, run={"name": "digits"})
+    with pytest.raises(OpenError, match=f"{folder} has format 2, written by transfusion .*; this version reads format 3"):
+        run_of(*(word.format(folder) for word in words))
 
 
 def test_print_config_needs_no_data_and_is_a_file_for_config(tmp_path, monkeypatch, capsys):
@@ -148,15 +163,16 @@ DRAWN = {  # words after options, a row for each part of a run
     "--diffusion.noise-schedule": "cosine rectified_flow", "--diffusion.prediction": "epsilon velocity x0",
     "--diffusion.loss-space": "velocity", "--diffusion.t-distribution": "logit_normal", "--diffusion.t-shift": "0.001 1000",
     "--data.codec": "pixels block_pca", "--data.codec-block": "1 2 3 4 16", "--data.codec-components": "1 6 100",
-    "--data.seq-len": "1 8 32 64 200", "--data.rows": "1 3 64", "--data.image-first": "0 1",
+    "--data.seq-len": "1 8 32 64 200", "--data.image-first": "0 1",
     "--data.image-first-max-t": "0 0.5", "--data.caption-dropout": "0 1", "--data.shuffle-block": "1 7",
     "--data.tokenizer-size": "256 300 1000000", "--data.mixture-weights": "1 1e-300 1e300",
     "--data.sources": "digits shapes topics photographs", "--data.shapes.size": "1 8 33", "--data.shapes.level": "0 2",
     "--training.optimizer": "muon", "--training.learning-rate": "0 1 1e30", "--training.max-grad-norm": "1e-30 1e30",
     "--training.text-lr-scale": "0 2", "--training.image-lr-scale": "0 2", "--training.transformer-lr-scale": "0 2",
-    "--training.accumulate": "3 1000", "--training.warmup-steps": "0 1000000", "--training.image-weight": "0 1e30",
+    "--training.batch-size": "1 3 64", "--training.warmup-steps": "0 1000000", "--training.image-weight": "0 1e30",
     "--training.eps": "1e-20 1", "--training.ema-decay": "0 0.5", "--training.seed": "-1 9223372036854775807",
     "--parallel.cpu-matmul": "auto default bfloat16", "--parallel.shard": "hybrid", "--parallel.compile": "False None",
+    "--parallel.micro-batch-size": "1 2 1000",
     "--generation.sampler": "euler dpm", "--fault-tolerance.skip-spikes-above": "1",
 }  # fmt: skip
 FLAGS = "qk-norm", "post-norm", "tie-word-embeddings"
@@ -202,12 +218,21 @@ def test_drawn_commands_run_dry_or_are_refused_in_one_line(prepared, tmp_path, m
 
 def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device: 11_000_000)
-    words = ("train", "digits", *TINY, "--model.width", 64, "--data.rows", 16, "--out", tmp_path / "run")
+    words = ("train", "digits", *TINY, "--model.width", 64, "--training.batch-size", 16, "--out", tmp_path / "run")
     stderr = fails(capsys, 2, *words).splitlines()[-1]
     assert "digits needs 0.0 GB of memory for each process, and there are 0.0 GB: use " in stderr
     assert not (tmp_path / "run").exists()
     way = stderr.partition(": use ")[2].split(" or ")
     assert way, stderr
+
+
+def test_batch_that_the_processes_cannot_share_is_refused(trained, monkeypatch, capsys):
+    """Also of a run that exists, which keeps its batch of two rows."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = "--training.batch-size 2 is not divisible by 3 processes: use a batch size of 3, or 2 processes"
+    assert fails(capsys, 2, "train", trained, "--dry-run").splitlines()[-1] == f"transfusion: {message}"
+    with pytest.raises(UsageError, match=message):
+        check_memory(describe_run(trained).run, torch.device("cpu"))
 
 
 def test_memory_of_a_cpu_is_that_of_its_container(tmp_path, monkeypatch):

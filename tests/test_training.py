@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,7 @@ from transfusion.config import DataConfig, DigitsConfig, FaultToleranceConfig, M
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import open_sources
 from transfusion.inference.engine import Engine, Request
-from transfusion.parallel import SINGLE_PROCESS, Ranks
+from transfusion.parallel import SINGLE_PROCESS, Ranks, rows_per_pass
 from transfusion.training.guard import Guard, TrainingError
 from transfusion.training.metrics import MetricsWriter, read_metrics
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema, update_weights
@@ -42,32 +43,39 @@ CLOCK = "data_wait_share", "peak_memory_bytes", "tflops_exact", "tflops_usual", 
 
 
 class RecordingLoader:
-    """A loader that records the hashes of its batches; `change(batch, number)` may alter a batch."""
+    """A loader that records the hashes of its rows, one for each step."""
 
-    def __init__(self, loader: Loader, change=None):
-        self.loader, self.change, self.hashes = loader, change, []
+    def __init__(self, loader: Loader):
+        self.loader, self.vocabulary, self.hashes = loader, loader.vocabulary, []
 
     def batches(self, start):
-        for number, (batch, state) in enumerate(self.loader.batches(start)):
-            batch = self.change(batch, number) if self.change else batch
-            tensors = [batch.tokens, batch.position_ids, *(group.x0 for group in batch.groups)]
-            self.hashes.append(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest())
-            yield batch, state
+        for rows, state in self.loader.batches(start):
+            chunks = [chunk for row in rows for chunk in row.chunks]
+            arrays = [array for c in chunks for array in (c.tokens, c.targets, *(i.image.content for i in c.images))]
+            self.hashes.append(hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest())
+            yield rows, state
 
 
 def new_trainer(
     folder: Path, run: Run, on_preview=None, change=None, ranks: Ranks = SINGLE_PROCESS, device: str = "cpu"
 ) -> Trainer:
-    """A trainer as the command builds it, in a folder with a run.json. It calls `on_preview(model, step)`."""
+    """A trainer as the command builds it, in a folder with a run.json. It calls `on_preview(model, step)`, and
+    `change(batch, number)` may alter each micro-batch."""
     run, encoder = prepared(run)
     if ranks.is_main and not (folder / "run.json").exists():
         begin_run(folder, run)
     ranks.barrier()  # as the command does: the other ranks read the folder
-    by_four = replace(encoder, config=replace(run.data, rows=4))  # t of a held-out image depends on its batch
-    heldout = {s.name: heldout_batches(s, by_four, 6) for s in open_sources(run.data, "heldout")}
+    num_rows = rows_per_pass(run, ranks.world)
+    heldout = {s.name: heldout_batches(s, encoder, 6, num_rows) for s in open_sources(run.data, "heldout")}
+    sources = open_sources(run.data, "train")
     with few_samples():
-        loader = RecordingLoader(Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world), change)
-    return Trainer(run, folder, loader, heldout, torch.device(device), ranks, on_preview and without_watchdog(on_preview))
+        loader = RecordingLoader(Loader(sources, encoder, run.training.batch_size, ranks.rank, ranks.world))
+    on_preview = on_preview and without_watchdog(on_preview)
+    trainer = Trainer(run, folder, loader, heldout, torch.device(device), ranks, on_preview)
+    if change:
+        original, numbers = trainer._collate, count()
+        trainer._collate = lambda rows: change(original(rows), next(numbers))
+    return trainer
 
 
 def without_watchdog(on_preview):
@@ -116,22 +124,21 @@ def assert_same_tensors(actual: dict, expected: dict) -> None:
 
 
 @cache
-def uninterrupted(accumulate: int = 1):
+def uninterrupted(micro_batch_size: int | None = None):
     """Tensors, metrics, hashes of batches and progress of an uninterrupted run."""
     with TemporaryDirectory() as folder:
-        trainer = new_trainer(Path(folder), small_run(STEPS, accumulate=accumulate))
+        trainer = new_trainer(Path(folder), small_run(STEPS, micro_batch_size=micro_batch_size))
         assert trainer.train()
-        hashes = trainer.loader.hashes[: STEPS * accumulate]
-        return copy_tensors(trainer), metrics_of(Path(folder)), hashes, trainer.loop.progress
+        return copy_tensors(trainer), metrics_of(Path(folder)), trainer.loader.hashes[:STEPS], trainer.loop.progress
 
 
 # A resumed run equals an uninterrupted one
 
 
 @examples(4)
-@given(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=3), st.sampled_from((1, 2)))
-def test_stopped_and_resumed_run_equals_uninterrupted(stops, accumulate):
-    run, hashes = small_run(STEPS, accumulate=accumulate), []
+@given(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=3), st.sampled_from((None, 3)))
+def test_stopped_and_resumed_run_equals_uninterrupted(stops, micro_batch_size):
+    run, hashes = small_run(STEPS, micro_batch_size=micro_batch_size), []
     with TemporaryDirectory() as folder:
         folder, last_step = Path(folder), 0
         for step in (*sorted(stops), STEPS):
@@ -139,9 +146,9 @@ def test_stopped_and_resumed_run_equals_uninterrupted(stops, accumulate):
             assert trainer.loop.progress.step == last_step
             finished = stop_at_step(trainer, step).train()
             assert (finished, trainer.loop.progress.step) == (step == STEPS, step)
-            hashes += trainer.loader.hashes[: (step - last_step) * accumulate]
+            hashes += trainer.loader.hashes[: step - last_step]
             last_step = step
-        tensors, metrics, expected_hashes, progress = uninterrupted(accumulate)
+        tensors, metrics, expected_hashes, progress = uninterrupted(micro_batch_size)
         assert_same_tensors(copy_tensors(trainer), tensors)
         assert metrics_of(folder) == metrics
         assert hashes == expected_hashes
@@ -315,7 +322,7 @@ def test_previews_do_not_change_training(tmp_path):
     images = []
 
     def draw(model, step):
-        description = run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
+        description = "tiny", run, encoder.tokenizer, encoder.codec, encoder.vocabulary, {}
         engine = Engine(OpenedRun(*description, model, step, torch.device("cpu")))
         torch.manual_seed(step)  # a preview may change the global generator
         answers = engine.generate([Request(("three",), 2, seed=step), Request(("a",), seed=step)])
@@ -340,17 +347,18 @@ def train_in_double(folder: Path, run: Run) -> tuple[dict, list[dict]]:
     return {name: value - first[name] for name, value in trainer.model.state_dict().items()}, metrics_of(folder)
 
 
-@pytest.mark.parametrize(("rows", "accumulate"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize("sources", [("digits",), ("topics", "digits")])
-def test_accumulated_micro_batches_equal_one_batch(tmp_path, rows, accumulate, sources):
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, micro_batch_size, sources):
     """Losses are divided by the counts of the whole step. Rows of `topics` have no image, so some batches have none.
 
     A large eps makes Adam's update smooth: else gradients near 0 would give steps of the full size.
     """
-    run = small_run(4, eps=1.0, learning_rate=1.0, weight_decay=0.0, max_grad_norm=1e9)
-    run = replace(run, data=replace(run.data, sources=sources))
-    small = replace(run, data=replace(run.data, rows=rows), training=replace(run.training, accumulate=accumulate))
-    large = replace(run, data=replace(run.data, rows=rows * accumulate))
+    smooth = {"eps": 1.0, "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    runs = [small_run(4, micro_batch_size=size, **smooth) for size in (micro_batch_size, None)]
+    small, large = (replace(run, data=replace(run.data, sources=sources)) for run in runs)
+    sizes = [len(batch.tokens) for batch, _ in next(new_trainer(tmp_path / "small", small).batches(None))[0]]
+    assert sizes == {1: [1, 1, 1, 1], 3: [3, 1]}[micro_batch_size]
     changes, metrics = train_in_double(tmp_path / "small", small)
     expected, expected_metrics = train_in_double(tmp_path / "large", large)
     for name, value in expected.items():
@@ -379,7 +387,7 @@ def test_heldout_losses_are_of_the_ema_and_do_not_change_it(tmp_path):
 def test_step_never_waits_for_the_device(tmp_path, monkeypatch):
     """On the meta device, where reading a value raises an error, and for which there is no autocast."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
-    trainer = new_trainer(tmp_path, small_run(accumulate=2))
+    trainer = new_trainer(tmp_path, small_run(micro_batch_size=2))
     micro_batches, _ = next(trainer.batches(None))
     meta = torch.device("meta")
     trainer.device, trainer.model, trainer.ema = meta, trainer.model.to(meta), trainer.ema.to(meta)
@@ -428,7 +436,7 @@ def test_step_is_read_after_the_next_is_queued_and_before_a_checkpoint(tmp_path,
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path, monkeypatch, device):
     """Batch and noise, all tensors."""
-    trainer, pinned = new_trainer(tmp_path, small_run(accumulate=2)), []
+    trainer, pinned = new_trainer(tmp_path, small_run(micro_batch_size=2)), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
     trainer.device = torch.device(device)
     micro_batches, _ = next(trainer.batches(None))
@@ -613,17 +621,17 @@ def test_small_run_learns_documents_of_several_scans(tmp_path):
 
 def train_on_digits(folder: Path, run: Run, data: DataConfig, model: ModelConfig, documents: int) -> list[dict]:
     """Held-out losses before and after training: of captions after their images, and of images after their captions."""
-    data = replace(data, tokenizer_size=300, seq_len=128, rows=8, shuffle_block=512)
+    data = replace(data, tokenizer_size=300, seq_len=128, shuffle_block=512)
     model = replace(model, width=64, heads=4, intermediate_size=168, qk_norm=True)
-    training = replace(run.training, validate_every=10_000)
+    training = replace(run.training, batch_size=8, validate_every=10_000)
     run, encoder = prepared(replace(run, data=data, model=model, training=training))
     (source,) = open_sources(run.data, "heldout")
     heldout = {
-        name: heldout_batches(source, replace(encoder, config=replace(run.data, image_first=share)), documents)
+        name: heldout_batches(source, replace(encoder, config=replace(run.data, image_first=share)), documents, 8)
         for name, share in (("captions", 1.0), ("drawings", 0.0))
     }
     begin_run(folder, run)
-    loader = Loader(open_sources(run.data, "train"), encoder)
+    loader = Loader(open_sources(run.data, "train"), encoder, 8)
     Trainer(run, folder, loader, heldout, torch.device("cpu")).train()
     return [line for line in metrics_of(folder) if any(name.startswith("heldout") for name in line)]
 

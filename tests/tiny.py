@@ -23,6 +23,7 @@ from transfusion.config import (
     DigitsConfig,
     GenerationConfig,
     ModelConfig,
+    ParallelConfig,
     Run,
     TrainingConfig,
 )
@@ -125,7 +126,7 @@ def build_engine(
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=12),
     )  # fmt: skip
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
-    engine = Engine(OpenedRun(run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
+    engine = Engine(OpenedRun("tiny", run, text, Latents(), vocabulary, {}, model, 0, torch.device("cpu")))
     added_bias = torch.zeros(vocabulary.size)
     for token, value in (bias(vocabulary) if callable(bias) else bias or {}).items():
         added_bias[token] = value
@@ -185,21 +186,22 @@ def run_sampler(
     return image.x_t[None], calls
 
 
-def small_run(steps: int = 4, rows: int = 4, **training) -> Run:
+def small_run(steps: int = 4, batch_size: int = 4, micro_batch_size: int | None = None, **training) -> Run:
     """A run on digits with 0.01 seconds per step; `prepared` sets its vocabulary."""
     return Run(
         "tiny",
         ModelConfig(width=32, layers=2, heads=2, intermediate_size=48, latent_channels=1),
         DiffusionConfig(prediction="velocity"),
         DataConfig(
-            sources=("digits",), tokenizer_size=260, fit_documents=40, seq_len=64, rows=rows, shuffle_block=24,
+            sources=("digits",), tokenizer_size=260, fit_documents=40, seq_len=64, shuffle_block=24,
             image_first_max_t=0.0, digits=DigitsConfig(interleaved=0.3),
         ),
         TrainingConfig(**{
-            "steps": steps, "learning_rate": 3e-3, "min_learning_rate": 1e-4, "warmup_steps": 2, "ema_decay": 0.9,
-            "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1,
+            "steps": steps, "batch_size": batch_size, "learning_rate": 3e-3, "min_learning_rate": 1e-4, "warmup_steps": 2,
+            "ema_decay": 0.9, "image_weight": 1.0, "checkpoint_every": 100, "validate_every": 2, "preview_every": 1,
             "log_every": 1,
         } | training),
+        ParallelConfig(micro_batch_size=micro_batch_size),
         generation=GenerationConfig("ddim", steps=3, guidance_scale=2.0, max_tokens=8),
     )  # fmt: skip
 
@@ -211,8 +213,7 @@ def _fitted(data: DataConfig, patch_size: int, seed: int):
 
 def prepared(run: Run):
     """The run with its vocabulary, and the encoder of its data."""
-    fitted = _fitted(replace(run.data, rows=1), run.model.patch_size, run.training.seed)
-    encoder = replace(fitted, config=run.data)
+    encoder = _fitted(run.data, run.model.patch_size, run.training.seed)
     return replace(run, model=replace(run.model, vocab_size=encoder.vocabulary.size)), encoder
 
 

@@ -189,7 +189,6 @@ class DataConfig(Config, part="data."):
     fit_documents: PositiveInt = 2_000  # Number of training documents to which tokenizer and codec are fitted.
     tokenizer_size: TokenizerSize = 512  # Vocabulary size of the byte-pair tokenizer that is fitted to built-in sources.
     seq_len: Annotated[int, Range(at_least=1, limit=2**24)] = 4096  # Positions in a row.
-    rows: Size = 8  # Rows in one forward pass of each process.
     image_first: Share = 0.2  # Share of captioned images that precede their caption (section 4.1).
     image_first_max_t: Share = 1.0  # Largest t of images before their caption (Table 8: 0.5); 0 trains no image loss there.
     caption_dropout: Share = 0.1  # Share of captions left out before an image, for classifier-free guidance.
@@ -268,6 +267,8 @@ class TrainingConfig(Config, part="training."):
     """Optimizer, learning rate and intervals of training (section 4.1 and appendix)."""
 
     steps: PositiveInt = 250_000  # Number of optimizer steps.
+    # Packed rows in an optimizer step, shared evenly by all processes; the paper has 512 rows of 4,096 positions.
+    batch_size: Size = 512
     # Optimizer of all weights, or muon (not in the paper): Muon for the matrices of the blocks, AdamW for all others.
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: NonNegativeFloat = 3e-4  # Peak learning rate.
@@ -282,7 +283,6 @@ class TrainingConfig(Config, part="training."):
     image_lr_scale: NonNegativeFloat = 1.0  # Multiplies the learning rate of the patch layers; 0 freezes them.
     # Multiplies the learning rate of the blocks and the last norm; 0 freezes them.
     transformer_lr_scale: NonNegativeFloat = 1.0
-    accumulate: PositiveInt = 1  # Forward passes per optimizer step in each process.
     image_weight: NonNegativeFloat = 5.0  # Weight of the image loss (lambda in the paper; 5 is for prediction epsilon).
     seed: Seed = 0  # Seed of weights, data order, noise and dropout.
     checkpoint_every: PositiveInt = 5_000  # Steps between checkpoints.
@@ -323,6 +323,8 @@ class ParallelConfig(Config, part="parallel."):
     """How the work is computed and distributed. Results depend on it only by rounding; a resumed run may change these."""
 
     shard: Literal["full", "hybrid"] = "full"  # Shard weights over all processes, or hybrid: over those of one machine.
+    # Rows in one forward pass of a process, which sums the gradients of its passes; its whole share of a step if not set.
+    micro_batch_size: Size | None = None
     activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, about a third slower.
     compile: bool | None = None  # Compile the blocks with torch.compile; on CUDA only if not set.
     # Matrix products of training on a CPU: auto is float32 by oneDNN on AMD CPUs with AVX512 and otherwise default, which is
@@ -432,7 +434,7 @@ class Machines(Config):
 class Run(Config):
     """A whole run, as in `run.json` and `train`."""
 
-    name: str
+    recipe: str  # Name of the recipe (`runs.py`) that the other settings began from; the run is called as its folder.
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -96,6 +96,21 @@ def squared_error(x0: Tensor, noise: Tensor, x_t: Tensor, prediction: Tensor, t:
     return error.float().square().flatten(1).mean(1)
 
 
+def velocity_error(
+    x0: Tensor, noise: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor, config: DiffusionConfig
+) -> Tensor:
+    """Mean squared error of the velocity that the prediction of each image stands for: (N, C, Y, X) -> (N,), in the dtype of
+    x_t.
+
+    It is the same for every prediction that stands for the same x0, so it compares runs with any prediction. It is the error
+    of epsilon divided by alpha^2, or the error of x0 divided by sigma^2: t must be well inside (0, 1).
+    """
+    prediction = prediction.to(x_t.dtype)
+    if config.prediction != "velocity":
+        prediction = velocity(*to_x0_and_noise(x_t, prediction, t, config), t, config)
+    return (prediction - velocity(x0, noise, t, config)).square().flatten(1).mean(1)
+
+
 def sample_t(generator: torch.Generator, max_t: float, config: DiffusionConfig) -> float:
     """t of one image, at most max_t."""
     match config.t_distribution:

@@ -4,15 +4,29 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 
-RUN_FORMAT = 2  # of run.json, and of the config.json of an exported run; other formats are refused
+RUN_FORMAT = 3  # of run.json, and of the config.json of an exported run; other formats are refused
 RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; in that of an exported run or of a network
 MODELS = Path(__file__).parent / "models"  # exported runs that are part of the package, each in a folder of its name
 
 
 class OpenError(ValueError):
     """A file or folder that cannot be used; the message says why in one line."""
+
+
+def run_name(folder: Path) -> str:
+    """The name of the run in a folder: that of the folder, as `to_name` writes it."""
+    return to_name(folder.resolve().name)
+
+
+def to_name(text: str) -> str:
+    """A text as the name of a run, in one word: letters and digits of any script, "_", "." and "-". Each group of other
+    characters becomes "-", and none of them is first or last. "run" if nothing is left, as of the folder "/"."""
+    text = unicodedata.normalize("NFC", text)
+    word = "".join(c if c in "_.-" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return "-".join(word.split()).strip("-.") or "run"
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -41,6 +41,7 @@ class Losses:
     code_count: int
     tokens: Tensor | None = None  # (T,) detached: the loss of each position in text_sum
     images: Sequence[Tensor] = ()  # (N,) detached, for each group: the loss of each image in image_sum
+    predictions: Sequence[Tensor] = ()  # (N, C, Y, X) detached, for each group: what the image head predicted
 
     @property
     def sums(self) -> Tensor:
@@ -93,7 +94,24 @@ def compute_losses(
         image_sum = image_sum + error.sum()
         images.append(error.detach())
     codes = text.tokens[batch.text_target >= batch.first_code] if batch.code_count else text.tokens.new_zeros(0)
-    return Losses(text.sum, image_sum, codes.sum(), *loss_counts(batch), text.tokens, images)
+    predictions = [predicted.detach() for predicted in predictions]
+    return Losses(text.sum, image_sum, codes.sum(), *loss_counts(batch), text.tokens, images, predictions)
+
+
+def velocity_errors_by_t(
+    batch: Batch, samples: list[NoiseSample], predictions: Sequence[Tensor], config: DiffusionConfig, bins: int
+) -> Tensor:
+    """(2, bins) float64: sums of the velocity errors of images with a loss, and their number, by t in equal parts of 0 to 1.
+    The predictions are those of `compute_losses` for this batch and these samples."""
+    sums = torch.zeros(2, bins, dtype=torch.float64)
+    for group, s, predicted in zip(batch.groups, samples, predictions, strict=True):
+        x0, noise, t = (value.to(predicted.device) for value in (group.x0, s.noise, s.t))
+        x_t = diffusion.add_noise(x0, noise, t, config)
+        errors = diffusion.velocity_error(x0, noise, x_t, predicted, t, config).cpu().double()  # (N,)
+        has_loss, bin_numbers = group.loss.cpu(), (s.t.cpu() * bins).long().clamp(max=bins - 1)  # (N,)
+        values = torch.stack([errors, torch.ones_like(errors)])  # (2, N)
+        sums.index_add_(1, bin_numbers[has_loss], values[:, has_loss])
+    return sums
 
 
 class TextLoss(NamedTuple):

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from transfusion.config import Run
+
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, and 1
 MAX_ONEDNN_ERROR = 1e-6  # of a float32 product, relative to its norm
@@ -261,6 +263,26 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
+
+
+def share_batch(batch_size: int, world: int) -> int:
+    """The part of a step's batch for each of `world` processes. ValueError, with the nearest numbers that work, when they
+    cannot share it evenly."""
+    if batch_size % world == 0:
+        return batch_size // world
+    sizes = [size for size in (batch_size // world * world, (batch_size // world + 1) * world) if size]
+    fewer = max(n for n in range(1, world) if batch_size % n == 0)
+    worlds = [fewer, *[n for n in range(world + 1, batch_size + 1) if batch_size % n == 0][:1]]
+    raise ValueError(
+        f"training.batch_size {batch_size} is not divisible by {world} processes: use a batch size of "
+        f"{' or '.join(map(str, sizes))}, or {' or '.join(map(str, worlds))} process{'es' if worlds[-1] > 1 else ''}"
+    )
+
+
+def rows_per_pass(run: Run, world: int) -> int:
+    """Rows in a forward pass of each of `world` processes: the micro batch, at most a process's share of the batch."""
+    share = share_batch(run.training.batch_size, world)
+    return min(run.parallel.micro_batch_size or share, share)
 
 
 def get_shard(tensor: torch.Tensor) -> torch.Tensor:

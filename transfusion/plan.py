@@ -18,6 +18,7 @@ from transfusion.model.flops import count_training_flops, count_usual_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
 from transfusion.objective import CHUNK, CPU_CHUNK
+from transfusion.parallel import rows_per_pass, share_batch
 from transfusion.sequence import Batch, Document, Image, Row, Text, Vocabulary, collate, encode_document
 
 FP32, BF16 = 4, 2  # bytes of a value
@@ -53,6 +54,7 @@ class Plan:
     machines: Machines
     parameters: dict[str, int]
     memory: Memory
+    rows_per_pass: int
     loss: int  # bytes: a chunk of logits, gradients of the head and its input
     image: tuple[int, int] | None  # latent shape (Y, X) of the assumed images
     text_positions: int  # positions with a text loss in a forward pass
@@ -65,7 +67,7 @@ class Plan:
 
     @property
     def positions_per_step(self) -> int:
-        return count_positions(self.run, self.machines.gpus)
+        return self.run.training.batch_size * self.run.data.seq_len
 
     @property
     def positions(self) -> int:
@@ -91,30 +93,29 @@ class Plan:
 
 
 def plan(run: Run, machines: Machines) -> Plan:
-    """The plan of a run on these machines. ValueError when its sharding does not suit them."""
-    config, batch = run.model, typical_row(run.model, run.data.seq_len)
+    """The plan of a run on these machines. ValueError when its batch or its sharding does not suit them."""
+    config, batch, rows = run.model, typical_row(run.model, run.data.seq_len), rows_per_pass(run, machines.gpus)
     counts = {part: sum(map(prod, shapes)) for part, shapes in weight_shapes(config).items()}
     parameters = {
         "transformer": counts["block"] * config.layers + counts["norm"],
         "embeddings and head": counts["embeddings"], "patches": counts["patches"],
     }  # fmt: skip
     return Plan(
-        run, machines, parameters, estimate_memory(run, machines), loss=count_loss(run),
+        run, machines, parameters, estimate_memory(run, machines), rows_per_pass=rows, loss=count_loss(run, rows),
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
-        text_positions=batch.text_count * run.data.rows,
+        text_positions=batch.text_count * rows,
         flops=count_training_flops(batch, config) / batch.positions,
         usual_flops=count_usual_flops(config, sum(parameters.values()), run.data.seq_len),
     )  # fmt: skip
 
 
-def count_positions(run: Run, gpus: int) -> int:
-    return run.data.rows * run.data.seq_len * run.training.accumulate * gpus
-
-
-def with_batch(run: Run, gpus: int, positions: int) -> Run:
-    """The run with the number of forward passes per step that is nearest to this many positions."""
-    positions_per_pass = count_positions(replace(run, training=replace(run.training, accumulate=1)), gpus)
-    return replace(run, training=replace(run.training, accumulate=max(1, round(positions / positions_per_pass))))
+def fit_micro_batch(run: Run, machines: Machines) -> Run:
+    """The run with its own micro batch if it fits, else with the largest smaller one that fits and divides a GPU's share of
+    the batch, so that all forward passes have one shape. When none fits, 1."""
+    share, rows = share_batch(run.training.batch_size, machines.gpus), rows_per_pass(run, machines.gpus)
+    smaller = [n for n in range(rows - 1, 0, -1) if share % n == 0]
+    candidates = [run, *(replace(run, parallel=replace(run.parallel, micro_batch_size=n)) for n in smaller)]
+    return next((r for r in candidates if estimate_memory(r, machines).all <= machines.memory), candidates[-1])
 
 
 @cache
@@ -141,6 +142,7 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     """Memory of each GPU at its peak, near the start of the backward pass. Gradients are counted in full, although a step
     without accumulation has none yet."""
     shapes, ranks = weight_shapes(run.model), machines.shard_group_size(run.parallel.shard)
+    rows = rows_per_pass(run, machines.gpus)
     rest = [shape for part in ("norm", "patches", "embeddings") for shape in shapes[part]]
     parts = {part: FP32 * count_shard(shapes[part], ranks) for part in shapes}
     parts["block"] *= run.model.layers
@@ -160,7 +162,8 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
         gathered = 2 * size * root + (2 * size + (BF16 if is_lower else 0) + FP32) * block
     return Memory(
         weights=weights, gradients=trained, moments=moments, ema=weights, gathered=gathered,
-        activations=count_activations(run, size), backward=max(count_loss(run, size), count_block_backward(run, size)),
+        activations=count_activations(run, rows, size),
+        backward=max(count_loss(run, rows, size), count_block_backward(run, rows, size)),
         cuda=CUDA_BYTES if is_cuda else 0,
     )  # fmt: skip
 
@@ -183,28 +186,28 @@ def typical_row(config: ModelConfig, length: int) -> Batch:
     return collate([Row((*images, text))], length, vocabulary)
 
 
-def count_activations(run: Run, value_bytes: int = BF16) -> int:
-    """Bytes that a forward pass saves for its backward pass, without logits; `value_bytes` for each value."""
+def count_activations(run: Run, rows: int, value_bytes: int = BF16) -> int:
+    """Bytes that a forward pass of `rows` rows saves for its backward pass, without logits; `value_bytes` for each value."""
     config, batch = run.model, typical_row(run.model, run.data.seq_len)
     block = config.width * value_bytes if run.parallel.activation_checkpointing else saved_by_block(run, value_bytes)
     saved = config.layers * block + 2 * config.head_size * value_bytes  # rotary cos and sin, shared by all blocks
     saved += 2 * config.width * value_bytes  # the last norm's input, and its output at text and patches
     images = sum(len(group.index) * saved_by_unet(config, group.x0.shape[2:], value_bytes) for group in batch.groups)
-    return run.data.rows * (batch.positions * saved + (images if config.patches == "unet" else 0))
+    return rows * (batch.positions * saved + (images if config.patches == "unet" else 0))
 
 
-def count_loss(run: Run, value_bytes: int = BF16) -> int:
+def count_loss(run: Run, rows: int, value_bytes: int = BF16) -> int:
     """Bytes that the loss adds: logits and log-probabilities of a chunk of positions, and its gradients."""
-    text_positions = typical_row(run.model, run.data.seq_len).text_count * run.data.rows
+    text_positions = typical_row(run.model, run.data.seq_len).text_count * rows
     chunk = (value_bytes + FP32) * min(CHUNK if value_bytes == BF16 else CPU_CHUNK, text_positions) * run.model.vocab_size
     return chunk + run.model.width * (FP32 * run.model.vocab_size + value_bytes * text_positions)
 
 
-def count_block_backward(run: Run, value_bytes: int = BF16) -> int:
+def count_block_backward(run: Run, rows: int, value_bytes: int = BF16) -> int:
     """Bytes that the backward pass of one block adds: its inner gradients, and recomputed activations."""
     gradients = value_bytes * (3 * run.model.feed_forward_size + 2 * run.model.width)
     recomputed = saved_by_block(run, value_bytes) if run.parallel.activation_checkpointing else 0
-    return run.data.rows * run.data.seq_len * (gradients + recomputed)
+    return rows * run.data.seq_len * (gradients + recomputed)
 
 
 def saved_by_block(run: Run, value_bytes: int = BF16) -> int:
@@ -249,13 +252,12 @@ def ways_to_fit(run: Run, machines: Machines) -> Iterator[str]:
 
 
 def _changes(run: Run, machines: Machines) -> Iterator[str]:
-    """The largest number of rows, and the smallest number of GPUs, with which the run fits."""
-    for rows in range(run.data.rows - 1, 0, -1):
-        if estimate_memory(replace(run, data=replace(run.data, rows=rows)), machines).all <= machines.memory:
-            yield f"--data.rows {rows}"
-            break
-    gpus = 2 * machines.gpus
-    while gpus <= (MAX_GPUS if run.parallel.shard == "full" else machines.gpus_per_machine):
+    """The largest micro batch, and the smallest number of GPUs, with which the run fits."""
+    smaller = fit_micro_batch(run, machines)
+    if estimate_memory(smaller, machines).all <= machines.memory:
+        yield f"--parallel.micro-batch-size {smaller.parallel.micro_batch_size}"
+    gpus, max_gpus = 2 * machines.gpus, MAX_GPUS if run.parallel.shard == "full" else machines.gpus_per_machine
+    while gpus <= max_gpus and run.training.batch_size % gpus == 0:
         if estimate_memory(run, replace(machines, gpus=gpus)).all <= machines.memory:
             yield f"--gpus {gpus}"
             break

@@ -1,9 +1,18 @@
-"""The named runs of `train NAME`: from five minutes on two cores to every row of the paper's tables."""
+"""The recipes of `train RECIPE`: from five minutes on two cores to every row of the paper's tables."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from transfusion.config import DataConfig, DiffusionConfig, DigitsConfig, GenerationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    DigitsConfig,
+    GenerationConfig,
+    ModelConfig,
+    ParallelConfig,
+    Run,
+    TrainingConfig,
+)  # fmt: skip
 
 SIZES = {  # Table 2
     "0.16b": ModelConfig(width=768, layers=16, heads=12),
@@ -19,17 +28,17 @@ CHAMELEON_VOCAB_SIZE = 48_512  # 32,000 text ids, 16,384 codes and the markers, 
 def digits() -> Run:
     """Scans of 8x8 pixels with English captions, and Python's documentation: trains in five minutes on two cores."""
     return Run(
-        name="digits",
+        recipe="digits",
         model=ModelConfig(width=192, layers=4, heads=3, intermediate_size=512, qk_norm=True,
                           unet_width=64, latent_channels=1),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, rows=13,
-            image_first_max_t=0.3, digits=DigitsConfig(interleaved=0.15),
+            sources=("digits", "topics"), mixture_weights=(0.85, 0.15), seq_len=128, image_first_max_t=0.3,
+            digits=DigitsConfig(interleaved=0.15),
         ),
         training=TrainingConfig(
-            steps=1500, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=2.0,
-            checkpoint_every=500, validate_every=250, preview_every=500,
+            steps=1500, batch_size=13, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995,
+            image_weight=2.0, checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig("dpm-sde", steps=20, guidance_scale=2.0, max_tokens=64),
     )  # fmt: skip
@@ -38,16 +47,16 @@ def digits() -> Run:
 def shapes() -> Run:
     """Rendered scenes of 32x32 colour pixels with captions, whose images can be scored automatically."""
     return Run(
-        name="shapes",
+        recipe="shapes",
         model=ModelConfig(width=128, layers=4, heads=4, intermediate_size=344, qk_norm=True,
                           unet_width=64, latent_channels=6),
         diffusion=DiffusionConfig(prediction="velocity"),
         data=DataConfig(
-            sources=("shapes",), codec="block_pca", seq_len=128, rows=16, image_first_max_t=0.3, tokenizer_size=320,
+            sources=("shapes",), codec="block_pca", seq_len=128, image_first_max_t=0.3, tokenizer_size=320,
         ),
         training=TrainingConfig(
-            steps=2000, learning_rate=4e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995, image_weight=4.0,
-            checkpoint_every=500, validate_every=250, preview_every=500,
+            steps=2000, batch_size=16, learning_rate=4e-3, min_learning_rate=1e-4, warmup_steps=100, ema_decay=0.995,
+            image_weight=4.0, checkpoint_every=500, validate_every=250, preview_every=500,
         ),
         generation=GenerationConfig("dpm-sde", steps=20, guidance_scale=2.0, max_tokens=64),
     )  # fmt: skip
@@ -57,15 +66,15 @@ def small() -> Run:
     """For your own data on two cores: images of 16 to 64 patches with short captions, minutes to an hour."""
     run = shapes()
     return replace(
-        run, name="small", model=replace(run.model, width=192, heads=3, intermediate_size=512),
-        data=replace(run.data, sources=(), seq_len=256, rows=8),
-        training=replace(run.training, learning_rate=3e-3, image_weight=2.0),
+        run, recipe="small", model=replace(run.model, width=192, heads=3, intermediate_size=512),
+        data=replace(run.data, sources=(), seq_len=256),
+        training=replace(run.training, batch_size=8, learning_rate=3e-3, image_weight=2.0),
     )  # fmt: skip
 
 
 def paper(size: str, **model) -> Run:
     """A run of the paper by its size, with changed model settings."""
-    return Run(name=size, model=replace(SIZES[size], **model))
+    return Run(recipe=size, model=replace(SIZES[size], **model), parallel=ParallelConfig(micro_batch_size=8))
 
 
 def chameleon(size: str, **model) -> Run:
@@ -87,9 +96,9 @@ def noise_limited(size: str) -> Run:
 
 
 def large() -> Run:
-    """Section 4.4: twice the steps, with twice the positions per step."""
+    """Section 4.4: twice the steps, with twice the rows in each."""
     run = paper("7b", patches="unet")
-    return replace(run, training=replace(run.training, steps=500_000, accumulate=2))
+    return replace(run, training=replace(run.training, steps=500_000, batch_size=1024))
 
 
 RUNS: dict[str, Callable[[], Run]] = {
@@ -109,5 +118,5 @@ NAMES = tuple(RUNS)
 
 
 def named_run(name: str) -> Run:
-    """The run of this name. KeyError for an unknown name."""
-    return replace(RUNS[name](), name=name)
+    """The run of this recipe. KeyError for an unknown name."""
+    return replace(RUNS[name](), recipe=name)

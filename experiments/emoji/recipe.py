@@ -29,14 +29,14 @@ MODEL = (
 )  # fmt: skip
 TRAINING = (
     "--data.sources", "pictures", "interleaved", "--data.mixture-weights", "0.8", "0.2",
-    "--data.seq-len", "256", "--data.rows", "16", "--data.image-first", "0.25", "--data.image-first-max-t", "0.3",
+    "--data.seq-len", "256", "--training.batch-size", "16", "--data.image-first", "0.25", "--data.image-first-max-t", "0.3",
     "--training.learning-rate", "3e-3", "--training.min-learning-rate", "3e-5", "--training.warmup-steps", "200",
     "--training.ema-decay", "0.999", "--training.image-weight", "5", "--training.preview-every", "0",
     "--training.validate-every", "1000", "--training.checkpoint-every", "500",
 )  # fmt: skip
 EDITS = (
     "--data.sources", "edits", "--data.mixture-weights", "1",
-    "--data.seq-len", "256", "--data.rows", "16",
+    "--data.seq-len", "256", "--training.batch-size", "16",
     "--training.learning-rate", "1e-3", "--training.min-learning-rate", "3e-5", "--training.warmup-steps", "50",
     "--training.ema-decay", "0.995", "--training.image-weight", "5", "--training.preview-every", "0",
     "--training.validate-every", "500", "--training.checkpoint-every", "500",

@@ -18,7 +18,7 @@ from transfusion.codecs.autoencoder import Autoencoder
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.codecs.vq import VQ
 from transfusion.config import to_json
-from transfusion.disk import CONFIG, RUN_FORMAT, check_new, open_to_others, read_json, write_json, write_whole
+from transfusion.disk import CONFIG, RUN_FORMAT, check_new, open_to_others, read_json, to_name, write_json, write_whole
 from transfusion.model.transfusion import MODEL_TYPE
 from transfusion.model.weights import MAX_SHARD_BYTES, write_weights
 
@@ -39,12 +39,12 @@ def export(
     for float16, or name or licence are not one word.
     """
     check_new(out)
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"name must be one word of letters, digits, - and ., such as emoji, not {name!r}")
+    if name is not None and to_name(name) != name:
+        raise ValueError(f"name must be one word of letters, digits, _, - and ., such as {to_name(name)}, not {name!r}")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(f"license must be as the hub names it, such as apache-2.0 or cc-by-sa-4.0, not {license!r}")
     opened = open_checkpoint(run, weights, "cpu")
-    opened.run = replace(opened.run, name=name or opened.run.name)
+    opened.name = name or opened.name
     if dtype == "float16":
         _convert_to_half(opened.model, "the model")
         if isinstance(opened.codec, Autoencoder | VQ):
@@ -85,7 +85,7 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int, dtype: str
     write_json(folder / TOKENIZER_CONFIG, describe_tokenizer(opened))
     write_json(folder / GENERATION, generation)
     write_json(folder / CONFIG, {
-        **MODEL_TYPE, "dtype": dtype, "format": RUN_FORMAT, "run": values, "vocabulary": vocabulary,
+        **MODEL_TYPE, "dtype": dtype, "format": RUN_FORMAT, "name": opened.name, "run": values, "vocabulary": vocabulary,
         "config_sha256": hash_config(values, vocabulary),
         "weights": {"kind": weights, "step": opened.step, "sha256": {path.name: fsync_and_hash(path) for path in files}},
         "codec": {"kind": opened.codec.kind, "sha256": hashlib.sha256(codec_bytes).hexdigest()},
@@ -131,7 +131,7 @@ tags:
 - image-to-text
 ---
 
-# {run.name}
+# {opened.name}
 
 A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that generates text and images, and takes both as
 input. Images have {sizes} pixels. {opened.parameters:,} parameters: width {model.width}, {model.layers} layers,
@@ -169,10 +169,10 @@ products without an evaluation of its output.
 ## Training data
 
 {sources or "The run does not name its data."}{"." if sources else ""} Training: {opened.step:,} steps of \
-{run.data.rows * run.training.accumulate} rows of {run.data.seq_len} positions on each process, \
+{run.training.batch_size} rows of {run.data.seq_len} positions, \
 {run.diffusion.prediction} prediction on the
-{run.diffusion.noise_schedule} noise schedule, image_weight {run.training.image_weight:g}.{began} `config.json` has all
-settings.
+{run.diffusion.noise_schedule} noise schedule, image_weight {run.training.image_weight:g}.{began} The recipe is \
+`{run.recipe}`; `config.json` has all settings.
 
 Images are encoded by the codec `{codec.kind}`{_source_of(codec)}. `config.json` has the SHA-256 of each file.
 

@@ -22,7 +22,9 @@ from transfusion.disk import (
     is_exported,
     read_checked,
     read_json,
+    run_name,
     sha256_of,
+    to_name,
 )  # fmt: skip
 from transfusion.model.transfusion import Transfusion, build_uninitialized, count_parameters, read_config
 from transfusion.model.weights import SINGLE, load_weights, read_into
@@ -34,8 +36,9 @@ GENERATION = "generation_config.json"  # of an exported run: its generation defa
 
 @dataclass
 class RunDescription:
-    """A run without its weights."""
+    """A run without its weights. `name`: that of its folder; of an exported run, the one that it was exported with."""
 
+    name: str
     run: Run
     tokenizer: Tokenizer
     codec: Codec
@@ -153,7 +156,8 @@ def describe_run(folder: Path) -> RunDescription:
         tokenizer = Tokenizer.from_json(text, vocabulary.tokenizer_markers)
         codec_bytes = read_checked(folder / "codec.safetensors", values["codec"]["sha256"])
         codec = codec_from_bytes(values["codec"]["kind"], codec_bytes)
-        return RunDescription(run, tokenizer, codec, vocabulary, values["notes"])
+        name = to_name(values["name"]) if is_exported(folder) else run_name(folder)
+        return RunDescription(name, run, tokenizer, codec, vocabulary, values["notes"])
     except (KeyError, TypeError, AttributeError) as error:
         raise OpenError(f"{path} is damaged: {error!r}") from None
     except OpenError:

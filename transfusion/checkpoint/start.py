@@ -15,7 +15,7 @@ from transfusion.checkpoint.open import (
 )
 from transfusion.codecs.text import Tokenizer
 from transfusion.config import ModelConfig
-from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json
+from transfusion.disk import CONFIG, OpenError, find_folder, is_exported, read_json, to_name
 from transfusion.model.llama import LLAMA_FIELDS, Llama
 from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.model.weights import Weights
@@ -32,6 +32,7 @@ class OtherRunStart:
     def __init__(self, source: str):
         self.folder = find_folder(source)
         self.description: RunDescription = describe_run(self.folder)
+        self.name = self.description.name
         self.exported = is_exported(self.folder)
         about = read_json(self.folder / CONFIG)["weights"] if self.exported else {}
         self.step = about["step"] if self.exported else read_step(find_newest_checkpoint(self.folder))
@@ -66,7 +67,7 @@ class LlamaStart:
     step = None
 
     def __init__(self, source: str):
-        self.folder = Path(source)
+        self.folder, self.name = Path(source), to_name(Path(source).resolve().name)
         self.llama = Llama(self.folder)
         if not (self.folder / "tokenizer.json").exists():
             raise OpenError(f"{self.folder} has no tokenizer.json")
@@ -98,7 +99,7 @@ def resolve_source(kind: str, source: str) -> str:
 
 def describe_start(start: Start, source: str) -> dict:
     """The entry "start" in the notes of run.json."""
-    return {"kind": start.kind, "place": source, "name": Path(source).name, "step": start.step}
+    return {"kind": start.kind, "place": source, "name": start.name, "step": start.step}
 
 
 def reopen_start(note: dict, folder: Path) -> Start:

@@ -9,7 +9,7 @@ COMMANDS = {  # -> the file with the function of this name, and a description
     "demo": ("runs", "train on real handwritten digits, evaluate, write a report: about ten minutes on two cores"),
     "data": ("data", "inspect, validate and prepare training data"),
     "plan": ("plan", "estimate memory, time and disk of a run before it starts"),
-    "train": ("runs", "train a named run or a run.json; the same command, or its folder, resumes it"),
+    "train": ("runs", "train a recipe or a run.json; the same command, or its folder, resumes it"),
     "generate": ("runs", "generate text and images from a prompt of text and images"),
     "evaluate": ("evaluate", "measure a run and write results.json"),
     "report": ("runs", "write report.html, one page about a run"),

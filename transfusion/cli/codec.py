@@ -104,6 +104,7 @@ def fit_codec(arguments: list[str]) -> None:
         gathered = gathered or _gather(args, readers, size)
         trainer = CodecTrainer(args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance,
                                gathered.heldout, args.log)  # fmt: skip
+        lock.begin()
         finished = lock.end(_train(trainer, args))
     if not finished:
         sys.exit(stopped_exit_code())

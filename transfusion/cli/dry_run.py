@@ -7,10 +7,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from transfusion.cli.options import as_usage_error
 from transfusion.cli.plan import print_plans
 from transfusion.cli.run_folder import RunFolder, Start
 from transfusion.cli.screen import UsageError, print_status
-from transfusion.config import Machines, Run
+from transfusion.config import Machines, Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import name_sources, open_sources
 from transfusion.parallel import device_memory, pick_device
@@ -27,17 +28,19 @@ def check_memory(run: Run, device: torch.device) -> None:
     if not estimate.fits:
         ways = [way for way in ways_to_fit(estimate.run, estimate.machines) if "--gpus" not in way]
         ways += ["more GPUs with torchrun"] if device.type == "cuda" else []
-        raise UsageError(f"{run.name} {_compare(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
+        raise UsageError(f"{run.recipe} {_compare(estimate)}: use {' or '.join(ways) or 'a smaller run'}")
 
 
 def plan_here(run: Run, device: torch.device) -> Plan:
-    """The plan of the run on this device and the other ones that torchrun uses."""
+    """The plan of the run on this device and the other ones that torchrun uses. UsageError when its batch or its sharding
+    does not suit their number."""
     world, per_machine = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     is_cuda = device.type == "cuda"
     if run.parallel.compile is None:
         run = replace(run, parallel=replace(run.parallel, compile=is_cuda))
     memory = device_memory(device) // (1 if is_cuda else per_machine)
-    return plan(run, Machines(world, per_machine, memory, device="cuda" if is_cuda else "cpu"))
+    with as_usage_error(TrainingConfig, "--training."):
+        return plan(run, Machines(world, per_machine, memory, device="cuda" if is_cuda else "cpu"))
 
 
 def _compare(estimate: Plan) -> str:
@@ -63,9 +66,9 @@ def _step_of_copy(folder: RunFolder, device: torch.device) -> str:
     """One step and one evaluation of a small copy of the model. Returns its losses as text."""
     run = shrink(folder.run)
     encoder = replace(folder.encoder, config=run.data)
-    heldout = {source.name: heldout_batches(source, encoder, DOCUMENTS) for source in open_sources(run.data, "heldout")}
+    heldout = {source.name: heldout_batches(source, encoder, DOCUMENTS, 1) for source in open_sources(run.data, "heldout")}
     with TemporaryDirectory() as faults:
-        trainer = Trainer(run, Path(faults), Loader(open_sources(run.data, "train"), encoder), heldout, device)
+        trainer = Trainer(run, Path(faults), Loader(open_sources(run.data, "train"), encoder, 1), heldout, device)
         micro_batches, _ = next(trainer.batches(None))
         try:
             losses = trainer.step(0, micro_batches, trainer.count(micro_batches), trainer.loop.guard)()
@@ -82,6 +85,6 @@ def shrink(run: Run) -> Run:
         run,
         model=replace(run.model, width=WIDTH, layers=1, heads=1, kv_heads=None, head_dim=None, intermediate_size=None,
                       unet_width=None),
-        data=replace(run.data, rows=1, shuffle_block=DOCUMENTS, workers=1), training=replace(run.training, accumulate=1),
+        data=replace(run.data, shuffle_block=DOCUMENTS, workers=1), training=replace(run.training, batch_size=1),
         parallel=replace(run.parallel, shard="full", compile=False),
     )  # fmt: skip

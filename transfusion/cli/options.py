@@ -44,7 +44,7 @@ def parse(cls: type, command: str, arguments: list[str], default: Any = tyro.MIS
         prefixes[info.type] = prefix
         overrides = issubclass(info.type, Overrides)
         shown = (f for f in spec.fields if not (overrides and f.type is bool))
-        described = [_describe(f, prefix, overrides, hidden=info.type is Run and f.name == "name") for f in shown]
+        described = [_describe(f, prefix, overrides, hidden=info.type is Run and f.name == "recipe") for f in shown]
         flags.extend(name for flag, _ in described if flag for name in (flag, *ALIASES.get(flag, ())))
         required.update({flag: f for flag, f in described if flag and f.default in (tyro.MISSING, tyro.MISSING_NONPROP)})
 

@@ -2,32 +2,34 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from math import ceil
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, get_args
 
 import tyro
 
 from transfusion.cli.options import as_usage_error
 from transfusion.cli.screen import UsageError
-from transfusion.cli.settings import ChosenRun, config_file, parse_run, read_run
-from transfusion.config import MFU, Machines, Run, Teraflops
+from transfusion.cli.settings import ChosenRun, config_file, option_names, parse_run, read_run
+from transfusion.config import MFU, Machines, Run, Teraflops, TrainingConfig
 from transfusion.disk import check_prepared
 from transfusion.fields import PositiveInt
 from transfusion.paper import PAPER
 from transfusion.runs import SIZES, named_run
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 NAME_WIDTH, FIGURE_WIDTH = 30, 14  # columns of the table
+MICRO_BATCH = "--parallel.micro-batch-size"
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Estimate memory, time and disk of a run: transfusion plan RUN, a named run or a run.json, with the options of `train`.
-    Without RUN, the paper's five sizes side by side."""
+    """Estimate memory, time and disk of a run: transfusion plan RUN, a recipe or a run.json, with the options of `train`.
+    Without --parallel.micro-batch-size it is the largest that fits, up to the run's. Without RUN, the paper's five sizes."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     gpus: PositiveInt = 1
@@ -40,14 +42,12 @@ class PlanOptions:
     """Peak TFLOP/s of each GPU; 989 is an H100 in bfloat16."""
     mfu: MFU = 0.4
     """Share of the peak that the run's exact FLOPs reach."""
-    batch: str | None = None
-    """Positions per step, for example 2M, from which training.accumulate follows; decided by the run if not set."""
     config: Path | None = None
     """YAML or JSON file with some settings or all, as in `train`; options override it."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of a table."""
     tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Without RUN, print the named run, size and generation settings of each row of the paper's Tables 3 to 9."""
+    """Without RUN, print the recipe, size and generation settings of each row of the paper's Tables 3 to 9."""
 
 
 class Line(NamedTuple):
@@ -67,50 +67,68 @@ def plan(arguments: list[str]) -> None:
         return print(json.dumps(rows, indent=2) if "--json" in arguments else "\n".join(_align(rows)))
     single = bool(arguments) and (not arguments[0].startswith("-") or config_file(arguments) is not None)
     sizes = () if single else SIZES
-    runs = [ChosenRun(named_run(size), arguments, is_named=True) for size in sizes] or [read_run("plan", arguments)]
-    parsed = [_parse(chosen, f"plan {chosen.run.name}" if single else "plan") for chosen in runs]
+    runs = [ChosenRun(named_run(size), arguments, is_recipe=True) for size in sizes] or [read_run("plan", arguments)]
+    parsed = [_parse(chosen, f"plan {chosen.run.recipe}" if single else "plan") for chosen in runs]
+    from transfusion.plan import fit_micro_batch
     from transfusion.plan import plan as plan_run
 
-    with as_usage_error(Machines):
-        plans = [plan_run(run, machines) for run, machines, _ in parsed]
-    args = parsed[0][2]
-    if args.json:
-        values = [_to_json(estimate) for estimate in plans]
-        print(json.dumps(values[0] if single else values, indent=2))
-    else:
-        print_plans(plans, args.batch)
+    is_free = MICRO_BATCH not in option_names(arguments)
+    with as_usage_error(TrainingConfig, "--training."):
+        plans = [plan_run(fit_micro_batch(run, machines) if is_free else run, machines) for run, machines, _ in parsed]
+    values = [_to_json(estimate) for estimate in plans]
+    if single and plans[0].fits:
+        values[0]["command"] = _write_command(plans[0], parsed[0][0], arguments)
+    if parsed[0][2].json:
+        return print(json.dumps(values[0] if single else values, indent=2))
+    print_plans(plans)
+    if "command" in values[0]:
+        print(f"Train it with:\n  {values[0]['command']}")
 
 
-def print_plans(plans: list, batch: str | None = None) -> None:
-    """Print plans as a table, one column for each. `batch`: the number of positions that --batch asked for."""
-    print(*_table(plans), *_notes(plans, batch), sep="\n")
+def print_plans(plans: list) -> None:
+    """Print plans as a table, one column for each, and notes on them."""
+    print(*_table(plans), *_notes(plans), sep="\n")
+
+
+def _write_command(estimate, run: Run, arguments: list[str]) -> str:
+    """The command that trains `run`, as `plan` was given it by `arguments`, with the micro batch of the plan."""
+    options = {f"--{f.name.replace('_', '-')}": f.type for f in fields(PlanOptions) if f.name not in ("run", "config")}
+    words, rest = [], iter(arguments)
+    for word in rest:
+        name, equals, _ = word.replace("_", "-").partition("=")
+        if name not in options:
+            words.append(word)
+        elif not equals and bool not in get_args(options[name]):
+            next(rest)  # its value
+    if not run.data.prepared and not run.data.sources:
+        words += ["--data", "DIR"]
+    if estimate.run != run:
+        words += [MICRO_BATCH, str(estimate.rows_per_pass)]
+    gpus, per_machine = estimate.machines.gpus, estimate.machines.gpus_per_machine
+    machines = next(n for n in range(ceil(gpus / per_machine), gpus + 1) if gpus % n == 0)
+    nodes, endpoint = (f"--nnodes {machines} ", "--rdzv-endpoint HOST:29500 ") if machines > 1 else ("", "")
+    launcher = f"torchrun {nodes}--nproc-per-node {gpus // machines} {endpoint}-m " if gpus > 1 else ""
+    return f"{launcher}transfusion train {shlex.join(words)}"
 
 
 def _parse(chosen: ChosenRun, command: str) -> tuple[Run, Machines, PlanOptions]:
-    """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a named run."""
-    before, is_named = chosen.run, chosen.is_named
+    """The run, the machines and all options. As in `train`, the data decide the vocabulary and channels of a recipe."""
+    before, is_recipe = chosen.run, chosen.is_recipe
     run, args = parse_run(PlanOptions, command, before, chosen.arguments)
     memory = _number(args.memory, BYTES, "--memory takes a size, for example 80GB or 40GiB")
     machines = Machines(args.gpus, args.gpus_per_machine, memory, args.tflops, args.mfu)
-    if args.batch is not None and run.training.accumulate != before.training.accumulate:
-        raise UsageError("--batch decides training.accumulate: give only one of them")
     if args.gpus_per_machine != PlanOptions.gpus_per_machine and run.parallel.shard == "full":
         raise UsageError("--gpus-per-machine has no effect without --parallel.shard hybrid")
     if run.parallel.cpu_matmul != before.parallel.cpu_matmul:
         raise UsageError("--parallel.cpu-matmul has no effect on a plan, which is for GPUs")
-    for folder in run.data.prepared if is_named else ():  # a run.json holds all sizes; its data may be elsewhere
+    for folder in run.data.prepared if is_recipe else ():  # a run.json holds all sizes; its data may be elsewhere
         check_prepared(Path(folder))
-    if is_named and (run.data.sources or run.data.prepared):
+    if is_recipe and (run.data.sources or run.data.prepared):
         from transfusion.data.sources import fit
 
         encoder = fit(run.data, run.model.patch_size, run.training.seed)
         fitted = {"vocab_size": encoder.vocabulary.size, "latent_channels": encoder.codec.channels}
         run = replace(run, model=replace(run.model, **fitted))
-    if args.batch is not None:
-        batch = _number(args.batch, COUNTS, "--batch takes a number of positions, for example 2M or 2097152")
-        from transfusion.plan import with_batch
-
-        run = with_batch(run, args.gpus, batch)
     return run, machines, args
 
 
@@ -127,9 +145,9 @@ def _table(plans: list) -> Iterator[str]:
     """One column for each run; a single run has a remark beside each figure."""
     single, run = len(plans) == 1, plans[0].run
     sharding = f", {run.parallel.shard} sharding" if plans[0].machines.gpus > 1 else ""
-    yield f"{run.name + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
+    yield f"{run.recipe + ' on ' if single else ''}{_count(plans[0].machines.gpus, 'GPU')}{sharding}"
     if not single:
-        yield " " * NAME_WIDTH + "".join(f"{estimate.run.name:>{FIGURE_WIDTH}}" for estimate in plans)
+        yield " " * NAME_WIDTH + "".join(f"{estimate.run.recipe:>{FIGURE_WIDTH}}" for estimate in plans)
     unit = "MB" if all(estimate.memory.all - estimate.memory.cuda < BYTES["GB"] for estimate in plans) else "GB"
     for lines in zip(*([*_memory_lines(e, unit), *_time_and_disk_lines(e, unit)] for e in plans), strict=True):
         name, figure, remark = lines[0]
@@ -153,7 +171,7 @@ def _align(rows: list[dict]) -> Iterator[str]:
     for row in rows:
         guidance, images = row["guidance_scale"] or "", f"{row['fid_images']:,}" if row["fid_images"] else ""
         yield (f"Table {row['table']}  {row['label']:38} {row['run']:20} {row['parameters']:>14,} {row['sources']:>8} "
-               f"{row['batch']:>6} {guidance:>9} {images:>9}").rstrip()  # fmt: skip
+               f"{row['batch_size']:>6} {guidance:>9} {images:>9}").rstrip()  # fmt: skip
 
 
 def _memory_lines(estimate, unit: str) -> list[Line]:
@@ -169,7 +187,7 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
         "weights": (memory.weights, part), "gradients": (memory.gradients, part),
         moments: (memory.moments, part), "moving average": (memory.ema, part),
         "weights gathered for use": (memory.gathered, gathered),
-        "activations": (memory.activations, f"{run.data.rows} rows of {run.data.seq_len:,}, {saved}"),
+        "activations": (memory.activations, f"{estimate.rows_per_pass} rows of {run.data.seq_len:,}, {saved}"),
         "backward pass, largest": (memory.backward, f"{largest}, with gradients"),
         "CUDA and NCCL": (memory.cuda, "approximate"), "all": (memory.all, ""),
     }  # fmt: skip
@@ -186,7 +204,8 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
 
 def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
     run, machines, keep = estimate.run, estimate.machines, estimate.run.training.keep_checkpoints
-    rows = f"{run.data.rows} rows x {run.data.seq_len:,} x accumulate {run.training.accumulate}"
+    batch_size = run.training.batch_size
+    passes = _count(ceil(batch_size / machines.gpus / estimate.rows_per_pass), "pass", "passes")
     return [
         Line("Millions of FLOPs per position, forward and backward"),
         Line("exact", f"{estimate.flops / 1e6:,.1f}", "attention pairs of the mask, head on text only"),
@@ -196,7 +215,8 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("MFU, usual FLOPs", f"{estimate.usual_mfu:.1%}", "the same speed in the other convention"),
         Line("positions per second", _rounded(estimate.positions_per_second), "of one GPU"),
         Line("... of all GPUs", _rounded(estimate.positions_per_second * machines.gpus)),
-        Line("positions per step", f"{estimate.positions_per_step:,}", f"{rows} x {_count(machines.gpus, 'GPU')}"),
+        Line("positions per step", f"{estimate.positions_per_step:,}", f"{batch_size:,} rows x {run.data.seq_len:,}"),
+        Line("rows per forward pass", f"{estimate.rows_per_pass:,}", f"{passes} of each GPU in a step"),
         Line("steps", f"{run.training.steps:,}"),
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
         Line("time", _duration(estimate.seconds)),
@@ -206,8 +226,8 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
     ]
 
 
-def _notes(plans: list, batch: str | None) -> Iterator[str]:
-    """The assumptions, a batch that differs from --batch, and changes that make a run fit."""
+def _notes(plans: list) -> Iterator[str]:
+    """The assumptions, and changes that make a run fit."""
     from transfusion.plan import ways_to_fit
 
     yield ""
@@ -218,24 +238,18 @@ def _notes(plans: list, batch: str | None) -> Iterator[str]:
         yield f"Assumed: half of a row is images of {patches} patches ({y}x{x} latents), half is text of one document."
     else:
         yield "Assumed: rows are text, because they are too short for images."
-    if batch is not None:
-        number = _number(batch, COUNTS, "")
-        if number != first.positions_per_step:
-            yield (f"--batch {number:,} is not a multiple of {first.positions_per_step // first.run.training.accumulate:,}: "
-                   f"the nearest is {first.positions_per_step:,}.")  # fmt: skip
     for estimate in plans:
         if not estimate.fits:
-            ways = " or ".join(ways_to_fit(estimate.run, estimate.machines))
-            ways = ways or "no change of rows, activation checkpointing or GPUs"
-            yield f"{estimate.run.name} does not fit; it would with {ways}."
+            ways = [*ways_to_fit(estimate.run, estimate.machines)] or ["no micro batch, checkpointing or number of GPUs"]
+            yield "\n  or ".join([f"{estimate.run.recipe} does not fit; it would with {ways[0]}", *ways[1:]])
 
 
 def _to_json(estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
-    names = ("image", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
+    names = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
-        "run": estimate.run.name, "machines": asdict(estimate.machines),
+        "run": estimate.run.recipe, "machines": asdict(estimate.machines),
         "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
         "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
         **{name: getattr(estimate, name) for name in names},
@@ -243,8 +257,8 @@ def _to_json(estimate) -> dict:
     }  # fmt: skip
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _size(number: float, unit: str) -> str:

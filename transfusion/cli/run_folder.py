@@ -20,7 +20,7 @@ from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import ChatLayout, Run, to_json
 from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights
 from transfusion.data.sources import chat_layout, fit, has_tokenizer_and_codec, hash_sources, open_sources, reuse
-from transfusion.disk import RUN
+from transfusion.disk import RUN, run_name
 from transfusion.model.transfusion import Transfusion
 from transfusion.parallel import Ranks
 
@@ -105,7 +105,8 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     run = replace(run, model=origin.adapt_config(model) if origin else model)
     notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
     notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
-    return cls(path, RunDescription(run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes), encoder)
+    about = RunDescription(run_name(path), run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
+    return cls(path, about, encoder)
 
 
 def _create_encoder(run: Run, origin) -> DocumentEncoder:
@@ -115,7 +116,7 @@ def _create_encoder(run: Run, origin) -> DocumentEncoder:
         encoder = reuse(run.data, other.tokenizer, other.codec, other.vocabulary, run.training.seed)
     else:
         if not run.data.prepared:
-            print_status(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.name}")
+            print_status(f"fitting the {'codec' if origin else 'tokenizer and the codec'} of {run.recipe}")
         encoder = fit(run.data, run.model.patch_size, run.training.seed, origin and origin.tokenizer)
     has_codes = encoder.vocabulary.num_image_codes > 0
     if has_codes != (run.model.patches == "codes"):
@@ -147,8 +148,8 @@ def _resume(known: RunDescription, run: Run, path: Path, start: Start | None) ->
     if start and (not note or (note["kind"], note["place"]) != (start[0], resolve_source(*start))):
         first = f"from {note['place']}" if note else "from random weights"
         raise UsageError(f"{path} started {first}, not from {start[1]}: give another --out")
-    if known.run.name != run.name:
-        raise UsageError(f"{path} holds the run {known.run.name}, not {run.name}: give another --out")
+    if known.run.recipe != run.recipe:
+        raise UsageError(f"{path} has the recipe {known.run.recipe}, not {run.recipe}: give another --out")
     fixed_sizes = fixed_model_fields(note)
     changes = _describe_changes(known.run, run, fixed_sizes)
     if fixed := [text for name, text in changes.items() if not name.startswith(FREE)]:

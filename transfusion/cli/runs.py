@@ -46,7 +46,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Demo:
-    """Train the run `digits`, measure it and write its report: real scans, no download, about ten minutes on two cores."""
+    """Train the recipe `digits`, measure it and write its report: real scans, no download, ten minutes on two cores."""
 
     out: Path = Path("runs/digits")
     """Folder of the run."""
@@ -92,7 +92,7 @@ class Report:
 
 
 def demo(arguments: list[str]) -> None:
-    """Train, evaluate and report the run `digits`."""
+    """Train, evaluate and report the recipe `digits`."""
     args = parse(Demo, "demo", arguments)
     _train_or_exit(named_run("digits"), args.out, args.device)
     measure(args.out, args.out, EvaluationConfig(), args.device)
@@ -103,8 +103,8 @@ def train(arguments: list[str]) -> None:
     """Start a run or resume it."""
     chosen = read_run("train", arguments)
     before, folder = chosen.run, chosen.folder
-    resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.name
-    run, args = parse_run(Train, f"train {before.name}", before, chosen.arguments, resumes, out=out)
+    resumes, out = folder is not None and not option_names(arguments) & {"--out"}, folder or Path("runs") / before.recipe
+    run, args = parse_run(Train, f"train {before.recipe}", before, chosen.arguments, resumes, out=out)
     starts = [(kind, source) for kind, source in (("run", args.start), ("llama", args.init_from)) if source is not None]
     if len(starts) > 1:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
@@ -157,7 +157,7 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     from transfusion.cli.run_folder import RunFolder
     from transfusion.data.loader import Loader, heldout_batches
     from transfusion.data.sources import name_sources, open_raw, open_sources
-    from transfusion.parallel import Ranks, keep_freed_memory, pick_device
+    from transfusion.parallel import Ranks, keep_freed_memory, pick_device, rows_per_pass
     from transfusion.training.lock import TrainingLock
     from transfusion.training.signals import exit_on_signal
     from transfusion.training.trainer import Trainer
@@ -172,8 +172,9 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         ranks.barrier()
         folder = RunFolder.open(path)
         run, encoder = folder.run, folder.encoder
-        loader = Loader(open_sources(run.data, "train"), encoder, ranks.rank, ranks.world)
-        heldout = {source.name: heldout_batches(source, encoder, HELDOUT) for source in open_sources(run.data, "heldout")}
+        loader = Loader(open_sources(run.data, "train"), encoder, run.training.batch_size, ranks.rank, ranks.world)
+        sources, num_rows = open_sources(run.data, "heldout"), rows_per_pass(run, ranks.world)
+        heldout = {source.name: heldout_batches(source, encoder, HELDOUT, num_rows) for source in sources}
         preview = _previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
         trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
         trainer.loop.restore(print_status)
@@ -182,8 +183,9 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         if trainer.loop.progress.step >= run.training.steps:
             report_line(f"{path} is trained to its last step, {run.training.steps}; a larger --training.steps resumes it")
             return lock.end(finished=True)
-        report_line(f"training {run.name} on {devices}, into {path}")
+        report_line(f"training {path} on {devices}, recipe {run.recipe}")
         warn_about_warmup(run.training, report_line)
+        lock.begin()
         return lock.end(trainer.train())
 
 

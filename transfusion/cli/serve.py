@@ -71,7 +71,7 @@ def serve(arguments: list[str]) -> None:
         gc.freeze()  # what exists now stays: collections take little time
         sys.setswitchinterval(SWITCH_SECONDS)
         host, port = server_socket.getsockname()[:2]
-        print_status(f"serving {engine.run.name} at http://{f'[{host}]' if ':' in host else host}:{port} (API under /v1)")
+        print_status(f"serving {engine.opened.name} at http://{f'[{host}]' if ':' in host else host}:{port} (API under /v1)")
         server.run(sockets=[server_socket])
 
 

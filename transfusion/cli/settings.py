@@ -10,7 +10,7 @@ from typing import Any
 from transfusion.cli.options import parse
 from transfusion.cli.screen import UsageError, nearest
 from transfusion.config import Run, from_json, to_json
-from transfusion.disk import RUN, OpenError, check_run, is_exported, read_json
+from transfusion.disk import RUN, OpenError, check_run, check_run_format, is_exported, read_json
 from transfusion.runs import NAMES, named_run
 
 DECIDED = "vocab_size", "latent_channels"  # fields of the model that training takes from its data
@@ -24,32 +24,32 @@ class ChosenRun:
     run: Run
     arguments: list[str]
     folder: Path | None = None  # if the word is a run's folder
-    is_named: bool = False  # a run of `runs.py`, whose model has not been fitted to data
+    is_recipe: bool = False  # one of `runs.py`, whose model has not been fitted to data
 
 
 def read_run(command: str, arguments: list[str]) -> ChosenRun:
-    """The run of the first argument: its name, folder or file. Without it, the named run that the file of --config names."""
+    """The run of the first argument: a recipe, folder or file. Without it, the recipe that the file of --config names."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = fill(", ".join(NAMES), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
         print(f"usage: transfusion {command} RUN [options]\n\n"
-              f"RUN is the folder of a run, the path of a run.json, or one of\n{names}\n\n"
+              f"RUN is the folder of a run, the path of a run.json, or a recipe:\n{names}\n\n"
               f"transfusion {command} RUN --help lists every option with the run's own defaults.")  # fmt: skip
         sys.exit(0 if arguments else 2)
     word, rest = arguments[0], arguments[1:]
     if (file := config_file(arguments)) is not None and word.startswith("-"):
-        word, rest = read_settings(file).get("name"), arguments
+        word, rest = read_settings(file).get("recipe"), arguments
         if word not in NAMES:
-            raise UsageError(f"{file} has no name of a run: give RUN before --config, or as its name {', '.join(NAMES)}")
+            raise UsageError(f"{file} names no recipe: give RUN before --config, or in the file recipe: {NAMES[0]}")
     if word in NAMES:
-        return ChosenRun(named_run(word), rest, is_named=True)
+        return ChosenRun(named_run(word), rest, is_recipe=True)
     path = Path(word)
     if path.is_dir():
         if is_exported(check_run(path)):
-            raise UsageError(f"{path} is an exported run: give it with --from, after the name of a run")
-        return ChosenRun(from_json(Run, read_settings(path / RUN)), rest, folder=path)
+            raise UsageError(f"{path} is an exported run: give it with --from, after a recipe")
+        return ChosenRun(_from_settings(path / RUN, read_settings(path / RUN)), rest, folder=path)
     if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"there is no run {word!r}{nearest(word, NAMES)}; there are {', '.join(NAMES)}")
-    return ChosenRun(from_json(Run, read_settings(path)), rest)
+        raise UsageError(f"there is no recipe or folder {word!r}{nearest(word, NAMES)}; recipes are {', '.join(NAMES)}")
+    return ChosenRun(_from_settings(path, read_settings(path)), rest)
 
 
 def parse_run(
@@ -66,8 +66,8 @@ def parse_run(
 
 
 def option_names(arguments: list[str]) -> set[str]:
-    """The options in a command: "--data" also of --data=DIR."""
-    return {word.partition("=")[0] for word in arguments}
+    """The options in a command: "--data" also of --data=DIR, and "--log-every" also of --log_every."""
+    return {word.partition("=")[0].replace("_", "-") for word in arguments}
 
 
 def config_file(arguments: list[str]) -> Path | None:
@@ -80,15 +80,20 @@ def config_file(arguments: list[str]) -> Path | None:
 
 
 def _with_settings(run: Run, file: Path, keeps_sources: bool) -> Run:
-    """The run with the settings of a file. UsageError names the file and the field."""
+    """The run with the settings of a file."""
     values = read_settings(file)
     if file.name == RUN and isinstance(values.get("model"), dict):
         values["model"] = _without_decided(values["model"])
     data = values.get("data")
     if not keeps_sources and isinstance(data, dict) and {"prepared", "sources"} & data.keys():
         run = _without_sources(run)
+    return _from_settings(file, _merge(to_json(run), values))
+
+
+def _from_settings(file: Path, values: dict) -> Run:
+    """The run with all these settings of a file. UsageError names the file and the field."""
     try:
-        return from_json(Run, _merge(to_json(run), values))
+        return from_json(Run, values)
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from None
 
@@ -107,10 +112,13 @@ def _merge(values: dict, others: dict) -> dict:
 
 
 def read_settings(path: Path) -> dict:
-    """The settings in a YAML or JSON file; of a run.json its run. OpenError when it has none."""
+    """The settings in a YAML or JSON file; of a run.json its run. OpenError when it has none, or is of another format."""
     if path.suffix not in (".yaml", ".yml"):
         values = read_json(path)
-        return values["run"] if isinstance(values.get("run"), dict) else values
+        if not isinstance(values.get("run"), dict):
+            return values
+        check_run_format(path.parent, values)
+        return values["run"]
     import yaml
 
     try:

@@ -131,22 +131,22 @@ def read_pairs(source: Source, count: int) -> Iterator[tuple[int, str, np.ndarra
 
 
 class Loader:
-    """Makes endless batches. Each comes with the state from which the next one is read."""
+    """The packed rows of each step, without end. A step has `batch_size` rows over all ranks."""
 
-    def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, rank: int = 0, world: int = 1):
-        self.sources, self.encoder, self.config = sources, encoder, encoder.config
-        self.rank, self.world = rank, world
+    def __init__(self, sources: Sequence[Source], encoder: DocumentEncoder, batch_size: int, rank: int = 0, world: int = 1):
+        self.sources, self.encoder, self.config, self.vocabulary = sources, encoder, encoder.config, encoder.vocabulary
+        self.batch_size, self.rank, self.world = batch_size, rank, world
         self.weights = document_weights(sources, encoder)
         self.stream = _build_stream(sources, self.weights, encoder.seed)
 
-    def batches(self, start: LoaderState = START) -> Iterator[tuple[Batch, LoaderState]]:
-        """This rank's batches from `start`. A step reads `config.rows` x world packed rows; rank r gets r, r + world, ..."""
-        seq_len, vocabulary = self.config.seq_len, self.encoder.vocabulary
+    def batches(self, start: LoaderState = START) -> Iterator[tuple[list[Row], LoaderState]]:
+        """This rank's rows of each step from `start`, and the state from which the next step is read. Steps are the same for
+        any number of ranks; rank r gets their rows r, r + world, ..."""
         pending: list[Row] = []
         for row, state in self._rows(start):
             pending.append(row)
-            if len(pending) == self.config.rows * self.world:
-                yield collate(pending[self.rank :: self.world], seq_len, vocabulary), state
+            if len(pending) == self.batch_size:
+                yield pending[self.rank :: self.world], state
                 pending = []
 
     def _rows(self, start: LoaderState) -> Iterator[tuple[Row, LoaderState]]:
@@ -174,15 +174,19 @@ class Loader:
         return pack(documents, self.config.seq_len, self.encoder.vocabulary, seed)
 
 
-def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int) -> list[Batch]:
-    """Batches of the first held-out documents, in order, always the same. No captions and no conditions are dropped."""
-    config = replace(encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0)
-    encoder = replace(encoder, config=config)
+def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int, num_rows: int) -> list[Batch]:
+    """Batches of at most `num_rows` rows with the first held-out documents, in order, with the same noise and t for every
+    seed. No captions and no conditions are dropped, and images before their caption have t = 0 and no loss, as in a prompt:
+    so the figures do not depend on the settings that change documents and t for training."""
+    config = replace(
+        encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0, image_first_max_t=0.0
+    )
+    encoder = replace(encoder, config=config, seed=0)
     encoded = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
     rows = pack(encoded, config.seq_len, encoder.vocabulary, seed=0)
     return [
-        collate(rows[first : first + config.rows], config.seq_len, encoder.vocabulary)
-        for first in range(0, len(rows), config.rows)
+        collate(rows[first : first + num_rows], config.seq_len, encoder.vocabulary)
+        for first in range(0, len(rows), num_rows)
     ]
 
 

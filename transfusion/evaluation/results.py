@@ -100,11 +100,15 @@ def _run_tasks(suite: Suite, print_line: PrintLine, on_progress: OnProgress) -> 
 
 def _load_results(engine: Engine, folder: Path, out: Path) -> dict:
     """The results saved in `out`, if they are of this step of the run in `folder`; otherwise new ones without tasks."""
-    results: dict = {"run": engine.run.name, "step": engine.opened.step, "parameters": engine.opened.parameters}
+    results: dict = {
+        "run": engine.opened.name, "recipe": engine.run.recipe, "step": engine.opened.step,
+        "parameters": engine.opened.parameters,
+    }  # fmt: skip
     path = out / NAME
     saved = read_json(path) if path.exists() else {}
-    if _identity(saved) == results and isinstance(saved.get("manifest"), list):
-        return saved
+    is_same = _identity(saved) == _identity(results) and (out == folder or saved.get("run") == results["run"])
+    if is_same and isinstance(saved.get("manifest"), list):
+        return saved | results
     if not is_exported(folder):
         state = read_json(find_newest_checkpoint(folder) / "state.json")
         results |= {"training_seconds": round(state["seconds"]), "training_positions": state["num_seen"]}
@@ -112,7 +116,8 @@ def _load_results(engine: Engine, folder: Path, out: Path) -> dict:
 
 
 def _identity(results: dict) -> dict:
-    return {name: results.get(name) for name in ("run", "step", "parameters")}
+    """What a run keeps when its folder is renamed or exported under another name."""
+    return {name: results.get(name) for name in ("recipe", "step", "parameters")}
 
 
 def _remove_task(entry: dict, source: str, task: str) -> dict | None:

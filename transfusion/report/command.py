@@ -17,20 +17,21 @@ STARTS = {"run": "--from", "llama": "--init-from"}
 
 
 def training_command(run: Run, folder: Path, start: dict | None = None) -> str:
-    """`transfusion train` with the name of the run and the options that differ from the named run; for a run without a named
-    one, with its run.json. Its output is the run's own folder, where it resumes the run. `start`: the note of run.json about
+    """`transfusion train` with the recipe of the run and the options that differ from it; for a run of no known recipe, with
+    its run.json. Its output is the run's own folder, where it resumes the run. `start`: the note of run.json about
     other initial weights. Settings that data and start decide are left out."""
-    name, start_words = run.name, [STARTS[start["kind"]], start["place"]] if start else []
-    if name not in NAMES:
+    start_words = [STARTS[start["kind"]], start["place"]] if start else []
+    if run.recipe not in NAMES:
         return shlex.join(["transfusion", "train", str(folder / RUN), *start_words, "--out", str(folder)])
-    default = named_run(name)
+    default = named_run(run.recipe)
     if run.data.prepared or run.data.sources != default.data.sources:  # these options replace the run's own sources
         default = replace(default, data=replace(default.data, sources=(), mixture_weights=()))
     if run.data.prepared and name_sources(replace(run.data, sources=())).sources == run.data.sources:
         default = replace(default, data=replace(default.data, sources=run.data.sources))  # all of the folders
     decided = {field: getattr(default.model, field) for field in fixed_model_fields(start)}
     run = replace(run, model=replace(run.model, **decided))
-    return shlex.join(["transfusion", "train", name, *_options(default, run, "--"), *start_words, "--out", str(folder)])
+    options = _options(default, run, "--")
+    return shlex.join(["transfusion", "train", run.recipe, *options, *start_words, "--out", str(folder)])
 
 
 def _options(before: Config, after: Config, prefix: str) -> Iterator[str]:

@@ -4,14 +4,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+from transfusion.disk import run_name
 from transfusion.page import SERIES, Line, Page
-from transfusion.report.record import Record, format_duration, running_mean
+from transfusion.report.record import VELOCITY_ERROR, Record, format_duration, running_mean
 
 NONE = "–"  # a cell without a value
 MAX_POINTS = 600  # of a line in a plot
+HELDOUT = {  # held-out metrics, with the label of the y axis
+    "text_loss": "nats per token", "image_loss": "mean squared error per value, or nats per code",
+    "velocity_error": "mean squared error per value",
+}  # fmt: skip
 CURVES = {  # metrics of training steps -> title, label of the y axis, and whether it is logarithmic
-    "text_loss": ("Text loss, training", "nats per token", True),
-    "image_loss": ("Image loss, training", "mean squared error per value, or nats per code", True),
+    "text_loss": ("Text loss, training", HELDOUT["text_loss"], True),
+    "image_loss": ("Image loss, training", HELDOUT["image_loss"], True),
     "gradient_norm": ("Gradient norm", "", True), "learning_rate": ("Learning rate", "", False),
     "positions_per_second": ("Speed", "positions per second", False),
     "data_wait_share": ("Waiting for data", "share of the time", False),
@@ -21,7 +26,7 @@ CURVES = {  # metrics of training steps -> title, label of the y axis, and wheth
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     """Write the page about the runs in these folders and return its path. A run without results.json or metrics.jsonl has
     empty cells. OpenError when a run.json cannot be read."""
-    names = [folder.resolve().name for folder in folders]
+    names = [run_name(folder) for folder in folders]
     names = [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
     runs = {name: Record.read(folder) for name, folder in zip(names, folders, strict=True)}
     page = Page("Comparison of " + " and ".join(runs) if len(runs) == 2 else f"Comparison of {len(runs)} runs")
@@ -62,9 +67,9 @@ def _figures(run: Record) -> Iterator[tuple[str, str]]:
             yield "peak memory", f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
     if "parameters" in run.results:
         yield "parameters", f"{run.results['parameters']:,}"
-    for kind in ("text", "image"):
-        for source, (_, losses) in run.heldout(kind).items():
-            yield f"held-out {kind} loss of {source}", f"{losses[-1]:.4f}"
+    for metric in HELDOUT:
+        for source, (_, values) in run.heldout(metric).items():
+            yield f"held-out {metric.replace('_', ' ')} of {source}", f"{values[-1]:.4f}"
     for source, tasks in run.results.items():
         for task, values in tasks.items() if isinstance(tasks, dict) else ():
             for name, value in values.items():
@@ -74,12 +79,20 @@ def _figures(run: Record) -> Iterator[tuple[str, str]]:
 
 def _add_curves(page: Page, runs: dict[str, Record]) -> None:
     """A plot for each metric that one of the runs has, held-out losses first, with a line for each run."""
-    for kind in ("text", "image"):
-        unit = CURVES[f"{kind}_loss"][1]
-        sources = dict.fromkeys(source for run in runs.values() for source in run.heldout(kind))
-        for source in sources:
-            series = {name: run.series(f"heldout_{kind}_loss/{source}") for name, run in runs.items()}
-            page.plot(f"Held-out {kind} loss of {source}", _lines(series, dots=True), "training step", unit, log=True)
+    for metric, unit in HELDOUT.items():
+        for source in dict.fromkeys(source for run in runs.values() for source in run.heldout(metric)):
+            series = {name: run.series(f"heldout_{metric}/{source}") for name, run in runs.items()}
+            title = f"Held-out {metric.replace('_', ' ')} of {source}"
+            page.plot(title, _lines(series, dots=True), "training step", unit, log=True)
+    by_t = {name: run.velocity_errors_by_t() for name, run in runs.items()}
+    for source in dict.fromkeys(source for errors in by_t.values() for source in errors):
+        series = {name: errors.get(source, ([], [])) for name, errors in by_t.items()}
+        title, unit = f"Held-out velocity error of {source} by t", HELDOUT["velocity_error"]
+        page.plot(title, _lines(series, dots=True), "t, from image to noise", unit, log=True)
+    if any(by_t.values()):
+        page.paragraph(VELOCITY_ERROR, muted=True)
+    if len({_latent_space(run) for name, run in runs.items() if by_t[name]}) > 1:
+        page.paragraph("The velocity errors of these runs cannot be compared: their codecs or noise schedules differ.")
     for metric, (title, unit, log) in CURVES.items():
         series = {}
         for name, run in runs.items():
@@ -96,6 +109,11 @@ def _lines(series: dict, dots: bool = False) -> dict[str, Line]:
         name: Line(steps, values, SERIES[n % len(SERIES)], dots=dots, dashed=n >= len(SERIES))
         for n, (name, (steps, values)) in enumerate(series.items())
     }
+
+
+def _latent_space(run: Record) -> tuple[str, str]:
+    """What the scale of velocity errors depends on: the codec and the noise schedule."""
+    return run.saved.get("codec", {}).get("sha256", ""), run.saved["run"]["diffusion"]["noise_schedule"]
 
 
 def _settings(run: Record) -> dict:

@@ -10,6 +10,11 @@ from transfusion.disk import RUN, read_json
 
 Series = tuple[list[int], list[float]]  # steps and values
 WINDOW = 9  # points in a running mean
+VELOCITY_ERROR = (
+    "Velocity error: the mean squared error of the velocity that the prediction of a held-out image stands for, with fixed "
+    "noise, at each t from 0.05 to 0.95 and their mean. It does not depend on what a run predicts and how its loss is "
+    "weighted: runs with the same codec and noise schedule can be compared by it."
+)
 RISE = 0.02  # of a held-out loss above its lowest value, as a share of it, from which a run overfits
 
 
@@ -39,17 +44,26 @@ class Record:
         points = [(line["step"], line[name]) for line in self.metrics if name in line]
         return [step for step, _ in points], [value for _, value in points]
 
-    def heldout(self, kind: str) -> dict[str, Series]:
-        """The held-out losses of a kind, text or image, by source."""
-        start = f"heldout_{kind}_loss/"
+    def heldout(self, metric: str) -> dict[str, Series]:
+        """A held-out metric, such as text_loss, by source."""
+        start = f"heldout_{metric}/"
         names = dict.fromkeys(name for line in self.metrics for name in line if name.startswith(start))
         return {name.removeprefix(start): self.series(name) for name in names}
+
+    def velocity_errors_by_t(self) -> dict[str, tuple[list[float], list[float]]]:
+        """The velocity errors of the last evaluation by source: values of t, and the error at each."""
+        errors: dict[str, tuple[list[float], list[float]]] = {}
+        for name, (_, values) in self.heldout("velocity_error_by_t").items():
+            source, _, t = name.rpartition("/t")
+            for numbers, value in zip(errors.setdefault(source, ([], [])), (float(t), values[-1]), strict=True):
+                numbers.append(value)
+        return errors
 
     def overfitting(self) -> list[str]:
         """A sentence for each held-out loss that is now more than `RISE` above its lowest value."""
         sentences = []
         for kind in ("text", "image"):
-            for source, (steps, losses) in self.heldout(kind).items():
+            for source, (steps, losses) in self.heldout(f"{kind}_loss").items():
                 lowest = min(losses)
                 if losses[-1] > (1 + RISE) * lowest:
                     best = steps[losses.index(lowest)]

@@ -82,7 +82,7 @@ def _figures(material: Material) -> Iterator[tuple[str, str, str]]:
 def _costs(material: Material) -> list[tuple[str, str]]:
     run, manifests = material.engine.run, material.record.results.get("manifest")
     size = f"{material.engine.opened.parameters:,}: {run.model.layers} layers, width {run.model.width}"
-    steps = f"{material.engine.opened.step:,} steps of {run.data.rows} × {run.data.seq_len} positions"
+    steps = f"{material.engine.opened.step:,} steps of {run.training.batch_size} × {run.data.seq_len} positions"
     rows = [("Parameters", size), ("Training", steps)]
     if trained := material.record.trained:
         speed = np.median([line["positions_per_second"] for line in trained])

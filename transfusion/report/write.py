@@ -30,7 +30,7 @@ def write_report(folder: Path, engine: Engine, on_progress: OnProgress = ignore)
     material = Material(
         Record.read(folder), engine, {source.name: source for source in open_raw(engine.run.data, "heldout")}
     )
-    page = Page(engine.run.name, subtitle="A Transfusion run")
+    page = Page(engine.opened.name, subtitle=f"A Transfusion run of the recipe {engine.run.recipe}")
     sections = {
         "introduction": add_introduction, "description": add_description, "scores": add_scores, "curves": add_curves,
         "digits": add_digits, "scenes": add_scenes, "gallery": add_gallery, "denoising": add_denoising,

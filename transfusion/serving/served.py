@@ -38,7 +38,7 @@ class ServedRun:
     training data; a run without one gets their contents alone."""
 
     def __init__(self, engine: Engine, limits: Limits):
-        self.name, self.max_positions, defaults = engine.run.name, engine.max_positions, engine.run.generation
+        self.name, self.max_positions, defaults = engine.opened.name, engine.max_positions, engine.run.generation
         # The limits apply to the defaults too.
         steps, tokens = min(defaults.steps, limits.steps), min(defaults.max_tokens, limits.tokens)
         self.generation = replace(defaults, steps=steps, max_tokens=tokens)
@@ -46,7 +46,8 @@ class ServedRun:
         self.chat = engine.opened.chat or PLAIN
         self.can_edit = engine.opened.notes.get("edits") is True  # trained on documents that draw from another image
         self.facts = {
-            "parameters": engine.opened.parameters, "image_channels": engine.opened.codec.image_channels,
+            "recipe": engine.run.recipe, "parameters": engine.opened.parameters,
+            "image_channels": engine.opened.codec.image_channels,
             "sources": [*engine.opened.notes.get("document_weights", engine.run.data.sources)],
         }  # fmt: skip
         self.created = int(time.time())

@@ -23,7 +23,7 @@ from transfusion.codecs.config import AutoencoderConfig, CodecTrainingConfig
 from transfusion.codecs.perceptual import LPIPS, IdentityLoss
 from transfusion.codecs.vq import QuantisedNetwork
 from transfusion.config import FaultToleranceConfig, LoggerName
-from transfusion.parallel import SINGLE_PROCESS, Ranks
+from transfusion.parallel import SINGLE_PROCESS, Ranks, share_batch
 from transfusion.seeding import derive_seed
 from transfusion.training.codebook import CodebookReviver, measure_usage
 from transfusion.training.guard import Guard, TrainingError
@@ -254,13 +254,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_sizes(config: CodecTrainingConfig, images: np.ndarray, ranks: Ranks) -> None:
-    """TrainingError when the images are too small for the losses, or the batch cannot be divided among the ranks."""
+    """TrainingError when the images are too small for the losses, ValueError when the ranks cannot share the batch."""
     side, min_side = min(images.shape[1:3]), MIN_SIDE_LPIPS if config.perceptual else MIN_SIDE_SSIM
     if side < min_side:
         loss = "LPIPS" if config.perceptual else "SSIM"
         raise TrainingError(f"{loss} needs images of at least {min_side} pixels a side: give a larger --size")
-    if config.batch_size % ranks.world:
-        raise TrainingError(f"training.batch_size {config.batch_size} is not divisible by the {ranks.world} processes")
+    share_batch(config.batch_size, ranks.world)
     if config.gan_from is not None and side < MIN_SIDE_GAN:
         raise TrainingError(f"the discriminator needs images of at least {MIN_SIDE_GAN} pixels a side: give a larger "
                             "--size, or leave training.gan_from unset")  # fmt: skip

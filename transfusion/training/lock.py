@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,14 +21,15 @@ class TrainingLock:
     system releases it when the process ends, whatever ends it.
 
     status.json has the process, its host, the time, and the state: training, then finished or stopped (see `end`), or failed
-    with the error. After a kill the state is still training. New folders in which an error leaves nothing else are removed.
+    with the error. An error before `begin` leaves the status of an earlier process. After a kill the state is still
+    training. New folders in which an error leaves nothing else are removed.
     OpenError when another process trains in the folder.
     """
 
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder, self.is_main, self.state = folder, ranks.is_main, "stopped"
         self.created = [path for path in (folder, *folder.parents) if not path.exists()]  # by __enter__
-        self.lock = FileLock(folder / LOCK)
+        self.lock, self.before = FileLock(folder / LOCK), None
 
     def __enter__(self) -> "TrainingLock":
         if not self.is_main:
@@ -41,6 +43,8 @@ class TrainingLock:
         except OSError as error:
             raise OpenError(f"cannot lock {self.folder / LOCK}: {error.strerror or error}; the folder must be writable, on "
                             "a file system with locks") from None  # fmt: skip
+        with suppress(OpenError):
+            self.before = read_json(self.folder / STATUS)
         self._write("training")
         return self
 
@@ -48,7 +52,9 @@ class TrainingLock:
         if not self.is_main:
             return
         try:
-            if error is None or isinstance(error, SystemExit):  # a signal before training
+            if error is not None and self.before is not None:
+                write_json(self.folder / STATUS, self.before)
+            elif error is None or isinstance(error, SystemExit):  # a signal before training
                 self._write(self.state)
             elif self.created and {path.name for path in self.folder.iterdir()} <= {LOCK, STATUS}:
                 shutil.rmtree(self.folder)
@@ -62,6 +68,10 @@ class TrainingLock:
                 raise
         finally:
             self.lock.release()
+
+    def begin(self) -> None:
+        """Training begins: from here on an error is the state of the folder."""
+        self.before = None
 
     def end(self, finished: bool) -> bool:
         """Set the state to finished or stopped. Returns `finished`."""

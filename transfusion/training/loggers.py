@@ -8,7 +8,7 @@ from secrets import token_hex
 from typing import Any, Protocol
 
 from transfusion.config import LoggerName
-from transfusion.disk import write_whole
+from transfusion.disk import run_name, write_whole
 
 Value = int | float | str
 
@@ -74,7 +74,7 @@ class WandbLogger:
             write_whole(path, token_hex(8).encode())
         try:
             self.run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "transfusion"), name=folder.resolve().name, dir=str(folder),
+                project=os.environ.get("WANDB_PROJECT", "transfusion"), name=run_name(folder), dir=str(folder),
                 id=path.read_text(encoding="utf-8"), resume="allow", config=settings,
                 settings=wandb.Settings(console="off"),
             )  # fmt: skip

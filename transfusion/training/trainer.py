@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from transfusion.parallel import (
     parallelize,
     precision,
     read_later,
+    rows_per_pass,
 )  # fmt: skip
-from transfusion.sequence import Batch
+from transfusion.sequence import Batch, Row, collate
 from transfusion.training.guard import Guard
 from transfusion.training.loop import Loop
 from transfusion.training.optimizer import (
@@ -33,7 +35,7 @@ from transfusion.training.optimizer import (
     update_weights,
 )  # fmt: skip
 
-HELDOUT_GRID = 10  # values of t from 0 to 1 for the held-out losses
+HELDOUT_GRID = 10  # values of t of the held-out figures: 0.05, 0.15, ..., 0.95
 
 MicroBatches = list[tuple[Batch, list[NoiseSample]]]  # of one step, each with its noise
 
@@ -55,6 +57,7 @@ class Trainer:
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
         self.settings, self.sources = to_json(run), run.data.sources
+        self.rows_per_pass = rows_per_pass(run, ranks.world)
         self.mesh = ranks.mesh(device.type, run.parallel.shard) if ranks.world > 1 else None
         precision(device, run.parallel.cpu_matmul)  # ValueError when this CPU does not support it
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
@@ -97,17 +100,20 @@ class Trainer:
         return self.loop.run()
 
     def batches(self, loader_state: list[int] | None) -> Iterator[tuple[MicroBatches, list[int]]]:
-        """The micro-batches of each step with their noise, sampled on the CPU during the step before."""
-        batches = self.loader.batches(LoaderState(*loader_state or ()))
-        while True:
-            micro_batches = []
-            for _ in range(self.run.training.accumulate):
-                batch, state = next(batches)
-                noise_samples = objective.sample_noise(batch, self.run.diffusion)
-                if self.device.type == "cuda":
-                    batch, noise_samples = batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
-                micro_batches.append((batch, noise_samples))
-            yield micro_batches, [state.block, state.row]
+        """The micro-batches of each step with their noise, sampled on the CPU during the step before. The last one of a step
+        is smaller when their size does not divide this rank's rows."""
+        for rows, state in self.loader.batches(LoaderState(*loader_state or ())):
+            parts = (rows[first : first + self.rows_per_pass] for first in range(0, len(rows), self.rows_per_pass))
+            yield [self._with_noise(self._collate(part)) for part in parts], [state.block, state.row]
+
+    def _collate(self, rows: list[Row]) -> Batch:
+        return collate(rows, self.run.data.seq_len, self.loader.vocabulary)
+
+    def _with_noise(self, batch: Batch) -> tuple[Batch, list[NoiseSample]]:
+        noise_samples = objective.sample_noise(batch, self.run.diffusion)
+        if self.device.type == "cuda":
+            return batch.pin_memory(), [sample.pin_memory() for sample in noise_samples]
+        return batch, noise_samples
 
     def count(self, micro_batches: MicroBatches) -> tuple[int, ...]:
         """Of this rank: positions with text loss, images with denoising loss and codes, in all and then of each source;
@@ -199,14 +205,24 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate_heldout(self, reset_watchdog: Callable[[], None]) -> tuple[dict, str]:
-        """Mean losses of the averaged weights, as "text_loss/SOURCE", with fixed noise and a fixed grid of t."""
-        losses = {source: self._evaluate_source(batches, reset_watchdog) for source, batches in self.heldout.items()}
-        values = {f"{loss}/{source}": value for source, of_source in losses.items() for loss, value in of_source.items()}
-        return values, "   ".join(f"{source}: {self.describe(of_source)}" for source, of_source in losses.items())
+        """Mean losses of the averaged weights, as "text_loss/SOURCE", with fixed noise and t; the velocity errors of images,
+        at each t of the grid, and their mean."""
+        values, texts = {}, []
+        for source, batches in self.heldout.items():
+            losses, errors = self._evaluate_source(batches, reset_watchdog)
+            texts.append(f"{source}: {self.describe(losses)}")
+            values |= {f"{loss}/{source}": value for loss, value in losses.items()}
+            if errors:
+                values[f"velocity_error/{source}"] = fmean(errors.values())
+                values |= {f"velocity_error_by_t/{source}/t{t:.2f}": error for t, error in errors.items()}
+        return values, "   ".join(texts)
 
-    def _evaluate_source(self, batches: list[Batch], reset_watchdog: Callable[[], None]) -> dict[str, float]:
-        """Rank r takes batches r, r + world, ... Without one it repeats the last, uncounted: all must gather weights."""
-        sums = torch.zeros(3, dtype=torch.float64)
+    def _evaluate_source(
+        self, batches: list[Batch], reset_watchdog: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[float, float]]:
+        """Mean losses, and the mean velocity error at each t that an image has. Rank r takes batches r, r + world, ...
+        Without one it repeats the last, uncounted: all must gather weights."""
+        sums = torch.zeros(3 + 2 * HELDOUT_GRID, dtype=torch.float64)  # losses, velocity errors, numbers of images
         for first in range(0, len(batches), self.ranks.world):
             index = first + self.ranks.rank
             batch = batches[min(index, len(batches) - 1)]
@@ -214,10 +230,16 @@ class Trainer:
             with lower_precision(self.device, self.run.parallel.cpu_matmul):
                 losses = objective.compute_losses(self.ema, batch.to(self.device), noise_samples, self.run.diffusion)
             if index < len(batches):
-                sums += losses.sums.cpu()
+                by_t = objective.velocity_errors_by_t(
+                    batch, noise_samples, losses.predictions, self.run.diffusion, HELDOUT_GRID
+                )
+                sums += torch.cat([losses.sums.cpu(), by_t.flatten()])
             reset_watchdog()
         counts = [sum(values) for values in zip(*map(objective.loss_counts, batches), strict=True)]
-        return objective.mean_losses(self.ranks.sum(*sums.tolist()), counts)
+        all_sums = self.ranks.sum(*sums.tolist())
+        errors, numbers = all_sums[3:-HELDOUT_GRID], all_sums[-HELDOUT_GRID:]
+        mean_errors = {(n + 0.5) / HELDOUT_GRID: errors[n] / numbers[n] for n in range(HELDOUT_GRID) if numbers[n]}
+        return objective.mean_losses(all_sums[:3], counts), mean_errors
 
     def preview(self, step: int, reset_watchdog: Callable[[], None]) -> None:
         """Call `on_preview` with the averaged model."""

@@ -11,7 +11,7 @@ const number = new Intl.NumberFormat("en");
 
 /** Fill in everything that depends on the model, an entry of /v1/models. */
 export function showModel(model) {
-  const { id, parameters, step, sources, sizes, image_channels, generation } = model;
+  const { id, recipe, parameters, step, sources, sizes, image_channels, generation } = model;
   const data = sources.map((name) => (BUILT_IN[name] ? `${name} (${BUILT_IN[name][0]})` : name)).join(", ");
   const size = sizes.join(", ").replaceAll("x", " × ");
   document.title = `${id} · transfusion`;
@@ -22,6 +22,7 @@ export function showModel(model) {
   at("prompt").placeholder = at("message").placeholder = example ? `for example: ${example}` : "";
   const facts = {
     Name: id,
+    Recipe: recipe,
     Parameters: number.format(parameters),
     "Training steps": number.format(step),
     "Training data": data || "unknown",

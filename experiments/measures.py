@@ -1,0 +1,81 @@
+"""What the tables measure of a trained run. The code of this file and of all that it imports is part of the key of a cell;
+the rows, columns and claims of the tables are in other files, and are not.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from transfusion.data.built_in.shapes import Shapes
+from transfusion.data.sources import open_raw
+from transfusion.disk import read_json
+from transfusion.evaluation.captions import caption_heldout
+from transfusion.evaluation.conditioning import conditioning_gap
+from transfusion.evaluation.image_scores import image_scores
+from transfusion.evaluation.perplexity import heldout_topics
+from transfusion.evaluation.scenes import draw_scenes
+from transfusion.evaluation.small_network import SmallFeatureNetwork
+from transfusion.inference.engine import Engine
+from transfusion.report.record import Record
+
+NUM_SCENES = 400  # held-out captions; one image is drawn for each
+NUM_TRAINING_SCENES = 2_000  # for the small network that computes features
+NUM_CAPTIONS = 400
+ATTRIBUTES = "count", "colour", "shape", "size", "place"
+
+
+def measure_scenes(level: int, engine: Engine) -> dict[str, float]:
+    """Accuracy of drawn scenes, image metrics against real scenes, caption accuracy and the conditioning gap.
+
+    `level` is that of `shapes`. Real scenes are the rendered pixels, without the run's codec.
+    """
+    source = Shapes(level, split="heldout")
+    accuracy, drawn = draw_scenes(engine, source, NUM_SCENES)
+    real = [source[n].pair[1] for n in range(NUM_SCENES)]
+    features = small_network(level)
+    scores = image_scores(features(real), features([pixels for _, pixels, _ in drawn]))
+    captions = caption_heldout(engine, source, NUM_SCENES)
+    attributes = [accuracy[name] for name in ATTRIBUTES]
+    return {
+        "right": accuracy["everything"], "attributes": sum(attributes) / len(attributes),
+        **{name: accuracy[name] for name in ATTRIBUTES},
+        **{name: scores[name] for name in ("fid", "kid", "precision", "recall", "density", "coverage")},
+        "captions": captions["exact"], "cider": captions.get("cider", float("nan")),
+        "gap": conditioning_gap(engine, source, NUM_SCENES)["gap"],
+    }  # fmt: skip
+
+
+@cache
+def small_network(level: int) -> SmallFeatureNetwork:
+    """Train the feature network: the same for all tables of a preset, in less than half a minute."""
+    scenes = Shapes(level, split="train")
+    captions, images = zip(*(scenes[n].pair for n in range(NUM_TRAINING_SCENES)), strict=True)
+    with torch.random.fork_rng(devices=[]):
+        return SmallFeatureNetwork("shapes", images, captions)
+
+
+def measure_text_and_scenes(level: int, engine: Engine) -> dict[str, float]:
+    """Bits per byte of held-out text; for runs trained on scenes also everything that `measure_scenes` returns."""
+    values = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
+    return values | (measure_scenes(level, engine) if "shapes" in engine.run.data.sources else {})
+
+
+def measure_captions(name: str, engine: Engine) -> dict[str, float]:
+    """Accuracy of greedy captions of held-out images of this source."""
+    source = next(source for source in open_raw(engine.run.data, "heldout") if source.name == name)
+    return {"captions": caption_heldout(engine, source, NUM_CAPTIONS)["exact"]}
+
+
+def final_losses(folder: Path) -> dict[str, float]:
+    """Held-out losses and velocity error at the last step, trained positions, and training time in minutes.
+
+    With several sources the name of each figure starts with its source.
+    """
+    record = Record.read(folder)
+    heldout = {(metric, source): values[-1] for metric in ("text_loss", "image_loss", "velocity_error")
+               for source, (_, values) in record.heldout(metric).items()}  # fmt: skip
+    sources = {source for _, source in heldout}
+    losses = {name if len(sources) == 1 else f"{source}_{name}": value for (name, source), value in heldout.items()}
+    positions = read_json(max((folder / "checkpoints").glob("*/state.json")))["num_seen"]
+    return {**losses, "positions": positions, "minutes": record.trained[-1]["seconds"] / 60}
