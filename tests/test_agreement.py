@@ -1,6 +1,8 @@
 """The agreement of the checker of `shapes` with readers: pictures, forms, and the figures."""
 
 import csv
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +34,25 @@ def test_pictures_keep_their_pixels_and_order(tmp_path):
     expected = images(40)
     write_pictures(expected, ["run"] * 40, tmp_path)
     np.testing.assert_array_equal(read_pictures(tmp_path), expected)
+
+
+def test_drawings_are_of_all_runs_with_other_captions_each_and_shuffled(tmp_path, monkeypatch):
+    """A fake run draws an image whose first value counts the captions."""
+    captions = []
+
+    def draw(engine, some, seed):
+        captions.extend(some)
+        return [np.full((32, 32, 3), len(captions) - len(some) + n, np.uint8) for n in range(len(some))]
+
+    run = SimpleNamespace(data=SimpleNamespace(shapes=SimpleNamespace(level=2)))
+    monkeypatch.setattr(checker, "open_run", lambda folder: SimpleNamespace(run=run))
+    monkeypatch.setattr(checker, "draw_captions", draw)
+    checker.main(checker.Options("draw", ("one", "two", "three"), out=tmp_path))
+    numbers = [int(pixels[0, 0, 0]) for pixels in read_pictures(tmp_path)]
+    sources = json.loads((tmp_path / "checker-drawings.json").read_text(encoding="utf-8"))
+    assert sorted(numbers) == list(range(200)) != numbers
+    assert sources == [("one", "two", "three")[(number > 65) + (number > 132)] for number in numbers]
+    assert len(set(captions)) > 150  # few recur
 
 
 def test_form_holds_the_labels(tmp_path):
