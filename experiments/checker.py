@@ -3,36 +3,57 @@
     python -m experiments.checker draw RUN...
     python -m experiments.checker sheets
     python -m experiments.checker compare
+    python -m experiments.checker limits
 
 `draw` writes docs/results/checker-drawings.png: shuffled drawings of held-out captions, as many of each run, and the sources
 to checker-drawings.json. `sheets` writes contact sheets of it, a legend and an empty form to runs/checker-sheets. A reader
 fills the form, one line for each object, and stores it as docs/results/checker-reader-NAME.csv, with one letter for NAME.
-`compare` writes the agreement of the readers with each other and with the checker into docs/evaluation.md.
+`compare` writes the agreement of the readers with each other and with the checker into docs/evaluation.md. `limits` writes
+which shapes the checker reads in random objects without one, and how many scenes it reads with noise, blur and shifts.
 """
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
+from experiments.blobs import KINDS, sample_blobs
 from experiments.lab import DOCS, format_markdown
 from experiments.page import write_output
 from experiments.readers import write_sheets
-from transfusion.data.built_in.shapes import BACKGROUND, BOXES, CANVAS, COLOURS, SHAPES, SIZES, Shapes, coverage
-from transfusion.evaluation.scenes import draw_captions
+from transfusion.data.built_in.shapes import (
+    BACKGROUND,
+    BOXES,
+    CANVAS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Shapes,
+    caption,
+    coverage,
+    render,
+    sample_scene,
+)
+from transfusion.evaluation.scenes import draw_captions, judge_scenes
 from transfusion.evaluation.shapes import MIN_AREA, UNCLEAR, read_scene
 from transfusion.inference.engine import open_run
 
 COUNT, PER_ROW, SIDE = 200, 20, 160
+NUM_BLOBS = 273  # of each kind
+DEGRADATIONS = (
+    (0, 0, 0), (24, 0, 0), (32, 0, 0), (40, 0, 0), (0, 1.0, 0), (0, 1.3, 0), (0, 1.6, 0), (0, 0, 0.5), (12, 0.7, 0.5),
+)  # fmt: skip
 ABSENT = "absent"  # the shape of an object that only the other one lists
 SHAPE_WORDS = (*SHAPES, "none", ABSENT)
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
@@ -40,8 +61,8 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 
 @dataclass(frozen=True)
 class Options:
-    action: tyro.conf.Positional[Literal["draw", "sheets", "compare"]]
-    """Draw the pictures, write the sheets, or compare the labels."""
+    action: tyro.conf.Positional[Literal["draw", "sheets", "compare", "limits"]]
+    """Draw the pictures, write the sheets, compare the labels, or measure the checker's limits."""
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Runs on `shapes`, for draw."""
     out: Path = DOCS / "results"
@@ -73,9 +94,9 @@ def main(options: Options) -> None:
             lines = [",".join(["number", *Label._fields]), *(f"{n},,,," for n in range(1, len(images) + 1))]
             (options.sheets / "form.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         case "compare":
-            tables = compare(options.out)
-            print(tables, end="")
-            write_output(DOCS / "evaluation.md", "python -m experiments.checker compare", tables)
+            write_output(DOCS / "evaluation.md", "python -m experiments.checker compare", compare(options.out))
+        case "limits":
+            write_output(DOCS / "evaluation.md", "python -m experiments.checker limits", measure_limits())
 
 
 def draw_pictures(runs: Sequence[str], out: Path) -> None:
@@ -198,6 +219,31 @@ def shapes_of(first: Labels, second: Labels) -> tuple[np.ndarray, np.ndarray]:
 
 def _kappa(pairs: Sequence[tuple[Label, Label]], name: str) -> str:
     return f"{cohen_kappa_score(*([getattr(label, name) for label in side] for side in zip(*pairs, strict=True))):.2f}"
+
+
+def measure_limits() -> str:
+    """Two tables as Markdown: objects without a shape, and degraded scenes of all levels."""
+    rows = []
+    for kind, max_overlap in product(KINDS, (1, 0.8)):
+        images = sample_blobs(kind, NUM_BLOBS, max_overlap)
+        read = Counter(detected.object.shape for pixels in images for detected in read_scene(pixels))
+        name = kind if max_overlap == 1 else f"{kind}, overlap at most {max_overlap}"
+        rows.append([name, *(f"{read[shape] / read.total():.1%}" for shape in (*SHAPES, UNCLEAR))])
+    text = format_markdown(["objects without a shape, read as", *SHAPES, "none"], rows)
+    scenes, rng = [sample_scene(n % 3, n) for n in range(COUNT)], np.random.default_rng(0)
+    captions, rows = [caption(scene) for scene in scenes], []
+    for strengths in DEGRADATIONS:
+        images = [degrade(render(scene), *strengths, rng) for scene in scenes]
+        rows.append([*map(str, strengths), f"{judge_scenes(captions, images)[0]['everything']:.1%}"])
+    return text + "\n" + format_markdown(["noise (of 255)", "blur (pixels)", "shift (pixels)", "scenes read"], rows)
+
+
+def degrade(pixels: np.ndarray, noise: float, blur: float, shift: float, rng: np.random.Generator) -> np.ndarray:
+    """An image (Y, X, 3) uint8 blurred by a Gaussian, shifted down and right with linear interpolation, and made noisy; blur
+    and noise are standard deviations."""
+    blurred = ndimage.gaussian_filter(pixels.astype(float), (blur, blur, 0))
+    image = ndimage.shift(blurred, (shift, shift, 0), order=1, mode="nearest")
+    return (image + rng.normal(0, noise, image.shape)).round().clip(0, 255).astype(np.uint8)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ def main() -> None:
         right = judge_scenes([caption(scene) for scene in scenes], images)[0]["everything"]
         figures = f"{scores['fid']:.2f}", f"{scores['kid']:.3f}", f"{scores['precision']:.2f}", f"{scores['recall']:.2f}"
         rows.append([name, *figures, f"{right:.0%}"])
-        print(*rows[-1], sep="  ", flush=True)
     table = format_markdown(["", "FID", "KID", "precision", "recall", "images correct"], rows)
     write_output(DOCS / "evaluation.md", "python -m experiments.distances", table)
 

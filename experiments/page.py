@@ -6,7 +6,7 @@ END = "<!-- end -->\n"
 
 
 def write_output(page: Path, command: str, text: str) -> None:
-    """Replace what is between the comments. ValueError if the page has no comments of the command."""
+    """Print the text, and replace with it what is between the comments. ValueError if the page has no comments of the command."""
     begin = f"<!-- begin: {command} -->\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, end, after = rest.partition(END)
@@ -14,4 +14,5 @@ def write_output(page: Path, command: str, text: str) -> None:
         raise ValueError(
             f"{page} has no place for the output of {command!r}; add the lines {begin.strip()} and {END.strip()}"
         )
+    print(text, end="")
     page.write_text(before + begin + text + END + after, encoding="utf-8")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import checker
+from experiments.blobs import KINDS
 from experiments.checker import PLACES, Label, match, measure, read_labels, read_pictures, write_pictures
 from experiments.page import END, write_output
 from transfusion.data.built_in.shapes import render, sample_scene
@@ -106,6 +107,15 @@ def test_checker_agrees_with_true_labels_and_the_tables_are_written_into_the_pag
     names = sorted(path.name for path in (tmp_path / "sheets").iterdir())
     assert names == ["form.csv", "legend.png", "sheet-01.png", "sheet-02.png"]
     assert read_labels(tmp_path / "sheets" / "form.csv", 40) == [[]] * 40
+
+
+def test_limits_have_a_row_for_each_kind_and_each_degradation(monkeypatch):
+    monkeypatch.setattr(checker, "NUM_BLOBS", 3)
+    monkeypatch.setattr(checker, "COUNT", 6)
+    blobs, scenes = checker.measure_limits().split("\n\n")
+    assert [line.split(" | ")[0] for line in blobs.splitlines()[2::2]] == [f"| {kind}" for kind in KINDS]
+    assert "| half disc | 0.0% | 0.0% | 0.0% | 100.0% |" in blobs
+    assert "| 0 | 0 | 0 | 100.0% |" in scenes and len(scenes.splitlines()) == 2 + len(checker.DEGRADATIONS)
 
 
 def test_page_without_a_place_for_the_output_is_refused(tmp_path):
