@@ -235,8 +235,8 @@ def find_text_without_encoding(tree: ast.Module) -> list[int]:
 def test_text_files_are_utf8():
     assert all(find_text_without_encoding(ast.parse(code)) for code in TEXT_CODE)
     assert not any(find_text_without_encoding(ast.parse(code)) for code in OTHER_CODE)
-    trees = {path.name: ast.parse(path.read_text(), str(path)) for root in ROOTS for path in root.rglob("*.py")}
-    assert {name: lines for name, tree in trees.items() if (lines := find_text_without_encoding(tree))} == {}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for root in ROOTS for path in root.rglob("*.py")}
+    assert {str(path): lines for path, tree in trees.items() if (lines := find_text_without_encoding(tree))} == {}
 
 
 PICKLE_CODE = [

@@ -260,6 +260,8 @@ def test_unreadable_image_is_one_line(run, tmp_path, capsys):
         (("train", "digits", "--model.heads", "5"),
          "--model.heads 5: width 192 is not divisible by 5; use 1, 2, 3, 4, 6 or 8\n"),
         (("train", "digits", "--model.kv-heads", "2"), "--model.kv-heads 2: heads 3 is not divisible by 2; use 1 or 3\n"),
+        (("train", "digits", "--model.heads", "4", "--model.kv-heads", "3"),
+         "--model.kv-heads 3: heads 4 is not divisible by 3; use 1, 2 or 4\n"),
         (("train", "digits", "--model.rope-scaling", "8", "1"), "--model.rope-scaling 8 1: must be 4 numbers\n"),
         (("train", "digits", "--training.steps", "0"), "--training.steps must be at least 1, not 0\n"),
         (("train", "digits", "--training.steps", "1e4"), "--training.steps 1e4: must be a whole number\n"),

@@ -433,6 +433,13 @@ def test_comparison_of_runs_with_equal_names_and_more_runs_than_colours(compared
     assert html.count('<li class="series-1 dashed">') == html.count('<li class="series-1">') > 0
 
 
+def test_setting_that_an_earlier_version_did_not_have_does_not_differ(compared, tmp_path):
+    saved = json.loads((compared[0][0] / "run.json").read_text())
+    del saved["run"]["training"]["log"], saved["run"]["parallel"]
+    (tmp_path / "run.json").write_text(json.dumps(saved))
+    assert "All settings are equal." in write_comparison([compared[0][0], tmp_path], tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("other", ["", "codec", "noise schedule", "prediction"])
 def test_comparison_says_which_velocity_errors_can_be_compared(compared, tmp_path, other):
     folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
@@ -457,10 +464,13 @@ def test_comparison_says_which_velocity_errors_can_be_compared(compared, tmp_pat
 
 
 def test_comparison_of_wrong_folders_is_one_line(compared, tmp_path, capsys):
-    first = str(compared[0][0])
+    first, old = str(compared[0][0]), tmp_path / "old"
+    old.mkdir()
+    (old / "run.json").write_text(json.dumps({"run": {"lr": 1}}))
     for words, code, message in (
         ((first,), 2, "compare needs two or more different runs"), ((first, first), 2, "two or more different runs"),
         ((first, str(tmp_path)), 1, f"{tmp_path} is not the folder of a run: it has no run.json"),
+        ((first, str(old)), 1, f"cannot read {old / 'run.json'}: unknown field lr"),
     ):  # fmt: skip
         assert message in fails(capsys, code, "compare", *words)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load
+from safetensors.torch import save as to_safetensors
 
 from tests.test_cli import command, fails
 from tests.tiny import begin_run, run_tensors, save, small_run, tokenizer
@@ -168,9 +170,12 @@ def test_moved_data_keep_the_sources_and_weights_of_the_run(folder, prepared, tm
         "digits": vars(data.digits), "shapes": vars(data.shapes)}}})  # fmt: skip
     monkeypatch.setattr("transfusion.cli.runs.train_run", lambda run, *_: not calls.append(run.data))
     command("train", folder, "--data", prepared / "prepared")
+    write_json(tmp_path / "moved.json", {"data": {"prepared": [str(prepared / "prepared")]}})
+    command("train", folder, "--config", tmp_path / "moved.json")
     command("train", folder, "--data", prepared / "prepared", "--out", tmp_path / "other")
     place = (str(prepared / "prepared"),)
-    assert calls == [replace(data, prepared=place), replace(data, prepared=place, sources=(), mixture_weights=())]
+    moved = replace(data, prepared=place)
+    assert calls == [moved, moved, replace(moved, sources=(), mixture_weights=())]
 
 
 # Before the first checkpoint
@@ -241,12 +246,17 @@ def test_prepared_data_are_compared_by_content(folder, data, tmp_path):
     write_json(data / "dataset.json", metadata)
     with pytest.raises(UsageError, match="does not hold the data of .*photos has other documents"):
         RunFolder.draft(run, draft.path, None)
+    tensors = load((data / "codec.safetensors").read_bytes())
+    codec = to_safetensors({name: 2 * values for name, values in tensors.items()})
     text = tokenizer().to_json().encode()
-    (data / "tokenizer.json").write_bytes(text)
-    metadata["tokenizer"]["sha256"] = hashlib.sha256(text).hexdigest()
-    write_json(data / "dataset.json", metadata)
-    with pytest.raises(UsageError, match="does not hold the data of .*it has another tokenizer or codec"):
-        RunFolder.draft(run, draft.path, None)
+    for name, key, content in (("codec.safetensors", "codec", codec), ("tokenizer.json", "tokenizer", text)):
+        before = (data / name).read_bytes()
+        (data / name).write_bytes(content)
+        other = metadata | {key: metadata[key] | {"sha256": hashlib.sha256(content).hexdigest()}}
+        write_json(data / "dataset.json", other)
+        with pytest.raises(UsageError, match="does not hold the data of .*it has another tokenizer or codec"):
+            RunFolder.draft(run, draft.path, None)
+        (data / name).write_bytes(before)
 
 
 def test_damaged_latents_are_named_when_their_shard_is_first_opened(data, monkeypatch):

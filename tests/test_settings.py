@@ -217,13 +217,17 @@ def test_drawn_commands_run_dry_or_are_refused_in_one_line(prepared, tmp_path, m
 
 
 def test_run_above_the_memory_is_refused_before_it_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device: 11_000_000)
+    """The line names a change with which it fits, if there is one."""
     words = ("train", "digits", *TINY, "--model.width", 64, "--training.batch-size", 16, "--out", tmp_path / "run")
-    stderr = fails(capsys, 2, *words).splitlines()[-1]
-    assert "digits needs 0.0 GB of memory for each process, and there are 0.0 GB: use " in stderr
-    assert not (tmp_path / "run").exists()
-    way = stderr.partition(": use ")[2].split(" or ")
-    assert way, stderr
+    ways = {}
+    for memory in (1_000_000, 11_000_000):
+        monkeypatch.setattr("transfusion.cli.dry_run.device_memory", lambda device, memory=memory: memory)
+        line, _, ways[memory] = fails(capsys, 2, *words).splitlines()[-1].partition(": use ")
+        assert line == "transfusion: digits needs 0.0 GB of memory for each process, and there are 0.0 GB"
+        assert not (tmp_path / "run").exists()
+    assert ways[1_000_000] == "a smaller run"
+    command(*words, *ways[11_000_000].split(" or ")[0].split())
+    assert (tmp_path / "run" / "run.json").exists()
 
 
 def test_batch_that_the_processes_cannot_share_is_refused(trained, monkeypatch, capsys):

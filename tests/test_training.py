@@ -28,10 +28,11 @@ from transfusion.checkpoint.save import SaveError, Saver
 from transfusion.config import DataConfig, DigitsConfig, FaultToleranceConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches
 from transfusion.data.sources import open_sources
+from transfusion.disk import read_json_lines
 from transfusion.inference.engine import Engine, Request
 from transfusion.parallel import SINGLE_PROCESS, Ranks, rows_per_pass
 from transfusion.training.guard import Guard, TrainingError
-from transfusion.training.metrics import MetricsWriter, read_metrics
+from transfusion.training.metrics import MetricsWriter
 from transfusion.training.optimizer import build_optimizer, get_learning_rate, update_ema, update_weights
 from transfusion.training.signals import SIGNALS
 from transfusion.training.trainer import Trainer
@@ -106,7 +107,7 @@ def stop_at_step(trainer: Trainer, step: int) -> Trainer:
 
 def metrics_of(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl with figures, without what depends on time."""
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("event") in (None, "skip")]
+    lines = [line for line in read_json_lines(folder / "metrics.jsonl") if line.get("event") in (None, "skip")]
     return [{k: v for k, v in line.items() if k not in CLOCK and not k.startswith("seconds")} for line in lines]
 
 
@@ -211,7 +212,7 @@ def test_run_stopped_by_a_real_signal_resumes(tmp_path):
         deadline, waiting = time.monotonic() + 90, dict(zip(SIGNALS, processes, strict=True))
         while waiting:
             for number, process in list(waiting.items()):
-                if len(read_metrics(tmp_path / number.name / "metrics.jsonl")) > 3:
+                if len(read_json_lines(tmp_path / number.name / "metrics.jsonl")) > 3:
                     process.send_signal(number)
                     del waiting[number]
                 assert process.poll() is None, process.stderr
@@ -282,16 +283,19 @@ def test_checkpoints_are_written_on_schedule_and_the_newest_stay(tmp_path):
     assert open_checkpoint(tmp_path).step == 7
 
 
-def test_metrics_after_the_checkpoint_are_removed_on_resume(tmp_path):
+@pytest.mark.parametrize("tail", [b'{"step": 6, "te', b"\0" * 50, b"\xff\xfe", b"[1]\n5\n", b"[" * 10_000])
+def test_metrics_after_the_checkpoint_are_removed_on_resume(tmp_path, tail):
+    """A crash may leave any bytes at the end, which are removed too."""
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsWriter(path, 0)
     for step in range(6):
         metrics.write(step, text_loss=step / 2)
-    path.write_text(path.read_text() + '{"step": 6, "te')
+    path.write_bytes(path.read_bytes() + tail)
+    assert [line["step"] for line in read_json_lines(path)] == [0, 1, 2, 3, 4, 5]
     again = MetricsWriter(path, 3)
-    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_json_lines(path)] == [0, 1, 2, 3]
     again.write(4, text_loss=9.0)
-    assert read_metrics(path)[-1] == {"step": 4, "text_loss": 9.0}
+    assert read_json_lines(path)[-1] == {"step": 4, "text_loss": 9.0}
     assert len(path.read_text().splitlines()) == 5
 
 

@@ -3,8 +3,8 @@
 import io
 import json
 import re
+import resource
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 from rich.console import Console
 
+from tests import processes
 from tests.documents import VOCABULARY, documents
 from tests.profile import examples
-from tests.test_cli import TINY, fails
+from tests.test_cli import TINY, command, fails
 from tests.test_pictures import find_tile
 from tests.test_training import new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import small_run
@@ -30,11 +31,13 @@ from transfusion import objective
 from transfusion.config import DataConfig, Run, from_json
 from transfusion.data.loader import read_pairs
 from transfusion.data.sources import open_raw
-from transfusion.disk import read_json
+from transfusion.disk import read_json, read_json_lines
 from transfusion.model.flops import count_training_flops
+from transfusion.model.transfusion import build_on_meta, count_parameters
+from transfusion.parallel import Ranks
 from transfusion.sequence import Row, collate, encode_document
 from transfusion.training import loggers, progress_bar
-from transfusion.training.metrics import MetricsWriter, read_metrics
+from transfusion.training.metrics import MetricsWriter
 from transfusion.training.progress_bar import ProgressBar, format_time
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +51,7 @@ def test_every_name_is_flat_and_documented(trained):
     table = (ROOT / "docs" / "training.md").read_text().partition("## Watching a run")[2].partition("```")[0]
     rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    lines = read_metrics(trained / "metrics.jsonl")
+    lines = read_json_lines(trained / "metrics.jsonl")
     names = {name: value for line in lines for name, value in line.items()}
     assert all(isinstance(value, int | float | str) for value in names.values())
     general = {re.sub(r"/(digits|topics)(/t0\.[1-9]5)?", r"/SOURCE\2", name) for name in names} - {"step"}
@@ -91,14 +94,30 @@ def test_losses_of_sources_and_exact_flops_in_a_step(tmp_path):
     original = trainer.count
     trainer.count = lambda read: flops.append(count_training_flops(read[0][0], trainer.run.model)) or original(read)
     trainer.train()
-    (line,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "text_loss" in line]
+    (line,) = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if "text_loss" in line]
     losses = [line["text_loss/digits"], line["text_loss/topics"]]
     assert min(losses) < line["text_loss"] < max(losses)
     assert line["image_loss/digits"] == pytest.approx(line["image_loss"], rel=1e-6)
     assert "image_loss/topics" not in line
     assert line["tflops_exact"] * 1e12 * line["seconds"] == pytest.approx(sum(flops), rel=1e-6)  # of both steps
-    assert sum(line[f"seconds/{part}"] for part in ("data", "ranks", "step", "device")) > 0
-    assert 0 <= line["data_wait_share"] < 1
+    parts = [line[f"seconds/{part}"] for part in ("data", "ranks", "step", "device")]
+    assert min(parts) > 0 and line["data_wait_share"] == pytest.approx(parts[0] / sum(parts))
+    assert {"mfu_exact", "mfu_usual"}.isdisjoint(line)  # the peak of a CPU is not known
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert 0.5 * most < line["peak_memory_bytes"] <= most
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_processes(tmp_path, monkeypatch):
+    """Exact, and usual: 6 N + 12 layers width length for each position."""
+    monkeypatch.setattr("transfusion.training.trainer.find_peak_tflops", lambda device: 50.0)
+    trainer = new_trainer(tmp_path, small_run())
+    trainer.ranks = Ranks(0, 4)
+    values, model = trainer.measure_speed((9, 9, 9, 6 * 10**12, 3000), 2.0), trainer.run.model
+    usual = 6 * count_parameters(build_on_meta(model)) + 12 * model.layers * model.width * trainer.run.data.seq_len
+    assert values["positions_per_second"] == 1500
+    assert (values["tflops_exact"], values["mfu_exact"]) == (3.0, 3.0 / 200)
+    assert values["tflops_usual"] == pytest.approx(1500 * usual / 1e12)
+    assert values["mfu_usual"] == pytest.approx(1500 * usual / 1e12 / 200)
 
 
 def test_rejected_update_is_an_event_and_not_finite_numbers_are_left_out(tmp_path):
@@ -111,7 +130,7 @@ def test_rejected_update_is_an_event_and_not_finite_numbers_are_left_out(tmp_pat
         return batch
 
     new_trainer(tmp_path, run, change=change).train()
-    (line,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "skip"]
+    (line,) = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line.get("event") == "skip"]
     assert (line["step"], line["reason"]) == (2, "the text loss is not finite")
     assert "text_loss" not in line and line["learning_rate"] > 0
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -134,7 +153,7 @@ def test_tensorboard_has_the_lines_once_after_a_resume(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train_twice(tmp_path, ("tensorboard",))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
     for name in ("text_loss", "text_loss/digits", "heldout_image_loss/digits", "learning_rate"):
         expected = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
@@ -174,27 +193,47 @@ class FakeRun:
         self.exit_code = exit_code
 
 
-def test_wandb_gets_the_lines_under_one_id(tmp_path, monkeypatch):
-    """With a fake package: W&B itself takes seconds to start."""
+@pytest.fixture
+def fake_wandb(monkeypatch) -> list[tuple[dict, FakeRun]]:
+    """The arguments and the run of each call of a fake `wandb.init`: W&B itself takes seconds to start."""
     started = []
 
     def init(**options):
         started.append((options, FakeRun()))
         return started[-1][1]
 
-    fake = SimpleNamespace(init=init, Settings=dict, errors=SimpleNamespace(Error=OSError))
+    fake = SimpleNamespace(init=init, Settings=dict, errors=SimpleNamespace(Error=type("Error", (Exception,), {})))
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return started
+
+
+def test_wandb_gets_the_lines_under_one_id(fake_wandb, tmp_path):
     train_twice(tmp_path, ("wandb",))
-    options, runs = zip(*started, strict=True)
+    options, runs = zip(*fake_wandb, strict=True)
     (id_,) = {option["id"] for option in options}
     assert id_ == (tmp_path / "wandb" / "id.txt").read_text()
     same = {(option["resume"], option["name"], option["dir"]) for option in options}
     assert same == {("allow", tmp_path.name, str(tmp_path))}
     assert [run.metrics for run in runs] == [[("*", "step")]] * 3 and options[0]["config"]["training"]["steps"] == 4
     assert [run.exit_code for run in runs] == [0, 0, 0]
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
     split = next(n for n, line in enumerate(lines) if line.get("event") == "resume")
     assert [*runs[0].lines, *runs[2].lines] == lines and len(runs[0].lines) == split
+
+
+def test_wandb_run_of_training_that_fails_has_failed(fake_wandb, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        new_trainer(tmp_path, small_run(2, log=("wandb",)), on_preview=lambda model, step: 1 / 0).train()
+    assert [run.exit_code for _, run in fake_wandb] == [1]
+
+
+def test_wandb_that_does_not_start_is_one_line(fake_wandb, tmp_path):
+    def init(**options):
+        raise sys.modules["wandb"].errors.Error("no API key\nconfigured")
+
+    sys.modules["wandb"].init = init
+    with pytest.raises(ValueError, match="^--log wandb: no API key configured; run wandb login, or set WANDB_MODE=offline$"):
+        loggers.open_loggers(("wandb",), tmp_path, 0, {})
 
 
 def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
@@ -204,8 +243,8 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
     run = tmp_path / "run"
     for steps in (2, 4):
         options = ("--training.preview-every", 0, "--log", "wandb", "--training.steps", steps)
-        command = ["train", "digits", "--out", run, *TINY, *options]
-        subprocess.run([sys.executable, "-m", "transfusion", *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+        process = processes.run(command, "train", "digits", "--out", run, *TINY, *options)
+        assert process.returncode == 0, process.stderr
     (id_,) = {folder.name.split("-")[3] for folder in (run / "wandb").glob("offline-run-*")}
     assert id_ == (run / "wandb" / "id.txt").read_text()
     history, settings = [], {}
@@ -216,7 +255,7 @@ def test_wandb_offline_keeps_its_id_after_a_resume(tmp_path, monkeypatch):
             for item in record.run.config.update:
                 settings[item.key] = json.loads(item.value_json)
     own = {"_step", "_runtime", "_timestamp"}
-    assert [{k: v for k, v in line.items() if k not in own} for line in history] == read_metrics(run / "metrics.jsonl")
+    assert [{k: v for k, v in line.items() if k not in own} for line in history] == read_json_lines(run / "metrics.jsonl")
     assert settings["training"]["steps"] == 4
 
 

@@ -134,7 +134,7 @@ class ModelConfig(Config, part="model."):
 def _divisors(number: int, largest: int) -> str:
     """The divisors of a number up to the largest, the last ten of many, as text: "1, 2 or 4"."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    *first, last = [n for n in (*small, *(number // n for n in reversed(small))) if n <= largest][-10:]
+    *first, last = [n for n in sorted({*small, *(number // n for n in small)}) if n <= largest][-10:]
     return f"{', '.join(map(str, first))} or {last}" if first else str(last)
 
 

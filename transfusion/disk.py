@@ -5,6 +5,7 @@ import json
 import os
 import re
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 RUN_FORMAT = 3  # of run.json, and of the config.json of an exported run; other formats are refused
@@ -64,6 +65,22 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise OpenError(f"{path} does not hold a JSON object")
     return values
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The JSON objects of a file with one in each line, [] without a file. A line that is none is left out: the last one is
+    incomplete after a crash. OpenError when the file cannot be read."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OpenError(f"cannot read {path}: {error.strerror}") from None
+    values = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]
 
 
 def read_checked(path: Path, digest: str) -> bytes:

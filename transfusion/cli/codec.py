@@ -85,16 +85,24 @@ def fit_codec(arguments: list[str]) -> None:
     check_loggers(args.log)
     readers = open_readers(args.reading)
 
+    from transfusion.training.signals import exit_on_signal, exit_stopped
+
+    with exit_on_signal():  # also while packages are imported, and after the codec is saved
+        if not _fit(args, readers, size):
+            exit_stopped()
+
+
+def _fit(args: FitCodec, readers: list, size: tuple[int, int]) -> bool:
+    """Train the codec or resume it, on all processes of torchrun. False when a signal stopped it."""
     from transfusion.data.reading.account import counted
     from transfusion.parallel import Ranks, keep_freed_memory, pick_device
     from transfusion.training.codec import CodecTrainer
     from transfusion.training.lock import TrainingLock
-    from transfusion.training.signals import exit_on_signal, stopped_exit_code
 
     device = pick_device(args.device)
     keep_freed_memory(device)
     _check_folder(args, readers)
-    with Ranks.of_torchrun(device) as ranks, exit_on_signal(), TrainingLock(args.out, ranks) as lock:
+    with Ranks.of_torchrun(device) as ranks, TrainingLock(args.out, ranks) as lock:
         gathered = _gather(args, readers, size) if ranks.is_main else None
         if gathered:
             skipped = f"; {counted(gathered.faults, 'record')} skipped" if gathered.faults else ""
@@ -105,9 +113,7 @@ def fit_codec(arguments: list[str]) -> None:
         trainer = CodecTrainer(args.network, args.training, args.out, gathered.images, device, ranks, args.fault_tolerance,
                                gathered.heldout, args.log)  # fmt: skip
         lock.begin()
-        finished = lock.end(_train(trainer, args))
-    if not finished:
-        sys.exit(stopped_exit_code())
+        return lock.end(_train(trainer, args))
 
 
 def _gather(args: FitCodec, readers: list, size: tuple[int, int]):

@@ -1,6 +1,5 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,10 +123,11 @@ def train(arguments: list[str]) -> None:
 
 def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -> None:
     """Train to the last step. If a signal stops it, exit with the code of a stopped run."""
-    if not train_run(run, path, device, *start):
-        from transfusion.training.signals import stopped_exit_code
+    from transfusion.training.signals import exit_on_signal, exit_stopped
 
-        sys.exit(stopped_exit_code())
+    with exit_on_signal():  # also while packages are imported, and after the run is saved
+        if not train_run(run, path, device, *start):
+            exit_stopped()
 
 
 def _check_inputs(run: Run, args: Train) -> None:
@@ -159,12 +159,11 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
     from transfusion.data.sources import name_sources, open_raw, open_sources
     from transfusion.parallel import Ranks, keep_freed_memory, pick_device, rows_per_pass
     from transfusion.training.lock import TrainingLock
-    from transfusion.training.signals import exit_on_signal
     from transfusion.training.trainer import Trainer
 
     torch_device = pick_device(device)
     keep_freed_memory(torch_device)
-    with Ranks.of_torchrun(torch_device) as ranks, exit_on_signal(), TrainingLock(path, ranks) as lock:
+    with Ranks.of_torchrun(torch_device) as ranks, TrainingLock(path, ranks) as lock:
         if ranks.is_main:
             folder = RunFolder.draft(replace(run, data=name_sources(run.data)), path, start)
             check_memory(folder.run, torch_device)

@@ -50,10 +50,12 @@ def progress(label: str, quiet: bool = False) -> Iterator:
         yield lambda done, total, part="": None
     elif console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
-                   TextColumn("left"))  # fmt: skip
+                   TextColumn("{task.fields[left]}"))  # fmt: skip
         with Progress(*columns, console=console, transient=True, expand=True) as bar:
-            task = bar.add_task(label, total=None)
-            yield lambda done, total, part="": bar.update(task, completed=done, total=total, description=part or label)
+            task = bar.add_task(label, total=None, left="")
+            yield lambda done, total, part="": bar.update(
+                task, completed=done, total=total, description=part or label, left="left"
+            )
     else:
         last = time.monotonic()
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+from transfusion.config import to_json
 from transfusion.disk import run_name
 from transfusion.page import SERIES, Line, Page
 from transfusion.report.record import VELOCITY_ERROR, Record, format_duration, running_mean
@@ -119,7 +120,7 @@ def _latent_space(run: Record) -> tuple[str, str]:
 def _settings(run: Record) -> dict:
     """The settings of a run, the start of its weights, and the versions."""
     start = run.saved.get("notes", {}).get("start")
-    return {**run.saved["run"], **({"start": start} if start else {}), "versions": run.saved.get("versions", {})}
+    return {**to_json(run.run), **({"start": start} if start else {}), "versions": run.saved.get("versions", {})}
 
 
 def _flatten(settings: dict, prefix: str = "") -> Iterator[tuple[str, str]]:

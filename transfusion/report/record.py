@@ -1,12 +1,12 @@
 """What training and evaluation wrote into a run's folder: settings, metrics and results. Imports nothing heavy."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from transfusion.disk import RUN, read_json
+from transfusion.config import Run, from_json
+from transfusion.disk import RUN, OpenError, read_json, read_json_lines
 
 Series = tuple[list[int], list[float]]  # steps and values
 WINDOW = 9  # points in a running mean
@@ -31,8 +31,17 @@ class Record:
     def read(cls, folder: Path) -> "Record":
         """OpenError when run.json or results.json cannot be read."""
         results = folder / "results.json"
-        return cls(folder, read_json(folder / RUN), _read_lines(folder / "metrics.jsonl"),
+        return cls(folder, read_json(folder / RUN), read_json_lines(folder / "metrics.jsonl"),
                    read_json(results) if results.exists() else {})  # fmt: skip
+
+    @property
+    def run(self) -> Run:
+        """The settings. One that a later version added has its default, which is what earlier versions did. OpenError when
+        they are not settings of this version."""
+        try:
+            return from_json(Run, self.saved.get("run"))
+        except ValueError as error:
+            raise OpenError(f"cannot read {self.folder / RUN}: {error}") from None
 
     @property
     def trained(self) -> list[dict]:
@@ -85,11 +94,3 @@ def format_duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return words.replace(" ", "\u00a0")
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a file, one per line. An incomplete last line (after a crash) is ignored; no file is empty."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from transfusion.disk import write_whole
+from transfusion.disk import read_json_lines, write_whole
 from transfusion.training.loggers import Logger, Value
 
 
@@ -22,7 +22,7 @@ class MetricsWriter:
         self.path, self.writes, self.loggers = path, writes, loggers
         if not writes:
             return
-        lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        lines = [line for line in read_json_lines(path) if line["step"] <= step] if step else []
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def __enter__(self):
@@ -41,19 +41,6 @@ class MetricsWriter:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for logger in self.loggers:
             logger.write(step, values)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The complete lines of the file, [] without a file. A last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def peak_memory(device: torch.device) -> int:

@@ -37,19 +37,20 @@ def stop_on_signal(loop: Stoppable) -> Iterator[None]:
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """While open, a signal ends the process with `stopped_exit_code`: before training there is nothing to save."""
-
-    def exit_now(number, frame):
-        sys.exit(stopped_exit_code())
-
-    with _handle_signals(exit_now):
+    """While open, a signal ends the process with `exit_stopped`: before training there is nothing to save."""
+    with _handle_signals(lambda number, frame: exit_stopped()):
         yield
 
 
-def stopped_exit_code() -> int:
-    """The exit code of a run that a signal stopped: 75, "temporary failure" in sysexits.h, so that a scheduler can start it
-    again. Under torchrun 0, because torchrun restarts all processes after any other code."""
-    return 0 if is_under_torchrun() else os.EX_TEMPFAIL
+def exit_stopped() -> None:
+    """Exit as a run that a signal stopped: with 75, "temporary failure" in sysexits.h, so that a scheduler can start it
+    again. Under torchrun with 0, because torchrun restarts all processes after any other code.
+
+    Signals are ignored from now on: one that is repeated while the process ends would replace the code.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0 if is_under_torchrun() else os.EX_TEMPFAIL)
 
 
 def is_under_torchrun() -> bool:
@@ -80,7 +81,8 @@ def _handle_signals(handler: Callable) -> Iterator[None]:
         yield
     finally:
         for number, previous in previous_handlers.items():
-            signal.signal(number, previous)
+            if signal.getsignal(number) is handle:  # not after exit_stopped
+                signal.signal(number, previous)
 
 
 def _leave_terminals(terminals: list[int]) -> None:
