@@ -6,7 +6,7 @@ END = "<!-- end -->\n"
 
 
 def write_output(page: Path, command: str, text: str) -> None:
-    """Print the text, and replace with it what is between the comments. ValueError if the page has no comments of the command."""
+    """Print the text, and put it in place of what is between the comments. ValueError if the page has no such comments."""
     begin = f"<!-- begin: {command} -->\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, end, after = rest.partition(END)
