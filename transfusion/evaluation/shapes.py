@@ -2,12 +2,16 @@
 
 It is made for generated images. It tolerates noise, specks, faded colours, soft edges and edges of a wrong tint: artefacts
 of lossy codecs and small diffusion models. Extra objects, missing ones, and ones without a valid shape or size are wrong.
+
+The limits of the shapes were chosen on 100 drawings of models that were labelled by eye. docs/evaluation.md has the
+agreement with readers on other drawings.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -26,12 +30,21 @@ from transfusion.data.built_in.shapes import (
 )
 
 UNCLEAR = "unclear"  # the shape of a blob that fits none; the size of one that is far too small or too large
-MIN_LIKENESS = 0.85  # to its ideal shape; below it the shape is unclear
+# A shape is clear at one of two limits of its error with the margin of that limit. The margin is to the second-best of the
+# three shapes (in likeness) and to the nearest rival (in error): with a small error a rival may be a little nearer.
+MAX_ERROR = {"circle": (0.022, 0.04), "square": (0.028, 0.05), "triangle": (0.035, 0.04)}
+MIN_MARGIN = (-0.005, 0.001)
 MAX_SIZE_RATIO = 1.7  # between an object's area and the nearest valid one; above it the size is unclear
 AREA_PENALTY = 0.04  # of the likeness, times |log(area / valid area)|
 BLUR_SIGMA = 0.7  # of the Gaussian blur before shapes are compared, in canvas units
 MIN_AREA = 12.0  # smaller blobs are ignored; the smallest object has 43 (in canvas units squared)
 MIN_COLOUR_SHARE = 0.25  # of a blob: a colour with less is a tint, not an object
+# Shapes that are none of the three, but that models draw: flat below and round above. The width at each depth (0: top, 1:
+# base), as a share of the base, which is as wide as the shape is high.
+RIVALS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "arch": lambda depth: np.sqrt(1 - np.maximum(1 - 2 * depth, 0) ** 2),  # a half disc on a rectangle
+    "mound": np.cbrt,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,19 @@ def read_scene(pixels: np.ndarray) -> list[DetectedShape]:
     return [_classify(offset, mask, colour, occupied) for mask, colour in blobs]
 
 
+def rival_coverage(widths: Callable[[np.ndarray], np.ndarray], area: float, x: float, y: float, size: int) -> np.ndarray:
+    """Share of each pixel that a rival of this area and centre of mass covers, (size, size), by four lines a pixel."""
+    depth = (np.arange(64) + 0.5) / 64
+    side = np.sqrt(area / widths(depth).mean())
+    top = y - side * np.average(depth, weights=widths(depth))
+    pixel = CANVAS / size
+    depth = ((np.arange(4 * size) + 0.5) * pixel / 4 - top) / side  # (4 Y,)
+    half_width = widths(np.clip(depth, 0, 1)) * side / 2 * ((depth > 0) & (depth < 1))  # (4 Y,)
+    columns = (np.arange(size) + 0.5) * pixel  # (X,)
+    covered = (half_width[:, None] - np.abs(columns - x)) / pixel + 0.5  # (4 Y, X)
+    return np.clip(covered, 0, np.minimum(2 * half_width[:, None] / pixel, 1)).reshape(size, 4, size).mean(1)  # (Y, X)
+
+
 def _find_blobs(offset: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     """Connected regions of one colour, each as a mask (Y, X) and the colour's name."""
     names, colours = tuple(COLOURS), _colour_offsets()  # (6, 3)
@@ -121,13 +147,24 @@ def _components(mask: np.ndarray, min_pixels: float) -> Iterator[np.ndarray]:
             yield component
 
 
+class _Fit(NamedTuple):
+    """How well a blob fits one shape of its area and centre of mass."""
+
+    likeness: float  # 1 - error - AREA_PENALTY |log(area / valid area)|
+    error: float  # |blob - ideal|^2 / |ideal|^2, both blurred, so that a soft edge does not count more than a missing corner
+    shape: str
+    size: str
+    centre: tuple[float, float]  # of the box
+    box: tuple[float, float]
+
+
 def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarray) -> DetectedShape:
     """The object that a blob fits best. `occupied`: the pixels of all blobs. A pixel's coverage follows from its brightness,
     because a codec keeps an edge's brightness better than its tint. It is relative to the blob's own brightness inside, so
     faded objects are measured correctly."""
     size = len(offset)
-    margin = max(1, round(2 * size / CANVAS))  # pixels around the mask that may hold a soft edge
-    near = ndimage.binary_dilation(mask, iterations=margin) & (mask | ~occupied)  # (Y, X)
+    edge = max(1, round(2 * size / CANVAS))  # pixels around the mask that may hold a soft edge
+    near = ndimage.binary_dilation(mask, iterations=edge) & (mask | ~occupied)  # (Y, X)
     covered = offset.sum(-1) / _colour_offsets()[tuple(COLOURS).index(colour)].sum()  # (Y, X)
     covered /= np.clip(np.quantile(covered[mask], 0.75), 0.5, 1)
     covered = np.clip(covered, 0, 1) * near  # (Y, X)
@@ -136,27 +173,32 @@ def _classify(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.nd
     area = float(weights.sum()) * (CANVAS / size) ** 2
     x, y = ((np.average(at, weights=weights) + 0.5) * CANVAS / size for at in (columns, rows))
     blurred = _blur(covered)  # (Y, X)
-    likeness, shape, kind, centre, box = max(_fit_shape(blurred, area, x, y, shape) for shape in SHAPES)
-    return DetectedShape(SceneObject(kind, colour, shape if likeness >= MIN_LIKENESS else UNCLEAR), centre, box, likeness)
+    second, best = sorted(_fit_shape(blurred, area, x, y, shape) for shape in SHAPES)[-2:]
+    rival_error = min(_error(blurred, rival_coverage(widths, area, x, y, size)) for widths in RIVALS.values())
+    margin = min(best.likeness - second.likeness, rival_error - best.error)
+    limits = zip(MAX_ERROR[best.shape], MIN_MARGIN, strict=True)
+    is_clear = any(best.error <= max_error and margin >= min_margin for max_error, min_margin in limits)
+    item = SceneObject(best.size, colour, best.shape if is_clear else UNCLEAR)
+    return DetectedShape(item, best.centre, best.box, best.likeness)
 
 
-def _fit_shape(
-    blurred: np.ndarray, area: float, x: float, y: float, shape: str
-) -> tuple[float, str, str, tuple[float, float], tuple[float, float]]:
-    """Likeness of a blob to a shape of its area and centre: likeness, shape, size, centre of the box, box. likeness = 1 -
-    |blob - ideal|^2 / |ideal|^2 - AREA_PENALTY |log(area / valid area)|. Both are blurred, so that a soft edge does not
-    count more than a missing corner."""
+def _fit_shape(blurred: np.ndarray, area: float, x: float, y: float, shape: str) -> _Fit:
+    """`blurred`: the blurred coverage of a blob, (Y, X); x and y: its centre of mass."""
     areas = [_area(shape, BOXES[size, shape]) for size in SIZES]
     is_large = int(area >= np.sqrt(areas[0] * areas[1]))
     scale = np.sqrt(area / areas[is_large])
     width, height = (float(scale * side) for side in BOXES[SIZES[is_large], shape])
     centroid_offset = height / 6 if shape == "triangle" else 0  # a triangle's centroid is below the centre of its box
     centre = (float(x), float(y - centroid_offset))
-    ideal = _blur(coverage(shape, (width, height), centre, len(blurred)))  # (Y, X)
-    error = float(((blurred - ideal) ** 2).sum() / (ideal**2).sum())
+    error = _error(blurred, coverage(shape, (width, height), centre, len(blurred)))
     log_ratio = abs(float(np.log(area / areas[is_large])))
     kind = SIZES[is_large] if log_ratio < np.log(MAX_SIZE_RATIO) else UNCLEAR
-    return 1 - error - AREA_PENALTY * log_ratio, shape, kind, centre, (width, height)
+    return _Fit(1 - error - AREA_PENALTY * log_ratio, error, shape, kind, centre, (width, height))
+
+
+def _error(blurred: np.ndarray, ideal: np.ndarray) -> float:
+    ideal = _blur(ideal)  # (Y, X)
+    return float(((blurred - ideal) ** 2).sum() / (ideal**2).sum())
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
