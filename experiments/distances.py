@@ -31,7 +31,7 @@ from transfusion.data.built_in.shapes import (
 )
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.scenes import judge_scenes
-from transfusion.evaluation.shapes import RIVALS, rival_coverage
+from transfusion.evaluation.shapes import RIVALS, profile_coverage
 
 BLURS = 0.5, 0.75, 1.0, 1.5, 2.0  # standard deviation in pixels
 SHARES = 0.1, 0.2, 0.4, 1.0  # of the scenes
@@ -93,7 +93,8 @@ def draw_rival(scene: Scene, rival: str) -> np.ndarray:
     ideal = coverage(item.shape, box, centre)  # (Y, X)
     at = np.arange(CANVAS) + 0.5
     x, y = (np.average(at, weights=ideal.sum(axis)) for axis in (0, 1))
-    mask = rival_coverage(RIVALS[rival], float(ideal.sum()), x, y, CANVAS)  # (Y, X)
+    side = float(np.sqrt(ideal.sum() / RIVALS[rival]((np.arange(64) + 0.5) / 64).mean()))
+    mask = profile_coverage(RIVALS[rival], (side, side), (x, y), CANVAS)  # (Y, X)
     return (BACKGROUND + mask[..., None] * np.subtract(COLOURS[item.colour], BACKGROUND)).round().astype(np.uint8)
 
 
