@@ -50,18 +50,18 @@ FEATURES = (
 )  # fmt: skip
 # The weight of each feature (rows) for a circle, a square and a triangle. Made by `python -m experiments.shape_scores`.
 SCORES = np.array([
-    [ 10.16,   1.53,   6.31],  # circle
-    [ -3.19,   7.23,  -3.86],  # square
-    [ -4.19,  -4.84,   8.16],  # triangle
-    [ -0.32,  -6.12,  -6.80],  # arch
-    [  0.29,   7.76,   8.38],  # mound
-    [ -1.37,   0.40,  -1.45],  # best
-    [ -5.32,  -4.96,  -2.69],  # margin to the second
-    [  6.62,   8.87,  11.21],  # margin to a nearer rival
-    [ -0.93,  -0.74, -11.59],  # aspect
-    [ -9.66, -13.29, -16.02],  # stretch
-    [ -1.48,   1.09,   0.49],  # area
-    [  2.19, -14.80, -18.07],  # constant
+    [ 10.27,   1.42,   5.87],  # circle
+    [ -3.33,   7.32,  -3.53],  # square
+    [ -3.48,  -4.33,   7.95],  # triangle
+    [ -0.20,  -6.25,  -7.03],  # arch
+    [ -0.37,   7.60,   8.74],  # mound
+    [ -1.15,   0.57,  -1.05],  # best
+    [ -5.18,  -4.77,  -2.68],  # margin to the second
+    [  6.35,   8.75,  11.57],  # margin to a nearer rival
+    [ -0.88,  -0.71, -10.84],  # aspect
+    [ -9.40, -13.27, -17.84],  # stretch
+    [ -1.33,   1.25,   0.40],  # area
+    [  1.07, -15.94, -17.82],  # constant
 ])  # fmt: skip
 
 
@@ -210,7 +210,9 @@ def _cover(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarr
     near = ndimage.binary_dilation(mask, iterations=edge) & (mask | ~occupied)  # (Y, X)
     covered = offset.sum(-1) / _colour_offsets()[tuple(COLOURS).index(colour)].sum()  # (Y, X)
     covered /= np.clip(np.quantile(covered[mask], 0.75), 0.5, 1)
-    return np.clip(covered, 0, 1) * near
+    parts, _ = ndimage.label(near & ((covered > 0.5) | mask))
+    specks = (parts > 0) & ~np.isin(parts, parts[mask])  # near the blob, but not part of it
+    return np.clip(covered, 0, 1) * (near & ~specks)
 
 
 def _classify(covered: np.ndarray, colour: str) -> DetectedShape:
@@ -228,7 +230,8 @@ def _classify(covered: np.ndarray, colour: str) -> DetectedShape:
     centre = (x, y - (height / 6 if shape == "triangle" else 0))  # a triangle's centroid is below the centre of its box
     size = SIZES[is_large] if abs(2 * np.log(scale)) < np.log(MAX_SIZE_RATIO) else UNCLEAR
     likeness = 1 - float(np.exp(-features[SHAPES.index(shape)]))
-    item = SceneObject(size, colour, shape if scores.max() > 0 else UNCLEAR)
+    is_clear = scores.max() > 0 and area > min(areas) / MAX_SIZE_RATIO  # a spot of a few pixels could be any shape
+    item = SceneObject(size, colour, shape if is_clear else UNCLEAR)
     return DetectedShape(item, centre, (width, height), likeness)
 
 
