@@ -1,9 +1,9 @@
 """The weights of the checker of `shapes`, `SCORES` in evaluation/shapes.py: python -m experiments.shape_scores
 
 A logistic regression on the labels of two readers (docs/results/checker-tuning) and on made objects: real scenes, also
-noisy, blurred, shifted, faded, with specks, and as the codec `block_pca` keeps them; and objects
-without a shape. It prints the table, and writes Cohen's kappa of the shapes of readers and checker into docs/evaluation.md,
-out of fold: the drawings of a run are read with weights that were fitted without that run.
+noisy, blurred, shifted, faded, with specks, and as the codec `block_pca` keeps them; and objects without a shape. It prints
+the table, and writes Cohen's kappa of the shapes of readers and checker into docs/evaluation.md, out of fold: the drawings
+of a run are read with weights that were fitted without that run.
 """
 
 import json
@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from experiments import checker
-from experiments.blobs import sample_blobs
+from experiments.blobs import overlap, sample_blobs
 from experiments.distances import draw_rival
 from experiments.lab import DOCS, format_markdown
 from experiments.page import write_output
@@ -74,8 +74,8 @@ def make_rows() -> Iterator[Row]:
     yield from scene_rows("scene", range(6000, 6000 + SCENES), fade, ())
     yield from scene_rows("specks", range(8000, 8000 + 2 * SCENES), partial(add_specks, rng=rng), ())
     yield from scene_rows("codec", range(7000, 7000 + CODEC_SCENES), lossy, fit_codec())
-    for kind, overlap in MAX_OVERLAPS.items():
-        yield from shapeless_rows(kind, sample_blobs(kind, SCENES, overlap, seed=9))
+    for kind, max_overlap in MAX_OVERLAPS.items():
+        yield from shapeless_rows(kind, sample_blobs(kind, SCENES, max_overlap, seed=9), max_overlap)
     for rival in RIVALS:
         yield from shapeless_rows("rival", (draw_rival(sample_scene(0, 900 + n), rival) for n in range(SCENES)))
 
@@ -90,10 +90,12 @@ def scene_rows(kind: str, seeds: Sequence[int], change: Callable, arguments: tup
             yield measure(covered), scene.objects[int(np.argmin(distances))].shape, MADE_WEIGHTS[kind]
 
 
-def shapeless_rows(kind: str, images: Iterable[np.ndarray]) -> Iterator[Row]:
+def shapeless_rows(kind: str, images: Iterable[np.ndarray], max_overlap: float = 1) -> Iterator[Row]:
+    """The objects of images without a shape. A blob with a narrow neck is read as two, which may be nearly a shape each."""
     for pixels in images:
         for covered, _ in find_objects(pixels):
-            yield measure(covered), "none", MADE_WEIGHTS[kind]
+            if overlap(covered) <= max_overlap:
+                yield measure(covered), "none", MADE_WEIGHTS[kind]
 
 
 def fade(pixels: np.ndarray) -> np.ndarray:
@@ -135,8 +137,8 @@ def fit(rows: Sequence[Row]) -> np.ndarray:
     model = LogisticRegression(C=INVERSE_PENALTY, max_iter=2000)
     model.fit(scaler.transform(features[:, :-1]), shapes, sample_weight=weights)
     order = [list(model.classes_).index(word) for word in WORDS]
-    slopes, constants = (model.coef_[order] / scaler.scale_).T, model.intercept_[order]  # (11, 4), (4,)
-    table = np.concatenate([slopes, [constants - scaler.mean_ @ slopes]])  # (12, 4)
+    slopes, constants = (model.coef_[order] / scaler.scale_).T, model.intercept_[order]  # (10, 4), (4,)
+    table = np.concatenate([slopes, [constants - scaler.mean_ @ slopes]])  # (11, 4)
     return (table[:, :3] - table[:, 3:]).round(2)
 
 

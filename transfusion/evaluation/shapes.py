@@ -3,9 +3,9 @@
 It is made for generated images. It tolerates noise, specks, faded colours, soft edges and edges of a wrong tint: artefacts
 of lossy codecs and small diffusion models. Extra objects, missing ones, and ones without a valid shape or size are wrong.
 
-An object has the shape of the largest of three scores, linear in its features (`measure`), or none if none is positive.
-The weights (`SCORES`) were fitted to drawings of models that two readers labelled, and to made objects. docs/evaluation.md
-has the agreement with readers.
+An object has the shape with the largest of three scores, or none if no score is positive. A score is linear in features
+(`measure`). The weights (`SCORES`) were fitted to drawings of models that two readers labelled, and to made objects.
+docs/evaluation.md has the agreement with readers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +33,9 @@ MAX_SIZE_RATIO = 1.7  # between an object's area and the nearest valid one; abov
 BLUR_SIGMA = 0.7  # of the Gaussian blur before shapes are compared, in canvas units
 MIN_AREA = 12.0  # smaller blobs are ignored; the smallest object has 43 (in canvas units squared)
 MIN_COLOUR_SHARE = 0.25  # of a blob: a colour with less is a tint, not an object
+MAX_OVERLAP = 0.98  # of an object and a form; more does not count, because it depends on noise
 Widths = Callable[[np.ndarray], np.ndarray]
-# The width at each depth (0: top, 1: base), as a share of the width of the box.
+# Of symmetric forms: the width at each depth (0: top, 1: base), as a share of the width of the box.
 IDEALS: dict[str, Widths] = {
     "circle": lambda depth: 2 * np.sqrt(depth * (1 - depth)),
     "square": np.ones_like,
@@ -44,36 +45,31 @@ RIVALS: dict[str, Widths] = {  # that models draw, flat below and round above: n
     "arch": lambda depth: np.sqrt(1 - np.maximum(1 - 2 * depth, 0) ** 2),  # a half disc on a rectangle
     "mound": np.cbrt,
 }
-MAX_OVERLAP = 0.98  # more does not count: it depends on noise
-FEATURES = (
-    *IDEALS, *RIVALS, "best", "margin to the second", "margin to a nearer rival", "aspect", "stretch", "area", "constant",
-)  # fmt: skip
+FORMS = IDEALS | RIVALS
+FEATURES = *FORMS, "margin to the second", "margin to a nearer rival", "aspect", "stretch", "area", "constant"
 # The weight of each feature (rows) for a circle, a square and a triangle. Made by `python -m experiments.shape_scores`.
 SCORES = np.array([
-    [ 10.27,   1.42,   5.87],  # circle
-    [ -3.33,   7.32,  -3.53],  # square
-    [ -3.48,  -4.33,   7.95],  # triangle
-    [ -0.20,  -6.25,  -7.03],  # arch
-    [ -0.37,   7.60,   8.74],  # mound
-    [ -1.15,   0.57,  -1.05],  # best
-    [ -5.18,  -4.77,  -2.68],  # margin to the second
-    [  6.35,   8.75,  11.57],  # margin to a nearer rival
-    [ -0.88,  -0.71, -10.84],  # aspect
-    [ -9.40, -13.27, -17.84],  # stretch
-    [ -1.33,   1.25,   0.40],  # area
-    [  1.07, -15.94, -17.82],  # constant
+    [  9.70,   1.70,   5.48],  # circle
+    [ -3.96,   7.57,  -3.79],  # square
+    [ -3.67,  -4.49,   7.53],  # triangle
+    [ -0.33,  -6.31,  -7.50],  # arch
+    [  0.01,   7.80,   9.16],  # mound
+    [ -5.70,  -4.46,  -3.39],  # margin to the second
+    [  6.32,   8.90,  11.80],  # margin to a nearer rival
+    [ -0.92,  -0.69, -10.64],  # aspect
+    [ -9.46, -13.31, -17.69],  # stretch
+    [ -1.37,   1.21,   0.38],  # area
+    [  1.18, -15.69, -17.69],  # constant
 ])  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DetectedShape:
-    """An object in an image, with its box in units of a 32 x 32 canvas. `likeness` is the
-    overlap with the nearest ideal shape, at most `MAX_OVERLAP`."""
+    """An object in an image, with its box in units of a 32 x 32 canvas."""
 
     object: SceneObject
     centre: tuple[float, float]  # of its box, (x, y)
     box: tuple[float, float]  # (width, height), scaled to the object's area
-    likeness: float
 
 
 @dataclass(frozen=True)
@@ -120,16 +116,45 @@ def read_scene(pixels: np.ndarray) -> list[DetectedShape]:
     return [_classify(covered, colour) for covered, colour in find_objects(pixels)]
 
 
-def profile_coverage(widths: Widths, box: tuple[float, float], mass: tuple[float, float], size: int) -> np.ndarray:
-    """Share of each pixel that a symmetric form covers, (size, size), by four lines a pixel. `box`: its width and height;
-    `mass`: its centre of mass (x, y)."""
-    (width, height), (x, y), pixel = box, mass, CANVAS / size
-    top = y - height * _moments(widths)[0]
-    depth = ((np.arange(4 * size) + 0.5) * pixel / 4 - top) / height  # (4 Y,)
-    half_width = widths(np.clip(depth, 0, 1)) * width / 2 * ((depth > 0) & (depth < 1))  # (4 Y,)
-    columns = (np.arange(size) + 0.5) * pixel  # (X,)
-    covered = (half_width[:, None] - np.abs(columns - x)) / pixel + 0.5  # (4 Y, X)
-    return np.clip(covered, 0, np.minimum(2 * half_width[:, None] / pixel, 1)).reshape(size, 4, size).mean(1)  # (Y, X)
+def find_objects(pixels: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    """The coverage (Y, X) and the colour of each object in an image (Y, Y, 3) uint8, the largest first."""
+    offset = pixels.astype(np.float32) - np.float32(BACKGROUND)  # (Y, X, 3) from the background colour
+    blobs = sorted(_find_blobs(offset), key=lambda blob: -blob[0].sum())
+    occupied = sum((mask for mask, _ in blobs), np.zeros(offset.shape[:2], bool))  # (Y, X)
+    return [(_cover(offset, mask, colour, occupied), colour) for mask, colour in blobs]
+
+
+def measure(covered: np.ndarray) -> np.ndarray:
+    """The features (11,) of an object with coverage (Y, X), as in `FEATURES`.
+
+    Of each form, with the object's centre of mass and standard deviations in x and y: -log(1 - overlap), where overlap is
+    intersection over union after a slight blur. Then how much the best ideal is above the second, and the best rival above
+    the best ideal (negative, or 0); log and |log| of the ratio of the deviations; log of the area (canvas units squared); 1.
+    """
+    # Faint edges and uneven insides are left out, as by the eye: coverage below a quarter is 0, above three quarters 1.
+    solid, pixel = np.clip(2 * covered - 0.5, 0, 1), CANVAS / len(covered)
+    centre = _centre(solid)
+    at, mass = _positions(len(solid)), max(solid.sum(), 1e-6)
+    spread = [float(np.sqrt(solid.sum(axis) @ (at - centre[axis]) ** 2 / mass + pixel**2 / 12)) for axis in (0, 1)]
+    units = [_moments(widths)[1:] for widths in FORMS.values()]
+    forms = [profile_coverage(widths, (spread[0] / x, spread[1] / y), centre, len(solid))
+             for widths, (x, y) in zip(FORMS.values(), units, strict=True)]  # fmt: skip
+    blurred, *forms = _blur(np.stack([solid, *forms]), 1)
+    overlaps = np.minimum(blurred, forms).sum((1, 2)) / np.maximum(blurred, forms).sum((1, 2))  # (5,)
+    nearness = -np.log(1 - np.minimum(overlaps, MAX_OVERLAP))  # (5,)
+    second, best = np.sort(nearness[: len(IDEALS)])[-2:]
+    rival, aspect = nearness[len(IDEALS) :].max(), np.log(spread[0] / spread[1])
+    return np.array([*nearness, best - second, min(best - rival, 0), aspect, abs(aspect), np.log(mass * pixel**2), 1])
+
+
+def profile_coverage(widths: Widths, box: tuple[float, float], centre: tuple[float, float], size: int) -> np.ndarray:
+    """Share of each pixel that a form covers, (size, size), by four lines a pixel. `box`: its width and height; `centre`:
+    its centre of mass (x, y)."""
+    (width, height), (x, y), pixel = box, centre, CANVAS / size
+    depth = (_positions(4 * size) - y) / height + _moments(widths)[0]  # (4 Y,)
+    half_width = widths(np.clip(depth, 0, 1)) * width / 2 * ((depth > 0) & (depth < 1)) / pixel  # (4 Y,) in pixels
+    covered = half_width[:, None] - abs(_positions(size) - x) / pixel + 0.5  # (4 Y, X)
+    return np.clip(covered, 0, np.minimum(2 * half_width[:, None], 1)).reshape(size, 4, size).mean(1)  # (Y, X)
 
 
 @lru_cache
@@ -142,33 +167,10 @@ def _moments(widths: Widths) -> tuple[float, float, float]:
     return float(mean), *(float(np.sqrt(variance)) for variance in variances)
 
 
-def measure(covered: np.ndarray) -> np.ndarray:
-    """The features (12,) of an object by its coverage (Y, X), as in `FEATURES`: how near it is to each form with the same
-    centre of mass and standard deviations in x and y (-log(1 - overlap), where overlap is intersection over union after a
-    slight blur), margins, log and |log| of the ratio of the deviations, and the log of the area in canvas units squared."""
-    pixel = CANVAS / len(covered)
-    # Faint edges and uneven insides are left out, as by the eye: coverage below a quarter is 0, above three quarters 1.
-    solid = np.clip(2 * covered - 0.5, 0, 1)
-    at, mass = (np.arange(len(covered)) + 0.5) * pixel, max(solid.sum(), 1e-6)
-    x, y = (float((solid.sum(axis) * at).sum() / mass) for axis in (0, 1))
-    spread_x, spread_y = (float(np.sqrt((solid.sum(axis) * (at - mean) ** 2).sum() / mass + pixel**2 / 12))
-                          for axis, mean in ((0, x), (1, y)))  # fmt: skip
-    blurred, nearness = _blur(solid), []
-    for widths in (*IDEALS.values(), *RIVALS.values()):
-        _, unit_x, unit_y = _moments(widths)
-        ideal = _blur(profile_coverage(widths, (spread_x / unit_x, spread_y / unit_y), (x, y), len(covered)))
-        overlap = np.minimum(blurred, ideal).sum() / np.maximum(blurred, ideal).sum()
-        nearness.append(-np.log(1 - min(float(overlap), MAX_OVERLAP)))
-    second, best = sorted(nearness[: len(IDEALS)])[-2:]
-    aspect = np.log(spread_x / spread_y)
-    margin = min(best - max(nearness[len(IDEALS) :]), 0)
-    return np.array([*nearness, best, best - second, margin, aspect, abs(aspect), np.log(mass * pixel**2), 1])
-
-
 def _find_blobs(offset: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     """Connected regions of one colour, each as a mask (Y, X) and the colour's name."""
     names, colours = tuple(COLOURS), _colour_offsets()  # (6, 3)
-    offset = np.stack([_blur(channel) for channel in np.moveaxis(offset, -1, 0)], -1)  # (Y, X, 3)
+    offset = _blur(offset, 0)  # (Y, X, 3)
     amount = offset @ (colours / (colours**2).sum(1, keepdims=True)).T  # (Y, X, 6) projection onto each colour
     amount = np.clip(amount, 0, 1)  # (Y, X, 6)
     error = ((offset[..., None, :] - amount[..., None] * colours) ** 2).sum(-1)  # (Y, X, 6)
@@ -194,14 +196,6 @@ def _components(mask: np.ndarray, min_pixels: float) -> Iterator[np.ndarray]:
             yield component
 
 
-def find_objects(pixels: np.ndarray) -> list[tuple[np.ndarray, str]]:
-    """The coverage (Y, X) and the colour of each object in an image (Y, Y, 3) uint8, the largest first."""
-    offset = pixels.astype(np.float32) - np.float32(BACKGROUND)  # (Y, X, 3) from the background colour
-    blobs = sorted(_find_blobs(offset), key=lambda blob: -blob[0].sum())
-    occupied = sum((mask for mask, _ in blobs), np.zeros(offset.shape[:2], bool))  # (Y, X)
-    return [(_cover(offset, mask, colour, occupied), colour) for mask, colour in blobs]
-
-
 def _cover(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarray) -> np.ndarray:
     """A blob's share of each pixel, (Y, X). `occupied`: the pixels of all blobs. It follows from a pixel's brightness,
     because a codec keeps an edge's brightness better than its tint. It is relative to the blob's own brightness inside, so
@@ -209,7 +203,7 @@ def _cover(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarr
     edge = max(1, round(2 * len(offset) / CANVAS))  # pixels around the mask that may hold a soft edge
     near = ndimage.binary_dilation(mask, iterations=edge) & (mask | ~occupied)  # (Y, X)
     covered = offset.sum(-1) / _colour_offsets()[tuple(COLOURS).index(colour)].sum()  # (Y, X)
-    covered /= np.clip(np.quantile(covered[mask], 0.75), 0.5, 1)
+    covered /= np.clip(np.sort(covered[mask])[3 * mask.sum() // 4], 0.5, 1)
     parts, _ = ndimage.label(near & ((covered > 0.5) | mask))
     specks = (parts > 0) & ~np.isin(parts, parts[mask])  # near the blob, but not part of it
     return np.clip(covered, 0, 1) * (near & ~specks)
@@ -217,26 +211,35 @@ def _cover(offset: np.ndarray, mask: np.ndarray, colour: str, occupied: np.ndarr
 
 def _classify(covered: np.ndarray, colour: str) -> DetectedShape:
     """The object with this coverage. Its box is the ideal one of the same area and centre of mass."""
-    features = measure(covered)
-    scores = features @ SCORES  # (3,)
-    shape, pixel = SHAPES[scores.argmax()], CANVAS / len(covered)
-    at = (np.arange(len(covered)) + 0.5) * pixel
-    x, y = (float(np.average(at, weights=covered.sum(axis))) for axis in (0, 1))
-    area = float(covered.sum()) * pixel**2
+    scores = measure(covered) @ SCORES  # (3,)
+    shape, (x, y) = SHAPES[scores.argmax()], _centre(covered)
+    area = float(covered.sum()) * (CANVAS / len(covered)) ** 2
     areas = [_area(shape, BOXES[size, shape]) for size in SIZES]
     is_large = int(area >= np.sqrt(areas[0] * areas[1]))
     scale = np.sqrt(area / areas[is_large])
     width, height = (float(scale * side) for side in BOXES[SIZES[is_large], shape])
     centre = (x, y - (height / 6 if shape == "triangle" else 0))  # a triangle's centroid is below the centre of its box
     size = SIZES[is_large] if abs(2 * np.log(scale)) < np.log(MAX_SIZE_RATIO) else UNCLEAR
-    likeness = 1 - float(np.exp(-features[SHAPES.index(shape)]))
     is_clear = scores.max() > 0 and area > min(areas) / MAX_SIZE_RATIO  # a spot of a few pixels could be any shape
-    item = SceneObject(size, colour, shape if is_clear else UNCLEAR)
-    return DetectedShape(item, centre, (width, height), likeness)
+    return DetectedShape(SceneObject(size, colour, shape if is_clear else UNCLEAR), centre, (width, height))
 
 
-def _blur(image: np.ndarray) -> np.ndarray:
-    return ndimage.gaussian_filter(image, BLUR_SIGMA * len(image) / CANVAS)  # (Y, X)
+def _centre(covered: np.ndarray) -> tuple[float, float]:
+    """The centre of mass (x, y) of a coverage (Y, X)."""
+    at, mass = _positions(len(covered)), max(covered.sum(), 1e-6)
+    return float(covered.sum(0) @ at / mass), float(covered.sum(1) @ at / mass)
+
+
+def _positions(size: int) -> np.ndarray:
+    """The centres of `size` pixels across the canvas, (size,)."""
+    return (np.arange(size) + 0.5) * CANVAS / size
+
+
+def _blur(images: np.ndarray, axis: int) -> np.ndarray:
+    """Images with Y and X at `axis` and after it."""
+    sigmas = [0.0] * images.ndim
+    sigmas[axis : axis + 2] = [BLUR_SIGMA * images.shape[axis] / CANVAS] * 2
+    return ndimage.gaussian_filter(images, sigmas)
 
 
 def _area(shape: str, box: tuple[float, float]) -> float:
