@@ -248,6 +248,31 @@ def test_blobs_mounds_peaks_half_discs_and_stars_have_no_shape(kind, max_overlap
     assert shapes.count("unclear") >= 0.99 * len(shapes), Counter(shapes)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_specks_near_an_object_are_no_part_of_it(shape, size):
+    """One or two pixels of the object's colour, two pixels beside its box."""
+    box, offset = BOXES[size, shape], np.subtract(COLOURS["green"], BACKGROUND)
+    pixels = (BACKGROUND + coverage(shape, box, (16, 16))[..., None] * offset).round().astype(np.uint8)
+    (expected,) = read_scene(pixels)
+    base = int(16 + box[1] / 2) - 1  # of the widest row of a triangle
+    for x, width in product((int(16 - box[0] / 2) - 3, int(np.ceil(16 + box[0] / 2)) + 2), (1, 2)):
+        speckled = pixels.copy()
+        speckled[base, x : x + width] = COLOURS["green"]
+        ((covered, _),) = find_objects(speckled)
+        assert covered[base, x] == 0
+        assert read_scene(speckled) == [expected]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spots_have_no_shape_and_smaller_ones_are_ignored(shape):
+    unit, offset = coverage(shape, (8, 8), (16, 16)).sum() / 64, np.subtract(COLOURS["cyan"], BACKGROUND)
+    for area, shapes in ((50, [shape]), (18, ["unclear"]), (7, [])):
+        side = np.sqrt(area / unit)
+        pixels = (BACKGROUND + coverage(shape, (side, side), (16, 16))[..., None] * offset).round().astype(np.uint8)
+        assert [detected.object.shape for detected in read_scene(pixels)] == shapes
+
+
 @pytest.mark.parametrize("rival", RIVALS)
 def test_arches_and_mounds_of_an_objects_area_have_no_shape(rival):
     images = [draw_rival(sample_scene(0, seed), rival) for seed in range(SOME // 2)]
