@@ -43,7 +43,9 @@ FAST_LANGUAGE_MODEL = [*TINY_TRAINING, "--data.fit-documents", "100", *DIGITS]  
 NO_LEARNING = "--training.learning-rate 0 --training.min-learning-rate 0".split()  # weights do not change
 
 
-def start_from(folder: Path | str, seed: int = 0, untied: str = "none") -> tuple[LanguageModelStart, Vocabulary, Transfusion]:
+def start_from(
+    folder: Path | str, seed: int = 0, untied: str = "none",
+) -> tuple[LanguageModelStart, Vocabulary, Transfusion]:  # fmt: skip
     """The start, vocabulary and starting weights of a run from this folder."""
     start = LanguageModelStart(str(folder))
     vocabulary = Vocabulary.build(start.tokenizer.size, SHAPES, 2, **start.tokenizer.markers)
@@ -195,7 +197,7 @@ def test_weights_that_a_language_model_lacks_start_as_in_any_run(tmp_path, untie
             rows[vocab_weight][f"new {name}"] = parameter[known:]
         else:
             assert torch.equal(parameter, expected) == name.startswith("patches.")
-    for name, parts in rows.items():
+    for parts in rows.values():
         assert len(parts) == (2 if untied == "none" else 3)
         stds = [part.std().item() for part in parts.values()]
         assert stds == pytest.approx([stds[0]] * len(stds))
