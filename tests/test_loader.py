@@ -93,7 +93,7 @@ def write_shards(folder: Path, name: str, shards: Sequence[Sequence[Document]], 
         rows = [] if number else list(skipped)
         infos.append({
             "documents": {"train": len(members) - len(rows)}, "skipped": {"train": rows},
-            "sha256": {writer.path.name: digest}, "max_image_overhead": {f"{y}x{x}": 0 for y, x in SHAPES},
+            "sha256": {writer.path.name: digest}, "max_image_overhead": {f"{y}x{x}": [0, 0, 0] for y, x in SHAPES},
             "tokens": {"train": 0}, "caption_tokens": {"train": 0}, "images": {"train": {}},
         })  # fmt: skip
     source = {"shards": infos, "sha256": store.write_sizes(folder / name, "train", infos)}
