@@ -735,7 +735,7 @@ def test_mean_length_includes_caption_dropout():
     photos = entries.sources == 0
     lengths = source.lengths(entries.ids[photos], vocabulary.patch_size)
     measured = lengths.after(choose_changes(entries.keys[photos], lengths.kinds, reader.config)).mean()
-    assert abs(source.mean_positions(vocabulary, 0.8 * 0.5) - measured) < 0.1
+    assert abs(source.mean_positions(vocabulary, reader.config) - measured) < 0.1
 
 
 def test_heldout_batches_have_all_heldout_images():

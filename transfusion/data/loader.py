@@ -124,7 +124,8 @@ class Packed:
     """How blocks of documents are packed. Row n has the chunks from ends[n - 1] to ends[n] - 1."""
 
     documents: Documents
-    chunks: np.ndarray  # (chunks, 3), row by row: number of the document, first position in it, end; all of it: 0, its length
+    # (chunks, 3), row by row: number of the document, first position in it, end; of a whole document 0 and its length
+    chunks: np.ndarray
     ends: np.ndarray  # (rows,)
     rows: list[range]  # of each block
 
