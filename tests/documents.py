@@ -140,8 +140,8 @@ def entries_of(loader: Loader, block: int, num_blocks: int = 1) -> list[tuple[in
 
 def contents(chunk: Chunk) -> tuple:
     """A chunk as a hashable value."""
-    keys = tuple(placed.key for placed in chunk.images)
-    return tuple(chunk.tokens.tolist()), tuple(chunk.targets.tolist()), keys
+    keys = (tuple((i.start, i.key, i.image.max_t) for i in placed) for placed in (chunk.images, chunk.copies))
+    return tuple(chunk.tokens.tolist()), tuple(chunk.targets.tolist()), *keys
 
 
 def contents_of(rows: list[Row]) -> list[list[tuple]]:
