@@ -26,9 +26,16 @@ from tests.documents import (
     pair_documents,
     positioned_chunks,
 )
+from tests.profile import examples
+from tests.test_loader import Documents, encoder, prepared
+from tests.test_training import new_trainer
+from tests.tiny import run_tensors, save, small_run
 from transfusion import objective
+from transfusion.cli.run_folder import RunFolder
+from transfusion.cli.screen import UsageError
 from transfusion.config import DataConfig, DiffusionConfig
 from transfusion.data.lengths import IMAGE_FIRST, change
+from transfusion.data.loader import heldout_batches, mean_positions
 from transfusion.data.packing import pack, split_document
 from transfusion.sequence import (
     NO_TARGET,
@@ -148,7 +155,7 @@ def separate_passes(document: Document) -> Iterator[Pass]:
             yield with_t(without_text(alone(until_here)), {*keys} - {placed.key}, {placed.key})
 
 
-@few
+@examples(50, quick=8)
 @given(any_document, st.sampled_from(sorted(MODELS)))
 def test_losses_and_gradients_equal_those_of_separate_passes(document, name):
     batch = in_double(alone(encode_document(document, VOCABULARY, clean_copies=True)))
@@ -164,7 +171,7 @@ def test_losses_and_gradients_equal_those_of_separate_passes(document, name):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
-@few
+@examples(25, quick=6)
 @given(
     st.lists(any_document, min_size=2, max_size=4, unique_by=lambda d: d.key), st.integers(0, 99),
     st.sampled_from(sorted(MODELS)),
@@ -256,3 +263,72 @@ def test_rows_keep_images_with_their_copies():
     with pytest.raises(ValueError, match="and its noisy copy does not fit in a row of 9 positions: raise data.seq_len"):
         pack([document], 9, VOCABULARY, seed=0, clean_copies=True)  # an image and its copy have 4 + 4 patches, boi and eoi
     assert pack([document], 9, VOCABULARY, seed=0)
+
+
+# Data and training
+
+
+def test_heldout_figures_are_of_the_same_images_with_copies():
+    """Images before their caption have t = 0 and no loss; the others have their t and noise, on a copy if text follows."""
+    pairs = [Document((Text((n,)), image((4, 4), n)) * (1 + n % 2), n, pairs=True) for n in range(8)]
+    for image_first in (0.0, 1.0):
+        plain, copied = (
+            heldout_batches(Documents("a", pairs), encoder(image_first=image_first, clean_copies=copies), 8, 4)
+            for copies in (False, True)
+        )
+        counts = [[sum(batch.image_count for batch in batches_), sum(batch.text_count for batch in batches_)]
+                  for batches_ in (plain, copied)]  # fmt: skip
+        assert counts[0] == counts[1]
+        assert counts[0][0] == (0 if image_first else 12)
+        keys = [sorted(key for batch in batches_ for group in batch.groups
+                       for key, has_loss in zip(group.keys, group.loss, strict=True) if has_loss)
+                for batches_ in (plain, copied)]  # fmt: skip
+        assert keys[0] == keys[1]
+        positions = [sum(batch.positions for batch in batches_) for batches_ in (plain, copied)]
+        assert positions[1] - positions[0] == (0 if image_first else 4 * 4)  # the first image of two has 4 patches
+
+
+def test_mixture_weights_count_copies_as_positions():
+    pairs = [Document((Text((n,)), image((4, 4), n)), n, pairs=True) for n in range(8)]
+    for source in (Documents("a", pairs), prepared()[0][0]):
+        for image_first in (0.0, 1.0):
+            fitted = encoder(image_first=image_first, clean_copies=True, caption_dropout=0.0)
+            chunks = [
+                encode_document(fitted.to_document(document, source.name, 0), VOCABULARY, clean_copies=True)
+                for document in (source[n] for n in range(len(source)))
+            ]
+            expected = np.mean([len(chunk) for chunk in chunks])
+            if isinstance(source, Documents):  # the metadata of the others have no counts
+                assert mean_positions(source, fitted) == expected
+            else:
+                plain = mean_positions(source, replace(fitted, config=replace(fitted.config, clean_copies=False)))
+                copies = np.mean([len(chunk) - len(chunk.tokens) for chunk in chunks])
+                assert mean_positions(source, fitted) - plain == pytest.approx(copies)
+
+
+def test_a_run_trains_with_copies_and_does_not_depend_on_its_micro_batches(tmp_path):
+    weights, have_copies = [], []
+
+    def record(batch: Batch, _: int) -> Batch:
+        have_copies.append(batch.clean_starts is not None)
+        return batch
+
+    for name, micro_batch_size in (("whole", None), ("parts", 1)):
+        run = small_run(2, micro_batch_size=micro_batch_size, batch_size=3)
+        run = replace(run, data=replace(run.data, clean_copies=True, image_first=0.5))
+        trainer = new_trainer(tmp_path / name, run, change=record)
+        trainer.train()
+        assert any(have_copies)
+        weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_copies_may_start_from_one_without(tmp_path):
+    first = RunFolder.draft(small_run(), tmp_path / "first", None)
+    first.write()
+    save(first.path, 2, run_tensors(first.run, 0), {"step": 2})
+    run = replace(first.run, data=replace(first.run.data, clean_copies=True))
+    assert RunFolder.draft(run, tmp_path / "second", ("run", str(first.path))).run.data.clean_copies
+    with pytest.raises(UsageError, match="data.clean_copies is False in the folder, True in this command"):
+        RunFolder.draft(run, first.path, None)

@@ -6,7 +6,7 @@ copy itself. Copies stand behind their document, so nothing else attends to them
 """
 
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,9 +74,13 @@ class Mask:
     @cached_property
     def dense(self) -> Tensor:
         """(B, 1, Lq, Lk) bool: may this query attend to this key?"""
-        k = torch.arange(self.num_keys, device=self.device)
-        inside = ((k >= lo[..., None]) & (k < hi[..., None]) for lo, hi in self.intervals)
-        return reduce(torch.logical_or, inside)[:, None]
+        k = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
+        (lo, hi), *second = self.intervals
+        dense = (k >= lo[..., None]).logical_and_(k < hi[..., None])  # (B, Lq, Lk)
+        for lo, hi in second:  # of few queries
+            b, q = (hi > lo).nonzero(as_tuple=True)
+            dense[b, q] |= (k >= lo[b, q, None]) & (k < hi[b, q, None])
+        return dense[:, None]
 
     @cached_property
     def attn_bias(self) -> Tensor:
