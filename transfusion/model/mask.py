@@ -90,23 +90,16 @@ class Mask:
     @cached_property
     def block_mask(self):
         """FlexAttention's BlockMask, built from the intervals without an (L, L) mask. Lq = Lk, a multiple of BLOCK_SIZE."""
-        from torch.nn.attention.flex_attention import BlockMask
+        from torch.nn.attention.flex_attention import BlockMask, or_masks
+
+        def inside(lo: Tensor, hi: Tensor):
+            return lambda b, h, q, k: (k >= lo[b, q]) & (k < hi[b, q])
 
         any_pair, all_pairs = self._blocks_with_pairs()
-        (lo, hi), *second = self.intervals
-
-        def mask_mod(b, h, q, k):
-            return (k >= lo[b, q]) & (k < hi[b, q])
-
-        if second:
-            [(second_lo, second_hi)] = second
-
-            def both(b, h, q, k):
-                return mask_mod(b, h, q, k) | ((k >= second_lo[b, q]) & (k < second_hi[b, q]))
-
+        mask_mod, *second = (inside(*interval) for interval in self.intervals)
         return BlockMask.from_kv_blocks(
             *_block_indices(any_pair & ~all_pairs), *_block_indices(all_pairs), BLOCK_SIZE=BLOCK_SIZE,
-            mask_mod=both if second else mask_mod, seq_lengths=(self.num_keys, self.num_keys),
+            mask_mod=or_masks(mask_mod, *second) if second else mask_mod, seq_lengths=(self.num_keys, self.num_keys),
         )  # fmt: skip
 
     def _blocks_with_pairs(self) -> tuple[Tensor, Tensor]:
