@@ -98,6 +98,7 @@ def test_a_caption_before_its_only_image_needs_no_copy_and_after_it_one():
     assert not encode_document(Document((caption, picture)), VOCABULARY, clean_copies=True).copies  # eos is no reason
     assert len(encode_document(Document((picture, caption)), VOCABULARY, clean_copies=True).copies) == 1
     assert not encode_document(Document((picture, replace(caption, loss=False))), VOCABULARY, clean_copies=True).copies
+    assert not encode_document(Document((picture, Text(()))), VOCABULARY, clean_copies=True).copies
     edit = Document((replace(picture, loss=False, max_t=0.0), caption, picture))
     assert not encode_document(edit, VOCABULARY, clean_copies=True).copies
 
