@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from transfusion.data.built_in.shapes import Shapes
+from transfusion.data.built_in.topics import Topics
 from transfusion.data.sources import open_raw
 from transfusion.disk import read_json
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
-from transfusion.evaluation.perplexity import heldout_topics
+from transfusion.evaluation.perplexity import heldout_topics, split_windows
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.evaluation.small_network import SmallFeatureNetwork
-from transfusion.inference.engine import Engine
+from transfusion.inference.engine import Engine, open_run
 from transfusion.report.record import Record
+from transfusion.sequence import Document, Row, Text, collate, encode_document
 
 NUM_SCENES = 400  # held-out captions; one image is drawn for each
 NUM_TRAINING_SCENES = 2_000  # for the small network that computes features
@@ -73,9 +75,25 @@ def small_network(level: int) -> SmallFeatureNetwork:
 
 
 def measure_text_and_scenes(level: int, engine: Engine) -> dict[str, Any]:
-    """Bits per byte of held-out text; for runs trained on scenes also everything that `measure_scenes` returns."""
+    """Bits per byte of held-out text; for runs trained on scenes also everything that `measure_scenes` returns, and for runs
+    that began from another one `count_changed_logits`."""
     values = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
+    if start := engine.opened.notes.get("start"):
+        values["changed_logits"] = count_changed_logits(open_run(start["place"], device=str(engine.device)), engine)
     return values | (measure_scenes(level, engine) if "shapes" in engine.run.data.sources else {})
+
+
+@torch.inference_mode()
+def count_changed_logits(before: Engine, after: Engine) -> int:
+    """The number of logits of held-out text, over the ids of text, that two runs with one tokenizer compute differently."""
+    vocabulary, tokenizer, length, changed = after.vocabulary, after.opened.tokenizer, after.max_positions, 0
+    for text in Topics("heldout").texts:
+        chunk = encode_document(Document((Text(tokenizer.encode(text)),)), vocabulary)
+        for window in split_windows(chunk, length):
+            batch = collate([Row((window,))], length, vocabulary).to(after.device)
+            first, second = (engine.model(batch, [], []).logits[:, : vocabulary.text_size] for engine in (before, after))
+            changed += int((first != second).sum())  # (T, V)
+    return changed
 
 
 def measure_captions(name: str, engine: Engine) -> dict[str, float]:
