@@ -169,9 +169,10 @@ def fill_cells(options: Options, table: Table) -> None:
     due = list(cells_due(options, table))
     if due and table.prepare is not None:
         table.prepare(options)
-    for variant, seed in {variant.name: (variant, seed) for variant, seed in due}.values():
-        # A run that begins from another is checked when that one is trained.
-        check_cell(options, table, variant.start[1] if variant.start else variant, seed, "--dry-run")
+    # A run that begins from another can be checked only when that one is trained; here the other one is.
+    first = [(variant.start[1] if variant.start else variant, seed) for variant, seed in due]
+    for variant, seed in {variant.name: (variant, seed) for variant, seed in first}.values():
+        check_cell(options, table, variant, seed, "--dry-run")
     for variant, seed in due:
         measure_run(options, table, variant, seed, train(options, table, variant, seed))
 

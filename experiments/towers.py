@@ -7,8 +7,8 @@ position. Fewer steps have a learning rate schedule of their own.
 Claim (LMFusion, 2412.15188): a language model learns images with weights of their own while its text stays as it is. Here
 the language model is Table 4's run on text alone. It is trained on captioned images alone: all its weights; image weights
 that begin as copies beside frozen ones ("frozen tower"). Their costs are in addition to those of the language model.
-"Changed logits" counts logits of held-out text, over the ids of text, that are not equal to the language model's. Bits per
-byte can change without them: the softmax also has the ids of images, such as boi, which images train.
+"Changed logits" counts logits of held-out text, over the ids of text, that this training changed in any bit. Bits per byte
+can change without them: the softmax also has the ids of images, such as boi. The language model has never read a caption.
 
     python -m experiments.towers
 """
