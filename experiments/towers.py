@@ -1,14 +1,16 @@
-"""Weights of their own for images, at small scale: from the start, and beside a language model. Not in the paper.
+"""Weights of their own for images, at small scale: from the start, and beside a frozen language model.
 
-Claim (Mixture-of-Transformers, 2411.04996): with weights of their own for images, the 7B model of the paper's setting draws
-as well after a third of the FLOPs, with the same text. All rows train on the same data in equal steps at equal FLOPs per
-position. Fewer steps have a learning rate schedule of their own.
+Neither is in the paper. Claim (Mixture-of-Transformers, 2411.04996): in the paper's setting a 7B model with weights of their
+own for images draws as well after a third of the FLOPs, and its text is as good. Rows none, feed_forward and full have these
+`model.untied`; they train on the same data for the same steps, with equal FLOPs per position. A row of fewer steps has its
+whole learning rate schedule in them.
 
 Claim (LMFusion, 2412.15188): a language model learns images with weights of their own while its text stays as it is. Here
-the language model is Table 4's run on text alone. It is trained on captioned images alone: all its weights; image weights
-that begin as copies beside frozen ones ("frozen tower"). Their costs are in addition to those of the language model.
-"Changed logits" counts logits of held-out text, over the ids of text, that this training changed in any bit. Bits per byte
-can change without them: the softmax also has the ids of images, such as boi. The language model has never read a caption.
+the language model is Table 4's run on text alone, which has never read a caption. It is then trained on captioned images
+alone: all its weights ("fine-tuned"), or image weights that begin as copies of the frozen ones of text ("frozen tower").
+The costs of these rows are in addition to those of the language model. "Changed logits" are those of held-out text, over the
+ids of text, that this training changed in any bit. Bits per byte can change without them, since the softmax also has the ids
+that mark images.
 
     python -m experiments.towers
 """
