@@ -223,19 +223,19 @@ def cells_due(options: Options, table: Table) -> Iterator[tuple[Variant, int]]:
 def train_arguments(options: Options, variant: Variant, seed: int) -> list[str | Path]:
     """The arguments of `transfusion train` for a cell, without its folder."""
     data = ["--data", data_folder(options, variant.data)] if variant.data else []
-    return [*variant.arguments, *data, *options.train, "--training.seed", str(seed), "--device", options.device]
+    start = ["--from", cell_folder(options, *variant.start, seed)] if variant.start else []
+    return [*variant.arguments, *data, *start, *options.train, "--training.seed", str(seed), "--device", options.device]
 
 
 def train(options: Options, table: Table, variant: Variant, seed: int) -> Path:
     """Train the run of a cell, and before it the one that it begins from; return its folder."""
-    start: list[str | Path] = []
     if variant.start is not None:
-        start = ["--from", train(options, *variant.start, seed)]
+        first = train(options, *variant.start, seed)
         if not variant.arguments:
-            return start[1]
+            return first
     check_code(*table.code(variant))
     folder = cell_folder(options, table, variant, seed)
-    run_command("train", *train_arguments(options, variant, seed), *start, "--out", folder)
+    run_command("train", *train_arguments(options, variant, seed), "--out", folder)
     return folder
 
 
