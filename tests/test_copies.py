@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from experiments.mask import GREEN, read_mask
 from tests.documents import (
     LENGTH,
     TINY,
@@ -54,7 +55,7 @@ MODELS = {
     name: build(config, seed=4) for name, config in {
         "plain": TINY, "causal images": replace(TINY, image_attention="causal"),
         "untied": replace(TINY, untied="full", image_init="fresh", text_vocab_size=VOCABULARY.text_size),
-        "unet": replace(TINY, patches="unet", unet_width=16),
+        "unet": replace(TINY, patches="unet", unet_width=16), "2d": replace(TINY, image_rope="2d"),
     }.items()
 }  # fmt: skip
 any_document = documents(min_images=1) | pair_documents()
@@ -108,6 +109,16 @@ def test_images_before_their_caption_have_all_noise_again():
     for clean_copies, expected in ((False, [0.3, 0.3]), (True, [1.0, 0.5])):
         first = change(document, IMAGE_FIRST, DataConfig(image_first_max_t=0.3, clean_copies=clean_copies))
         assert [part.max_t for part in first.segments[::2]] == expected
+
+
+def test_the_picture_shows_the_mask():
+    """Each query of the picture has the keys of the rule, and only those of copies have their colour."""
+    names, colours = read_mask()
+    is_shown, is_green = colours[..., 3] > 0, (colours[..., :3] == GREEN).all(-1)
+    assert is_shown.shape == (len(names), len(names)) == (25, 25)
+    assert is_shown[:17, :17].sum() == is_shown[:17].sum() == 17 * 18 // 2 + 2 * 6  # two images of 2 x 2 patches
+    assert [int(row.sum()) for row in is_shown[17:]] == [2 + 4] * 4 + [10 + 4] * 4
+    assert (is_green.any(1) == (np.arange(25) >= 17)).all()
 
 
 # The losses are those of separate forward passes
