@@ -254,16 +254,16 @@ def test_lengths_are_known_before_documents_are_read(corpus, dropout, clean_copi
         image_first=dropout / 2, caption_dropout=dropout, condition_text_dropout=dropout / 2, condition_dropout=dropout / 2,
         clean_copies=clean_copies,
     )  # fmt: skip
-    lengths = lengths_of_documents(corpus, VOCABULARY)
+    lengths = lengths_of_documents(corpus, VOCABULARY, clean_copies)
     changes = choose_changes(np.array([document.key for document in corpus], np.uint64), lengths.kinds, config)
     changed_documents = [changed(document, config) for document in corpus]
     encoded = [len(encode_document(document, VOCABULARY, clean_copies=clean_copies)) for document in changed_documents]
-    assert lengths.after(changes, clean_copies).tolist() == encoded
+    assert lengths.after(changes).tolist() == encoded
     with TemporaryDirectory() as folder:
         shards = [corpus[n : n + per_shard] for n in range(0, len(corpus), per_shard)]
         source = write_shards(Path(folder), "some", shards)
-        stored = source.lengths(np.arange(len(source)), VOCABULARY.patch_size)
-        assert stored.after(changes, clean_copies).tolist() == encoded
+        stored = source.lengths(np.arange(len(source)), VOCABULARY.patch_size, clean_copies)
+        assert stored.after(changes).tolist() == encoded
         is_edit = stored.kinds == EDIT
         for name in ("kinds", "images", "whole", "without_text", "copies", "copies_image_first"):
             assert np.array_equal(getattr(stored, name), getattr(lengths, name))
@@ -283,7 +283,7 @@ def test_lengths_are_known_before_documents_are_read(corpus, dropout, clean_copi
 def test_skipped_documents_have_no_number():
     (pairs, _), _ = prepared()
     assert len(pairs) == len(pairs.sizes) == 67
-    lengths = pairs.lengths(np.arange(67), VOCABULARY.patch_size).whole
+    lengths = pairs.lengths(np.arange(67), VOCABULARY.patch_size, False).whole
     assert lengths.tolist() == [len(encode_document(pairs[n], VOCABULARY)) for n in range(67)]
 
 

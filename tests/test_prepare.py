@@ -744,9 +744,9 @@ def test_mean_length_includes_caption_dropout_and_copies(clean_copies):
     source, vocabulary = reader.sources[0], reader.encoder.vocabulary
     entries = reader.stream.read(0, 2000)
     photos = entries.sources == 0
-    lengths = source.lengths(entries.ids[photos], vocabulary.patch_size)
+    lengths = source.lengths(entries.ids[photos], vocabulary.patch_size, clean_copies)
     changes = choose_changes(entries.keys[photos], lengths.kinds, reader.config)
-    measured = lengths.after(changes, clean_copies).mean()
+    measured = lengths.after(changes).mean()
     assert abs(source.mean_positions(vocabulary, reader.config) - measured) < 0.1
 
 

@@ -23,9 +23,9 @@ SIZES = np.dtype([
     ("images", "<u2"),
     ("kind", "u1"),
     ("target", "u1"),  # of an edit: the shape of its last image, its number among the shapes of the source
-    # Y x X of all latents that have a noisy copy with `data.clean_copies`: in the document, and with its images first
-    ("copied", "<u4"), ("copied_first", "<u4"),
 ])  # fmt: skip
+# Y x X of all latents of a document that have a noisy copy with `data.clean_copies`: as it is, and with its images first
+COPIED = np.dtype([("unchanged", "<u4"), ("image_first", "<u4")])
 MAX_SHAPES = 2**8  # of a source
 OTHER, ONE_PAIR, PAIRS, EDIT = range(4)  # kinds of documents: a caption-image pair, several pairs, edits, and all others
 UNCHANGED, IMAGE_FIRST, WITHOUT_TEXT, TARGET_ONLY = range(4)  # changes of a document
@@ -43,36 +43,40 @@ class Lengths(NamedTuple):
     whole: np.ndarray  # positions of the unchanged document, or with its images first
     without_text: np.ndarray
     target_only: np.ndarray  # with nothing but its last image; of edits only
-    copies: np.ndarray  # of the noisy copies that it has with `data.clean_copies`, with or without its text
+    copies: np.ndarray  # of its noisy copies, with or without its text; 0 without `data.clean_copies`
     copies_image_first: np.ndarray  # the same with its images first; of pairs only
 
-    def after(self, changes: np.ndarray, clean_copies: bool = False) -> np.ndarray:
+    def after(self, changes: np.ndarray) -> np.ndarray:
         """Positions (n,) of the documents after these changes (n,)."""
         lengths = np.where(changes == WITHOUT_TEXT, self.without_text, self.whole)
-        if clean_copies:
-            lengths = lengths + np.where(changes == IMAGE_FIRST, self.copies_image_first, self.copies)
+        lengths += np.where(changes == IMAGE_FIRST, self.copies_image_first, self.copies)
         return np.where(changes == TARGET_ONLY, self.target_only, lengths)
 
 
-def lengths_of_sizes(sizes: np.ndarray, shapes: Sequence[tuple[int, int]], patch_size: int) -> Lengths:
-    """From `SIZES` (n,). `shapes`: all latent shapes of the source, sorted; the sides are multiples of `patch_size`."""
+def lengths_of_sizes(
+    sizes: np.ndarray, copied: np.ndarray, shapes: Sequence[tuple[int, int]], patch_size: int
+) -> Lengths:  # fmt: skip
+    """From `SIZES` (n,) and `COPIED` (n,). `shapes`: all latent shapes of the source, sorted; the sides are multiples of
+    `patch_size`."""
     areas = np.array([height * width for height, width in shapes] or [0]) // patch_size**2
     images = sizes["images"].astype(np.int64)
-    positions, copies, copies_first = (sizes[name] // patch_size**2 for name in ("area", "copied", "copied_first"))
-    without_text = 2 + 2 * images + positions
+    copies, copies_image_first = (copied[name] // patch_size**2 for name in COPIED.names)
+    without_text = 2 + 2 * images + sizes["area"] // patch_size**2
     return Lengths(
-        sizes["kind"], images, without_text + sizes["tokens"], without_text, 4 + areas[sizes["target"]], copies, copies_first
-    )
+        sizes["kind"], images, without_text + sizes["tokens"], without_text, 4 + areas[sizes["target"]], copies,
+        copies_image_first,
+    )  # fmt: skip
 
 
-def lengths_of_documents(documents: Iterable[Document], vocabulary: Vocabulary) -> Lengths:
+def lengths_of_documents(documents: Iterable[Document], vocabulary: Vocabulary, clean_copies: bool) -> Lengths:
     """The same from the documents themselves, for sources that are encoded while they are read."""
     rows = []
     for document in documents:
         tokens = sum(len(part.tokens) for part in document.segments if isinstance(part, Text))
         images = [vocabulary.num_patches(part.shape) + 2 for part in document.segments if isinstance(part, Image)]
         without_text = 2 + sum(images)
-        copies = (sum(length - 2 for length in compress(images, copied)) for copied in find_copied_images(document))
+        are_copied = find_copied_images(document) if clean_copies else ((), ())
+        copies = (sum(length - 2 for length in compress(images, copied)) for copied in are_copied)
         rows.append((kind_of(document), len(images), tokens + without_text, without_text, 2 + sum(images[-1:]), *copies))
     return Lengths(*np.array(rows, np.int64).reshape(-1, len(Lengths._fields)).T)
 
@@ -80,9 +84,9 @@ def lengths_of_documents(documents: Iterable[Document], vocabulary: Vocabulary) 
 def sizes_of_segments(
     pairs: np.ndarray, offsets: np.ndarray, is_image: np.ndarray, loss: np.ndarray, max_t: np.ndarray, tokens: np.ndarray,
     height: np.ndarray, width: np.ndarray, checksums: np.ndarray, shapes: Sequence[tuple[int, int]],
-) -> np.ndarray:  # fmt: skip
-    """`SIZES` (n,) of documents from their segments. `offsets` (n + 1,): the segments of document i are those from
-    offsets[i] to offsets[i + 1] - 1; `pairs` and `checksums` are (n,), the rest is of each segment."""
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """`SIZES` (n,) and `COPIED` (n,) of documents from their segments. `offsets` (n + 1,): the segments of document i are
+    those from offsets[i] to offsets[i + 1] - 1; `pairs` and `checksums` are (n,), the rest is of each segment."""
     begin, last = offsets[:-1], np.maximum(offsets[1:] - 1, 0)
 
     def total(values: np.ndarray) -> np.ndarray:
@@ -90,31 +94,30 @@ def sizes_of_segments(
         return sums[offsets[1:]] - sums[begin]
 
     count = offsets[1:] - begin
-    sizes = np.empty(len(pairs), SIZES)
+    sizes, copied = np.empty(len(pairs), SIZES), np.empty(len(pairs), COPIED)
     sizes["checksum"] = checksums
     area = height.astype(np.int64) * width
     is_learnt = loss & (is_image | (tokens > 0))
     learnt = np.cumsum(is_learnt)  # segments, up to each one
     later = np.repeat(np.append(0, learnt)[offsets[1:]], count) - learnt  # learnt segments of the document after each one
     caption = np.append(False, is_learnt[:-1]) & np.repeat(pairs, count)  # follows an image that is put first
-    copied, copied_first = (area * (loss & is_image & (max_t > 0) & (after > 0)) for after in (later, later + caption))
-    for name, values in (
-        ("tokens", tokens), ("area", area), ("images", is_image), ("copied", copied), ("copied_first", copied_first),
-    ):  # fmt: skip
+    for name, after in (("unchanged", later), ("image_first", later + caption)):
+        copied[name] = total(area * (loss & is_image & (max_t > 0) & (after > 0)))
+    for name, values in (("tokens", tokens), ("area", area), ("images", is_image)):
         totals, limit = total(values), np.iinfo(SIZES[name]).max
         if totals.max(initial=0) > limit:
             raise ValueError(f"a document has {totals.max():,} {name}, at most {limit:,} are supported: divide it")
         sizes[name] = totals
     if not len(is_image):  # no document has a segment
         sizes["kind"], sizes["target"] = OTHER, 0
-        return sizes
+        return sizes, copied
     is_edit = ~pairs & (count > 0) & is_image[last] & loss[last] & (total(is_image & ~loss) > 0)
     sizes["kind"] = np.select([pairs & (count == 2), pairs, is_edit], [ONE_PAIR, PAIRS, EDIT], OTHER)
     numbers = {shape: number for number, shape in enumerate(shapes)}
     targets = zip(height[last[is_edit]].tolist(), width[last[is_edit]].tolist(), strict=True)
     sizes["target"] = 0
     sizes["target"][is_edit] = [numbers[shape] for shape in targets]
-    return sizes
+    return sizes, copied
 
 
 def kind_of(document: RawDocument | Document) -> int:

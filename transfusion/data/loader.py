@@ -185,7 +185,7 @@ class Loader:
         lengths, encoded = self._lengths(entries)
         changes = choose_changes(entries.keys, lengths.kinds, self.config)
         documents = Documents(self.sources, entries, changes, encoded, self.config)
-        positions = lengths.after(changes, self.config.clean_copies)
+        positions = lengths.after(changes)
         numbers, begins, chunk_ends, chunk_lengths = self._split(positions, lengths.images, documents)
         shuffled = np.argsort((entries.keys[numbers] >> np.uint64(48)).astype(np.uint16), kind="stable")
         chunk_blocks = numbers // self.config.shuffle_block
@@ -198,14 +198,15 @@ class Loader:
     def _lengths(self, entries: Entries) -> tuple[Lengths, dict[int, Document]]:
         """The lengths of documents, and those documents that were encoded for that."""
         table, encoded = np.empty((len(Lengths._fields), len(entries.ids)), np.int64), {}
+        clean_copies = self.config.clean_copies
         for number, source in enumerate(self.sources):
             of_source = np.flatnonzero(entries.sources == number)
             if isinstance(source, StoredSource):
-                lengths = source.lengths(entries.ids[of_source], self.vocabulary.patch_size)
+                lengths = source.lengths(entries.ids[of_source], self.vocabulary.patch_size, clean_copies)
             else:
                 documents = self._encode(source, entries.ids[of_source].tolist())
                 encoded |= zip(of_source.tolist(), documents, strict=True)
-                lengths = lengths_of_documents(documents, self.vocabulary)
+                lengths = lengths_of_documents(documents, self.vocabulary, clean_copies)
             for row, values in zip(table, lengths, strict=True):
                 row[of_source] = values
         return Lengths(*table), encoded

@@ -3,7 +3,7 @@
 A prepared folder has `dataset.json` (settings, counts, hashes), `tokenizer.json`, `codec.safetensors`, `quarantine.jsonl`
 (records that were left out, and why), and for each source a folder of shards: `train-00000.arrow` and `heldout-00000.arrow`
 (Arrow streams, which `datasets` also reads), and `00000.json` (their counts); beside them `train-sizes.bin` and
-`heldout-sizes.bin`, the size and the checksum of each document (`lengths.SIZES`).
+`heldout-sizes.bin`, the size and the checksum of each document (`lengths.SIZES`), and the like for its noisy copies.
 
 A document is one row of `shards.schema`. Latents are normalised float16, codes of a VQ codec int32. Held-out documents also
 keep their original images, so generated images are compared with those and not with the codec's reconstructions. The hashes
@@ -28,7 +28,7 @@ from transfusion.codecs.pictures import pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
 from transfusion.config import ChatLayout, DataConfig, from_json
-from transfusion.data.lengths import SIZES, Lengths, lengths_of_sizes, sizes_of_segments
+from transfusion.data.lengths import COPIED, SIZES, Lengths, lengths_of_sizes, sizes_of_segments
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.reading.columns import CONVERSATIONS
 from transfusion.data.shards import SEGMENT, Shard, read_batches, unreadable, validate_command
@@ -141,18 +141,27 @@ class StoredSource:
     @cached_property
     def sizes(self) -> np.ndarray:
         """`SIZES` of all documents, memory-mapped. OpenError when the file is damaged."""
-        path = self.prepared.folder / self.name / f"{self.split}-sizes.bin"
+        return self._map("sizes", SIZES)
+
+    @cached_property
+    def copied(self) -> np.ndarray:
+        """`COPIED` of all documents, as `sizes`; apart, because only runs with clean copies use it."""
+        return self._map("copied", COPIED)
+
+    def _map(self, kind: str, dtype: np.dtype) -> np.ndarray:
+        path = self.prepared.folder / self.name / f"{self.split}-{kind}.bin"
         try:
             _check_file(path, self.metadata["sha256"][path.name])
         except OpenError as error:
             dataset = self.prepared.folder / "dataset.json"
             raise OpenError(f"{error}; delete {dataset} and run the same `transfusion data prepare` again, which writes the "
                             "sizes from the shards") from None  # fmt: skip
-        return np.frombuffer(pa.memory_map(str(path)).read_buffer(), SIZES)
+        return np.frombuffer(pa.memory_map(str(path)).read_buffer(), dtype)
 
-    def lengths(self, ids: np.ndarray, patch_size: int) -> Lengths:
+    def lengths(self, ids: np.ndarray, patch_size: int, clean_copies: bool) -> Lengths:
         """The lengths of these documents (n,), without reading them."""
-        return lengths_of_sizes(self.sizes[ids], self._shapes, patch_size)
+        copied = self.copied[ids] if clean_copies else np.zeros(len(ids), COPIED)
+        return lengths_of_sizes(self.sizes[ids], copied, self._shapes, patch_size)
 
     @cached_property
     def _shapes(self) -> list[tuple[int, int]]:
@@ -181,8 +190,8 @@ class StoredSource:
         )  # fmt: skip
         copies = 0.0
         if config.clean_copies:
-            shares = (1 - config.image_first, "copied"), (config.image_first, "copied_first")
-            copies = sum(share * self.sizes[name].sum(dtype=np.int64) for share, name in shares) / vocabulary.patch_size**2
+            shares = (1 - config.image_first, "unchanged"), (config.image_first, "image_first")
+            copies = sum(share * self.copied[name].sum(dtype=np.int64) for share, name in shares) / vocabulary.patch_size**2
         caption_dropout = (1 - config.image_first) * config.caption_dropout  # of single pairs
         return 2 + (tokens - caption_dropout * captions + images + copies) / documents
 
@@ -239,22 +248,25 @@ def shapes_of(shards: Iterable[dict]) -> list[tuple[int, int]]:
 
 
 def write_sizes(folder: Path, split: str, shards: Sequence[dict]) -> dict[str, str]:
-    """Write `SIZES` of all documents of a source that are not skipped; the file's name and its SHA-256. `shards`: as in
-    dataset.json."""
-    path, shapes = folder / f"{split}-sizes.bin", shapes_of(shards)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    """Write `SIZES` and `COPIED` of all documents of a source that are not skipped; the files' names and their SHA-256.
+    `shards`: as in dataset.json."""
+    paths, shapes = [folder / f"{split}-{kind}.bin" for kind in ("sizes", "copied")], shapes_of(shards)
+    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    with temporary[0].open("wb") as sizes_file, temporary[1].open("wb") as copied_file:
+        files = sizes_file, copied_file
         for number, shard in enumerate(shards):
             batches = [_sizes_of_batch(batch, shapes) for batch in read_batches(folder / f"{split}-{number:05d}.arrow")]
-            sizes = np.concatenate([np.empty(0, SIZES), *batches])
-            file.write(np.delete(sizes, shard["skipped"][split]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return {path.name: sha256_of(path)}
+            for file, arrays in zip(files, zip(*batches, strict=True), strict=False):  # no batches: nothing
+                file.write(np.delete(np.concatenate(arrays), shard["skipped"][split]).tobytes())
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    for source, path in zip(temporary, paths, strict=True):
+        source.replace(path)
+    return {path.name: sha256_of(path) for path in paths}
 
 
-def _sizes_of_batch(batch: pa.RecordBatch, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
+def _sizes_of_batch(batch: pa.RecordBatch, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     segments = batch.column("segments")
     fields = dict(zip(SEGMENT.names, segments.values.flatten(), strict=True))
     names = "image", "loss", "max_t", "tokens", "height", "width"
