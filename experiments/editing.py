@@ -17,6 +17,7 @@ import sys
 from experiments import lab, multimodal, scaling
 from experiments.edits import measure_edits, write_edits
 from experiments.lab import Claim, Column, Options, Table, Variant, run_command
+from experiments.scenes import PRESETS
 
 FINE_TUNING = (
     "--training.steps", "600", "--training.learning-rate", "1e-3", "--training.warmup-steps", "50",
@@ -26,7 +27,7 @@ FINE_TUNING = (
 
 
 def build_table(preset: str) -> Table:
-    data, base = multimodal.data_name(preset, "edits"), base_variant(preset).arguments
+    data, base = multimodal.data_name(preset, "edits", PRESETS[preset].level), base_variant(preset).arguments
     return Table(
         "editing",
         (
@@ -63,9 +64,10 @@ def main(options: Options) -> None:
             lab.train(options, base_table, base, seed)
     data = lab.data_folder(options, tuned.data)
     if due and not (data / "dataset.json").exists():
-        multimodal.prepare(options)
+        level = PRESETS[options.preset].level
+        multimodal.prepare(level, options)
         path = write_edits(options.out / "edits-files")
-        run_command("data", "prepare", path, "--like", multimodal.lab_folder(options, "latents"), "--out", data)
+        run_command("data", "prepare", path, "--like", multimodal.lab_folder(options, "latents", level), "--out", data)
     for variant, seed in due:
         is_trained = variant is tuned
         run = lab.train(options, table, variant, seed, "--from", runs[seed]) if is_trained else runs[seed]

@@ -16,7 +16,7 @@ from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.perplexity import heldout_topics
-from transfusion.evaluation.scenes import draw_scenes
+from transfusion.evaluation.scenes import caption_scenes, draw_scenes
 from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
 from transfusion.report.record import Record
@@ -25,10 +25,12 @@ NUM_SCENES = 400  # held-out captions; one image is drawn for each
 NUM_TRAINING_SCENES = 2_000  # for the small network that computes features
 NUM_CAPTIONS = 400
 ATTRIBUTES = "count", "colour", "shape", "size", "place"
+ERRORS = "hue_error", "place_error", "size_error"  # of level 3
 
 
 def measure_scenes(level: int, engine: Engine) -> dict[str, Any]:
-    """Accuracy of drawn scenes, image metrics against real scenes, caption accuracy and the conditioning gap.
+    """Accuracy of drawn scenes (of level 3 also mean errors), image metrics against real scenes, caption accuracy and the
+    conditioning gap.
 
     `level` is that of `shapes`. Real scenes are the rendered pixels, without the run's codec. Scenes, captions and starting
     noise are a function of the run's seed, and the same for all variants. `..._by_caption`: how many of a caption's images
@@ -40,12 +42,13 @@ def measure_scenes(level: int, engine: Engine) -> dict[str, Any]:
     real = [source[n].pair[1] for n in range(NUM_SCENES)]
     features = small_network(level)
     scores = image_scores(features(real), features([pixels for _, pixels, _ in drawn]))
-    captions = caption_heldout(engine, source, NUM_SCENES)
+    captions = caption_scenes(engine, source, NUM_SCENES)
     attributes = [accuracy[name] for name in ATTRIBUTES]
     return {
         "right": accuracy["everything"], "attributes": sum(attributes) / len(attributes),
-        **{name: accuracy[name] for name in ATTRIBUTES},
+        **{name: accuracy[name] for name in (*ATTRIBUTES, *ERRORS) if name in accuracy},
         **{name: scores[name] for name in ("fid", "kid", "precision", "recall", "density", "coverage")},
+        **{f"captions_{name}": captions[name] for name in ("within_limits", *ERRORS) if name in captions},
         "captions": captions["exact"], "cider": captions.get("cider", float("nan")),
         "right_by_caption": _count_by_caption((caption, is_right) for caption, _, is_right in drawn),
         "captions_by_caption": _count_by_caption((it["reference"], it["reference"] == it["prediction"])

@@ -255,7 +255,8 @@ def test_wide_linear_rows_have_the_parameters_of_the_unet(preset):
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_primary_claims_are_claims_of_the_tables(preset):
     found = [it.find(preset) for it in primary.CLAIMS]
-    assert [table.name for table, _ in found] == ["scaling", "scaling", "attention", "patches", "noise", "text"]
+    assert [table.name for table, _ in found] == ["continuous", "continuous", "attention", "patches", "noise", "text"]
+    assert all(claim.first == "Transfusion M" for _, claim in found[:2])  # the middle of three sizes
     columns = ["bits_per_byte", "right", "right", "right", "captions", "bits_per_byte"]
     assert [claim.column for _, claim in found] == columns
     assert all(len(primary.find_rows(table, claim)) == 2 for table, claim in found)
@@ -350,7 +351,7 @@ def test_tables_are_made_claims_first_and_every_cell_is_saved_at_once(options, t
     command = tables.Options(options.out)
     with pytest.raises(KeyboardInterrupt):
         tables.main(command)
-    claims = [("scaling", name, seed) for seed in SEEDS for name in ("Transfusion M", "Chameleon M")]
+    claims = [("continuous", name, seed) for seed in SEEDS for name in ("Transfusion M", "Chameleon M")]
     assert made[:10] == claims and made[10][:2] == ("attention", "linear, bidirectional")
     assert made[35:40] == [("text", "Llama, text alone", seed) for seed in SEEDS]  # the other row of this claim exists
     assert made[40:42] == [("scaling", "Transfusion S", 10), ("scaling", "Transfusion L", 10)]
