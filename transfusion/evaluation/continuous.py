@@ -28,6 +28,8 @@ MIN_AREA = 12.0  # of an object, in canvas units squared; the smallest has 40
 MIN_HUE_UNITY = 0.93  # length of the mean chroma vector as a share of the mean length; below it an object has no one hue
 MIN_LIKENESS = 0.98
 MIN_ERROR_RATIO = 1.7  # of the next shape's error to the best one's
+MIN_SIZE = SIZES[0] / 2  # of a fit, in canvas units
+MIN_EDGE, MAX_EDGE = 0.5, 2 * EDGES[1]  # of a fit, in canvas units
 BLUR_SIGMA = 0.7  # of the Gaussian blur before objects are found and compared, in canvas units
 
 
@@ -130,35 +132,40 @@ def _read_object(pixels: np.ndarray, chroma: np.ndarray, mask: np.ndarray, is_fr
     centres = pixel_centres(size)
     x, y, near, amount = centres[window[1]], centres[window[0]][:, None], near[window], amount[window]
     fits = sorted(_fit(shape, amount, near, mask[window], x, y) for shape in SHAPES)
-    (error, shape, numbers), (next_error, *_) = fits[:2]
+    (error, shape, centre, side), (next_error, *_) = fits[:2]
     ratio, likeness = next_error / max(error, 1e-9), 1 - error
-    is_clear = likeness >= MIN_LIKENESS and ratio >= MIN_ERROR_RATIO
-    shape, hue = shape if is_clear else UNCLEAR, hue if unity >= MIN_HUE_UNITY else math.nan
-    return Reading(ContinuousObject(shape, hue, numbers[2], numbers[:2]), likeness, ratio)
+    if likeness < MIN_LIKENESS or ratio < MIN_ERROR_RATIO:
+        shape, (centre, side) = UNCLEAR, _find_box(mask[window], x, y)
+    item = ContinuousObject(shape, hue if unity >= MIN_HUE_UNITY else math.nan, side, centre)
+    return Reading(item, likeness, ratio)
+
+
+def _find_box(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[tuple[float, float], float]:
+    """The centre of the box of a mask (Y, X), and its longer side."""
+    pixel = float(x[1] - x[0])
+    (left, right), (top, bottom) = ((axis.ravel()[where].min(), axis.ravel()[where].max())
+                                    for axis, where in ((x, mask.any(0)), (y, mask.any(1))))  # fmt: skip
+    centre = float(left + right) / 2, float(top + bottom) / 2
+    return centre, float(max(right - left, bottom - top)) + pixel
 
 
 def _fit(
     shape: str, amount: np.ndarray, near: np.ndarray, mask: np.ndarray, x: np.ndarray, y: np.ndarray
-) -> tuple[float, str, tuple[float, ...]]:
+) -> tuple[float, str, tuple[float, float], float]:
     """The best fit of a shape to the chroma `amount` (Y, X) of the pixels `near` with centres x (X,), y (Y, 1): its squared
-    error as a share, the shape, and (x, y, size, edge)."""
+    error as a share, the shape, its centre and size. Start values are from the box of the mask (Y, X)."""
     blur = partial(ndimage.gaussian_filter, sigma=BLUR_SIGMA / float(x[1] - x[0]))
     target = blur(amount * near)[near]  # (P,)
 
     def residual(numbers: np.ndarray) -> np.ndarray:
         centre_x, centre_y, size, edge = numbers
         dx, dy = x - centre_x, y - centre_y  # (X,), (Y, 1)
-        covered = blur(coverage(shape, size, dx, dy, edge))  # (Y, X)
-        terms = np.stack([covered[near], (covered * dx)[near], (covered * dy)[near]], 1)  # (P, 3)
-        light = np.linalg.solve(terms.T @ terms + 1e-6 * np.eye(3), terms.T @ target)  # (3,)
-        return terms @ light - target  # (P,)
+        covered = blur(coverage(shape, max(size, MIN_SIZE), dx, dy, min(max(edge, MIN_EDGE), MAX_EDGE)))  # (Y, X)
+        terms = np.stack([covered[near], (covered * dx)[near], (covered * dy)[near]])  # (3, P)
+        light = np.linalg.solve(terms @ terms.T + 1e-6 * np.eye(3), terms @ target)  # (3,)
+        return light @ terms - target  # (P,)
 
-    rows, columns = np.nonzero(mask)
-    left, right, top, bottom = (axis.ravel()[n] for axis, n in
-                                ((x, columns.min()), (x, columns.max()), (y, rows.min()), (y, rows.max())))  # fmt: skip
-    side = math.sqrt(mask.sum()) * float(x[1] - x[0]) * {"circle": 1.13, "square": 1.0, "triangle": 1.41}[shape]
-    start = [(left + right) / 2, (top + bottom) / 2, min(max(side, SIZES[0] / 2 + 1), CANVAS - 1), EDGES[0] + 0.5]
-    low, high = [0, 0, SIZES[0] / 2, 0.5], [CANVAS, CANVAS, CANVAS, 2 * EDGES[1]]
-    found = optimize.least_squares(residual, start, bounds=(low, high), xtol=1e-3, ftol=1e-3)
-    numbers = tuple(map(float, found.x))
-    return float(2 * found.cost / (target @ target)), shape, numbers
+    centre, side = _find_box(mask, x, y)
+    found = optimize.least_squares(residual, [*centre, side, 1.5], method="lm", xtol=1e-3, ftol=1e-3, diff_step=1e-3)
+    *centre, size, _ = map(float, found.x)
+    return float(2 * found.cost / (target @ target)), shape, tuple(centre), max(size, MIN_SIZE)

@@ -24,7 +24,7 @@ from transfusion.data.built_in.outlines import CANVAS, SHAPES, pixel_centres, si
 
 SIZES = 9.0, 16.0  # of a box, smallest and largest
 EDGES = 1.0, 2.5  # widths of a soft edge
-MARGIN = 1.5
+MARGIN = 2.0  # more than half of the widest edge: nothing of an object is cut off
 HUE_STEP = 10  # degrees, of a caption
 SATURATION, VALUE = 0.75, 0.78  # of a colour where the light is 1
 MAX_LIGHT = 0.25  # change of the light from the centre of a box to its side
