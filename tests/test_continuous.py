@@ -29,7 +29,7 @@ from transfusion.data.built_in.continuous import (
 from transfusion.data.built_in.outlines import CANVAS, SHAPES
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.disk import read_json
-from transfusion.evaluation import small_network, suite
+from transfusion.evaluation import suite
 from transfusion.evaluation.continuous import (
     MAX_HUE_ERROR,
     MAX_PLACE_ERROR,
@@ -46,7 +46,7 @@ from transfusion.evaluation.geneval_shapes import choose_detector, shapes_prompt
 from transfusion.evaluation.scenes import caption_scenes, draw_scenes
 from transfusion.evaluation.shapes import UNCLEAR
 
-MANY = 400 if THOROUGH else 40  # scenes that are read; one takes 15 ms
+MANY = 400 if THOROUGH else 24  # scenes that are read; one takes 10 ms
 PARTS = "count", "colour", "shape", "size", "place"
 seeds = st.integers(0, 2**48)
 
@@ -117,15 +117,15 @@ def test_scenes_never_change():
     for seed in (*range(60), *range(2**48, 2**48 + 4)):
         scene = sample(seed)
         digest.update(f"{caption(scene.object)} {scene}".encode() + render(scene, 32 + seed % 17).tobytes())
-    assert digest.hexdigest()[:16] == "HASH"
+    assert digest.hexdigest()[:16] == "b5c7d731ffe5f8d5"
 
 
-@pytest.mark.parametrize("size", [1, 17, 48, 64])
+@pytest.mark.parametrize("size", [17, 48, 64])
 def test_images_of_other_sizes_show_the_same(size):
     """The mean over blocks of a fine image is the coarse image, except for the wider edge of coarse pixels."""
     for seed in range(5):
-        fine = render(sample(seed), 8 * size).reshape(size, 8, size, 8, 3).mean((1, 3))
-        assert np.abs(fine - render(sample(seed), size)).mean() < (16 if size == 1 else 2)
+        fine = render(sample(seed), 4 * size).reshape(size, 4, size, 4, 3).mean((1, 3))
+        assert np.abs(fine - render(sample(seed), size)).mean() < 2
 
 
 def test_source_of_level_3_gives_pairs_and_is_deterministic():
@@ -135,9 +135,9 @@ def test_source_of_level_3_gives_pairs_and_is_deterministic():
         assert (source[i].id, source[i].pairs, text.loss, image.loss) == (i, True, True, True)
         assert text.text == caption(source.scene(i).object) and image.pixels.shape == (48, 48, 3)
         assert text == again[i].segments[0] and (image.pixels == again[i].segments[1].pixels).all()
-    splits = [{Shapes(level=3, split=split, seed=seed)[i].segments[1].pixels.tobytes() for seed in (0, 1) for i in range(100)}
-              for split in ("train", "heldout")]  # fmt: skip
-    assert len(splits[0]) == len(splits[1]) == 200 and not splits[0] & splits[1]
+    train, heldout = ({Shapes(level=3, split=split, seed=seed)[i].pair[1].tobytes() for seed in (0, 1) for i in range(100)}
+                      for split in ("train", "heldout"))  # fmt: skip
+    assert len(train) == len(heldout) == 200 and not train & heldout
 
 
 # The reader
@@ -189,32 +189,34 @@ def test_beyond_its_limits_shapes_become_unclear_and_not_others(change):
 
 
 def test_a_shifted_object_is_read_where_it_is():
-    for shift in ((0.3, -0.7), (-1.5, 0.5)):
-        errors, unclear = largest_errors(lambda image, rng, by=shift: ndimage.shift(image, (by[1], by[0], 0), order=1, mode="nearest"),
-                                         shift=shift)  # fmt: skip
-        assert errors.place < 0.2 and errors.hue < 1 and unclear <= 0.03 * MANY
+    x, y = shift = -1.5, 0.6
+    errors, unclear = largest_errors(lambda image, _: ndimage.shift(image, (y, x, 0), order=1, mode="nearest"), shift=shift)
+    assert errors.place < 0.2 and errors.hue < 1 and unclear <= 0.03 * MANY
 
 
 @given(seeds, st.data())
-@examples(60)
+@examples(100)
 def test_one_wrong_number_gives_one_wrong_part(seed, data):
-    """The caption is changed beyond a limit and, for the other way round, to just within it."""
+    """A number of the caption is changed beyond its limit, and within it."""
     scene = sample(seed)
     item, pixels = scene.object, render(scene)
     assert judge(caption(item), pixels)[0].everything
-    far, near = (data.draw(st.sampled_from((-1, 1))) * step for step in (1, 0.9))
-    others = {
+    far, near = data.draw(st.sampled_from((-1, 1))), data.draw(st.sampled_from((-1, 1)))
+    within = {
+        "colour": lambda by: replace(item, hue=(item.hue + by * (MAX_HUE_ERROR - 6)) % 360),
+        "size": lambda by: replace(item, size=item.size + by * (MAX_SIZE_ERROR - 0.6)),
+        "place": lambda by: replace(item, centre=(item.centre[0], item.centre[1] + by * (MAX_PLACE_ERROR - 0.8))),
+        "shape": lambda by: item,
+    }  # fmt: skip
+    beyond = {
         "colour": lambda by: replace(item, hue=(item.hue + by * (MAX_HUE_ERROR + 6)) % 360),
         "size": lambda by: replace(item, size=item.size + by * (MAX_SIZE_ERROR + 0.6)),
         "place": lambda by: replace(item, centre=(item.centre[0], item.centre[1] + by * (MAX_PLACE_ERROR + 0.6))),
         "shape": lambda by: replace(item, shape=SHAPES[SHAPES.index(item.shape) - 1]),
     }  # fmt: skip
-    part = data.draw(st.sampled_from(sorted(others)))
-    assert wrong_parts(caption(others[part](far)), pixels) == {part}
-    within = {"colour": replace(item, hue=(item.hue + np.sign(near) * (MAX_HUE_ERROR - 6)) % 360),
-              "size": replace(item, size=item.size + np.sign(near) * (MAX_SIZE_ERROR - 0.6)),
-              "place": replace(item, centre=(item.centre[0] + np.sign(near) * (MAX_PLACE_ERROR - 1), item.centre[1]))}  # fmt: skip
-    assert not wrong_parts(caption(within.get(part, item)), pixels)
+    part = data.draw(st.sampled_from(sorted(beyond)))
+    assert wrong_parts(caption(beyond[part](far)), pixels) == {part}
+    assert not wrong_parts(caption(within[part](near)), pixels)
 
 
 def wrong_parts(text: str, pixels: np.ndarray) -> set[str]:
@@ -226,8 +228,9 @@ SAMPLES = 8  # per pixel and axis
 X, Y = np.meshgrid(*[(np.arange(CANVAS * SAMPLES) + 0.5) / SAMPLES - CANVAS / 2] * 2)
 RADIUS, ANGLE = np.hypot(X, Y), np.arctan2(Y, X)
 NO_SHAPES = {
-    "ellipse": (X / 8) ** 2 + (Y / 6) ** 2 < 1, "bar": (abs(X) < 2) & (abs(Y) < 9), "rectangle": (abs(X) < 7.3) & (abs(Y) < 5.8),
-    "diamond": abs(X) + abs(Y) < 8, "half disc": (RADIUS < 7) & (Y < 0), "three quarters": (RADIUS < 7) & ((X < 0) | (Y < 0)),
+    "ellipse": (X / 8) ** 2 + (Y / 6) ** 2 < 1, "bar": (abs(X) < 2) & (abs(Y) < 9),
+    "rectangle": (abs(X) < 7.3) & (abs(Y) < 5.8), "diamond": abs(X) + abs(Y) < 8,
+    "half disc": (RADIUS < 7) & (Y < 0), "three quarters": (RADIUS < 7) & ((X < 0) | (Y < 0)),
     "ring": (RADIUS < 7) & (RADIUS > 3), "cross": (np.minimum(abs(X), abs(Y)) < 2.2) & (RADIUS < 7),
     "star": RADIUS < 6 + 2.5 * np.cos(5 * ANGLE), "triangle upside down": (Y > -6) & (Y < 6) & (abs(X) < (6 - Y) / 2),
     "right triangle": (X > -6) & (Y < 6) & (Y > X), "drop": RADIUS < 6 + 2 * np.cos(ANGLE) + np.cos(2 * ANGLE),
@@ -255,8 +258,7 @@ def test_images_without_an_object_are_wrong_in_everything():
         judgement, errors = judge(text, pixels)
         assert read_objects(pixels) == [] and np.isnan([errors.hue, errors.place, errors.size]).all()
         assert not any(getattr(judgement, part) for part in PARTS)
-    full = np.full((32, 32, 3), colour(100), np.uint8)
-    assert read_one(full).shape == UNCLEAR
+    assert wrong_parts(text, np.full((32, 32, 3), colour(100), np.uint8)) >= {"size"}
     static = rng.integers(0, 256, blank.shape, np.uint8)
     assert not any(judge(caption(sample(n).object), static)[0].everything for n in range(4))
 
@@ -289,8 +291,10 @@ def test_arrays_of_another_shape_or_type_are_an_error(shape):
 def test_captions_are_judged_within_the_same_limits():
     reference = "a circle of hue 10, size 12, at 20 9"
     assert judge_caption(reference, "a circle of hue 350, size 11, at 21 10") == (True, Errors(20, 2**0.5, 1))
-    for prediction in ("a circle of hue 340, size 12, at 20 9", "a circle of hue 10, size 14, at 20 9",
-                       "a circle of hue 10, size 12, at 22 11", "a square of hue 10, size 12, at 20 9", "a circle", ""):  # fmt: skip
+    for prediction in (
+        "a circle of hue 340, size 12, at 20 9", "a circle of hue 10, size 14, at 20 9",
+        "a circle of hue 10, size 12, at 22 11", "a square of hue 10, size 12, at 20 9", "a circle", "",
+    ):  # fmt: skip
         assert not judge_caption(reference, prediction)[0]
     nothing = Errors(np.nan, np.nan, np.nan)
     assert mean_errors([Errors(10, 1, 2), nothing, Errors(np.nan, 2, 3)]) == {
@@ -322,7 +326,7 @@ def test_geneval_has_single_objects():
     prompts = shapes_prompts((source[n].pair[0] for n in range(30)), count=20)
     assert [prompt.category for prompt in prompts] == ["single_object"] * 20
     detect = choose_detector(prompts)
-    for n, prompt in enumerate(prompts):
+    for n, prompt in enumerate(prompts[:8]):
         item = source.scene(n).object
         assert prompt.include == (Requirement(item.shape, 1),)
         (found,) = detect(render(source.scene(n)))
@@ -333,16 +337,12 @@ def test_geneval_has_single_objects():
 
 
 def test_a_run_on_level_3_is_trained_and_evaluated(tmp_path, monkeypatch):
-    monkeypatch.setattr(small_network, "STEPS", 3)
-    monkeypatch.setattr(suite, "NUM_TRAINING_IMAGES", 100)
     monkeypatch.setattr(suite, "PROMPTS_PER_CATEGORY", 1)
     command("train", *TRAIN, "--data.shapes.level", "3", "--out", tmp_path / "run")
-    command("evaluate", tmp_path / "run", "--count", "50", "--tasks", "captions", "drawings", "geneval", "images")
+    command("evaluate", tmp_path / "run", "--count", "20", "--tasks", "captions", "drawings", "geneval")
     results = read_json(tmp_path / "run" / "results.json")["shapes"]
-    assert 0 <= results["captions"]["within_limits"] <= 1 and results["captions"]["count"] == 50
-    assert results["drawings"]["count_drawn"] == 50 and results["geneval"].keys() >= {"single_object", "overall"}
-    (manifest,) = read_json(tmp_path / "run" / "results.json")["manifest"]
-    assert manifest["config"]["tasks"] == ["captions", "drawings", "geneval", "images"]
+    assert 0 <= results["captions"]["within_limits"] <= 1 and results["captions"]["count"] == 20
+    assert results["drawings"]["count_drawn"] == 20 and results["geneval"].keys() >= {"single_object", "overall"}
 
 
 def test_caption_scenes_adds_figures_for_level_3_only(monkeypatch):

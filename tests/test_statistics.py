@@ -354,7 +354,8 @@ def test_tables_are_made_claims_first_and_every_cell_is_saved_at_once(options, t
     claims = [("continuous", name, seed) for seed in SEEDS for name in ("Transfusion M", "Chameleon M")]
     assert made[:10] == claims and made[10][:2] == ("attention", "linear, bidirectional")
     assert made[30:35] == [("noise", "t up to 0.5", seed) for seed in SEEDS]  # the other row of this claim exists
-    assert made[35:45] == [("text", name, seed) for seed in SEEDS for name in ("Transfusion: + diffusion", "Llama, text alone")]
+    names = "Transfusion: + diffusion", "Llama, text alone"
+    assert made[35:45] == [("text", name, seed) for seed in SEEDS for name in names]
     assert made[45:47] == [("continuous", "Transfusion S", 10), ("continuous", "Transfusion L", 10)]
     interrupted = made.pop()
     before = len(made)

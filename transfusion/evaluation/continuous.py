@@ -26,7 +26,7 @@ MAX_SIZE_ERROR = 1.5  # canvas units, of the side of a box
 MIN_CHROMA = 0.4  # of an object's pixels, as a share of a full colour's
 MIN_AREA = 12.0  # of an object, in canvas units squared; the smallest has 40
 MIN_HUE_UNITY = 0.93  # length of the mean chroma vector as a share of the mean length; below it an object has no one hue
-MIN_LIKENESS = 0.98
+MIN_LIKENESS = 0.985
 MIN_ERROR_RATIO = 1.7  # of the next shape's error to the best one's
 MIN_SIZE = SIZES[0] / 2  # of a fit, in canvas units
 MIN_EDGE, MAX_EDGE = 0.5, 2 * EDGES[1]  # of a fit, in canvas units
@@ -166,6 +166,6 @@ def _fit(
         return light @ terms - target  # (P,)
 
     centre, side = _find_box(mask, x, y)
-    found = optimize.least_squares(residual, [*centre, side, 1.5], method="lm", xtol=1e-3, ftol=1e-3, diff_step=1e-3)
+    found = optimize.least_squares(residual, [*centre, side, 1.5], method="lm", xtol=1e-2, ftol=1e-2, diff_step=1e-3)
     *centre, size, _ = map(float, found.x)
     return float(2 * found.cost / (target @ target)), shape, tuple(centre), max(size, MIN_SIZE)
