@@ -64,7 +64,7 @@ the claims above first. The command below each table makes its runs (`--seeds`, 
 - "Caption exact match" is the share of held-out images whose generated caption equals the reference.
 - "Conditioning gap" is the relative increase of the image loss when an image has the caption of another image.
 - Images are held out, not captions: there are few captions of one object, and all occur in training. Continuous scenes
-  have millions of captions.
+  have about 250,000 captions.
 - Training FLOPs are 6 x parameters x positions, the paper's estimate; attention and convolutions are not counted exactly.
   Minutes were measured on a shared machine.
 
@@ -120,9 +120,9 @@ def write_page(options: Options) -> Path:
         num_open=sum(verdict == OPEN for verdict, _ in verdicts), num_claims=len(CLAIMS), num_seeds=len(SEEDS),
         seeds=f"{SEEDS[0]} to {SEEDS[-1]}", old=OLD if any(lab.is_old({cell["seed"]: cell}) for cell in cells) else "",
     )  # fmt: skip
-    if (DOCS / drawings.NAMES[options.preset]).exists():
-        caption = "Each row: images for the first held-out captions, not selected. Red frame: wrong"
-        page += f"\n![{caption}]({drawings.NAMES[options.preset]})\n"
+    for figure in (drawings.figure_name(options.preset, figure) for figure in drawings.FIGURES):
+        if (DOCS / figure).exists():
+            page += f"\n![Each row: images for the first held-out captions, not selected. Red frame: wrong]({figure})\n"
     (DOCS / name).write_text("\n".join([page, *sections]), encoding="utf-8")
     return DOCS / name
 

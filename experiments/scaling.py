@@ -2,6 +2,8 @@
 
 The same on the scenes of the tables on images: six colours, two sizes, plain objects on a plain background. A VQ twin with
 512 codes describes these better than the autoencoder, so they say little of the paper's question. No claim is judged here.
+The parity ratio is the compute at which Transfusion's power law reaches Chameleon's value at its largest size, as a share of
+the compute of that size (`experiments/parity.py`).
 
     python -m experiments.scaling
 """

@@ -394,8 +394,8 @@ def test_scenes_are_measured_and_drawn(tmp_path, monkeypatch):
 
     variants = [variant, replace(variant, name="same run"), replace(variant, name="not made", arguments=())]
     table = replace(table, variants=variants)
-    monkeypatch.setattr(drawings, "TABLES", [SimpleNamespace(build_table=lambda preset: table)])
-    rows = drawings.draw_rows(options)
+    monkeypatch.setattr(drawings, "FIGURES", {"drawings": [SimpleNamespace(build_table=lambda preset: table)]})
+    rows = drawings.draw_rows(options, "drawings")
     assert {name: len(row) for name, row in rows.items()} == {"tiny": drawings.IMAGES_PER_ROW}
     drawings.plot_rows(rows, tmp_path / "drawings.png")
     assert PILImage.open(tmp_path / "drawings.png").width > 1000
