@@ -27,6 +27,7 @@ MIN_CHROMA = 0.4  # of an object's pixels, as a share of a full colour's
 MIN_AREA = 12.0  # of an object, in canvas units squared; the smallest has 40
 MIN_HUE_UNITY = 0.93  # length of the mean chroma vector as a share of the mean length; below it an object has no one hue
 MIN_LIKENESS = 0.985
+MIN_FIT = 0.93  # likeness; below it centre and size are those of the box of the region
 MIN_ERROR_RATIO = 1.7  # of the next shape's error to the best one's
 MIN_SIZE = SIZES[0] / 2  # of a fit, in canvas units
 MIN_EDGE, MAX_EDGE = 0.5, 2 * EDGES[1]  # of a fit, in canvas units
@@ -134,8 +135,10 @@ def _read_object(pixels: np.ndarray, chroma: np.ndarray, mask: np.ndarray, is_fr
     fits = sorted(_fit(shape, amount, near, mask[window], x, y) for shape in SHAPES)
     (error, shape, centre, side), (next_error, *_) = fits[:2]
     ratio, likeness = next_error / max(error, 1e-9), 1 - error
+    if likeness < MIN_FIT:
+        centre, side = _find_box(mask[window], x, y)
     if likeness < MIN_LIKENESS or ratio < MIN_ERROR_RATIO:
-        shape, (centre, side) = UNCLEAR, _find_box(mask[window], x, y)
+        shape = UNCLEAR
     item = ContinuousObject(shape, hue if unity >= MIN_HUE_UNITY else math.nan, side, centre)
     return Reading(item, likeness, ratio)
 
