@@ -30,7 +30,7 @@ CLAIMS = (
     Primary("Transfusion models text better than Chameleon (Table 3)", continuous,
             "Transfusion is better than Chameleon at M, by bits per byte"),
     Primary("Transfusion draws better images than Chameleon (Table 3)", continuous,
-            "Transfusion is better than Chameleon at M, by images correct"),
+            "Transfusion is better than Chameleon at M, by attributes correct"),
     Primary("Bidirectional attention within images is better than causal (Table 5)", attention,
             "bidirectional is better than causal with linear patches, by images correct"),
     Primary("U-Net patches are better than linear ones, here of equal parameters (Tables 6 and 7)", patches,

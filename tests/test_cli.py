@@ -295,6 +295,8 @@ def test_wrong_command_is_an_error(tmp_path, monkeypatch, capsys, arguments, mes
     ("train digits --data.shapes.size 8", "--data.shapes.size has no effect on these data, which do not read"),
     ("train shapes --data.digits.interleaved 0.1", "--data.digits.interleaved has no effect on these data"),
     ("train digits --model.patches codes --model.patch-size 1 --diffusion.t-shift 2", "--diffusion.t-shift has no effect"),
+    ("train digits --model.patches codes --model.patch-size 1 --training.image-lr-scale 0",
+     "--training.image-lr-scale has no effect"),
     ("train digits --data DATA --data.codec block_pca", "--data.codec has no effect on prepared data"),
     ("train digits --data DATA --data.digits.interleaved 0", "--data.digits.interleaved has no effect on these data"),
     ("train digits --from RUN --data.tokenizer-size 300", "--data.tokenizer-size has no effect with --from"),

@@ -44,6 +44,7 @@ VARIANTS = {
     "qkv_bias": replace(TINY, qkv_bias=True),
     "post_norm": replace(TINY, post_norm=True),
     "causal images": replace(TINY, image_attention="causal"),
+    "rows and columns": replace(TINY, image_rope="2d"),
     "scaled": replace(TINY, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
     "untied feed-forward": replace(TINY, untied="feed_forward", image_init="fresh", text_vocab_size=VOCABULARY.text_size),
     "untied": replace(TINY, untied="full", image_init="fresh", text_vocab_size=VOCABULARY.text_size, post_norm=True),
@@ -229,6 +230,7 @@ def test_model_depends_on_the_order_of_patches(order, variant):
 
 @pytest.mark.parametrize(("variant", "other"), [
     ("qk_norm", "plain"), ("qkv_bias", "plain"), ("post_norm", "plain"), ("scaled", "plain"), ("causal images", "plain"),
+    ("rows and columns", "plain"),
 ])  # fmt: skip
 def test_options_change_the_output(variant, other):
     document = Document((Text(tuple(range(20))), image((4, 4), seed=5), Text((3,))))
@@ -561,7 +563,7 @@ def decoders(draw):
         head_dim=draw(st.sampled_from((None, 12, 16))), intermediate_size=draw(st.sampled_from((40, 64))),
         vocab_size=VOCABULARY.size, tie_word_embeddings=draw(st.booleans()), norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
         rope_theta=draw(st.sampled_from((10_000.0, 500_000.0))), rope_scaling=draw(st.none() | scaling),
-        latent_channels=CHANNELS,
+        latent_channels=CHANNELS, image_rope=draw(st.sampled_from(("1d", "2d"))),
     )  # fmt: skip
 
 

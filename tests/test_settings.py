@@ -176,6 +176,7 @@ DRAWN = {  # words after options, a row for each part of a run
     "--model.width": "32 48 64 100", "--model.heads": "1 2 3 4", "--model.kv-heads": "1 2 3", "--model.head-dim": "7 8 64",
     "--model.layers": "1 3 40", "--model.intermediate-size": "1 100", "--model.unet-width": "8 16 24 64 1000",
     "--model.patches": "linear unet codes", "--model.patch-size": "1 2 3 4 8", "--model.image-attention": "causal",
+    "--model.image-rope": "2d",
     "--model.z-loss": "0 1e-4 1e30", "--model.norm-eps": "1e-12 0.1", "--model.rope-theta": "1 1e30",
     "--diffusion.noise-schedule": "cosine rectified_flow", "--diffusion.prediction": "epsilon velocity x0",
     "--diffusion.loss-space": "velocity", "--diffusion.t-distribution": "logit_normal", "--diffusion.t-shift": "0.001 1000",

@@ -17,7 +17,7 @@ from experiments.lab import OLD_SEEDS, SEEDS, Options, Table, Variant, cell_fold
 from tests.profile import THOROUGH, examples
 from tests.test_experiments import PRESET_NAMES, parse_arguments
 from transfusion.disk import read_json, write_json
-from transfusion.plan import weight_shapes
+from transfusion.model.transfusion import build_on_meta, count_parameters
 
 samples = st.lists(st.floats(-5, 5), min_size=2, max_size=6).filter(lambda values: statistics.pstdev(values) > 0.01)
 
@@ -236,13 +236,11 @@ def test_intervals_of_shares_are_in_points():
 
 @pytest.mark.parametrize("preset", PRESET_NAMES if THOROUGH else ["cpu"])
 def test_wide_linear_rows_have_the_parameters_of_the_unet(preset):
-    """Within 2 %, by the counts of `plan`, with the vocabulary of `shapes`."""
+    """Within 2 %, with the vocabulary of `shapes`."""
 
     def count(patches: str, size: str) -> int:
         run = parse_arguments(*scenes.make_variant(preset, "", patches, 2, size).arguments)
-        shapes = weight_shapes(replace(run.model, vocab_size=384))
-        sizes = {part: sum(math.prod(shape) for shape in shapes[part]) for part in shapes}
-        return sizes.pop("block") * run.model.layers + sum(sizes.values())
+        return count_parameters(build_on_meta(replace(run.model, vocab_size=384)))
 
     for size in scenes.SIZES:
         assert count("linear", f"{size} wide") == pytest.approx(count("unet", size), rel=0.02)
@@ -257,7 +255,7 @@ def test_primary_claims_are_claims_of_the_tables(preset):
     found = [it.find(preset) for it in primary.CLAIMS]
     assert [table.name for table, _ in found] == ["continuous", "continuous", "attention", "patches", "noise", "text"]
     assert all(claim.first == "Transfusion M" for _, claim in found[:2])  # the middle of three sizes
-    columns = ["bits_per_byte", "right", "right", "right", "captions", "bits_per_byte"]
+    columns = ["bits_per_byte", "attributes", "right", "right", "captions", "bits_per_byte"]
     assert [claim.column for _, claim in found] == columns
     assert all(len(primary.find_rows(table, claim)) == 2 for table, claim in found)
     assert not {*SEEDS} & {*OLD_SEEDS} and len(SEEDS) == 5

@@ -7,6 +7,7 @@ prefills with it, so the two cannot disagree.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count, pairwise
 from typing import NamedTuple
 
@@ -122,9 +123,14 @@ class Vocabulary:
         """The latent shape of this boi; None for any other id."""
         return next((shape for shape, id_ in self.boi.items() if id_ == boi), None)
 
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of this latent shape."""
+        return shape[0] // self.patch_size, shape[1] // self.patch_size
+
     def num_patches(self, shape: tuple[int, int]) -> int:
         """P: positions of an image of this latent shape, without boi and eoi."""
-        return (shape[0] // self.patch_size) * (shape[1] // self.patch_size)
+        rows, columns = self.grid(shape)
+        return rows * columns
 
     def to_json(self) -> dict:
         sizes = {f"{y}x{x}": id_ for (y, x), id_ in self.boi.items()}
@@ -153,6 +159,7 @@ class Chunk:
     targets: np.ndarray  # (n,) int64; NO_TARGET where there is no text loss
     images: tuple[PlacedImage, ...]
     can_break: np.ndarray  # (n,) bool: may a new chunk begin here?
+    grid_offsets: np.ndarray  # (n, 2) int32, of patches and codes as in `grid_offsets`; 0 elsewhere
     source: str = ""  # of the document
     id: int = 0
 
@@ -165,18 +172,27 @@ class Chunk:
         images = tuple(replace(i, start=i.start - begin) for i in self.images if begin <= i.start < end)
         span = slice(begin, end)
         return replace(
-            self, tokens=self.tokens[span], targets=self.targets[span], images=images, can_break=self.can_break[span]
-        )
+            self, tokens=self.tokens[span], targets=self.targets[span], images=images, can_break=self.can_break[span],
+            grid_offsets=self.grid_offsets[span],
+        )  # fmt: skip
 
-    def append(self, token: int) -> "Chunk":
-        """With one more token, without loss."""
+    def append(self, token: int, grid_offset: Sequence[int] = (0, 0)) -> "Chunk":
+        """With one more token, without loss; `grid_offset` (2,) of a code."""
         return replace(
             self, tokens=np.append(self.tokens, token), targets=np.append(self.targets, NO_TARGET),
-            can_break=np.append(self.can_break, False),
+            can_break=np.append(self.can_break, False), grid_offsets=np.append(self.grid_offsets, [grid_offset], 0),
         )  # fmt: skip
 
 
-EMPTY_CHUNK = Chunk(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+EMPTY_CHUNK = Chunk(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool), np.empty((0, 2), np.int32))
+
+
+@cache
+def grid_offsets(rows: int, columns: int) -> np.ndarray:
+    """(P, 2) int32: what is added to the position of each patch for its position by row, and by column. Patch (r, c) of an
+    image whose first patch has position p turns by p + r and p + c (`model.image_rope` 2d)."""
+    patch = np.arange(rows * columns, dtype=np.int32)
+    return np.stack([patch // columns - patch, patch % columns - patch], 1)
 
 
 class Span(NamedTuple):
@@ -193,12 +209,13 @@ def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = 
     patch, patch to eoi, and the end. Codes are tokens instead of patches (Chameleon, 2405.09818). `add_eos=False`
     omits eos (a prompt).
     """
-    tokens, loss_mask, images = [vocabulary.bos], [False], []
+    tokens, loss_mask, images, grids = [vocabulary.bos], [False], [], []
     for segment in document.segments:
         if isinstance(segment, Text):
             span = Span(list(segment.tokens), [segment.loss] * len(segment.tokens))
         else:
             span = _image_span(segment, vocabulary)
+            grids.append((len(tokens) + 1, grid_offsets(*vocabulary.grid(segment.shape))))
             if not segment.is_codes:
                 key = derive_seed(document.key, len(images))
                 images.append(PlacedImage(segment, len(tokens) + 1, key))
@@ -211,7 +228,10 @@ def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = 
     targets = np.full(len(ids), NO_TARGET, dtype=np.int64)
     targets[:-1] = np.where(loss_mask[1:], ids[1:], NO_TARGET)
     can_break = find_breaks(document, vocabulary)[: len(ids)]
-    return Chunk(ids, targets, tuple(images), can_break, document.source, document.id)
+    offsets = np.zeros((len(ids), 2), np.int32)
+    for start, grid in grids:
+        offsets[start : start + len(grid)] = grid
+    return Chunk(ids, targets, tuple(images), can_break, offsets, document.source, document.id)
 
 
 def _image_span(image: Image, vocabulary: Vocabulary) -> Span:
@@ -296,6 +316,7 @@ class Batch:
 
     tokens: Tensor  # (B, L)
     position_ids: Tensor  # (B, L) from 0 in each chunk
+    grid_offsets: Tensor  # (B, L, 2) what is added to `position_ids` for positions by row and by column
     document_ids: Tensor  # (B, L) number of the chunk in its row; -1: padding
     image_ids: Tensor  # (B, L) number of the image in its row, or NO_IMAGE
     sides: Sides
@@ -339,6 +360,7 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     tokens = np.full(shape, vocabulary.pad, dtype=np.int64)  # (B, L)
     targets = np.full(shape, NO_TARGET, dtype=np.int64)  # (B, L)
     position_ids = np.zeros(shape, dtype=np.int64)  # (B, L)
+    offsets = np.zeros((*shape, 2), dtype=np.int32)  # (B, L, 2)
     document_ids = np.full(shape, -1, dtype=np.int32)  # (B, L)
     image_ids = np.full(shape, NO_IMAGE, dtype=np.int32)  # (B, L)
     images: dict[tuple[int, int], list[tuple[int, PlacedImage]]] = {}  # by shape; with the first patch's index in B * L
@@ -349,6 +371,7 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
             span = slice(begin, begin + len(chunk))
             tokens[b, span], targets[b, span] = chunk.tokens, chunk.targets
             position_ids[b, span], document_ids[b, span] = np.arange(len(chunk)), number
+            offsets[b, span] = chunk.grid_offsets
             for placed in chunk.images:
                 start = begin + placed.start
                 image_ids[b, start : start + vocabulary.num_patches(placed.image.shape)] = num_images
@@ -363,6 +386,7 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     return Batch(
         tokens=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(position_ids),
+        grid_offsets=torch.from_numpy(offsets),
         document_ids=torch.from_numpy(document_ids),
         image_ids=torch.from_numpy(image_ids),
         sides=Sides(*(torch.from_numpy(np.flatnonzero(mask)) for mask in (~is_image, is_image))),

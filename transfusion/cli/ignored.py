@@ -7,7 +7,7 @@ from typing import Any
 
 from transfusion.cli.screen import UsageError
 from transfusion.codecs.config import CodecTrainingConfig
-from transfusion.config import EvaluationConfig, PrepareConfig, Run, TrainingConfig
+from transfusion.config import EvaluationConfig, ModelConfig, PrepareConfig, Run, TrainingConfig
 
 Rule = tuple[bool, str, str]  # whether it applies, the names of fields, and the words after "has no effect"
 
@@ -65,6 +65,17 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         (run.model.untied == "none" and not run.training.transformer_lr_scale, "training.optimizer",
          "with frozen blocks: Muon is for their matrices"),
         (run.model.patches == "codes", diffusion, "with --model.patches codes: codes are sampled like text"),
+        (run.model.patches == "codes" and run.model.untied == "none", "training.image_lr_scale",
+         "with --model.patches codes: images have no weights of their own without --model.untied"),
+    ])  # fmt: skip
+
+
+def check_untied(model: ModelConfig, start: ModelConfig | None, has_images: bool) -> None:
+    """The options of untied weights that the data of a new run, or the run that it starts from, make useless."""
+    refuse(changed(ModelConfig(), model, "model."), [
+        (not has_images, "model.untied", "on data without images"),
+        (start is not None and start.untied != "none", "model.image_init",
+         "with --from a run whose weights are untied: its image weights are read"),
     ])  # fmt: skip
 
 

@@ -136,8 +136,9 @@ def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vo
         shapes = [codec.encode(pixels).shape[-2:] for pixels in images]
     for shape in shapes:
         if shape not in vocabulary.boi:
-            supported = ", ".join(f"{y}x{x}" for y, x in vocabulary.boi)
-            raise ValueError(f"the new data have latents of {shape[0]}x{shape[1]}, but the initial run supports {supported}")
+            supported = ", ".join(f"{y}x{x}" for y, x in vocabulary.boi) or "no images"
+            raise ValueError(f"the new data have latents of {shape[0]}x{shape[1]}, the initial run supports {supported}: "
+                             "only those of its prepared folders, also of sources that --data.sources leaves out")
     return DocumentEncoder(tokenizer, codec, vocabulary, config, seed)
 
 
