@@ -290,6 +290,10 @@ def test_wrong_command_is_an_error(tmp_path, monkeypatch, capsys, arguments, mes
 @pytest.mark.parametrize(("arguments", "message"), [
     ("train digits --model.vocab-size 5", "--model.vocab-size has no effect in training: the tokenizer decides it"),
     ("train digits --model.latent-channels 3", "--model.latent-channels has no effect in training: the codec decides it"),
+    ("train digits --data.clean-copies --data.image-first-max-t 0.5",
+     "--data.image-first-max-t has no effect with --data.clean-copies: what follows an image reads it clean"),
+    ("train chameleon-0.16b --data.sources digits --data.clean-copies",
+     "data.clean_copies cannot be used with model.patches codes: image codes have no noise"),
     ("train digits --data.codec-block 2", "--data.codec-block has no effect without --data.codec block_pca"),
     ("train digits --training.transformer-lr-scale 0 --training.optimizer muon", "--training.optimizer has no effect with"),
     ("train digits --data.shapes.size 8", "--data.shapes.size has no effect on these data, which do not read"),

@@ -137,3 +137,17 @@ def test_run_of_one_line_starts_one_of_rows_and_columns(tmp_path):
         start.fill(model, 3, SINGLE_PROCESS)
     assert [model.config.image_rope for model in models] == ["1d", "2d"]
     assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
+
+
+@some
+@given(st.lists(documents(min_images=1), min_size=1, max_size=2))
+def test_noisy_copies_have_the_positions_of_their_images(drawn):
+    chunks = [encode_document(document, VOCABULARY, clean_copies=True) for document in drawn]
+    batch = collate([Row(tuple(chunks))], sum(map(len, chunks)), VOCABULARY)
+    if batch.clean_starts is None:
+        return
+    positions = rotary_positions(batch.position_ids, batch.grid_offsets, PLANE)[0]
+    for number in batch.image_ids[0, batch.clean_starts[0] >= 0].unique():
+        copy = (batch.image_ids[0] == number).nonzero()[:, 0]
+        start = int(batch.clean_starts[0, copy[0]])
+        assert positions[copy].tolist() == positions[start : start + len(copy)].tolist()

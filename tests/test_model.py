@@ -22,6 +22,7 @@ from tests.documents import (
     in_double,
     may_see,
     positioned_chunks,
+    rows_of,
     some,
     times_of,
     with_all_logits,
@@ -146,7 +147,8 @@ def changed_outputs(model, batch: Batch, change) -> tuple[Tensor, list[Tensor]]:
 def attending(batch: Batch, b: int, keys, bidirectional: bool) -> Tensor:
     """Positions (B, L) that attend to any of these positions of row b."""
     attends = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    attends[b] = may_see(batch.document_ids[b], batch.image_ids[b], bidirectional)[:, keys].any(1)
+    document, image, clean = rows_of(batch)[b]
+    attends[b] = may_see(document, image, bidirectional, clean)[:, keys].any(1)
     return attends
 
 

@@ -193,7 +193,7 @@ DRAWN = {  # words after options, a row for each part of a run
     "--parallel.micro-batch-size": "1 2 1000",
     "--generation.sampler": "euler dpm", "--fault-tolerance.skip-spikes-above": "1",
 }  # fmt: skip
-FLAGS = "qk-norm", "post-norm", "tie-word-embeddings"
+FLAGS = "--model.qk-norm", "--model.post-norm", "--model.tie-word-embeddings", "--data.clean-copies"
 FITTED = "--data.codec", "--data.tokenizer", "--data.shapes", "--data.sources"  # not on prepared data
 
 
@@ -205,7 +205,7 @@ def draw_command(rng: random.Random, data: Path) -> list[str]:
     options = [option for option in DRAWN if not (is_prepared and option.startswith(FITTED))]
     for option in rng.sample(options, rng.randint(1, 6)):
         words += [option, rng.choice(DRAWN[option].split())]
-    return [*words, *(f"--model.{flag}" for flag in FLAGS if rng.random() < 0.2)]
+    return [*words, *(flag for flag in FLAGS if rng.random() < 0.2)]
 
 
 @pytest.mark.slow

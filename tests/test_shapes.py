@@ -207,8 +207,8 @@ def test_checker_tolerates_noise_and_specks(level):
     assert correct_shares(scenes, [add_noise(render(scene)) for scene in scenes])["everything"] >= 0.99
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_checker_tolerates_block_pca_with_six_components(level):
+@pytest.mark.parametrize(("level", "share"), [(1, 0.98), (2, 0.95)])
+def test_checker_tolerates_block_pca_with_six_components(level, share):
     """The best possible result of a model with that codec."""
 
     def to_blocks(images):  # (N, 32, 32, 3) -> (N, 8, 8, 48)
@@ -223,7 +223,7 @@ def test_checker_tolerates_block_pca_with_six_components(level):
     lossy = (to_blocks([render(scene) for scene in scenes]) - centre) @ basis @ basis.T + centre
     lossy = lossy.reshape(-1, 8, 8, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 3)
     shares = correct_shares(scenes, lossy.round().clip(0, 255).astype(np.uint8))
-    assert shares["everything"] >= 0.98, shares
+    assert shares["everything"] >= share, shares
 
 
 def test_checker_tolerates_low_contrast_and_blur():
@@ -244,7 +244,7 @@ def test_blobs_mounds_peaks_half_discs_and_stars_have_no_shape(kind, max_overlap
     shapes = [detected.object.shape for image in images
               for detected, (covered, _) in zip(read_scene(image), find_objects(image), strict=True)
               if overlap(covered) <= max_overlap]  # a blob with a narrow neck is two, which may be nearly a shape each
-    assert len(shapes) >= len(images) - 1
+    assert len(shapes) >= 0.95 * len(images)
     assert shapes.count("unclear") >= 0.99 * len(shapes), Counter(shapes)
 
 

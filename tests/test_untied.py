@@ -22,6 +22,7 @@ from tests.documents import (
     few,
     image,
     in_double,
+    mask_of,
     times_of,
     with_all_logits,
 )
@@ -39,7 +40,6 @@ from transfusion.checkpoint.start import OtherRunStart, open_start
 from transfusion.config import Machines, ModelConfig, Run, TrainingConfig
 from transfusion.model import transfusion as network
 from transfusion.model.flops import count_training_flops
-from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Transformer, apply_rotary_emb, rope_cos_sin
 from transfusion.model.untied import side_of, text_name
 from transfusion.parallel import SINGLE_PROCESS
@@ -86,7 +86,7 @@ def assert_close(actual: network.Prediction, expected: network.Prediction, toler
 
 def choose_everywhere(transformer: Transformer, x: Tensor, batch: Batch, is_image: Tensor) -> Tensor:
     """The rule without sorting: both weights at every position (B, L, D), and of the results the one of its side."""
-    config, mask = transformer.config, packed_mask(batch.document_ids, batch.image_ids)
+    config, mask = transformer.config, mask_of(batch)
     cos_sin = rope_cos_sin(batch.position_ids, config, x.dtype)
 
     def of(module, name: str) -> Callable[[Tensor], Tensor]:
@@ -122,7 +122,7 @@ def test_every_position_uses_the_weights_of_its_side(untied, name, packed, check
     model.transformer.activation_checkpointing = checkpointing
     weights = dict(model.transformer.named_parameters())
     x = torch.randn(*batch.tokens.shape, TINY.width, dtype=torch.float64, requires_grad=True)
-    mask = packed_mask(batch.document_ids, batch.image_ids)
+    mask = mask_of(batch)
     outputs = [
         model.transformer(x, batch.position_ids, mask, batch.sides),
         choose_everywhere(model.transformer, x, batch, batch.image_ids >= 0),
@@ -144,7 +144,7 @@ def test_codes_use_image_weights(untied):
     document = Document((Text((1, 2)), Image(np.arange(6).reshape(2, 3)), Text((3,))))
     batch = alone_with(encode_document(document, CODES), CODES)
     x = torch.randn(*batch.tokens.shape, TINY.width, dtype=torch.float64)
-    output = model.transformer(x, batch.position_ids, packed_mask(batch.document_ids, batch.image_ids), batch.sides)
+    output = model.transformer(x, batch.position_ids, mask_of(batch), batch.sides)
     expected = choose_everywhere(model.transformer, x, batch, batch.tokens >= CODES.first_code)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
 

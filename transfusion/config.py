@@ -210,6 +210,8 @@ class DataConfig(Config, part="data."):
     seq_len: Annotated[int, Range(at_least=1, limit=2**24)] = 4096  # Positions in a row.
     image_first: Share = 0.2  # Share of captioned images that precede their caption (section 4.1).
     image_first_max_t: Share = 1.0  # Largest t of images before their caption (Table 8: 0.5); 0 trains no image loss there.
+    # Text and images after an image read it clean, and its denoising loss is on a noisy copy that nothing else attends to.
+    clean_copies: bool = False
     caption_dropout: Share = 0.1  # Share of captions left out before an image, for classifier-free guidance.
     condition_text_dropout: Share = 0.05  # Share of edit documents whose text is dropped, for guidance by image.
     condition_dropout: Share = 0.05  # Share of edit documents whose text and images before the target are dropped.
@@ -472,6 +474,8 @@ class Run(Config):
         if self.model.untied == "full" and not self.training.text_lr_scale and not self.training.image_lr_scale:
             raise ValueError("training.text_lr_scale and image_lr_scale are both 0 with model.untied full: nothing would be "
                              "trained; set one above 0")  # fmt: skip
+        if self.data.clean_copies and self.model.patches == "codes":
+            raise ValueError("data.clean_copies cannot be used with model.patches codes: image codes have no noise")
 
 
 to_json = asdict  # a config as plain JSON values

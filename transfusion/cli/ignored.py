@@ -60,6 +60,7 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         (data.codec != "block_pca", "data.codec_block data.codec_components", "without --data.codec block_pca"),
         *((True, f"data.{name}.interleaved data.{name}.level data.{name}.size",
            f"on these data, which do not read the built-in source {name}") for name in unread),
+        (data.clean_copies, "data.image_first_max_t", "with --data.clean-copies: what follows an image reads it clean"),
         (run.model.untied == "none", "model.image_init", "without --model.untied: images have no such weights"),
         (run.model.untied == "full", "training.transformer_lr_scale", "with --model.untied full: nothing is shared"),
         (run.model.untied == "none" and not run.training.transformer_lr_scale, "training.optimizer",

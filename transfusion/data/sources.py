@@ -151,9 +151,10 @@ def _check_patches(shapes: list[tuple[int, int]], patch_size: int) -> None:
 def _check_seq_len(folders: list[PreparedFolder], config: DataConfig, vocabulary: Vocabulary) -> None:
     """ValueError when an image with its caption does not fit into a row: before training, not at the first such image."""
     for name in config.sources or _names(folders):
-        needed = _folder_of(name, folders).source(name, "train").min_seq_len(vocabulary)
+        needed = _folder_of(name, folders).source(name, "train").min_seq_len(vocabulary, config)
         if needed > config.seq_len:
-            raise ValueError(f"an image of {name} needs {needed} positions with its caption, a row has {config.seq_len}: "
+            parts = "its caption and its noisy copy" if config.clean_copies else "its caption"
+            raise ValueError(f"an image of {name} needs {needed} positions with {parts}, a row has {config.seq_len}: "
                              "raise data.seq_len")  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class Transfusion(nn.Module):
 
         head(hidden (T, D), lm_head (V, D)) replaces the logits (T, V) by a loss that never has all of them in memory. It is
         called in here because FSDP gathers the weights only for the forward pass."""
-        mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention)
+        mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention, batch.clean_starts)
         image_index = [group.index for group in batch.groups]
         positions = rotary_positions(batch.position_ids, batch.grid_offsets, self.config)
         return self._predict(
