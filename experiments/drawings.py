@@ -2,7 +2,8 @@
 
     python -m experiments.drawings
 
-writes docs/drawings.png (--preset gpu: drawings-gpu.png) from the runs of the first of `--seeds` that still exist.
+writes docs/drawings.png and, of continuous scenes, docs/drawings-continuous.png (--preset gpu: drawings-gpu.png, ...) from
+the runs of the first of `--seeds` that still exist.
 """
 
 import sys
@@ -12,24 +13,30 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import attention, lab, noise, patches, scaling
+from experiments import attention, continuous, lab, noise, patches, scaling
 from experiments.lab import DOCS, Options
+from experiments.multimodal import JUDGED_LEVEL
 from experiments.scenes import PRESETS
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.inference.engine import open_run
 
-TABLES = (scaling, attention, patches, noise)
+FIGURES = {"drawings": (scaling, attention, patches, noise), "drawings-continuous": (continuous,)}  # by name: the tables
 IMAGES_PER_ROW = 12
-NAMES = {"cpu": "drawings.png", "gpu": "drawings-gpu.png"}
 Drawing = tuple[str, np.ndarray, bool]  # caption, pixels (Y, X, 3) uint8, is it correct?
 
 
-def draw_rows(options: Options) -> dict[str, list[Drawing]]:
+def figure_name(preset: str, figure: str) -> str:
+    """The name of the file of a figure."""
+    return f"{figure}{'' if preset == 'cpu' else f'-{preset}'}.png"
+
+
+def draw_rows(options: Options, figure: str) -> dict[str, list[Drawing]]:
     """Images of each variant that has a run, by name. A run that tables share is drawn once, for the first of them."""
-    source = Shapes(PRESETS[options.preset].level, split="heldout")
+    level = JUDGED_LEVEL if continuous in FIGURES[figure] else PRESETS[options.preset].level
+    source = Shapes(level, split="heldout")
     rows, done = {}, set()
-    for module in TABLES:
+    for module in FIGURES[figure]:
         table = module.build_table(options.preset)
         for variant in table.variants:
             folder = lab.find_cell(options, table, variant, options.seeds[0])
@@ -60,8 +67,10 @@ def plot_rows(rows: Mapping[str, list[Drawing]], path: Path) -> None:
 
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    rows = draw_rows(options)
+    rows = {figure: drawings for figure in FIGURES if (drawings := draw_rows(options, figure))}
     if not rows:
         sys.exit(f"--out {options.out}: there are no runs of any table; run a table first, e.g. python -m experiments.noise")
-    plot_rows(rows, DOCS / NAMES[options.preset])
-    print(f"wrote {DOCS / NAMES[options.preset]}")
+    for figure, drawings in rows.items():
+        path = DOCS / figure_name(options.preset, figure)
+        plot_rows(drawings, path)
+        print(f"wrote {path}")

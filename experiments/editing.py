@@ -15,6 +15,7 @@ The costs of the fine-tuned row are those of fine-tuning, in addition to those o
 from experiments import lab, multimodal, scaling
 from experiments.edits import measure_edits, write_edits
 from experiments.lab import Claim, Column, Options, Table, Variant, run_command
+from experiments.scenes import PRESETS
 
 FINE_TUNING = (
     "--training.steps", "600", "--training.learning-rate", "1e-3", "--training.warmup-steps", "50",
@@ -24,7 +25,7 @@ FINE_TUNING = (
 
 
 def build_table(preset: str) -> Table:
-    data, base = multimodal.data_name(preset, "edits"), scaling.build_table(preset)
+    data, base = multimodal.data_name(preset, "edits", PRESETS[preset].level), scaling.build_table(preset)
     (large,) = (variant for variant in base.variants if variant.name == "Transfusion L")
     return Table(
         "editing",
@@ -44,11 +45,12 @@ def build_table(preset: str) -> Table:
 
 def prepare(options: Options) -> None:
     """Prepare the edits with the codec and tokenizer of the base run. Skip what exists."""
-    multimodal.prepare(options)
-    data = multimodal.lab_folder(options, "edits")
+    level = PRESETS[options.preset].level
+    multimodal.prepare(level, options)
+    data = multimodal.lab_folder(options, "edits", level)
     if not (data / "dataset.json").exists():
         path = write_edits(options.out / "edits-files")
-        run_command("data", "prepare", path, "--like", multimodal.lab_folder(options, "latents"), "--out", data)
+        run_command("data", "prepare", path, "--like", multimodal.lab_folder(options, "latents", level), "--out", data)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 the rows, columns and claims of the tables are in other files, and are not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from transfusion.checkpoint.start import open_start
@@ -18,7 +19,7 @@ from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
 from transfusion.evaluation.perplexity import heldout_topics, split_windows
-from transfusion.evaluation.scenes import draw_scenes
+from transfusion.evaluation.scenes import caption_scenes, draw_scenes, judge_scenes
 from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
 from transfusion.model.transfusion import build_on_meta
@@ -30,10 +31,12 @@ NUM_SCENES = 400  # held-out captions; one image is drawn for each
 NUM_TRAINING_SCENES = 2_000  # for the small network that computes features
 NUM_CAPTIONS = 400
 ATTRIBUTES = "count", "colour", "shape", "size", "place"
+ERRORS = "hue_error", "place_error", "size_error"  # of level 3
 
 
 def measure_scenes(level: int, engine: Engine) -> dict[str, Any]:
-    """Accuracy of drawn scenes, image metrics against real scenes, caption accuracy and the conditioning gap.
+    """Accuracy of drawn scenes (of level 3 also mean errors), image metrics against real scenes, caption accuracy and the
+    conditioning gap.
 
     `level` is that of `shapes`. Real scenes are the rendered pixels, without the run's codec. Scenes, captions and starting
     noise are a function of the run's seed, and the same for all variants. `..._by_caption`: how many of a caption's images
@@ -45,23 +48,32 @@ def measure_scenes(level: int, engine: Engine) -> dict[str, Any]:
     real = [source[n].pair[1] for n in range(NUM_SCENES)]
     features = small_network(level)
     scores = image_scores(features(real), features([pixels for _, pixels, _ in drawn]))
-    captions = caption_heldout(engine, source, NUM_SCENES)
+    captions = caption_scenes(engine, source, NUM_SCENES)
     attributes = [accuracy[name] for name in ATTRIBUTES]
     return {
         "right": accuracy["everything"], "attributes": sum(attributes) / len(attributes),
-        **{name: accuracy[name] for name in ATTRIBUTES},
+        **{name: accuracy[name] for name in (*ATTRIBUTES, *ERRORS) if name in accuracy},
         **{name: scores[name] for name in ("fid", "kid", "precision", "recall", "density", "coverage")},
+        **{f"captions_{name}": captions[name] for name in ("within_limits", *ERRORS) if name in captions},
         "captions": captions["exact"], "cider": captions.get("cider", float("nan")),
         "right_by_caption": _count_by_caption((caption, is_right) for caption, _, is_right in drawn),
+        "attributes_by_caption": _count_by_caption(_share_of_attributes(drawn)),
         "captions_by_caption": _count_by_caption((it["reference"], it["reference"] == it["prediction"])
                                                  for it in captions["answers"]),
         "gap": conditioning_gap(engine, source, NUM_SCENES)["gap"],
     }  # fmt: skip
 
 
-def _count_by_caption(images: Iterable[tuple[str, bool]]) -> dict[str, tuple[int, int]]:
+def _share_of_attributes(drawn: Iterable[tuple[str, np.ndarray, bool]]) -> Iterator[tuple[str, float]]:
+    """Each image's caption, and the share of its attributes that are right."""
+    for caption, pixels, _ in drawn:
+        accuracy, _ = judge_scenes([caption], [pixels])
+        yield caption, sum(accuracy[name] for name in ATTRIBUTES) / len(ATTRIBUTES)
+
+
+def _count_by_caption(images: Iterable[tuple[str, float]]) -> dict[str, tuple[float, int]]:
     """(caption, right) of each image -> for each distinct caption the number of right images and of all."""
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[float, int]] = {}
     for caption, is_right in images:
         right, count = counts.get(caption, (0, 0))
         counts[caption] = right + is_right, count + 1

@@ -1,5 +1,6 @@
 """Shared setup of the tables on text and images: scenes of `shapes` (two thirds of the positions) and Python's
-documentation, with twice as many steps as the tables on images alone.
+documentation, with twice as many steps as the tables on images alone. The scenes are of the level of the tables on images,
+or of `JUDGED_LEVEL`, whose continuous hues, sizes, places and gradients are more than 512 codes can describe exactly.
 
 Both families train on the same data with the same tokenizer, in the same number of rows of 320 positions. The autoencoder
 and its VQ twin share the encoder and decoder network, and train on the same scenes for the same number of steps (8 numbers
@@ -34,6 +35,7 @@ from transfusion.disk import read_json
 from transfusion.evaluation.fid import fid
 from transfusion.evaluation.scenes import judge_scenes
 
+JUDGED_LEVEL = 3  # of `shapes`: the scenes of the primary claims of Table 3
 CODEC = (
     "--size", "32x32", "--max-images", "20000", "--training.steps", "5400", "--training.validate-every", "600",
 )  # fmt: skip
@@ -41,68 +43,89 @@ CODECS = {"latents": ("vae", ()), "codes": ("vq", ("--network.codes", "512"))}  
 MAX_DOCUMENTS = "20000"  # of each source
 STABLE = "--model.post-norm", "--model.z-loss", "1e-5"
 TEXT_ONLY = "--data.sources", "topics", "--data.mixture-weights", "1"
-COLUMNS = {
+COLUMNS = {  # of scenes of the tables on images
     "bits_per_byte": Column("bits per byte", ".3f", "lower"), "captions": Column("caption exact match", ".1%"),
     "cider": Column("CIDEr", ".2f"), "fid": Column("FID", ".2f", "lower"), "right": Column("images correct", ".1%"),
     "attributes": Column("attributes correct", ".1%"), "positions": Column("positions", ",.0f"),
 }  # fmt: skip
+JUDGED_COLUMNS = {
+    **COLUMNS, "captions_within_limits": Column("captions correct", ".1%"),
+    "hue_error": Column("hue error", ".1f", "lower"), "place_error": Column("place error", ".2f", "lower"),
+    "size_error": Column("size error", ".2f", "lower"),
+}  # of scenes of `JUDGED_LEVEL`; the errors are of drawings  # fmt: skip
 
 
-def prepare(options: Options) -> None:
-    """Train both codecs and encode the scenes with each. Skip what exists."""
-    level = "--shapes-level", str(PRESETS[options.preset].level)
+def prepare(level: int, options: Options) -> None:
+    """Train both codecs on scenes of a level of `shapes`, for equal steps, and encode them with each. Skip what exists."""
+    words = "--shapes-level", str(level)
     for name, (codec, more) in CODECS.items():
-        codec_folder, data_folder = lab_folder(options, codec), lab_folder(options, name)
+        codec_folder, data_folder = lab_folder(options, codec, level), lab_folder(options, name, level)
         if not (codec_folder / "reconstructions.html").exists():
-            run_command("data", "fit-codec", "small", "shapes", *level, *CODEC, *more, "--out", codec_folder)
-        tokenizer_path = lab_folder(options, "latents") / "tokenizer.json"
+            run_command("data", "fit-codec", "small", "shapes", *words, *CODEC, *more, "--out", codec_folder)
+        tokenizer_path = lab_folder(options, "latents", level) / "tokenizer.json"
         tokenizer = ("--tokenizer-size", "512") if name == "latents" else ("--tokenizer", tokenizer_path)
         if not (data_folder / "dataset.json").exists():
-            run_command("data", "prepare", "shapes", "topics", *level, "--limit", MAX_DOCUMENTS, "--sizes", "32x32",
+            run_command("data", "prepare", "shapes", "topics", *words, "--limit", MAX_DOCUMENTS, "--sizes", "32x32",
                         "--codec", codec_folder, *tokenizer, "--out", data_folder)  # fmt: skip
 
 
-def lab_folder(options: Options, name: str) -> Path:
-    """The folder of a codec or of prepared data in the lab."""
-    return data_folder(options, data_name(options.preset, name))
+def lab_folder(options: Options, name: str, level: int) -> Path:
+    """The folder of a codec or of prepared data in the lab, of scenes of this level."""
+    return data_folder(options, data_name(options.preset, name, level))
 
 
-def data_name(preset: str, name: str) -> str:
-    """The name of a codec or of data; it contains a hash of the recipe, so another recipe has another name."""
+def data_name(preset: str, name: str, level: int) -> str:
+    """The name of a codec or of data; it contains a hash of the recipe, so another recipe has another name. The level of the
+    tables on images is not named."""
     recipe = json.dumps([CODEC, CODECS, MAX_DOCUMENTS])
-    return f"{name}-{preset}-{hashlib.sha256(recipe.encode()).hexdigest()[:6]}"
+    scenes = "" if level == PRESETS[preset].level else f"-level-{level}"
+    return f"{name}{scenes}-{preset}-{hashlib.sha256(recipe.encode()).hexdigest()[:6]}"
 
 
-def measure_codecs(options: Options) -> dict[str, Any] | None:
+def codecs_name(preset: str, level: int) -> str:
+    """The name of the file in docs/results with what the codecs of a level lose."""
+    scenes = "" if level == PRESETS[preset].level else f"-level-{level}"
+    return f"codecs{scenes}{'' if preset == 'cpu' else f'-{preset}'}"
+
+
+def measure_codecs(options: Options, level: int) -> dict[str, Any] | None:
     """The quality of both codecs on held-out scenes, the upper bound of image quality. None if they are missing."""
-    if not (lab_folder(options, "vq") / "codec.json").exists():
+    if not (lab_folder(options, "vq", level) / "codec.json").exists():
         return None
-    source = Shapes(PRESETS[options.preset].level, split="heldout")
+    source = Shapes(level, split="heldout")
     captions, images = zip(*(source[n].pair for n in range(measures.NUM_SCENES)), strict=True)
-    features, values = measures.small_network(source.level), describe_machine(options.device)
+    features, values = measures.small_network(level), describe_machine(options.device)
     for name, (codec_name, _) in zip(("autoencoder", "VQ twin"), CODECS.values(), strict=True):
-        folder = lab_folder(options, codec_name)
+        folder = lab_folder(options, codec_name, level)
         codec = open_codec(folder)
         reconstructions = [codec.decode(content) for content in encode_many(codec, images)]
+        accuracy, _ = judge_scenes(captions, reconstructions)
         values[name] = {
-            "psnr": read_json(folder / "codec.json")["heldout"]["psnr"],
-            "right": judge_scenes(captions, reconstructions)[0]["everything"],
+            "psnr": read_json(folder / "codec.json")["heldout"]["psnr"], "right": accuracy["everything"],
             "fid": fid(features(images), features(reconstructions)),
+            **{error: accuracy[error] for error in measures.ERRORS if error in accuracy},
         }  # fmt: skip
     return values
 
 
 def describe_codecs(values: Mapping[str, Any]) -> str:
     """What `measure_codecs` returns, as a sentence."""
-    texts = [f"{name} {it['psnr']:.1f} dB PSNR, {it['right']:.1%} correct, FID {it['fid']:.2f}"
+    texts = [f"{name} {it['psnr']:.1f} dB PSNR, {it['right']:.1%} correct, FID {it['fid']:.2f}{_describe_errors(it)}"
              for name, it in values.items() if isinstance(it, dict)]  # fmt: skip
     return f"Reconstructions of held-out scenes (commit {values['commit']}): {'; '.join(texts)}."
 
 
+def _describe_errors(values: Mapping[str, float]) -> str:
+    errors = [f"{error.partition('_')[0]} {values[error]:.2f}" for error in measures.ERRORS if error in values]
+    return f", mean errors: {', '.join(errors)}" if errors else ""
+
+
 def make_variant(
-    preset: str, name: str, family: str, size: str = "M", *more: str, paper: Mapping[str, float | str] | None = None
-) -> Variant:
-    """A run on text and images. `family` is "transfusion", "chameleon", or, on text alone, "llama" or "chameleon, text"."""
+    preset: str, level: int, name: str, family: str, size: str = "M", *more: str,
+    paper: Mapping[str, float | str] | None = None,
+) -> Variant:  # fmt: skip
+    """A run on text and images of this level. `family` is "transfusion", "chameleon", or, on text alone, "llama" or
+    "chameleon, text"."""
     numbers, codes = PRESETS[preset], family == "chameleon"
     images = ("--model.patches", "codes", "--model.patch-size", "1") if codes else ("--model.patch-size", "2")
     is_text_only = family in ("llama", "chameleon, text")
@@ -115,9 +138,9 @@ def make_variant(
         "--training.image-weight", "2", "--training.preview-every", "0",
         "--generation.sampler", "dpm", "--generation.steps", "20", *more,
     )  # fmt: skip
-    return Variant(name, arguments, data_name(preset, "codes" if codes else "latents"), paper or {})
+    return Variant(name, arguments, data_name(preset, "codes" if codes else "latents", level), paper or {})
 
 
-def measure(preset: str) -> Measure:
-    """The measurements of a run on text and images."""
-    return partial(measure_text_and_scenes, PRESETS[preset].level)
+def measure(level: int) -> Measure:
+    """The measurements of a run on text and images of this level."""
+    return partial(measure_text_and_scenes, level)

@@ -7,7 +7,7 @@ All other comparisons of the tables have intervals and no verdict.
 from dataclasses import dataclass, replace
 from types import ModuleType
 
-from experiments import attention, noise, patches, scaling, text
+from experiments import attention, continuous, noise, patches, text
 from experiments.judge import Evidence, judge
 from experiments.lab import SEEDS, Claim, Options, Table, Variant, compare_rows, read_cells
 
@@ -27,10 +27,10 @@ class Primary:
 
 
 CLAIMS = (
-    Primary("Transfusion models text better than Chameleon (Table 3)", scaling,
+    Primary("Transfusion models text better than Chameleon (Table 3)", continuous,
             "Transfusion is better than Chameleon at M, by bits per byte"),
-    Primary("Transfusion draws better images than Chameleon (Table 3)", scaling,
-            "Transfusion is better than Chameleon at M, by images correct"),
+    Primary("Transfusion draws better images than Chameleon (Table 3)", continuous,
+            "Transfusion is better than Chameleon at M, by attributes correct"),
     Primary("Bidirectional attention within images is better than causal (Table 5)", attention,
             "bidirectional is better than causal with linear patches, by images correct"),
     Primary("U-Net patches are better than linear ones, here of equal parameters (Tables 6 and 7)", patches,

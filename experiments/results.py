@@ -2,7 +2,7 @@
 
     python -m experiments.results
 
-writes docs/results.md (--preset gpu: results-gpu.md), docs/scaling.png, and docs/results/TABLE.json with all figures of each
+writes docs/results.md (--preset gpu: results-gpu.md), its figures, and docs/results/TABLE.json with all figures of each
 cell. Cells that docs/results has need not be in the lab's folder: in a clone the command writes the same page.
 """
 
@@ -16,13 +16,14 @@ from typing import Any
 
 import tyro
 
-from experiments import attention, drawings, editing, lab, multimodal, noise, patches, scaling, text, towers
+from experiments import attention, continuous, drawings, editing, lab, multimodal, noise, patches, scaling, text, towers
 from experiments.judge import OPEN, Evidence
 from experiments.lab import DOCS, SEEDS, Options, Preset
 from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_claims
+from experiments.scenes import PRESETS
 from transfusion.disk import read_json, write_json
 
-TABLES = (scaling, text, attention, patches, noise, editing, towers)
+TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers)
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 INTRODUCTION = """# The paper's tables at small scale
 
@@ -58,10 +59,12 @@ the claims above first. The command below each table makes its runs (`--seeds`, 
 - FID uses 48 features of a small network trained to caption these scenes (`transfusion/evaluation/small_network.py`). It
   ranks runs on this data set. It is not comparable with published FID.
 - "Images correct" is the share of 400 images, drawn from captions of held-out scenes, in which a program finds everything
-  that the caption says. "Attributes correct" is the mean of that share for count, colour, shape, size and place.
+  that the caption says; of continuous scenes within the limits that stand at Table 3. "Attributes correct" is the mean of
+  that share for count, colour, shape, size and place.
 - "Caption exact match" is the share of held-out images whose generated caption equals the reference.
 - "Conditioning gap" is the relative increase of the image loss when an image has the caption of another image.
-- Images are held out, not captions: there are few captions of one object, and all occur in training.
+- Images are held out, not captions: there are few captions of one object, and all occur in training. Continuous scenes
+  have about 250,000 captions.
 - Training FLOPs are 6 x parameters x positions, the paper's estimate; attention and convolutions are not counted exactly,
   and of untied weights those of one side count. Minutes were measured on a shared machine.
 
@@ -117,9 +120,9 @@ def write_page(options: Options) -> Path:
         num_open=sum(verdict == OPEN for verdict, _ in verdicts), num_claims=len(CLAIMS), num_seeds=len(SEEDS),
         seeds=f"{SEEDS[0]} to {SEEDS[-1]}", old=OLD if any(lab.is_old({cell["seed"]: cell}) for cell in cells) else "",
     )  # fmt: skip
-    if (DOCS / drawings.NAMES[options.preset]).exists():
-        caption = "Each row: images for the first held-out captions, not selected. Red frame: wrong"
-        page += f"\n![{caption}]({drawings.NAMES[options.preset]})\n"
+    for figure in (drawings.figure_name(options.preset, figure) for figure in drawings.FIGURES):
+        if (DOCS / figure).exists():
+            page += f"\n![Each row: images for the first held-out captions, not selected. Red frame: wrong]({figure})\n"
     (DOCS / name).write_text("\n".join([page, *sections]), encoding="utf-8")
     return DOCS / name
 
@@ -160,10 +163,11 @@ def _command(module: ModuleType) -> str:
     return module.__doc__.strip().split("\n\n")[-1].strip()
 
 
-def describe_codecs(options: Options) -> str:
-    """What both codecs lose; measured again if they are in the lab's folder. "" if they were never measured."""
-    path = DOCS / "results" / f"codecs{'' if options.preset == 'cpu' else f'-{options.preset}'}.json"
-    if (values := multimodal.measure_codecs(options)) is not None:
+def describe_codecs(options: Options, level: int) -> str:
+    """What both codecs lose of scenes of this level; measured again if they are in the lab's folder. "" if they were never
+    measured."""
+    path = DOCS / "results" / f"{multimodal.codecs_name(options.preset, level)}.json"
+    if (values := multimodal.measure_codecs(options, level)) is not None:
         write_json(path, values)
     return multimodal.describe_codecs(read_json(path)) if path.exists() else ""
 
@@ -179,15 +183,16 @@ def _format_section(options: Options, module: ModuleType, table: str, cells: lis
     runs = f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {positions / 1e6:.1f} million positions"
     source = f"`{command}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
     parts = [f"## {_title(module)}", introduction, table, source]
-    if module in (scaling, text, editing, towers) and (quality := describe_codecs(options)):
+    level = multimodal.JUDGED_LEVEL if module is continuous else PRESETS[options.preset].level
+    if module in (continuous, scaling, text, editing, towers) and (quality := describe_codecs(options, level)):
         parts.insert(3, quality)
-    if module is scaling:
-        figure = ""
-        if scaling.has_several_sizes(options):
-            name = "scaling.png" if options.preset == "cpu" else f"scaling-{options.preset}.png"
-            scaling.plot(options, DOCS / name)
+    if module in (continuous, scaling):
+        figure, families = "", module.build_table(options.preset)
+        if scaling.has_several_sizes(options, families):
+            name = lab.table_path(options, families, ".png").name
+            scaling.plot(options, families, DOCS / name)
             figure = f"\n![Metrics against compute, with fitted power laws]({name})"
-        parts.insert(3, scaling.describe_parity(options) + figure)
+        parts.insert(3, scaling.describe_parity(options, families) + figure)
     if module is towers:
         parts.insert(3, towers.describe_steps(options))
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -1,28 +1,27 @@
-"""Table 3 and Figure 5 at small scale: Transfusion against Chameleon at three model sizes.
+"""Table 3 on scenes of few colours and sizes: Transfusion against Chameleon at three model sizes.
 
-Claim (section 4.2): Transfusion scales better on every metric, and equals the largest Chameleon with a fraction of its
-compute: 0.49 of it for text, 0.22 for captions, 0.03 for images (FID).
-
-The parity ratio is the compute (6 x parameters x positions) at which Transfusion's power law reaches the value of
-Chameleon's at its largest size, divided by the compute of that size. Each law is fitted to the means of the sizes; the
-intervals are a bootstrap over seeds (`experiments/parity.py`). The paper's metric of images is FID; the judged claim is by
-images correct.
+The same on the scenes of the tables on images: six colours, two sizes, plain objects on a plain background. A VQ twin with
+512 codes describes these better than the autoencoder, so they say little of the paper's question. No claim is judged here.
+The parity ratio is the compute at which Transfusion's power law reaches Chameleon's value at its largest size, as a share of
+the compute of that size (`experiments/parity.py`).
 
     python -m experiments.scaling
 """
 
 import math
 import statistics
+from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from experiments import lab, multimodal
-from experiments.lab import Claim, Options, Table
+from experiments.lab import Claim, Column, Options, Table
 from experiments.multimodal import COLUMNS, make_variant, measure
 from experiments.parity import Points, fit_line, parity_ratio
-from experiments.scenes import SIZES
+from experiments.scenes import PRESETS, SIZES
 
 FAMILIES = {"Transfusion": "transfusion", "Chameleon": "chameleon"}
 PAPER = {
@@ -30,25 +29,30 @@ PAPER = {
     "Chameleon L": {"bits_per_byte": "8.41", "cider": 0.18, "fid": 29.6},
 }
 PAPER_PARITY = {"bits_per_byte": 0.489, "cider": 0.218, "fid": 0.029}  # Table 3
+COMPARED = (*PAPER_PARITY, "right", "attributes")  # columns
 
 
 def build_table(preset: str) -> Table:
+    return compare_families("scaling", preset, PRESETS[preset].level, COLUMNS)
+
+
+def compare_families(name: str, preset: str, level: int, columns: Mapping[str, Column]) -> Table:
+    """Transfusion and Chameleon at three sizes, on scenes of this level."""
     return Table(
-        "scaling",
-        tuple(make_variant(preset, f"{name} {size}", family, size, paper=PAPER.get(f"{name} {size}"))
-              for name, family in FAMILIES.items() for size in SIZES),
-        COLUMNS,
-        measure(preset),
-        tuple(Claim(f"Transfusion is better than Chameleon at {size}, by {COLUMNS[column].title}", column,
-                    f"Transfusion {size}", f"Chameleon {size}") for size in SIZES for column in (*PAPER_PARITY, "right")),
-        multimodal.prepare,
+        name,
+        tuple(make_variant(preset, level, f"{title} {size}", family, size, paper=PAPER.get(f"{title} {size}"))
+              for title, family in FAMILIES.items() for size in SIZES),
+        columns,
+        measure(level),
+        tuple(Claim(f"Transfusion is better than Chameleon at {size}, by {columns[column].title}", column,
+                    f"Transfusion {size}", f"Chameleon {size}") for size in SIZES for column in COMPARED),
+        partial(multimodal.prepare, level),
     )  # fmt: skip
 
 
-def collect_points(options: Options, family: str, column: str) -> Points:
+def collect_points(options: Options, table: Table, family: str, column: str) -> Points:
     """The mean FLOPs of each size of a family, and the metric of each seed. Old cells, measured differently, only if the
     table has no others."""
-    table = build_table(options.preset)
     rows = {variant.name: lab.read_cells(options, table, variant) for variant in table.variants}
     has_new = any(row and not lab.is_old(row) for row in rows.values())
     cells = [[cell for cell in row.values() if column in cell] for name, row in rows.items()
@@ -56,18 +60,18 @@ def collect_points(options: Options, family: str, column: str) -> Points:
     return [(statistics.mean(cell["flops"] for cell in row), [cell[column] for cell in row]) for row in cells if row]
 
 
-def has_several_sizes(options: Options) -> bool:
+def has_several_sizes(options: Options, table: Table) -> bool:
     """True if both families have runs of at least two sizes."""
-    return all(len(collect_points(options, family, "fid")) > 1 for family in FAMILIES)
+    return all(len(collect_points(options, table, family, "fid")) > 1 for family in FAMILIES)
 
 
-def describe_parity(options: Options) -> str:
+def describe_parity(options: Options, table: Table) -> str:
     """The parity ratios with their intervals, and the paper's, as Markdown."""
-    if not has_several_sizes(options):
+    if not has_several_sizes(options, table):
         return "Parity ratios need runs of at least two sizes of both families."
     lines = []
     for column, paper in PAPER_PARITY.items():
-        points = [collect_points(options, family, column) for family in FAMILIES]
+        points = [collect_points(options, table, family, column) for family in FAMILIES]
         ratio = parity_ratio(*points, COLUMNS[column].better == "higher")
         if isinstance(ratio, str):
             value = ratio
@@ -81,14 +85,14 @@ def describe_parity(options: Options) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(options: Options, path: Path) -> None:
+def plot(options: Options, table: Table, path: Path) -> None:
     """Plot each metric against compute for both families, with the power laws that are fitted to the means of the sizes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(PAPER_PARITY)), PAPER_PARITY, strict=True):
         for family, colour in zip(FAMILIES, ("#2c5bcb", "#b0500a"), strict=True):
-            points = sorted(collect_points(options, family, column))
+            points = sorted(collect_points(options, table, family, column))
             line = fit_line(points)
             if line is None:
                 continue
@@ -106,9 +110,14 @@ def plot(options: Options, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def run_table(options: Options, table: Table) -> None:
+    """Fill the selected cells, and print the table and the parity ratios."""
+    lab.run_table(options, table)
+    print(describe_parity(options, table))
+    if has_several_sizes(options, table) and find_spec("matplotlib"):
+        plot(options, table, lab.table_path(options, table, ".png"))
+
+
 if __name__ == "__main__":
     options = lab.parse_options(__doc__)
-    lab.run_table(options, build_table(options.preset))
-    print(describe_parity(options))
-    if has_several_sizes(options) and find_spec("matplotlib"):
-        plot(options, options.out / "scaling.png")
+    run_table(options, build_table(options.preset))

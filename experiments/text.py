@@ -11,23 +11,27 @@ of perplexity are 1 % of these bits, at 2 bytes per token.
     python -m experiments.text
 """
 
+from functools import partial
+
 from experiments import lab, multimodal
 from experiments.lab import Claim, Table
 from experiments.multimodal import COLUMNS, make_variant, measure
+from experiments.scenes import PRESETS
 
 
 def build_table(preset: str) -> Table:
+    level = PRESETS[preset].level
     return Table(
         "text",
         (
-            make_variant(preset, "Llama, text alone", "llama", paper={"bits_per_byte": "10.1 (C4, perplexity)"}),
-            make_variant(preset, "Transfusion: + diffusion", "transfusion", paper={"bits_per_byte": "10.4"}),
-            make_variant(preset, "Chameleon, text alone: + post-norm, z-loss", "chameleon, text",
+            make_variant(preset, level, "Llama, text alone", "llama", paper={"bits_per_byte": "10.1 (C4, perplexity)"}),
+            make_variant(preset, level, "Transfusion: + diffusion", "transfusion", paper={"bits_per_byte": "10.4"}),
+            make_variant(preset, level, "Chameleon, text alone: + post-norm, z-loss", "chameleon, text",
                          paper={"bits_per_byte": "11.0"}),
-            make_variant(preset, "Chameleon: + codes", "chameleon", paper={"bits_per_byte": "11.8"}),
+            make_variant(preset, level, "Chameleon: + codes", "chameleon", paper={"bits_per_byte": "11.8"}),
         ),
         {name: COLUMNS[name] for name in ("bits_per_byte", "positions")},
-        measure(preset),
+        measure(level),
         (
             Claim("Transfusion's text is non-inferior to text alone within 3 % of perplexity", "bits_per_byte",
                   "Transfusion: + diffusion", "Llama, text alone", margin=0.01),
@@ -36,7 +40,7 @@ def build_table(preset: str) -> Table:
             Claim("post-norm and z-loss cost text quality", "bits_per_byte", "Llama, text alone",
                   "Chameleon, text alone: + post-norm, z-loss"),
         ),
-        multimodal.prepare,
+        partial(multimodal.prepare, level),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ that mark images.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -37,12 +38,13 @@ WAYS = {  # to train the language model on captioned images
 
 
 def build_table(preset: str) -> Table:
-    steps, language_model = PRESETS[preset].steps, make_variant(preset, LANGUAGE_MODEL, "llama")
+    steps, level = PRESETS[preset].steps, PRESETS[preset].level
+    language_model = make_variant(preset, level, LANGUAGE_MODEL, "llama")
     pairs = "--data.sources", "shapes", "--data.mixture-weights", "1", "--training.steps", str(steps)
-    start = Table("language model", (language_model,), {}, measure(preset)), language_model
+    start = Table("language model", (language_model,), {}, measure(level)), language_model
 
     def make_row(name: str, *more: str) -> Variant:
-        return make_variant(preset, name, "transfusion", "M", *more)
+        return make_variant(preset, level, name, "transfusion", "M", *more)
 
     def compare(columns: Sequence[str], first: str, second: str) -> list[Claim]:
         return [Claim(f"{first} is better than {second}, by {COLUMNS[name].title}", name, first, second) for name in columns]
@@ -61,7 +63,7 @@ def build_table(preset: str) -> Table:
             **{name: COLUMNS[name] for name in ("bits_per_byte", "right", "attributes", "fid", "captions")},
             "changed_logits": Column("changed logits", ",.0f", "lower"), "positions": COLUMNS["positions"],
         },
-        measure(preset),
+        measure(level),
         (
             *(claim for name in (FEED_FORWARD, FULL)
               for claim in compare(("bits_per_byte", "right", "captions"), name, SHARED)),
@@ -74,7 +76,7 @@ def build_table(preset: str) -> Table:
                   *compare(("bits_per_byte", "captions"), name, FINE_TUNED),
               )),
         ),
-        multimodal.prepare,
+        partial(multimodal.prepare, level),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from experiments import (
     attention,
     code_hash,
+    continuous,
     drawings,
     editing,
     edits,
@@ -323,7 +324,7 @@ def test_wrong_table_is_refused_before_anything_is_trained(variants, tmp_path, m
 # Tables
 
 
-TABLES = [attention, patches, noise, text, scaling]
+TABLES = [attention, patches, noise, text, scaling, continuous]
 PRESET_NAMES = ["cpu", "gpu"]
 
 
@@ -386,11 +387,13 @@ def test_tables_share_common_cells(preset):
         table = module.build_table(preset)
         return {cell_folder(Options(), table, variant, 0) for variant in table.variants}
 
-    for first, second, num_common in ((attention, patches, 2), (attention, noise, 1), (text, scaling, 2), (towers, text, 2)):
+    pairs = (attention, patches, 2), (attention, noise, 1), (text, scaling, 2), (scaling, continuous, 0), (towers, text, 2)
+    for first, second, num_common in pairs:
         assert len(cells(first) & cells(second)) == num_common
 
 
-@pytest.mark.parametrize("module", results.TABLES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [module for module in results.TABLES if module is not continuous],  # no cells yet
+                         ids=lambda module: module.__name__)  # fmt: skip
 def test_committed_cells_have_the_arguments_of_their_variant(module):
     """The arguments decide the key of a cell: with other ones the committed runs would be trained again."""
     table = module.build_table("cpu")
@@ -436,8 +439,8 @@ def test_scenes_are_measured_and_drawn(tmp_path, monkeypatch):
 
     variants = [variant, replace(variant, name="same run"), replace(variant, name="not made", arguments=())]
     table = replace(table, variants=variants)
-    monkeypatch.setattr(drawings, "TABLES", [SimpleNamespace(build_table=lambda preset: table)])
-    rows = drawings.draw_rows(options)
+    monkeypatch.setattr(drawings, "FIGURES", {"drawings": [SimpleNamespace(build_table=lambda preset: table)]})
+    rows = drawings.draw_rows(options, "drawings")
     assert {name: len(row) for name, row in rows.items()} == {"tiny": drawings.IMAGES_PER_ROW}
     drawings.plot_rows(rows, tmp_path / "drawings.png")
     assert PILImage.open(tmp_path / "drawings.png").width > 1000
@@ -460,15 +463,21 @@ def test_cells_of_optimizers_have_all_columns(run, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.count("one seed: no interval") == len(table.columns)
 
 
-def test_codecs_differ_only_in_the_codebook(tmp_path, monkeypatch):
+@pytest.mark.parametrize("level", [0, multimodal.JUDGED_LEVEL])
+def test_codecs_differ_only_in_the_codebook(level, tmp_path, monkeypatch):
+    """They are trained for equal steps on scenes of the level, which both data sets have."""
     commands = []
     monkeypatch.setattr(multimodal, "run_command", lambda *arguments: commands.append(list(map(str, arguments))))
-    multimodal.prepare(Options(tmp_path))
-    lab_folder = partial(multimodal.lab_folder, Options(tmp_path))
+    multimodal.prepare(level, Options(tmp_path))
+    lab_folder = partial(multimodal.lab_folder, Options(tmp_path), level=level)
     fits, prepares = ([arguments for arguments in commands if arguments[1] == verb] for verb in ("fit-codec", "prepare"))
     assert len(fits) == len(prepares) == 2
     assert [word for word in fits[1] if word not in fits[0]] == ["--network.codes", "512", str(lab_folder("vq"))]
     assert prepares[1][prepares[1].index("--tokenizer") + 1] == str(lab_folder("latents") / "tokenizer.json")
+    assert {arguments[arguments.index("--shapes-level") + 1] for arguments in commands} == {str(level)}
+    variants = [multimodal.make_variant("cpu", level, "", family) for family in ("transfusion", "chameleon")]
+    assert [lab.data_folder(Options(tmp_path), variant.data) for variant in variants] == [
+        lab_folder("latents"), lab_folder("codes")]  # fmt: skip
     codes = lab_folder("codes")
     monkeypatch.setattr(multimodal, "CODEC", (*multimodal.CODEC, "--training.seed", "1"))
     assert lab_folder("codes") != codes  # another recipe has another folder

@@ -409,10 +409,10 @@ def test_lengths_and_index_errors():
     for i in (-1, 2_000):
         with pytest.raises(IndexError):
             Shapes(split="heldout")[i]
-    for invalid in ({"level": 3}, {"split": "test"}, {"seed": -1}, {"size": 0}):
+    for invalid in ({"level": 4}, {"split": "test"}, {"seed": -1}, {"size": 0}):
         with pytest.raises(ValueError, match="shapes does not support"):
             Shapes(**invalid)
-    with pytest.raises(ValueError, match="no level 3"):
+    with pytest.raises(ValueError, match="no scenes of level 3 here"):
         sample_scene(3, 0)
 
 

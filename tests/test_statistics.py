@@ -301,8 +301,9 @@ def test_wide_linear_rows_have_the_parameters_of_the_unet(preset):
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_primary_claims_are_claims_of_the_tables(preset):
     found = [it.find(preset) for it in primary.CLAIMS]
-    assert [table.name for table, _ in found] == ["scaling", "scaling", "attention", "patches", "noise", "text"]
-    columns = ["bits_per_byte", "right", "right", "right", "captions", "bits_per_byte"]
+    assert [table.name for table, _ in found] == ["continuous", "continuous", "attention", "patches", "noise", "text"]
+    assert all(claim.first == "Transfusion M" for _, claim in found[:2])  # the middle of three sizes
+    columns = ["bits_per_byte", "attributes", "right", "right", "captions", "bits_per_byte"]
     assert [claim.column for _, claim in found] == columns
     assert all(len(primary.find_rows(table, claim)) == 2 for table, claim in found)
     assert not {*SEEDS} & {*OLD_SEEDS} and len(SEEDS) == 5
@@ -395,10 +396,12 @@ def test_tables_are_made_claims_first_and_every_cell_is_saved_at_once(options, t
     command = tables.Options(options.out)
     with pytest.raises(KeyboardInterrupt):
         tables.main(command)
-    claims = [("scaling", name, seed) for seed in SEEDS for name in ("Transfusion M", "Chameleon M")]
+    claims = [("continuous", name, seed) for seed in SEEDS for name in ("Transfusion M", "Chameleon M")]
     assert made[:10] == claims and made[10][:2] == ("attention", "linear, bidirectional")
-    assert made[35:40] == [("text", "Llama, text alone", seed) for seed in SEEDS]  # the other row of this claim exists
-    assert made[40:42] == [("scaling", "Transfusion S", 10), ("scaling", "Transfusion L", 10)]
+    assert made[30:35] == [("noise", "t up to 0.5", seed) for seed in SEEDS]  # the other row of this claim exists
+    names = "Transfusion: + diffusion", "Llama, text alone"
+    assert made[35:45] == [("text", name, seed) for seed in SEEDS for name in names]
+    assert made[45:47] == [("continuous", "Transfusion S", 10), ("continuous", "Transfusion L", 10)]
     interrupted = made.pop()
     before = len(made)
     tables.main(replace(command, out=tmp_path / "another clone"))

@@ -24,7 +24,7 @@ from transfusion.fields import (
 )
 
 TokenizerSize = Annotated[int, Range(at_least=256, limit=2**24)]  # with one id for each byte
-SceneLevel = Annotated[int, Range(0, 2)]
+SceneLevel = Annotated[int, Range(0, 3)]
 SceneSize = Annotated[int, Range(at_least=1, limit=4096)]
 GuidanceScale = Annotated[float, Range(0, 100)]
 TShift = Annotated[float, Range(0.001, 1000)]
@@ -189,7 +189,8 @@ class DigitsConfig(Config, part="data.digits."):
 class ShapesConfig(Config, part="data.shapes."):
     """The built-in source `shapes`: rendered scenes with captions."""
 
-    # Content of a scene: 0 is one object, 1 also two objects in a relation, 2 up to four objects.
+    # Content of a scene: 0 is one object, 1 also two objects in a relation, 2 up to four objects; 3 is one shaded object
+    # with continuous hue, size and place, and a caption of numbers.
     level: SceneLevel = 1
     size: SceneSize = 32  # Side of an image in pixels.
 

@@ -36,7 +36,8 @@ class Reading:
     shapes_size: SceneSize = 32
     """Side of the images of the source `shapes`, in pixels."""
     shapes_level: SceneLevel = 1
-    """Content of an image of `shapes`: 0 is one object, 1 also two objects in a relation, 2 up to four objects."""
+    """Content of an image of `shapes`: 0 is one object, 1 also two objects in a relation, 2 up to four objects;
+    3 is one shaded object with continuous hue, size and place."""
 
 
 def open_readers(reading: Reading, required: bool = True) -> list:

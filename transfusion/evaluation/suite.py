@@ -26,7 +26,7 @@ from transfusion.evaluation.edits import edit_heldout, is_edit
 from transfusion.evaluation.features import Extractor, open_extractor
 from transfusion.evaluation.geneval import Prompt, draw_geneval
 from transfusion.evaluation.geneval_prompts import published_prompts, read_prompts
-from transfusion.evaluation.geneval_shapes import detect_objects, shapes_prompts
+from transfusion.evaluation.geneval_shapes import choose_detector, shapes_prompts
 from transfusion.evaluation.image_scores import check_counts, image_scores
 from transfusion.evaluation.multiple_choice import (
     Question,
@@ -36,7 +36,7 @@ from transfusion.evaluation.multiple_choice import (
     read_questions,
 )  # fmt: skip
 from transfusion.evaluation.perplexity import bits_per_byte, heldout_topics
-from transfusion.evaluation.scenes import BATCH_SIZE, draw_captions, judge_scenes
+from transfusion.evaluation.scenes import BATCH_SIZE, caption_scenes, draw_captions, judge_scenes
 from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
 
@@ -188,6 +188,7 @@ class Suite:
         if source.name == "digits" and engine.is_default_image((SIDE, SIDE), 1):
             tasks["drawings"] = lambda: draw_digits(engine, self.config.seed)[0]
         if source.name == "shapes":
+            tasks["captions"] = lambda: caption_scenes(engine, source, count)
             tasks["drawings"] = lambda: judge_scenes(*self._draw(source)[:2])[0]
             tasks["geneval"] = lambda: self._geneval_of_shapes(source)
         return tasks
@@ -224,7 +225,7 @@ class Suite:
 
     def _geneval_of_shapes(self, source: Source) -> dict:
         prompts = shapes_prompts((caption for _, caption, _ in read_pairs(source, len(source))), PROMPTS_PER_CATEGORY)
-        return draw_geneval(self.engine, prompts, detect_objects, self.config.seed)[0]
+        return draw_geneval(self.engine, prompts, choose_detector(prompts), self.config.seed)[0]
 
     def _geneval(self) -> dict:
         self.networks["geneval geneval"] = self.detector.name

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from transfusion.evaluation.continuous import MAX_HUE_ERROR, MAX_PLACE_ERROR, MAX_SIZE_ERROR
 from transfusion.evaluation.scenes import ATTRIBUTES
 from transfusion.page import Page
 from transfusion.report.material import PICTURE, Material
@@ -15,6 +16,11 @@ CRITERIA = {
     "colour": "of every object", "shape": "of every object", "size": "of every object, small or large",
     "place": "the relations above and left of, as in the caption",
 }  # fmt: skip
+CONTINUOUS_CRITERIA = {
+    "everything": "all criteria below", "count": "one object", "colour": f"its hue within {MAX_HUE_ERROR:g} degrees",
+    "shape": "that of the caption", "size": f"within {MAX_SIZE_ERROR:g} of 32", "place": f"within {MAX_PLACE_ERROR:g} of 32",
+}  # of level 3  # fmt: skip
+ERRORS = {"hue_error": "hue, degrees", "place_error": "place, of a side of 32", "size_error": "size, of a side of 32"}
 
 
 def add_scores(page: Page, material: Material) -> None:
@@ -47,8 +53,12 @@ def add_scores(page: Page, material: Material) -> None:
             "xz can copy whole sentences from the training text. The model has only its weights.",
         )  # fmt: skip
     if scenes := material.result("shapes", "drawings"):
-        rows = [(name, _percent(scenes[name]), CRITERIA[name]) for name in ATTRIBUTES]
+        is_continuous = "hue_error" in scenes
+        criteria = CONTINUOUS_CRITERIA if is_continuous else CRITERIA
+        rows = [(name, _percent(scenes[name]), criteria[name]) for name in ATTRIBUTES]
         page.table(rows, ("drawn scenes", "right", "criterion"))
+        if is_continuous:
+            page.table([(unit, f"{scenes[name]:.1f}") for name, unit in ERRORS.items()], ("mean error", "of drawn objects"))
     page.table(_costs(material))
 
 

@@ -18,7 +18,7 @@ from transfusion.report.texts import add_captions, add_interleaved, add_text
 
 TRAINED_ON = {
     "digits": "1,500 scans of handwritten digits, 8 × 8 pixels, with their English names",
-    "shapes": "synthetic scenes of coloured shapes, 32 × 32 pixels, with captions that name the shapes and their relation",
+    "shapes": "synthetic scenes of coloured shapes, 32 × 32 pixels, with captions that describe them",
     "topics": "Python's built-in language reference",
 }
 NUM_FIRST = 8  # drawings above all sections

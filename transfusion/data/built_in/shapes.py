@@ -4,9 +4,9 @@ A level 0 caption names one object: "a large red circle". Level 1 also names two
 triangle left of a large cyan circle". Level 2 adds counts and more objects: "three small red circles", "a large red
 circle above two small blue squares", "a small red circle above a large cyan square left of a small blue circle"
 (each relation joins its two neighbours). The first object named is the upper or the left one. A single group may be
-anywhere.
+anywhere. Level 3 is one shaded object with continuous hue, size and place: see `continuous.py`.
 
-Lengths are in units of a canvas of 32 x 32, x to the right and y down. Rules of every scene:
+Lengths are in units of a canvas of 32 x 32, x to the right and y down. Rules of every scene of levels 0 to 2:
 - The boxes of any two objects are at least `GAP` apart in x or in y, and at least `MARGIN` from the border.
 - In "A above B" every box of A ends at least `GAP` before every box of B begins. The vector from the centre of A to
   the centre of B is at least twice as long in y as in x. "left of" is the same with x and y swapped.
@@ -14,7 +14,6 @@ Lengths are in units of a canvas of 32 x 32, x to the right and y down. Rules of
 So exactly one of all possible captions is true of an image.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +22,16 @@ from itertools import accumulate, combinations
 
 import numpy as np
 
+from transfusion.data.built_in import continuous
+from transfusion.data.built_in.continuous import ContinuousScene
+from transfusion.data.built_in.outlines import CANVAS, SHAPES, pixel_centres, signed_distance
 from transfusion.data.raw import RawDocument, RawImage, RawText
 
-CANVAS = 32
 SIZES = ("small", "large")
-SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "left of")
 COUNTS = ("a", "two", "three", "four")
-LEVELS = (0, 1, 2)
+LEVELS = (0, 1, 2, 3)
+CONTINUOUS = 3  # the level of `continuous.py`
 MAX_OBJECTS = 4  # in a scene
 
 COLOURS = {"red": (235, 60, 60), "green": (45, 190, 75), "blue": (50, 85, 245),
@@ -90,8 +91,8 @@ class Scene:
 
 class Shapes:
     """A random-access source of scenes with their captions. No held-out image is a training image for any seeds (see
-    `GRID_STEP`). Captions do recur: level 1 has only 2,556. So only the image is held out, not its content, and a very
-    similar training image may exist."""
+    `GRID_STEP`; images of level 3 have continuous parameters). Captions do recur: level 1 has only 2,556. So only the image
+    is held out, not its content, and a very similar training image may exist."""
 
     name = "shapes"
 
@@ -108,20 +109,25 @@ class Shapes:
 
     def __getitem__(self, i: int) -> RawDocument:
         scene = self.scene(i)
-        return RawDocument((RawText(caption(scene)), RawImage(render(scene, self.size))), id=i, pairs=True)
+        if isinstance(scene, ContinuousScene):
+            text, pixels = continuous.caption(scene.object), continuous.render(scene, self.size)
+        else:
+            text, pixels = caption(scene), render(scene, self.size)
+        return RawDocument((RawText(text), RawImage(pixels)), id=i, pairs=True)
 
-    def scene(self, i: int) -> Scene:
+    def scene(self, i: int) -> Scene | ContinuousScene:
         """The scene of document i. IndexError when there is no document i."""
         if not 0 <= i < self.length:
             raise IndexError(f"shapes ({self.split}) has documents 0 to {self.length - 1}, not {i}")
-        return sample_scene(self.level, 2 * (self.seed * 2**32 + i) + (self.split == "heldout"))
+        seed = 2 * (self.seed * 2**32 + i) + (self.split == "heldout")
+        return continuous.sample(seed) if self.level == CONTINUOUS else sample_scene(self.level, seed)
 
 
 def sample_scene(level: int, seed: int) -> Scene:
-    """A random scene of this level, a pure function of the seed (at least 0). At 32 pixels or more, no image of an even seed
-    equals one of an odd seed, at any level."""
-    if level not in LEVELS:
-        raise ValueError(f"shapes has no level {level}; use one of {LEVELS}")
+    """A random scene of level 0, 1 or 2, a pure function of the seed (at least 0). At 32 pixels or more, no image of an even
+    seed equals one of an odd seed, at any of these levels."""
+    if level not in LEVELS[:CONTINUOUS]:
+        raise ValueError(f"there are no scenes of level {level} here; use one of {LEVELS[:CONTINUOUS]}")
     rng = np.random.default_rng(seed)
     while True:  # sample the description again when no placement is found
         description = _sample_description(level, rng)
@@ -160,7 +166,7 @@ _RELATION = re.compile(rf" ({'|'.join(RELATIONS)}) ")
 def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
     """The image of a scene: (size, size, 3) uint8, anti-aliased, on a plain dark background. Only pixels near an object are
     computed."""
-    image, pixels = _background(size).copy(), _pixel_centres(size)  # (Y, X * 3), (X,)
+    image, pixels = _background(size).copy(), pixel_centres(size)  # (Y, X * 3), (X,)
     for item, centre in zip(scene.objects, scene.centres, strict=True):
         box = BOXES[item.size, item.shape]
         columns, rows = (_pixels_near(c, side, size) for c, side in zip(centre, box, strict=True))
@@ -174,28 +180,16 @@ def coverage(shape: str, box: tuple[float, float], centre: tuple[float, float], 
     """Share of each pixel that a shape covers, (size, size) float32 in [0, 1]. Box and centre in canvas units. coverage =
     clip(0.5 - d, 0, 1), d: signed distance in pixels from the pixel's centre to the outline. Exact for edges along the grid,
     close for the others, and many times faster than supersampling."""
-    return _cover(shape, box, centre, _pixel_centres(size), _pixel_centres(size), CANVAS / size)
+    return _cover(shape, box, centre, pixel_centres(size), pixel_centres(size), CANVAS / size)
 
 
 def _cover(
     shape: str, box: tuple[float, float], centre: tuple[float, float], columns: np.ndarray, rows: np.ndarray, pixel: float
 ) -> np.ndarray:
     """`coverage` of pixels of this side whose centres have these x (X,) and y (Y,)."""
-    width, height = box
     x = columns - np.float32(centre[0])  # (X,)
     y = (rows - np.float32(centre[1]))[:, None]  # (Y, 1)
-    match shape:
-        case "circle":
-            outside = np.hypot(x, y) - width / 2  # (Y, X)
-        case "square":
-            outside = np.maximum(np.abs(x) - width / 2, np.abs(y) - height / 2)  # (Y, X)
-        case "triangle":  # point up: two slanted sides from (0, -height / 2), and the base
-            length = math.hypot(height, width / 2)
-            across, down = np.float32(height / length), np.float32(width / 2 / length)
-            slanted = np.abs(x) * across - (y + height / 2) * down  # (Y, X)
-            outside = np.maximum(slanted, y - height / 2)  # (Y, X)
-        case _:
-            raise ValueError(f"there is no shape {shape!r}; use one of {SHAPES}")
+    outside = signed_distance(shape, box, x, y)  # (Y, X)
     return np.minimum(np.maximum(0.5 - outside / np.float32(pixel), 0), 1)  # (Y, X)
 
 
@@ -214,11 +208,6 @@ def _background(size: int) -> np.ndarray:
 def _colour_offsets(colour: str, size: int) -> np.ndarray:
     """The difference of a colour from the background, for each pixel of a row."""
     return np.tile(np.float32(np.subtract(COLOURS[colour], BACKGROUND)), size)  # (X * 3,)
-
-
-@lru_cache(maxsize=8)
-def _pixel_centres(size: int) -> np.ndarray:
-    return ((np.arange(size) + 0.5) * (CANVAS / size)).astype(np.float32)  # (size,)
 
 
 def _sample_description(level: int, rng: np.random.Generator) -> Description:
