@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 
 from tests.test_cli import command, fails
 from tests.tiny import begin_run, run_tensors, save, small_run, tokenizer
-from transfusion.checkpoint.open import describe_run
+from transfusion.checkpoint.read import describe_run
 from transfusion.cli.run_folder import RunFolder
 from transfusion.cli.screen import UsageError
 from transfusion.config import DataConfig, RopeScaling, Run

@@ -16,7 +16,7 @@ from tests.test_cli import TINY, TINY_FITTED, command, fails
 from tests.test_export import edit_json
 from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
-from transfusion.checkpoint.open import describe_run
+from transfusion.checkpoint.read import describe_run
 from transfusion.cli import main
 from transfusion.cli.measure import check_memory
 from transfusion.cli.runs import Train

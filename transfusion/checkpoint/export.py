@@ -12,7 +12,8 @@ from typing import Literal
 from torch import nn
 
 from transfusion.chat import list_roles
-from transfusion.checkpoint.open import GENERATION, OpenedRun, open_checkpoint
+from transfusion.checkpoint.open import OpenedRun, open_checkpoint
+from transfusion.checkpoint.read import GENERATION
 from transfusion.checkpoint.save import fsync_and_hash, hash_config, versions
 from transfusion.codecs.autoencoder import Autoencoder
 from transfusion.codecs.codec import codec_to_bytes

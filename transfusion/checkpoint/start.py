@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from transfusion.checkpoint.open import (
+from transfusion.checkpoint.read import (
     RunDescription,
     check_exported,
     checkpoint_part,

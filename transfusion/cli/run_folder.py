@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
-from transfusion.checkpoint.open import RunDescription, describe_run
+from transfusion.checkpoint.read import RunDescription, describe_run
 from transfusion.checkpoint.save import create_run_folder, list_checkpoints, update_settings
 from transfusion.checkpoint.start import (
     OtherRunStart,

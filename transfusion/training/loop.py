@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from transfusion.checkpoint.open import restore_newest
+from transfusion.checkpoint.read import restore_newest
 from transfusion.checkpoint.save import Saver
 from transfusion.config import FaultToleranceConfig, LoggerName
 from transfusion.parallel import Ranks
