@@ -26,7 +26,8 @@ from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.read import describe_run
 from transfusion.cli.run_folder import RunFolder
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import ChatLayout, DataConfig, PrepareConfig, to_json
+from transfusion.config import ChatLayout, DataConfig, to_json
+from transfusion.data.config import PrepareConfig
 from transfusion.data.fitting import TokenizerAndCodec
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import Fault

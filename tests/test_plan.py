@@ -90,7 +90,7 @@ def test_weights_gradients_moments_and_ema_are_exact(untied, changes):
     run = replace(run, model=replace(run.model, untied=untied, text_vocab_size=300))
     run = replace(run, training=replace(run.training, **changes))
     model, ema = build(run.model, 0), build(run.model, 0)
-    freeze(model, run.training.lr_scales)
+    freeze(model, run.training.lr_scales, run.lora)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer = build_optimizer(model, run.training, kind=run.training.optimizer)
     optimizer.step()

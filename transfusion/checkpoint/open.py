@@ -15,6 +15,7 @@ from transfusion.checkpoint.read import (
     read_step,
     verify_checkpoint,
 )
+from transfusion.checkpoint.start import load_with_base
 from transfusion.disk import CONFIG, find_folder, is_exported, read_json
 from transfusion.model.transfusion import Transfusion, build_on_meta, count_parameters
 from transfusion.model.weights import load_weights
@@ -58,16 +59,25 @@ def open_checkpoint(
     torch_device = pick_device(device)
     folder = find_folder(place, revision, local_files_only)
     description = describe_run(folder)
-    model = lower_weights(build_on_meta(description.run.model), precision(torch_device)).requires_grad_(False)
-    model.to_empty(device=torch_device)  # never with all weights in float32, twice the memory
     if is_exported(folder):
+        model = _build(description, torch_device)
         step = _load_exported(folder, model, weights)
-    else:
-        checkpoint = find_newest_checkpoint(folder)
-        verify_checkpoint(checkpoint)
+        return OpenedRun(**vars(description), model=model, step=step, device=torch_device)
+    checkpoint = find_newest_checkpoint(folder)
+    verify_checkpoint(checkpoint)
+    if description.run.lora.rank is None:
+        model = _build(description, torch_device)
         fill_tensors(checkpoint, {checkpoint_part(weights): model.state_dict()})
-        step = read_step(checkpoint)
-    return OpenedRun(**vars(description), model=model.eval(), step=step, device=torch_device)
+    else:  # merged in float32: rounded weights would lose small changes
+        model = load_with_base(description, checkpoint, weights, folder)
+        model = lower_weights(model, precision(torch_device)).eval().to(torch_device)
+    return OpenedRun(**vars(description), model=model, step=read_step(checkpoint), device=torch_device)
+
+
+def _build(description: RunDescription, device: torch.device) -> Transfusion:
+    """The model of a run without its weights; matrices are in the precision of the device."""
+    model = lower_weights(build_on_meta(description.run.model), precision(device)).requires_grad_(False).eval()
+    return model.to_empty(device=device)  # never with all weights in float32, twice the memory
 
 
 def _load_exported(folder: Path, model: Transfusion, weights: str) -> int:

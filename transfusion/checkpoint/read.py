@@ -119,6 +119,24 @@ def find_newest_checkpoint(folder: Path) -> Path:
     return next((path for path in checkpoints if path.stem.encode() == name), checkpoints[-1])  # stem: it may end in .old
 
 
+def find_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """The folder of the checkpoint at this step; None: of the newest. OpenError if the folder does not have it."""
+    newest = find_newest_checkpoint(folder)
+    if step is None or read_step(newest) == step:
+        return newest
+    steps = {int(path.stem.partition("-")[2]): path for path in list_checkpoints(folder)}
+    if step not in steps:
+        raise OpenError(f"{folder} has no checkpoint of step {step}, only of step {', '.join(map(str, steps))}")
+    return steps[step]
+
+
+def check_adapter(checkpoint: Path, state: dict, base_sha256: str | None) -> None:
+    """OpenError unless the checkpoint, with this state.json, has an adapter to these base weights; None: all weights."""
+    if state.get("base_sha256") != base_sha256:
+        raise OpenError(f"{checkpoint} belongs to another run: its adapter was trained on other weights than those that "
+                        "this run started from")  # fmt: skip
+
+
 def verify_checkpoint(checkpoint: Path, ranks: Ranks = SINGLE_PROCESS) -> None:
     """Check every file against its recorded SHA-256. OpenError names the first missing or changed file. Each rank hashes its
     share of the files."""
