@@ -274,8 +274,8 @@ MORE_FROZEN = [("feed_forward", "text"), ("feed_forward", "image")]
 
 @pytest.mark.parametrize(("untied", "frozen"), [*FROZEN, *MORE_FROZEN] if THOROUGH else FROZEN)
 def test_frozen_side_never_changes(tmp_path, untied, frozen):
-    """Bit for bit, in spite of weight decay. Its average is itself, so that it exists once; it has no gradient and no moments,
-    and all else trains, also after a resume."""
+    """Bit for bit, in spite of weight decay. Its average is itself, so that it exists once; it has no gradient and no
+    moments, and all else trains, also after a resume."""
     run = untied_run(untied, **{SCALES[frozen]: 0.0})
     trainer = new_trainer(tmp_path / "whole", run)
     before = copy_tensors(trainer)
