@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,10 @@ from experiments.measures import final_losses
 from transfusion.cli import runs
 from transfusion.cli.screen import UsageError
 from transfusion.cli.settings import option_names
+from transfusion.config import ModelConfig
 from transfusion.disk import read_json, write_json
 from transfusion.inference.engine import Engine, open_run
+from transfusion.model.transfusion import build_on_meta, count_parameters
 
 Preset = Literal["cpu", "gpu"]
 SEEDS = 10, 11, 12, 13, 14  # of the rows of primary claims; other rows have the first three
@@ -68,12 +70,19 @@ class Variant:
     """One row of a table: its name, and its arguments to `transfusion train`.
 
     `data`: the name of its prepared data, if any, see `data_folder`. `paper`: the paper's figures for this row, by column.
+    `start`: the table and the row whose run of the same seed it begins from; without arguments it is that run itself.
     """
 
     name: str
     arguments: tuple[str, ...]
     data: str = ""
     paper: Mapping[str, float | str] = field(default_factory=dict)
+    start: "tuple[Table, Variant] | None" = None
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its runs besides their seed, as in a cell."""
+        start = self.start and self.start[1].describe()
+        return {"arguments": [*self.arguments], "data": self.data} | ({"start": start} if start else {})
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ Measure = Callable[[Engine], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper at small scale. `measure` makes the values of a cell from its run; `prepare` the data of all."""
+    """A table of the paper at small scale. `measure` makes the values of a cell from its run; `prepare` the data of all, and
+    of the runs that they begin from."""
 
     name: str
     variants: Sequence[Variant]
@@ -129,7 +139,7 @@ STALE = (
 COSTS = {
     "parameters": Column("parameters", ",.0f"), "flops": Column("training FLOPs", ".2e"),
     "minutes": Column("minutes", ".1f", "lower"),
-}  # of every table; FLOPs are 6 x parameters x positions, as in the paper  # fmt: skip
+}  # of every table  # fmt: skip
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -159,7 +169,9 @@ def fill_cells(options: Options, table: Table) -> None:
     due = list(cells_due(options, table))
     if due and table.prepare is not None:
         table.prepare(options)
-    for variant, seed in {variant.name: (variant, seed) for variant, seed in due}.values():
+    # A run that begins from another can be checked only when that one is trained; here the other one is.
+    first = [(variant.start[1] if variant.start else variant, seed) for variant, seed in due]
+    for variant, seed in {variant.name: (variant, seed) for variant, seed in first}.values():
         check_cell(options, table, variant, seed, "--dry-run")
     for variant, seed in due:
         measure_run(options, table, variant, seed, train(options, table, variant, seed))
@@ -182,7 +194,7 @@ def check_table(options: Options, table: Table) -> None:
         if given := option_names([*variant.arguments, *options.train]) & {"--training.seed", "--device", "--out"}:
             use = "use --seeds, --device or --out"
             sys.exit(f"{table.name}: variant {variant.name!r}: {min(given)} is set for each cell; {use}")
-        for seed in options.seeds:
+        for seed in options.seeds if variant.arguments else ():
             check_cell(options, table, variant, seed, "--print-config")
 
 
@@ -211,14 +223,19 @@ def cells_due(options: Options, table: Table) -> Iterator[tuple[Variant, int]]:
 def train_arguments(options: Options, variant: Variant, seed: int) -> list[str | Path]:
     """The arguments of `transfusion train` for a cell, without its folder."""
     data = ["--data", data_folder(options, variant.data)] if variant.data else []
-    return [*variant.arguments, *data, *options.train, "--training.seed", str(seed), "--device", options.device]
+    start = ["--from", cell_folder(options, *variant.start, seed)] if variant.start else []
+    return [*variant.arguments, *data, *start, *options.train, "--training.seed", str(seed), "--device", options.device]
 
 
-def train(options: Options, table: Table, variant: Variant, seed: int, *more: str | Path) -> Path:
-    """Train the run of a cell, with `more` arguments; return its folder."""
+def train(options: Options, table: Table, variant: Variant, seed: int) -> Path:
+    """Train the run of a cell, and before it the one that it begins from; return its folder."""
+    if variant.start is not None:
+        first = train(options, *variant.start, seed)
+        if not variant.arguments:
+            return first
     check_code(*table.code(variant))
     folder = cell_folder(options, table, variant, seed)
-    run_command("train", *train_arguments(options, variant, seed), *more, "--out", folder)
+    run_command("train", *train_arguments(options, variant, seed), "--out", folder)
     return folder
 
 
@@ -228,13 +245,19 @@ def measure_run(options: Options, table: Table, variant: Variant, seed: int, run
     if engine.opened.step < engine.run.training.steps:
         sys.exit("training stopped early; run the same command again to resume it")
     values = {**table.measure(engine), **final_losses(run), "parameters": engine.opened.parameters}
-    values["flops"] = 6 * values["parameters"] * values["positions"]
+    # As in the paper. For frozen weights it is too many: they have no gradient.
+    values["flops"] = 6 * count_used_parameters(engine.run.model) * values["positions"]
     check_code(*table.code(variant))
     folder = cell_folder(options, table, variant, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    words = {"seed": seed, "arguments": [*variant.arguments, *options.train], "data": variant.data}
+    words = {"seed": seed, **replace(variant, arguments=(*variant.arguments, *options.train)).describe()}
     cell = words | {"code": hash_code(*table.code(variant))}
     write_json(folder / MEASURED, cell | describe_machine(str(engine.device)) | values)
+
+
+def count_used_parameters(model: ModelConfig) -> int:
+    """The parameters that a position uses: of untied weights, those of one side."""
+    return count_parameters(build_on_meta(replace(model, untied="none")))
 
 
 def describe_machine(device: str) -> dict[str, str | int]:
@@ -338,7 +361,8 @@ def restore_cells(options: Options, table: Table) -> None:
     contents = read_json(path)["cells"] if path.exists() and not options.train else {}
     for variant in table.variants:
         for cell in contents.get(variant.name, []):
-            is_same = cell["arguments"] == [*variant.arguments] and cell["data"] == variant.data
+            words = variant.describe()
+            is_same = words == {name: cell[name] for name in ("arguments", "data", "start") if name in cell}
             if is_same and find_cell(options, table, variant, cell["seed"]) is None:
                 name = "-".join([_hash_words(options, variant), *([cell["code"]] if "code" in cell else [])])
                 folder = options.out / "runs" / name / f"seed-{cell['seed']}"
@@ -384,7 +408,8 @@ def data_folder(options: Options, name: str) -> Path:
 
 
 def _hash_words(options: Options, variant: Variant) -> str:
-    key = json.dumps([variant.arguments, variant.data, options.train])
+    start = [_hash_words(options, variant.start[1])] if variant.start else []
+    key = json.dumps([variant.arguments, variant.data, options.train, *start])
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 

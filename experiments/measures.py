@@ -9,17 +9,22 @@ from typing import Any
 
 import torch
 
+from transfusion.checkpoint.start import open_start
 from transfusion.data.built_in.shapes import Shapes
+from transfusion.data.built_in.topics import Topics
 from transfusion.data.sources import open_raw
 from transfusion.disk import read_json
 from transfusion.evaluation.captions import caption_heldout
 from transfusion.evaluation.conditioning import conditioning_gap
 from transfusion.evaluation.image_scores import image_scores
-from transfusion.evaluation.perplexity import heldout_topics
+from transfusion.evaluation.perplexity import heldout_topics, split_windows
 from transfusion.evaluation.scenes import draw_scenes
 from transfusion.evaluation.small_network import SmallFeatureNetwork
 from transfusion.inference.engine import Engine
+from transfusion.model.transfusion import build_on_meta
+from transfusion.parallel import SINGLE_PROCESS, lower_weights
 from transfusion.report.record import Record
+from transfusion.sequence import Document, Row, Text, collate, encode_document
 
 NUM_SCENES = 400  # held-out captions; one image is drawn for each
 NUM_TRAINING_SCENES = 2_000  # for the small network that computes features
@@ -73,9 +78,30 @@ def small_network(level: int) -> SmallFeatureNetwork:
 
 
 def measure_text_and_scenes(level: int, engine: Engine) -> dict[str, Any]:
-    """Bits per byte of held-out text; for runs trained on scenes also everything that `measure_scenes` returns."""
+    """Bits per byte of held-out text; for runs trained on scenes also everything that `measure_scenes` returns, and for runs
+    that began from another one `count_changed_logits`."""
     values = {"bits_per_byte": heldout_topics(engine)["bits_per_byte"]}
+    if "start" in engine.opened.notes:
+        values["changed_logits"] = count_changed_logits(engine)
     return values | (measure_scenes(level, engine) if "shapes" in engine.run.data.sources else {})
+
+
+@torch.inference_mode()
+def count_changed_logits(engine: Engine) -> int:
+    """The number of logits of held-out text, over the ids of text, that the training of a run changed in any bit. They are
+    compared with those of its first weights in a network of the same shapes: another number of rows of the head can change
+    the last bit of a product."""
+    opened, vocabulary, note, count = engine.opened, engine.vocabulary, engine.opened.notes["start"], 0
+    first = lower_weights(build_on_meta(engine.run.model), opened.precision).to_empty(device=engine.device).eval()
+    open_start(note["kind"], note["place"]).fill(first, engine.run.training.seed, SINGLE_PROCESS)
+    for text in Topics("heldout").texts:
+        chunk = encode_document(Document((Text(opened.tokenizer.encode(text)),)), vocabulary)
+        for window in split_windows(chunk, engine.max_positions):
+            batch = collate([Row((window,))], engine.max_positions, vocabulary).to(engine.device)
+            with opened.lower_precision():
+                before, after = (model(batch, [], []).logits for model in (first, engine.model))  # (T, V)
+            count += int((before != after)[:, : vocabulary.text_size].sum())
+    return count
 
 
 def measure_captions(name: str, engine: Engine) -> dict[str, float]:

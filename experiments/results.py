@@ -16,13 +16,13 @@ from typing import Any
 
 import tyro
 
-from experiments import attention, drawings, editing, lab, multimodal, noise, patches, scaling, text
+from experiments import attention, drawings, editing, lab, multimodal, noise, patches, scaling, text, towers
 from experiments.judge import OPEN, Evidence
 from experiments.lab import DOCS, SEEDS, Options, Preset
 from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_claims
 from transfusion.disk import read_json, write_json
 
-TABLES = (scaling, text, attention, patches, noise, editing)
+TABLES = (scaling, text, attention, patches, noise, editing, towers)
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 INTRODUCTION = """# The paper's tables at small scale
 
@@ -48,7 +48,7 @@ code. Claims, metrics and seeds were fixed before these runs were made, in `expe
   seeds. A true advantage of 1, 2 or 3 standard deviations over seeds is found in 7, 51 and 97 % of cases if all six claims
   are true, and in 7, 38 and 80 % if one is: "no difference shown" does not mean that there is none.
 - All other comparisons on this page have intervals and no verdict. They are not corrected for their number. Their column
-  "expected" has what the paper leads one to expect, which is not a result.
+  "expected" has what the paper, or the one that the section names, leads one to expect, which is not a result.
 
 Compare rows with each other, not with the paper's numbers. `python -m experiments.tables` makes all missing runs, those of
 the claims above first. The command below each table makes its runs (`--seeds`, `--variants` select cells;
@@ -62,8 +62,8 @@ the claims above first. The command below each table makes its runs (`--seeds`, 
 - "Caption exact match" is the share of held-out images whose generated caption equals the reference.
 - "Conditioning gap" is the relative increase of the image loss when an image has the caption of another image.
 - Images are held out, not captions: there are few captions of one object, and all occur in training.
-- Training FLOPs are 6 x parameters x positions, the paper's estimate; attention and convolutions are not counted exactly.
-  Minutes were measured on a shared machine.
+- Training FLOPs are 6 x parameters x positions, the paper's estimate; attention and convolutions are not counted exactly,
+  and of untied weights those of one side count. Minutes were measured on a shared machine.
 
 {old}All {runs} runs together took {hours:.1f} hours of training, each on one thread and most of them with another run on the
 same machine.
@@ -179,7 +179,7 @@ def _format_section(options: Options, module: ModuleType, table: str, cells: lis
     runs = f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {positions / 1e6:.1f} million positions"
     source = f"`{command}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
     parts = [f"## {_title(module)}", introduction, table, source]
-    if module in (scaling, text, editing) and (quality := describe_codecs(options)):
+    if module in (scaling, text, editing, towers) and (quality := describe_codecs(options)):
         parts.insert(3, quality)
     if module is scaling:
         figure = ""
@@ -188,6 +188,8 @@ def _format_section(options: Options, module: ModuleType, table: str, cells: lis
             scaling.plot(options, DOCS / name)
             figure = f"\n![Metrics against compute, with fitted power laws]({name})"
         parts.insert(3, scaling.describe_parity(options) + figure)
+    if module is towers:
+        parts.insert(3, towers.describe_steps(options))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -1,5 +1,5 @@
 """Make all runs of docs/results.md that are missing: those of the primary claims first, in their order, then one, two and
-three seeds of the other rows, and last the edits, which start from other runs.
+three seeds of the other rows.
 
     python -m experiments.tables
 
@@ -11,11 +11,10 @@ one code, so let it not change meanwhile, or make them again with `--rerun-stale
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import tyro
 
-from experiments import editing, lab, results
+from experiments import lab, results
 from experiments.lab import DOCS, SEEDS, Preset, Table, Variant
 from experiments.primary import CLAIMS, find_rows
 
@@ -36,17 +35,16 @@ class Options:
     """Device for training and measuring: auto, cpu, cuda or mps."""
 
 
-def list_cells(options: Options) -> Iterator[tuple[ModuleType, Table, Variant, int]]:
+def list_cells(options: Options) -> Iterator[tuple[Table, Variant, int]]:
     """All cells of the page in the order in which they are made. Cells that tables share are repeated."""
     for primary in CLAIMS:
         table, claim = primary.find(options.preset)
-        yield from ((primary.module, table, row, seed) for seed in SEEDS for row in find_rows(table, claim))
+        yield from ((table, row, seed) for seed in SEEDS for row in find_rows(table, claim))
     if not options.only_claims:
-        for modules in ([module for module in results.TABLES if module is not editing], [editing]):
-            for seed in lab.Options().seeds:
-                for module in modules:
-                    table = module.build_table(options.preset)
-                    yield from ((module, table, row, seed) for row in table.variants)
+        for seed in lab.Options().seeds:
+            for module in results.TABLES:
+                table = module.build_table(options.preset)
+                yield from ((table, row, seed) for row in table.variants)
 
 
 def main(options: Options) -> None:
@@ -54,10 +52,10 @@ def main(options: Options) -> None:
     for module in results.TABLES:
         lab.restore_cells(common, module.build_table(options.preset))
     (DOCS / "results").mkdir(exist_ok=True)
-    for module, table, row, seed in list_cells(options):
+    for table, row, seed in list_cells(options):
         selected = replace(common, variants=(row.name,), seeds=(seed,))
         if [*lab.cells_due(selected, table)]:
-            editing.main(selected) if module is editing else lab.fill_cells(selected, table)
+            lab.fill_cells(selected, table)
             lab.save_cells(replace(common, seeds=SEEDS), table, DOCS / "results")
     print(f"wrote {results.write_page(common)}")
 

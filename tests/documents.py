@@ -18,7 +18,20 @@ from transfusion.data.loader import Loader
 from transfusion.data.packing import pack
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.model import transfusion
-from transfusion.sequence import Batch, Chunk, Document, Image, Row, Text, Vocabulary, collate, encode_document, split_chunk
+from transfusion.model.mask import Mask, packed_mask
+from transfusion.sequence import (
+    Batch,
+    Chunk,
+    Document,
+    Image,
+    Row,
+    Sides,
+    Text,
+    Vocabulary,
+    collate,
+    encode_document,
+    split_chunk,
+)
 
 CHANNELS = 3
 SHAPES = ((4, 4), (2, 6), (2, 2))  # 4, 3 and 1 patches of side 2
@@ -84,10 +97,10 @@ LENGTH = 48  # positions of a row
 
 
 @st.composite
-def batches(draw, min_documents: int = 1, max_documents: int = 5, length: int = LENGTH, **of_documents):
-    """Packed rows of random documents (too long ones are split), as (rows, batch)."""
+def batches(draw, min_documents: int = 1, max_documents: int = 5, length: int = LENGTH, clean_copies=either, **of_documents):
+    """Packed rows of random documents (too long ones are split), with or without clean copies, as (rows, batch)."""
     sampled = draw(st.lists(documents(**of_documents), min_size=min_documents, max_size=max_documents))
-    rows = pack(sampled, length, VOCABULARY, seed=draw(st.integers(0, 2**31)))
+    rows = pack(sampled, length, VOCABULARY, draw(st.integers(0, 2**31)), draw(clean_copies))
     return rows, collate(rows, length, VOCABULARY)
 
 
@@ -127,8 +140,8 @@ def entries_of(loader: Loader, block: int, num_blocks: int = 1) -> list[tuple[in
 
 def contents(chunk: Chunk) -> tuple:
     """A chunk as a hashable value."""
-    keys = tuple(placed.key for placed in chunk.images)
-    return tuple(chunk.tokens.tolist()), tuple(chunk.targets.tolist()), keys
+    keys = (tuple((i.start, i.key, i.image.max_t) for i in placed) for placed in (chunk.images, chunk.copies))
+    return tuple(chunk.tokens.tolist()), tuple(chunk.targets.tolist()), *keys
 
 
 def contents_of(rows: list[Row]) -> list[list[tuple]]:
@@ -136,11 +149,23 @@ def contents_of(rows: list[Row]) -> list[list[tuple]]:
     return [[contents(chunk) for chunk in row.chunks] for row in rows]
 
 
-def may_see(document: Tensor, image: Tensor, bidirectional: bool = True) -> Tensor:
-    """The attention rule (section 3, figure 4) in one expression: (L,), (L,) -> (L, L) bool, query by key."""
+def may_see(document: Tensor, image: Tensor, bidirectional: bool = True, clean: Tensor | None = None) -> Tensor:
+    """The attention rule (section 3, figure 4) in one expression: (L,), (L,), (L,) -> (L, L) bool, query by key. `clean`: in
+    a noisy copy the first position of the clean image, else negative. Copies are behind their document."""
     q, k = torch.arange(len(document))[:, None], torch.arange(len(document))[None]
-    same_image = (image[q] == image[k]) & (image[q] >= 0) & bidirectional
-    return (document[q] == document[k]) & ((k <= q) | same_image)
+    same_image = (image[q] == image[k]) & (image[q] >= 0) & ((k <= q) | bidirectional)
+    end = q + 1 if clean is None else torch.where(clean[q] >= 0, clean[q], q + 1)
+    return (document[q] == document[k]) & ((k < end) | same_image)
+
+
+def mask_of(batch: Batch, image_attention: str = "bidirectional") -> Mask:
+    return packed_mask(batch.document_ids, batch.image_ids, image_attention, batch.clean_starts)
+
+
+def rows_of(batch: Batch) -> list[tuple[Tensor | None, ...]]:
+    """(document, image, clean) of each row, for `may_see`."""
+    clean = [None] * len(batch.tokens) if batch.clean_starts is None else batch.clean_starts
+    return list(zip(batch.document_ids, batch.image_ids, clean, strict=True))
 
 
 # Raw data
@@ -218,8 +243,9 @@ def _same(a, b) -> bool:
         if name == "groups":
             if len(value) != len(b.groups):
                 return False
-        elif isinstance(value, Tensor):
-            if not torch.equal(value, getattr(b, name)):
+        elif isinstance(value, Tensor | Sides):
+            pairs = zip(value, getattr(b, name), strict=True) if isinstance(value, Sides) else [(value, getattr(b, name))]
+            if not all(torch.equal(*pair) for pair in pairs):
                 return False
         elif value != getattr(b, name):
             return False

@@ -54,11 +54,11 @@ class IdentityCodec:
         return codes[..., None].astype(np.uint8)
 
 
-def build_engine(seed: int = 0, context: int = 120, untied: str = "none", **options) -> Engine:
+def build_engine(seed: int = 0, context: int = 120, untied: str = "none", image_rope: str = "1d", **options) -> Engine:
     """An engine with random weights; qk_norm and post_norm make its logits differ clearly."""
     config = ModelConfig(width=32, layers=2, heads=4, intermediate_size=48, vocab_size=VOCABULARY.size,
                          text_vocab_size=VOCABULARY.text_size, untied=untied, image_init="fresh",
-                         patches="codes", patch_size=1, qk_norm=True, post_norm=True)  # fmt: skip
+                         image_rope=image_rope, patches="codes", patch_size=1, qk_norm=True, post_norm=True)  # fmt: skip
     generation = GenerationConfig(**{"guidance_scale": 2.0, "max_tokens": 8, "temperature": 0.0} | options)
     run = Run("tiny", config, DiffusionConfig(), DataConfig(seq_len=context), generation=generation)
     model = build(config, seed, torch.float32).eval().requires_grad_(False)
@@ -66,10 +66,11 @@ def build_engine(seed: int = 0, context: int = 120, untied: str = "none", **opti
 
 
 def logits_after(engine: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
-    """Logits (V,) after these segments and these tokens, in one forward pass without a cache."""
-    chunk = encode_document(Document(parts), VOCABULARY, add_eos=False)
-    for token in tail:
-        chunk = chunk.append(token)
+    """Logits (V,) after these segments and these tokens, a boi and codes, in one forward pass without a cache."""
+    chunk = encode_document(Document(parts), VOCABULARY, add_eos=False).append(tail[0])
+    _, columns = VOCABULARY.shape_of(tail[0])
+    for n, code in enumerate(tail[1:]):
+        chunk = chunk.append(code, [n // columns - n, n % columns - n])
     batch = collate([Row((chunk,))], len(chunk), VOCABULARY)
     batch = replace(batch, text_index=torch.tensor([len(chunk) - 1]))
     with torch.no_grad():
@@ -151,10 +152,10 @@ def test_mean_losses_of_latents():
 @few
 @given(
     words, st.sampled_from(SHAPES), st.sampled_from([1.0, 2.0, 3.5]), st.sampled_from(("none", "feed_forward", "full")),
-    st.integers(0, 99),
+    st.sampled_from(("1d", "2d")), st.integers(0, 99),
 )
-def test_cached_sampling_equals_uncached_sampling(text, shape, scale, untied, seed):
-    engine = build_engine(seed, untied=untied, guidance_scale=scale)
+def test_cached_sampling_equals_uncached_sampling(text, shape, scale, untied, image_rope, seed):
+    engine = build_engine(seed, untied=untied, image_rope=image_rope, guidance_scale=scale)
     (answer,) = engine.generate([Request((text,), num_images=1, size=shape[::-1])])[0]
     expected = sample_uncached(engine, (Text(tokenizer().encode(text)),), shape, scale)
     assert np.array_equal(answer.parts[0][..., 0], expected)
@@ -208,9 +209,10 @@ def test_every_code_has_its_own_seed():
     assert len(set(used)) == len(used) == 2 * 16
 
 
-def test_text_after_an_image_depends_on_it():
+@pytest.mark.parametrize("image_rope", ["1d", "2d"])
+def test_text_after_an_image_depends_on_it(image_rope):
     """Text after a drawn image equals text after the same image in a prompt."""
-    engine = build_engine(1, temperature=0.0)
+    engine = build_engine(1, temperature=0.0, image_rope=image_rope)
     boi = VOCABULARY.boi[SHAPES[0]]
     engine.allowed_tokens[:] = False
     engine.allowed_tokens[[boi, *range(97, 105)]] = True
@@ -225,7 +227,7 @@ def test_text_after_an_image_depends_on_it():
         patch.setattr(text_mode, "sample_tokens", sample_boi_first)
         (answer,) = engine.generate([Request(("ab",))])[0]
     image = answer.parts[0]
-    second_engine = build_engine(1, temperature=0.0, max_tokens=7)
+    second_engine = build_engine(1, temperature=0.0, image_rope=image_rope, max_tokens=7)
     second_engine.allowed_tokens = engine.allowed_tokens
     (expected,) = second_engine.generate([Request(("ab", image))])[0]
     assert answer.parts[1] and answer.parts[1] == expected.parts[0]

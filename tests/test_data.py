@@ -166,7 +166,7 @@ def test_ranks_split_the_rows_of_a_single_rank(seed, rows, world, block):
         assert {batches[n][1] for batches in ranks} == {state}
         for rank in range(world):
             part = ranks[rank][n][0]
-            for name in ("tokens", "position_ids", "document_ids", "image_ids"):
+            for name in ("tokens", "position_ids", "grid_offsets", "document_ids", "image_ids"):
                 assert torch.equal(getattr(part, name), getattr(batch, name)[rank::world])
         keys = Counter(key for batches in ranks for group in batches[n][0].groups for key in group.keys)
         assert keys == Counter(key for group in batch.groups for key in group.keys)

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from torch.distributed.run import parse_args as parse_torchrun
 
+from transfusion.cli import main
 from transfusion.codecs.config import CodecTrainingConfig
 from transfusion.config import Run
 from transfusion.disk import run_name
@@ -73,6 +76,26 @@ def test_options_of_runs_exist(path):
     mentioned = {match[0] for match in re.finditer(rf"--(?:{groups})\.[a-z0-9.-]*[a-z0-9]", path.read_text())}
     codec = {"--training." + field.name.replace("_", "-") for field in fields(CodecTrainingConfig)}  # of fit-codec
     assert mentioned - known - codec - {"--training.lr"} == set()  # (the misspelt option of troubleshooting.md)
+
+
+@pytest.mark.parametrize("name", ["train digits", "data prepare", "data fit-codec small", "evaluate"])
+def test_torchrun_passes_options_on(name, capsys):
+    """torchrun refuses options of its program that begin several of its own. --log is such a one, as the docs say."""
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    options = {*re.findall(r"(?<!\S)--[a-z][a-z0-9.-]*", capsys.readouterr().out)} - {"--log"}
+    assert len(options) > 5
+    for option in options:
+        words = "--nproc-per-node", "2", "-m", "transfusion", *name.split(), option, "1"
+        assert parse_torchrun(words).training_script_args == [*words[4:]]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_torchrun_lines_are_read_by_torchrun(path):
+    for line in re.findall(r"^torchrun ((?:(?!\.\.\.).)*-m transfusion .*)$", path.read_text(), re.MULTILINE):
+        words = shlex.split(line.partition("#")[0])
+        begin = words.index("transfusion") + 1
+        assert parse_torchrun(words).training_script_args == words[begin:]
 
 
 @cache

@@ -36,8 +36,9 @@ from transfusion.inference.cache import Cache
 from transfusion.inference.engine import Draw, Engine, FinishEvent, ImageEvent, PreviewEvent, Request, TokenEvent
 from transfusion.inference.samplers import SamplingSchedule
 from transfusion.model.mask import Mask, cached_mask
+from transfusion.model.transformer import rotary_positions
 from transfusion.seeding import derive_seed
-from transfusion.sequence import Document, Image, Sides, Text, encode_document
+from transfusion.sequence import Document, Image, Row, Sides, Text, collate, encode_document
 
 few = examples(12, quick=5)
 some = examples(25, quick=10)
@@ -50,7 +51,7 @@ MODEL_OPTIONS = [
     {},
     {"kv_heads": 2, "qk_norm": True},
     {"image_attention": "causal"},
-    {"kv_heads": 1, "post_norm": True, "tie_word_embeddings": True},
+    {"kv_heads": 1, "post_norm": True, "tie_word_embeddings": True, "image_rope": "2d"},
     {"untied": "full", "image_init": "fresh", "qk_norm": True, "tie_word_embeddings": True},
     *([{"untied": "feed_forward", "image_init": "fresh"}] if THOROUGH else []),
 ]
@@ -161,15 +162,17 @@ def check_against_uncached(engine: Engine, parts, events) -> None:
             history.append(list(segments))
             tokens = []
     chunk = encode_document(Document((*segments, Text(tuple(tokens)))), vocabulary, add_eos=False)
+    batch = collate([Row((chunk,))], len(chunk), vocabulary)
+    positions = rotary_positions(batch.position_ids, batch.grid_offsets, engine.run.model)[0]
     logits = uncached(engine, [*segments, Text(tuple(tokens))])[0]
     text_calls = [
         call for call in engine.model.calls if call.kind in ("prefill", "decode") and not call.is_uncond_prefix(vocabulary)
     ]
     # Every token and marker was written to the cache once, in order; also sampled bois, and eois (B3, B5).
     assert torch.cat([call.tokens[0] for call in text_calls]).tolist() == chunk.tokens.tolist()
-    assert torch.cat([call.position_ids[0] for call in text_calls]).tolist() == list(range(len(chunk)))
+    assert torch.cat([call.positions[0] for call in text_calls]).tolist() == positions.tolist()
     for call in text_calls:
-        torch.testing.assert_close(call.prediction.logits[0], logits[call.position_ids[0, -1]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(call.prediction.logits[0], logits[call.num_keys - 1], rtol=0, atol=1e-5)
     draw_calls = iter([call for call in engine.model.calls if call.kind.startswith("draw")])
     for before in history[:-1]:
         for _ in range(engine.run.generation.steps):
@@ -587,7 +590,7 @@ def test_markers_padding_and_unused_ids_are_never_sampled(parts, seed, temperatu
     engine.submit(Request(tuple(parts), seed=seed, generation=options))
     written = [event.token for event in run_to_end(engine) if isinstance(event, TokenEvent)]
     assert set(written) <= allowed
-    read = {call.tokens.item() for call in engine.model.calls if call.kind == "decode" and call.position_ids.item()}
+    read = {call.tokens.item() for call in engine.model.calls if call.kind == "decode" and call.positions.item()}
     assert read <= allowed | set(engine.vocabulary.boi.values())
 
 
@@ -600,7 +603,7 @@ def test_max_tokens_and_context_are_never_exceeded(parts, max_tokens, free_posit
     events = run_to_end(engine)
     assert sum(isinstance(event, TokenEvent | ImageEvent) for event in events) <= max_tokens
     for call in engine.model.calls:
-        assert call.position_ids.max() < engine.max_positions
+        assert call.positions.max() < engine.max_positions
         assert call.num_keys <= engine.max_positions
     if with_images:
         assert events[-1].reason == "length"

@@ -33,20 +33,21 @@ from experiments import (
     scaling,
     scenes,
     text,
+    towers,
 )  # fmt: skip
 from experiments.code_hash import ROOT, find_modules, hash_source
 from experiments.lab import Claim, Column, Options, Table, Variant, cell_folder
 from tests.processes import Process, run
 from tests.profile import THOROUGH
-from tests.test_cli import TINY, command
-from transfusion.cli.ignored import check_train
+from tests.test_cli import TINY, TINY_FITTED, command
+from transfusion.cli.ignored import changed, check_train
 from transfusion.cli.runs import Train
 from transfusion.cli.settings import parse_run, read_run
 from transfusion.config import Run
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
-from transfusion.model.transfusion import build_on_meta
+from transfusion.model.transfusion import build_on_meta, count_parameters
 from transfusion.parallel import share_batch
 from transfusion.sequence import Vocabulary
 
@@ -135,6 +136,31 @@ def test_table_shows_means_and_standard_deviations(filled, variants, capsys):
     assert rest[-1] == "1 comparison without a figure: rows not run yet"
     contents = json.loads((options.out / "widths.json").read_text())
     assert contents["cells"]["Width 48"] == cells
+
+
+def test_rows_begin_from_the_run_of_another_row(copied, variants, monkeypatch):
+    """All its weights are trained, or images have weights of their own and text is frozen: then its logits do not change.
+    Without arguments the row is that run, measured again. What it begins from is part of a cell's key."""
+    monkeypatch.setattr(lab, "run_command", command)
+    monkeypatch.setattr(measures, "heldout_topics", lambda engine: {"bits_per_byte": 2.0})
+    monkeypatch.setattr(measures, "Topics", lambda split: SimpleNamespace(texts=["two digits, one text", "one"]))
+    start = make_table(variants), variants[0]
+    arguments = "digits", *TINY_FITTED, "--data.sources", "digits", "--data.mixture-weights", "1", "--model.width", "32"
+    frozen = "--model.untied", "full", "--training.text-lr-scale", "0"
+    rows = [Variant("all", arguments, start=start), Variant("frozen", (*arguments, *frozen), start=start),
+            Variant("again", (), start=start)]  # fmt: skip
+    table, options = make_table(rows, partial(measures.measure_text_and_scenes, 0)), replace(copied, seeds=(0,))
+    lab.fill_cells(options, table)
+    values = {row.name: lab.read_cells(options, table, row)[0] for row in rows}
+    assert values["all"]["changed_logits"] > 0 == values["frozen"]["changed_logits"]
+    assert "changed_logits" not in values["again"] and values["again"]["arguments"] == []
+    base = read_json(cell_folder(options, *start, 0) / "measured.json")
+    assert values["again"]["minutes"] == base["minutes"] and values["all"]["start"] == variants[0].describe()
+    assert values["frozen"]["parameters"] > values["all"]["parameters"] == base["parameters"]
+    assert values["frozen"]["flops"] == values["all"]["flops"] == 6 * base["parameters"] * values["all"]["positions"]
+    alone = replace(rows[0], start=None)
+    assert lab.find_cell(options, table, alone, 0) is None
+    assert [seed for _, seed in lab.cells_due(options, replace(table, variants=[alone, *rows]))] == [0]
 
 
 def test_stopped_run_is_not_measured(filled, variants, tmp_path, monkeypatch):
@@ -329,6 +355,24 @@ def test_variants_and_claims_of_a_table_are_valid(module, preset):
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_rows_of_towers_differ_in_one_setting(preset):
+    """In untied weights, in steps, or in how the language model is trained. All have equal FLOPs per position."""
+    table, steps = towers.build_table(preset), 2 * scenes.PRESETS[preset].steps
+    rows = {row.name: parse_arguments(*row.arguments, "--data", "data") for row in table.variants}
+    shared, tuned, base = (rows[name] for name in (towers.SHARED, towers.FINE_TUNED, towers.LANGUAGE_MODEL))
+    assert changed(shared, rows["feed_forward"]) == changed(shared, rows["full"]) == ["model.untied"]
+    for share, name in towers.FEWER_STEPS.items():
+        assert changed(rows["full"], rows[name]) == ["training.steps"] and rows[name].training.steps == share * steps
+    assert changed(tuned, rows[towers.FROZEN]) == ["model.untied", "training.text_lr_scale"]
+    assert changed(base, tuned) == ["data.sources", "training.steps", "training.batch_size"] and base.model == tuned.model
+    assert base.data.sources == ("topics",) and tuned.data.sources == ("shapes",)
+    assert {lab.count_used_parameters(run.model) for run in rows.values()} == {count_parameters(build_on_meta(shared.model))}
+    assert {row.name for row in table.variants if row.start} == towers.WAYS.keys()
+    for claim in table.claims:
+        assert {claim.first, claim.second} <= rows.keys() and claim.column in table.columns
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_number_of_patches_matches_the_variant_name(preset):
     for variant in patches.build_table(preset).variants:
         run = parse_arguments(*variant.arguments)
@@ -342,7 +386,7 @@ def test_tables_share_common_cells(preset):
         table = module.build_table(preset)
         return {cell_folder(Options(), table, variant, 0) for variant in table.variants}
 
-    for first, second, num_common in ((attention, patches, 2), (attention, noise, 1), (text, scaling, 2)):
+    for first, second, num_common in ((attention, patches, 2), (attention, noise, 1), (text, scaling, 2), (towers, text, 2)):
         assert len(cells(first) & cells(second)) == num_common
 
 
@@ -353,7 +397,8 @@ def test_committed_cells_have_the_arguments_of_their_variant(module):
     cells = json.loads((lab.DOCS / "results" / f"{table.name}.json").read_text())["cells"]
     assert list(cells) == [variant.name for variant in table.variants]
     for variant in table.variants:
-        assert all((cell["arguments"], cell["data"]) == ([*variant.arguments], variant.data) for cell in cells[variant.name])
+        for cell in cells[variant.name]:
+            assert {name: cell.get(name) for name in ("arguments", "data", "start")} == {"start": None} | variant.describe()
         assert {*re.findall(r"\d+ of (\w+)", lab.mark_stale(table, variant, cells[variant.name]))} == {
             cell["commit"] for cell in cells[variant.name] if "code" not in cell}  # written before cells had a hash
 
@@ -443,13 +488,18 @@ def test_edit_changes_one_attribute_and_names_it(tmp_path, monkeypatch):
     assert len(lines) == 3 and (tmp_path / "files" / json.loads(lines[2])["target"]).exists()
 
 
-def test_editing_without_its_base_run_is_an_error(tmp_path, capsys):
-    base = "first run python -m experiments.scaling --variants 'Transfusion L' --rerun-stale --seeds 3 4"
-    with pytest.raises(SystemExit, match=base):
-        editing.main(Options(tmp_path, seeds=(3, 4)))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}  # the table without new cells
-    with pytest.raises(SystemExit, match="unknown variant 'tuned'"):
-        editing.main(Options(tmp_path, variants=("tuned",)))
+def test_edits_begin_from_a_run_of_table_3(tmp_path, monkeypatch):
+    trained, measured = [], []
+    monkeypatch.setattr(lab, "check_cell", lambda *arguments: None)
+    monkeypatch.setattr(lab, "run_command", lambda *words: trained.append(words))
+    monkeypatch.setattr(lab, "measure_run", lambda options, table, variant, seed, run: measured.append((variant.name, run)))
+    options, table, base = Options(tmp_path, seeds=(3,)), editing.build_table("cpu"), scaling.build_table("cpu")
+    lab.fill_cells(options, replace(table, prepare=None))
+    (large,) = (variant for variant in base.variants if variant.name == "Transfusion L")
+    folder, tuned = cell_folder(options, base, large, 3), cell_folder(options, table, table.variants[1], 3)
+    assert measured == [("without fine-tuning", folder), ("fine-tuned on 8,000 edits", tuned)]
+    assert [words[-1] for words in trained] == [folder, folder, tuned]
+    assert trained[2][trained[2].index("--from") + 1] == folder
 
 
 def inject_faults(folder: Path, monkeypatch, faults: int, steps: int, seed: int) -> object:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
+from experiments.distances import change_scenes
 from tests.lazy import Lazy
+from tests.profile import THOROUGH
 from tests.sources import picture
 from transfusion.data.built_in.shapes import COLOURS, Shapes
 from transfusion.evaluation import small_network
@@ -309,6 +311,30 @@ def test_scores_separate_good_images_from_bad_ones(network):
     good, *bad = (image_scores(real, network(images))["fid"] for images in (drawn, noisy, faded, few_distinct))
     assert 1.5 * good < min(bad)
     assert image_scores(real, same)["coverage"] > 0.8 > image_scores(real, network(few_distinct))["coverage"]
+
+
+def test_strengths_of_degradations_are_those_of_the_images():
+    """An image with strength 0 of everything is unchanged; warping alone moves pixels and changes few values."""
+    torch.manual_seed(0)
+    plain = torch.cat([small_network._preprocess(image) for image in pairs("train", 200)[1]])
+    degraded, strengths = small_network._degrade(plain)
+    difference = (degraded - plain).abs().flatten(1).mean(1)
+    assert strengths.shape == (200, small_network.NUM_DEGRADATIONS)
+    assert (difference[(strengths == 0).all(1)] < 1e-4).all()
+    assert (difference[(strengths > 0.1).any(1)] > 1e-3).all()
+    warped = (strengths[:, 0] > 0.3) & (strengths[:, 1:] == 0).all(1)
+    assert warped.any() and (difference[warped] < 0.3).all()
+    torch.testing.assert_close(degraded[warped].amax((2, 3)), plain[warped].amax((2, 3)), atol=0.3, rtol=0)
+
+
+@pytest.mark.skipif(not THOROUGH, reason="trains the network in full")
+def test_scores_see_wrong_shapes_and_not_faint_noise():
+    network = SmallFeatureNetwork("shapes", *pairs("train", 2000)[::-1])
+    real = network(pairs("heldout", 400)[1])
+    changed = change_scenes([Shapes(0, split="heldout").scene(400 + n) for n in range(400)])
+    same, arches, noise = (image_scores(real, network(changed[name]))["fid"]
+                           for name in ("none", "an arch as shape, 100% of scenes", "noise, 8 of 255"))  # fmt: skip
+    assert arches > 2 * same and noise < 1.5 * same
 
 
 def test_training_features_have_mean_0_and_std_1(network):

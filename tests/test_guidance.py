@@ -113,10 +113,10 @@ def test_images_with_any_numbers_of_branches_are_guided_together(specs, seed):
 
 
 @some
-@given(illustrated, scales, st.integers(1, 3), st.sampled_from(SIZES), seeds)
-def test_edited_image_equals_the_sampler_with_three_uncached_branches(parts, scale, num, size, seed):
+@given(illustrated, scales, st.integers(1, 3), st.sampled_from(SIZES), st.sampled_from(("1d", "2d")), seeds)
+def test_edited_image_equals_the_sampler_with_three_uncached_branches(parts, scale, num, size, image_rope, seed):
     """The whole prompt; only its images, as when training drops the text; and nothing."""
-    engine = build_engine()
+    engine = build_engine(image_rope=image_rope)
     text_scale, image_scale = scale
     options = generation(engine, guidance_scale=text_scale, image_guidance_scale=image_scale)
     (answers,) = engine.generate([Request(tuple(parts), num, seed, options, size)])

@@ -43,11 +43,15 @@ FAST_LANGUAGE_MODEL = [*TINY_TRAINING, "--data.fit-documents", "100", *DIGITS]  
 NO_LEARNING = "--training.learning-rate 0 --training.min-learning-rate 0".split()  # weights do not change
 
 
-def start_from(folder: Path | str, seed: int = 0) -> tuple[LanguageModelStart, Vocabulary, Transfusion]:
+def start_from(
+    folder: Path | str, seed: int = 0, untied: str = "none",
+) -> tuple[LanguageModelStart, Vocabulary, Transfusion]:  # fmt: skip
     """The start, vocabulary and starting weights of a run from this folder."""
     start = LanguageModelStart(str(folder))
     vocabulary = Vocabulary.build(start.tokenizer.size, SHAPES, 2, **start.tokenizer.markers)
-    config = ModelConfig(vocab_size=vocabulary.size, latent_channels=3, qk_norm=True, post_norm=True)
+    config = ModelConfig(vocab_size=vocabulary.size, latent_channels=3, qk_norm=True, post_norm=True, untied=untied)
+    if untied != "none":
+        config = replace(config, text_vocab_size=vocabulary.text_size)
     model = build_uninitialized(start.adapt_config(config))
     start.fill(model, seed, SINGLE_PROCESS)
     return start, vocabulary, model
@@ -175,19 +179,28 @@ def test_weights_saved_over_others_are_read(tmp_path):
         assert Weights(tmp_path).read("a")[0] == n
 
 
-def test_weights_that_a_language_model_lacks_start_as_in_any_run(tmp_path):
-    """Rows of new token ids, and patch layers."""
+@pytest.mark.parametrize("untied", ["none", "full"])
+def test_weights_that_a_language_model_lacks_start_as_in_any_run(tmp_path, untied):
+    """Patch layers, and rows of new token ids, which have the standard deviation of the other rows."""
     write_language_model(tmp_path / "model")
-    start, vocabulary, model = start_from(tmp_path / "model", seed=5)
+    start, vocabulary, model = start_from(tmp_path / "model", seed=5, untied=untied)
     random = build(model.config, 5)
     assert vocabulary.size > start.tokenizer.size == 262
+    rows = {name: {} for name in ("tokens.weight", "head.weight")}  # old and new ones, by name
     for name, parameter in model.named_parameters():
-        expected = random.get_parameter(name)
-        if name in ("tokens.weight", "head.weight"):
-            assert torch.equal(parameter[262:], expected[262:])
-            assert not torch.equal(parameter[:262], expected[:262])
+        expected, vocab_weight = random.get_parameter(name), name.removeprefix("image_")
+        if vocab_weight in rows:
+            known = 262 if name == vocab_weight else 0
+            rows[vocab_weight] |= {name: parameter[:known]} if known else {}
+            ratio = parameter[known:] / expected[known:]
+            torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio))
+            rows[vocab_weight][f"new {name}"] = parameter[known:]
         else:
             assert torch.equal(parameter, expected) == name.startswith("patches.")
+    for parts in rows.values():
+        assert len(parts) == (2 if untied == "none" else 3)
+        stds = [part.std().item() for part in parts.values()]
+        assert stds == pytest.approx([stds[0]] * len(stds))
 
 
 def test_special_tokens_are_used_and_cannot_be_typed(tmp_path):

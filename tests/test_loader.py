@@ -93,7 +93,7 @@ def write_shards(folder: Path, name: str, shards: Sequence[Sequence[Document]], 
         rows = [] if number else list(skipped)
         infos.append({
             "documents": {"train": len(members) - len(rows)}, "skipped": {"train": rows},
-            "sha256": {writer.path.name: digest}, "max_image_overhead": {f"{y}x{x}": 0 for y, x in SHAPES},
+            "sha256": {writer.path.name: digest}, "max_image_overhead": {f"{y}x{x}": [0, 0, 0] for y, x in SHAPES},
             "tokens": {"train": 0}, "caption_tokens": {"train": 0}, "images": {"train": {}},
         })  # fmt: skip
     source = {"shards": infos, "sha256": store.write_sizes(folder / name, "train", infos)}
@@ -247,23 +247,25 @@ def test_texts_are_split_by_their_lengths(texts, seq_len):
 
 
 @some
-@given(corpora, st.sampled_from((0.0, 0.4, 1.0)), st.integers(1, 9))
-def test_lengths_are_known_before_documents_are_read(corpus, dropout, per_shard):
+@given(corpora, st.sampled_from((0.0, 0.4, 1.0)), st.booleans(), st.integers(1, 9))
+def test_lengths_are_known_before_documents_are_read(corpus, dropout, clean_copies, per_shard):
     """Of every kind of document, after every change, of prepared documents and of others; documents are stored exactly."""
     config = DataConfig(
-        image_first=dropout / 2, caption_dropout=dropout, condition_text_dropout=dropout / 2, condition_dropout=dropout / 2
-    )
+        image_first=dropout / 2, caption_dropout=dropout, condition_text_dropout=dropout / 2, condition_dropout=dropout / 2,
+        clean_copies=clean_copies,
+    )  # fmt: skip
     lengths = lengths_of_documents(corpus, VOCABULARY)
     changes = choose_changes(np.array([document.key for document in corpus], np.uint64), lengths.kinds, config)
-    encoded = [len(encode_document(changed(document, config), VOCABULARY)) for document in corpus]
-    assert lengths.after(changes).tolist() == encoded
+    changed_documents = [changed(document, config) for document in corpus]
+    encoded = [len(encode_document(document, VOCABULARY, clean_copies=clean_copies)) for document in changed_documents]
+    assert lengths.after(changes, clean_copies).tolist() == encoded
     with TemporaryDirectory() as folder:
         shards = [corpus[n : n + per_shard] for n in range(0, len(corpus), per_shard)]
         source = write_shards(Path(folder), "some", shards)
         stored = source.lengths(np.arange(len(source)), VOCABULARY.patch_size)
-        assert stored.after(changes).tolist() == encoded
+        assert stored.after(changes, clean_copies).tolist() == encoded
         is_edit = stored.kinds == EDIT
-        for name in ("kinds", "images", "whole", "without_text"):
+        for name in ("kinds", "images", "whole", "without_text", "copies", "copies_image_first"):
             assert np.array_equal(getattr(stored, name), getattr(lengths, name))
         assert np.array_equal(stored.target_only[is_edit], lengths.target_only[is_edit])
         for number, document in enumerate(corpus):
@@ -338,18 +340,19 @@ def test_a_run_resumes_at_every_row(sources):
 
 
 @some
-@given(corpora, st.integers(1, 30), st.integers(30, 60))
-def test_every_position_of_an_epoch_is_in_one_row(corpus, block, seq_len):
+@given(corpora, st.integers(1, 30), st.integers(30, 60), st.booleans())
+def test_every_position_of_an_epoch_is_in_one_row(corpus, block, seq_len, clean_copies):
     with TemporaryDirectory() as folder:
         source = write_shards(Path(folder), "some", [corpus])
-        fitted = encoder(seq_len=seq_len, shuffle_block=block)
+        fitted = encoder(seq_len=seq_len, shuffle_block=block, clean_copies=clean_copies)
         loader = Loader([source], fitted, 1)
         entries = loader.stream.read(0, -(-len(corpus) // block))
         expected = Counter()
         for id_, key, epoch in zip(entries.ids.tolist(), entries.keys.tolist(), entries.epochs.tolist(), strict=True):
             document = fitted.to_document(source[id_], "some", epoch)
             assert document.key == key
-            expected.update(map(contents, split_chunk(encode_document(document, VOCABULARY), seq_len)))
+            chunk = encode_document(document, VOCABULARY, clean_copies=clean_copies)
+            expected.update(map(contents, split_chunk(chunk, seq_len)))
         rows = [row for number in range(-(-len(corpus) // block)) for row in loader.block(number)]
         assert Counter(chunk for row in contents_of(rows) for chunk in row) == expected
         assert all(sum(map(len, row.chunks)) <= seq_len for row in rows)

@@ -1,6 +1,7 @@
 """The attention mask (promise 1): FlexAttention, the dense mask and the one-line rule are equal."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -11,42 +12,58 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tests.documents import TINY, batches, few, may_see, some
+from tests.documents import TINY, batches, few, mask_of, may_see, rows_of, some
 from tests.profile import THOROUGH, examples
 from transfusion.model import mask as mask_module
 from transfusion.model import transfusion as network
-from transfusion.model.mask import BLOCK_SIZE, Mask, cached_mask, packed_mask
+from transfusion.model.mask import BLOCK_SIZE, Interval, Mask, cached_mask, packed_mask
+from transfusion.sequence import Sides
 
 LONG = 3 * BLOCK_SIZE
 
 
-def rule_of(
-    document: torch.Tensor, image: torch.Tensor, image_attention: str = "bidirectional"
-) -> torch.Tensor:
-    """The one-line rule: (B, L), (B, L) -> (B, 1, L, L)."""
+def rule_of(rows: Iterable[tuple], image_attention: str = "bidirectional") -> torch.Tensor:
+    """The one-line rule, for rows of (document, image, clean), (L,) each: (B, 1, L, L)."""
     is_bidirectional = image_attention == "bidirectional"
-    return torch.stack([may_see(*row, is_bidirectional) for row in zip(document, image, strict=True)])[:, None]
+    return torch.stack([may_see(document, image, is_bidirectional, clean) for document, image, clean in rows])[:, None]
+
+
+def mask_of_runs(ids: tuple, image_attention: str = "bidirectional") -> Mask:
+    return packed_mask(*ids[:2], image_attention, ids[2])
 
 
 @st.composite
 def runs(draw, length: int = LONG, min_rows: int = 1, max_rows: int = 3):
-    """Document and image ids (B, L) of runs of any length, shorter and longer than a block."""
+    """Document, image and first position of the clean image (B, L), as of a batch, of runs of any length, shorter and longer
+    than a block. Some images have a noisy copy behind their document."""
     rows = []
     for _ in range(draw(st.integers(min_rows, max_rows))):
-        document, image, number = [], [], 0
+        document, image, clean, number = [], [], [], 0
         for d in range(length):
+            copies = []
             for _ in range(draw(st.integers(1, 4))):
                 n = draw(st.sampled_from((1, 2, 5, 40, 127, 128, 200)))
                 is_image = draw(st.booleans())
+                copies += [(len(document), n)] * (is_image and draw(st.booleans()))
                 document += [d] * n
                 image += [number if is_image else -1] * n
+                clean += [-1] * n
                 number += is_image
+            for start, n in copies:
+                document, image, clean, number = document + [d] * n, image + [number] * n, clean + [start] * n, number + 1
             if len(document) >= length:
                 break
         padding = draw(st.sampled_from((0, 1, 130)))
-        document[length - padding :], image[length - padding :] = [-1] * padding, [-1] * padding
-        rows.append((document[:length], image[:length]))
-    return tuple(torch.tensor(part, dtype=torch.int32) for part in zip(*rows, strict=True))
+        for part in (document, image, clean):
+            part[length - padding :] = [-1] * padding
+        rows.append((document[:length], image[:length], clean[:length]))
+    document, image, clean = (torch.tensor(part, dtype=torch.int32) for part in zip(*rows, strict=True))
+    return document, image, clean if (clean >= 0).any() else None
+
+
+def rows_of_runs(ids: tuple) -> list[tuple]:
+    document, image, clean = ids
+    return list(zip(document, image, [None] * len(image) if clean is None else clean, strict=True))
 
 
 # The rule
@@ -56,8 +73,7 @@ def runs(draw, length: int = LONG, min_rows: int = 1, max_rows: int = 3):
 @given(batches(min_images=1), st.sampled_from(("bidirectional", "causal")))
 def test_dense_mask_equals_the_rule(packed, image_attention):
     batch = packed[1]
-    mask = packed_mask(batch.document_ids, batch.image_ids, image_attention)
-    rule = rule_of(batch.document_ids, batch.image_ids, image_attention)
+    mask, rule = mask_of(batch, image_attention), rule_of(rows_of(batch), image_attention)
     assert torch.equal(mask.dense, rule)
     real = batch.document_ids >= 0
     assert mask.count_pairs(real) == int((rule[:, 0] & real[:, :, None]).sum())
@@ -66,14 +82,16 @@ def test_dense_mask_equals_the_rule(packed, image_attention):
 @some
 @given(runs(), st.sampled_from(("bidirectional", "causal")))
 def test_dense_mask_equals_the_rule_for_runs_of_any_length(ids, image_attention):
-    assert torch.equal(packed_mask(*ids, image_attention).dense, rule_of(*ids, image_attention))
+    mask, rule = mask_of_runs(ids, image_attention), rule_of(rows_of_runs(ids), image_attention)
+    assert torch.equal(mask.dense, rule)
+    assert mask.count_pairs(torch.ones_like(ids[0], dtype=torch.bool)) == int(rule.sum())
 
 
 @some
 @given(batches(min_documents=2, min_images=2))
 def test_attention_stays_in_the_document_and_is_causal_between_images(packed):
     batch = packed[1]
-    dense = packed_mask(batch.document_ids, batch.image_ids).dense[:, 0]
+    dense = mask_of(batch).dense[:, 0]
     for b, q, k in dense.nonzero().tolist():
         assert batch.document_ids[b, q] == batch.document_ids[b, k]
         assert k <= q or batch.image_ids[b, q] == batch.image_ids[b, k] >= 0
@@ -87,7 +105,7 @@ def test_attention_stays_in_the_document_and_is_causal_between_images(packed):
 @given(batches(min_images=1))
 def test_padding_attends_only_to_padding(packed):
     batch = packed[1]
-    dense = packed_mask(batch.document_ids, batch.image_ids).dense[:, 0]
+    dense = mask_of(batch).dense[:, 0]
     padding = batch.document_ids < 0
     assert not (dense & (padding[:, :, None] != padding[:, None, :])).any()
     assert dense.any(-1).all()  # every query has a key
@@ -107,8 +125,8 @@ def block_lists(counts: torch.Tensor, indices: torch.Tensor) -> list:
 @few
 @given(runs(), st.sampled_from(("bidirectional", "causal")))
 def test_block_mask_equals_create_block_masks(ids, image_attention):
-    rule = rule_of(*ids, image_attention)[:, 0]
-    ours = packed_mask(*ids, image_attention).block_mask
+    rule = rule_of(rows_of_runs(ids), image_attention)[:, 0]
+    ours = mask_of_runs(ids, image_attention).block_mask
     theirs = create_block_mask(lambda b, h, q, k: rule[b, q, k], len(rule), None, LONG, LONG, device="cpu")
     assert ours.shape == theirs.shape
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -131,7 +149,7 @@ def random_qkv(rows: int, length: int, kv_heads: int, seed: int, **kind) -> tupl
 @examples(10)
 @given(runs(max_rows=2), st.sampled_from((1, 2, 4)), st.sampled_from(("bidirectional", "causal")))
 def test_flex_attention_equals_sdpa(ids, kv_heads, image_attention):
-    mask = packed_mask(*ids, image_attention)
+    mask = mask_of_runs(ids, image_attention)
     q, k, v = random_qkv(len(ids[0]), LONG, kv_heads, seed=kv_heads)
     with torch.no_grad():
         output = flex_attention(q, k, v, block_mask=mask.block_mask, enable_gqa=kv_heads != 4)
@@ -146,7 +164,7 @@ def test_flex_attention_equals_sdpa(ids, kv_heads, image_attention):
 def test_compiled_flex_attention_equals_sdpa(ids):
     """Only compiled kernels use the block lists; uncompiled FlexAttention evaluates `mask_mod` for every pair."""
     q, k, v = random_qkv(2, LONG, 2, seed=0)
-    mask = packed_mask(*ids)
+    mask = mask_of_runs(ids)
     with torch.no_grad():
         output = compiled_flex()(q, k, v, block_mask=mask.block_mask, enable_gqa=True)
     assert torch.allclose(output, mask.attend(q, k, v), atol=1e-5)
@@ -162,8 +180,8 @@ def compiled_flex():
 def test_attend_equals_masked_softmax(ids, kv_heads):
     q, k, v = random_qkv(len(ids[0]), 40, kv_heads, seed=kv_heads)
     k_all, v_all = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
-    scores = (q @ k_all.mT / 16**0.5).masked_fill(~rule_of(*ids), float("-inf"))
-    assert torch.allclose(packed_mask(*ids).attend(q, k, v), F.softmax(scores, -1) @ v_all, atol=1e-5)
+    scores = (q @ k_all.mT / 16**0.5).masked_fill(~rule_of(rows_of_runs(ids)), float("-inf"))
+    assert torch.allclose(mask_of_runs(ids).attend(q, k, v), F.softmax(scores, -1) @ v_all, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -175,9 +193,9 @@ def test_flex_attention_is_compiled_before_the_blocks(monkeypatch):
     model = network.build(replace(TINY, layers=1), 0)
     for block in model.transformer.blocks:
         block.compile(backend="eager")
-    zeros = torch.zeros(1, BLOCK_SIZE, dtype=torch.int32)
+    zeros, sides = torch.zeros(1, BLOCK_SIZE, dtype=torch.int32), Sides(torch.arange(BLOCK_SIZE), torch.arange(0))
     with torch.no_grad():
-        model.transformer(torch.zeros(1, BLOCK_SIZE, TINY.width), zeros, packed_mask(zeros, zeros - 1))
+        model.transformer(torch.zeros(1, BLOCK_SIZE, TINY.width), zeros, packed_mask(zeros, zeros - 1), sides)
     assert mask_module._flex not in (None, flex_attention)
 
 
@@ -185,7 +203,7 @@ def test_flex_attention_is_compiled_before_the_blocks(monkeypatch):
 
 
 @some
-@given(batches(min_images=1), st.data(), st.sampled_from(("bidirectional", "causal")))
+@given(batches(min_images=1, clean_copies=st.just(False)), st.data(), st.sampled_from(("bidirectional", "causal")))
 def test_cached_masks_are_rows_of_the_full_mask(packed, data, image_attention):
     """Positions of different documents in one call have the mask of their own document."""
     rows, _ = packed
@@ -226,7 +244,10 @@ def test_cached_text_attends_to_all_earlier_positions(lengths, new):
 
 
 def test_mask_is_defined_by_intervals():
-    mask = Mask(torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[1, 4]], dtype=torch.int32), 4)
-    assert mask.dense.int().tolist() == [[[[1, 0, 0, 0], [0, 0, 1, 1]]]]
-    assert mask.count_pairs(torch.tensor([[True, True]])) == 3
-    assert mask.count_pairs(torch.tensor([[True, False]])) == 1
+    ends = torch.tensor([[[0, 2], [1, 4]], [[3, 0], [4, 0]]], dtype=torch.int32)  # the second query has no second interval
+    first, second = (Interval(lo[None], hi[None]) for lo, hi in ends)
+    assert Mask((first,), 4).dense.int().tolist() == [[[[1, 0, 0, 0], [0, 0, 1, 1]]]]
+    mask = Mask((first, second), 4)
+    assert mask.dense.int().tolist() == [[[[1, 0, 0, 1], [0, 0, 1, 1]]]]
+    assert mask.count_pairs(torch.tensor([[True, True]])) == 4
+    assert mask.count_pairs(torch.tensor([[True, False]])) == 2

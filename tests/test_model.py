@@ -22,6 +22,7 @@ from tests.documents import (
     in_double,
     may_see,
     positioned_chunks,
+    rows_of,
     some,
     times_of,
     with_all_logits,
@@ -44,6 +45,7 @@ VARIANTS = {
     "qkv_bias": replace(TINY, qkv_bias=True),
     "post_norm": replace(TINY, post_norm=True),
     "causal images": replace(TINY, image_attention="causal"),
+    "rows and columns": replace(TINY, image_rope="2d"),
     "scaled": replace(TINY, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
     "untied feed-forward": replace(TINY, untied="feed_forward", image_init="fresh", text_vocab_size=VOCABULARY.text_size),
     "untied": replace(TINY, untied="full", image_init="fresh", text_vocab_size=VOCABULARY.text_size, post_norm=True),
@@ -145,7 +147,8 @@ def changed_outputs(model, batch: Batch, change) -> tuple[Tensor, list[Tensor]]:
 def attending(batch: Batch, b: int, keys, bidirectional: bool) -> Tensor:
     """Positions (B, L) that attend to any of these positions of row b."""
     attends = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    attends[b] = may_see(batch.document_ids[b], batch.image_ids[b], bidirectional)[:, keys].any(1)
+    document, image, clean = rows_of(batch)[b]
+    attends[b] = may_see(document, image, bidirectional, clean)[:, keys].any(1)
     return attends
 
 
@@ -229,6 +232,7 @@ def test_model_depends_on_the_order_of_patches(order, variant):
 
 @pytest.mark.parametrize(("variant", "other"), [
     ("qk_norm", "plain"), ("qkv_bias", "plain"), ("post_norm", "plain"), ("scaled", "plain"), ("causal images", "plain"),
+    ("rows and columns", "plain"),
 ])  # fmt: skip
 def test_options_change_the_output(variant, other):
     document = Document((Text(tuple(range(20))), image((4, 4), seed=5), Text((3,))))
@@ -561,7 +565,7 @@ def decoders(draw):
         head_dim=draw(st.sampled_from((None, 12, 16))), intermediate_size=draw(st.sampled_from((40, 64))),
         vocab_size=VOCABULARY.size, tie_word_embeddings=draw(st.booleans()), norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
         rope_theta=draw(st.sampled_from((10_000.0, 500_000.0))), rope_scaling=draw(st.none() | scaling),
-        latent_channels=CHANNELS,
+        latent_channels=CHANNELS, image_rope=draw(st.sampled_from(("1d", "2d"))),
     )  # fmt: skip
 
 

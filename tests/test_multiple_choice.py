@@ -56,7 +56,7 @@ ENGINE, SHORT = engine(), engine(context=24)
 def log_probs_after(engine: Engine, ids: list[int]) -> torch.Tensor:
     """Log probabilities (L, V) after each id, the first at position 0, from one forward pass."""
     no_target = np.full(len(ids), -1)
-    chunk = Chunk(np.array(ids), no_target, (), no_target > 0)
+    chunk = Chunk(np.array(ids), no_target, (), no_target > 0, np.zeros((len(ids), 2), np.int32))
     batch = with_all_logits(collate([Row((chunk,))], len(ids), engine.vocabulary))
     return engine.model(batch, [], []).logits.log_softmax(-1)
 

@@ -52,7 +52,7 @@ def one_row(length: int = 512, parallel: ParallelConfig = ParallelConfig(compile
 
 def measure(run: Run) -> tuple[int, int]:
     """Bytes that a forward pass saves, and the peak of the step, without the mask, which only a CPU creates in full."""
-    model, batch = build(run.model, 0), plan.typical_row(run.model, run.data.seq_len)
+    model, batch = build(run.model, 0), plan.typical_row(run.model, run.data.seq_len, run.data.clean_copies)
     model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
     noise = objective.sample_noise(batch, run.diffusion)
     with MemoryCounter() as memory:
@@ -67,7 +67,7 @@ def measure(run: Run) -> tuple[int, int]:
 def planned(run: Run) -> tuple[int, int]:
     """The same from the plan for fp32, without gradients."""
     memory = plan.plan(run, Machines(device="cpu")).memory
-    positions = plan.typical_row(run.model, run.data.seq_len).text_count
+    positions = plan.typical_row(run.model, run.data.seq_len, run.data.clean_copies).text_count
     assert memory.gathered == memory.cuda == 0
     gradients = FP32 * run.model.width * (run.model.vocab_size + positions)  # of the head and its input
     return memory.activations + gradients, memory.activations + memory.backward
@@ -113,6 +113,14 @@ def test_weights_gradients_moments_and_ema_are_exact(untied, changes):
 ], ids=str)  # fmt: skip
 def test_activations_and_logits_match_a_step(model):
     run = one_row(**model)
+    (saved, peak), (planned_saved, planned_peak) = measure(run), planned(run)
+    assert planned_saved == pytest.approx(saved, rel=SAVED_ERROR)
+    assert planned_peak == pytest.approx(peak, rel=PEAK_ERROR)
+
+
+def test_activations_of_a_row_with_copies_match_a_step():
+    run = one_row(256, patches="unet", layers=1)
+    run = replace(run, data=replace(run.data, clean_copies=True))
     (saved, peak), (planned_saved, planned_peak) = measure(run), planned(run)
     assert planned_saved == pytest.approx(saved, rel=SAVED_ERROR)
     assert planned_peak == pytest.approx(peak, rel=PEAK_ERROR)
@@ -291,6 +299,25 @@ def test_flops_of_a_row_of_half_images():
     assert estimate.usual_flops == 6 * count_parameters(build_on_meta(config)) + 12 * 24 * 2048 * length
 
 
+def test_flops_of_a_row_with_copies():
+    """A copy attends to bos, boi and itself; what follows an image has no more keys than without a copy."""
+    run = named_run("1.4b")
+    run = replace(run, data=replace(run.data, clean_copies=True))
+    length, patches, images = 4096, 256, 3
+    estimate, batch = plan.plan(run, Machines()), plan.typical_row(run.model, 4096, clean_copies=True)
+    assert (batch.positions, batch.image_count, len(batch.groups[0].index)) == (length, images, 2 * images)
+    text = length - images * (2 * patches + 5)
+    document = 1 + 2 + patches * (patches + 2) + sum(patches + n for n in (3, 4, 5))
+    pairs = text * (text + 1) // 2 + images * (document + patches * (patches + 2))
+    products = 2048 * (4 * 2048 + 3 * 5632) * 24
+    patch_layers = 2 * images * 2048 * (2 * 32 * patches + 256 + 2048)
+    head = 2048 * 32_000 * batch.text_count
+    forward = 2 * (products * length + head + patch_layers) + 4 * 2048 * 24 * pairs
+    assert estimate.flops == pytest.approx(3 * forward / length, rel=1e-12)
+    assert estimate.copies == images * patches / length
+    assert plan.plan(named_run("1.4b"), Machines()).copies == 0
+
+
 @pytest.mark.parametrize(("length", "patch_size", "patches"), [
     (4096, 2, 256), (4096, 1, 1024), (4096, 8, 16), (128, 2, 16), (256, 2, 64), (8, 2, 0), (1, 2, 0),
 ])  # fmt: skip
@@ -298,6 +325,7 @@ def test_typical_row_is_full_at_any_length(length, patch_size, patches):
     batch = plan.typical_row(ModelConfig(patch_size=patch_size), length)
     assert batch.positions == length
     assert [group.index.shape[1] for group in batch.groups] == [patches] * bool(patches)
+    assert plan.typical_row(ModelConfig(patch_size=patch_size), length, clean_copies=True).positions == length
 
 
 def test_time_and_disk():
@@ -415,6 +443,15 @@ def test_plan_without_a_run_shows_five_sizes(capsys):
     plans = json.loads(capsys.readouterr().out)
     assert [values["run"] for values in plans] == list(SIZES)
     assert {values["positions_per_step"] for values in plans} == {2 * 4096}
+
+
+def test_plan_tells_the_share_of_copies(capsys):
+    command("plan", "1.4b", "--data.clean-copies")
+    output = capsys.readouterr().out
+    assert re.search(r"of these, noisy copies +18\.8%", output)
+    assert "images of 256 patches (32x32 latents), each with a noisy copy, half is text" in output
+    command("plan", "1.4b")
+    assert "noisy cop" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

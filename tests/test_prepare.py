@@ -717,6 +717,16 @@ def test_row_too_short_for_an_image_is_an_error_before_training():
     assert all(len(reader.block(block)) for block in range(4))
 
 
+def test_row_too_short_for_an_image_and_its_copy_is_an_error_before_training():
+    caption = max(len(d.segments[0].tokens) for d in documents_of(open_prepared(reference()), "photos").values())
+    shortest = caption + 3 + 2 * 4  # boi, eoi, eos, 4 patches and their copy
+    with pytest.raises(ValueError, match=f"needs {shortest} positions with its caption and its noisy copy, a row has"):
+        encoder(seq_len=shortest - 1, clean_copies=True)
+    reader = loader(seq_len=shortest, clean_copies=True)
+    assert all(len(reader.block(block)) for block in range(4))
+    encoder(seq_len=shortest - 4, clean_copies=True, image_first=0.0)  # an image after its caption has no copy
+
+
 def test_weights_use_exact_mean_lengths():
     reader = loader(mixture_weights=(3.0, 1.0), caption_dropout=0.0)
     lengths = [
@@ -729,14 +739,16 @@ def test_weights_use_exact_mean_lengths():
         loader(mixture_weights=(1.0, 1.0, 1.0))
 
 
-def test_mean_length_includes_caption_dropout():
-    reader = loader(caption_dropout=0.5, image_first=0.2)
+@pytest.mark.parametrize("clean_copies", [False, True])
+def test_mean_length_includes_caption_dropout_and_copies(clean_copies):
+    reader = loader(caption_dropout=0.5, image_first=0.2, clean_copies=clean_copies)
     source, vocabulary = reader.sources[0], reader.encoder.vocabulary
     entries = reader.stream.read(0, 2000)
     photos = entries.sources == 0
     lengths = source.lengths(entries.ids[photos], vocabulary.patch_size)
-    measured = lengths.after(choose_changes(entries.keys[photos], lengths.kinds, reader.config)).mean()
-    assert abs(source.mean_positions(vocabulary, 0.8 * 0.5) - measured) < 0.1
+    changes = choose_changes(entries.keys[photos], lengths.kinds, reader.config)
+    measured = lengths.after(changes, clean_copies).mean()
+    assert abs(source.mean_positions(vocabulary, reader.config) - measured) < 0.1
 
 
 def test_heldout_batches_have_all_heldout_images():

@@ -162,19 +162,28 @@ def test_collate_places_every_position(packed):
     tokens = [[VOCABULARY.pad] * LENGTH for _ in rows]
     document_ids = [[-1] * LENGTH for _ in rows]
     position_ids = [list(range(LENGTH)) for _ in rows]
+    clean_starts = [[NO_IMAGE] * LENGTH for _ in rows]
     targets = []
     for b, row in enumerate(rows):
         column = 0
         for number, chunk in enumerate(row.chunks):
-            for i in range(len(chunk)):
+            begin = column
+            for i in range(len(chunk.tokens)):
                 tokens[b][column], document_ids[b][column], position_ids[b][column] = chunk.tokens[i], number, i
                 if chunk.targets[i] != NO_TARGET:
                     targets.append((b * LENGTH + column, int(chunk.targets[i])))
                 column += 1
+            for copy in chunk.copies:
+                for i in range(VOCABULARY.num_patches(copy.image.shape)):
+                    document_ids[b][column], position_ids[b][column] = number, copy.start + i
+                    clean_starts[b][column] = begin + copy.start
+                    column += 1
         position_ids[b][column:] = range(LENGTH - column)
     assert batch.tokens.tolist() == tokens
     assert batch.document_ids.tolist() == document_ids
     assert batch.position_ids.tolist() == position_ids
+    has_copies = any(chunk.copies for row in rows for chunk in row.chunks)
+    assert (batch.clean_starts.tolist() if has_copies else batch.clean_starts) == (clean_starts if has_copies else None)
     assert list(zip(batch.text_index.tolist(), batch.text_target.tolist(), strict=True)) == targets
     assert batch.text_count == len(targets)
     assert batch.positions == sum(len(chunk) for row in rows for chunk in row.chunks)
@@ -188,9 +197,12 @@ def test_collate_groups_images_by_shape_with_patch_positions(packed):
     image_ids = torch.full((len(rows), LENGTH), NO_IMAGE)
     numbers = [0] * len(rows)
     for b, begin, chunk in positioned_chunks(rows):
-        for placed in chunk.images:
-            start = begin + placed.start
-            patches = range(start, start + VOCABULARY.num_patches(placed.image.shape))
+        end = begin + len(chunk.tokens)
+        for n, placed in enumerate(chunk.images + chunk.copies):
+            length, is_copy = VOCABULARY.num_patches(placed.image.shape), n >= len(chunk.images)
+            start = end if is_copy else begin + placed.start
+            end += length * is_copy
+            patches = range(start, start + length)
             image_ids[b, patches.start : patches.stop] = numbers[b]
             numbers[b] += 1
             expected.setdefault(placed.image.shape, []).append(([b * LENGTH + i for i in patches], placed))
@@ -200,8 +212,11 @@ def test_collate_groups_images_by_shape_with_patch_positions(packed):
         shape = tuple(group.x0.shape[2:])
         index, placed = zip(*expected[shape], strict=True)
         assert group.index.tolist() == list(index)
-        assert (batch.tokens.view(-1)[group.index[:, 0] - 1] == VOCABULARY.boi[shape]).all()
-        assert (batch.tokens.view(-1)[group.index[:, -1] + 1] == VOCABULARY.eoi).all()
+        in_text = group.index[:, 0]
+        if batch.clean_starts is not None:  # a copy has no markers
+            in_text = in_text[batch.clean_starts.view(-1)[in_text] == NO_IMAGE]
+        assert (batch.tokens.view(-1)[in_text - 1] == VOCABULARY.boi[shape]).all()
+        assert (batch.tokens.view(-1)[in_text + group.index.shape[1]] == VOCABULARY.eoi).all()
         assert np.array_equal(group.x0.numpy(), np.stack([p.image.content for p in placed]))
         assert group.max_t.tolist() == [p.image.max_t for p in placed]
         assert group.loss.tolist() == [p.image.loss and p.image.max_t > 0 for p in placed]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tests.documents import (
     TINY,
@@ -20,22 +22,24 @@ from tests.documents import (
     few,
     image,
     in_double,
+    mask_of,
     times_of,
     with_all_logits,
 )
 from tests.language_models import write_language_model
 from tests.profile import THOROUGH
-from tests.test_cli import fails
-from tests.test_language_models import train
+from tests.sources import write_photos, write_texts
+from tests.test_cli import TINY_FITTED, command, fails
+from tests.test_language_models import DIGITS, FAST_LANGUAGE_MODEL
 from tests.test_training import copy_tensors, new_trainer, resumed_trainer, stop_at_step
 from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
+from transfusion import parallel
 from transfusion.checkpoint.export import export
 from transfusion.checkpoint.open import open_checkpoint
 from transfusion.checkpoint.start import OtherRunStart, open_start
 from transfusion.config import Machines, ModelConfig, Run, TrainingConfig
 from transfusion.model import transfusion as network
 from transfusion.model.flops import count_training_flops
-from transfusion.model.mask import packed_mask
 from transfusion.model.transformer import Transformer, apply_rotary_emb, rope_cos_sin
 from transfusion.model.untied import side_of, text_name
 from transfusion.parallel import SINGLE_PROCESS
@@ -82,7 +86,7 @@ def assert_close(actual: network.Prediction, expected: network.Prediction, toler
 
 def choose_everywhere(transformer: Transformer, x: Tensor, batch: Batch, is_image: Tensor) -> Tensor:
     """The rule without sorting: both weights at every position (B, L, D), and of the results the one of its side."""
-    config, mask = transformer.config, packed_mask(batch.document_ids, batch.image_ids)
+    config, mask = transformer.config, mask_of(batch)
     cos_sin = rope_cos_sin(batch.position_ids, config, x.dtype)
 
     def of(module, name: str) -> Callable[[Tensor], Tensor]:
@@ -118,7 +122,7 @@ def test_every_position_uses_the_weights_of_its_side(untied, name, packed, check
     model.transformer.activation_checkpointing = checkpointing
     weights = dict(model.transformer.named_parameters())
     x = torch.randn(*batch.tokens.shape, TINY.width, dtype=torch.float64, requires_grad=True)
-    mask = packed_mask(batch.document_ids, batch.image_ids)
+    mask = mask_of(batch)
     outputs = [
         model.transformer(x, batch.position_ids, mask, batch.sides),
         choose_everywhere(model.transformer, x, batch, batch.image_ids >= 0),
@@ -140,7 +144,7 @@ def test_codes_use_image_weights(untied):
     document = Document((Text((1, 2)), Image(np.arange(6).reshape(2, 3)), Text((3,))))
     batch = alone_with(encode_document(document, CODES), CODES)
     x = torch.randn(*batch.tokens.shape, TINY.width, dtype=torch.float64)
-    output = model.transformer(x, batch.position_ids, packed_mask(batch.document_ids, batch.image_ids), batch.sides)
+    output = model.transformer(x, batch.position_ids, mask_of(batch), batch.sides)
     expected = choose_everywhere(model.transformer, x, batch, batch.tokens >= CODES.first_code)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
 
@@ -239,6 +243,28 @@ def test_plan_counts_both_sides_and_no_more_flops(untied):
     assert count_training_flops(batch, run.model) == count_training_flops(batch, shared.model)
 
 
+@torch._dynamo.config.patch(recompile_limit=4)  # torch's is 8, which a longer training reaches
+def test_compiled_untied_blocks_get_a_graph_for_any_number_of_images_and_one_for_none():
+    """All blocks share them, in training and in evaluation."""
+    config = untie(TINY, "full")
+    plain, compiled = build(config), build(config)
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch.object(parallel, "COMPILE_BACKEND", "eager"):
+        parallel.parallelize(compiled, compiled.transformer.blocks, torch.device("cpu"), None, compiled=True, dynamic=None)
+    counts = []
+    for images in ((1, 1), (2, 1), (0, 0), (2, 2), (0, 0), (0, 1)):
+        documents = [Document((Text((1, 2)), *(image((4, 4), n) for n in range(number)), Text((3,)))) for number in images]
+        batch = collate([Row((encode_document(document, VOCABULARY),)) for document in documents], 64, VOCABULARY)
+        expected = predict(plain, batch)
+        assert_close(predict(compiled, batch), expected, 1e-12)
+        with torch.no_grad():
+            assert_close(predict(compiled, batch), expected, 1e-12)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert not counters["unimplemented"]  # such as a limit that is reached
+    assert counts[:2] == [2, 4] and counts[2] == counts[-1]  # with and without gradient
+
+
 # Learning rates by side
 
 SCALES = {"text": "text_lr_scale", "image": "image_lr_scale", "transformer": "transformer_lr_scale"}
@@ -312,19 +338,26 @@ def test_lr_scale_of_a_side_scales_its_updates_only(tmp_path, slower):
         torch.testing.assert_close(updates[1][key], update * factor, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("source", ["qwen2", "qwen3", "run"])
+@pytest.mark.parametrize("source", ["qwen3", "run"])
 def test_text_of_a_frozen_language_model_is_unchanged_bit_for_bit(tmp_path, source):
-    """Logits over the ids of text, in documents without images, of raw and averaged weights; also packed with images."""
+    """Logits over the ids of text, in documents without images, of raw and averaged weights and of the exported run; also
+    packed with images."""
+    small = "train", "small"
     if source != "run":
         write_language_model(tmp_path / "source", source)
-        options = ("--init-from", tmp_path / "source")
-    else:
-        train(tmp_path / "source", "--training.steps", 1)
-        options = ("--from", tmp_path / "source")
-    train(tmp_path / "run", *options, "--model.untied", "full", "--training.text-lr-scale", 0)
+        options = (*FAST_LANGUAGE_MODEL, "--init-from", tmp_path / "source")
+    else:  # a run on texts alone, whose prepared folder also has the images
+        write_photos(tmp_path / "pairs", 30)
+        write_texts(tmp_path / "texts.jsonl", 30)
+        command("data", "prepare", tmp_path / "texts.jsonl", tmp_path / "pairs", "--out", tmp_path / "data")
+        options = (*TINY_FITTED, "--training.preview-every", 0, "--data", tmp_path / "data")
+        command(*small, "--out", tmp_path / "source", *options, "--data.sources", "texts")
+        options = (*options, "--data.sources", "pairs", "--from", tmp_path / "source")
+    command(*small, "--out", tmp_path / "run", *options, "--model.untied", "full", "--training.text-lr-scale", 0)
+    export(tmp_path / "run", tmp_path / "exported")
     start = open_start("run" if source == "run" else "language_model", str(tmp_path / "source"))
-    for weights in ("raw", "ema"):
-        opened = open_checkpoint(tmp_path / "run", weights)
+    for name, weights in (("run", "raw"), ("run", "ema"), ("exported", "ema")):
+        opened = open_checkpoint(tmp_path / name, weights)
         vocabulary, first = opened.vocabulary, network.build_uninitialized(opened.run.model)
         start.fill(first, 0, SINGLE_PROCESS)
         first_weights = dict(first.named_parameters())
@@ -357,8 +390,28 @@ def test_options_without_effect_are_refused(tmp_path, capsys):
     args = ("train", "digits", "--out", tmp_path / "run")
     message = fails(capsys, 2, *args, "--model.image-init", "fresh")
     assert "--model.image-init has no effect without --model.untied" in message
-    message = fails(capsys, 2, *args, "--model.untied", "full", "--training.transformer-lr-scale", 0.5)
+    untied = "--model.untied", "full"
+    message = fails(capsys, 2, *args, *untied, "--training.transformer-lr-scale", 0.5)
     assert "--training.transformer-lr-scale has no effect with --model.untied full" in message
+    begin_run(tmp_path / "untied", run := prepared(untied_run("full"))[0])
+    save(tmp_path / "untied", 1, run_tensors(run, 1), {"step": 1})
+    message = fails(capsys, 2, *args, *untied, *DIGITS, "--from", tmp_path / "untied", "--model.image-init", "fresh")
+    assert "--model.image-init has no effect with --from a run whose weights are untied" in message
+
+
+def test_run_on_data_without_images_has_no_image_weights_and_supports_no_images(tmp_path, capsys):
+    write_photos(tmp_path / "photos", 30)
+    write_texts(tmp_path / "texts.jsonl", 30)
+    command("data", "prepare", tmp_path / "photos", "--out", tmp_path / "pairs")
+    command("data", "prepare", tmp_path / "texts.jsonl", "--like", tmp_path / "pairs", "--out", tmp_path / "texts")
+    small = "train", "small", *TINY_FITTED, "--training.steps", 1
+    message = fails(capsys, 2, *small, "--data", tmp_path / "texts", "--out", tmp_path / "run", "--model.untied", "full")
+    assert "--model.untied has no effect on data without images" in message
+    command(*small, "--data", tmp_path / "texts", "--out", tmp_path / "run")
+    message = fails(capsys, 1, *small, "--data", tmp_path / "pairs", "--from", tmp_path / "run", "--out", tmp_path / "next")
+    assert "latents of 4x4, the initial run supports no images: only those of its prepared folders" in message
+    message = fails(capsys, 1, "data", "prepare", tmp_path / "photos", "--like", tmp_path / "run", "--out", tmp_path / "new")
+    assert "trained without images, so it has no sizes of images" in message
 
 
 # Starts

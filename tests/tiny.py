@@ -75,7 +75,7 @@ class Call:
 
     slots: list[int]
     tokens: Tensor  # (B, L)
-    position_ids: Tensor  # (B, L)
+    positions: Tensor  # (B, L) or (B, L, 2)
     x_t: list[Tensor]
     t: list[Tensor]
     prediction: Prediction
@@ -105,10 +105,10 @@ class RecordingModel:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def forward_cached(self, tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides) -> Prediction:
-        prediction = self.model.forward_cached(tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides)
+    def forward_cached(self, tokens, positions, mask, cache, text_index, x_t, t, image_index, sides) -> Prediction:
+        prediction = self.model.forward_cached(tokens, positions, mask, cache, text_index, x_t, t, image_index, sides)
         slots = cache.slots[:, 0].tolist()
-        self.calls.append(Call(slots, tokens, position_ids, x_t, t, prediction, cache.end))
+        self.calls.append(Call(slots, tokens, positions, x_t, t, prediction, cache.end))
         return prediction if self.bias is None else prediction._replace(logits=prediction.logits + self.bias)
 
 

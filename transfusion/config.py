@@ -82,6 +82,7 @@ class ModelConfig(Config, part="model."):
     patches: Literal["linear", "unet", "codes"] = "linear"
     unet_width: Size | None = None  # U-Net channels at the lowest resolution; 5/4 width, at most 1184, if not set (Table 7).
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # Attention inside an image (Table 5).
+    image_rope: Literal["1d", "2d"] = "1d"  # Rotary positions in an image: in one line, or by row and column.
     # Weights of their own for image positions (Mixture-of-Transformers, not in the paper): none, feed_forward with its norm,
     # or full, which adds queries, keys, values, outputs and all norms. FLOPs do not change.
     untied: Literal["none", "feed_forward", "full"] = "none"
@@ -98,8 +99,10 @@ class ModelConfig(Config, part="model."):
         if self.heads % self.num_kv_heads:
             raise ValueError(f"model.kv_heads {self.kv_heads}: heads {self.heads} is not divisible by {self.kv_heads}; "
                              f"use {_divisors(self.heads, self.heads)}")  # fmt: skip
-        if self.head_size % 2:
-            raise ValueError(f"model.head_dim {self.head_size}: rotary positions need an even width of a head")
+        divisor = 4 if self.image_rope == "2d" else 2
+        if self.head_size % divisor:
+            raise ValueError(f"model.head_dim {self.head_size}: model.image_rope {self.image_rope} needs a width of a head "
+                             f"divisible by {divisor}; use {self.head_size + -self.head_size % divisor}")  # fmt: skip
         if self.patches == "unet" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"model.patch_size must be a power of 2 with model.patches unet, not {self.patch_size}")
         multiple = UNET_CHANNELS * self.patch_size
@@ -223,6 +226,8 @@ class DataConfig(Config, part="data."):
     seq_len: Annotated[int, Range(at_least=1, limit=2**24)] = 4096  # Positions in a row.
     image_first: Share = 0.2  # Share of captioned images that precede their caption (section 4.1).
     image_first_max_t: Share = 1.0  # Largest t of images before their caption (Table 8: 0.5); 0 trains no image loss there.
+    # Text and images after an image read it clean, and its denoising loss is on a noisy copy that nothing else attends to.
+    clean_copies: bool = False
     caption_dropout: Share = 0.1  # Share of captions left out before an image, for classifier-free guidance.
     condition_text_dropout: Share = 0.05  # Share of edit documents whose text is dropped, for guidance by image.
     condition_dropout: Share = 0.05  # Share of edit documents whose text and images before the target are dropped.
@@ -456,6 +461,8 @@ class Run(Config):
                              "trained; set one above 0")  # fmt: skip
         if self.lora.rank is not None:
             self._check_lora()
+        if self.data.clean_copies and self.model.patches == "codes":
+            raise ValueError("data.clean_copies cannot be used with model.patches codes: image codes have no noise")
 
     def _check_lora(self) -> None:
         on, untied, sides = self.lora.on, self.model.untied, self.lora.sides(self.model.untied)

@@ -21,6 +21,9 @@ CPUINFO = Path("/proc/cpuinfo")
 CGROUP_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, and 1
 MAX_ONEDNN_ERROR = 1e-6  # of a float32 product, relative to its norm
 COMPILE_BACKEND = "inductor"  # of torch.compile; tests use a lighter one
+# Graphs of a block: with and without gradient, for rows of one number or any, with and without images. After torch's default
+# of 8 blocks would run without a graph, for the rest of training.
+MAX_GRAPHS = 32
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 TIMEOUT = timedelta(days=7)  # of collectives; the watchdog ends a process that hangs long before
 
@@ -340,10 +343,11 @@ def parallelize(
     FSDP2: each block is a unit, and so is the rest; every rank holds its part of weights, gradients, moments and EMA.
     Gradients are summed, not averaged: losses are divided by the counts of all ranks. On CUDA weights are gathered and used
     in bfloat16, and gradients are reduced in float32. Each block is compiled separately, for one shape of rows; with
-    `dynamic` None once more for any numbers of text and image positions. `methods` are other forward methods of the model
-    that gather weights too. A model that is not `trained` has no backward passes.
+    `dynamic` None once more for any numbers of text and image positions, and once for no images. `methods` are other forward
+    methods of the model that gather weights too. A model that is not `trained` has no backward passes.
     """
     if compiled:
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
         for block in blocks:
             block.compile(backend=COMPILE_BACKEND, dynamic=dynamic)
     if mesh is None:

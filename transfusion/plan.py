@@ -98,6 +98,7 @@ class Plan:
     text_positions: int  # positions with a text loss in a forward pass
     flops: float  # per position, forward and backward
     usual_flops: float  # the same in the convention that counts all attention pairs
+    copies: float  # share of the positions that are noisy copies of images
     generation: dict[str, GenerationMemory]  # by the precision of matrix products
     measured: Measurement | None = None  # on this machine; without it, speed follows from the peak and MFU of `machines`
 
@@ -140,7 +141,8 @@ class Plan:
 
 def plan(run: Run, machines: Machines) -> Plan:
     """The plan of a run on these machines. ValueError when its batch or its sharding does not suit them."""
-    config, batch, rows = run.model, typical_row(run.model, run.data.seq_len), rows_per_pass(run, machines.gpus)
+    config, data, rows = run.model, run.data, rows_per_pass(run, machines.gpus)
+    batch = typical_row(config, data.seq_len, data.clean_copies)
     counts = {part: sum(map(prod, shapes)) for part, shapes in weight_shapes(config, run.lora).items()}
     sides = {side: counts["block", side] * config.layers + counts["norm", side] for side in SIDES}
     parameters = {
@@ -157,7 +159,8 @@ def plan(run: Run, machines: Machines) -> Plan:
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * rows,
         flops=count_training_flops(batch, config) / batch.positions,
-        usual_flops=count_usual_flops(config, run.data.seq_len),
+        usual_flops=count_usual_flops(config, data.seq_len),
+        copies=0.0 if batch.clean_starts is None else int((batch.clean_starts >= 0).sum()) / batch.positions,
         generation={name: estimate_generation_memory(run, name) for name in PRECISIONS},
     )  # fmt: skip
 
@@ -234,7 +237,7 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
 
 def estimate_generation_memory(run: Run, precision: str) -> GenerationMemory:
     """Memory that generation needs with matrix products in this precision."""
-    config, groups = run.model, typical_row(run.model, run.data.seq_len).groups
+    config, groups = run.model, typical_row(run.model, run.data.seq_len, run.data.clean_copies).groups
     position = 2 * config.layers * config.num_kv_heads * config.head_size * PRECISIONS[precision].itemsize
     return GenerationMemory(
         weights=count_generation_weights(config, precision),
@@ -250,18 +253,21 @@ def count_generation_weights(config: ModelConfig, precision: str) -> int:
 
 
 @cache
-def typical_row(config: ModelConfig, length: int) -> Batch:
+def typical_row(config: ModelConfig, length: int, clean_copies: bool = False) -> Batch:
     """A full row as the paper mixes them: half of it images, each its own document, and half text of one document. Images
-    have 32 x 32 latent pixels as in the paper; in rows too short for that, half the side, a quarter, and so on."""
+    have 32 x 32 latent pixels as in the paper; in rows too short for that, half the side, a quarter, and so on. With clean
+    copies a token follows each image, which therefore has a noisy copy: the most copies that data can have."""
     side = max(1, PAPER_LATENT // config.patch_size)  # in patches
-    while side and side**2 + NUM_MARKERS > length // 2:
+    times, markers = (2, NUM_MARKERS + 1) if clean_copies else (1, NUM_MARKERS)
+    while side and times * side**2 + markers > length // 2:
         side //= 2
     shape = side * config.patch_size, side * config.patch_size
     codes = config.patches == "codes"
     content = np.zeros(shape, np.int64) if codes else np.zeros((config.latent_channels, *shape), np.float32)
     vocabulary = Vocabulary.build(0, [shape], config.patch_size, num_image_codes=int(codes))
-    num_images = length // 2 // (side**2 + NUM_MARKERS) if side else 0
-    images = [encode_document(Document((Image(content),)), vocabulary)] * num_images
+    num_images = length // 2 // (times * side**2 + markers) if side else 0
+    document = Document((Image(content), *[Text((0,))] * clean_copies))
+    images = [encode_document(document, vocabulary, clean_copies=clean_copies)] * num_images
     rest = length - sum(map(len, images))
     text = encode_document(Document((Text((0,) * rest),)), vocabulary).part(0, rest)
     return collate([Row((*images, text))], length, vocabulary)
@@ -269,7 +275,7 @@ def typical_row(config: ModelConfig, length: int) -> Batch:
 
 def count_activations(run: Run, rows: int, value_bytes: int = BF16) -> int:
     """Bytes that a forward pass of `rows` rows saves for its backward pass, without logits; `value_bytes` for each value."""
-    config, batch = run.model, typical_row(run.model, run.data.seq_len)
+    config, batch = run.model, typical_row(run.model, run.data.seq_len, run.data.clean_copies)
     block = config.width * value_bytes if run.parallel.activation_checkpointing else saved_by_block(run, value_bytes)
     saved = config.layers * block + 2 * config.head_size * value_bytes  # rotary cos and sin, shared by all blocks
     saved += 2 * config.width * value_bytes  # the last norm's input, and its output at text and patches
@@ -279,7 +285,7 @@ def count_activations(run: Run, rows: int, value_bytes: int = BF16) -> int:
 
 def count_loss(run: Run, rows: int, value_bytes: int = BF16) -> int:
     """Bytes that the loss adds: logits and log-probabilities of a chunk of positions, and its gradients."""
-    text_positions = typical_row(run.model, run.data.seq_len).text_count * rows
+    text_positions = typical_row(run.model, run.data.seq_len, run.data.clean_copies).text_count * rows
     chunk = (value_bytes + FP32) * min(CHUNK if value_bytes == BF16 else CPU_CHUNK, text_positions) * run.model.vocab_size
     return chunk + run.model.width * (FP32 * run.model.vocab_size + value_bytes * text_positions)
 

@@ -7,6 +7,7 @@ prefills with it, so the two cannot disagree.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count, pairwise
 from typing import NamedTuple
 
@@ -48,6 +49,11 @@ class Image:
     @property
     def is_codes(self) -> bool:
         return self.content.ndim == 2
+
+    @property
+    def is_denoised(self) -> bool:
+        """Whether it has a denoising loss."""
+        return self.loss and self.max_t > 0 and not self.is_codes
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,14 @@ class Vocabulary:
         """The latent shape of this boi; None for any other id."""
         return next((shape for shape, id_ in self.boi.items() if id_ == boi), None)
 
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of this latent shape."""
+        return shape[0] // self.patch_size, shape[1] // self.patch_size
+
     def num_patches(self, shape: tuple[int, int]) -> int:
         """P: positions of an image of this latent shape, without boi and eoi."""
-        return (shape[0] // self.patch_size) * (shape[1] // self.patch_size)
+        rows, columns = self.grid(shape)
+        return rows * columns
 
     def to_json(self) -> dict:
         sizes = {f"{y}x{x}": id_ for (y, x), id_ in self.boi.items()}
@@ -143,6 +154,7 @@ class PlacedImage:
     image: Image
     start: int
     key: int  # seed of its t and noise
+    num_patches: int
 
 
 @dataclass(frozen=True)
@@ -153,30 +165,45 @@ class Chunk:
     targets: np.ndarray  # (n,) int64; NO_TARGET where there is no text loss
     images: tuple[PlacedImage, ...]
     can_break: np.ndarray  # (n,) bool: may a new chunk begin here?
+    grid_offsets: np.ndarray  # (n, 2) int32, of patches and codes as in `grid_offsets`; 0 elsewhere
     source: str = ""  # of the document
     id: int = 0
+    copies: tuple[PlacedImage, ...] = ()  # noisy copies of images that are clean in `images`, at the same start
 
-    def __len__(self):
-        return len(self.tokens)
+    def __len__(self) -> int:
+        """Positions that it takes in a row: n, and behind them the noisy copies, which `collate` places."""
+        return len(self.tokens) + sum(copy.num_patches for copy in self.copies)
 
     def part(self, begin: int, end: int | None = None) -> "Chunk":
-        """Positions begin .. end - 1 as a chunk, with the images that start there."""
-        end = len(self) if end is None else end
-        images = tuple(replace(i, start=i.start - begin) for i in self.images if begin <= i.start < end)
+        """Positions begin .. end - 1 as a chunk, with the images that start there and their copies."""
+        end = len(self.tokens) if end is None else end
+        images, copies = (
+            tuple(replace(i, start=i.start - begin) for i in placed if begin <= i.start < end)
+            for placed in (self.images, self.copies)
+        )
         span = slice(begin, end)
         return replace(
-            self, tokens=self.tokens[span], targets=self.targets[span], images=images, can_break=self.can_break[span]
-        )
+            self, tokens=self.tokens[span], targets=self.targets[span], images=images, can_break=self.can_break[span],
+            copies=copies, grid_offsets=self.grid_offsets[span],
+        )  # fmt: skip
 
-    def append(self, token: int) -> "Chunk":
-        """With one more token, without loss."""
+    def append(self, token: int, grid_offset: Sequence[int] = (0, 0)) -> "Chunk":
+        """With one more token, without loss; `grid_offset` (2,) of a code."""
         return replace(
             self, tokens=np.append(self.tokens, token), targets=np.append(self.targets, NO_TARGET),
-            can_break=np.append(self.can_break, False),
+            can_break=np.append(self.can_break, False), grid_offsets=np.append(self.grid_offsets, [grid_offset], 0),
         )  # fmt: skip
 
 
-EMPTY_CHUNK = Chunk(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool))
+EMPTY_CHUNK = Chunk(np.empty(0, np.int64), np.empty(0, np.int64), (), np.empty(0, bool), np.empty((0, 2), np.int32))
+
+
+@cache
+def grid_offsets(rows: int, columns: int) -> np.ndarray:
+    """(P, 2) int32: what is added to the position of each patch for its position by row, and by column. Patch (r, c) of an
+    image whose first patch has position p turns by p + r and p + c (`model.image_rope` 2d)."""
+    patch = np.arange(rows * columns, dtype=np.int32)
+    return np.stack([patch // columns - patch, patch % columns - patch], 1)
 
 
 class Span(NamedTuple):
@@ -186,22 +213,29 @@ class Span(NamedTuple):
     loss_mask: list[bool]  # has the token next-token loss, as a target?
 
 
-def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = True) -> Chunk:
+def encode_document(
+    document: Document, vocabulary: Vocabulary, add_eos: bool = True, clean_copies: bool = False
+) -> Chunk:
     """bos, text, boi, patches, eoi, text, ..., eos: the document as positions.
 
     A position has text loss iff the next position holds a token of a segment with loss that is not eoi. This covers boi to
     patch, patch to eoi, and the end. Codes are tokens instead of patches (Chameleon, 2405.09818). `add_eos=False`
-    omits eos (a prompt).
+    omits eos (a prompt). `clean_copies`: what follows an image sees it clean, and its denoising loss is on a noisy copy.
     """
-    tokens, loss_mask, images = [vocabulary.bos], [False], []
-    for segment in document.segments:
+    tokens, loss_mask, images, copies, grids = [vocabulary.bos], [False], [], [], []
+    contexts = find_contexts(document.segments) if clean_copies else [False] * len(document.segments)
+    for segment, is_context in zip(document.segments, contexts, strict=True):
         if isinstance(segment, Text):
             span = Span(list(segment.tokens), [segment.loss] * len(segment.tokens))
         else:
             span = _image_span(segment, vocabulary)
+            grids.append((len(tokens) + 1, grid_offsets(*vocabulary.grid(segment.shape))))
             if not segment.is_codes:
                 key = derive_seed(document.key, len(images))
-                images.append(PlacedImage(segment, len(tokens) + 1, key))
+                placed = PlacedImage(segment, len(tokens) + 1, key, vocabulary.num_patches(segment.shape))
+                if is_context and segment.is_denoised:
+                    copies.append(placed)
+                images.append(replace(placed, image=replace(segment, max_t=0.0)) if is_context else placed)
         tokens += span.tokens
         loss_mask += span.loss_mask
     if add_eos:
@@ -211,7 +245,10 @@ def encode_document(document: Document, vocabulary: Vocabulary, add_eos: bool = 
     targets = np.full(len(ids), NO_TARGET, dtype=np.int64)
     targets[:-1] = np.where(loss_mask[1:], ids[1:], NO_TARGET)
     can_break = find_breaks(document, vocabulary)[: len(ids)]
-    return Chunk(ids, targets, tuple(images), can_break, document.source, document.id)
+    offsets = np.zeros((len(ids), 2), np.int32)
+    for start, grid in grids:
+        offsets[start : start + len(grid)] = grid
+    return Chunk(ids, targets, tuple(images), can_break, offsets, document.source, document.id, tuple(copies))
 
 
 def _image_span(image: Image, vocabulary: Vocabulary) -> Span:
@@ -224,6 +261,24 @@ def _image_span(image: Image, vocabulary: Vocabulary) -> Span:
         [vocabulary.boi[image.shape], *patches, vocabulary.eoi],
         [image.loss, *[image.loss and image.is_codes] * n, False],
     )
+
+
+def find_contexts(segments: Sequence[Text | Image]) -> list[bool]:
+    """For each segment: is something learnt after it, a token or an image? eos alone does not count: it would double every
+    image after its caption."""
+    contexts, is_context = [], False
+    for segment in reversed(segments):
+        contexts.append(is_context)
+        is_context |= segment.loss and (isinstance(segment, Image) or bool(segment.tokens))
+    return contexts[::-1]
+
+
+def find_copied(segments: Sequence[Text | Image]) -> list[bool]:
+    """For each segment: is it an image with a noisy copy, if there are clean copies?"""
+    return [
+        is_context and isinstance(segment, Image) and segment.is_denoised
+        for segment, is_context in zip(segments, find_contexts(segments), strict=True)
+    ]
 
 
 def find_breaks(document: Document, vocabulary: Vocabulary) -> np.ndarray:
@@ -242,26 +297,44 @@ def find_breaks(document: Document, vocabulary: Vocabulary) -> np.ndarray:
     return np.concatenate([*parts, np.zeros(1, bool)])
 
 
+def count_copies(document: Document, vocabulary: Vocabulary) -> np.ndarray:
+    """(n,) positions of the noisy copy of the image whose boi is at this position of the document; else 0."""
+    parts = [np.zeros(1, np.int64)]
+    for segment, is_copied in zip(document.segments, find_copied(document.segments), strict=True):
+        is_text = isinstance(segment, Text)
+        parts.append(np.zeros(len(segment.tokens) if is_text else vocabulary.num_patches(segment.shape) + 2, np.int64))
+        if is_copied:
+            parts[-1][0] = len(parts[-1]) - 2
+    return np.concatenate([*parts, np.zeros(1, np.int64)])
+
+
 def split_chunk(chunk: Chunk, length: int) -> list[Chunk]:
     """Chunks of at most `length` positions, split only where `can_break` allows. No position is lost or repeated.
 
     The first position of a later chunk is still predicted, from the last one of the chunk before it. ValueError when an
-    image (with its caption) is longer than a row.
+    image (with its caption, and its noisy copy) is longer than a row.
     """
-    ends = find_splits(chunk.can_break, length)
+    copies = np.zeros(len(chunk.tokens), np.int64)
+    for copy in chunk.copies:
+        copies[copy.start - 1] = copy.num_patches
+    ends = find_splits(chunk.can_break, length, copies if chunk.copies else None)
     return [chunk.part(*span) for span in pairwise([0, *ends])]
 
 
-def find_splits(can_break: np.ndarray, length: int) -> list[int]:
-    """The end of each chunk of at most `length` positions, the last one included. ValueError as for `split_chunk`."""
-    ends, begin = [], 0
-    while len(can_break) - begin > length:
-        allowed = np.flatnonzero(can_break[begin + 1 : begin + length + 1])
+def find_splits(can_break: np.ndarray, length: int, copies: np.ndarray | None = None) -> list[int]:
+    """The end of each chunk of at most `length` positions, the last one included. `copies` (n,): as of `count_copies`; they
+    stay with their image. ValueError as for `split_chunk`."""
+    n, ends, begin = len(can_break), [], 0
+    taken = np.arange(n + 1) if copies is None else np.append(0, np.cumsum(1 + copies))  # in a row, before each position
+    while taken[n] - taken[begin] > length:
+        last = np.searchsorted(taken, taken[begin] + length, side="right")
+        allowed = np.flatnonzero(can_break[begin + 1 : last])
         if not len(allowed):
-            raise ValueError(f"an image with its caption does not fit in a row of {length} positions: raise data.seq_len")
+            parts = "its caption" if copies is None else "its caption and its noisy copy"
+            raise ValueError(f"an image with {parts} does not fit in a row of {length} positions: raise data.seq_len")
         begin += 1 + int(allowed[-1])
         ends.append(begin)
-    return [*ends, len(can_break)]
+    return [*ends, n]
 
 
 @dataclass(frozen=True)
@@ -273,7 +346,7 @@ class Row:
 
 @dataclass
 class ImageGroup:
-    """All images of one latent shape in a batch, and the positions of their patches."""
+    """All images of one latent shape in a batch, noisy copies among them, and the positions of their patches."""
 
     x0: Tensor  # (N, C, Y, X)
     index: Tensor  # (N, P) into the batch's B * L positions
@@ -296,8 +369,10 @@ class Batch:
 
     tokens: Tensor  # (B, L)
     position_ids: Tensor  # (B, L) from 0 in each chunk
+    grid_offsets: Tensor  # (B, L, 2) what is added to `position_ids` for positions by row and by column
     document_ids: Tensor  # (B, L) number of the chunk in its row; -1: padding
     image_ids: Tensor  # (B, L) number of the image in its row, or NO_IMAGE
+    clean_starts: Tensor | None  # (B, L) in a noisy copy the first position of the clean image, or NO_IMAGE; None: no copies
     sides: Sides
     text_index: Tensor  # (T,) into B * L: positions with text loss
     text_target: Tensor  # (T,)
@@ -339,22 +414,32 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     tokens = np.full(shape, vocabulary.pad, dtype=np.int64)  # (B, L)
     targets = np.full(shape, NO_TARGET, dtype=np.int64)  # (B, L)
     position_ids = np.zeros(shape, dtype=np.int64)  # (B, L)
+    offsets = np.zeros((*shape, 2), dtype=np.int32)  # (B, L, 2)
     document_ids = np.full(shape, -1, dtype=np.int32)  # (B, L)
     image_ids = np.full(shape, NO_IMAGE, dtype=np.int32)  # (B, L)
+    clean_starts = None
     images: dict[tuple[int, int], list[tuple[int, PlacedImage]]] = {}  # by shape; with the first patch's index in B * L
     positions = 0
     for b, row in enumerate(rows):
         begin = num_images = 0
         for number, chunk in enumerate(row.chunks):
-            span = slice(begin, begin + len(chunk))
-            tokens[b, span], targets[b, span] = chunk.tokens, chunk.targets
-            position_ids[b, span], document_ids[b, span] = np.arange(len(chunk)), number
-            for placed in chunk.images:
-                start = begin + placed.start
-                image_ids[b, start : start + vocabulary.num_patches(placed.image.shape)] = num_images
+            end = begin + len(chunk.tokens)
+            tokens[b, begin:end], targets[b, begin:end] = chunk.tokens, chunk.targets
+            position_ids[b, begin:end], offsets[b, begin:end] = np.arange(end - begin), chunk.grid_offsets
+            starts = [begin + placed.start for placed in chunk.images]
+            for copy in chunk.copies:
+                clean_starts = np.full(shape, NO_IMAGE, dtype=np.int32) if clean_starts is None else clean_starts  # (B, L)
+                clean, noisy = (slice(start, start + copy.num_patches) for start in (begin + copy.start, end))
+                position_ids[b, noisy], clean_starts[b, noisy] = position_ids[b, clean], clean.start
+                offsets[b, noisy] = offsets[b, clean]
+                starts.append(end)
+                end += copy.num_patches
+            for start, placed in zip(starts, chunk.images + chunk.copies, strict=True):
+                image_ids[b, start : start + placed.num_patches] = num_images
                 images.setdefault(placed.image.shape, []).append((b * length + start, placed))
                 num_images += 1
-            begin += len(chunk)
+            document_ids[b, begin:end] = number
+            begin = end
         position_ids[b, begin:] = np.arange(length - begin)
         positions += begin
     flat_targets = targets.reshape(-1)
@@ -363,8 +448,10 @@ def collate(rows: Sequence[Row], length: int, vocabulary: Vocabulary) -> Batch:
     return Batch(
         tokens=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(position_ids),
+        grid_offsets=torch.from_numpy(offsets),
         document_ids=torch.from_numpy(document_ids),
         image_ids=torch.from_numpy(image_ids),
+        clean_starts=None if clean_starts is None else torch.from_numpy(clean_starts),
         sides=Sides(*(torch.from_numpy(np.flatnonzero(mask)) for mask in (~is_image, is_image))),
         text_index=torch.from_numpy(text_index),
         text_target=torch.from_numpy(flat_targets[text_index]),
@@ -380,7 +467,7 @@ def _group(images: list[tuple[int, PlacedImage]], patches: int) -> ImageGroup:
     starts = np.array([start for start, _ in images])
     placed = [image for _, image in images]
     max_t = torch.tensor([p.image.max_t for p in placed])
-    loss = torch.tensor([p.image.loss for p in placed]) & (max_t > 0)
+    loss = torch.tensor([p.image.is_denoised for p in placed])
     return ImageGroup(
         x0=torch.from_numpy(np.stack([p.image.content for p in placed]).astype(np.float32, copy=False)),
         index=torch.from_numpy(starts[:, None] + np.arange(patches)),

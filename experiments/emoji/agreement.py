@@ -18,14 +18,15 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from sklearn.metrics import cohen_kappa_score
 
 from experiments.emoji.evaluate import choose_cells, draw, to_images
 from experiments.emoji.judge import Cells, Gallery, open_judge, rank_concepts, read_cells
+from experiments.readers import write_sheets
 from transfusion.inference.engine import open_run
 
 KINDS = {"real": 40, "drawn": 80, "early": 40, "other caption": 40}
-COLUMNS, ROWS, SIDE = 5, 4, 128
+SIDE = 128  # of a picture on the sheets
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Options:
 def main(options: Options) -> None:
     cells = read_cells(options.data)
     if options.action == "sheets":
-        write_sheets(cells, options)
+        write_pictures(cells, options)
     else:
         compare(cells, options)
 
 
-def write_sheets(cells: Cells, options: Options) -> None:
+def write_pictures(cells: Cells, options: Options) -> None:
     """pictures.pt with the shuffled pictures and captions, and the sheets, without their kinds."""
     asked = dict(choose_cells(cells, sum(KINDS.values())))["held-out cells"]
     asked = asked.take(np.random.default_rng(1).permutation(len(asked)))
@@ -75,15 +76,8 @@ def write_sheets(cells: Cells, options: Options) -> None:
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     torch.save(shuffled, options.out / "pictures.pt")
-    images = to_images(shuffled["pixels"])
-    for sheet in range(0, len(images), COLUMNS * ROWS):
-        page = Image.new("RGB", (COLUMNS * (SIDE + 40), ROWS * (SIDE + 34)), "white")
-        for n in range(sheet, min(sheet + COLUMNS * ROWS, len(images))):
-            x, y = (n - sheet) % COLUMNS * (SIDE + 40) + 20, (n - sheet) // COLUMNS * (SIDE + 34)
-            title = textwrap.shorten(f"{n + 1}: {shuffled['concepts'][n]}", 26, placeholder="...")
-            ImageDraw.Draw(page).text((x - 16, y + 2), title, "black", ImageFont.load_default(13))
-            page.paste(Image.fromarray(images[n]).resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y + 22))
-        page.save(options.out / f"sheet-{sheet // (COLUMNS * ROWS) + 1:02}.png")
+    titles = [textwrap.shorten(f"{n}: {name}", 26, placeholder="...") for n, name in enumerate(shuffled["concepts"], 1)]
+    write_sheets(to_images(shuffled["pixels"]), titles, options.out, SIDE)
 
 
 def compare(cells: Cells, options: Options) -> None:
@@ -101,13 +95,8 @@ def compare(cells: Cells, options: Options) -> None:
     names = list(labels)
     for n, a in enumerate(names):
         for b in names[n + 1 :]:
-            print(f"{a} and {b}: equal {np.mean(labels[a] == labels[b]):.3f}, kappa {kappa(labels[a], labels[b]):.3f}")
-
-
-def kappa(a: np.ndarray, b: np.ndarray) -> float:
-    """Cohen's kappa of two series of yes and no: (agreement - chance) / (1 - chance)."""
-    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
-    return float((np.mean(a == b) - chance) / (1 - chance))
+            kappa = cohen_kappa_score(labels[a], labels[b])
+            print(f"{a} and {b}: equal {np.mean(labels[a] == labels[b]):.3f}, kappa {kappa:.3f}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from transfusion.cli.screen import UsageError
 from transfusion.codecs.config import CodecTrainingConfig
-from transfusion.config import EvaluationConfig, Run, TrainingConfig
+from transfusion.config import EvaluationConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.config import PrepareConfig
 
 Rule = tuple[bool, str, str]  # whether it applies, the names of fields, and the words after "has no effect"
@@ -61,6 +61,7 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         (data.codec != "block_pca", "data.codec_block data.codec_components", "without --data.codec block_pca"),
         *((True, f"data.{name}.interleaved data.{name}.level data.{name}.size",
            f"on these data, which do not read the built-in source {name}") for name in unread),
+        (data.clean_copies, "data.image_first_max_t", "with --data.clean-copies: what follows an image reads it clean"),
         (run.lora.rank is None, "lora.on", "without --lora.rank"),
         (run.lora.rank is not None, " ".join(idle_scales(run)),
          f"with --lora.on {run.lora.on}, which trains none of these weights"),
@@ -69,6 +70,17 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         (run.model.untied == "none" and not run.training.transformer_lr_scale, "training.optimizer",
          "with frozen blocks: Muon is for their matrices"),
         (run.model.patches == "codes", diffusion, "with --model.patches codes: codes are sampled like text"),
+        (run.model.patches == "codes" and run.model.untied == "none", "training.image_lr_scale",
+         "with --model.patches codes: images have no weights of their own without --model.untied"),
+    ])  # fmt: skip
+
+
+def check_untied(model: ModelConfig, start: ModelConfig | None, has_images: bool) -> None:
+    """The options of untied weights that the data of a new run, or the run that it starts from, make useless."""
+    refuse(changed(ModelConfig(), model, "model."), [
+        (not has_images, "model.untied", "on data without images"),
+        (start is not None and start.untied != "none", "model.image_init",
+         "with --from a run whose weights are untied: its image weights are read"),
     ])  # fmt: skip
 
 

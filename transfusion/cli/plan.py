@@ -248,6 +248,8 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("6 N + 12 layers width length", f"{estimate.usual_flops / 1e6:,.1f}", "usual convention: all attention pairs"),
         *(_measured_lines(estimate) if estimate.measured else _assumed_lines(estimate)),
         Line("positions per step", f"{estimate.positions_per_step:,}", f"{batch_size:,} rows x {run.data.seq_len:,}"),
+        *([Line("of these, noisy copies", f"{estimate.copies:.1%}", "at most: data with fewer copies have more documents")]
+          if run.data.clean_copies else []),
         Line("rows per forward pass", f"{estimate.rows_per_pass:,}", f"{passes} of each process in a step"),
         Line("steps", f"{run.training.steps:,}"),
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
@@ -301,7 +303,9 @@ def _notes(names: list[str], plans: list) -> Iterator[str]:
     if first.image:
         y, x = first.image
         patches = y * x // first.run.model.patch_size**2
-        yield f"Assumed: half of a row is images of {patches} patches ({y}x{x} latents), half is text of one document."
+        copies = ", each with a noisy copy" if first.run.data.clean_copies else ""
+        yield (f"Assumed: half of a row is images of {patches} patches ({y}x{x} latents){copies}, half is text of one "
+               "document.")  # fmt: skip
     else:
         yield "Assumed: rows are text, because they are too short for images."
     for name, estimate in zip(names, plans, strict=True):
@@ -313,7 +317,7 @@ def _notes(names: list[str], plans: list) -> Iterator[str]:
 def _to_json(name: str, estimate) -> dict:
     """A plan as JSON: bytes, FLOPs, seconds."""
     measured = asdict(estimate.measured) if estimate.measured else None
-    figures = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "fits",
+    figures = ("image", "rows_per_pass", "text_positions", "loss", "flops", "usual_flops", "usual_mfu", "copies", "fits",
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
         "run": name, "recipe": estimate.run.recipe, "machines": asdict(estimate.machines),

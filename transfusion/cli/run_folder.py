@@ -16,7 +16,7 @@ from transfusion.checkpoint.start import (
     reopen_start,
     resolve_source,
 )
-from transfusion.cli.ignored import changed
+from transfusion.cli.ignored import changed, check_untied
 from transfusion.cli.screen import UsageError, print_status
 from transfusion.config import ChatLayout, Run, to_json
 from transfusion.data.loader import DocumentEncoder, contains_edits, document_weights, heldout_batches
@@ -119,6 +119,8 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     chat = chat_layout(run.data) or (origin.description.chat if isinstance(origin, OtherRunStart) else None)
     encoder = _end_answers(encoder, chat)
     vocabulary, channels = encoder.vocabulary, encoder.codec.channels
+    other = origin.description.run.model if isinstance(origin, OtherRunStart) else None
+    check_untied(run.model, other, has_images=bool(vocabulary.boi))
     model = replace(
         run.model, vocab_size=vocabulary.size, text_vocab_size=vocabulary.text_size, latent_channels=channels
     )

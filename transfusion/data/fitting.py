@@ -69,7 +69,11 @@ class TokenizerAndCodec:
 
 
 def crop_images(raw: RawDocument, sizes: Sequence[tuple[int, int]], image_channels: int) -> RawDocument:
-    """The document with its images resized and cropped to the nearest of the sizes (width, height)."""
+    """The document with its images resized and cropped to the nearest of the sizes (width, height). PrepareError when there
+    are none: `like` is a run without images."""
+    if not sizes and any(isinstance(part, RawImage) for part in raw.segments):
+        raise PrepareError("the run of --like was trained without images, so it has no sizes of images: use --like with the "
+                           "data or a run with images, whose codec it has")  # fmt: skip
     segments = tuple(
         replace(part, pixels=to_pixels(part.pixels, sizes, image_channels)) if isinstance(part, RawImage) else part
         for part in raw.segments

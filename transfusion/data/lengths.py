@@ -6,6 +6,7 @@ those of its own rows.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from transfusion.config import DataConfig
 from transfusion.data.raw import RawDocument, RawImage
 from transfusion.seeding import uniforms_from
-from transfusion.sequence import Document, Image, Text, Vocabulary
+from transfusion.sequence import Document, Image, Text, Vocabulary, find_copied
 
 SIZES = np.dtype([
     ("tokens", "<u4"),  # of all its texts
@@ -22,6 +23,8 @@ SIZES = np.dtype([
     ("images", "<u2"),
     ("kind", "u1"),
     ("target", "u1"),  # of an edit: the shape of its last image, its number among the shapes of the source
+    # Y x X of all latents that have a noisy copy with `data.clean_copies`: in the document, and with its images first
+    ("copied", "<u4"), ("copied_first", "<u4"),
 ])  # fmt: skip
 MAX_SHAPES = 2**8  # of a source
 OTHER, ONE_PAIR, PAIRS, EDIT = range(4)  # kinds of documents: a caption-image pair, several pairs, edits, and all others
@@ -40,10 +43,14 @@ class Lengths(NamedTuple):
     whole: np.ndarray  # positions of the unchanged document, or with its images first
     without_text: np.ndarray
     target_only: np.ndarray  # with nothing but its last image; of edits only
+    copies: np.ndarray  # of the noisy copies that it has with `data.clean_copies`, with or without its text
+    copies_image_first: np.ndarray  # the same with its images first; of pairs only
 
-    def after(self, changes: np.ndarray) -> np.ndarray:
+    def after(self, changes: np.ndarray, clean_copies: bool = False) -> np.ndarray:
         """Positions (n,) of the documents after these changes (n,)."""
         lengths = np.where(changes == WITHOUT_TEXT, self.without_text, self.whole)
+        if clean_copies:
+            lengths = lengths + np.where(changes == IMAGE_FIRST, self.copies_image_first, self.copies)
         return np.where(changes == TARGET_ONLY, self.target_only, lengths)
 
 
@@ -51,8 +58,11 @@ def lengths_of_sizes(sizes: np.ndarray, shapes: Sequence[tuple[int, int]], patch
     """From `SIZES` (n,). `shapes`: all latent shapes of the source, sorted; the sides are multiples of `patch_size`."""
     areas = np.array([height * width for height, width in shapes] or [0]) // patch_size**2
     images = sizes["images"].astype(np.int64)
-    without_text = 2 + 2 * images + sizes["area"] // patch_size**2
-    return Lengths(sizes["kind"], images, without_text + sizes["tokens"], without_text, 4 + areas[sizes["target"]])
+    positions, copies, copies_first = (sizes[name] // patch_size**2 for name in ("area", "copied", "copied_first"))
+    without_text = 2 + 2 * images + positions
+    return Lengths(
+        sizes["kind"], images, without_text + sizes["tokens"], without_text, 4 + areas[sizes["target"]], copies, copies_first
+    )
 
 
 def lengths_of_documents(documents: Iterable[Document], vocabulary: Vocabulary) -> Lengths:
@@ -62,13 +72,14 @@ def lengths_of_documents(documents: Iterable[Document], vocabulary: Vocabulary) 
         tokens = sum(len(part.tokens) for part in document.segments if isinstance(part, Text))
         images = [vocabulary.num_patches(part.shape) + 2 for part in document.segments if isinstance(part, Image)]
         without_text = 2 + sum(images)
-        rows.append((kind_of(document), len(images), tokens + without_text, without_text, 2 + sum(images[-1:])))
+        copies = (sum(length - 2 for length in compress(images, copied)) for copied in find_copied_images(document))
+        rows.append((kind_of(document), len(images), tokens + without_text, without_text, 2 + sum(images[-1:]), *copies))
     return Lengths(*np.array(rows, np.int64).reshape(-1, len(Lengths._fields)).T)
 
 
 def sizes_of_segments(
-    pairs: np.ndarray, offsets: np.ndarray, is_image: np.ndarray, loss: np.ndarray, tokens: np.ndarray, height: np.ndarray,
-    width: np.ndarray, checksums: np.ndarray, shapes: Sequence[tuple[int, int]],
+    pairs: np.ndarray, offsets: np.ndarray, is_image: np.ndarray, loss: np.ndarray, max_t: np.ndarray, tokens: np.ndarray,
+    height: np.ndarray, width: np.ndarray, checksums: np.ndarray, shapes: Sequence[tuple[int, int]],
 ) -> np.ndarray:  # fmt: skip
     """`SIZES` (n,) of documents from their segments. `offsets` (n + 1,): the segments of document i are those from
     offsets[i] to offsets[i + 1] - 1; `pairs` and `checksums` are (n,), the rest is of each segment."""
@@ -81,7 +92,15 @@ def sizes_of_segments(
     count = offsets[1:] - begin
     sizes = np.empty(len(pairs), SIZES)
     sizes["checksum"] = checksums
-    for name, values in (("tokens", tokens), ("area", height.astype(np.int64) * width), ("images", is_image)):
+    area = height.astype(np.int64) * width
+    is_learnt = loss & (is_image | (tokens > 0))
+    learnt = np.cumsum(is_learnt)  # segments, up to each one
+    later = np.repeat(np.append(0, learnt)[offsets[1:]], count) - learnt  # learnt segments of the document after each one
+    caption = np.append(False, is_learnt[:-1]) & np.repeat(pairs, count)  # follows an image that is put first
+    copied, copied_first = (area * (loss & is_image & (max_t > 0) & (after > 0)) for after in (later, later + caption))
+    for name, values in (
+        ("tokens", tokens), ("area", area), ("images", is_image), ("copied", copied), ("copied_first", copied_first),
+    ):  # fmt: skip
         totals, limit = total(values), np.iinfo(SIZES[name]).max
         if totals.max(initial=0) > limit:
             raise ValueError(f"a document has {totals.max():,} {name}, at most {limit:,} are supported: divide it")
@@ -133,9 +152,27 @@ def change(document: Document, how: int, config: DataConfig) -> Document:
     if how == UNCHANGED:
         return document
     if how == IMAGE_FIRST:
-        captions, images = document.segments[::2], document.segments[1::2]
-        images = [replace(image, max_t=min(image.max_t, config.image_first_max_t)) for image in images]
-        return replace(document, segments=tuple(part for pair in zip(images, captions, strict=True) for part in pair))
+        max_t = 1.0 if config.clean_copies else config.image_first_max_t
+        return replace(document, segments=tuple(
+            replace(part, max_t=min(part.max_t, max_t)) if isinstance(part, Image) else part
+            for part in put_images_first(document)
+        ))  # fmt: skip
     *conditions, target = document.segments
     kept = [part for part in conditions if isinstance(part, Image)] if how == WITHOUT_TEXT else []
     return replace(document, segments=(*kept, target, Text((), loss=False)))
+
+
+def find_copied_images(document: Document) -> tuple[list[bool], list[bool]]:
+    """For each image of a document: has it a noisy copy with `data.clean_copies`, in this order and with images first?"""
+    return tuple(
+        [is_copied for part, is_copied in zip(segments, find_copied(segments), strict=True) if isinstance(part, Image)]
+        for segments in (document.segments, put_images_first(document))
+    )
+
+
+def put_images_first(document: Document) -> tuple[Text | Image, ...]:
+    """The segments with each image before its caption; those of a document that is no pairs as they are."""
+    if not document.pairs:
+        return document.segments
+    captions, images = document.segments[::2], document.segments[1::2]
+    return tuple(part for pair in zip(images, captions, strict=True) for part in pair)

@@ -124,7 +124,8 @@ class Packed:
     """How blocks of documents are packed. Row n has the chunks from ends[n - 1] to ends[n] - 1."""
 
     documents: Documents
-    chunks: np.ndarray  # (chunks, 3), row by row: number of the document, first position in it, end
+    # (chunks, 3), row by row: number of the document, first position in it, end; of a whole document 0 and its length
+    chunks: np.ndarray
     ends: np.ndarray  # (rows,)
     rows: list[range]  # of each block
 
@@ -184,10 +185,11 @@ class Loader:
         lengths, encoded = self._lengths(entries)
         changes = choose_changes(entries.keys, lengths.kinds, self.config)
         documents = Documents(self.sources, entries, changes, encoded, self.config)
-        numbers, begins, chunk_ends = self._split(lengths.after(changes), lengths.images, documents)
+        positions = lengths.after(changes, self.config.clean_copies)
+        numbers, begins, chunk_ends, chunk_lengths = self._split(positions, lengths.images, documents)
         shuffled = np.argsort((entries.keys[numbers] >> np.uint64(48)).astype(np.uint16), kind="stable")
         chunk_blocks = numbers // self.config.shuffle_block
-        bins, bin_blocks = best_fit((chunk_ends - begins)[shuffled], chunk_blocks[shuffled], self.config.seq_len)
+        bins, bin_blocks = best_fit(chunk_lengths[shuffled], chunk_blocks[shuffled], self.config.seq_len)
         order, ends = shuffle_bins(bins, bin_blocks, derive_seeds(derive_seed(self.encoder.seed, "pack"), blocks))
         bounds = np.searchsorted(bin_blocks, np.arange(len(blocks) + 1)).tolist()
         chunks = np.stack([numbers, begins, chunk_ends], axis=1)[shuffled[order]]
@@ -214,22 +216,24 @@ class Loader:
 
     def _split(
         self, lengths: np.ndarray, images: np.ndarray, documents: Documents
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The columns of `Packed.chunks`, in any order. Texts are split by their lengths, documents with images by their
-        segments."""
-        seq_len = self.config.seq_len
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The columns of `Packed.chunks`, in any order, and the positions of the chunks in a row. Texts are split by their
+        lengths, documents with images by their segments."""
+        seq_len, clean_copies = self.config.seq_len, self.config.clean_copies
         if lengths.max() <= seq_len:
-            return np.arange(len(lengths)), np.zeros_like(lengths), lengths
+            return np.arange(len(lengths)), np.zeros_like(lengths), lengths, lengths
         is_long, is_text = lengths > seq_len, (images == 0) & (seq_len > 1)
         numbers, texts = np.flatnonzero(~is_long), np.flatnonzero(is_long & is_text)
         counts, text_ends = split_texts(lengths[texts], seq_len)
-        parts = [(numbers, lengths[numbers]), (np.repeat(texts, counts), text_ends)]
+        parts = [(numbers, lengths[numbers], np.zeros_like(numbers)),
+                 (np.repeat(texts, counts), text_ends, np.zeros_like(text_ends))]  # fmt: skip
         for number in np.flatnonzero(is_long & ~is_text).tolist():
-            long_ends = split_document(documents.read(number, is_checked=False), seq_len, self.vocabulary)
-            parts.append((np.full(len(long_ends), number), np.array(long_ends)))
-        numbers, ends = map(np.concatenate, zip(*parts, strict=True))
+            document = documents.read(number, is_checked=False)
+            long_ends, long_copies = split_document(document, seq_len, self.vocabulary, clean_copies)
+            parts.append((np.full(len(long_ends), number), np.array(long_ends), np.array(long_copies)))
+        numbers, ends, copies = map(np.concatenate, zip(*parts, strict=True))
         begins = np.concatenate([[0], ends[:-1]]) * np.concatenate([[0], numbers[1:] == numbers[:-1]])
-        return numbers, begins, ends
+        return numbers, begins, ends, ends - begins + copies
 
 
 class Block(Sequence):
@@ -237,6 +241,7 @@ class Block(Sequence):
 
     def __init__(self, packed: Packed, number: int, vocabulary: Vocabulary):
         self.packed, self.rows, self.vocabulary = packed, packed.rows[number], vocabulary
+        self.clean_copies = packed.documents.config.clean_copies
         self._split: dict[int, Chunk] = {}  # documents in several chunks, so that each is read once
 
     def __len__(self) -> int:
@@ -249,7 +254,8 @@ class Block(Sequence):
 
     def _chunk(self, number: int, begin: int, end: int) -> Chunk:
         if (chunk := self._split.get(number)) is None:
-            chunk = encode_document(self.packed.documents.read(number), self.vocabulary)
+            document = self.packed.documents.read(number)
+            chunk = encode_document(document, self.vocabulary, clean_copies=self.clean_copies)
             if end - begin == len(chunk):
                 return chunk
             self._split[number] = chunk
@@ -260,12 +266,14 @@ def heldout_batches(source: Source, encoder: DocumentEncoder, documents: int, nu
     """Batches of at most `num_rows` rows with the first held-out documents, in order, with the same noise and t for every
     seed. No captions and no conditions are dropped, and images before their caption have t = 0 and no loss, as in a prompt:
     so the figures do not depend on the settings that change documents and t for training."""
+    clean_copies = encoder.config.clean_copies
     config = replace(
-        encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0, image_first_max_t=0.0
-    )
+        encoder.config, caption_dropout=0.0, condition_text_dropout=0.0, condition_dropout=0.0, image_first_max_t=0.0,
+        clean_copies=False,  # else `image_first_max_t` is ignored
+    )  # fmt: skip
     encoder = replace(encoder, config=config, seed=0)
     encoded = [encoder.to_document(source[n], source.name, -1) for n in range(min(documents, len(source)))]
-    rows = pack(encoded, config.seq_len, encoder.vocabulary, seed=0)
+    rows = pack(encoded, config.seq_len, encoder.vocabulary, seed=0, clean_copies=clean_copies)
     return [
         collate(rows[first : first + num_rows], config.seq_len, encoder.vocabulary)
         for first in range(0, len(rows), num_rows)
@@ -288,10 +296,11 @@ def mean_positions(source: Source, encoder: DocumentEncoder) -> float:
     """Mean positions of a document: exact for prepared data (but for dropped conditions), else from a sample."""
     config = encoder.config
     if isinstance(source, StoredSource):
-        return source.mean_positions(encoder.vocabulary, (1 - config.image_first) * config.caption_dropout)
+        return source.mean_positions(encoder.vocabulary, config)
     ids = range(len(source))
     if len(source) > NUM_PROBED_DOCUMENTS:  # random: evenly spaced ids could match a period of the source
         rng = np.random.default_rng(derive_seed("lengths", source.name))
         ids = rng.integers(len(source), size=NUM_PROBED_DOCUMENTS).tolist()
     documents = (encoder.to_document(source[id_], source.name, 0) for id_ in ids)
-    return sum(len(encode_document(document, encoder.vocabulary)) for document in documents) / len(ids)
+    lengths = (len(encode_document(it, encoder.vocabulary, clean_copies=config.clean_copies)) for it in documents)
+    return sum(lengths) / len(ids)

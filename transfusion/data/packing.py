@@ -7,17 +7,22 @@ from itertools import pairwise
 import numpy as np
 
 from transfusion.seeding import derive_seeds
-from transfusion.sequence import Document, Row, Vocabulary, encode_document, find_breaks, find_splits
+from transfusion.sequence import Document, Row, Vocabulary, count_copies, encode_document, find_breaks, find_splits
 
 
-def pack(documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, seed: int) -> list[Row]:
+def pack(
+    documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, seed: int, clean_copies: bool = False
+) -> list[Row]:
     """Rows of at most `seq_len` positions. A pure function of the documents and the seed. ValueError when a document cannot
     be split to fit."""
     chunks = []
     for document in documents:
-        chunk = encode_document(document, vocabulary)
-        ends = split_document(document, seq_len, vocabulary) if len(chunk) > seq_len else [len(chunk)]
-        chunks += [chunk.part(*span) for span in pairwise([0, *ends])]
+        chunk = encode_document(document, vocabulary, clean_copies=clean_copies)
+        if len(chunk) > seq_len:
+            ends, _ = split_document(document, seq_len, vocabulary, clean_copies)
+            chunks += [chunk.part(*span) for span in pairwise([0, *ends])]
+        else:
+            chunks.append(chunk)
     if not chunks:
         return []
     chunks = [chunks[n] for n in np.argsort(derive_seeds(seed, np.arange(len(chunks))))]
@@ -27,10 +32,15 @@ def pack(documents: Sequence[Document], seq_len: int, vocabulary: Vocabulary, se
     return [Row(tuple(chunks[n] for n in part)) for part in np.split(order, ends[:-1])]
 
 
-def split_document(document: Document, seq_len: int, vocabulary: Vocabulary) -> list[int]:
-    """The end of each of its chunks. ValueError, which names the document, when it cannot be split to fit."""
+def split_document(
+    document: Document, seq_len: int, vocabulary: Vocabulary, clean_copies: bool = False
+) -> tuple[list[int], list[int]]:
+    """The end of each of its chunks, and the positions of the noisy copies in each. ValueError, which names the document,
+    when it cannot be split to fit."""
+    copies = count_copies(document, vocabulary) if clean_copies else None
     try:
-        return find_splits(find_breaks(document, vocabulary), seq_len)
+        ends = find_splits(find_breaks(document, vocabulary), seq_len, copies)
+        return ends, [0] * len(ends) if copies is None else np.add.reduceat(copies, [0, *ends[:-1]]).tolist()
     except ValueError as error:
         raise ValueError(f"document {document.id} of {document.source}: {error}") from None
 

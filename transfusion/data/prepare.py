@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from transfusion.data.config import PrepareConfig
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.leaks import count_leaks, find_copies
-from transfusion.data.lengths import MAX_SHAPES
+from transfusion.data.lengths import MAX_SHAPES, find_copied_images
 from transfusion.data.raw import CUT_SHORT, Fault, RawDocument, RawText
 from transfusion.data.reading.account import Account, counted
 from transfusion.data.reading.readers import Reader, Unit
@@ -280,8 +281,9 @@ class ShardInfo:
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     caption_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of documents with one pair
     images: dict[str, dict[str, int]] = field(default_factory=lambda: {split: {} for split in SPLITS})
-    # latent shape -> most positions that must stay in one row with an image's patches: caption, boi, eoi, eos
-    max_image_overhead: dict[str, int] = field(default_factory=dict)
+    # latent shape -> most positions that must stay in one row with an image's patches: caption, boi, eoi, eos; of all
+    # images, and of those with a noisy copy (`lengths.find_copied_images`: in this order, with images first), 0 without any
+    max_image_overhead: dict[str, list[int]] = field(default_factory=dict)
     has_ids: bool = False  # whether any document has an id in its source
     faults: list[dict] = field(default_factory=list)
 
@@ -292,13 +294,16 @@ class ShardInfo:
         self.tokens[split] += tokens
         self.caption_tokens[split] += tokens if document.pairs and len(segments) == 2 else 0
         self.has_ids |= has_id
+        are_copied = zip(*find_copied_images(document), strict=True)
         for number, part in enumerate(segments):
             if isinstance(part, Image):
                 name = "{}x{}".format(*part.shape)
                 self.images[split][name] = self.images[split].get(name, 0) + 1
                 caption = len(segments[number - 1].tokens) if document.pairs else 0
                 is_last = number + 1 == len(segments)  # then eos follows
-                self.max_image_overhead[name] = max(self.max_image_overhead.get(name, 0), caption + 2 + is_last)
+                overheads = self.max_image_overhead.setdefault(name, [0, 0, 0])
+                for n in compress(range(3), (True, *next(are_copied))):
+                    overheads[n] = max(overheads[n], caption + 2 + is_last)
 
 
 # dataset.json

@@ -136,8 +136,9 @@ def reuse(config: DataConfig, tokenizer: Tokenizer, codec: Codec, vocabulary: Vo
         shapes = [codec.encode(pixels).shape[-2:] for pixels in images]
     for shape in shapes:
         if shape not in vocabulary.boi:
-            supported = ", ".join(f"{y}x{x}" for y, x in vocabulary.boi)
-            raise ValueError(f"the new data have latents of {shape[0]}x{shape[1]}, but the initial run supports {supported}")
+            supported = ", ".join(f"{y}x{x}" for y, x in vocabulary.boi) or "no images"
+            raise ValueError(f"the new data have latents of {shape[0]}x{shape[1]}, the initial run supports {supported}: "
+                             "only those of its prepared folders, also of sources that --data.sources leaves out")
     return DocumentEncoder(tokenizer, codec, vocabulary, config, seed)
 
 
@@ -150,9 +151,10 @@ def _check_patches(shapes: list[tuple[int, int]], patch_size: int) -> None:
 def _check_seq_len(folders: list[PreparedFolder], config: DataConfig, vocabulary: Vocabulary) -> None:
     """ValueError when an image with its caption does not fit into a row: before training, not at the first such image."""
     for name in config.sources or _names(folders):
-        needed = _folder_of(name, folders).source(name, "train").min_seq_len(vocabulary)
+        needed = _folder_of(name, folders).source(name, "train").min_seq_len(vocabulary, config)
         if needed > config.seq_len:
-            raise ValueError(f"an image of {name} needs {needed} positions with its caption, a row has {config.seq_len}: "
+            parts = "its caption and its noisy copy" if config.clean_copies else "its caption"
+            raise ValueError(f"an image of {name} needs {needed} positions with {parts}, a row has {config.seq_len}: "
                              "raise data.seq_len")  # fmt: skip
 
 

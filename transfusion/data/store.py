@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from transfusion.codecs.codec import Codec, codec_from_bytes
 from transfusion.codecs.pictures import pixels_of, read_picture
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
-from transfusion.config import ChatLayout, from_json
+from transfusion.config import ChatLayout, DataConfig, from_json
 from transfusion.data.lengths import SIZES, Lengths, lengths_of_sizes, sizes_of_segments
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.reading.columns import CONVERSATIONS
@@ -35,7 +35,7 @@ from transfusion.data.shards import SEGMENT, Shard, read_batches, unreadable, va
 from transfusion.disk import OpenError, check_format, check_prepared, read_checked, read_json, sha256_of
 from transfusion.sequence import Document, Image, Text, Vocabulary
 
-FORMAT = 5  # of a prepared folder; other formats are not supported
+FORMAT = 6  # of a prepared folder; other formats are not supported
 SPLITS = ("train", "heldout")
 MAX_OPEN_SHARDS = 2**14  # of a folder, memory-mapped: 3 kB each, and one of the 65,530 maps that Linux allows a process
 
@@ -171,21 +171,28 @@ class StoredSource:
         shards = [[shard["sha256"], shard.get("skipped", {})] for shard in self.metadata["shards"]]
         return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
-    def mean_positions(self, vocabulary: Vocabulary, caption_dropout: float = 0.0) -> float:
-        """Mean positions of a document when this share of the captions of single pairs is dropped."""
+    def mean_positions(self, vocabulary: Vocabulary, config: DataConfig) -> float:
+        """Mean positions of a document, without the effect of conditions that are dropped."""
         shards, documents = self.metadata["shards"], max(1, len(self))
         tokens, captions = (sum(shard[key][self.split] for shard in shards) for key in ("tokens", "caption_tokens"))
         images = sum(
             count * (vocabulary.num_patches(_parse_shape(name)) + 2)
             for shard in shards for name, count in shard["images"][self.split].items()
         )  # fmt: skip
-        return 2 + (tokens - caption_dropout * captions + images) / documents
+        copies = 0.0
+        if config.clean_copies:
+            shares = (1 - config.image_first, "copied"), (config.image_first, "copied_first")
+            copies = sum(share * self.sizes[name].sum(dtype=np.int64) for share, name in shares) / vocabulary.patch_size**2
+        caption_dropout = (1 - config.image_first) * config.caption_dropout  # of single pairs
+        return 2 + (tokens - caption_dropout * captions + images + copies) / documents
 
-    def min_seq_len(self, vocabulary: Vocabulary) -> int:
-        """The shortest row that fits every image with its caption, which are never split."""
+    def min_seq_len(self, vocabulary: Vocabulary, config: DataConfig) -> int:
+        """The shortest row that fits every image with its caption and its noisy copy, which are never split."""
+        applies = True, config.clean_copies, config.clean_copies and config.image_first > 0
         return max((
-            overhead + vocabulary.num_patches(_parse_shape(name))
-            for shard in self.metadata["shards"] for name, overhead in shard["max_image_overhead"].items()
+            overhead + times * vocabulary.num_patches(_parse_shape(name))
+            for shard in self.metadata["shards"] for name, overheads in shard["max_image_overhead"].items()
+            for overhead, times in compress(zip(overheads, (1, 2, 2), strict=True), applies) if overhead
         ), default=1)  # fmt: skip
 
     def _column(self, name: str, id: int):
@@ -250,11 +257,10 @@ def write_sizes(folder: Path, split: str, shards: Sequence[dict]) -> dict[str, s
 def _sizes_of_batch(batch: pa.RecordBatch, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
     segments = batch.column("segments")
     fields = dict(zip(SEGMENT.names, segments.values.flatten(), strict=True))
-    is_image, loss, tokens, height, width = (
-        fields[name].to_numpy(zero_copy_only=False) for name in ("image", "loss", "tokens", "height", "width")
-    )
+    names = "image", "loss", "max_t", "tokens", "height", "width"
+    values = (fields[name].to_numpy(zero_copy_only=False) for name in names)
     pairs, checksums = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("pairs", "checksum"))
-    return sizes_of_segments(pairs, segments.offsets.to_numpy(), is_image, loss, tokens, height, width, checksums, shapes)
+    return sizes_of_segments(pairs, segments.offsets.to_numpy(), *values, checksums, shapes)
 
 
 def _parse_shape(name: str) -> tuple[int, int]:

@@ -18,16 +18,17 @@ from transfusion.seeding import derive_seed
 IMAGE_SIZE = 32  # images are resized to it
 NUM_FEATURES = 48
 MAX_WORDS = 256  # words and word pairs that are predicted
-NUM_DEGRADATIONS = 3  # blur, fade, noise
+NUM_DEGRADATIONS = 4  # warp, blur, fade, noise
+WARP_GRID, WARP_STD = 8, 1.5  # random displacements per side, interpolated; their standard deviation in pixels
 WORD_WEIGHT = 2.0  # of the word loss; with less, degradations are learnt first and words late
-STEPS, BATCH_SIZE, LEARNING_RATE = 400, 48, 1e-2
+STEPS, BATCH_SIZE, LEARNING_RATE = 1_000, 48, 1e-2  # after 400 steps it does not tell the shapes of `shapes` apart
 
 
 class SmallFeatureNetwork:
     """Images (Y, X, 1 or 3) uint8 of any sizes -> features (N, 48) float32, mean 0 and std 1 on the training images.
 
-    It predicts which words and word pairs ("red circle") an image's caption has, and how much the image was blurred, faded
-    and made noisy. So its features measure content and image quality, but little that captions do not mention. Images,
+    It predicts which words and word pairs ("red circle") an image's caption has, and how much the image was warped, blurred,
+    faded and made noisy. So its features measure content and image quality, but little that captions do not mention. Images,
     captions and seed determine it.
     """
 
@@ -93,11 +94,17 @@ def _build_body() -> nn.Sequential:
 
 
 def _degrade(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of the images (B, 3, 32, 32) unchanged, half blurred, faded and noisy; and the strength of each, (B, 3)."""
-    strengths = torch.rand(len(pixels), NUM_DEGRADATIONS) * (torch.rand(len(pixels), 1) < 0.5)  # (B, 3)
-    blur, fade, noise = strengths[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
-    smooth = F.interpolate(F.avg_pool2d(pixels, 4), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")  # (B, 3, 32, 32)
-    return (pixels.lerp(smooth, blur) * (1 - fade / 2) + noise * torch.randn_like(pixels) / 2), strengths
+    """A quarter of the images (B, 3, 32, 32) unchanged, the others with each degradation half of the time; and the strength
+    of each, (B, 4)."""
+    size = len(pixels), NUM_DEGRADATIONS
+    strengths = torch.rand(size) * (torch.rand(size) < 0.5) * (torch.rand(len(pixels), 1) < 0.75)  # (B, 4)
+    warp, blur, fade, noise = strengths[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
+    shifts = F.interpolate(torch.randn(len(pixels), 2, WARP_GRID, WARP_GRID), (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic")
+    shifts = shifts * warp * WARP_STD * 2 / IMAGE_SIZE  # (B, 2, 32, 32) in units of half an image
+    grid = F.affine_grid(torch.eye(2, 3).expand(len(pixels), 2, 3), pixels.shape, align_corners=False)  # (B, 32, 32, 2)
+    warped = F.grid_sample(pixels, grid + shifts.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    smooth = F.interpolate(F.avg_pool2d(warped, 4), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")  # (B, 3, 32, 32)
+    return warped.lerp(smooth, blur) * (1 - fade / 2) + noise * torch.randn_like(pixels) / 2, strengths
 
 
 def _preprocess(pixels: np.ndarray) -> Tensor:

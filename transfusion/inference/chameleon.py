@@ -16,7 +16,7 @@ from transfusion.inference.cache import Cache
 from transfusion.inference.image_mode import Branch, BranchRows
 from transfusion.model.transfusion import Transfusion
 from transfusion.seeding import derive_seed
-from transfusion.sequence import EMPTY_CHUNK, Vocabulary
+from transfusion.sequence import EMPTY_CHUNK, Chunk, Vocabulary, grid_offsets
 
 GREY = 128  # pixels of codes that are not sampled yet
 # Generation options without effect on codes.
@@ -43,6 +43,11 @@ class CodeImageState:
     def num_cached_positions(self) -> int:
         """Positions of the image in the branches' slots, boi included."""
         return len(self.codes)
+
+    @property
+    def chunk(self) -> Chunk:
+        """The next input: `pending`, which is the boi or a code, as a position."""
+        return EMPTY_CHUNK.append(self.pending, grid_offsets(*self.shape)[self.step - 1] if self.codes else (0, 0))
 
     def advance(self, sampled: tuple[int, int]) -> None:
         """Continue with the next token and its code."""
@@ -79,7 +84,7 @@ def sample_codes(
 ) -> list[tuple[int, int]]:
     """One forward pass for all branches of all images: the next token of each image, and its code."""
     rows = BranchRows([image.branches for image in images])
-    chunks = [EMPTY_CHUNK.append(images[n].pending) for n in rows.images]
+    chunks = [images[n].chunk for n in rows.images]
     logits = text_mode.extend_cache(model, cache, rows.slots, chunks, vocabulary)  # (B, V)
     guided = rows.guide(logits[:, vocabulary.first_code : vocabulary.num_used])  # (N, codes)
     seeds = [derive_seed(image.seed, image.step) for image in images]

@@ -20,8 +20,9 @@ from transfusion.diffusion import to_x0_and_noise
 from transfusion.inference.cache import Cache
 from transfusion.inference.samplers import Update, apply_updates, get_updates
 from transfusion.model.mask import cached_mask
+from transfusion.model.transformer import rotary_positions
 from transfusion.model.transfusion import Transfusion
-from transfusion.sequence import Sides
+from transfusion.sequence import Sides, grid_offsets
 
 T_TOLERANCE = 1e-6  # of the ends of guidance_interval: step 0.8 must lie in an interval that ends at 0.8
 
@@ -184,13 +185,15 @@ def guide(predictions: Sequence[Tensor], scales: Sequence[Tensor | float], resca
 
 def predict(model: Transfusion, cache: Cache, slots: list[int], x_t: Tensor, t: Tensor) -> Tensor:
     """The model's prediction for latents x_t (B, C, Y, X) at times t (B,), each after the prefix in its slot."""
-    B, P = len(slots), x_t.shape[2] * x_t.shape[3] // model.config.patch_size**2
+    rows, columns = (side // model.config.patch_size for side in x_t.shape[2:])
+    B, P = len(slots), rows * columns
     view = cache.view(slots, P)
     zeros = torch.zeros(B, P, dtype=torch.int64, device=x_t.device)  # (B, P) tokens to be replaced; also: image 0
     index = torch.arange(B * P, device=x_t.device).view(B, P)
     is_full = model.config.image_attention == "bidirectional" and view.needs_no_mask
     mask = None if is_full else cached_mask(view.lengths, P, zeros, model.config.image_attention)
+    positions = rotary_positions(view.position_ids, grid_offsets(rows, columns), model.config)
     empty = zeros.new_zeros(0)
     sides = Sides(text=empty, image=index.view(-1))
-    prediction = model.forward_cached(zeros, view.position_ids, mask, view, empty, [x_t], [t], [index], sides)
+    prediction = model.forward_cached(zeros, positions, mask, view, empty, [x_t], [t], [index], sides)
     return prediction.images[0].to(x_t.dtype)

@@ -11,6 +11,7 @@ from transfusion.config import GenerationConfig
 from transfusion.inference.cache import Cache
 from transfusion.inference.request import TokenLogprob
 from transfusion.model.mask import cached_mask
+from transfusion.model.transformer import rotary_positions
 from transfusion.model.transfusion import Transfusion
 from transfusion.seeding import derive_seed
 from transfusion.sequence import NO_TARGET, Chunk, Row, Vocabulary, collate
@@ -34,10 +35,11 @@ def extend_cache(
     index = torch.tensor([i for end, n in ends for i in range(end - n, end)], device=cache.device)  # (T,)
     is_full = new == 1 and view.needs_no_mask
     mask = None if is_full else cached_mask(view.lengths, new, batch.image_ids, model.config.image_attention)
+    positions = rotary_positions(view.position_ids, batch.grid_offsets, model.config)
     x0 = [group.x0 for group in batch.groups]
     t = [torch.zeros(len(latents), device=cache.device) for latents in x0]
     prediction = model.forward_cached(
-        batch.tokens, view.position_ids, mask, view, index, x0, t, [group.index for group in batch.groups], batch.sides
+        batch.tokens, positions, mask, view, index, x0, t, [group.index for group in batch.groups], batch.sides
     )
     for slot, chunk in zip(slots, chunks, strict=True):
         cache.commit(slot, len(chunk))

@@ -32,7 +32,8 @@ def count_usual_flops(config: ModelConfig, seq_len: int) -> int:
 def count_training_flops(batch: Batch, config: ModelConfig) -> int:
     """FLOPs of forward and backward for one batch. Padding is not counted; attention counts only unmasked pairs. Untied
     weights change nothing: each position uses those of its side."""
-    pairs = packed_mask(batch.document_ids, batch.image_ids, config.image_attention).count_pairs(batch.document_ids >= 0)
+    mask = packed_mask(batch.document_ids, batch.image_ids, config.image_attention, batch.clean_starts)
+    pairs = mask.count_pairs(batch.document_ids >= 0)
     forward = (
         2 * count_block_weights(config) * config.layers * batch.positions
         + 4 * config.heads * config.head_size * config.layers * pairs  # queries @ keys, weights @ values

@@ -11,6 +11,7 @@ from transfusion.config import ModelConfig, RopeScaling
 from transfusion.disk import ADAPTER_CONFIG, CONFIG, RUN, OpenError, read_json
 from transfusion.fields import short_repr
 from transfusion.model.transfusion import MODEL_TYPE, build_on_meta
+from transfusion.model.untied import IMAGE
 from transfusion.model.weights import Weights
 
 # Families, and the defaults of `transformers` for fields that config.json omits, where the families differ.
@@ -81,13 +82,23 @@ class LanguageModel:
                 raise OpenError(f"{self.folder}: {theirs} is {shape}; config.json and the tokenizer require {size}")
 
     def fill(self, num_text_tokens: int, name: str, values: Tensor) -> None:
-        """Copy the parameter of this name into `values`, if the folder has it; of VOCAB_WEIGHTS, only the rows of text
-        tokens."""
-        theirs = self._name(name)
-        if theirs in self.weights.names:
-            source = self.weights.read(theirs)
-            rows = num_text_tokens if name in VOCAB_WEIGHTS else len(source)
-            values[:rows].copy_(source[:rows])
+        """Copy the parameter of this name into `values`, if the folder has it.
+
+        Of VOCAB_WEIGHTS it has the rows of text tokens. Those of new ids keep their random values, scaled to the standard
+        deviation of the others: language models have embeddings of about 0.02, beside which N(0, 1) would learn slowly.
+        """
+        theirs = self._name(name.removeprefix(IMAGE))
+        if theirs not in self.weights.names:
+            return
+        source = self.weights.read(theirs)
+        if theirs in (EMBEDDING, HEAD):
+            source = source[:num_text_tokens]
+            known = 0 if name.startswith(IMAGE) else num_text_tokens
+            new = values[known:]
+            if len(new):
+                new.mul_(source.float().std() / new.std())
+            source = source[:known]
+        values[: len(source)].copy_(source)
 
     def _name(self, name: str) -> str:
         """The name in the folder of a parameter."""

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,10 +39,13 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Tensor, mask: Mask | None, sides: Sides, cache: Cache | None = None
     ) -> Tensor:
+        """Hidden states x (B, L, D) at the positions of `rotary_positions`."""
         cos_sin = rope_cos_sin(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
         if mask is not None:
             mask.prepare(self._query_dtype(x))
-        routing, parts = Routing(sides), [x.flatten(0, 1)]
+        routing = Routing(sides)
+        # As all other blocks get it, so that one compiled graph is of all.
+        parts = routing.arrange([x.flatten(0, 1)], 1 if self.config.untied == "none" else len(routing.used))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 parts = checkpoint(block, parts, routing, cos_sin, mask, cache, use_reentrant=False)
@@ -177,13 +181,27 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def rotary_positions(position_ids: Tensor, grid_offsets: Tensor | np.ndarray, config: ModelConfig) -> Tensor:
+    """The positions by which queries and keys turn: `position_ids` (B, L), or with `image_rope` 2d positions by row and by
+    column (B, L, 2), which differ from them by `grid_offsets` (B, L, 2) or (L, 2)."""
+    if config.image_rope == "1d":
+        return position_ids
+    return position_ids[..., None] + torch.as_tensor(grid_offsets, device=position_ids.device)
+
+
 def rope_cos_sin(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """The factors of `apply_rotary_emb`: positions (B, L) -> (2, B, L, 1, h), equal for all layers and heads."""
+    """The factors of `apply_rotary_emb`: `rotary_positions` -> (2, B, L, 1, h), equal for all layers and heads.
+
+    Frequency i of h / 2 is theta^(-2i / h). With `image_rope` 2d the even ones turn by row and the odd ones by column, as in
+    Pixtral (2410.07073): both have high and low frequencies, and where row = column the rotation is that of 1d.
+    """
     even = torch.arange(0, config.head_size, 2, device=position_ids.device, dtype=torch.float32)
     frequencies = config.rope_theta ** (-even / config.head_size)  # (h / 2,)
     if config.rope_scaling is not None:
         frequencies = scale_frequencies(frequencies, config.rope_scaling)
-    angles = position_ids[:, :, None, None].float() * frequencies  # (B, L, 1, h / 2)
+    axes = {"1d": 1, "2d": 2}[config.image_rope]
+    positions = position_ids.view(*position_ids.shape[:2], 1, 1, axes).float()
+    angles = (positions * frequencies.view(-1, axes)).flatten(-2)  # (B, L, 1, h / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
 

@@ -15,7 +15,7 @@ from transfusion.disk import CONFIG, RUN, OpenError, check_run_format, find_fold
 from transfusion.model.lora import plain_name
 from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
-from transfusion.model.transformer import Cache, Transformer
+from transfusion.model.transformer import Cache, Transformer, rotary_positions
 from transfusion.model.unet import UNetPatches
 from transfusion.model.untied import IMAGE, first_name
 from transfusion.model.weights import load_weights, write_weights
@@ -62,17 +62,18 @@ class Transfusion(nn.Module):
 
         head(hidden (T, D), lm_head (V, D)) replaces the logits (T, V) by a loss that never has all of them in memory. It is
         called in here because FSDP gathers the weights only for the forward pass."""
-        mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention)
+        mask = packed_mask(batch.document_ids, batch.image_ids, self.config.image_attention, batch.clean_starts)
         image_index = [group.index for group in batch.groups]
+        positions = rotary_positions(batch.position_ids, batch.grid_offsets, self.config)
         return self._predict(
-            batch.tokens, batch.position_ids, mask, None, batch.text_index, x_t, t, image_index, batch.sides, head
+            batch.tokens, positions, mask, None, batch.text_index, x_t, t, image_index, batch.sides, head
         )
 
     def forward_cached(
         self, tokens: Tensor, position_ids: Tensor, mask: Mask | None, cache: Cache, text_index: Tensor,
         x_t: list[Tensor], t: list[Tensor], image_index: list[Tensor], sides: Sides,
     ) -> Prediction:  # fmt: skip
-        """New positions after those in the cache: tokens and position_ids (B, L); logits at text_index (T,) into B * L;
+        """New positions after those in the cache: tokens (B, L) at `rotary_positions`; logits at text_index (T,) into B * L;
         x_t and t as in `forward`, at the positions image_index (N, P) into B * L; `sides` has all B * L. Without a mask they
         attend to all positions of their row."""
         return self._predict(tokens, position_ids, mask, cache, text_index, x_t, t, image_index, sides)
@@ -219,9 +220,9 @@ def init_weights(
 
 
 def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, generator: torch.Generator) -> None:
-    """Biases, the image head and the B of adapters: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is also the
-    head. All others: N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are also
-    divided by sqrt(2 layers), so that its variance does not grow with depth."""
+    """Biases, `proj_out` of patches and `lora_B` of adapters: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is
+    also the head. All others: N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are
+    also divided by sqrt(2 layers), so that its variance does not grow with depth."""
     std = values[0].numel() ** -0.5
     if kind == "bias" or layer in ("proj_out", "lora_B"):
         values.zero_()
