@@ -306,8 +306,11 @@ def test_exports_merged_or_for_peft(adapted, trained, tmp_path, capsys):
     latent = np.ones((opened.run.model.latent_channels, *next(iter(vocabulary.boi))), np.float32)
     chunk = encode_document(Document((Text((7, 8)), Image(latent))), vocabulary)
     batch = with_all_logits(collate([Row((chunk,))], len(chunk), vocabulary))
+    before = predict(base, batch)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     unmerged = predict(model, batch)
+    with model.disable_adapter():  # also of parts that are trained in full
+        assert_close(predict(model, batch), before, 0)
     assert_close(unmerged, predict(opened.model, batch))
     assert_close(predict(model.merge_and_unload(), batch), unmerged)
     assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "digits"
@@ -409,8 +412,11 @@ def test_run_starts_from_a_run_with_an_adapter(adapted, tmp_path):
     expected = open_checkpoint(adapted).model.state_dict()
     for name in ("whole", "again"):
         assert_close([*open_checkpoint(tmp_path / name).model.state_dict().values()], [*expected.values()], 1e-6)
-    start = OtherRunStart(str(tmp_path / "again"))
-    assert start.weights_sha256 != OtherRunStart(str(adapted)).weights_sha256
+    run, before = tmp_path / "again", OtherRunStart(str(tmp_path / "again")).weights_sha256
+    values = read_json(run / "run.json")
+    values["notes"]["start"]["sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(values))
+    assert OtherRunStart(str(run)).weights_sha256 != before  # the same adapter to other weights
 
 
 def test_generate_dry_run_plan_and_report_take_a_run_with_an_adapter(adapted, trained, tmp_path, capsys):
