@@ -66,11 +66,14 @@ def build_engine(seed: int = 0, context: int = 120, untied: str = "none", image_
 
 
 def logits_after(engine: Engine, parts: tuple, tail: list[int]) -> torch.Tensor:
-    """Logits (V,) after these segments and these tokens, a boi and codes, in one forward pass without a cache."""
-    chunk = encode_document(Document(parts), VOCABULARY, add_eos=False).append(tail[0])
-    _, columns = VOCABULARY.shape_of(tail[0])
-    for n, code in enumerate(tail[1:]):
-        chunk = chunk.append(code, [n // columns - n, n % columns - n])
+    """Logits (V,) after these segments and these tokens, in one forward pass without a cache."""
+    chunk, columns, n = encode_document(Document(parts), VOCABULARY, add_eos=False), 0, 0
+    for token in tail:
+        if token < VOCABULARY.first_code:
+            chunk, n = chunk.append(token), 0
+            columns = VOCABULARY.shape_of(token)[1] if token in VOCABULARY.boi.values() else 0
+        else:
+            chunk, n = chunk.append(token, [n // columns - n, n % columns - n]), n + 1
     batch = collate([Row((chunk,))], len(chunk), VOCABULARY)
     batch = replace(batch, text_index=torch.tensor([len(chunk) - 1]))
     with torch.no_grad():

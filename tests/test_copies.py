@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from experiments.mask import GREEN, read_mask
 from tests.documents import (
     LENGTH,
     TINY,
     VOCABULARY,
     alone,
-    batches,
     build,
     documents,
     few,
     image,
+    images,
     in_double,
     many,
     pair_documents,
@@ -35,7 +36,7 @@ from transfusion.cli.run_folder import RunFolder
 from transfusion.cli.screen import UsageError
 from transfusion.config import DataConfig, DiffusionConfig
 from transfusion.data.lengths import IMAGE_FIRST, change
-from transfusion.data.loader import heldout_batches, mean_positions
+from transfusion.data.loader import Loader, heldout_batches, mean_positions
 from transfusion.data.packing import pack, split_document
 from transfusion.sequence import (
     NO_TARGET,
@@ -54,10 +55,18 @@ MODELS = {
     name: build(config, seed=4) for name, config in {
         "plain": TINY, "causal images": replace(TINY, image_attention="causal"),
         "untied": replace(TINY, untied="full", image_init="fresh", text_vocab_size=VOCABULARY.text_size),
-        "unet": replace(TINY, patches="unet", unet_width=16),
+        "unet": replace(TINY, patches="unet", unet_width=16), "2d": replace(TINY, image_rope="2d"),
     }.items()
 }  # fmt: skip
 any_document = documents(min_images=1) | pair_documents()
+
+
+@st.composite
+def documents_with_copies(draw):
+    """At least two images with a denoising loss, and a token after them."""
+    document = draw(documents(max_segments=3))
+    first, last = (draw(images(loss=st.just(True), max_t=st.sampled_from((0.5, 1.0)))) for _ in range(2))
+    return replace(document, segments=(first, *document.segments, last, Text((1,))))
 
 
 # Which images have a copy
@@ -110,6 +119,16 @@ def test_images_before_their_caption_have_all_noise_again():
         assert [part.max_t for part in first.segments[::2]] == expected
 
 
+def test_the_picture_shows_the_mask():
+    """Each query of the picture has the keys of the rule, and only those of copies have their colour."""
+    names, colours = read_mask()
+    is_shown, is_green = colours[..., 3] > 0, (colours[..., :3] == GREEN).all(-1)
+    assert is_shown.shape == (len(names), len(names)) == (25, 25)
+    assert is_shown[:17, :17].sum() == is_shown[:17].sum() == 17 * 18 // 2 + 2 * 6  # two images of 2 x 2 patches
+    assert [int(row.sum()) for row in is_shown[17:]] == [2 + 4] * 4 + [10 + 4] * 4
+    assert (is_green.any(1) == (np.arange(25) >= 17)).all()
+
+
 # The losses are those of separate forward passes
 
 
@@ -156,8 +175,8 @@ def separate_passes(document: Document) -> Iterator[Pass]:
             yield with_t(without_text(alone(until_here)), {*keys} - {placed.key}, {placed.key})
 
 
-@examples(50, quick=8)
-@given(any_document, st.sampled_from(sorted(MODELS)))
+@examples(50, quick=6)
+@given(documents_with_copies() | any_document, st.sampled_from(sorted(MODELS)))
 def test_losses_and_gradients_equal_those_of_separate_passes(document, name):
     batch = in_double(alone(encode_document(document, VOCABULARY, clean_copies=True)))
     model = MODELS[name]
@@ -174,7 +193,7 @@ def test_losses_and_gradients_equal_those_of_separate_passes(document, name):
 
 @examples(25, quick=6)
 @given(
-    st.lists(any_document, min_size=2, max_size=4, unique_by=lambda d: d.key), st.integers(0, 99),
+    st.lists(documents_with_copies(), min_size=2, max_size=3, unique_by=lambda d: d.key), st.integers(0, 99),
     st.sampled_from(sorted(MODELS)),
 )  # fmt: skip
 def test_losses_of_packed_rows_equal_those_of_their_chunks_alone(documents_, seed, name):
@@ -192,13 +211,10 @@ def test_losses_of_packed_rows_equal_those_of_their_chunks_alone(documents_, see
 
 
 @few
-@given(batches(min_images=2, clean_copies=st.just(True), max_documents=3), st.data())
-def test_the_content_of_a_noisy_copy_changes_no_output_but_its_own(packed, data):
+@given(st.lists(documents_with_copies(), min_size=1, max_size=3), st.data())
+def test_the_content_of_a_noisy_copy_changes_no_output_but_its_own(documents_, data):
     """Two images of one document never see each other's noisy copy, and no text sees one."""
-    _, batch = packed
-    batch = in_double(batch)
-    if batch.clean_starts is None:
-        return
+    batch = in_double(collate(pack(documents_, LENGTH, VOCABULARY, 0, clean_copies=True), LENGTH, VOCABULARY))
     is_copy = [(batch.clean_starts.view(-1)[group.index[:, 0]] >= 0) for group in batch.groups]
     g, n = data.draw(st.sampled_from([(g, n) for g, flags in enumerate(is_copy) for n in flags.nonzero()[:, 0].tolist()]))
     x_t, t = [group.x0 for group in batch.groups], [torch.rand(len(group.keys)).double() for group in batch.groups]
@@ -252,6 +268,17 @@ def test_a_copy_stays_in_the_row_of_its_image(document, length):
     ends, in_copies = split_document(document, length, VOCABULARY, clean_copies=True)
     assert ends == starts[1:].tolist()
     assert [end - begin + n for (begin, end), n in zip(pairwise([0, *ends]), in_copies, strict=True)] == [*map(len, parts)]
+
+
+def test_rows_of_a_loader_have_room_for_copies():
+    """Of documents that are split, by lengths that are known before they are read."""
+    long = [Document(tuple(part for n in range(6) for part in (image((4, 4), n), Text((n,) * k))), k) for k in range(1, 7)]
+    loader = Loader([Documents("long", long)], encoder(seq_len=24, shuffle_block=6, clean_copies=True), 1)
+    chunks = [row.chunks for row in loader.block(0)]
+    assert all(sum(map(len, row)) <= 24 for row in chunks)
+    assert sum(len(chunk.copies) for row in chunks for chunk in row) == 6 * 6
+    for chunk in (chunk for row in chunks for chunk in row):
+        assert [c.start for c in chunk.copies] == [placed.start for placed in chunk.images]
 
 
 def test_rows_keep_images_with_their_copies():

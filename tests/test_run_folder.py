@@ -36,7 +36,7 @@ DECIDED = {  # by the data, or tested below
 VALUES = (  # one of these is another valid value of any field
     4, 2, 1, 64, 96, 300, 0, 0.01, 0.3, 0.7, 1.5, True, False, (0.5, 0.6), "muon", "hybrid", "bfloat16", "dpm", "linear",
     "unet", "causal", "x0", "epsilon", "velocity", "rectified_flow", "logit_normal", "block_pca", (1.0,), ("shapes",),
-    RopeScaling(), ("wandb",), "full", "fresh", "text",
+    RopeScaling(), ("wandb",), "full", "fresh", "text", "2d",
 )  # fmt: skip
 
 
