@@ -20,9 +20,10 @@ from PIL import Image as PILImage
 from benchmarks import ranks, reading
 from benchmarks.timing import Figure, Setting
 from transfusion import objective
-from transfusion.config import DataConfig, DiffusionConfig, PrepareConfig
+from transfusion.config import DataConfig, DiffusionConfig
 from transfusion.data.built_in.shapes import Shapes
 from transfusion.data.built_in.topics import Topics
+from transfusion.data.config import PrepareConfig
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import open_reader

@@ -14,7 +14,8 @@ from pathlib import Path
 from time import thread_time
 
 from benchmarks.timing import Figure, Setting
-from transfusion.config import DataConfig, PrepareConfig
+from transfusion.config import DataConfig
+from transfusion.data.config import PrepareConfig
 from transfusion.data.lengths import SIZES
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare

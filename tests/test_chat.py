@@ -22,10 +22,12 @@ from tests.test_cli import command
 from tests.tiny import Latents, build_engine, run_tensors, save, small_run
 from transfusion.chat import PLAIN, ROLES, Turn, lay_out, lay_out_prompt
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import describe_run, open_checkpoint
+from transfusion.checkpoint.open import open_checkpoint
+from transfusion.checkpoint.read import describe_run
 from transfusion.cli.run_folder import RunFolder
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import ChatLayout, DataConfig, PrepareConfig, to_json
+from transfusion.config import ChatLayout, DataConfig, to_json
+from transfusion.data.config import PrepareConfig
 from transfusion.data.fitting import TokenizerAndCodec
 from transfusion.data.prepare import PrepareError, prepare
 from transfusion.data.raw import Fault

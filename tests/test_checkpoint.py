@@ -30,14 +30,8 @@ from tests.profile import examples
 from tests.test_architecture import files as package
 from tests.test_architecture import without_allowed_load
 from tests.tiny import begin_run, prepared, run_tensors, save, small_run, write_run
-from transfusion.checkpoint.open import (
-    describe_run,
-    fill_tensors,
-    find_newest_checkpoint,
-    open_checkpoint,
-    restore_newest,
-    verify_checkpoint,
-)
+from transfusion.checkpoint.open import open_checkpoint
+from transfusion.checkpoint.read import describe_run, fill_tensors, find_newest_checkpoint, restore_newest, verify_checkpoint
 from transfusion.checkpoint.save import SaveError, Saver, hash_config
 from transfusion.config import Run
 from transfusion.disk import OpenError, read_json

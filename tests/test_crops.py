@@ -13,8 +13,8 @@ from tests.reading import read_at
 from tests.sources import write_photos
 from tests.test_cli import command, fails
 from transfusion.codecs.pictures import to_pixels
-from transfusion.config import PrepareConfig
 from transfusion.data import crops
+from transfusion.data.config import PrepareConfig
 from transfusion.data.crops import cut_crops, gather_images
 from transfusion.data.prepare import prepare
 from transfusion.data.reading.readers import ReaderOptions, open_reader

@@ -27,7 +27,8 @@ from tests.test_training import metrics_of, new_trainer, resumed_trainer, stop_a
 from tests.tiny import small_run
 from transfusion import objective
 from transfusion.checkpoint import save as save_module
-from transfusion.checkpoint.open import describe_run, open_checkpoint, restore_newest
+from transfusion.checkpoint.open import open_checkpoint
+from transfusion.checkpoint.read import describe_run, restore_newest
 from transfusion.checkpoint.save import Saver
 from transfusion.cli.preview import previewer
 from transfusion.config import FaultToleranceConfig, Run

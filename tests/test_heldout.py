@@ -24,9 +24,10 @@ from tests.documents import same_batch
 from tests.profile import examples
 from tests.ranks import run_as_threads
 from tests.sources import inline, picture, png, write_lines, write_photos
-from transfusion.config import ChatLayout, DataConfig, EvaluationConfig, PrepareConfig
+from transfusion.config import ChatLayout, DataConfig, EvaluationConfig
 from transfusion.data import fitting, prepare, shards
 from transfusion.data import heldout as heldout_module
+from transfusion.data.config import PrepareConfig
 from transfusion.data.heldout import (
     HASH_RANGE,
     MAX_SIDE,

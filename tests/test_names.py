@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.test_cli import TINY, command, fails
 from tests.test_export import edit_json
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import describe_run
+from transfusion.checkpoint.read import describe_run
 from transfusion.config import EvaluationConfig
 from transfusion.disk import OpenError, read_json, run_name, to_name
 from transfusion.evaluation.results import evaluate, repeat

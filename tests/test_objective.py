@@ -30,7 +30,7 @@ from tests.documents import (
     with_all_logits,
 )
 from transfusion import diffusion, objective
-from transfusion.config import DiffusionConfig, TrainingConfig
+from transfusion.config import DiffusionConfig, LoraConfig, TrainingConfig
 from transfusion.data.packing import pack
 from transfusion.model.transfusion import Head, Prediction
 from transfusion.objective import Losses, compute_losses, next_token_loss, sample_noise, sample_noise_on_grid, total_loss
@@ -177,7 +177,7 @@ def test_second_backward_pass_of_a_loss_is_an_error():
 def test_model_has_the_gradients_of_the_loss_on_all_logits(packed, tied, frozen, z_loss):
     batch, config = in_double(packed[1]), DiffusionConfig()
     model = build(replace(TINY, tie_word_embeddings=tied), seed=3)
-    freeze(model, TrainingConfig(**{f"{frozen}_lr_scale": 0.0} if frozen else {}).lr_scales)
+    freeze(model, TrainingConfig(**{f"{frozen}_lr_scale": 0.0} if frozen else {}).lr_scales, LoraConfig())
     samples = sample_noise(batch, config)
     x_t = [diffusion.add_noise(group.x0, s.noise, s.t, config) for group, s in zip(batch.groups, samples, strict=True)]
     prediction = model(batch, x_t, [s.t for s in samples])

@@ -35,7 +35,8 @@ from tests.test_vq import FIT
 from tests.tiny import narrow_discriminator, prepared, small_run, write_run
 from transfusion import parallel
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.open import describe_run, find_newest_checkpoint, open_checkpoint, restore_newest
+from transfusion.checkpoint.open import open_checkpoint
+from transfusion.checkpoint.read import describe_run, find_newest_checkpoint, restore_newest
 from transfusion.checkpoint.start import open_start
 from transfusion.cli.preview import previewer
 from transfusion.cli.run_folder import RunFolder

@@ -33,9 +33,10 @@ from transfusion.codecs.autoencoder import Autoencoder, build_network
 from transfusion.codecs.codec import fit_codec, move_to
 from transfusion.codecs.config import AutoencoderConfig
 from transfusion.codecs.text import Tokenizer
-from transfusion.config import DataConfig, PrepareConfig
+from transfusion.config import DataConfig
 from transfusion.data import fitting
 from transfusion.data import prepare as preparing
+from transfusion.data.config import PrepareConfig
 from transfusion.data.heldout import HASH_RANGE, MAX_FRACTION, hash_pixels
 from transfusion.data.lengths import choose_changes
 from transfusion.data.loader import (

@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 
 from tests.test_cli import command, fails
 from tests.tiny import begin_run, run_tensors, save, small_run, tokenizer
-from transfusion.checkpoint.open import describe_run
+from transfusion.checkpoint.read import describe_run
 from transfusion.cli.run_folder import RunFolder
 from transfusion.cli.screen import UsageError
 from transfusion.config import DataConfig, RopeScaling, Run
@@ -36,8 +36,7 @@ DECIDED = {  # by the data, or tested below
 VALUES = (  # one of these is another valid value of any field
     4, 2, 1, 64, 96, 300, 0, 0.01, 0.3, 0.7, 1.5, True, False, (0.5, 0.6), "muon", "hybrid", "bfloat16", "dpm", "linear",
     "unet", "causal", "x0", "epsilon", "velocity", "rectified_flow", "logit_normal", "block_pca", (1.0,), ("shapes",),
-    RopeScaling(), ("wandb",), "full", "fresh",
-    "2d",
+    RopeScaling(), ("wandb",), "full", "fresh", "text", "2d",
 )  # fmt: skip
 
 

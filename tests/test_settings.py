@@ -16,7 +16,7 @@ from tests.test_cli import TINY, TINY_FITTED, command, fails
 from tests.test_export import edit_json
 from tests.test_run_folder import DECIDED, leaves, other_run
 from transfusion import parallel
-from transfusion.checkpoint.open import describe_run
+from transfusion.checkpoint.read import describe_run
 from transfusion.cli import main
 from transfusion.cli.measure import check_memory
 from transfusion.cli.runs import Train
@@ -38,9 +38,9 @@ def run_of(*words: object) -> Run:
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_written_settings_are_read_as_they_were(tmp_path, suffix):
-    """With another value of every setting than the recipe's."""
+    """With another value of every setting than the recipe's, except for a rank, which excludes some of them."""
     run = named_run("digits")
-    for name in sorted({*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights"}):
+    for name in sorted({*leaves(run)} - DECIDED - {"data.sources", "data.mixture_weights", "lora.rank"}):
         run = other_run(run, name)
     path = tmp_path / f"my{suffix}"
     text = to_yaml(run)

@@ -20,7 +20,7 @@ from tests.test_training import new_trainer
 from tests.test_vq import FIT
 from tests.tiny import small_run
 from transfusion import parallel
-from transfusion.checkpoint.open import find_newest_checkpoint
+from transfusion.checkpoint.read import find_newest_checkpoint
 from transfusion.disk import read_json
 from transfusion.inference.engine import open_run
 from transfusion.training.codec import CodecTrainer

@@ -17,8 +17,9 @@ from tests.ranks import run_as_threads
 from tests.reading import close_account, read_at, texts
 from tests.sources import inline, picture, png, write_lines
 from tests.test_cli import command, fails
-from transfusion.config import DataConfig, PrepareConfig
+from transfusion.config import DataConfig
 from transfusion.data import prepare
+from transfusion.data.config import PrepareConfig
 from transfusion.data.crops import gather_images
 from transfusion.data.heldout import HASH_RANGE, hash_pixels, hash_text
 from transfusion.data.leaks import count_leaks

@@ -23,7 +23,8 @@ from tests.documents import in_double
 from tests.processes import Process
 from tests.profile import THOROUGH, examples, few_samples
 from tests.tiny import begin_run, prepared, small_run
-from transfusion.checkpoint.open import OpenedRun, find_newest_checkpoint, open_checkpoint, restore_newest
+from transfusion.checkpoint.open import OpenedRun, open_checkpoint
+from transfusion.checkpoint.read import find_newest_checkpoint, restore_newest
 from transfusion.checkpoint.save import SaveError, Saver
 from transfusion.config import DataConfig, DigitsConfig, FaultToleranceConfig, ModelConfig, Run, TrainingConfig
 from transfusion.data.loader import Loader, heldout_batches

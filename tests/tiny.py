@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.documents import CHANNELS, SHAPES, build, with_all_logits
-from transfusion.checkpoint.open import OpenedRun, restore_newest
+from transfusion.checkpoint.open import OpenedRun
+from transfusion.checkpoint.read import restore_newest
 from transfusion.checkpoint.save import Saver, create_run_folder
 from transfusion.codecs.autoencoder import PatchDiscriminator
 from transfusion.codecs.pixels import Pixels

@@ -157,6 +157,23 @@ def _divisors(number: int, largest: int) -> str:
 
 
 @dataclass(frozen=True)
+class LoraConfig(Config, part="lora."):
+    """LoRA (arXiv 2106.09685): train low-rank additions to the matrices of the blocks, and leave the weights of the start, a
+    run or a language model, as they are."""
+
+    rank: Size | None = None  # Rank of the additions to each matrix; without it all weights are trained (no LoRA).
+    # Whose matrices get additions: with model.untied those of image or of text, or all. Unless it is text, the patch layers,
+    # and with model.untied the rows of ids that only images have, are trained in full.
+    on: Literal["image", "text", "all"] = "all"
+
+    def sides(self, untied: str) -> tuple[str, ...]:
+        """The sides of a model (`model.untied.side_of`) with trained parameters."""
+        shared = () if untied == "full" else ("transformer",)
+        text = () if untied == "none" else ("text",)  # embedding and head are frozen
+        return (*text, "image", *shared) if self.on == "all" else (self.on,)
+
+
+@dataclass(frozen=True)
 class DiffusionConfig(Config, part="diffusion."):
     """The noise schedule of images, and what the image head predicts (sections 2.2 and 4.1)."""
 
@@ -242,38 +259,6 @@ class ChatLayout(Config, part="chat."):
     user_suffix: str = "\n"  # Text after a message of the user.
     assistant_prefix: str = ""  # Text before an answer.
     assistant_suffix: str = "\n"  # Text after an answer: white space, or with a special token.
-
-
-@dataclass(frozen=True)
-class PrepareConfig(Config):
-    """How files become a prepared data set: the same files and settings always give the same one."""
-
-    # Reuse tokenizer, codec, sizes and chat layout of this prepared folder, run, or model in the package or on the hub.
-    like: str | None = None
-    tokenizer: str | None = None  # The tokenizer.json to use; if not set, a tokenizer is trained on the first documents.
-    tokenizer_size: TokenizerSize | None = None  # Largest vocabulary of a trained tokenizer; at most 8192 if not set.
-    sizes: tuple[str, ...] = ()  # WIDTHxHEIGHT in pixels; if not set, their own if equal and at most 256x256, else 256x256.
-    # Codec: pixels, block_pca, a folder from fit-codec, or an AutoencoderKL; auto is pixels below 16 a side, else block_pca.
-    codec: str = "auto"
-    codec_block: Size | None = None  # Side of a block of block_pca in pixels; if not set, 4 for images below 64, else 8.
-    codec_components: Size | None = None  # Latent channels of block_pca; if not set, 6 for blocks of 4 pixels, else 8.
-    fit_documents: PositiveInt = 2_000  # Number of documents of each source to which tokenizer and codec are fitted.
-    # Expected number of held-out documents per source, on average; at most 0.05 of all pictures and texts are held out.
-    heldout: NonNegativeInt = 1_000
-    max_faults: Share = 0.02  # Largest share of a source's records that may be skipped as faulty.
-    # Prepare a source although the rest of one of its files cannot be read, so that an unknown number of records is missing.
-    allow_cut: bool = False
-    records_per_shard: PositiveInt = 2048  # Number of records that are written as one shard.
-    chat: ChatLayout = field(default_factory=ChatLayout)
-
-    def __post_init__(self):
-        super().__post_init__()
-        names = "tokenizer", "tokenizer_size", "sizes", "codec", "codec_block", "codec_components", "fit_documents"
-        changed = [f.name.replace("_", "-") for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
-        if self.like is not None and changed:
-            raise ValueError(f"like and --{changed[0]} cannot be combined: the folder decides tokenizer, codec and sizes")
-        for size in self.sizes:
-            parse_size(size, "sizes")
 
 
 def parse_size(text: str, name: str = "size") -> tuple[int, int]:
@@ -468,14 +453,29 @@ class Run(Config):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         super().__post_init__()
         if self.model.untied == "full" and not self.training.text_lr_scale and not self.training.image_lr_scale:
             raise ValueError("training.text_lr_scale and image_lr_scale are both 0 with model.untied full: nothing would be "
                              "trained; set one above 0")  # fmt: skip
+        if self.lora.rank is not None:
+            self._check_lora()
         if self.data.clean_copies and self.model.patches == "codes":
             raise ValueError("data.clean_copies cannot be used with model.patches codes: image codes have no noise")
+
+    def _check_lora(self) -> None:
+        on, untied, sides = self.lora.on, self.model.untied, self.lora.sides(self.model.untied)
+        if on != "all" and untied == "none":
+            other = {"image": "text", "text": "images"}[on]
+            raise ValueError(f"lora.on {on} with model.untied none: text and images share the weights of the blocks, so it "
+                             f"would change {other} too; use lora.on all, or model.untied full")  # fmt: skip
+        if untied != "none" and self.model.image_init == "fresh":
+            raise ValueError("model.image_init fresh with lora.rank: additions to random weights become no model; use copy")
+        if not any(self.training.lr_scales[side] for side in sides):
+            names = " and ".join(f"training.{side}_lr_scale" for side in sides)
+            raise ValueError(f"lora.on {on} with {names} 0: nothing would be trained; set one above 0")
 
 
 to_json = asdict  # a config as plain JSON values

@@ -10,6 +10,7 @@ from pathlib import Path
 
 RUN_FORMAT = 3  # of run.json, and of the config.json of an exported run; other formats are refused
 RUN, CONFIG = "run.json", "config.json"  # in the folder of a run; in that of an exported run or of a network
+ADAPTER_CONFIG = "adapter_config.json"  # in a folder that holds an adapter alone, in the format of peft
 MODELS = Path(__file__).parent / "models"  # exported runs that are part of the package, each in a folder of its name
 
 
@@ -169,6 +170,9 @@ def check_run(folder: Path) -> Path:
         names = ", ".join(packaged_models()) or "none"
         raise OpenError(f"{folder} is not a run: there is no such folder (models in the package: {names}; a name on the hub "
                         "is owner/name)")  # fmt: skip
+    if (folder / ADAPTER_CONFIG).exists():
+        raise OpenError(f"{folder} holds an adapter alone, not a run: give the run that it was exported from, or export it "
+                        "without --adapter")  # fmt: skip
     if not (folder / RUN).exists() and not is_exported(folder):
         hint = f" (in another folder, {folder} is the model in the package)" if str(folder) in packaged_models() else ""
         raise OpenError(f"{folder} is not a run: it has no {RUN}{hint}")

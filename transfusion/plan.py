@@ -7,13 +7,14 @@ Weights, gradients, moments and moving average are exact. Activations are those 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import ceil, prod
 
 import numpy as np
 import torch
 
-from transfusion.config import Machines, ModelConfig, Run
+from transfusion.config import LoraConfig, Machines, ModelConfig, Run
+from transfusion.model import lora as lora_layers
 from transfusion.model.flops import count_training_flops, count_usual_flops
 from transfusion.model.transfusion import build_on_meta
 from transfusion.model.unet import BLOCKS
@@ -27,6 +28,7 @@ PAPER_LATENT = 32  # side of a latent: 256 pixels, and an autoencoder with downs
 NUM_MARKERS = 4  # positions around the patches of an image document: bos, boi, eoi, eos
 CUDA_BYTES = 2_000_000_000  # approximate memory of CUDA and NCCL
 MAX_GPUS = 16_384
+IN_BLOCKS = "block", "adapter"  # parts of the weights that each block has
 NUM_SEQUENCES = 8  # that generate together in the plan: as many as inference allocates memory for at the start
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of matrix products
 
@@ -88,6 +90,7 @@ class Plan:
     run: Run
     machines: Machines
     parameters: dict[str, int]
+    trained: int  # of the parameters
     memory: Memory
     rows_per_pass: int
     loss: int  # bytes: a chunk of logits, gradients of the head and its input
@@ -130,15 +133,17 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on disk: weights and moving average, and moments of trained weights."""
-        return 2 * FP32 * sum(self.parameters.values()) + estimate_memory(self.run, replace(self.machines, gpus=1)).moments
+        """Bytes on disk: weights and moving average, of a run with an adapter those of the adapter, and moments of trained
+        weights."""
+        memory = estimate_memory(self.run, replace(self.machines, gpus=1))
+        return 2 * (memory.weights if self.run.lora.rank is None else memory.ema) + memory.moments
 
 
 def plan(run: Run, machines: Machines) -> Plan:
     """The plan of a run on these machines. ValueError when its batch or its sharding does not suit them."""
     config, data, rows = run.model, run.data, rows_per_pass(run, machines.gpus)
     batch = typical_row(config, data.seq_len, data.clean_copies)
-    counts = {part: sum(map(prod, shapes)) for part, shapes in weight_shapes(config).items()}
+    counts = {part: sum(map(prod, shapes)) for part, shapes in weight_shapes(config, run.lora).items()}
     sides = {side: counts["block", side] * config.layers + counts["norm", side] for side in SIDES}
     parameters = {
         "transformer": sides["transformer"], **({} if config.untied == "none" else {
@@ -146,9 +151,11 @@ def plan(run: Run, machines: Machines) -> Plan:
         }),
         "embeddings and head": counts["embeddings", "text"] + counts["embeddings", "image"],
         "patches": counts["patches", "image"],
+        **({} if run.lora.rank is None else {"adapter": config.layers * sum(counts["adapter", side] for side in SIDES)}),
     }  # fmt: skip
     return Plan(
-        run, machines, parameters, estimate_memory(run, machines), rows_per_pass=rows, loss=count_loss(run, rows),
+        run, machines, parameters, sum(map(prod, chain(*trained_shapes(run).values()))),
+        estimate_memory(run, machines), rows_per_pass=rows, loss=count_loss(run, rows),
         image=tuple(batch.groups[0].x0.shape[2:]) if batch.groups else None,
         text_positions=batch.text_count * rows,
         flops=count_training_flops(batch, config) / batch.positions,
@@ -168,13 +175,28 @@ def fit_micro_batch(run: Run, machines: Machines) -> Run:
 
 
 @cache
-def weight_shapes(config: ModelConfig) -> dict[tuple[str, str], list[tuple[int, ...]]]:
-    """Shapes of the weights of one block, the last norm, the patch layers, and embeddings and head, by part and side."""
-    shapes = {(part, side): [] for part in ("block", "norm", "patches", "embeddings") for side in SIDES}
-    for name, parameter in build_on_meta(replace(config, layers=1)).named_parameters():
+def weight_shapes(config: ModelConfig, lora: LoraConfig) -> dict[tuple[str, str], list[tuple[int, ...]]]:
+    """Shapes of the weights of one block and of its adapter, the last norm, the patch layers, and embeddings and head, by
+    part and side."""
+    shapes = {(part, side): [] for part in ("block", "adapter", "norm", "patches", "embeddings") for side in SIDES}
+    model = build_on_meta(replace(config, layers=1))
+    for name, parameter in model.named_parameters():
         part = {"transformer": "norm", "patches": "patches"}.get(name.partition(".")[0], "embeddings")
-        part = "block" if name.startswith("transformer.blocks.") else part
+        part = "block" if name.startswith(lora_layers.BLOCKS) else part
         shapes[part, side_of(name, config.untied)].append(tuple(parameter.shape))
+    for name, shape in lora_layers.trained_shapes(model, lora).items() if lora.rank is not None else ():
+        if lora_layers.is_of_adapter(name):
+            shapes["adapter", side_of(name, config.untied)].append(shape)
+    return shapes
+
+
+def trained_shapes(run: Run) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of the weights that are trained, of all blocks, by part."""
+    shapes: dict[str, list] = {}
+    for (part, side), each in weight_shapes(run.model, run.lora).items():
+        in_full = run.lora.rank is None or (run.lora.on != "text" and side == "image" and part in ("patches", "embeddings"))
+        if run.training.lr_scales[side] and (part == "adapter" or in_full):
+            shapes.setdefault(part, []).extend(each * (run.model.layers if part in IN_BLOCKS else 1))
     return shapes
 
 
@@ -186,18 +208,17 @@ def count_shard(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:
 def estimate_memory(run: Run, machines: Machines) -> Memory:
     """Memory of each GPU at its peak, near the start of the backward pass. Gradients are counted in full, although a step
     without accumulation has none yet."""
-    shapes, ranks = weight_shapes(run.model), machines.shard_group_size(run.parallel.shard)
+    shapes, ranks = weight_shapes(run.model, run.lora), machines.shard_group_size(run.parallel.shard)
     rows = rows_per_pass(run, machines.gpus)
-    in_block = [shape for (part, _), each in shapes.items() if part == "block" for shape in each]
-    rest = [shape for (part, _), each in shapes.items() if part != "block" for shape in each]
-    copies = {part: FP32 * (run.model.layers if part == "block" else 1) for part, _ in shapes}
-    sizes = {(part, side): copies[part] * count_shard(each, ranks) for (part, side), each in shapes.items()}
-    scales = run.training.lr_scales
-    weights, trained = sum(sizes.values()), sum(size for (_, side), size in sizes.items() if scales[side])
+    in_block = [shape for (part, _), each in shapes.items() if part in IN_BLOCKS for shape in each]
+    rest = [shape for (part, _), each in shapes.items() if part not in IN_BLOCKS for shape in each]
+    weights = FP32 * (run.model.layers * count_shard(in_block, ranks) + count_shard(rest, ranks))
+    trained_by_part = trained_shapes(run)
+    trained = FP32 * count_shard(chain(*trained_by_part.values()), ranks)
     moments = 2 * trained
     if run.training.optimizer == "muon":  # one for the matrices of blocks
-        matrices = [s for side in SIDES if scales[side] for s in shapes["block", side] if len(s) == 2]
-        moments -= copies["block"] * count_shard(matrices, ranks)
+        matrices = (shape for part in IN_BLOCKS for shape in trained_by_part.get(part, ()) if len(shape) == 2)
+        moments -= FP32 * count_shard(matrices, ranks)
     root, block = count_shard(rest, 1), count_shard(in_block, 1)
     is_cuda = machines.device == "cuda"
     is_lower = is_cuda or run.parallel.cpu_matmul == "bfloat16"
@@ -207,7 +228,7 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     else:  # a block and the prefetched next one; gradients of a block are reduced in fp32
         gathered = 2 * size * root + (2 * size + (BF16 if is_lower else 0) + FP32) * block
     return Memory(
-        weights=weights, gradients=trained, moments=moments, ema=weights, gathered=gathered,
+        weights=weights, gradients=trained, moments=moments, ema=trained, gathered=gathered,
         activations=count_activations(run, rows, size),
         backward=max(count_loss(run, rows, size), count_block_backward(run, rows, size)),
         cuda=CUDA_BYTES if is_cuda else 0,
@@ -285,6 +306,8 @@ def saved_by_block(run: Run, value_bytes: int = BF16) -> int:
         values += queries + keys
     if config.untied == "full":
         values += queries  # what attention returns, also by side
+    if run.lora.rank is not None:
+        values += 7 * run.lora.rank  # A x of each matrix
     size = value_bytes * values + FP32 * config.heads  # the softmax normalisers
     if run.parallel.compile is False:
         size += value_bytes * config.feed_forward_size  # silu, which compiled blocks recompute

@@ -12,12 +12,13 @@ from typing import Literal
 from torch import nn
 
 from transfusion.chat import list_roles
-from transfusion.checkpoint.open import GENERATION, OpenedRun, open_checkpoint
+from transfusion.checkpoint.open import OpenedRun, open_checkpoint
+from transfusion.checkpoint.read import GENERATION
 from transfusion.checkpoint.save import fsync_and_hash, hash_config, versions
 from transfusion.codecs.autoencoder import Autoencoder
 from transfusion.codecs.codec import codec_to_bytes
 from transfusion.codecs.vq import VQ
-from transfusion.config import to_json
+from transfusion.config import LoraConfig, to_json
 from transfusion.disk import CONFIG, RUN_FORMAT, check_new, open_to_others, read_json, to_name, write_json, write_whole
 from transfusion.model.transfusion import MODEL_TYPE
 from transfusion.model.weights import MAX_SHARD_BYTES, write_weights
@@ -75,7 +76,8 @@ def _write(opened: OpenedRun, folder: Path, weights: str, shard: int, dtype: str
     """Write all files but the model card."""
     files = write_weights(opened.model.state_dict(), folder, shard)
     codec_bytes, tokenizer_bytes = codec_to_bytes(opened.codec), opened.tokenizer.to_json().encode()
-    values = to_json(replace(opened.run, data=replace(opened.run.data, prepared=())))
+    # An adapter is merged into the weights.
+    values = to_json(replace(opened.run, data=replace(opened.run.data, prepared=()), lora=LoraConfig()))
     generation, vocabulary = values.pop("generation"), opened.vocabulary.to_json()
     notes = opened.notes
     if "start" in notes:
@@ -123,7 +125,8 @@ def write_card(opened: OpenedRun, weights: str, dtype: str, license: str | None,
     sources = ", ".join(f"{name} ({weight / sum(mixture):.0%} of the positions)"
                         for name, weight in zip(run.data.sources, mixture, strict=True))  # fmt: skip
     about = f"{about.strip()}\n\n" if about.strip() else ""
-    began = f" It began from {opened.notes['start']['name']}." if "start" in opened.notes else ""
+    merged = "" if run.lora.rank is None else f", with LoRA of rank {run.lora.rank} on {run.lora.on}, which is merged"
+    began = f" It began from {opened.notes['start']['name']}{merged}." if "start" in opened.notes else ""
     return f"""---
 library_name: transfusion
 pipeline_tag: any-to-any

@@ -16,7 +16,8 @@ from transfusion.cli.ignored import changed, check_prepare, refuse
 from transfusion.cli.options import Device, parse
 from transfusion.cli.screen import UsageError, check_exists, fail, nearest, print_status, progress
 from transfusion.cli.sources import SOURCES, Reading, open_readers
-from transfusion.config import ChatLayout, PrepareConfig
+from transfusion.config import ChatLayout
+from transfusion.data.config import PrepareConfig
 from transfusion.disk import CONFIG, RUN, check_codec, check_prepared, find_folder
 from transfusion.fields import PositiveInt
 

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from transfusion.cli.ignored import changed, refuse
 from transfusion.cli.options import RunArgument, parse
 from transfusion.cli.screen import check_exists, print_status
 from transfusion.disk import check_new, check_run, find_folder
@@ -25,6 +28,8 @@ class Export:
     """Precision of the weights in the files, also of the codec's; float16 takes half the space and rounds the weights."""
     license: str | None = None
     """Licence of the weights, as the hub names it, such as apache-2.0 or cc-by-sa-4.0; unknown if not set."""
+    adapter: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write only the adapter of a run with --lora.rank, in the format of peft; without it, the weights with the adapter."""
     about: Path | None = None
     """Markdown file for the model card, below its first paragraph: what the model is for, and the sources of its data."""
 
@@ -34,6 +39,13 @@ def export(arguments: list[str]) -> None:
     args = parse(Export, "export", arguments)
     run = check_run(find_folder(args.run))
     check_new(args.out)
+    if args.adapter:
+        refuse(changed(Export(args.run, args.out), args), [
+            (True, "name dtype license about", "with --adapter, which writes files of peft"),
+        ])  # fmt: skip
+        from transfusion.checkpoint.adapter import export_adapter
+
+        return print_status(f"wrote {export_adapter(run, args.out, args.weights)}")
     check_exists(args.about)
     try:
         about = args.about.read_text(encoding="utf-8") if args.about else ""

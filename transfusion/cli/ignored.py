@@ -7,7 +7,8 @@ from typing import Any
 
 from transfusion.cli.screen import UsageError
 from transfusion.codecs.config import CodecTrainingConfig
-from transfusion.config import EvaluationConfig, ModelConfig, PrepareConfig, Run, TrainingConfig
+from transfusion.config import EvaluationConfig, ModelConfig, Run, TrainingConfig
+from transfusion.data.config import PrepareConfig
 
 Rule = tuple[bool, str, str]  # whether it applies, the names of fields, and the words after "has no effect"
 
@@ -61,6 +62,9 @@ def check_train(before: Run, run: Run, start: str | None) -> None:
         *((True, f"data.{name}.interleaved data.{name}.level data.{name}.size",
            f"on these data, which do not read the built-in source {name}") for name in unread),
         (data.clean_copies, "data.image_first_max_t", "with --data.clean-copies: what follows an image reads it clean"),
+        (run.lora.rank is None, "lora.on", "without --lora.rank"),
+        (run.lora.rank is not None, " ".join(idle_scales(run)),
+         f"with --lora.on {run.lora.on}, which trains none of these weights"),
         (run.model.untied == "none", "model.image_init", "without --model.untied: images have no such weights"),
         (run.model.untied == "full", "training.transformer_lr_scale", "with --model.untied full: nothing is shared"),
         (run.model.untied == "none" and not run.training.transformer_lr_scale, "training.optimizer",
@@ -78,6 +82,12 @@ def check_untied(model: ModelConfig, start: ModelConfig | None, has_images: bool
         (start is not None and start.untied != "none", "model.image_init",
          "with --from a run whose weights are untied: its image weights are read"),
     ])  # fmt: skip
+
+
+def idle_scales(run: Run) -> list[str]:
+    """The learning rate scales of sides without trained weights, in a run with an adapter."""
+    sides = run.lora.sides(run.model.untied)
+    return [f"training.{side}_lr_scale" for side in run.training.lr_scales if side not in sides]
 
 
 def check_generate(engine: Any, num_images: int | None, size: Any, has_pictures: bool, options: dict[str, Any]) -> None:

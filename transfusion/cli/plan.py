@@ -227,6 +227,7 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
         Line("Parameters"),
         *(Line(name, f"{number:,}") for name, number in estimate.parameters.items()),
         Line("all", f"{sum(estimate.parameters.values()):,}", patches),
+        *([Line("trained", f"{estimate.trained:,}")] if estimate.trained < sum(estimate.parameters.values()) else ()),
         Line(f"Memory, {unit}" if estimate.measured else f"Memory of each GPU, {unit}"),
         *(Line(name, _size(number, unit), remark) for name, (number, remark) in figures.items()
           if number or machines.device == "cuda"),
@@ -239,6 +240,7 @@ def _memory_lines(estimate, unit: str) -> list[Line]:
 def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
     run, machines, keep = estimate.run, estimate.machines, estimate.run.training.keep_checkpoints
     batch_size = run.training.batch_size
+    saved = "weights" if run.lora.rank is None else "the adapter alone: weights"
     passes = _count(ceil(batch_size / machines.gpus / estimate.rows_per_pass), "pass", "passes")
     return [
         Line("Millions of FLOPs per position, forward and backward"),
@@ -253,7 +255,7 @@ def _time_and_disk_lines(estimate, unit: str) -> list[Line]:
         Line("positions in all, millions", _rounded(estimate.positions / 1e6)),
         Line("time of the whole run", _duration(estimate.seconds), "without checkpoints, which are saved during training"),
         Line(f"Disk, {unit}"),
-        Line("a checkpoint", _size(estimate.checkpoint, unit), "weights, average and moments, fp32"),
+        Line("a checkpoint", _size(estimate.checkpoint, unit), f"{saved}, average and moments, fp32"),
         Line(f"{_count(keep, 'checkpoint')} kept", _size(keep * estimate.checkpoint, unit), "one more while writing"),
     ]
 
@@ -319,7 +321,7 @@ def _to_json(name: str, estimate) -> dict:
              "positions_per_second", "positions_per_step", "positions", "seconds", "checkpoint")  # fmt: skip
     return {
         "run": name, "recipe": estimate.run.recipe, "machines": asdict(estimate.machines),
-        "parameters": estimate.parameters | {"all": sum(estimate.parameters.values())},
+        "parameters": estimate.parameters | {"all": sum(estimate.parameters.values()), "trained": estimate.trained},
         "memory": asdict(estimate.memory) | {"all": estimate.memory.all},
         "generation": {name: asdict(memory) | {"all": memory.all} for name, memory in estimate.generation.items()},
         "measured": measured,

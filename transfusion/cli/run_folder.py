@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
-from transfusion.checkpoint.open import RunDescription, describe_run
+from transfusion.checkpoint.read import RunDescription, describe_run
 from transfusion.checkpoint.save import create_run_folder, list_checkpoints, update_settings
 from transfusion.checkpoint.start import (
     OtherRunStart,
     describe_start,
     fixed_model_fields,
+    open_base,
     open_start,
     reopen_start,
     resolve_source,
@@ -89,12 +90,17 @@ class RunFolder:
         sources = open_sources(self.run.data, "heldout")
         return {source.name: heldout_batches(source, self.encoder, HELDOUT, rows) for source in sources}
 
+    @property
+    def base_sha256(self) -> str | None:
+        """Of the first weights of a run with an adapter, whose checkpoints do not hold them; else None."""
+        return self.description.notes.get("start", {}).get("sha256")
+
     def first_weights(self, ranks: Ranks) -> Callable[[Transfusion], None] | None:
-        """The function that fills in the weights of another run or model. None when seed or checkpoint decide them."""
+        """The function that fills in the weights of another run or model. None when seed or checkpoint decide them all."""
         note = self.description.notes.get("start")
-        if note is None or list_checkpoints(self.path):
+        if note is None or (list_checkpoints(self.path) and self.base_sha256 is None):
             return None
-        origin = reopen_start(note, self.path)
+        origin = open_base(note, self.path) if self.base_sha256 else reopen_start(note, self.path)
         return lambda model: origin.fill(model, self.run.training.seed, ranks)
 
 
@@ -120,7 +126,7 @@ def _create(cls: type[RunFolder], run: Run, path: Path, start: Start | None) -> 
     )
     run = replace(run, model=origin.adapt_config(model) if origin else model)
     notes = _describe_data(run, encoder) | {"chat": chat and to_json(chat)}
-    notes |= {"start": describe_start(origin, resolve_source(*start))} if origin else {}
+    notes |= {"start": describe_start(origin, resolve_source(*start), run.lora.rank is not None)} if origin else {}
     about = RunDescription(run_name(path), run, encoder.tokenizer, encoder.codec, encoder.vocabulary, notes)
     return cls(path, about, encoder)
 

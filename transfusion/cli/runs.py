@@ -1,6 +1,7 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,6 +108,8 @@ def train(arguments: list[str]) -> None:
         raise UsageError("a run starts from one source: give --from or --init-from, not both")
     if resumes and not starts and (note := read_json(folder / RUN).get("notes", {}).get("start")):
         starts = [(note["kind"], note["place"])]
+    if run.lora.rank is not None and not starts:
+        raise UsageError("--lora.rank needs --from or --init-from: the weights that are not trained are those of a start")
     if not args.print_config:  # it needs no data
         _check_inputs(run, args)
     check_train(before, run, starts[0][0] if starts else None)
@@ -131,6 +134,8 @@ def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -
 def _check_inputs(run: Run, args: Train) -> None:
     """An error for missing packages or data, or for a missing start of a new run, before anything heavy is imported."""
     check_loggers(run.training.log)
+    if run.lora.rank is not None and find_spec("peft") is None:
+        raise ValueError("--lora.rank needs peft: pip install '.[lora]' in a clone of the repository")
     check_data(run)
     if (args.out / RUN).exists():
         return  # a resumed run does not read its start
@@ -167,7 +172,8 @@ def train_run(run: Run, path: Path, device: str, start: tuple[str, str] | None =
         loader = Loader(open_sources(run.data, "train"), encoder, run.training.batch_size, ranks.rank, ranks.world)
         heldout = folder.heldout_batches(rows_per_pass(run, ranks.world))
         preview = previewer(folder, open_raw(run.data, "heldout"), torch_device, ranks)
-        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, folder.first_weights(ranks))
+        first_weights = folder.first_weights(ranks)
+        trainer = Trainer(run, path, loader, heldout, torch_device, ranks, preview, first_weights, folder.base_sha256)
         trainer.loop.restore(print_status)
         devices = f"{ranks.world} processes ({torch_device.type})" if ranks.world > 1 else str(torch_device)
         report_line = print_status if ranks.is_main else lambda line: None

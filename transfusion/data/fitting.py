@@ -14,7 +14,8 @@ from transfusion.codecs.pixels import BlockPCA, Pixels
 from transfusion.codecs.pretrained import Pretrained, is_pretrained
 from transfusion.codecs.text import Tokenizer
 from transfusion.codecs.vq import VQ
-from transfusion.config import ChatLayout, PrepareConfig, from_json, parse_size
+from transfusion.config import ChatLayout, from_json, parse_size
+from transfusion.data.config import PrepareConfig
 from transfusion.data.heldout import SplitDocument
 from transfusion.data.raw import RawDocument, RawImage, RawText
 from transfusion.data.store import open_prepared

@@ -22,8 +22,9 @@ import torch
 from transfusion.chat import describe_layout
 from transfusion.codecs.codec import move_to
 from transfusion.codecs.vq import VQ
-from transfusion.config import ChatLayout, PrepareConfig
+from transfusion.config import ChatLayout
 from transfusion.data import fitting
+from transfusion.data.config import PrepareConfig
 from transfusion.data.fitting import PrepareError, TokenizerAndCodec
 from transfusion.data.heldout import MAX_FRACTION, SplitDocument, hash_bytes
 from transfusion.data.leaks import count_leaks, find_copies

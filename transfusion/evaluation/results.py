@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transfusion.checkpoint.open import find_newest_checkpoint
+from transfusion.checkpoint.read import find_newest_checkpoint
 from transfusion.config import EvaluationConfig, from_json
 from transfusion.disk import OpenError, is_exported, read_json, write_json
 from transfusion.evaluation.follow import OnProgress, follow, ignore

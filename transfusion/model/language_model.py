@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transfusion.config import ModelConfig, RopeScaling
-from transfusion.disk import CONFIG, RUN, OpenError, read_json
+from transfusion.disk import ADAPTER_CONFIG, CONFIG, RUN, OpenError, read_json
 from transfusion.fields import short_repr
 from transfusion.model.transfusion import MODEL_TYPE, build_on_meta
 from transfusion.model.untied import IMAGE
@@ -41,8 +41,8 @@ class LanguageModel:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise OpenError(f"there is no folder {folder}")
-        if (folder / "adapter_config.json").exists():  # `transformers` applies it to the model
-            raise OpenError(f"{folder} holds an adapter (adapter_config.json): merge it into its model, and save the result")
+        if (folder / ADAPTER_CONFIG).exists():  # `transformers` applies it to the model
+            raise OpenError(f"{folder} holds an adapter ({ADAPTER_CONFIG}): merge it into its model, and save the result")
         if (folder / RUN).exists() or read_json(folder / CONFIG).get("model_type") == MODEL_TYPE["model_type"]:
             raise OpenError(f"{folder} is a run, not a language model: use --from")
         self.folder, self.values = folder, read_json(folder / CONFIG)

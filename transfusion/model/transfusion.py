@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from transfusion.config import ModelConfig, from_json, to_json
 from transfusion.disk import CONFIG, RUN, OpenError, check_run_format, find_folder, read_json, write_json
+from transfusion.model.lora import plain_name
 from transfusion.model.mask import Mask, packed_mask
 from transfusion.model.patches import LinearPatches
 from transfusion.model.transformer import Cache, Transformer, rotary_positions
@@ -195,11 +196,17 @@ class _SkipInit(TorchFunctionMode):
 
 
 @torch.no_grad()
-def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor], None] | None = None) -> None:
+def init_weights(
+    model: Transfusion, seed: int, overwrite: Callable[[str, Tensor], None] | None = None,
+    is_chosen: Callable[[str], bool] = lambda name: True,
+) -> None:  # fmt: skip
     """Set the starting weights, in float32 on the CPU, each parameter with a generator from (seed, its name). Of sharded
     weights each rank sets its own shard. `overwrite(name, values)` may replace values in place. Untied image weights have
-    the generator of the text's; with `image_init` fresh their own."""
-    for name, parameter in model.named_parameters():
+    the generator of the text's; with `image_init` fresh their own. Names are those of a model without adapters. Parameters
+    that are not `is_chosen(name)` stay as they are."""
+    for name, parameter in [(plain_name(name), parameter) for name, parameter in model.named_parameters()]:
+        if not is_chosen(name):
+            continue
         values = torch.empty(parameter.shape, dtype=torch.float32)
         generator = torch.Generator().manual_seed(derive_seed(seed, first_name(name, model.config.image_init)))
         _init_parameter(values, *name.split(".")[-2:], model.config, generator)
@@ -213,11 +220,11 @@ def init_weights(model: Transfusion, seed: int, overwrite: Callable[[str, Tensor
 
 
 def _init_parameter(values: Tensor, layer: str, kind: str, config: ModelConfig, generator: torch.Generator) -> None:
-    """Biases and `proj_out` of patches: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is also the head. All
-    others: N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are also divided by
-    sqrt(2 layers), so that its variance does not grow with depth."""
+    """Biases, `proj_out` of patches and `lora_B` of adapters: 0. Norms: 1. Embedding: N(0, 1), or N(0, 1 / width) if it is
+    also the head. All others: N(0, 1 / fan_in), which keeps the variance of activations; outputs to a residual stream are
+    also divided by sqrt(2 layers), so that its variance does not grow with depth."""
     std = values[0].numel() ** -0.5
-    if kind == "bias" or layer == "proj_out":
+    if kind == "bias" or layer in ("proj_out", "lora_B"):
         values.zero_()
     elif layer.endswith("norm"):
         values.fill_(1)

@@ -53,6 +53,10 @@ class Weights:
     def names(self) -> set[str]:
         return set(self._file_names)
 
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in sorted({*self._file_names.values()})]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(name).get_slice(name).get_shape())
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from transfusion.checkpoint.open import restore_newest
+from transfusion.checkpoint.read import check_adapter, restore_newest
 from transfusion.checkpoint.save import Saver
 from transfusion.config import FaultToleranceConfig, LoggerName
 from transfusion.parallel import Ranks
@@ -43,6 +43,7 @@ class Progress:
     loader_state: Any = None  # of the task's loader, before the next batch
     grad_norms: list[float] = field(default_factory=list)  # of the guard
     num_consecutive_skips: int = 0  # consecutive updates that were rejected
+    base_sha256: str | None = None  # of the weights that an adapter is trained on
 
 
 class Task(Protocol):
@@ -111,11 +112,11 @@ class Loop:
 
     def __init__(
         self, task: Task, config: LoopConfig, fault_tolerance: FaultToleranceConfig, folder: Path, ranks: Ranks,
-        device: torch.device, preview_every: int = 0, loggers: Sequence[LoggerName] = (),
+        device: torch.device, preview_every: int = 0, loggers: Sequence[LoggerName] = (), base_sha256: str | None = None,
     ):  # fmt: skip
         self.task, self.config, self.folder, self.ranks, self.device = task, config, folder, ranks, device
         self.watchdog_seconds, self.preview_every = fault_tolerance.watchdog, preview_every
-        self.progress = Progress()
+        self.progress = Progress(base_sha256=base_sha256)
         self.guard = Guard(fault_tolerance, folder, ranks, device)
         self.stop_requested = False
         self.loggers, self.times = loggers, PartTimes()
@@ -125,6 +126,7 @@ class Loop:
         """Restore the newest intact checkpoint of the folder, if there is one. Rank 0 calls `report` with one line."""
         restored = restore_newest(self.folder, self.task.tensors(), self.ranks, report)
         if restored:
+            check_adapter(*restored, self.progress.base_sha256)
             self.load_state(restored[1])
             if self.ranks.is_main:
                 report(f"resuming from {restored[0]}")

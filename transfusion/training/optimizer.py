@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from transfusion.config import TrainingConfig
+from transfusion.config import LoraConfig, TrainingConfig
+from transfusion.model.lora import BLOCKS, is_trained
 from transfusion.model.untied import side_of
 from transfusion.parallel import get_shard
-
-BLOCKS = "transformer.blocks."  # names of the parameters of blocks begin with it
 
 
 class MuonWithAdamW:
@@ -62,10 +61,12 @@ def build_optimizer(
     return MuonWithAdamW(torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
-def freeze(model: nn.Module, lr_scales: Mapping[str, float]) -> None:
-    """Freeze the sides whose scale is 0: they get no gradients, no moments, no weight decay and no new average."""
+def freeze(model: nn.Module, lr_scales: Mapping[str, float], lora: LoraConfig) -> None:
+    """Freeze the sides whose scale is 0, and with an adapter all weights but its own: they get no gradients, no moments, no
+    weight decay and no new average."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(lr_scales[side_of(name, model.config.untied)] > 0)
+        is_frozen = lora.rank is not None and not is_trained(name, lora)
+        parameter.requires_grad_(not is_frozen and lr_scales[side_of(name, model.config.untied)] > 0)
 
 
 def get_learning_rate(step: int, config: TrainingConfig) -> float:

@@ -5,12 +5,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfusion import objective
 from transfusion.config import Run, to_json
 from transfusion.data.loader import Loader, LoaderState
 from transfusion.model.flops import count_training_flops, count_usual_flops, find_peak_tflops
+from transfusion.model.lora import add_adapters, is_trained, plain_name
 from transfusion.model.transfusion import Transfusion, build_on_meta, init_weights
 from transfusion.objective import NoiseSample
 from transfusion.parallel import (
@@ -45,6 +46,7 @@ class Trainer:
 
     All ranks call both functions. `on_preview(ema, step, reset_watchdog)` may use the averaged model; it cannot change the
     training. `init_from(model)` sets this rank's part of the initial weights; without it the run's seed decides them.
+    `base_sha256` is that of the initial weights of a run with an adapter, whose checkpoints do not hold them.
     """
 
     unit = "positions"
@@ -52,7 +54,7 @@ class Trainer:
     def __init__(
         self, run: Run, folder: Path, loader: Loader, heldout: dict[str, list[Batch]], device: torch.device,
         ranks: Ranks = SINGLE_PROCESS, on_preview: Callable[[Transfusion, int, Callable[[], None]], None] | None = None,
-        init_from: Callable[[Transfusion], None] | None = None,
+        init_from: Callable[[Transfusion], None] | None = None, base_sha256: str | None = None,
     ):  # fmt: skip
         self.run, self.loader, self.heldout, self.device = run, loader, heldout, device
         self.ranks, self.on_preview, self.init_from = ranks, on_preview, init_from
@@ -63,38 +65,50 @@ class Trainer:
         compiled = device.type == "cuda" if run.parallel.compile is None else run.parallel.compile
         self.model = self._build(compiled)
         self.model.transformer.activation_checkpointing = run.parallel.activation_checkpointing
+        freeze(self.model, run.training.lr_scales, run.lora)
         self.ema = self._build(compiled=False, source=self.model).requires_grad_(False)
-        freeze(self.model, run.training.lr_scales)
         self.optimizer = build_optimizer(self.model, run.training, run.training.lr_scales, run.training.optimizer)
         self.usual_flops = count_usual_flops(run.model, run.data.seq_len)
         preview_every = run.training.preview_every if on_preview else 0
-        self.loop = Loop(self, run.training, run.fault_tolerance, folder, ranks, device, preview_every, run.training.log)
+        self.loop = Loop(
+            self, run.training, run.fault_tolerance, folder, ranks, device, preview_every, run.training.log, base_sha256
+        )
 
     def _build(self, compiled: bool, source: Transfusion | None = None) -> Transfusion:
-        """A model with the first weights, or with those of `source`. Each rank only ever allocates its part."""
+        """A model with the first weights, or one whose trained weights are copies of the `source`'s, and whose frozen ones
+        are the source's own. Each rank only ever allocates its part."""
         model = build_on_meta(self.run.model)
+        if self.run.lora.rank is not None:
+            add_adapters(model, self.run.lora)
         parallelize(
             model, model.transformer.blocks, self.device, self.mesh, compiled, ("forward_cached",), trained=source is None,
             dynamic=False if self.run.model.untied == "none" else None,
         )  # fmt: skip
-        model.to_empty(device=self.device)
         if source is not None:
-            with torch.no_grad():
-                for parameter, value in zip(model.parameters(), source.parameters(), strict=True):
-                    parameter.copy_(value)
-        elif self.init_from is not None:
+            for name, value in source.named_parameters():
+                copy = nn.Parameter(value.detach().clone()) if value.requires_grad else value
+                setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], copy)
+            return model
+        model.to_empty(device=self.device)
+        if self.init_from is not None:
             self.init_from(model)
         else:
             init_weights(model, self.run.training.seed)
         return model
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors that a checkpoint saves and restores, by part and name."""
+        """All tensors that a checkpoint saves and restores, by part and name. Of a run with an adapter it has that alone."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "model": self._saved_weights(self.model),
+            "ema": self._saved_weights(self.ema),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
+
+    def _saved_weights(self, model: Transfusion) -> dict[str, Tensor]:
+        lora, weights = self.run.lora, model.state_dict()
+        if lora.rank is None:
+            return weights
+        return {plain_name(name): tensor for name, tensor in weights.items() if is_trained(plain_name(name), lora)}
 
     def train(self) -> bool:
         """Train to the last step: True; or until a signal: False. In both cases a checkpoint is saved."""
