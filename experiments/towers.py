@@ -7,7 +7,8 @@ whole learning rate schedule in them.
 
 Claim (LMFusion, 2412.15188): a language model learns images with weights of their own while its text stays as it is. Here
 the language model is Table 4's run on text alone, which has never read a caption. It is then trained on captioned images
-alone: all its weights ("fine-tuned"), or image weights that begin as copies of the frozen ones of text ("frozen tower").
+alone: all its weights ("fine-tuned"), image weights that begin as copies of the frozen ones of text ("frozen tower"), or
+patch layers and additions of rank 16 to the matrices of the blocks, all else frozen ("LoRA").
 The costs of these rows are in addition to those of the language model. "Changed logits" are those of held-out text, over the
 ids of text, that this training changed in any bit. Bits per byte can change without them, since the softmax also has the ids
 that mark images.
@@ -30,10 +31,11 @@ from experiments.scenes import PRESETS
 
 SHARED, FEED_FORWARD, FULL = "none", "feed_forward", "full"  # rows, by `model.untied`
 FEWER_STEPS = {0.25: "full, a quarter of the steps", 0.5: "full, half of the steps"}  # rows by their share of the steps
-LANGUAGE_MODEL, FINE_TUNED, FROZEN = "language model", "fine-tuned", "frozen tower"
+LANGUAGE_MODEL, FINE_TUNED, FROZEN, LORA = "language model", "fine-tuned", "frozen tower", "LoRA"
 WAYS = {  # to train the language model on captioned images
     FINE_TUNED: (),
     FROZEN: ("--model.untied", "full", "--training.text-lr-scale", "0"),
+    LORA: ("--lora.rank", "16", "--lora.on", "all"),
 }  # fmt: skip
 
 
