@@ -13,8 +13,8 @@ emoji would need more than four hours of two cores.
 Drawings are judged by `experiments.emoji.judge`, which looks them up among the real pictures of all 1,899 emoji in the other
 styles: is the asked emoji among the five nearest (top-5), and is the style the asked one? Each held-out picture is drawn
 four times, and 240 of the training pictures once, with guidance 3. Captions are greedy captions of the held-out pictures.
-The caption loss is the mean loss of their text, in nats per token. Intervals are over seeds of weights, data order, noise and
-training pictures to draw. They do not cover other held-out pictures, codecs or judges. No claim is judged here.
+The caption loss is the mean loss of their text, in nats per token. Intervals are over seeds of weights, data order, noise
+and training pictures to draw. They do not cover other held-out pictures, codecs or judges. No claim is judged here.
 
     python -m experiments.emoji.families
 """
