@@ -75,8 +75,8 @@ def small(packed, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_cells_are_made_from_nothing_and_judged(small, monkeypatch, capsys):
-    """From the four archives to the table: both codecs learn from training pictures alone, for equal steps, and every cell has
-    all columns."""
+    """From the four archives to the table: both codecs learn from training pictures alone, for equal steps, and every cell
+    has all columns."""
     commands, seeds = [], []
     monkeypatch.setattr(families, "run_command", lambda *words: (commands.append([*map(str, words)]), command(*words)))
     monkeypatch.setattr(lab, "run_command", command)

@@ -7,8 +7,8 @@ numbers, or one of 512 codes, for 4x4 pixels.
 
 A picture is 16 patches for Transfusion and 64 codes for Chameleon. Both families train on the same number of positions, so
 Chameleon sees a third of the pictures and captions. In pilot runs of Transfusion, presentations per picture decided what is
-drawn: 700 of each of 100 pictures were enough, 42 of each of 1,658 were not. Here it sees each picture about 330 times. More
-emoji would need more than four hours of two cores.
+drawn: 700 of each of 100 pictures were enough, 42 of each of 1,658 were not. Here it sees each picture about 400 times,
+Chameleon about 130 times.
 
 Drawings are judged by `experiments.emoji.judge`, which looks them up among the real pictures of all 1,899 emoji in the other
 styles: is the asked emoji among the five nearest (top-5), and is the style the asked one? Each held-out picture is drawn
@@ -56,10 +56,10 @@ CODECS = {"latents": ("emoji-vae", AUTOENCODER), "codes": ("emoji-vq", ("--netwo
 CODECS_NAME = "codecs-emoji"  # of the file in docs/results with what the codecs lose
 SIZES = {"S": ("128", "2", "256"), "M": ("256", "4", "512")}  # width, heads, intermediate_size; M is the model of the recipe
 TRAINING_OPTIONS = (
-    "--data.seq-len", "320", "--training.batch-size", "6", "--training.steps", "2400",
+    "--data.seq-len", "320", "--training.batch-size", "6", "--training.steps", "3000",
     "--data.image-first", "0.25", "--data.image-first-max-t", "0.3", "--training.image-weight", "5",
     "--training.learning-rate", "3e-3", "--training.min-learning-rate", "3e-5", "--training.warmup-steps", "100",
-    "--training.ema-decay", "0.995", "--training.validate-every", "600", "--training.preview-every", "0",
+    "--training.ema-decay", "0.995", "--training.validate-every", "1000", "--training.preview-every", "0",
     "--generation.sampler", "dpm-sde", "--generation.steps", "20", "--generation.guidance-scale", "3",
 )  # fmt: skip
 COLUMNS = {
