@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import lab
+from experiments import lab, results
 from experiments.emoji import dataset, families, judge, measures
 from experiments.emoji.packages import STYLES
 from experiments.lab import Options
@@ -17,6 +17,7 @@ from tests.test_cli import command
 from tests.test_emoji import archives, packed, random_cells, read_lines  # noqa: F401  # two are fixtures
 from tests.test_experiments import parse_arguments
 from transfusion.cli.ignored import changed
+from transfusion.disk import read_json
 
 TINY = ("--training.steps=2", "--training.batch-size=2", "--training.warmup-steps=1", "--generation.steps=2",
         "--model.width=32", "--model.heads=2", "--model.layers=1", "--model.intermediate-size=32", "--data.seq-len=96",
@@ -74,7 +75,7 @@ def small(packed, tmp_path, monkeypatch):  # noqa: F811
     measures.open_lab.cache_clear()
 
 
-def test_cells_are_made_from_nothing_and_judged(small, monkeypatch, capsys):
+def test_cells_are_made_from_nothing_and_judged(small, tmp_path, monkeypatch):
     """From the four archives to the table: both codecs learn from training pictures alone, for equal steps, and every cell
     has all columns."""
     commands, seeds = [], []
@@ -114,12 +115,15 @@ def test_cells_are_made_from_nothing_and_judged(small, monkeypatch, capsys):
     families.prepare(small)
     assert len(commands) == before  # all is there
 
-    values = families.measure_codecs(small)
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    (tmp_path / "results").mkdir()
+    text = results.describe_codecs(small, families)
+    values = read_json(tmp_path / "results" / "codecs-emoji.json")
     assert values["cell"]["real pictures"].keys() < values["cell"]["VQ twin"].keys()
     assert values["train"]["autoencoder"]["count"] == len(rows["train"])
-    lines = families.describe_codecs(values).splitlines()
+    assert results.describe_codecs(Options(tmp_path / "another clone"), families) == text
+    lines = text.splitlines()
     assert len(lines) == 2 + 6 and lines[3].endswith(f" dB | {len(rows['validation'])} |")
-    capsys.readouterr()
 
 
 def test_packages_that_cannot_be_fetched_are_one_line(tmp_path, monkeypatch):
