@@ -167,9 +167,12 @@ def lora_run(untied: str = "full", on: str = "all", steps: int = 4, rank: int = 
     return replace(run, model=replace(run.model, untied=untied), lora=LoraConfig(rank, on))
 
 
-@pytest.mark.parametrize(("untied", "on"), KINDS if THOROUGH else [("none", "all"), ("full", "image")])
-def test_only_the_adapter_is_trained_saved_and_averaged_and_resumes_exactly(tmp_path, untied, on):
-    run = lora_run(untied, on)
+@pytest.mark.parametrize(("untied", "on", "optimizer"), [
+    *((*kind, "adamw") for kind in (KINDS if THOROUGH else [("none", "all"), ("full", "image")])),
+    ("full", "text", "muon"),  # for all that is trained: A and B are matrices of blocks
+])  # fmt: skip
+def test_only_the_adapter_is_trained_saved_and_averaged_and_resumes_exactly(tmp_path, untied, on, optimizer):
+    run = lora_run(untied, on, optimizer=optimizer)
     trainer = new_trainer(tmp_path / "whole", run)
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     before, averages = copy_tensors(trainer), dict(trainer.ema.named_parameters())
