@@ -455,7 +455,18 @@ def test_options_that_make_no_sense_are_refused(trained, tmp_path, capsys, monke
     ]  # fmt: skip
     for options, message in cases:
         assert re.search(message, fails(capsys, 2, *args, *options)), options
-    monkeypatch.setitem(sys.modules, "peft", None)
-    message = fails(capsys, 1, *args, *rank)
-    assert "--lora.rank needs peft: pip install '.[lora]' in a clone of the repository" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_missing_peft_is_named_where_it_is_needed(adapted, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    out = ("--out", tmp_path / "out")
+    for arguments in (
+        ("train", "digits", *out, *FAST_FITTED, "--from", trained, "--lora.rank", 4), ("export", adapted, *out, "--adapter"),
+        ("plan", adapted, "--device", "cpu"),
+    ):  # fmt: skip
+        message = "transfusion: --lora.rank needs peft: pip install '.[lora]' in a clone of the repository\n"
+        assert fails(capsys, 1, *arguments).endswith(message)
+        assert not (tmp_path / "out").exists()
+    command("plan", adapted)
+    command("export", adapted, *out)

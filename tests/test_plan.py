@@ -380,6 +380,7 @@ def test_fitted_micro_batch_is_the_largest_that_fits(name, gpus, share, own, num
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["0.16b"], "transfusion train 0.16b --data DIR"),
+    (["0.16b", "--lora.rank", "8"], "transfusion train 0.16b --lora.rank 8 --data DIR --from RUN"),
     (["0.37b", "--memory=24GB", "--tflops", "165"],
      "transfusion train 0.37b --data DIR --parallel.micro-batch-size 4"),
     (["7b", "--data.sources", "shapes", "--gpus", "8", "--model.width=2048", "--parallel.micro_batch_size", "2"],
