@@ -492,6 +492,8 @@ def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     (["--gpus-per-machine", "4"], "--gpus-per-machine has no effect without --parallel.shard hybrid"),
     (["--mfu", "40"], "--mfu must be between 0.001 and 1"), (["--tflops", "0"], "--tflops must be at least 0.001"),
     (["--gpus", "12", "--training.batch-size", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
+    (["--gpus", "8", "--training.optimizer", "muon", "--lora.rank", "4"],
+     "--training.optimizer muon: 8 processes share matrices of 4 rows; use a lora.rank of at least 8, or"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(capsys, arguments, message):
     stderr = fails(capsys, 2, "plan", "7b", *arguments)
