@@ -406,7 +406,7 @@ def test_tables_are_made_claims_first_and_every_cell_is_saved_at_once(options, t
     before = len(made)
     tables.main(replace(command, out=tmp_path / "another clone"))
     assert made[before] == interrupted and len(set(made)) == len(made)
-    assert made[-1] == ("towers", towers.FROZEN, 12) and ("editing", "without fine-tuning", 10) in made
+    assert made[-1] == ("towers", towers.LORA, 12) and ("editing", "without fine-tuning", 10) in made
     seeds = {row: [seed for *names, seed in made if tuple(names) == row] for row in {tuple(names) for *names, _ in made}}
     assert {len(found) for found in seeds.values()} == {3, 5}
     before = len(made)
