@@ -25,7 +25,7 @@ from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_c
 from experiments.scenes import PRESETS
 from transfusion.disk import read_json, write_json
 
-TABLES = (continuous, text, attention, patches, noise, scaling, families, editing, towers)
+TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers, families)  # the last needs npm packages
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 INTRODUCTION = """# The paper's tables at small scale
 
