@@ -1,4 +1,4 @@
-"""Write one page with every table that has cells: the claims, the commands, the figures and the verdicts.
+"""Write one page with every table: the claims, the commands, the figures and the verdicts.
 
     python -m experiments.results
 
@@ -16,14 +16,28 @@ from typing import Any
 
 import tyro
 
-from experiments import attention, continuous, drawings, editing, lab, multimodal, noise, patches, scaling, text, towers
+from experiments import (
+    attention,
+    continuous,
+    copies,
+    drawings,
+    editing,
+    lab,
+    multimodal,
+    noise,
+    patches,
+    positions,
+    scaling,
+    text,
+    towers,
+)
 from experiments.judge import OPEN, Evidence
 from experiments.lab import DOCS, SEEDS, Options, Preset
 from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_claims
 from experiments.scenes import PRESETS
 from transfusion.disk import read_json, write_json
 
-TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers)
+TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers, copies, positions)
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 INTRODUCTION = """# The paper's tables at small scale
 
@@ -102,13 +116,14 @@ def write_page(options: Options) -> Path:
         lab.restore_cells(options, table)
         rows = [lab.read_cells(options, table, variant).values() for variant in table.variants]
         if not any(rows):
+            sections.append(_format_section(options, module, "", []))
             continue
         cells += [cell for row in rows for cell in row]
         lab.show_table(options, table)
         lab.save_cells(options, table, DOCS / "results")
         markdown = lab.table_path(options, table, ".md").read_text(encoding="utf-8")
         sections.append(_format_section(options, module, markdown, [cell for row in rows for cell in row]))
-    if not sections:
+    if not cells:
         sys.exit(f"--out {options.out}: there are no cells of any table; run a table first, e.g. python -m experiments.text")
     name, hardware = PAGES[options.preset]
     runs, sizes = _unique_runs(cells), [cell["parameters"] / 1e6 for cell in cells]
@@ -175,16 +190,18 @@ def describe_codecs(options: Options, level: int) -> str:
 def _format_section(options: Options, module: ModuleType, table: str, cells: list[dict]) -> str:
     """One table as Markdown: the docstring of its module, the figures, the comparisons and the command."""
     _, *paragraphs, _ = module.__doc__.strip().split("\n\n")
-    command, introduction = _command(module), "\n\n".join(paragraphs)
+    command, head = _command(module), [f"## {_title(module)}", "\n\n".join(paragraphs)]
+    if not cells:
+        return "\n\n".join([*head, f"`{command}`: not run yet.\n"])
     cells = _unique_runs(cells)
     commits = ", ".join(sorted({cell["commit"] for cell in cells}))
     minutes, positions = _minutes(cells), statistics.mean(cell["positions"] for cell in cells)
     machines = "; ".join(sorted({f"{cell['machine']}, threads {cell['threads']}" for cell in cells}))
     runs = f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {positions / 1e6:.1f} million positions"
     source = f"`{command}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
-    parts = [f"## {_title(module)}", introduction, table, source]
+    parts = [*head, table, source]
     level = multimodal.JUDGED_LEVEL if module is continuous else PRESETS[options.preset].level
-    if module in (continuous, scaling, text, editing, towers) and (quality := describe_codecs(options, level)):
+    if module in (continuous, scaling, text, editing, towers, copies) and (quality := describe_codecs(options, level)):
         parts.insert(3, quality)
     if module in (continuous, scaling):
         figure, families = "", module.build_table(options.preset)

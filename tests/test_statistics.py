@@ -1,6 +1,7 @@
 """The statistics of the tables, the primary claims and the page: on values whose truth is known."""
 
 import math
+import re
 import statistics
 import warnings
 from dataclasses import replace
@@ -357,6 +358,9 @@ def test_page_is_the_same_in_a_clone_that_has_only_the_committed_cells(options, 
     minutes = {cell["minutes"] for path in options.out.rglob("measured.json") for cell in [read_json(path)]}
     assert f"All 11 runs together took {sum(minutes) / 60:.1f} hours" in page and len(minutes) == 11
     assert "autoencoder 37.2 dB PSNR" in page and results.OLD in page
+    unrun = re.findall(r"^`python -m experiments.(\w+)`: not run yet.$", page, re.MULTILINE)
+    assert unrun == [name for it in results.TABLES if (name := it.build_table("cpu").name) not in names]
+    assert page.count("\n## ") == len(results.TABLES) == len(unrun) + 5
     (tmp_path / "docs" / "results.md").unlink()
     clone = replace(options, out=tmp_path / "clone")
     assert results.write_page(clone).read_text() == page
@@ -406,7 +410,7 @@ def test_tables_are_made_claims_first_and_every_cell_is_saved_at_once(options, t
     before = len(made)
     tables.main(replace(command, out=tmp_path / "another clone"))
     assert made[before] == interrupted and len(set(made)) == len(made)
-    assert made[-1] == ("towers", towers.FROZEN, 12) and ("editing", "without fine-tuning", 10) in made
+    assert made[-1] == ("positions", "2d", 12) and ("editing", "without fine-tuning", 10) in made
     seeds = {row: [seed for *names, seed in made if tuple(names) == row] for row in {tuple(names) for *names, _ in made}}
     assert {len(found) for found in seeds.values()} == {3, 5}
     before = len(made)
