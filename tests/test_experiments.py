@@ -395,6 +395,7 @@ def test_rows_of_copies_and_positions_differ_in_one_setting(preset):
     assert all({claim.first, claim.second} <= {row.name for row in table.variants} for claim in table.claims)
     first, second = (parse_arguments(*row.arguments) for row in positions.build_table(preset).variants)
     assert changed(first, second) == ["model.image_rope"] and second.model.image_rope == "2d"
+    assert Vocabulary.build(300, [(8, 8)], first.model.patch_size).num_patches((8, 8)) == 64
     assert len({count_parameters(build_on_meta(run.model)) for run in (first, second)}) == 1
 
 
@@ -544,7 +545,7 @@ def test_documents_of_two_pictures_are_pairs_documents_and_edits(tmp_path, monke
 
 
 def test_second_pictures_are_measured_after_the_first(monkeypatch):
-    """An engine that answers right, and one that repeats the first picture and its caption."""
+    """An engine that answers right, one that repeats the first picture and its caption, and one that moves the object."""
     monkeypatch.setattr(edits, "NUM_HELDOUT", 20)
     known = [*edits.generate_edits("heldout", 20, 3)]
     prompts, seeds = [], []
@@ -572,6 +573,13 @@ def test_second_pictures_are_measured_after_the_first(monkeypatch):
     ]
     repeated = measure(lambda before, instruction, after: (caption(before), render(before)))
     assert [repeated[name] for name in ("right", "drawings", "captions", "stayed", "drawings_stayed")] == [0, 0, 0, 1, 1]
+
+    def move(scene):
+        ((x, y),) = scene.centres
+        return replace(scene, centres=((x + (4 if x < 16 else -4), y),))
+
+    moved = measure(lambda before, instruction, after: (caption(after), render(move(after))))
+    assert [moved[name] for name in ("right", "drawings", "changed", "stayed", "drawings_stayed")] == [0, 0, 1, 0, 0]
 
 
 def test_edits_begin_from_a_run_of_table_3(tmp_path, monkeypatch):
