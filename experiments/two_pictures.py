@@ -51,7 +51,7 @@ def measure_two_pictures(engine: Engine) -> dict[str, float]:
         Request((render(before), caption(before), render(after)), generation=greedy, allow_images=False)
         for before, _, after in scenes
     ])  # fmt: skip
-    captions = [answer.parts[0] == caption(after) for (answer,), (*_, after) in zip(answers, scenes, strict=True)]
+    captions = [[*answer.parts] == [caption(after)] for (answer,), (*_, after) in zip(answers, scenes, strict=True)]
     return {
         **measure_edits(engine), "drawings": drawings["right"], "drawings_stayed": drawings["stayed"],
         "captions": np.mean(captions).item(),
