@@ -1,4 +1,4 @@
-"""Write one page with every table: the claims, the commands, the figures and the verdicts.
+"""Write one page with every table that has cells: the claims, the commands, the figures and the verdicts.
 
     python -m experiments.results
 
@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,18 +32,19 @@ from experiments import (
     text,
     towers,
 )
+from experiments.emoji import families
 from experiments.judge import OPEN, Evidence
 from experiments.lab import DOCS, SEEDS, Options, Preset
 from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_claims
 from experiments.scenes import PRESETS
 from transfusion.disk import read_json, write_json
 
-TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers, copies, positions)
+TABLES = (continuous, text, attention, patches, noise, scaling, families, editing, towers, copies, positions)
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 INTRODUCTION = """# The paper's tables at small scale
 
-The paper's claims, tested {hardware}: synthetic scenes of 32x32 pixels and Python's documentation, models of {smallest:.2f}
-to {largest:.2f} million parameters.
+The paper's claims, tested {hardware}: synthetic scenes of 32x32 pixels and Python's documentation, in one table pictures of
+emoji; models of {smallest:.2f} to {largest:.2f} million parameters.
 
 {claims}
 {num_open} of {num_claims} claims are open. A verdict needs {num_seeds} seeds of both rows ({seeds}), made by the same
@@ -116,7 +118,7 @@ def write_page(options: Options) -> Path:
         lab.restore_cells(options, table)
         rows = [lab.read_cells(options, table, variant).values() for variant in table.variants]
         if not any(rows):
-            sections.append(_format_section(options, module, "", []))
+            sections.append(f"{_introduce(module)}\n\nNot run yet: `{_command(module)}`.\n")
             continue
         cells += [cell for row in rows for cell in row]
         lab.show_table(options, table)
@@ -170,48 +172,53 @@ def _minutes(cells: Iterable[Mapping[str, Any]]) -> float:
     return sum(cell["minutes"] for cell in cells)
 
 
-def _title(module: ModuleType) -> str:
-    return module.__doc__.strip().partition("\n")[0].rstrip(".")
+def _introduce(module: ModuleType) -> str:
+    """The head of a section: the docstring of its module without the command."""
+    title, *paragraphs, _ = module.__doc__.strip().split("\n\n")
+    return "\n\n".join([f"## {title.rstrip('.')}", *paragraphs])
 
 
 def _command(module: ModuleType) -> str:
     return module.__doc__.strip().split("\n\n")[-1].strip()
 
 
-def describe_codecs(options: Options, level: int) -> str:
-    """What both codecs lose of scenes of this level; measured again if they are in the lab's folder. "" if they were never
-    measured."""
-    path = DOCS / "results" / f"{multimodal.codecs_name(options.preset, level)}.json"
-    if (values := multimodal.measure_codecs(options, level)) is not None:
+def describe_codecs(options: Options, module: ModuleType) -> str:
+    """What both codecs of a table lose; measured again if they are in the lab's folder. "" if they were never measured, or
+    the table has only one."""
+    if module is families:
+        name, measure, describe = families.CODECS_NAME, families.measure_codecs, families.describe_codecs
+    elif module in (continuous, scaling, text, editing, towers, copies):
+        level = multimodal.JUDGED_LEVEL if module is continuous else PRESETS[options.preset].level
+        name, describe = multimodal.codecs_name(options.preset, level), multimodal.describe_codecs
+        measure = partial(multimodal.measure_codecs, level=level)
+    else:
+        return ""
+    path = DOCS / "results" / f"{name}.json"
+    if (values := measure(options)) is not None:
         write_json(path, values)
-    return multimodal.describe_codecs(read_json(path)) if path.exists() else ""
+    return describe(read_json(path)) if path.exists() else ""
 
 
 def _format_section(options: Options, module: ModuleType, table: str, cells: list[dict]) -> str:
     """One table as Markdown: the docstring of its module, the figures, the comparisons and the command."""
-    _, *paragraphs, _ = module.__doc__.strip().split("\n\n")
-    command, head = _command(module), [f"## {_title(module)}", "\n\n".join(paragraphs)]
-    if not cells:
-        return "\n\n".join([*head, f"`{command}`: not run yet.\n"])
     cells = _unique_runs(cells)
     commits = ", ".join(sorted({cell["commit"] for cell in cells}))
     minutes, positions = _minutes(cells), statistics.mean(cell["positions"] for cell in cells)
     machines = "; ".join(sorted({f"{cell['machine']}, threads {cell['threads']}" for cell in cells}))
     runs = f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {positions / 1e6:.1f} million positions"
-    source = f"`{command}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
-    parts = [*head, table, source]
-    level = multimodal.JUDGED_LEVEL if module is continuous else PRESETS[options.preset].level
-    if module in (continuous, scaling, text, editing, towers, copies) and (quality := describe_codecs(options, level)):
-        parts.insert(3, quality)
+    source = f"`{_command(module)}`: {runs}, {minutes:.0f} minutes of training; commits {commits}; {machines}."
+    parts = [_introduce(module), table, source]
+    if quality := describe_codecs(options, module):
+        parts.insert(2, quality)
     if module in (continuous, scaling):
-        figure, families = "", module.build_table(options.preset)
-        if scaling.has_several_sizes(options, families):
-            name = lab.table_path(options, families, ".png").name
-            scaling.plot(options, families, DOCS / name)
+        figure, sizes = "", module.build_table(options.preset)
+        if scaling.has_several_sizes(options, sizes):
+            name = lab.table_path(options, sizes, ".png").name
+            scaling.plot(options, sizes, DOCS / name)
             figure = f"\n![Metrics against compute, with fitted power laws]({name})"
-        parts.insert(3, scaling.describe_parity(options, families) + figure)
+        parts.insert(2, scaling.describe_parity(options, sizes) + figure)
     if module is towers:
-        parts.insert(3, towers.describe_steps(options))
+        parts.insert(2, towers.describe_steps(options))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

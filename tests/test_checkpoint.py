@@ -151,12 +151,15 @@ def test_one_process_opens_dcp_shards(sharded):
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
 def test_run_opens_in_the_precision_of_the_device(request, layout, monkeypatch):
     """As on CUDA: matrices in bfloat16 from the start, without a copy in float32; all else in float32."""
-    allocated = []
-    to_empty = torch.nn.Module.to_empty
+    allocated, to_empty = [], torch.nn.Module.to_empty
+
+    def counted(self, **options):
+        allocated.extend(parameter.nbytes for parameter in to_empty(self, **options).parameters())
+        return self
+
     monkeypatch.setattr("transfusion.checkpoint.open.precision", lambda device: torch.bfloat16)
     monkeypatch.setattr("transfusion.checkpoint.open.verify_checkpoint", lambda checkpoint: None)  # of other files
-    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda self, **options: allocated.extend(
-        parameter.nbytes for parameter in to_empty(self, **options).parameters()))  # fmt: skip
+    monkeypatch.setattr(torch.nn.Module, "to_empty", counted)
     model = open_checkpoint(request.getfixturevalue(layout)).model
     matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     values = model.state_dict()

@@ -167,9 +167,12 @@ def lora_run(untied: str = "full", on: str = "all", steps: int = 4, rank: int = 
     return replace(run, model=replace(run.model, untied=untied), lora=LoraConfig(rank, on))
 
 
-@pytest.mark.parametrize(("untied", "on"), KINDS if THOROUGH else [("none", "all"), ("full", "image")])
-def test_only_the_adapter_is_trained_saved_and_averaged_and_resumes_exactly(tmp_path, untied, on):
-    run = lora_run(untied, on)
+@pytest.mark.parametrize(("untied", "on", "optimizer"), [
+    *((*kind, "adamw") for kind in (KINDS if THOROUGH else [("none", "all"), ("full", "image")])),
+    ("full", "text", "muon"),  # for all that is trained: A and B are matrices of blocks
+])  # fmt: skip
+def test_only_the_adapter_is_trained_saved_and_averaged_and_resumes_exactly(tmp_path, untied, on, optimizer):
+    run = lora_run(untied, on, optimizer=optimizer)
     trainer = new_trainer(tmp_path / "whole", run)
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     before, averages = copy_tensors(trainer), dict(trainer.ema.named_parameters())
@@ -452,7 +455,18 @@ def test_options_that_make_no_sense_are_refused(trained, tmp_path, capsys, monke
     ]  # fmt: skip
     for options, message in cases:
         assert re.search(message, fails(capsys, 2, *args, *options)), options
-    monkeypatch.setitem(sys.modules, "peft", None)
-    message = fails(capsys, 1, *args, *rank)
-    assert "--lora.rank needs peft: pip install '.[lora]' in a clone of the repository" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_missing_peft_is_named_where_it_is_needed(adapted, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    out = ("--out", tmp_path / "out")
+    for arguments in (
+        ("train", "digits", *out, *FAST_FITTED, "--from", trained, "--lora.rank", 4), ("export", adapted, *out, "--adapter"),
+        ("plan", adapted, "--device", "cpu"),
+    ):  # fmt: skip
+        message = "transfusion: --lora.rank needs peft: pip install '.[lora]' in a clone of the repository\n"
+        assert fails(capsys, 1, *arguments).endswith(message)
+        assert not (tmp_path / "out").exists()
+    command("plan", adapted)
+    command("export", adapted, *out)

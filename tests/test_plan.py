@@ -380,6 +380,7 @@ def test_fitted_micro_batch_is_the_largest_that_fits(name, gpus, share, own, num
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["0.16b"], "transfusion train 0.16b --data DIR"),
+    (["0.16b", "--lora.rank", "8"], "transfusion train 0.16b --lora.rank 8 --data DIR --from RUN"),
     (["0.37b", "--memory=24GB", "--tflops", "165"],
      "transfusion train 0.37b --data DIR --parallel.micro-batch-size 4"),
     (["7b", "--data.sources", "shapes", "--gpus", "8", "--model.width=2048", "--parallel.micro_batch_size", "2"],
@@ -491,6 +492,8 @@ def test_plan_takes_a_run_as_train_does(tmp_path, capsys):
     (["--gpus-per-machine", "4"], "--gpus-per-machine has no effect without --parallel.shard hybrid"),
     (["--mfu", "40"], "--mfu must be between 0.001 and 1"), (["--tflops", "0"], "--tflops must be at least 0.001"),
     (["--gpus", "12", "--training.batch-size", "12", "--parallel.shard", "hybrid"], "12 is not a multiple of 8"),
+    (["--gpus", "8", "--training.optimizer", "muon", "--lora.rank", "4"],
+     "--training.optimizer muon: 8 processes share matrices of 4 rows; use a lora.rank of at least 8, or"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(capsys, arguments, message):
     stderr = fails(capsys, 2, "plan", "7b", *arguments)

@@ -1,7 +1,6 @@
 """The statistics of the tables, the primary claims and the page: on values whose truth is known."""
 
 import math
-import re
 import statistics
 import warnings
 from dataclasses import replace
@@ -358,9 +357,9 @@ def test_page_is_the_same_in_a_clone_that_has_only_the_committed_cells(options, 
     minutes = {cell["minutes"] for path in options.out.rglob("measured.json") for cell in [read_json(path)]}
     assert f"All 11 runs together took {sum(minutes) / 60:.1f} hours" in page and len(minutes) == 11
     assert "autoencoder 37.2 dB PSNR" in page and results.OLD in page
-    unrun = re.findall(r"^`python -m experiments.(\w+)`: not run yet.$", page, re.MULTILINE)
-    assert unrun == [name for it in results.TABLES if (name := it.build_table("cpu").name) not in names]
-    assert page.count("\n## ") == len(results.TABLES) == len(unrun) + 5
+    (text_section,) = (section for section in page.split("\n## ") if section.startswith("Table 4 at small scale"))
+    assert text_section.endswith("Not run yet: `python -m experiments.text`.\n")
+    assert page.count("\n## ") == len(results.TABLES)
     (tmp_path / "docs" / "results.md").unlink()
     clone = replace(options, out=tmp_path / "clone")
     assert results.write_page(clone).read_text() == page

@@ -217,7 +217,10 @@ def estimate_memory(run: Run, machines: Machines) -> Memory:
     trained = FP32 * count_shard(chain(*trained_by_part.values()), ranks)
     moments = 2 * trained
     if run.training.optimizer == "muon":  # one for the matrices of blocks
-        matrices = (shape for part in IN_BLOCKS for shape in trained_by_part.get(part, ()) if len(shape) == 2)
+        matrices = [shape for part in IN_BLOCKS for shape in trained_by_part.get(part, ()) if len(shape) == 2]
+        if any(first < ranks for first, _ in matrices):  # torch's Muon fails on a process without a row
+            raise ValueError(f"training.optimizer muon: {ranks} processes share matrices of {min(matrices)[0]} rows; use a "
+                             f"lora.rank of at least {ranks}, or training.optimizer adamw")  # fmt: skip
         moments -= FP32 * count_shard(matrices, ranks)
     root, block = count_shard(rest, 1), count_shard(in_block, 1)
     is_cuda = machines.device == "cuda"

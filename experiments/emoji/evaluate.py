@@ -30,6 +30,8 @@ from experiments.emoji.judge import (
     read_cells,
 )  # fmt: skip
 from transfusion.codecs.autoencoder import to_uint8
+from transfusion.codecs.codec import Codec, encode_many
+from transfusion.codecs.vq import VQ
 from transfusion.disk import write_json
 from transfusion.evaluation.captions import caption_images
 from transfusion.inference.engine import Engine, Request, open_run
@@ -66,7 +68,7 @@ def main(options: Options) -> None:
         shares = (f"{' ':9}{row[kind].top1:.3f} {row[kind].top5:.3f} {row[kind].style:.3f}" for kind in KINDS)
         print(f"{name:24}  {len(asked):5}" + " ".join(shares), flush=True)
     heldout = cells.where([kind == "cell" for kind in cells.kinds])
-    figures["codec"] = {"psnr": psnr(heldout.pixels, reconstruct(engine, heldout.pixels)).mean().item()}
+    figures["codec"] = {"psnr": psnr(heldout.pixels, reconstruct(engine.opened.codec, heldout.pixels)).mean().item()}
     figures["captions"] = measure_captions(engine, heldout)
     figures["copies"] = measure_copies(engine, cells, options.count)
     print(json.dumps({name: figures[name] for name in ("codec", "captions", "copies")}))
@@ -90,14 +92,15 @@ def measure_drawings(engine: Engine, judge: Judge, gallery: Gallery, asked: Cell
     return {
         "drawn": judge_pictures(judge, draw(engine, asked), asked, gallery),
         "real": judge_pictures(judge, asked.pixels, asked, gallery),
-        "codec": judge_pictures(judge, reconstruct(engine, asked.pixels), asked, gallery),
+        "codec": judge_pictures(judge, reconstruct(engine.opened.codec, asked.pixels), asked, gallery),
         "colours": judge_by_colours(asked.pixels, asked, gallery.cells),
     }
 
 
-def draw(engine: Engine, asked: Cells) -> Tensor:
-    """One drawing of each cell from its caption, seeds 0, 1, ..., by the run's defaults: (N, 3, 32, 32)."""
-    requests = [Request(caption, num_images=1, seed=n) for n, caption in enumerate(asked.captions)]
+def draw(engine: Engine, asked: Cells, first_seed: int = 0) -> Tensor:
+    """One drawing of each cell from its caption by the run's defaults, seeds first_seed, first_seed + 1, ...:
+    (N, 3, 32, 32)."""
+    requests = [Request(caption, num_images=1, seed=seed) for seed, caption in enumerate(asked.captions, first_seed)]
     return preprocess(generate_images(engine, requests))
 
 
@@ -107,10 +110,9 @@ def generate_images(engine: Engine, requests: Sequence[Request]) -> list[np.ndar
     return [answers[0].parts[-1] for batch in batches for answers in engine.generate(batch)]
 
 
-def reconstruct(engine: Engine, pixels: Tensor) -> Tensor:
+def reconstruct(codec: Codec | VQ, pixels: Tensor) -> Tensor:
     """Through the codec and back, (N, 3, 32, 32)."""
-    codec = engine.opened.codec
-    return preprocess([codec.decode(latent) for latent in codec.encode_many(to_images(pixels))])
+    return preprocess([codec.decode(latent) for latent in encode_many(codec, to_images(pixels))])
 
 
 def to_images(pixels: Tensor) -> list[np.ndarray]:

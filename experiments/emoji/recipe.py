@@ -19,9 +19,10 @@ CODEC = (
     "--size", "32x32",
     "--network.channels", "8", "--network.width", "16", "--network.multipliers", "1", "2", "4",
     "--training.batch-size", "32", "--training.learning-rate", "3e-3", "--training.min-learning-rate", "2e-5",
-    "--training.kl-weight", "1e-3", "--training.ema-decay", "0.998",
+    "--training.ema-decay", "0.998",
     "--training.heldout", "600", "--training.validate-every", "1000", "--training.checkpoint-every", "1000",
 )  # fmt: skip
+AUTOENCODER = "--training.kl-weight", "1e-3"
 DATA = ("--sizes", "32x32", "--tokenizer-size", "2000", "--fit-documents", "7000")
 MODEL = (
     "--model.width", "256", "--model.layers", "4", "--model.heads", "4", "--model.intermediate-size", "512",
@@ -61,7 +62,7 @@ def main(options: Options) -> None:
     codec, data, run, edits = (options.out / name for name in ("codec", "data", "run", "edits"))
     sources = [options.data / name for name in ("pictures", "interleaved", "edits")]
     if not (codec / "codec.safetensors").exists():
-        run_command("data", "fit-codec", "small", sources[0], "--out", codec, *CODEC,
+        run_command("data", "fit-codec", "small", sources[0], "--out", codec, *CODEC, *AUTOENCODER,
                     "--training.steps", str(options.codec_steps))  # fmt: skip
     if not (data / "dataset.json").exists():
         run_command("data", "prepare", *sources, "--out", data, "--codec", codec, *DATA)

@@ -69,9 +69,10 @@ class OtherRunStart:
         other, text_size = self.description.run.model, self.description.vocabulary.text_size
         model = replace(model, vocab_size=other.vocab_size, text_vocab_size=text_size, latent_channels=other.latent_channels)
         untied = model.untied if other.untied == "none" else other.untied
-        if _shapes(model) != _shapes(replace(other, untied=untied, text_vocab_size=text_size)):
+        expected = replace(other, untied=untied, text_vocab_size=text_size)
+        if _shapes(model) != _shapes(expected):
             names = [f.name for f in fields(ModelConfig)
-                     if getattr(model, f.name) != getattr(other, f.name) and f.name not in self.fixed_fields]  # fmt: skip
+                     if getattr(model, f.name) != getattr(expected, f.name) and f.name not in self.fixed_fields]  # fmt: skip
             changes = [f"model.{n} is {getattr(other, n)} in the folder, {getattr(model, n)} in this command" for n in names]
             raise ValueError(f"the weights of {self.folder} have other shapes: {'; '.join(changes)}")
         return model

@@ -92,7 +92,7 @@ def plan(arguments: list[str]) -> None:
             plans = [plan_run(fit_micro_batch(run, machines) if is_free else run, machines) for run, machines, _ in parsed]
     values = [_to_json(name, estimate) for name, estimate in zip(names, plans, strict=True)]
     if single and plans[0].fits:
-        values[0]["command"] = _write_command(plans[0], parsed[0][0], arguments)
+        values[0]["command"] = _write_command(plans[0], parsed[0][0], arguments, is_new=runs[0].folder is None)
     if args.json:
         return print(json.dumps(values[0] if single else values, indent=2))
     print_plans(names, plans)
@@ -105,8 +105,9 @@ def print_plans(names: list[str], plans: list) -> None:
     print(*_table(names, plans), *_notes(names, plans), sep="\n")
 
 
-def _write_command(estimate, run: Run, arguments: list[str]) -> str:
-    """The command that trains `run`, as `plan` was given it by `arguments`, with the micro batch of the plan."""
+def _write_command(estimate, run: Run, arguments: list[str], is_new: bool) -> str:
+    """The command that trains `run`, as `plan` was given it by `arguments`, with the micro batch of the plan. `is_new`: it
+    does not resume the run of a folder, so that an adapter needs a start."""
     options = {f"--{f.name.replace('_', '-')}": f.type for f in fields(PlanOptions) if f.name not in ("run", "config")}
     words, rest = [], iter(arguments)
     for word in rest:
@@ -117,6 +118,8 @@ def _write_command(estimate, run: Run, arguments: list[str]) -> str:
             next(rest)  # its value
     if not run.data.prepared and not run.data.sources:
         words += ["--data", "DIR"]
+    if is_new and run.lora.rank is not None:
+        words += ["--from", "RUN"]
     if estimate.run.parallel.micro_batch_size != run.parallel.micro_batch_size:
         words += [MICRO_BATCH, str(estimate.rows_per_pass)]
     gpus, per_machine = estimate.machines.gpus, estimate.machines.gpus_per_machine

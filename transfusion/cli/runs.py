@@ -1,7 +1,6 @@
 """transfusion demo | train | generate | report: start runs and use them."""
 
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,10 +131,12 @@ def _train_or_exit(run: Run, path: Path, device: str, *start: tuple[str, str]) -
 
 
 def _check_inputs(run: Run, args: Train) -> None:
-    """An error for missing packages or data, or for a missing start of a new run, before anything heavy is imported."""
+    """An error for missing packages or data, or for a missing start of a new run, before the run is created."""
     check_loggers(run.training.log)
-    if run.lora.rank is not None and find_spec("peft") is None:
-        raise ValueError("--lora.rank needs peft: pip install '.[lora]' in a clone of the repository")
+    if run.lora.rank is not None:
+        from transfusion.model.lora import check_peft
+
+        check_peft()
     check_data(run)
     if (args.out / RUN).exists():
         return  # a resumed run does not read its start

@@ -6,6 +6,7 @@ their layer: `transformer.blocks.0.attention.query.lora_A.weight`.
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +55,24 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
+def check_peft() -> None:
+    """ValueError when peft is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError("--lora.rank needs peft: pip install '.[lora]' in a clone of the repository")
+
+
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    """Replace the layers that get an adapter by peft's, in a network on the meta device."""
+    """Replace the layers that get an adapter by peft's, in a network on the meta device. ValueError without peft."""
+    check_peft()
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(peft_config(model, lora), model, low_cpu_mem_usage=True)
 
 
 def peft_config(model: nn.Module, lora: LoraConfig, **options):
-    """peft's LoraConfig. The layers are named by an expression that fits them and no layer of a U-Net."""
+    """peft's LoraConfig. The layers are named by an expression that fits them and no layer of a U-Net. ValueError without
+    peft."""
+    check_peft()
     import peft
 
     layers = sorted({name.removeprefix(BLOCKS).partition(".")[2] for name in list_adapted(model, lora)})

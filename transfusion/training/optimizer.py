@@ -34,7 +34,7 @@ class MuonWithAdamW:
 def build_optimizer(
     model: nn.Module, config: TrainingConfig, lr_scales: Mapping[str, float] | None = None,
     kind: Literal["adamw", "muon"] = "adamw",
-) -> torch.optim.AdamW | MuonWithAdamW:  # fmt: skip
+) -> torch.optim.AdamW | torch.optim.Muon | MuonWithAdamW:  # fmt: skip
     """AdamW with weight decay on matrices only, not on norms and biases. ValueError when all parameters are frozen.
 
     `lr_scales` scales the learning rate by the side of a parameter. Each group stores it as "lr_scale".
@@ -54,11 +54,13 @@ def build_optimizer(
         for key, parameters in sorted(groups.items(), key=lambda item: item[0])
     }
     muon_groups, adamw_groups = ([g for key, g in sorted_groups.items() if key[0] == muon] for muon in (True, False))
+    if muon_groups:
+        muon = torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw")
+        if not adamw_groups:  # adapters alone
+            return muon
     fused = adamw_groups[0]["params"][0].device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
-    if not muon_groups:
-        return adamw
-    return MuonWithAdamW(torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonWithAdamW(muon, adamw) if muon_groups else adamw
 
 
 def freeze(model: nn.Module, lr_scales: Mapping[str, float], lora: LoraConfig) -> None:
