@@ -1,7 +1,8 @@
-"""Image edits of scenes with one object, as user data and as measured on a run, for the table of `editing`."""
+"""Image edits of scenes with one object, as user data and as measured on a run, for the tables of `editing` and
+`copies`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,13 +48,17 @@ def write_edits(folder: Path) -> Path:
 
 
 def measure_edits(engine: Engine) -> dict[str, float]:
-    """Shares of held-out edits, other ones for each seed: fully correct, the instructed attribute changed, the object stayed
-    in place."""
+    """What `judge_edits` returns for the run's edits of held-out scenes, other ones for each seed."""
     seed = engine.run.training.seed
-    edits = list(generate_edits("heldout", NUM_HELDOUT, seed))
+    edits = [*generate_edits("heldout", NUM_HELDOUT, seed)]
     requests = [Request((render(before), instruction), 1, seed=seed * NUM_HELDOUT + n)
                 for n, (before, instruction, _) in enumerate(edits)]  # fmt: skip
-    images = [answer.parts[-1] for (answer,) in engine.generate(requests)]
+    return judge_edits(edits, [answer.parts[-1] for (answer,) in engine.generate(requests)])
+
+
+def judge_edits(edits: Sequence[tuple[Scene, str, Scene]], images: Sequence[np.ndarray]) -> dict[str, float]:
+    """Shares of the images that were drawn for these edits: fully correct, the instructed attribute changed, the object
+    stayed in place."""
     judgements = [judge(caption(after), pixels) for (_, _, after), pixels in zip(edits, images, strict=True)]
     stayed = [_has_stayed(pixels, before) for (before, _, _), pixels in zip(edits, images, strict=True)]
     changed = [judgement.colour if instruction.split()[2] in COLOURS else judgement.shape

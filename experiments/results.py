@@ -17,7 +17,21 @@ from typing import Any
 
 import tyro
 
-from experiments import attention, continuous, drawings, editing, lab, multimodal, noise, patches, scaling, text, towers
+from experiments import (
+    attention,
+    continuous,
+    copies,
+    drawings,
+    editing,
+    lab,
+    multimodal,
+    noise,
+    patches,
+    positions,
+    scaling,
+    text,
+    towers,
+)
 from experiments.emoji import families
 from experiments.judge import OPEN, Evidence
 from experiments.lab import DOCS, SEEDS, Options, Preset
@@ -25,7 +39,8 @@ from experiments.primary import CLAIMS, Primary, count_cells, find_rows, judge_c
 from experiments.scenes import PRESETS
 from transfusion.disk import read_json, write_json
 
-TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers, families)  # the last needs npm packages
+# The last needs npm packages, without which the tables before it are made.
+TABLES = (continuous, text, attention, patches, noise, scaling, editing, towers, copies, positions, families)
 PAGES = {"cpu": ("results.md", "on two cores"), "gpu": ("results-gpu.md", "on one GPU")}
 INTRODUCTION = """# The paper's tables at small scale
 
@@ -173,7 +188,7 @@ def describe_codecs(options: Options, module: ModuleType) -> str:
     the table has only one."""
     if module is families:
         name, measure, describe = families.CODECS_NAME, families.measure_codecs, families.describe_codecs
-    elif module in (continuous, scaling, text, editing, towers):
+    elif module in (continuous, scaling, text, editing, towers, copies):
         level = multimodal.JUDGED_LEVEL if module is continuous else PRESETS[options.preset].level
         name, describe = multimodal.codecs_name(options.preset, level), multimodal.describe_codecs
         measure = partial(multimodal.measure_codecs, level=level)

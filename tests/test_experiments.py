@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image as PILImage
 
@@ -20,6 +21,7 @@ from experiments import (
     attention,
     code_hash,
     continuous,
+    copies,
     drawings,
     editing,
     edits,
@@ -30,23 +32,28 @@ from experiments import (
     noise,
     optimizers,
     patches,
+    positions,
     results,
     scaling,
     scenes,
     text,
     towers,
+    two_pictures,
 )  # fmt: skip
 from experiments.code_hash import ROOT, find_modules, hash_source
 from experiments.emoji import families
 from experiments.lab import Claim, Column, Options, Table, Variant, cell_folder
 from tests.processes import Process, run
 from tests.profile import THOROUGH
+from tests.reading import read_at
 from tests.test_cli import TINY, TINY_FITTED, command
 from transfusion.cli.ignored import changed, check_train
 from transfusion.cli.runs import Train
 from transfusion.cli.settings import parse_run, read_run
-from transfusion.config import Run
-from transfusion.data.built_in.shapes import Shapes
+from transfusion.config import GenerationConfig, Run
+from transfusion.data.built_in.shapes import Shapes, caption, render
+from transfusion.data.lengths import EDIT, OTHER, PAIRS, kind_of
+from transfusion.data.raw import RawText
 from transfusion.disk import read_json, write_json
 from transfusion.evaluation import small_network
 from transfusion.model.transfusion import build_on_meta, count_parameters
@@ -325,7 +332,7 @@ def test_wrong_table_is_refused_before_anything_is_trained(variants, tmp_path, m
 # Tables
 
 
-TABLES = [attention, patches, noise, text, scaling, continuous]
+TABLES = [attention, patches, noise, text, scaling, continuous, positions]
 PRESET_NAMES = ["cpu", "gpu"]
 
 
@@ -375,6 +382,25 @@ def test_rows_of_towers_differ_in_one_setting(preset):
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_rows_of_copies_and_positions_differ_in_one_setting(preset):
+    """In what text and images see of the images before them, or in the positions of patches."""
+    table = copies.build_table(preset)
+    _, start = table.variants[0].start
+    assert all(row.start[1] == start and row.data != start.data for row in table.variants) and start.name == "Transfusion M"
+    base = parse_arguments(*start.arguments, "--data", "data")
+    noised, limited, clean, sources = (parse_arguments(*row.arguments, "--data", "data") for row in table.variants)
+    assert changed(noised, limited) == ["data.image_first_max_t"] and limited.data.image_first_max_t == 0.5
+    assert changed(noised, sources) == ["data.sources"] and {*sources.data.sources} == {"captioned", "edits"}
+    assert changed(noised, replace(clean, data=replace(clean.data, image_first_max_t=1.0))) == ["data.clean_copies"]
+    assert noised.data.image_first_max_t == 1 and base.model == noised.model and base.data.seq_len == noised.data.seq_len
+    assert all({claim.first, claim.second} <= {row.name for row in table.variants} for claim in table.claims)
+    first, second = (parse_arguments(*row.arguments) for row in positions.build_table(preset).variants)
+    assert changed(first, second) == ["model.image_rope"] and second.model.image_rope == "2d"
+    assert Vocabulary.build(300, [(8, 8)], first.model.patch_size).num_patches((8, 8)) == 64
+    assert len({count_parameters(build_on_meta(run.model)) for run in (first, second)}) == 1
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_number_of_patches_matches_the_variant_name(preset):
     for variant in patches.build_table(preset).variants:
         run = parse_arguments(*variant.arguments)
@@ -388,12 +414,14 @@ def test_tables_share_common_cells(preset):
         table = module.build_table(preset)
         return {cell_folder(Options(), table, variant, 0) for variant in table.variants}
 
-    pairs = (attention, patches, 2), (attention, noise, 1), (text, scaling, 2), (scaling, continuous, 0), (towers, text, 2)
-    for first, second, num_common in pairs:
+    for first, second, num_common in (
+        (attention, patches, 2), (attention, noise, 1), (text, scaling, 2), (scaling, continuous, 0), (towers, text, 2),
+        (patches, positions, 1),
+    ):  # fmt: skip
         assert len(cells(first) & cells(second)) == num_common
 
 
-@pytest.mark.parametrize("module", [module for module in results.TABLES if module not in (continuous, families)],  # none yet
+@pytest.mark.parametrize("module", [it for it in results.TABLES if it not in (continuous, families, copies)],  # none yet
                          ids=lambda module: module.__name__)  # fmt: skip
 def test_committed_cells_have_the_arguments_of_their_variant(module):
     """The arguments decide the key of a cell: with other ones the committed runs would be trained again."""
@@ -496,6 +524,64 @@ def test_edit_changes_one_attribute_and_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(edits, "NUM_EDITS", 3)
     lines = edits.write_edits(tmp_path / "files").read_text().splitlines()
     assert len(lines) == 3 and (tmp_path / "files" / json.loads(lines[2])["target"]).exists()
+
+
+def test_documents_of_two_pictures_are_pairs_documents_and_edits(tmp_path, monkeypatch):
+    """The noise limit is for pairs alone; the source of an edit has neither noise nor loss."""
+    monkeypatch.setattr(edits, "NUM_EDITS", 3)
+    paths = two_pictures.write_documents(tmp_path / "files")
+    assert [path.stem for path in paths] == [two_pictures.CAPTIONED, two_pictures.EDITS, two_pictures.CLEAN_EDITS]
+    captioned, plain, clean = map(read_at, paths)
+    assert [{kind_of(raw) for raw in raws} for raws in (captioned, plain, clean)] == [{PAIRS}, {OTHER}, {EDIT}]
+    known = [*edits.generate_edits("train", 3)]
+    assert len(captioned) == len(plain) == len(clean) == 3
+    for pair, open_edit, clean_edit, (before, instruction, after) in zip(captioned, plain, clean, known, strict=True):
+        pictures = [render(before), render(after)]
+        assert [part.text for part in pair.segments[::2]] == [caption(before), caption(after)]
+        for segments in (pair.segments[1::2], open_edit.segments[::2], clean_edit.segments[::2]):
+            assert all(map(np.array_equal, [part.pixels for part in segments], pictures))
+        assert all(part.loss for part in (*pair.segments, *open_edit.segments[::2], clean_edit.segments[2]))
+        assert (open_edit.segments[1], clean_edit.segments[1]) == (RawText(instruction, loss=False),) * 2
+        assert (open_edit.segments[0].max_t, clean_edit.segments[0].max_t, clean_edit.segments[0].loss) == (1, 0, False)
+
+
+def test_second_pictures_are_measured_after_the_first(monkeypatch):
+    """An engine that answers right, one that repeats the first picture and its caption, and one that moves the object."""
+    monkeypatch.setattr(edits, "NUM_HELDOUT", 20)
+    known = [*edits.generate_edits("heldout", 20, 3)]
+    prompts, seeds = [], []
+
+    def measure(answer) -> dict[str, float]:
+        def generate(requests):
+            if requests[0].num_images:
+                seeds.append([request.seed for request in requests])
+            prompts.append([tuple(part if isinstance(part, str) else part.tobytes() for part in request.parts)
+                            for request in requests])  # fmt: skip
+            answers = [answer(*edit) for edit in known]
+            return [[SimpleNamespace(parts=(picture,) if request.num_images else (text,) * bool(text))]
+                    for request, (text, picture) in zip(requests, answers, strict=True)]  # fmt: skip
+
+        run = SimpleNamespace(training=SimpleNamespace(seed=3), generation=GenerationConfig())
+        return two_pictures.measure_two_pictures(SimpleNamespace(run=run, generate=generate))
+
+    right = measure(lambda before, instruction, after: (caption(after), render(after)))
+    assert right == dict.fromkeys(("right", "changed", "stayed", "drawings", "drawings_stayed", "captions"), 1.0)
+    assert seeds == [[*range(60, 80)]] * 2
+    assert prompts == [
+        [(caption(before), render(before).tobytes(), caption(after)) for before, _, after in known],
+        [(render(before).tobytes(), caption(before), render(after).tobytes()) for before, _, after in known],
+        [(render(before).tobytes(), instruction) for before, instruction, _ in known],
+    ]
+    repeated = measure(lambda before, instruction, after: (caption(before), render(before)))
+    assert [repeated[name] for name in ("right", "drawings", "captions", "stayed", "drawings_stayed")] == [0, 0, 0, 1, 1]
+
+    def move(scene):
+        ((x, y),) = scene.centres
+        return replace(scene, centres=((x + (4 if x < 16 else -4), y),))
+
+    moved = measure(lambda before, instruction, after: ("", render(move(after))))  # no caption: an answer without parts
+    assert [moved[name] for name in ("right", "drawings", "captions", "changed", "stayed", "drawings_stayed")] == [
+        0, 0, 0, 1, 0, 0]  # fmt: skip
 
 
 def test_edits_begin_from_a_run_of_table_3(tmp_path, monkeypatch):
