@@ -6,6 +6,9 @@ from unittest import mock
 from hypothesis import settings
 
 THOROUGH = os.environ.get("TEST_PROFILE") == "all"
+# Also for tests without `examples`: on a busy machine any example may take longer than Hypothesis's 200 ms.
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
 
 
 def few_samples(count: int = 64):
@@ -15,4 +18,4 @@ def few_samples(count: int = 64):
 
 def examples(thorough: int, quick: int = 25) -> settings:
     """Hypothesis settings: number of examples in `make test-all`, and the maximum in `make test`."""
-    return settings(max_examples=thorough if THOROUGH else min(thorough, quick), deadline=None)
+    return settings(max_examples=thorough if THOROUGH else min(thorough, quick))
