@@ -22,7 +22,7 @@ these rows are in addition to those of the first run.
 """
 
 from experiments import lab, multimodal, scaling
-from experiments.lab import Claim, Column, Options, Table, Variant, run_command
+from experiments.lab import Claim, Column, Options, Table, Variant
 from experiments.noise import LIMIT
 from experiments.scenes import PRESETS
 from experiments.two_pictures import CAPTIONED, CLEAN_EDITS, EDITS, measure_two_pictures, write_documents
@@ -74,12 +74,7 @@ def build_table(preset: str) -> Table:
 
 def prepare(options: Options) -> None:
     """Prepare the documents with the codec and tokenizer of the first run. Skip what exists."""
-    level = PRESETS[options.preset].level
-    multimodal.prepare(level, options)
-    data = multimodal.lab_folder(options, "two-pictures", level)
-    if not (data / "dataset.json").exists():
-        paths = write_documents(options.out / "two-pictures-files")
-        run_command("data", "prepare", *paths, "--like", multimodal.lab_folder(options, "latents", level), "--out", data)
+    multimodal.prepare_documents(options, "two-pictures", write_documents)
 
 
 if __name__ == "__main__":

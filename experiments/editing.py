@@ -14,7 +14,7 @@ The costs of the fine-tuned row are those of fine-tuning, in addition to those o
 
 from experiments import lab, multimodal, scaling
 from experiments.edits import measure_edits, write_edits
-from experiments.lab import Claim, Column, Options, Table, Variant, run_command
+from experiments.lab import Claim, Column, Options, Table, Variant
 from experiments.scenes import PRESETS
 
 FINE_TUNING = (
@@ -45,12 +45,7 @@ def build_table(preset: str) -> Table:
 
 def prepare(options: Options) -> None:
     """Prepare the edits with the codec and tokenizer of the base run. Skip what exists."""
-    level = PRESETS[options.preset].level
-    multimodal.prepare(level, options)
-    data = multimodal.lab_folder(options, "edits", level)
-    if not (data / "dataset.json").exists():
-        path = write_edits(options.out / "edits-files")
-        run_command("data", "prepare", path, "--like", multimodal.lab_folder(options, "latents", level), "--out", data)
+    multimodal.prepare_documents(options, "edits", write_edits)
 
 
 if __name__ == "__main__":

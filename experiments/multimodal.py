@@ -19,7 +19,7 @@ Steps, mixture weights and image weight come from pilot runs of Transfusion S:
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,18 @@ def prepare(level: int, options: Options) -> None:
         if not (data_folder / "dataset.json").exists():
             run_command("data", "prepare", "shapes", "topics", *words, "--limit", MAX_DOCUMENTS, "--sizes", "32x32",
                         "--codec", codec_folder, *tokenizer, "--out", data_folder)  # fmt: skip
+
+
+def prepare_documents(options: Options, name: str, write: Callable[[Path], Path | Sequence[Path]]) -> None:
+    """Prepare other documents with the codec and tokenizer of the scenes of the tables on images: those that `write` puts
+    into a folder. Skip what exists."""
+    level = PRESETS[options.preset].level
+    prepare(level, options)
+    data = lab_folder(options, name, level)
+    if not (data / "dataset.json").exists():
+        paths = write(options.out / f"{name}-files")
+        run_command("data", "prepare", *([paths] if isinstance(paths, Path) else paths), "--like",
+                    lab_folder(options, "latents", level), "--out", data)  # fmt: skip
 
 
 def lab_folder(options: Options, name: str, level: int) -> Path:

@@ -80,7 +80,7 @@ def test_options_of_runs_exist(path):
 
 @pytest.mark.parametrize("name", ["train digits", "data prepare", "data fit-codec small", "evaluate"])
 def test_torchrun_passes_options_on(name, capsys):
-    """torchrun refuses options of its program that begin several of its own. --log is such a one, as the docs say."""
+    """torchrun refuses an option of its program if several of its own begin with it, as with --log, which the docs name."""
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     options = {*re.findall(r"(?<!\S)--[a-z][a-z0-9.-]*", capsys.readouterr().out)} - {"--log"}

@@ -408,6 +408,27 @@ def test_number_of_patches_matches_the_variant_name(preset):
         assert num_patches == int(variant.name.split()[1])
 
 
+@pytest.mark.parametrize("module, write, files", [(editing, "write_edits", 1), (copies, "write_documents", 3)])
+def test_documents_are_prepared_like_the_scenes_and_once(monkeypatch, tmp_path, module, write, files):
+    calls, options = [], Options(tmp_path)
+    paths = [tmp_path / f"{n}.jsonl" for n in range(files)]
+    monkeypatch.setattr(module, write, lambda folder: paths if files > 1 else paths[0])
+    monkeypatch.setattr(multimodal, "prepare", lambda level, options: None)
+
+    def prepare(*words):
+        calls.append([*map(str, words)])
+        words[-1].mkdir(parents=True)
+        (words[-1] / "dataset.json").touch()
+
+    monkeypatch.setattr(multimodal, "run_command", prepare)
+    module.prepare(options)
+    module.prepare(options)
+    ((*words, out),) = calls
+    latents = multimodal.lab_folder(options, "latents", scenes.PRESETS["cpu"].level)
+    assert words == ["data", "prepare", *map(str, paths), "--like", str(latents), "--out"]
+    assert out == str(lab.data_folder(options, module.build_table("cpu").variants[-1].data))
+
+
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_tables_share_common_cells(preset):
     def cells(module) -> set[Path]:
