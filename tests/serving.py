@@ -87,15 +87,20 @@ def serving(
 def run_server(app: ASGIApp, limits: Limits) -> Iterator[int]:
     """Yields the port at which this application is served."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = connections.Server(app, limits)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        server, port = connections.Server(app, limits), listener.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name=thread_name(port))
         thread.start()
         wait_until(lambda: server.started)
         try:
-            yield listener.getsockname()[1]
+            yield port
         finally:
             server.should_exit = True
             thread.join()
+
+
+def thread_name(port: int) -> str:
+    """The name of a server's thread, which its log records have."""
+    return f"server of port {port}"
 
 
 class Gate:
