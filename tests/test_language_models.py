@@ -28,6 +28,7 @@ from transfusion.codecs.text import Tokenizer
 from transfusion.config import DataConfig, GenerationConfig, ModelConfig, Run
 from transfusion.data.sources import fit
 from transfusion.disk import OpenError, read_json
+from transfusion.inference.answer import Answer
 from transfusion.inference.engine import Engine, Request, open_run
 from transfusion.inference.text_mode import allowed_tokens
 from transfusion.model.language_model import EMBEDDING, HEAD
@@ -345,12 +346,34 @@ def test_generation_stops_where_transformers_stops(tmp_path, family):
     theirs.generation_config.eos_token_id = [261, 262]
     *expected, last = theirs.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
     assert last == 262 and expected and expected == before[: len(expected)]
-    start, vocabulary, model = start_from(tmp_path / "model")
-    generation = GenerationConfig(temperature=0.0, max_tokens=8)
+    answer = answer_greedily(tmp_path / "model", 8)
+    assert (answer.parts, answer.reason) == ([tokenizer.decode(expected)], "eos")
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_greedy_text_is_that_of_transformers_without_ids_that_have_no_token(tmp_path, family):
+    """The matrices of many models have more rows than their tokenizer has tokens."""
+    theirs, num_tokens = write_language_model(tmp_path, family), (tokenizer := write_tokenizer(tmp_path)).size
+    with torch.no_grad():
+        theirs.lm_head.weight[num_tokens:] *= 10  # likely ids
+    theirs.save_pretrained(tmp_path)
+    prompt, length = torch.tensor([[260, *tokenizer.encode("a house")]]), 20
+    options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    padded = [*range(num_tokens, theirs.lm_head.weight.shape[0])]
+    free, expected = (theirs.generate(prompt, **options, suppress_tokens=suppressed)[0, prompt.shape[1] :].tolist()
+                      for suppressed in (None, padded))  # fmt: skip
+    assert max(free) >= num_tokens > max(expected) and len(expected) > 4
+    assert answer_greedily(tmp_path, length).parts == [tokenizer.decode(n for n in expected if n != 261)]
+
+
+def answer_greedily(folder: Path, max_tokens: int) -> Answer:
+    """The text after "a house" of a new run from this folder."""
+    start, vocabulary, model = start_from(folder)
+    generation = GenerationConfig(temperature=0.0, max_tokens=max_tokens)
     run = Run("", model.config, data=DataConfig(seq_len=64), generation=generation)
     engine = Engine(OpenedRun("", run, start.tokenizer, Latents(), vocabulary, {}, model.eval(), 0, torch.device("cpu")))
     ((answer,),) = engine.generate([Request(("a house",), allow_images=False)])
-    assert (answer.parts, answer.reason) == ([tokenizer.decode(expected)], "eos")
+    return answer
 
 
 def test_run_from_the_hub_ends_its_answer_as_in_transformers(tmp_path, monkeypatch, capsys):
