@@ -441,27 +441,50 @@ def test_setting_that_an_earlier_version_did_not_have_does_not_differ(compared, 
     assert "All settings are equal." in write_comparison([compared[0][0], tmp_path], tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("other", ["", "codec", "noise schedule", "prediction"])
-def test_comparison_says_which_velocity_errors_can_be_compared(compared, tmp_path, other):
+@pytest.mark.parametrize(("other", "expected"), [
+    ("", {}),
+    ("tokenizer", {"text loss": "tokenizer"}),
+    ("codec", {"image loss": "codec", "velocity error": "codec"}),
+    ("noise schedule", {"image loss": "diffusion settings", "velocity error": "noise schedule"}),
+    ("prediction", {"image loss": "diffusion settings"}),
+    ("image first", dict.fromkeys(("text loss", "image loss", "velocity error"), "data.image_first")),
+    ("documents", dict.fromkeys(("text loss", "image loss", "velocity error"), "documents")),
+    ("another source", {}),
+])  # fmt: skip
+def test_comparison_says_which_heldout_figures_can_be_compared(compared, tmp_path, other, expected):
     folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     for folder, error in zip(folders, (0.5, 0.25, None), strict=True):
         shutil.copytree(compared[0][0], folder)
-        saved = json.loads((folder / "run.json").read_text()) | {"codec": {"sha256": "1"}}
-        if folder.name == "c" or (folder.name, other) == ("b", "codec"):  # c has no velocity errors
-            saved["codec"]["sha256"] = "2"
-        if folder.name == "b" and other in ("noise schedule", "prediction"):
-            name = other.replace(" ", "_")
-            saved["run"]["diffusion"][name] = {"noise_schedule": "rectified_flow", "prediction": "x0"}[name]
+        saved = json.loads((folder / "run.json").read_text())
+        saved |= {"codec": {"sha256": "1"}, "tokenizer": {"sha256": "1"}, "notes": {"sources": {"digits": "1"}}}
+        if folder.name == "c":  # it has no held-out figures
+            saved |= {"codec": {"sha256": "2"}, "tokenizer": {"sha256": "2"}, "notes": {"sources": {"digits": "2"}}}
+        elif folder.name == "b":
+            match other:
+                case "codec" | "tokenizer":
+                    saved[other]["sha256"] = "2"
+                case "noise schedule":
+                    saved["run"]["diffusion"]["noise_schedule"] = "rectified_flow"
+                case "prediction":
+                    saved["run"]["diffusion"]["prediction"] = "x0"
+                case "image first":
+                    saved["run"]["data"]["image_first"] = 0.5
+                case "documents":
+                    saved["notes"]["sources"]["digits"] = "2"
+                case "another source":
+                    saved["notes"]["sources"]["topics"] = "2"
         (folder / "run.json").write_text(json.dumps(saved))
+        (folder / "metrics.jsonl").unlink()
         if error is not None:
+            losses = {f"heldout_{name}/digits": error for name in ("text_loss", "image_loss", "velocity_error")}
             by_t = {f"heldout_velocity_error_by_t/digits/t{t}": error + t for t in (0.05, 0.95)}
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": 4, "heldout_velocity_error/digits": error, **by_t}) + "\n")
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 4} | losses | by_t) + "\n")
     html = write_comparison(folders, tmp_path / "page.html").read_text()
     assert '<th scope="row">held-out velocity error of digits</th><td>0.5000</td><td>0.2500</td><td>–</td>' in html
     plots = [attributes["aria-label"] for _, attributes in ParsedPage(html).tags if "aria-label" in attributes]
     assert "Held-out velocity error of digits by t: a: from 0.55 to 1.45; b: from 0.3 to 1.2" in plots
-    assert ("The velocity errors of these runs cannot be compared" in html) == (other in ("codec", "noise schedule"))
+    sentences = re.findall(r"The held-out (.*?) cannot be compared between these runs: they differ in (.*?)\.</p>", html)
+    assert dict(sentences) == expected
 
 
 def test_comparison_of_wrong_folders_is_one_line(compared, tmp_path, capsys):

@@ -11,6 +11,10 @@ from transfusion.report.record import VELOCITY_ERROR, Record, format_duration, r
 
 NONE = "–"  # a cell without a value
 MAX_POINTS = 600  # of a line in a plot
+SCALES = {  # what the values of a held-out metric depend on besides the weights and the documents
+    "text_loss": ("tokenizer",), "image_loss": ("codec", "diffusion settings"),
+    "velocity_error": ("codec", "noise schedule"),
+}  # fmt: skip
 HELDOUT = {  # held-out metrics, with the label of the y axis
     "text_loss": "nats per token", "image_loss": "mean squared error per value, or nats per code",
     "velocity_error": "mean squared error per value",
@@ -92,8 +96,10 @@ def _add_curves(page: Page, runs: dict[str, Record]) -> None:
         page.plot(title, _lines(series, dots=True), "t, from image to noise", unit, log=True)
     if any(by_t.values()):
         page.paragraph(VELOCITY_ERROR, muted=True)
-    if len({_latent_space(run) for name, run in runs.items() if by_t[name]}) > 1:
-        page.paragraph("The velocity errors of these runs cannot be compared: their codecs or noise schedules differ.")
+    for metric in HELDOUT:
+        if differing := _differing_scales([run for run in runs.values() if run.heldout(metric)], metric):
+            sentence = f"The held-out {metric.replace('_', ' ')} cannot be compared between these runs"
+            page.paragraph(f"{sentence}: they differ in {' and '.join(differing)}.")
     for metric, (title, unit, log) in CURVES.items():
         series = {}
         for name, run in runs.items():
@@ -112,9 +118,26 @@ def _lines(series: dict, dots: bool = False) -> dict[str, Line]:
     }
 
 
-def _latent_space(run: Record) -> tuple[str, str]:
-    """What the scale of velocity errors depends on: the codec and the noise schedule."""
-    return run.saved.get("codec", {}).get("sha256", ""), run.saved["run"]["diffusion"]["noise_schedule"]
+def _differing_scales(runs: Sequence[Record], metric: str) -> list[str]:
+    """What makes the values of a held-out metric of these runs incomparable: their SCALES and their held-out documents. Of
+    sources that not all runs have, nothing is compared."""
+    sources = [run.saved.get("notes", {}).get("sources", {}) for run in runs]
+    shared = set.intersection(*map(set, sources)) if runs else ()
+    scales = [_scales(run) | {"documents": sorted((name, hashes[name]) for name in shared)}
+              for run, hashes in zip(runs, sources, strict=True)]  # fmt: skip
+    names = *SCALES[metric], "documents", "data.image_first"
+    return [name for name in names if any(scale[name] != scales[0][name] for scale in scales)]
+
+
+def _scales(run: Record) -> dict[str, object]:
+    """The settings of a run on which its held-out values depend, by their names in SCALES. Images before their caption have
+    no loss, so `data.image_first` decides which images are measured."""
+    digests = {name: run.saved.get(name, {}).get("sha256", "") for name in ("tokenizer", "codec")}
+    diffusion = run.run.diffusion
+    return digests | {
+        "diffusion settings": diffusion, "noise schedule": diffusion.noise_schedule,
+        "data.image_first": run.run.data.image_first,
+    }  # fmt: skip
 
 
 def _settings(run: Record) -> dict:
