@@ -262,10 +262,18 @@ def count_used_parameters(model: ModelConfig) -> int:
 
 def describe_machine(device: str) -> dict[str, str | int]:
     """Commit, machine and number of threads of a cell."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+changes"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
-    return {"commit": commit or "unknown", "machine": machine, "threads": torch.get_num_threads()}
+    return {"commit": describe_commit(DOCS.parent), "machine": machine, "threads": torch.get_num_threads()}
+
+
+def describe_commit(repository: Path) -> str:
+    """Its short hash, with "+changes" if the code differs from it. The docs may: a table writes its cells there."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True).stdout.strip()
+
+    changes = "+changes" * bool(git("status", "--porcelain", "--", "transfusion", "experiments"))
+    return f"{git('log', '-1', '--format=%h') or 'unknown'}{changes}"
 
 
 def show_table(options: Options, table: Table) -> None:

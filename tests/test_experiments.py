@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -121,6 +122,24 @@ def test_cell_contains_measurements_and_heldout_losses(filled, variants):
     assert not [name for name in values if "by_t" in name]
     assert values["parameters"] > 0 and values["minutes"] > 0 and values["positions"] > 0
     assert values["machine"] and re.fullmatch(r"[0-9a-f]{7,}(\+changes)?|unknown", values["commit"])
+
+
+def test_commit_is_marked_when_the_code_has_changed_not_when_the_docs_have(tmp_path):
+    for name in "docs/results.md", "experiments/text.py", "transfusion/config.py":
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    assert lab.describe_commit(tmp_path) == "unknown"
+    for words in ("init",), ("add", "."), ("-c", "user.name=a", "-c", "user.email=a", "commit", "-m", "a"):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+    clean = lab.describe_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "docs" / "results.md").write_text("2")
+    assert lab.describe_commit(tmp_path) == clean
+    (tmp_path / "transfusion" / "new.py").write_text("2")
+    assert lab.describe_commit(tmp_path) == f"{clean}+changes"
+    (tmp_path / "transfusion" / "new.py").unlink()
+    (tmp_path / "experiments" / "text.py").write_text("2")
+    assert lab.describe_commit(tmp_path) == f"{clean}+changes"
 
 
 def test_table_shows_means_and_standard_deviations(filled, variants, capsys):
