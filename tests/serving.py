@@ -15,7 +15,7 @@ from transfusion.inference.engine import Engine
 from transfusion.serving import connections
 from transfusion.serving.app import build_app
 from transfusion.serving.limits import Limits
-from transfusion.serving.scheduler import Scheduler
+from transfusion.serving.scheduler import Scheduler, SubRequest
 
 TIMEOUT = 30  # seconds until `wait_until` fails
 
@@ -40,20 +40,23 @@ class Server:
 
     def is_idle(self) -> bool:
         """Nothing runs or waits, and the whole cache is free."""
-        engine, scheduler = self.engine, self.scheduler
-        is_idle = not (engine.sequences or scheduler.running or scheduler.waiting or scheduler.submitted)
+        engine = self.engine
+        is_idle = not (self.requests or engine.sequences)
         return is_idle and sorted(engine.cache.free) == list(range(len(engine.cache.lengths)))
 
     @property
-    def num_requests(self) -> int:
-        """Requests to the engine that run or wait."""
+    def requests(self) -> set[SubRequest]:
+        """Requests to the engine that run or wait, each once: its thread may move one from list to list meanwhile."""
         scheduler = self.scheduler
-        return len(scheduler.submitted) + len(scheduler.waiting) + len(scheduler.running)
+        return {*scheduler.submitted, *scheduler.waiting, *scheduler.running.values()}
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
 
     def has_image_request(self) -> bool:
         """An image request has arrived: it is submitted, waits or runs."""
-        scheduler = self.scheduler
-        return any(sub.kind == "image" for sub in [*scheduler.submitted, *scheduler.waiting, *scheduler.running.values()])
+        return any(sub.kind == "image" for sub in self.requests)
 
     def send_and_disconnect(self, path: str, body: bytes, num_bytes: int = 0, when: threading.Event | None = None) -> None:
         """Send a request, read `num_bytes` of its answer, and disconnect (after the event `when`, if there is one)."""
