@@ -40,7 +40,7 @@ from tests.abuse import (
 )
 from tests.lazy import Lazy
 from tests.profile import examples
-from tests.serving import Gate, serving, wait_until
+from tests.serving import TIMEOUT, Gate, serving, wait_until
 from tests.test_chameleon import build_engine as engine_with_codes
 from transfusion.codecs.pictures import read_picture, to_pixels
 from transfusion.inference.engine import Engine, PreviewEvent, Request, open_run
@@ -522,14 +522,14 @@ def test_a_body_that_is_too_large_is_refused(engine, has_length):
 
 
 def test_a_slow_body_times_out(engine):
-    with serving(engine, Limits(client_timeout=0.2)) as server, server.client() as client:
+    """The rest of the body is sent after the server has answered."""
+    with serving(engine, Limits(client_timeout=1)) as server, server.client() as client, server.client() as other:
         def slow_body():
             yield b"{"
-            wait_until(lambda: False) if stopped.wait(5) is None else None
+            metric = f'requests_total{{path="{TEXT}",status="408"}} 1.0'
+            wait_until(lambda: metric in other.get("/metrics").text)
             yield b"}"
 
-        stopped = threading.Event()
-        threading.Timer(1, stopped.set).start()
         response = client.post(TEXT, content=slow_body(), headers={"content-type": "application/json"})
         assert response.status_code == 408
         assert_clear_error(response)
@@ -553,7 +553,8 @@ def test_a_full_queue_returns_429(engine):
 
 def test_rejected_clients_do_not_use_up_the_limit(engine):
     """More clients without the key than the limit, with bodies that never end: each gets 401, and its connection closes."""
-    with serving(engine, SMALL_LIMITS, api_key="secret") as server, server.client() as client, ExitStack() as stack:
+    limits = replace(SMALL_LIMITS, client_timeout=1000)
+    with serving(engine, limits, api_key="secret") as server, server.client() as client, ExitStack() as stack:
         head = f"POST {TEXT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{{".encode()
         connections = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(12)]
         for connection in connections:
@@ -561,7 +562,7 @@ def test_rejected_clients_do_not_use_up_the_limit(engine):
         headers = {"authorization": "Bearer secret"}
         assert client.post(TEXT, headers=headers, json=valid_body(TEXT)).status_code == 200
         for connection in connections:
-            connection.settimeout(10)  # less than client_timeout
+            connection.settimeout(TIMEOUT)
             with connection.makefile("rb") as file:
                 response = file.read().lower()  # until the connection closes
             assert response.startswith(b"http/1.1 401") and b"connection: close" in response
