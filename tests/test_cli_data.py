@@ -22,6 +22,7 @@ from tests.sources import picture, png, write_lines, write_photos
 from tests.test_cli import TINY_FITTED, command, fails
 from tests.test_prepare import files_of
 from transfusion.cli import main
+from transfusion.data.prepare import ShardEncoder
 from transfusion.data.reading.account import counted
 from transfusion.data.store import open_prepared
 
@@ -293,6 +294,22 @@ def prepare_arguments(folder: Path, out: Path) -> list[str]:
     return list(map(str, arguments))
 
 
+def prepare_one_shard(arguments: list[str]) -> None:
+    """Prepare shard 0, and wait in the next one, so that it does not end before a test on a busy machine kills it."""
+    original = ShardEncoder.write_shard
+
+    def write_shard(encoder, job, path, on_progress):
+        original(encoder, job, path, (lambda rows: time.sleep(600)) if job.number else on_progress)
+
+    ShardEncoder.write_shard = write_shard
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ranks that torch forks get it when their agent ends, others do not
+    main(arguments)
+
+
+def has_shard(out: Path) -> bool:
+    return any(out.rglob("0*.json"))
+
+
 def torchrun_prepare(folder: Path, out: Path) -> subprocess.Popen:
     """torchrun with two processes, as a user starts it."""
     arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "transfusion"]
@@ -311,11 +328,13 @@ def test_prepare_under_torchrun_equals_one_process(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs a list of processes")
 def test_killed_torchrun_ends_its_processes_and_prepare_resumes(folder, tmp_path):
-    agent = processes.Process(processes.torchrun_agent, main, (prepare_arguments(folder, tmp_path / "out"),), 2, 0)
+    arguments = prepare_arguments(folder, tmp_path / "out")
+    agent = processes.Process(processes.torchrun_agent, prepare_one_shard, (arguments,), 2, 0)
     try:
-        while agent.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
-            children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        while agent.poll() is None and not has_shard(tmp_path / "out"):
             time.sleep(0.01)
+        assert agent.poll() is None, agent.stderr
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     finally:
         agent.kill()
         agent.wait()
@@ -337,13 +356,13 @@ def test_killed_torchrun_ends_its_processes_and_prepare_resumes(folder, tmp_path
 
 @pytest.mark.slow
 def test_prepare_resumes_after_sigkill(folder, tmp_path):
-    """SIGKILL, soon after the first shard is written."""
-    process = processes.Process(main, prepare_arguments(folder, tmp_path / "out"))
-    while process.poll() is None and not list((tmp_path / "out").rglob("0*.json")):
+    """SIGKILL, in the middle of the second shard."""
+    process = processes.Process(prepare_one_shard, prepare_arguments(folder, tmp_path / "out"))
+    while process.poll() is None and not has_shard(tmp_path / "out"):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL  # otherwise it ended before the signal
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (tmp_path / "out" / "dataset.json").exists()
     command("data", "prepare", folder / "photos", folder / "texts.jsonl", "--out", tmp_path / "out", *PREPARE)
     assert files_of(tmp_path / "out") == files_of(folder / "prepared")
