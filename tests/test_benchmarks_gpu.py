@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,9 +91,10 @@ def measure_hanging_part(path: Path) -> None:
 
 def has_ended(pid: int) -> bool:
     """Within some seconds; a process that was killed may remain as a zombie."""
-    path, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + 60
-    while path.exists() and path.read_text().split(")")[-1].split()[0] != "Z" and time.monotonic() < deadline:
-        time.sleep(0.01)
+    deadline = time.monotonic() + 60
+    with suppress(OSError):  # nothing remains of it
+        while Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z" and time.monotonic() < deadline:
+            time.sleep(0.01)
     return time.monotonic() < deadline
 
 
