@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -293,12 +294,18 @@ def test_history_has_the_last_norms_of_applied_updates_only(tmp_path):
 # Steps that hang
 
 
-def hang_here(model, step):
-    if step == 2:
-        threading.Event().wait()
-
-
 def hang(folder: Path, watchdog: float) -> None:
+    """In step 2, once step 1 is saved. The watchdog's time stands still before: a busy machine may need any time for it."""
+    start = time.monotonic()
+    guard_module.time = SimpleNamespace(monotonic=lambda: start)
+
+    def hang_here(model, step):
+        if step == 2:
+            while not (folder / "checkpoints" / "step-000001").exists():
+                time.sleep(0.01)
+            guard_module.time = time
+            threading.Event().wait()
+
     run = replace(small_run(4, checkpoint_every=1), fault_tolerance=FaultToleranceConfig(watchdog=watchdog))
     new_trainer(folder, run, hang_here).train()
 
