@@ -59,6 +59,12 @@ def run(trained) -> Path:
     return trained
 
 
+@pytest.fixture
+def run_copy(run, tmp_path) -> Path:
+    """For `train`, which writes status.json also when it refuses: another worker may copy the shared run meanwhile."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
 def test_run_folder_has_all_files(run):
     assert (run / "checkpoints" / "latest").read_text() == "step-000004"
     for name in ("run.json", "tokenizer.json", "codec.safetensors", "metrics.jsonl", "samples/step-000004.png"):
@@ -74,15 +80,15 @@ def test_run_folder_has_no_pickle(run):
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ".lock", ""}
 
 
-def test_trained_run_is_not_trained_again(run, capsys):
-    command("train", "digits", "--out", run, *TINY)
+def test_trained_run_is_not_trained_again(run_copy, capsys):
+    command("train", "digits", "--out", run_copy, *TINY)
     assert "trained to its last step" in capsys.readouterr().err
 
 
-def test_changed_settings_are_refused(run, capsys):
-    stderr = fails(capsys, 2, "train", "digits", "--out", run, *TINY, "--training.seed", 1)
+def test_changed_settings_are_refused(run_copy, capsys):
+    stderr = fails(capsys, 2, "train", "digits", "--out", run_copy, *TINY, "--training.seed", 1)
     assert "training.seed is 0 in the folder, 1 in this command" in stderr
-    assert "shapes" in fails(capsys, 2, "train", "shapes", "--out", run)
+    assert "shapes" in fails(capsys, 2, "train", "shapes", "--out", run_copy)
 
 
 def test_training_from_a_run_json(run, tmp_path):
@@ -329,8 +335,8 @@ def test_options_without_effect_are_refused(run, prepared, monkeypatch, tmp_path
     assert [*tmp_path.iterdir()] == []
 
 
-def test_options_count_as_given_only_with_another_value_than_the_default(run, capsys):
-    command("train", "digits", "--out", run, *TINY, "--model.vocab-size", 32_000, "--data.codec-block", 4)
+def test_options_count_as_given_only_with_another_value_than_the_default(run_copy, capsys):
+    command("train", "digits", "--out", run_copy, *TINY, "--model.vocab-size", 32_000, "--data.codec-block", 4)
     assert "trained to its last step" in capsys.readouterr().err
 
 
