@@ -1,7 +1,6 @@
 """Ranks for tests: processes over gloo that run while a test file runs, and call functions together."""
 
 import os
-import socket
 import threading
 import time
 import traceback
@@ -11,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from tests.processes import context
 from transfusion.parallel import Ranks
@@ -27,9 +27,12 @@ class World:
         self._start()
 
     def _start(self) -> None:
+        # As in torchrun's agent. Another process could take a free port before rank 0 listens at it.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.size),
-            "LOCAL_WORLD_SIZE": str(self.per_machine),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.per_machine), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         self.pipes, self.processes = [], []
         for rank in range(self.size):
@@ -81,12 +84,6 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
                 pipe.send((function(ranks, *args), True))
             except BaseException:  # noqa: B036 (SystemExit is reported too)
                 pipe.send((traceback.format_exc(), False))
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @contextmanager
