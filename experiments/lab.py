@@ -308,14 +308,17 @@ def show_table(options: Options, table: Table) -> None:
 
 
 def describe_claim(options: Options, table: Table, claim: Claim) -> tuple[str, str] | None:
-    """The means of both rows and the advantage of the first with its interval over seeds; None if a row is not run yet."""
+    """The means of both rows ("" if they are of different code) and the advantage of the first with its interval over seeds;
+    None if a row is not run yet."""
     rows, column = _claim_cells(options, table, claim), table.columns[claim.column]
     if not all(rows):
         return None
+    if _count_codes(rows) > 1:  # which may have measured them differently
+        return "", "runs of different code: not compared"
     means = " and ".join(f"{statistics.mean(cell[claim.column] for cell in row.values()):{column.format}}" for row in rows)
     evidence = compare_rows(options, table, claim)
     if evidence is None:
-        return means, "runs of different code: no interval" if _count_codes(rows) > 1 else "one seed: no interval"
+        return means, "one seed: no interval"
     return means, format_interval(evidence.seeds, column)
 
 

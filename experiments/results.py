@@ -55,7 +55,7 @@ code. Claims, metrics and seeds were fixed before these runs were made, in `expe
   much better it is than the second row less the margin.
 - **Over seeds** is the 95 % interval of Welch's t-test over runs with other seeds of weights, data order and noise. For each
   seed, images are drawn from other captions and other starting noise, so it covers these too. It does not cover other
-  held-out text, which is the same for all runs, nor other data or learning rates.
+  held-out text, which is the same for all runs, nor other data, codecs or learning rates.
 - **Over captions** is a bootstrap over distinct captions, of the same runs: it covers other captions, not other trainings.
   Text has none, since the held-out text is only four topics of documentation.
 - **Reproduced**: the effect is above 0 after Holm's correction over the {num_claims} claims at 5 %, and its interval over
@@ -152,11 +152,11 @@ def _format_claim(options: Options, primary: Primary, verdict: str, evidence: Ev
     effect = "not run yet"
     if (described := lab.describe_claim(options, table, claim)) is not None:
         means, interval = described
-        effect = f"{column.title} {means}: {interval}"
+        effect = f"{column.title} {means}: {interval}" if means else interval
         if evidence is not None:
             captions = evidence.captions and lab.format_interval(evidence.captions, column)
             effect += f" over seeds, {captions} over captions" if captions else " over seeds"
-        effect += " (seeds 0 to 2)" if lab.is_old(lab.read_cells(options, table, rows[0])) else ""
+        effect += " (seeds 0 to 2)" if means and lab.is_old(lab.read_cells(options, table, rows[0])) else ""
     if verdict == OPEN:
         verdict = f"{OPEN}, {count_cells(options, primary)} of {2 * len(SEEDS)} runs"
     words = [_command(primary.module), "--variants", *(repr(row.name) for row in rows), "--seeds", *map(str, SEEDS)]

@@ -267,8 +267,9 @@ def test_rows_of_old_seeds_are_replaced_and_not_compared_with_new_ones(options):
         "99.0% and 91.0%", lab.format_interval(old.seeds, table.columns["captions"]))  # fmt: skip
     write_row(options, table, claim.first, "captions", (0.95, 0.97), SEEDS[:2])
     assert lab.compare_rows(options, table, claim) is None
-    assert lab.describe_claim(options, table, claim) == (
-        "96.0% and 91.0%", "runs of different code: no interval")  # fmt: skip
+    assert lab.describe_claim(options, table, claim) == ("", "runs of different code: not compared")
+    page = results.write_page(options).read_text(encoding="utf-8")
+    assert "| **open, 2 of 10 runs** | runs of different code: not compared |" in page
     write_row(options, table, claim.second, "captions", (0.95,), SEEDS[:1])
     assert lab.describe_claim(options, table, claim) == ("96.0% and 95.0%", "one seed: no interval")
     write_row(options, table, claim.second, "captions", (0.95,), SEEDS[1:2], code="0a1b2c3d")
