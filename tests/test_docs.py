@@ -80,7 +80,7 @@ def test_options_of_runs_exist(path):
 
 @pytest.mark.parametrize("name", ["train digits", "data prepare", "data fit-codec small", "evaluate"])
 def test_torchrun_passes_options_on(name, capsys):
-    """torchrun refuses an option of its program if several of its own begin with it, as with --log, which the docs name."""
+    """torchrun refuses an option if several of its own options begin with it. --log is such an option; the docs say so."""
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     options = {*re.findall(r"(?<!\S)--[a-z][a-z0-9.-]*", capsys.readouterr().out)} - {"--log"}
